@@ -1,0 +1,116 @@
+"""Rectified flow: the one home of the noise convention, shared by training and sampling.
+
+Time t runs from 0 (a clean latent) to 1 (pure noise) along a straight line, and the denoiser predicts the velocity of
+that line (Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206):
+
+    x_t = (1 - t) * x_0 + t * noise          velocity = d x_t / d t = noise - x_0
+
+These are the conventions of diffusers' FlowMatchEulerDiscreteScheduler, whose timesteps are t * 1000.
+Only functions of tensors live here, so that nothing about models or data can leak into the mathematics.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+TRAIN_TIMESTEPS = 1000  # the denoiser is given t * TRAIN_TIMESTEPS, as the scheduler does
+
+TimeDensity = Literal["logit_normal", "uniform"]
+
+
+def per_item(vector: Tensor, like: Tensor) -> Tensor:
+    """Reshape one number per batch item, (batch,) to (batch, 1, 1, ...), so that it broadcasts over `like`."""
+    return vector.view(-1, *[1] * (like.dim() - 1)).to(like.dtype)
+
+
+def add_noise(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Return x_t for clean latents and noise (batch, ...) and times t (batch,) in [0, 1]."""
+    t = per_item(t, clean)
+    return (1 - t) * clean + t * noise
+
+
+def velocity(clean: Tensor, noise: Tensor) -> Tensor:
+    """Return what the denoiser is trained to predict."""
+    return noise - clean
+
+
+def clean_from_velocity(noisy: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+    """Return the clean latent x_0 = x_t - t * v that a prediction at times t (batch,) implies."""
+    return noisy - per_item(t, noisy) * predicted
+
+
+def noise_from_velocity(noisy: Tensor, predicted: Tensor, t: Tensor) -> Tensor:
+    """Return the noise x_1 = x_t + (1 - t) * v that a prediction at times t (batch,) implies."""
+    return noisy + (1 - per_item(t, noisy)) * predicted
+
+
+def timesteps(t: Tensor) -> Tensor:
+    """Return the denoiser's timestep argument for times t in [0, 1]."""
+    return t * TRAIN_TIMESTEPS
+
+
+def sample_times(
+    count: int,
+    generator: torch.Generator,
+    density: TimeDensity = "logit_normal",
+    *,
+    mean: float = 0.0,
+    std: float = 1.0,
+    shift: float = 1.0,
+) -> Tensor:
+    """Draw `count` training times in [0, 1] as float32 on the generator's device.
+
+    "logit_normal" is sigmoid(N(mean, std)) (arXiv 2403.03206, equation 19): most weight in the middle, where the
+    prediction is hardest. `shift` above 1 moves times towards noise, as larger pictures need (same paper, equation 23).
+    """
+    if density == "uniform":
+        t = torch.rand(count, generator=generator, device=generator.device)
+    elif density == "logit_normal":
+        t = torch.sigmoid(mean + std * torch.randn(count, generator=generator, device=generator.device))
+    else:
+        raise ValueError(f"unknown density of times {density!r}; choose 'logit_normal' or 'uniform'")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def loss_per_item(predicted: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared error of each batch item, (batch,), in float32; the caller weighs and reduces."""
+    return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def guide(
+    unconditional: Tensor,
+    text: Tensor,
+    full: Tensor,
+    text_scale: float,
+    identity_scale: float,
+    rescale: float = 0.0,
+) -> Tensor:
+    """Combine three predictions (batch, ...) by classifier-free guidance on the sentence and on the person.
+
+        v = v_unconditional + text_scale * (v_text - v_unconditional) + identity_scale * (v_full - v_text)
+
+    `text` has seen the sentence, `full` the sentence and the reference. Scales of 1 and 1 give `full`; identity_scale 0
+    gives plain guidance on the sentence (the two-condition form of InstructPix2Pix, arXiv 2211.09800, equation 3).
+    `rescale` in [0, 1] pulls each result's spread back to that of `full` (arXiv 2305.08891, equations 15 and 16).
+    """
+    guided = unconditional + text_scale * (text - unconditional) + identity_scale * (full - text)
+    if rescale == 0:
+        return guided
+    wanted = full.flatten(1).std(dim=1)
+    actual = guided.flatten(1).std(dim=1).clamp_min(torch.finfo(guided.dtype).tiny)
+    return torch.lerp(guided, guided * per_item(wanted / actual, guided), rescale)
+
+
+def normalise_latents(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Centre and scale autoencoder latents (batch, channels, height, width) per channel; mean and std are (channels,)."""
+    return (latents - _per_channel(mean, latents)) / _per_channel(std, latents)
+
+
+def denormalise_latents(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Undo `normalise_latents` before decoding."""
+    return latents * _per_channel(std, latents) + _per_channel(mean, latents)
+
+
+def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.to(device=like.device, dtype=like.dtype).view(1, -1, 1, 1)
