@@ -1,0 +1,79 @@
+"""What a stage trains: the small contract between the loop, which knows no networks, and the tasks, which know no loop.
+
+A task is a class in the table `train.stages.TASKS`. The loop builds it with `Task(settings, start)`, loads what earlier
+stages trained into its modules, moves them to the device, calls `prepare`, and then asks for batches and losses by the
+number of images seen. Nothing a task draws may come from a generator that outlives the call: every random number is a
+function of (seed, purpose, image number), see `train.data`, so that a resumed run equals a straight one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a task is told beside its own settings."""
+
+    name: str  # the stage's name
+    seed: int
+    device: torch.device  # where the modules will be once built, and where batches should be made
+    folder: Path  # the stage's own folder; caches may live in folder / "cache"
+    data: Mapping[str, Any] = field(default_factory=dict)  # the run's shared data settings, not yet checked
+    earlier: Mapping[str, Path] = field(default_factory=dict)  # stage in start_from -> the folder it exported to
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss per sample (batch,), and numbers worth following; 0-dim tensors spare a GPU the wait that floats cost."""
+
+    per_sample: Tensor
+    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """One kind of training. Classes need not inherit from this; they are `Task(settings: Settings, start: Start)`.
+
+    Settings: the pydantic model (frozen, extra="forbid") of the stage's `settings`, checked before any stage starts.
+    PARTS: every part name this task can offer, so that a typo in a stage's `train` is refused in the first second.
+    modules: all networks by name, trained and frozen. A module has the same name and keys in every stage that uses it:
+        what an earlier stage in `start_from` trained under that name is loaded here, strictly. The constructor only
+        builds (torch is seeded before it); it may read sizes or vectors from `start.earlier[stage]`.
+    """
+
+    Settings: ClassVar[type[BaseModel]]
+    PARTS: ClassVar[tuple[str, ...]]
+    modules: dict[str, nn.Module]
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Named groups of parameters a stage may train; no parameter in two groups that train together."""
+        ...
+
+    def prepare(self) -> None:
+        """Called once, weights loaded, modules on the device, in eval mode, without gradients: fill caches here."""
+        ...
+
+    def batch(self, images_seen: int, size: int) -> Any:
+        """Images number images_seen to images_seen + size: a record of tensors (dataclass, dict, tuple or tensor).
+
+        A pure function of (seed, images_seen, size), and each item best one of its own number only (`train.data`), so
+        that the pieces of a batch do not depend on accumulation or on the number of processes.
+        """
+        ...
+
+    def loss(self, batch: Any, images_seen: int) -> Loss:
+        """Loss of the batch that starts at image number `images_seen`; draws as `batch` does. Called under autocast."""
+        ...
+
+    def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        """Numbers for metrics.jsonl, and picture grids written to `folder`; averaged weights in place, eval mode, no gradients."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the final weights to `folder` (empty, exists); averaged weights in place, eval mode."""
+        ...
