@@ -1,0 +1,52 @@
+# Everything a person does with this project, as one verb each. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# The first Python that is new enough; override with `make setup PYTHON=/path/to/python3`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' 2>/dev/null && echo "$$p" && break; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test check format weights bench clean
+
+help:  ## list the verbs
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## make .venv with the pinned versions (does nothing when it is up to date)
+
+$(READY): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "Python 3.10 or newer is needed: install it, or name it with PYTHON=/path/to/python3." >&2; exit 2; fi
+	@test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	@test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet --constraint constraints.txt uv
+	$(VENV)/bin/uv pip install --quiet --python $(PY) --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: $(READY)  ## four people x six sentences with the shipped weights, as one scored contact sheet
+	$(PY) -m imagine.demo
+
+test: $(READY)  ## the tests, on the CPU
+	$(PY) -m pytest $(ARGS)
+
+check: $(READY)  ## formatting, lint, types and import layers
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(READY)  ## put the code in its standard form
+	$(PY) -m ruff check --fix --quiet . || true
+	$(PY) -m ruff format .
+
+weights: $(READY)  ## train the shipped weights from nothing into runs/weights (stop and repeat at will: it resumes)
+	$(PY) -m train configs/weights.yaml --output runs/weights --resume $(ARGS)
+
+bench: $(READY)  ## seconds per picture, cold start, training pictures per second
+	$(PY) benchmarks/bench.py $(ARGS)
+
+clean:  ## remove what the verbs made, except .venv and runs/
+	rm -rf build dist out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find imagine train data_synth tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

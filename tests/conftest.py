@@ -1,0 +1,33 @@
+"""What every test needs: one thread, a fixed seed, and no way to the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+_connect = socket.socket.connect
+
+
+def _only_this_machine(self: socket.socket, address: object) -> None:
+    """Connect to this machine (servers under test) and nowhere else."""
+    host = address[0] if isinstance(address, tuple) else ""
+    if self.family != socket.AF_UNIX and host not in ("127.0.0.1", "::1", "localhost"):
+        raise AssertionError(f"a test tried to reach the network at {host!r}; tests run offline")
+    _connect(self, address)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _offline_and_repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(socket.socket, "connect", _only_this_machine)
+    torch.manual_seed(0)
+    yield
