@@ -103,7 +103,7 @@ def guide(
 
 
 def normalise_latents(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Centre and scale autoencoder latents (batch, channels, height, width) per channel; mean and std are (channels,)."""
+    """Centre and scale latents (batch, channels, height, width) per channel; mean and std are (channels,)."""
     return (latents - _per_channel(mean, latents)) / _per_channel(std, latents)
 
 

@@ -6,6 +6,7 @@ latents, because the time of a training step is proportional to parameters times
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from diffusers import AutoencoderDC, UNet2DConditionModel
 
@@ -27,7 +28,7 @@ def build_autoencoder(
         raise ValueError(f"widths {widths}, encoder_layers and decoder_layers need the same length")
     if min(*encoder_layers, *decoder_layers) < 1:
         raise ValueError("every resolution needs at least one layer, or its down- and upsampling would be left out")
-    if any(4 * shallow % deep for shallow, deep in zip(widths, widths[1:])) or widths[-1] % latent_channels:
+    if any(4 * shallow % deep for shallow, deep in pairwise(widths)) or widths[-1] % latent_channels:
         raise ValueError(f"each of widths {widths} must divide four times the one before, and latent_channels the last")
     # With no layers at full resolution diffusers never uses the first width.
     channels, blocks = (widths[0], *widths), len(widths) + 1
@@ -59,8 +60,8 @@ def build_denoiser(
     """Build a U-Net with self- and cross-attention at every resolution and in the middle.
 
     It maps latents (B, latent_channels, S, S), timesteps (B,) and CLIP text tokens (B, L, text_width) to a velocity of
-    the latents' shape. `head_width` is the width of one attention head at every resolution. The default has 11.2 million
-    parameters and 0.6 GFLOP per call; widths (128, 256) have 17.0 million and 0.8.
+    the latents' shape. `head_width` is the width of one attention head at every resolution.
+    The default has 11.2 million parameters and 0.6 GFLOP per call; widths (128, 256) have 17.0 million and 0.8.
     Raises ValueError if a width is not a multiple of it.
     """
     if any(width % head_width for width in widths):

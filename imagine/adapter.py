@@ -1,0 +1,397 @@
+"""The adapter: everything we add to a denoiser, as one object that attaches, detaches, saves and loads.
+
+Two adapters usually stack on one stock denoiser: the text adapter (branches "t5" and "byt5", trained together with the
+base) and the identity adapter (branch "vision", its projection, and LoRA on the base's attention). They are the same
+class. Building one does not touch the denoiser, `attach` swaps attention processors, `detach` is its exact inverse, in
+any order. Weights are named by the module path of the attention layer that they belong to, so a file explains itself:
+
+    down_blocks.0.attentions.0.transformer_blocks.0.attn2.vision.to_k.weight         a branch (to_k, to_v, gate)
+    down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight     LoRA, under peft's names
+    projections.vision.proj.0.weight                                                 a branch's token projection
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imagine.attention import (
+    TEXT,
+    Branch,
+    KeysValues,
+    LayerWeights,
+    LowRank,
+    ParallelAttention,
+    attention_layers,
+    usable_mask,
+)
+from imagine.errors import ConfigError, WeightsError
+from imagine.records import Conditioning, Tokens
+
+FORMAT_VERSION = "1"
+FILE_NAME = "adapter.safetensors"
+DESCRIBED_BY = ("base", "encoder", "feature_layer", "tokens", "licence")  # what every saved adapter says of itself
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """One branch: its name in Conditioning.branches, and the width of the tokens that its keys and values read.
+
+    `scale` applies where a call names none. With `zero_init` the gate on the branch's output starts at zero, so that a
+    fresh adapter changes nothing; without, it starts at one, for branches trained together with the base.
+    A `projection` maps features of `input_width` to tokens of `width`: "full" is IP-Adapter's per-token MLP.
+    """
+
+    name: str
+    width: int
+    scale: float = 1.0
+    zero_init: bool = True
+    projection: Literal["full"] | None = None
+    input_width: int | None = None
+
+
+class FullProjection(nn.Module):
+    """Per-token MLP from vision features to tokens, in the layout of IP-Adapter's MLPProjModel ("Full")."""
+
+    def __init__(self, input_width: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Linear(input_width, input_width), nn.GELU(), nn.Linear(input_width, width), nn.LayerNorm(width)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (batch, length, input width) to (batch, length, width)."""
+        return cast(Tensor, self.proj(features))
+
+
+class Adapter(nn.Module):
+    """Branches and LoRA for every attention layer of one kind of denoiser.
+
+    Branches go to the cross-attention layers, LoRA of rank `lora_rank` to the linear layers `lora_targets` of all
+    attention layers. The LoRA follows the strength of the first branch, call by call and batch item by batch item:
+    where that branch is off, so is the LoRA. Keys and values start as copies of the denoiser's own where widths agree.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        branches: Sequence[BranchSpec],
+        lora_rank: int = 0,
+        lora_targets: Sequence[str] = LORA_TARGETS,
+    ) -> None:
+        super().__init__()
+        _check_specs(branches)
+        self.branch_specs = tuple(branches)
+        self.lora_rank = lora_rank
+        self.lora_targets = tuple(lora_targets) if lora_rank else ()
+        self.metadata: dict[str, str] = {}  # what the file said of itself; empty until saved or loaded
+        self._layer_names: list[str] = []
+        for name, attn in attention_layers(denoiser).items():
+            _place(self, name, self._layer_weights(attn))
+            self._layer_names.append(name)
+        for spec in branches:
+            if spec.projection == "full":
+                _place(self, f"projections.{spec.name}", FullProjection(cast(int, spec.input_width), spec.width))
+
+    def _layer_weights(self, attn: Attention) -> LayerWeights:
+        layer = LayerWeights(self.branch_specs[0].name, {spec.name: spec.scale for spec in self.branch_specs})
+        for spec in self.branch_specs if attn.is_cross_attention else ():
+            branch = Branch(spec.width, attn.inner_dim, spec.zero_init)
+            if spec.width == attn.to_k.in_features:
+                branch.to_k.weight.data.copy_(attn.to_k.weight.data)
+                branch.to_v.weight.data.copy_(attn.to_v.weight.data)
+            layer.add_module(spec.name, branch)
+        for target in self.lora_targets:
+            linear = _linear(attn, target)
+            _place(layer, target, LowRank(linear.in_features, linear.out_features, self.lora_rank))
+        return layer
+
+    # --- on the denoiser and off again ------------------------------------------------------------------------------
+
+    def layers(self) -> dict[str, LayerWeights]:
+        """Return what this adapter adds, by the module path of the attention layer."""
+        return {name: cast(LayerWeights, self.get_submodule(name)) for name in self._layer_names}
+
+    def attach(self, denoiser: nn.Module) -> ExitStack:
+        """Add this adapter to the denoiser; `with adapter.attach(denoiser): ...` takes it off again at the end.
+
+        Raises WeightsError if it is attached already, was built for another denoiser, or meets foreign processors.
+        """
+        targets, mine = attention_layers(denoiser), self.layers()
+        self._check_fits(targets)
+        for name, attn in targets.items():
+            _check_can_attach(name, attn.processor, mine[name])
+        for name, attn in targets.items():
+            processor = attn.processor
+            stock, others = (
+                (processor, ()) if type(processor) is AttnProcessor2_0 else (processor.stock, processor.layers)
+            )
+            attn.set_processor(ParallelAttention(name, stock, [*others, mine[name]]))
+        on_exit = ExitStack()
+        on_exit.callback(self.detach, denoiser)
+        return on_exit
+
+    def detach(self, denoiser: nn.Module) -> None:
+        """Undo `attach`; the last adapter to leave restores the stock processors. Raises WeightsError if not attached."""
+        check_attached(denoiser, [self])
+        mine = self.layers()
+        for name, attn in attention_layers(denoiser).items():
+            rest = [layer for layer in attn.processor.layers if layer is not mine[name]]
+            stock = attn.processor.stock
+            attn.set_processor(ParallelAttention(name, stock, rest) if rest else stock)
+
+    def _check_fits(self, targets: Mapping[str, Attention]) -> None:
+        if list(targets) != self._layer_names:
+            raise WeightsError(
+                f"This adapter was built for a denoiser with {len(self._layer_names)} attention layers of other names "
+                f"than this one's {len(targets)}; load the adapter that belongs to this denoiser."
+            )
+        for name, layer in self.layers().items():
+            attn = targets[name]
+            widths = {branch.to_k.out_features for branch in layer.branches().values()} or {attn.inner_dim}
+            linears = {target: (layer.low_rank(target), _linear(attn, target)) for target in self.lora_targets}
+            if widths != {attn.inner_dim} or any(
+                low and (low.lora_A.in_features, low.lora_B.out_features) != (linear.in_features, linear.out_features)
+                for low, linear in linears.values()
+            ):
+                raise WeightsError(
+                    f"This adapter does not fit the denoiser's layer {name}, whose width is {attn.inner_dim}; "
+                    "load the adapter that belongs to this denoiser."
+                )
+
+    # --- what it computes outside the attention layers --------------------------------------------------------------
+
+    def tokens(self, branch: str, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Return a branch's tokens for features (batch, length, width), through its projection if it has one."""
+        if not any(spec.name == branch and spec.projection for spec in self.branch_specs):
+            return Tokens(features, mask)
+        return Tokens(self.get_submodule(f"projections.{branch}")(features), mask)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters by the names that a training stage uses; every parameter is in exactly one part.
+
+        "<branch>_branch" (keys, values and gates), "<branch>_projection" where there is one, and "lora".
+        """
+        parts: dict[str, list[nn.Parameter]] = {}
+        for layer in self.layers().values():
+            for name, branch in layer.branches().items():
+                parts.setdefault(f"{name}_branch", []).extend(branch.parameters())
+            for low_rank in filter(None, map(layer.low_rank, self.lora_targets)):
+                parts.setdefault("lora", []).extend(low_rank.parameters())
+        for spec in self.branch_specs:
+            if spec.projection:
+                parts[f"{spec.name}_projection"] = list(self.get_submodule(f"projections.{spec.name}").parameters())
+        return parts
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+        """Write one safetensors file: `path` itself, or adapter.safetensors in it if it does not end in .safetensors.
+
+        `metadata` must say base, encoder, feature_layer, tokens and licence, and may say more.
+        """
+        if lacking := [key for key in DESCRIBED_BY if key not in metadata]:
+            raise ValueError(f"metadata of a saved adapter must also say {', '.join(lacking)}")
+        self.metadata = {
+            **metadata,
+            "format_version": FORMAT_VERSION,
+            "branches": json.dumps([asdict(spec) for spec in self.branch_specs]),
+            "lora_rank": str(self.lora_rank),
+            "lora_targets": json.dumps(self.lora_targets),
+        }
+        file = _file(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f"{file.name}.partial")
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, unfinished, self.metadata)
+        unfinished.replace(file)  # readers see the old file or the new one, never half of it
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], denoiser: nn.Module, expected: Mapping[str, str] | None = None
+    ) -> "Adapter":
+        """Read an adapter for this denoiser, bit for bit as saved and in the saved precision, on the denoiser's device.
+
+        `expected` holds metadata that must agree, such as {"encoder": ...}. Raises WeightsError, naming what is wrong.
+        """
+        file = _file(path)
+        metadata, tensors = _read(file)
+        for key, value in (expected or {}).items():
+            if metadata.get(key) != value:
+                raise WeightsError(
+                    f"{file} says {key} {metadata.get(key)!r}, but {value!r} is needed; take a file made for it."
+                )
+        specs = [BranchSpec(**spec) for spec in json.loads(metadata["branches"])]
+        with torch.device("meta"):  # nothing is initialised in vain, and no random number is drawn
+            adapter = cls(denoiser, specs, int(metadata["lora_rank"]), json.loads(metadata["lora_targets"]))
+        _check_tensors(file, tensors, adapter.state_dict())
+        adapter.load_state_dict(tensors, assign=True)
+        adapter.metadata = metadata
+        return adapter.to(next(denoiser.parameters()).device)
+
+
+def check_attached(denoiser: nn.Module, adapters: Iterable[Adapter]) -> None:
+    """Raise WeightsError, naming the likely cause, unless every adapter is attached to every attention layer."""
+    targets = attention_layers(denoiser)
+    for adapter in adapters:
+        for name, layer in adapter.layers().items():
+            processor = targets[name].processor if name in targets else None
+            attached = isinstance(processor, ParallelAttention) and any(layer is other for other in processor.layers)
+            if not attached:
+                raise WeightsError(
+                    f"The adapter with branch {adapter.branch_specs[0].name!r} is not attached to {name}, whose processor "
+                    f"is {type(processor).__name__}: set_attention_slice, set_attn_processor, enable_xformers, "
+                    "fuse_qkv_projections and IP-Adapters replace it; leave them out, or call "
+                    "set_attn_processor(AttnProcessor2_0()) and then attach."
+                )
+
+
+def project(denoiser: nn.Module, conditioning: Conditioning, text: Tensor | None = None) -> Conditioning:
+    """Compute all keys and values once per picture instead of once per step; outputs stay the same, bit for bit.
+
+    With `text`, the tokens (batch, length, width) that the call passes as encoder_hidden_states, the denoiser's own
+    keys and values (and the LoRA on them) are computed too; the call then has to pass the same tokens again, since a
+    stock denoiser wants them, but does not look at them. With LoRA on the keys or values, project again to change a
+    strength.
+    Raises WeightsError if a branch has tokens but nothing attached reads it.
+    """
+    processors = {
+        name: (attn, attn.processor)
+        for name, attn in attention_layers(denoiser).items()
+        if attn.is_cross_attention and isinstance(attn.processor, ParallelAttention)
+    }
+    conditioning = _fold_masks(
+        conditioning, [layer for _, processor in processors.values() for layer in processor.layers]
+    )
+    keys_values: dict[tuple[str, str], KeysValues] = {}
+    if text is not None:
+        text = cast(Tensor, denoiser.process_encoder_hidden_states(text, added_cond_kwargs={}))
+    for name, (attn, processor) in processors.items():
+        if text is not None:
+            keys_values[name, TEXT] = processor.text_keys_values(attn, text, conditioning)
+        for layer in processor.layers:
+            for branch, weights in layer.branches().items():
+                if branch in conditioning.branches:
+                    keys_values[name, branch] = weights.keys_values(attn, conditioning.branches[branch].values)
+    return replace(conditioning, keys_values=keys_values)
+
+
+def _fold_masks(conditioning: Conditioning, layers: Sequence[LayerWeights]) -> Conditioning:
+    """Put the effect of absent tokens into the scales, and drop the branches that are off for everyone."""
+    readers = {name: layer for layer in layers for name in layer.branches()}
+    branches: dict[str, Tokens] = {}
+    scales: dict[str, float | Tensor] = {}
+    for name, tokens in conditioning.branches.items():
+        if name not in readers:
+            raise WeightsError(
+                f"No attached adapter reads the branch {name!r}; attach its adapter, or leave its tokens out."
+            )
+        strength = readers[name].strength(replace(conditioning, keys_values=None), name)
+        if strength is None or (isinstance(strength, Tensor) and not strength.any()):
+            continue
+        branches[name], scales[name] = Tokens(tokens.values, usable_mask(tokens)), strength
+    return Conditioning(branches, scales, keys_values={})
+
+
+def _check_specs(branches: Sequence[BranchSpec]) -> None:
+    names = [spec.name for spec in branches]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"An adapter needs at least one branch and no name twice, not {names}.")
+    for spec in branches:
+        if not spec.name.isidentifier() or spec.name == TEXT or spec.name.startswith(("to_", "low_rank")):
+            raise ConfigError(f"A branch cannot be called {spec.name!r}; take a plain word such as 't5' or 'vision'.")
+        if hasattr(LayerWeights, spec.name):
+            raise ConfigError(f"A branch cannot be called {spec.name!r}, which torch uses itself; take another word.")
+        if (spec.projection is None) != (spec.input_width is None):
+            raise ConfigError(f"Branch {spec.name!r} must give both projection and input_width, or neither.")
+
+
+def _check_can_attach(name: str, processor: object, layer: LayerWeights) -> None:
+    if type(processor) is AttnProcessor2_0:
+        return
+    if not isinstance(processor, ParallelAttention):
+        raise WeightsError(
+            f"The denoiser's layer {name} uses {type(processor).__name__} instead of the stock AttnProcessor2_0; undo "
+            "attention slicing, xformers or an IP-Adapter with set_attn_processor(AttnProcessor2_0()) before attaching."
+        )
+    if any(other is layer for other in processor.layers):
+        raise WeightsError("This adapter is attached to this denoiser already; detach it first.")
+    taken = {branch for other in processor.layers for branch in other.default_scales}
+    if shared := taken & set(layer.default_scales):
+        raise WeightsError(f"Another attached adapter has a branch {min(shared)!r} too; detach that adapter first.")
+
+
+def _linear(attn: Attention, target: str) -> nn.Linear:
+    try:
+        linear = attn.get_submodule(target)
+    except AttributeError:
+        linear = None
+    if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
+        raise ConfigError(
+            f"LoRA target {target!r} is no linear layer of the attention; choose from {', '.join(LORA_TARGETS)}."
+        )
+    return cast(nn.Linear, linear)
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a dotted path below root, with plain containers on the way: its path is its state-dict name."""
+    *parents, last = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = cast(nn.Module, root._modules[part])
+    root.add_module(last, module)
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / FILE_NAME
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not file.is_file():
+        raise WeightsError(f"There is no adapter file {file}; give the folder or file of a saved adapter.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise WeightsError(f"{file} is not a complete safetensors file; download or save it again.") from error
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise WeightsError(
+            f"{file} says format_version {metadata.get('format_version')!r}, but this version of imagine reads "
+            f"{FORMAT_VERSION!r}; take an adapter saved by imagine, or convert it with import-ip-adapter."
+        )
+    return metadata, tensors
+
+
+def _check_tensors(file: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    problems = []
+    if missing:
+        problems.append(f"lacks {_some(missing)}")
+    if unexpected:
+        near = difflib.get_close_matches(unexpected[0], missing, n=1)
+        problems.append(f"holds the unknown {_some(unexpected)}" + (f" (is it {near[0]}, renamed?)" if near else ""))
+    for name in sorted(wanted.keys() & tensors.keys()):
+        if tensors[name].shape != wanted[name].shape:
+            problems.append(f"holds {name} of shape {list(tensors[name].shape)} instead of {list(wanted[name].shape)}")
+            break
+    if problems:
+        raise WeightsError(
+            f"{file} does not fit this denoiser: it {' and '.join(problems)}; take the file made for it."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,232 @@
+"""Fully parallel attention: one query, one softmax per branch, outputs summed before the one output projection.
+
+    out = to_out( Attn(q, k_text, v_text) + sum over branches of scale_b * gate_b * Attn(q, k_b, v_b) )
+
+This is section 3.3 of *Imagine yourself* (arXiv 2409.13346): the three text encoders and the vision encoder never share
+a softmax, so none can drown another out, and a branch that contributes zero leaves the base's arithmetic untouched.
+
+An `Adapter` (adapter.py) owns the weights, one `LayerWeights` per attention layer. The denoiser stays a stock diffusers
+model: `ParallelAttention` is an attention processor that only refers to those weights, so neither the denoiser's module
+tree nor its state dict changes. What a call attends to arrives with the call, as the `conditioning` argument; nothing
+is ever stored here between calls, so threads and batch items cannot mix.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from imagine.records import Conditioning, Tokens
+
+TEXT = "clip"  # the denoiser's own text branch, as a name in Conditioning.keys_values
+
+# A gate is GATE_GAIN times its parameter. Adam moves a parameter by about one learning rate per step, whatever its
+# gradient, so a plain gate at 1e-4 would need ten thousand steps to open; a power of two keeps a gate of 1 exact.
+GATE_GAIN = 8.0
+
+KeysValues = tuple[Tensor, Tensor]  # each (batch, heads, tokens, head width)
+
+
+class Branch(nn.Module):
+    """One branch's key and value projections for one cross-attention layer, and the gate on its output."""
+
+    def __init__(self, token_width: int, inner_width: int, zero_init: bool) -> None:
+        super().__init__()
+        self.to_k = nn.Linear(token_width, inner_width, bias=False)
+        self.to_v = nn.Linear(token_width, inner_width, bias=False)
+        # One factor per channel: as strong as the paper's zero convolution where it matters, and it folds into to_v
+        # exactly, which is what an IP-Adapter file can hold.
+        self.gate = nn.Parameter(torch.full((inner_width,), 0.0 if zero_init else 1.0 / GATE_GAIN))
+
+    def keys_values(self, attn: Attention, tokens: Tensor) -> KeysValues:
+        """Return the keys and values of tokens (batch, length, token width)."""
+        tokens = tokens.to(self.to_k.weight.dtype)
+        return _keys(attn, self.to_k(tokens)), _heads(attn, self.to_v(tokens))
+
+    def gated(self, attended: Tensor) -> Tensor:
+        return attended * (self.gate * GATE_GAIN)
+
+
+class LowRank(nn.Module):
+    """A low-rank addition to one linear layer (LoRA, arXiv 2106.09685), with peft's names and initial values.
+
+    It is computed in every call, rather than by peft's layers, because peft keeps its scale on the module: there it
+    could differ neither between two threads nor between two people in one batch.
+    """
+
+    def __init__(self, in_width: int, out_width: int, rank: int) -> None:
+        super().__init__()
+        self.lora_A = nn.Linear(in_width, rank, bias=False)
+        self.lora_B = nn.Linear(rank, out_width, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return cast(Tensor, self.lora_B(self.lora_A(states.to(self.lora_A.weight.dtype))))
+
+
+class LayerWeights(nn.Module):
+    """What one adapter adds to one attention layer: branches (cross-attention only) and low-rank additions.
+
+    Children are named after the branches and after the linear layers the LoRA belongs to. `owner` names the branch
+    whose strength the LoRA follows; it also fixes the order of summation when several adapters are attached.
+    """
+
+    def __init__(self, owner: str, default_scales: dict[str, float]) -> None:
+        super().__init__()
+        self.owner = owner
+        self.default_scales = default_scales
+
+    def branches(self) -> dict[str, Branch]:
+        return {name: child for name, child in self.named_children() if isinstance(child, Branch)}
+
+    def low_rank(self, target: str) -> LowRank | None:
+        """Return the addition to the linear layer `target` ("to_q", "to_out.0"), if there is one."""
+        module: nn.Module | None = self
+        for part in target.split("."):
+            module = None if module is None else module._modules.get(part)
+        return module if isinstance(module, LowRank) else None
+
+    def strength(self, conditioning: Conditioning, branch: str) -> "float | Tensor | None":
+        """Return the factor on a branch in this call, a number or one per batch item; None: it is off altogether.
+
+        A batch item none of whose tokens count has no such branch, so its factor is 0.
+        """
+        tokens = conditioning.branches.get(branch)
+        if tokens is None:
+            return None
+        scale = conditioning.scales.get(branch, self.default_scales[branch])
+        if not isinstance(scale, Tensor) and scale == 0:
+            return None
+        if tokens.mask is None or conditioning.keys_values is not None:  # `project` has folded the mask in already
+            return scale
+        return scale * tokens.mask.any(dim=1).to(tokens.values.dtype)
+
+
+class ParallelAttention:
+    """The processor of one attention layer while at least one adapter is attached; immutable."""
+
+    def __init__(self, name: str, stock: AttnProcessor2_0, layers: Sequence[LayerWeights]) -> None:
+        self.name = name
+        self.stock = stock  # put back when the last adapter is detached
+        # A fixed order of summation: attaching the same adapters in another order must not change a single bit.
+        self.layers = tuple(sorted(layers, key=lambda layer: layer.owner))
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        conditioning: Conditioning | None = None,
+    ) -> Tensor:
+        """Return the layer's output for states (batch, positions, width) or (batch, width, height, width).
+
+        Line by line the arithmetic of diffusers' AttnProcessor2_0, with the additions in between.
+        """
+        conditioning = conditioning or Conditioning()
+        residual = hidden_states
+        states = hidden_states.flatten(2).transpose(1, 2) if hidden_states.dim() == 4 else hidden_states
+        if attn.group_norm is not None:
+            states = attn.group_norm(states.transpose(1, 2)).transpose(1, 2)
+        query = _heads(attn, self._linear(attn, "to_q", states, conditioning))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if encoder_hidden_states is None:
+            key, value = self._keys_values(attn, states, conditioning)
+            mixed = _attend(query, key, value, _stock_mask(attn, attention_mask, key))
+        else:
+            ready = (conditioning.keys_values or {}).get((self.name, TEXT))
+            key, value = ready or self.text_keys_values(attn, encoder_hidden_states, conditioning)
+            mixed = _attend(query, key, value, _stock_mask(attn, attention_mask, key))
+            mixed = self._add_branches(attn, query, mixed, conditioning)
+        out = self._linear(attn, "to_out.0", mixed.to(query.dtype), conditioning)
+        out = attn.to_out[1](out)  # dropout
+        if hidden_states.dim() == 4:
+            out = out.transpose(-1, -2).reshape(hidden_states.shape)
+        if attn.residual_connection:
+            out = out + residual
+        return cast(Tensor, out / attn.rescale_output_factor)
+
+    def text_keys_values(self, attn: Attention, text: Tensor, conditioning: Conditioning) -> KeysValues:
+        """Return the denoiser's own keys and values (LoRA included) of text tokens (batch, length, width)."""
+        if attn.norm_cross is not None:
+            text = attn.norm_encoder_hidden_states(text)
+        return self._keys_values(attn, text, conditioning)
+
+    def _keys_values(self, attn: Attention, source: Tensor, conditioning: Conditioning) -> KeysValues:
+        key = _keys(attn, self._linear(attn, "to_k", source, conditioning))
+        return key, _heads(attn, self._linear(attn, "to_v", source, conditioning))
+
+    def _linear(self, attn: Attention, target: str, states: Tensor, conditioning: Conditioning) -> Tensor:
+        out: Tensor = attn.get_submodule(target)(states)
+        for layer in self.layers:
+            low_rank = layer.low_rank(target)
+            strength = None if low_rank is None else layer.strength(conditioning, layer.owner)
+            if low_rank is not None and strength is not None:
+                out = _add(out, low_rank(states), strength).to(out.dtype)
+        return out
+
+    def _add_branches(self, attn: Attention, query: Tensor, mixed: Tensor, conditioning: Conditioning) -> Tensor:
+        ready = conditioning.keys_values
+        for layer in self.layers:
+            for name, branch in layer.branches().items():
+                strength = layer.strength(conditioning, name)
+                if strength is None:
+                    continue
+                tokens = conditioning.branches[name]
+                key, value = (ready or {}).get((self.name, name)) or branch.keys_values(attn, tokens.values)
+                mask = tokens.mask if ready is not None else usable_mask(tokens)
+                attended = _attend(
+                    query, key.to(query.dtype), value.to(query.dtype), None if mask is None else mask[:, None, None]
+                )
+                mixed = _add(mixed, branch.gated(attended), strength)
+        return mixed
+
+
+def attention_layers(denoiser: nn.Module) -> dict[str, Attention]:
+    """Return the denoiser's attention layers by module path, in the order in which diffusers enumerates processors."""
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, Attention)}
+
+
+def usable_mask(tokens: Tokens) -> Tensor | None:
+    """Return the key-padding mask with every token counting in those batch items where none does.
+
+    A softmax over nothing is not a number; such an item's branch has strength 0 (`LayerWeights.strength`), so what it
+    would attend to is irrelevant as long as it is finite.
+    """
+    return None if tokens.mask is None else tokens.mask | ~tokens.mask.any(dim=1, keepdim=True)
+
+
+def _add(base: Tensor, addition: Tensor, strength: "float | Tensor") -> Tensor:
+    """Return base + strength * addition; items whose strength is 0 keep the base bit for bit, whatever the addition."""
+    if not isinstance(strength, Tensor):
+        return base + strength * addition
+    strength = strength.to(addition.device).view(-1, *[1] * (addition.dim() - 1))
+    return base + torch.where(strength != 0, strength * addition, 0)
+
+
+def _heads(attn: Attention, states: Tensor) -> Tensor:
+    """(batch, length, inner) to (batch, heads, length, head width)."""
+    return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+
+def _keys(attn: Attention, states: Tensor) -> Tensor:
+    keys = _heads(attn, states)
+    return keys if attn.norm_k is None else cast(Tensor, attn.norm_k(keys))
+
+
+def _stock_mask(attn: Attention, mask: Tensor | None, key: Tensor) -> Tensor | None:
+    """Bring diffusers' additive mask (batch, 1, length) to (batch, heads, 1, length)."""
+    if mask is None:
+        return None
+    batch, length = key.shape[0], key.shape[2]
+    prepared = cast(Tensor, attn.prepare_attention_mask(mask, length, batch))
+    return prepared.view(batch, attn.heads, -1, prepared.shape[-1])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """One softmax attention; (batch, heads, length, head width) in, (batch, length, inner) out."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
