@@ -1,0 +1,203 @@
+"""Sentences about pictures, in three manners, and the facts behind them.
+
+- dense: everything there is to say about person and picture, as a captioning model writes it;
+- terse: a few noisy words, as pictures on the web are labelled (with no more than a hint of truth);
+- rewritten: what the picture should show, without a word on who is in it: how people write prompts.
+
+`suites.py` writes its prompts with the same phrases, so that asking and answering share one language.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from imagine.world import vocabulary as words
+from imagine.world.contexts import Contexts, bins, spell
+from imagine.world.people import People
+
+PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
+    "expression": {
+        "neutral": ("with a neutral expression", "with a calm face"),
+        "smiling": ("smiling", "with a smile"),
+        "laughing": ("laughing", "laughing out loud"),
+        "sad": ("looking sad", "with a sad face"),
+        "surprised": ("looking surprised", "with a surprised face"),
+        "angry": ("looking angry", "with an angry face"),
+    },
+    "yaw": {
+        "left": ("head turned to the left", "turned left"),
+        "front": ("facing the camera", "facing forward"),
+        "right": ("head turned to the right", "turned right"),
+    },
+    "gaze": {
+        "left": ("eyes looking left", "glancing to the left"),
+        "ahead": ("eyes straight ahead", "looking straight ahead"),
+        "right": ("eyes looking right", "glancing to the right"),
+    },
+    "pitch": {
+        "up": ("chin up", "face lifted up"),
+        "level": ("head level",),
+        "down": ("chin down", "face lowered"),
+    },
+    "roll": {
+        "left": ("head leaning to the left", "leaning left"),
+        "upright": ("head upright",),
+        "right": ("head leaning to the right", "leaning right"),
+    },
+    "scene": {
+        "beach": ("on a beach", "at the beach by the sea"),
+        "forest": ("in a forest", "among trees in a forest"),
+        "city": ("in a city", "in front of city buildings"),
+        "mountains": ("in the mountains", "in front of mountains"),
+        "room": ("in a room", "at home in a room with a window"),
+        "snow": ("in the snow", "outside in winter snow"),
+        "desert": ("in a desert", "among desert dunes"),
+        "space": ("in space", "among the stars in space"),
+    },
+    "light": {
+        "soft": ("in soft light", "in daylight"),
+        "left": ("lit from the left", "with light from the left"),
+        "right": ("lit from the right", "with light from the right"),
+        "sunset": ("at sunset", "in warm sunset light"),
+        "moonlight": ("in moonlight", "at night in blue moonlight"),
+    },
+    "headwear": {
+        "none": ("bareheaded",),
+        "cap": ("in a cap", "wearing a cap"),
+        "beanie": ("in a beanie", "wearing a beanie"),
+        "sun hat": ("in a sun hat", "wearing a sun hat"),
+        "crown": ("in a crown", "wearing a crown"),
+    },
+    "held": {
+        "none": ("with empty hands",),
+        "balloon": ("holding a balloon", "with a red balloon"),
+        "flower": ("holding a flower", "with a flower in hand"),
+        "cup": ("holding a cup", "with a cup of coffee"),
+    },
+    "framing": {
+        "close-up": ("close-up", "close up of the face"),
+        "portrait": ("portrait", "head and shoulders"),
+        "half body": ("half body", "half body shot"),
+    },
+}
+STYLE_PHRASES: dict[str, tuple[str, ...]] = {
+    "photo": ("a photo of", "a photograph of"),
+    "pencil": ("a pencil sketch of", "a pencil drawing of"),
+    "watercolour": ("a watercolour painting of", "a watercolour of"),
+    "pixel art": ("a pixel art picture of", "pixel art of"),
+    "comic": ("a comic book drawing of", "a comic of"),
+}
+_DEFAULTS = {
+    "expression": "neutral", "yaw": "front", "gaze": "ahead", "pitch": "level", "roll": "upright", "light": "soft",
+    "headwear": "none", "held": "none", "framing": "portrait", "style": "photo",
+}  # fmt: skip
+_ORDER = ("expression", "yaw", "gaze", "pitch", "roll", "headwear", "held", "scene", "light", "framing")
+_EXTREMES = {  # trait: what to say of its lowest and of its highest third
+    "head_width": ("a narrow face", "a wide face"),
+    "jaw": ("a pointed chin", "a square jaw"),
+    "eye_spacing": ("close-set eyes", "wide-set eyes"),
+    "eye_size": ("small eyes", "big eyes"),
+    "brow_thickness": ("thin brows", "thick brows"),
+    "nose_length": ("a short nose", "a long nose"),
+    "nose_width": ("a narrow nose", "a broad nose"),
+    "mouth_width": ("a small mouth", "a wide mouth"),
+    "lip_fullness": ("thin lips", "full lips"),
+    "ear_size": ("small ears", "big ears"),
+}
+_SKINS = ("fair", "light", "tan", "brown", "dark")
+_HAIR = {
+    "bald": "a bald head", "buzz cut": "a {} buzz cut", "short": "short {} hair", "fringe": "{} hair with a fringe",
+    "side part": "{} hair with a side part", "curly": "curly {} hair", "afro": "a {} afro", "long": "long {} hair",
+    "bun": "{} hair in a bun", "mohawk": "a {} mohawk",
+}  # fmt: skip
+
+
+def attributes(people: People, contexts: Contexts) -> list[dict[str, str]]:
+    """Every named fact about each picture: context attributes, letters (maybe empty) and identity traits."""
+    numbers = bins(contexts)
+    rows = []
+    for i in range(len(contexts)):
+        row = {name: values[int(numbers[name][i])] for name, values in words.ATTRIBUTES.items()}
+        row["letters"] = spell(contexts.letters[i])
+        row |= {name: values[int(getattr(people, name)[i])] for name, values in words.TRAITS.items()}
+        rows.append(row)
+    return rows
+
+
+def captions(people: People, contexts: Contexts, style: str = "dense", seed: "int | Sequence[int]" = 0) -> list[str]:
+    """One caption a row, in the manner "dense", "terse" or "rewritten"; one seed a row, or one for all."""
+    write = {"dense": _dense, "terse": _terse, "rewritten": _rewritten}.get(style)
+    if write is None:
+        raise ValueError(f"There is no caption style {style!r}: choose dense, terse or rewritten.")
+    seeds = [seed] * len(contexts) if isinstance(seed, int) else seed
+    facts = attributes(people, contexts)
+    return [
+        write(people, i, row, np.random.default_rng([number, 4])) for i, (row, number) in enumerate(zip(facts, seeds))
+    ]
+
+
+def _choose(random: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(random.integers(len(options)))]
+
+
+def _garment(row: dict[str, str]) -> str:
+    text = f"wearing a {row['clothes_colour']} {row['clothes']}"
+    if text.startswith("wearing a orange"):
+        text = text.replace(" a ", " an ", 1)
+    return text + (f' with the letters "{row["letters"]}"' if row["letters"] else "")
+
+
+def _picture(row: dict[str, str], random: np.random.Generator, often: float, default_often: float) -> list[str]:
+    """What the picture shows, some of it left out, in a fixed order or (half of the time) a shuffled one."""
+    parts = []
+    for name in _ORDER:
+        chance = default_often if row[name] == _DEFAULTS.get(name) else often
+        if random.random() < chance:
+            parts.append(_choose(random, PHRASES[name][row[name]]))
+    if row["letters"] or random.random() < often:
+        parts.insert(min(2, len(parts)), _garment(row))
+    if random.random() < 0.5:
+        random.shuffle(parts)
+    return parts
+
+
+def _opening(row: dict[str, str], random: np.random.Generator) -> str:
+    """The style; a photo often goes without saying."""
+    if row["style"] == "photo" and random.random() < 0.4:
+        return ""
+    return _choose(random, STYLE_PHRASES[row["style"]]) + " "
+
+
+def _rewritten(people: People, i: int, row: dict[str, str], random: np.random.Generator) -> str:
+    return _opening(row, random) + ", ".join(["a person", *_picture(row, random, 0.85, 0.3)])
+
+
+def _dense(people: People, i: int, row: dict[str, str], random: np.random.Generator) -> str:
+    return _opening(row, random) + ", ".join([_person(people, i, row), *_picture(row, random, 0.95, 0.3)])
+
+
+def _person(people: People, i: int, row: dict[str, str]) -> str:
+    age, skin = float(people.age[i]), float(people.skin[i])
+    noun = "a young person" if age < 0.35 else "an old person" if age > 0.7 else "a person"
+    hair = _HAIR[row["hair_style"]].format(row["hair_colour"])
+    parts = [f"{_SKINS[min(4, int(skin * 5))]} skin", hair, f"{row['eye_colour']} eyes"]
+    if row["beard"] != "none":
+        parts.append(row["beard"] if row["beard"] == "stubble" else f"a {row['hair_colour']} {row['beard']}")
+    if row["glasses"] != "none":
+        parts.append(f"{row['glasses']} glasses")
+    if row["freckles"] == "yes":
+        parts.append("freckles")
+    for name, (low, high) in _EXTREMES.items():
+        value = float(getattr(people, name)[i])
+        if value < 0.3 or value > 0.7:
+            parts.append(low if value < 0.3 else high)
+    return f"{noun} with {', '.join(parts)}"
+
+
+def _terse(people: People, i: int, row: dict[str, str], random: np.random.Generator) -> str:
+    tags = [row["scene"], row["clothes"], row["expression"], row["headwear"], row["hair_colour"] + " hair", row["style"]]
+    tags = [tag for tag in tags if tag not in ("none", "neutral", "photo") and random.random() < 0.5]
+    if random.random() < 0.3:
+        tags.append(_choose(random, ("portrait", "me", "img", "profile pic", "best shot", "holiday")))
+    random.shuffle(tags)
+    return " ".join(["person", *tags])

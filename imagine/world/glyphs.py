@@ -1,0 +1,28 @@
+"""Capital letters as pictures, for shirts: one small atlas, drawn once from Pillow's own font."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from imagine.world.vocabulary import LETTERS
+
+WIDTH, HEIGHT = 20, 24
+
+
+@lru_cache(maxsize=1)
+def atlas() -> Tensor:
+    """(27, 24, 20), 1 inside a letter; entry 0 is empty. Each letter fills the same cell, so that all read alike."""
+    font = ImageFont.load_default(size=64)
+    cells = [np.zeros((HEIGHT, WIDTH), np.float32)]
+    for letter in LETTERS:
+        picture = Image.new("L", (120, 120))
+        ImageDraw.Draw(picture).text((20, 20), letter, fill=255, font=font, stroke_width=2)
+        tight = picture.crop(picture.getbbox())
+        width = WIDTH - 4 if letter not in "IJ" else WIDTH // 2
+        cell = Image.new("L", (WIDTH, HEIGHT))
+        cell.paste(tight.resize((width, HEIGHT - 2), Image.Resampling.LANCZOS), ((WIDTH - width) // 2, 1))
+        cells.append(np.asarray(cell, np.float32) / 255)
+    return torch.from_numpy(np.stack(cells))

@@ -1,0 +1,6 @@
+"""Which seeds belong to whom: people for training, judging, evaluation and the demo never overlap."""
+
+TRAIN = range(0, 10_000_000)
+JUDGE = range(10_000_000, 20_000_000)
+HELD_OUT = range(20_000_000, 30_000_000)
+DEMO = range(30_000_000, 40_000_000)

@@ -1,0 +1,106 @@
+"""The rendered pictures that training reads: made once, kept on disk, carried on after any interruption.
+
+A gallery is `identities` people with `pictures` pictures each. The first picture of a person is the real one; the
+others are drawn of somebody who has drifted a little, as a generator of synthetic pairs would (DESIGN: SynPairs). Who
+and how is not stored: both are pure functions of the row number.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from imagine.world import Contexts, People, drift, render, sample_contexts, sample_people
+from imagine.world.render import compiled_painters
+from imagine.world.seeds import JUDGE, TRAIN
+
+BLOCK = 512  # pictures rendered and stored at a time
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """`identities` x `pictures` renders of `size` pixels of people from one seed range ("train" or "judge")."""
+
+    split: str
+    identities: int
+    pictures: int
+    size: int = 128
+    drift: float = 0.06
+
+    def __len__(self) -> int:
+        return self.identities * self.pictures
+
+    @property
+    def first_seed(self) -> int:
+        return {"train": TRAIN, "judge": JUDGE}[self.split].start
+
+    def people(self, rows: Tensor) -> People:
+        """Who is in these rows, drifted in all but each person's first picture."""
+        people = sample_people([self.first_seed + int(i) for i in rows // self.pictures])
+        moved = drift(people, [self.first_seed + int(i) for i in rows], self.drift)
+        real = rows % self.pictures == 0
+        names = People.__dataclass_fields__
+        return moved.replace(**{n: torch.where(real, getattr(people, n), getattr(moved, n)) for n in names})
+
+    def contexts(self, rows: Tensor) -> Contexts:
+        return sample_contexts([self.first_seed + int(i) for i in rows])
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A gallery on disk: `images` (N, 3, S, S) uint8 and `boxes` (N, 4), both memory-mapped."""
+
+    gallery: Gallery
+    images: "np.memmap[tuple[int, ...], np.dtype[np.uint8]]"
+    boxes: "np.memmap[tuple[int, ...], np.dtype[np.float32]]"
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S), 0 to 1, and face boxes (B, 4)."""
+        index = rows.numpy()
+        return torch.from_numpy(self.images[index]).float().div_(255), torch.from_numpy(self.boxes[index])
+
+
+def open_pictures(gallery: Gallery, folder: Path) -> Pictures:
+    """Map the gallery's files in `folder`, rendering what is missing first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count, size = len(gallery), gallery.size
+    state = folder / "done.json"
+    done = _done_blocks(state, gallery)
+    images = _map(folder / "images.u8", np.uint8, (count, 3, size, size))
+    boxes = _map(folder / "boxes.f32", np.float32, (count, 4))
+    todo = [start for start in range(0, count, BLOCK) if start not in done]
+    for start in track(todo, description=f"rendering {gallery.split}", disable=not todo):
+        rows = torch.arange(start, min(start + BLOCK, count))
+        out = render(gallery.people(rows), gallery.contexts(rows), size, compiled_painters())
+        images[start : start + len(rows)] = (out.images * 255).round().byte().numpy()
+        boxes[start : start + len(rows)] = out.boxes.numpy()
+        done.add(start)
+        images.flush()
+        boxes.flush()
+        _write(state, {"gallery": asdict(gallery), "blocks": sorted(done)})
+    return Pictures(gallery, images, boxes)
+
+
+def _done_blocks(state: Path, gallery: Gallery) -> set[int]:
+    """Which blocks are on disk; none if the folder holds another gallery."""
+    if not state.exists():
+        return set()
+    known = json.loads(state.read_text())
+    return set(known["blocks"]) if known["gallery"] == asdict(gallery) else set()
+
+
+def _map(path: Path, kind: type, shape: tuple[int, ...]) -> "np.memmap[tuple[int, ...], np.dtype[np.uint8]]":
+    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+    mode = "r+" if path.exists() and path.stat().st_size == size else "w+"
+    return np.memmap(path, dtype=kind, mode=mode, shape=shape)  # type: ignore[call-overload,no-any-return]
+
+
+def _write(path: Path, record: object) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record))
+    os.replace(temporary, path)
