@@ -1,0 +1,297 @@
+"""A picture in, whatever form it has; an upright RGB picture out, or one sentence that says what to do.
+
+This is the first step of every call that takes a reference: `photos` opens, `faces` finds and crops, the vision
+encoder looks. People hand in what their phone, their print shop or a web page gave them, so the odd formats are the
+normal case: rotation kept in EXIF, CMYK and other colour profiles, 16-bit scans, transparency, animations. Each of them
+must mean here what it means in a picture viewer, because a rotated or inverted face is still "a picture" to a network,
+only a wrong one.
+
+Limits, and why:
+
+- `MAX_PIXELS`, 128 million, is read from the header before anything is decoded. It lets the largest common phone photo
+  (108 megapixels) through and stops decompression bombs: a 20,000 x 20,000 picture would need 1.2 GB of memory.
+- `MAX_SIDE`, 2048: larger pictures are shrunk at once (a JPEG already while it is decoded). No face crop that we use is
+  larger than 1024 pixels, and finding a face costs time by the pixel.
+- `MIN_SIDE`, 32: below that no face can be told from another.
+
+Transparent pixels become mid grey, the same grey with which a face crop masks its background.
+Nothing is ever downloaded: an address is refused with a sentence.
+"""
+
+import importlib.util
+import io
+import os
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from imagine.errors import PictureError
+
+MAX_PIXELS = 128_000_000
+MAX_SIDE = 2048
+MIN_SIDE = 32
+BACKGROUND = (128, 128, 128)
+
+PhotoSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | torch.Tensor
+
+# Only decoders that run inside the process: Pillow's EPS reader would start Ghostscript on a file we know nothing of.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "HEIF")
+_READABLE = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_warning_filter = threading.Lock()  # Python's warning filters belong to the process, not to the thread
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An opened picture and what it was before: the photo report shows these facts."""
+
+    image: Image.Image  # RGB, upright, longest side at most MAX_SIDE
+    name: str  # how sentences refer to it: the path as given, or "the picture"
+    format: str  # "JPEG", "PNG", ...; "memory" for a picture that was never a file
+    mode: str  # Pillow's mode as stored, such as "CMYK" or "I;16"
+    size: tuple[int, int]  # width and height as stored, before rotation and shrinking
+    orientation: int  # EXIF orientation, 1 to 8; 1 is upright
+
+
+def open_photo(source: PhotoSource) -> Image.Image:
+    """The picture as an upright RGB image whose longest side is at most MAX_SIDE pixels.
+
+    source: a path, the bytes of a picture file, a Pillow image, an array (H, W), (H, W, 1|3|4) or a tensor
+        (1|3|4, H, W), (1, 1|3|4, H, W); arrays and tensors hold 8-bit or 16-bit integers, or floats from 0 to 1.
+    Raises PictureError, whose sentence says what to do.
+    """
+    return read_photo(source).image
+
+
+def read_photo(source: PhotoSource) -> Photo:
+    """As `open_photo`, together with the facts about the picture as it was stored."""
+    if isinstance(source, torch.Tensor):
+        return _finish(_from_array(_channels_last(source)), "the picture", "memory")
+    if isinstance(source, np.ndarray):
+        return _finish(_from_array(source), "the picture", "memory")
+    if isinstance(source, Image.Image):
+        return _finish(source, "the picture", source.format or "memory")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name, data = "the picture", io.BytesIO(bytes(source))
+    elif isinstance(source, (str, os.PathLike)):
+        name, data = _read_file(source)
+    else:
+        raise PictureError(
+            f"A {type(source).__name__} is not a picture: give a path, bytes, a Pillow image, an array or a tensor."
+        )
+    with _open(data, name) as image:
+        return _finish(image, name, image.format or "unknown")
+
+
+def _read_file(source: "str | os.PathLike[str]") -> tuple[str, io.BytesIO]:
+    name = os.fspath(source)
+    if isinstance(name, str) and name.startswith(("http://", "https://")):
+        raise PictureError(f"{name} is an address and nothing is downloaded: save the picture and give its path.")
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            raise PictureError(f"{name} is a folder: give the path of one picture in it.")
+        if not path.exists():
+            raise PictureError(f"There is no file {name}: check the path.")
+        if not path.is_file():
+            raise PictureError(f"{name} is not an ordinary file: give the path of a picture.")
+        return name, io.BytesIO(path.read_bytes())
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
+        if isinstance(error, PictureError):
+            raise
+        raise PictureError(f"{name} cannot be read ({error}): check its permissions and the path.") from error
+
+
+def _open(data: io.BytesIO, name: str) -> Image.Image:
+    """Reads the header only, and refuses what must not be decoded."""
+    head = data.getbuffer()[:32].tobytes()
+    if not head:
+        raise PictureError(f"{name} is empty: copy or download the picture again.")
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+        _enable_heic(name)
+    try:
+        with _warning_filter, warnings.catch_warnings():
+            # Pillow warns from 89 megapixels on; our own limit, checked below, is the one that counts.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(data, formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise PictureError(_too_large(name)) from error
+    except UnidentifiedImageError as error:
+        raise PictureError(f"{name} is not a picture that can be read: save it as {_READABLE}.") from error
+    except Exception as error:  # a header can break any decoder in its own way
+        raise PictureError(_damaged(name)) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise PictureError(_too_large(name, image.size))
+    return image
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]  # some are optional when Pillow is built
+
+
+def _enable_heic(name: str) -> None:
+    if importlib.util.find_spec("pillow_heif") is None:
+        raise PictureError(
+            f"{name} is a HEIC photo, which cannot be read here: save it as JPEG, or install the package pillow-heif."
+        )
+    importlib.import_module("pillow_heif").register_heif_opener()
+
+
+def _finish(image: Image.Image, name: str, stored_format: str) -> Photo:
+    """Checks the size, decodes, turns upright, converts to RGB and shrinks."""
+    stored_mode, stored_size = image.mode, image.size
+    _check_size(image.size, name)
+    try:
+        orientation = _orientation(image)
+        if image.format in ("JPEG", "MPO"):
+            # libjpeg decodes straight to 1/2, 1/4 or 1/8; twice the final side leaves the last step to a good filter.
+            image.draft(None, (2 * MAX_SIDE, 2 * MAX_SIDE))
+        image.load()
+        image = _to_rgb(_without_profile(_transposed(image, orientation)))
+    except PictureError:
+        raise
+    except Exception as error:  # whatever a decoder raises on damaged bytes, the user can do only one thing
+        raise PictureError(_damaged(name)) from error
+    if max(image.size) > MAX_SIDE:
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return Photo(image, name, stored_format, stored_mode, stored_size, orientation)
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise PictureError(_too_large(name, size))
+    if min(size) < MIN_SIDE:
+        raise PictureError(
+            f"{name} is {width} x {height} pixels, too small to hold a face: give {MIN_SIDE} x {MIN_SIDE} or more."
+        )
+    if min(size) * MAX_SIDE < MIN_SIDE * max(size):
+        raise PictureError(f"{name} is {width} x {height} pixels, too narrow a strip: cut it to the person first.")
+
+
+def _too_large(name: str, size: tuple[int, int] | None = None) -> str:
+    shown = f"{size[0]:,} x {size[1]:,} pixels, more" if size else "more"
+    return f"{name} is {shown} than {MAX_PIXELS // 1_000_000} million pixels: shrink it, {MAX_SIDE} a side is plenty."
+
+
+def _damaged(name: str) -> str:
+    return f"{name} is cut off or damaged: copy or download it again, or save it anew as JPEG or PNG."
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF says nothing about the pixels: read the picture as it lies
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _transposed(image: Image.Image, orientation: int) -> Image.Image:
+    """EXIF orientation: where row 0 and column 0 of the stored picture belong (Exif 2.32, tag 274)."""
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(orientation)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.info.update({key: image.info[key] for key in ("icc_profile", "transparency") if key in image.info})
+    return turned
+
+
+def _without_profile(image: Image.Image) -> Image.Image:
+    """Colours moved from the embedded ICC profile to sRGB; a profile that cannot be used changes nothing."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK", "L", "RGBA"):
+        return image
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    colours = image.convert("RGB") if alpha else image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):  # wrong number of channels, damaged profile
+        return image
+    assert converted is not None  # only an in-place conversion returns nothing
+    if alpha:
+        converted.putalpha(alpha)
+    elif "transparency" in image.info and image.mode == "RGB":
+        return image  # a colour key names a stored colour: converting would break it
+    converted.info.pop("transparency", None)
+    return converted
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode as RGB: deep greys are scaled, not clipped; transparency is laid on mid grey."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bit(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBa", "La"):  # colours already multiplied by alpha
+        image = image.convert(image.mode.upper())
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
+    rgb = image.convert("RGB")
+    clean = rgb.copy() if rgb is image else rgb
+    clean.info = {}  # no profile, no EXIF: the pixels now mean what they say
+    clean.getexif().clear()
+    return clean
+
+
+def _eight_bit(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Numbers of any depth as 8-bit: integers by their depth (8, 16, else the largest value), floats from 0 to 1."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * 255
+    numbers = np.nan_to_num(values.astype(np.float64))
+    top = float(numbers.max(initial=0.0))
+    if values.dtype.kind == "f":
+        full = 1.0 if top <= 1.0 else 255.0 if top <= 255.0 else top
+    elif values.dtype.kind == "u" and values.dtype.itemsize == 2:  # of either byte order
+        full = 65535.0
+    else:
+        full = 255.0 if top <= 255.0 else 65535.0 if top <= 65535.0 else top
+    return np.clip(numbers * (255.0 / full) + 0.5, 0, 255).astype(np.uint8)
+
+
+def _channels_last(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    shape = tuple(tensor.shape)
+    values = tensor.detach().cpu()
+    values = values.float() if values.is_floating_point() else values
+    values = values[0] if values.ndim == 4 and values.shape[0] == 1 else values
+    if values.ndim != 3 or values.shape[0] not in (1, 3, 4):
+        raise PictureError(f"A tensor of shape {shape} is not one picture: give (3, height, width).")
+    array: np.ndarray[Any, Any] = values.permute(1, 2, 0).numpy()
+    return array
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise PictureError(f"An array of shape {array.shape} is not one picture: give (height, width, 3).")
+    if array.dtype.kind not in "buif":
+        raise PictureError(f"An array of {array.dtype} is not a picture: give 8-bit integers or floats from 0 to 1.")
+    if array.dtype.kind == "f" and not _within_unit(array):
+        raise PictureError("A picture given as floats must hold numbers from 0 to 1: rescale it first.")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    _check_size((array.shape[1], array.shape[0]), "the picture")
+    return Image.fromarray(np.ascontiguousarray(_eight_bit(array)))
+
+
+def _within_unit(array: np.ndarray[Any, Any]) -> bool:
+    # A hair outside 0 to 1 is what resampling and decoders leave behind; anything more is another scale.
+    return bool(np.isfinite(array).all() and array.size and array.min() >= -0.01 and array.max() <= 1.01)
