@@ -19,15 +19,17 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from imagine.errors import WeightsError
+from imagine.faces import FaceFinder, LearnedFinder, crop_faces
 
 FORMAT_VERSION = 1
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_SLOTS = 3
 IGNORED = -100  # the class of an attribute that a picture does not have: no loss, as in torch's cross_entropy
-PRIOR_BOX = (0.31, 0.22, 0.38, 0.42)  # left, top, width, height of a typical face, as shares of the picture
+PRIOR_BOX = (0.3, 0.274, 0.4, 0.416)  # left, top, width, height of the world's usual face, as shares of the picture
 
 Vocabulary = Mapping[str, Sequence[str]]
 Network = TypeVar("Network", "Recogniser", "Reader")
@@ -82,7 +84,7 @@ class Body(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """Masked face crops (B, 3, size, size) in 0..1 -> unit embeddings (B, dimensions). About 50 MFLOP at the defaults."""
+    """Masked face crops (B, 3, size, size) in 0..1 -> unit embeddings (B, dimensions); about 50 MFLOP a crop."""
 
     def __init__(
         self, size: int = 64, widths: Sequence[int] = (32, 48, 96, 192), blocks: int = 1, dimensions: int = 128
@@ -228,8 +230,8 @@ def reading_loss(logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
 class Judge:
     """Both networks, with what finds the face in a picture that comes without a box.
 
-    `find_boxes` may be any function from pictures to one box each; without one every picture gets the prior box, the
-    typical place of a face in this world's framing.
+    `find_boxes` is any function from pictures to one box each (`boxes_by` makes one of a face finder); without one
+    every picture gets the prior box, the usual place of a face in this world.
     """
 
     def __init__(self, recogniser: Recogniser, reader: Reader, find_boxes: FaceBoxes | None = None) -> None:
@@ -239,12 +241,16 @@ class Judge:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path | None = None, find_boxes: FaceBoxes | None = None) -> "Judge":
-        """The judge saved in `folder` (it holds recogniser/ and reader/), or the shipped one."""
-        if folder is None:
-            from imagine.weights import default_folder
+        """The judge saved in `folder` (it holds recogniser/ and reader/), or the shipped one.
 
-            folder = default_folder() / "judge"
-        folder = Path(folder)
+        Without `find_boxes`, faces are found by the small finder that lies beside the folder, if one does.
+        """
+        from imagine.weights import default_folder
+
+        folder = default_folder() / "judge" if folder is None else Path(folder)
+        beside = folder.parent / "finder"
+        if find_boxes is None and beside.is_dir():
+            find_boxes = boxes_by(LearnedFinder.from_folder(beside))
         return cls(Recogniser.load(folder / "recogniser"), Reader.load(folder / "reader"), find_boxes)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
@@ -254,8 +260,6 @@ class Judge:
     @torch.inference_mode()
     def embed(self, images: Tensor, boxes: Tensor | None = None, batch: int = 64) -> Tensor:
         """Unit embeddings (N, D) of the faces in pictures (N, 3, H, W) in 0..1; without boxes the face is found."""
-        from imagine.faces import crop_faces
-
         parts = []
         for start in range(0, len(images), batch):
             some = images[start : start + batch]
@@ -282,6 +286,21 @@ def prior_boxes(images: Tensor) -> Tensor:
     return box.expand(len(images), 4)
 
 
+def boxes_by(finder: FaceFinder) -> FaceBoxes:
+    """The largest face that `finder` finds in each picture, and the prior box where it finds none."""
+
+    def boxes(images: Tensor) -> Tensor:
+        where = prior_boxes(images).clone()
+        for row, image in enumerate(images):
+            pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
+            if found := finder.find(Image.fromarray(pixels)):
+                face = found[0]
+                where[row] = torch.tensor([face.left, face.top, face.width, face.height])
+        return where
+
+    return boxes
+
+
 def _groups(width: int) -> int:
     """The most GroupNorm groups, at most 8, of at least four channels each where the width allows."""
     return next(groups for groups in (8, 4, 2, 1) if width % groups == 0 and (width // groups >= 4 or groups == 1))
@@ -294,7 +313,7 @@ def _class(words: Sequence[str], word: str | None) -> int:
 def _letter_classes(letters: str | None) -> list[int]:
     if letters is None:
         return [IGNORED] * LETTER_SLOTS
-    known = letters.upper()[:LETTER_SLOTS].ljust(LETTER_SLOTS)
+    known = letters[:LETTER_SLOTS].ljust(LETTER_SLOTS)
     return [LETTERS.find(letter) + 1 for letter in known]
 
 
