@@ -1,0 +1,82 @@
+"""The builder's command line: `python -m data_synth world ...`. It parses, calls and reports; no logic of its own.
+
+Exit codes: 0 done, 2 the input is wrong (one sentence on stderr), 1 our fault, 130 stopped by hand.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from imagine.errors import ImagineError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the page of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        sentence = message[:1].upper() + message[1:]
+        self.exit(2, f"{sentence}; `{self.prog} --help` lists what can be given.\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one builder command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        _world(options)
+    except ImagineError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped; the same command carries on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m data_synth", description="Build data: pictures of people with exact ground truth.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    world = commands.add_parser("world", help="pictures of the portrait world, with captions and attributes")
+    world.add_argument("--identities", type=int, required=True, metavar="N", help="how many people")
+    world.add_argument("--images", type=int, required=True, metavar="M", help="how many pictures of each of them")
+    world.add_argument("--size", type=int, default=128, metavar="PX", help="side of the square pictures (default 128)")
+    world.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same pictures (default 0)")
+    world.add_argument(
+        "--people",
+        default="train",
+        metavar="RANGE",
+        help="whose seeds to draw people from: train (default), judge, held_out or demo; these never overlap",
+    )
+    world.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write or to carry on in")
+    return parser
+
+
+def _world(options: argparse.Namespace) -> None:
+    from data_synth.world_command import WorldSettings, build  # torch loads only once there is work for it
+
+    settings = WorldSettings(options.identities, options.images, options.size, options.seed, options.people)
+    with _progress() as progress:
+        task = progress.add_task("pictures", total=settings.identities * settings.images)
+        table = build(settings, options.output, lambda done: progress.update(task, completed=done))
+    print(f"{settings.identities * settings.images} pictures of {settings.identities} people: {table}")
+
+
+def _progress() -> Progress:
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The house rules that can be checked: layers, silent imports, commands, public names, the file guide and sizes."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("imagine", "train", "data_synth")
+PUBLIC_NAMES = {"imagine": ["ImaginePipeline", "Persona"]}
+HEAVY = ("diffusers", "insightface", "onnxruntime", "open_clip", "skimage", "torch", "torchvision", "transformers")
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def modules() -> list[str]:
+    """Every module of the three packages, by its dotted name; `__main__` runs things and is left out."""
+    names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources(*PACKAGES))
+    return [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+
+
+def in_fresh_python(code: str) -> object:
+    """What `code`, run in a fresh interpreter at the root, prints as JSON; anything on stderr is a failure."""
+    setting = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=setting, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_imports_go_one_way(capsys: pytest.CaptureFixture[str]) -> None:
+    from importlinter.cli import lint_imports
+
+    assert lint_imports(str(ROOT / "pyproject.toml"), no_cache=True) == 0, capsys.readouterr().out
+
+
+def test_importing_any_module_only_defines_names() -> None:
+    # An act is ours if a file of ours is on the stack above the innermost import: what third parties do is theirs.
+    code = f"""
+import importlib, json, os, random, sys, threading
+import numpy, torch
+acts = []
+def is_ours():
+    frame = sys._getframe(2)
+    while frame is not None and "importlib._bootstrap" not in frame.f_code.co_filename:
+        if frame.f_globals.get("__name__", "").split(".")[0] in {PACKAGES!r}:
+            return True
+        frame = frame.f_back
+    return False
+def watch(event, args):
+    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
+    if (writes or event in ("os.mkdir", "os.remove", "os.rename", "subprocess.Popen", "socket.connect")) and is_ours():
+        acts.append([event, repr(args[0])])
+def state():
+    return [torch.initial_seed(), random.getstate(), str(numpy.random.get_state()), torch.get_num_threads(),
+            str(torch.get_default_dtype()), threading.active_count(), os.getcwd()]
+sys.addaudithook(watch)
+before, changed = state(), []
+for name in {modules()!r}:
+    importlib.import_module(name)
+    if state() != before:
+        changed.append(name)
+        before = state()
+print(json.dumps({{"acts": acts, "changed": changed}}))
+"""
+    assert in_fresh_python(code) == {"acts": [], "changed": []}
+
+
+def test_the_command_line_starts_without_heavy_libraries() -> None:
+    code = f"""
+import json, sys
+import imagine.cli, data_synth.__main__, train.__main__
+print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
+"""
+    assert in_fresh_python(code) == []
+
+
+def test_every_declared_command_exists() -> None:
+    commands = re.search(r"\[project\.scripts\]\n((?:\w.*\n)+)", (ROOT / "pyproject.toml").read_text())
+    assert commands is not None
+    for line in commands[1].splitlines():
+        module, function = re.fullmatch(r'\w+ = "([\w.]+):(\w+)"', line).groups()  # type: ignore[union-attr]
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("package", PUBLIC_NAMES)
+def test_public_names_are_as_listed(package: str) -> None:
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == PUBLIC_NAMES[package]
+    assert all(getattr(module, name) is not None for name in module.__all__)
+
+
+def test_the_file_guide_matches_the_disk() -> None:
+    guide = re.search(r"<!-- file guide.*?-->\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert guide is not None
+    listed = [line.split()[0] for line in guide[1].splitlines() if line.strip()]
+    on_disk = [str(path.relative_to(ROOT)) for path in sources(*PACKAGES, "benchmarks")]
+    on_disk += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs").glob("*.yaml"))]
+    here = {name for name in listed if not name.endswith("/")}
+    assert len(listed) == len(set(listed))
+    assert {name for name in on_disk if Path(name).name != "__init__.py"} - here == set(), "missing in the guide"
+    assert [name for name in listed if not (ROOT / name).exists()] == [], "no longer on disk"
+
+
+def test_every_module_of_the_library_has_its_layer() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    layers = set(re.findall(r"\((\w+)\)|\b(\w+)\b", text[text.index('containers = ["imagine"]') :]))
+    named = {name for pair in layers for name in pair}
+    there = {path.stem for path in (ROOT / "imagine").glob("*.py")} - {"__init__", "__main__"}
+    assert there - named == set()
+
+
+def test_functions_and_files_keep_their_size() -> None:
+    lengths = {}
+    for path in sources(*PACKAGES):
+        text = path.read_text()
+        assert text.count("\n") <= 400, f"{path} is {text.count(chr(10))} lines long; it should be read in one sitting"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lengths[f"{path.relative_to(ROOT)}:{node.name}"] = (node.end_lineno or 0) - node.lineno + 1
+    long = [name for name, length in lengths.items() if length > 30]
+    assert [f"{name} ({length})" for name, length in lengths.items() if length > 60] == []
+    assert len(long) <= len(lengths) / 10, long
+
+
+def test_names_say_what_they_hold() -> None:
+    vague = re.compile(r"^(utils?|helpers?|misc|common)$")
+    assert [path for path in sources(*PACKAGES) if vague.match(path.stem)] == []
+    classes = [
+        n for path in sources(*PACKAGES) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ClassDef)
+    ]
+    assert [node.name for node in classes if re.match(r"_?Base[A-Z]|.*Manager$", node.name)] == []
