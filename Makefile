@@ -44,7 +44,7 @@ format: $(READY)  ## put the code in its standard form
 weights: $(READY)  ## train the shipped weights from nothing into runs/weights (stop and repeat at will: it resumes)
 	$(PY) -m train configs/weights.yaml --output runs/weights --resume $(ARGS)
 
-bench: $(READY)  ## seconds per picture, cold start, training pictures per second
+bench: $(READY)  ## seconds per picture, cold start, rendered pictures per second
 	$(PY) benchmarks/bench.py $(ARGS)
 
 clean:  ## remove what the verbs made, except .venv and runs/
