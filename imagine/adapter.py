@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from imagine.attention import (
     LowRank,
     ParallelAttention,
     attention_layers,
+    processor_of,
     usable_mask,
 )
 from imagine.errors import ConfigError, WeightsError
@@ -130,26 +131,23 @@ class Adapter(nn.Module):
         """
         targets, mine = attention_layers(denoiser), self.layers()
         self._check_fits(targets)
-        for name, attn in targets.items():
-            _check_can_attach(name, attn.processor, mine[name])
-        for name, attn in targets.items():
-            processor = attn.processor
-            stock, others = (
-                (processor, ()) if type(processor) is AttnProcessor2_0 else (processor.stock, processor.layers)
-            )
-            attn.set_processor(ParallelAttention(name, stock, [*others, mine[name]]))
+        present = {name: _ours(name, attn) for name, attn in targets.items()}
+        for name, processor in present.items():
+            _check_can_join(processor, mine[name])
+        for name, processor in present.items():
+            _install(targets[name], ParallelAttention(name, processor.stock, [*processor.layers, mine[name]]))
         on_exit = ExitStack()
         on_exit.callback(self.detach, denoiser)
         return on_exit
 
     def detach(self, denoiser: nn.Module) -> None:
-        """Undo `attach`; the last adapter to leave restores the stock processors. Raises WeightsError if not attached."""
+        """Undo `attach`; the last one to leave restores the stock processors. Raises WeightsError if not attached."""
         check_attached(denoiser, [self])
         mine = self.layers()
         for name, attn in attention_layers(denoiser).items():
-            rest = [layer for layer in attn.processor.layers if layer is not mine[name]]
-            stock = attn.processor.stock
-            attn.set_processor(ParallelAttention(name, stock, rest) if rest else stock)
+            processor = _ours(name, attn)
+            rest = [layer for layer in processor.layers if layer is not mine[name]]
+            _install(attn, ParallelAttention(name, processor.stock, rest) if rest else processor.stock)
 
     def _check_fits(self, targets: Mapping[str, Attention]) -> None:
         if list(targets) != self._layer_names:
@@ -231,9 +229,13 @@ class Adapter(nn.Module):
                 raise WeightsError(
                     f"{file} says {key} {metadata.get(key)!r}, but {value!r} is needed; take a file made for it."
                 )
-        specs = [BranchSpec(**spec) for spec in json.loads(metadata["branches"])]
+        try:
+            specs = [BranchSpec(**spec) for spec in json.loads(metadata["branches"])]
+            rank, targets = int(metadata["lora_rank"]), json.loads(metadata["lora_targets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(f"{file} does not describe its branches and LoRA properly; save it again.") from error
         with torch.device("meta"):  # nothing is initialised in vain, and no random number is drawn
-            adapter = cls(denoiser, specs, int(metadata["lora_rank"]), json.loads(metadata["lora_targets"]))
+            adapter = cls(denoiser, specs, rank, targets)
         _check_tensors(file, tensors, adapter.state_dict())
         adapter.load_state_dict(tensors, assign=True)
         adapter.metadata = metadata
@@ -245,12 +247,12 @@ def check_attached(denoiser: nn.Module, adapters: Iterable[Adapter]) -> None:
     targets = attention_layers(denoiser)
     for adapter in adapters:
         for name, layer in adapter.layers().items():
-            processor = targets[name].processor if name in targets else None
+            processor = processor_of(targets[name]) if name in targets else None
             attached = isinstance(processor, ParallelAttention) and any(layer is other for other in processor.layers)
             if not attached:
                 raise WeightsError(
-                    f"The adapter with branch {adapter.branch_specs[0].name!r} is not attached to {name}, whose processor "
-                    f"is {type(processor).__name__}: set_attention_slice, set_attn_processor, enable_xformers, "
+                    f"The adapter with branch {layer.owner!r} is not attached to {name}, whose processor is "
+                    f"{type(processor).__name__}: set_attention_slice, set_attn_processor, enable_xformers, "
                     "fuse_qkv_projections and IP-Adapters replace it; leave them out, or call "
                     "set_attn_processor(AttnProcessor2_0()) and then attach."
                 )
@@ -265,24 +267,20 @@ def project(denoiser: nn.Module, conditioning: Conditioning, text: Tensor | None
     strength.
     Raises WeightsError if a branch has tokens but nothing attached reads it.
     """
-    processors = {
-        name: (attn, attn.processor)
-        for name, attn in attention_layers(denoiser).items()
-        if attn.is_cross_attention and isinstance(attn.processor, ParallelAttention)
-    }
-    conditioning = _fold_masks(
-        conditioning, [layer for _, processor in processors.values() for layer in processor.layers]
-    )
+    targets = {name: attn for name, attn in attention_layers(denoiser).items() if attn.is_cross_attention}
+    processors = {name: _ours(name, attn) for name, attn in targets.items()}
+    conditioning = _fold_masks(conditioning, [layer for each in processors.values() for layer in each.layers])
     keys_values: dict[tuple[str, str], KeysValues] = {}
     if text is not None:
-        text = cast(Tensor, denoiser.process_encoder_hidden_states(text, added_cond_kwargs={}))
-    for name, (attn, processor) in processors.items():
+        text = cast(Any, denoiser).process_encoder_hidden_states(text, added_cond_kwargs={})
+    for name, processor in processors.items():
         if text is not None:
-            keys_values[name, TEXT] = processor.text_keys_values(attn, text, conditioning)
+            keys_values[name, TEXT] = processor.text_keys_values(targets[name], text, conditioning)
         for layer in processor.layers:
             for branch, weights in layer.branches().items():
                 if branch in conditioning.branches:
-                    keys_values[name, branch] = weights.keys_values(attn, conditioning.branches[branch].values)
+                    tokens = conditioning.branches[branch].values
+                    keys_values[name, branch] = weights.keys_values(targets[name], tokens)
     return replace(conditioning, keys_values=keys_values)
 
 
@@ -294,7 +292,7 @@ def _fold_masks(conditioning: Conditioning, layers: Sequence[LayerWeights]) -> C
     for name, tokens in conditioning.branches.items():
         if name not in readers:
             raise WeightsError(
-                f"No attached adapter reads the branch {name!r}; attach its adapter, or leave its tokens out."
+                f"Nothing attached reads the branch {name!r}; attach its adapter, or leave its tokens out."
             )
         strength = readers[name].strength(replace(conditioning, keys_values=None), name)
         if strength is None or (isinstance(strength, Tensor) and not strength.any()):
@@ -316,14 +314,20 @@ def _check_specs(branches: Sequence[BranchSpec]) -> None:
             raise ConfigError(f"Branch {spec.name!r} must give both projection and input_width, or neither.")
 
 
-def _check_can_attach(name: str, processor: object, layer: LayerWeights) -> None:
+def _ours(name: str, attn: Attention) -> ParallelAttention:
+    """Return the layer's processor; a stock one as an empty one of ours. Raises WeightsError for any other."""
+    processor = processor_of(attn)
+    if isinstance(processor, ParallelAttention):
+        return processor
     if type(processor) is AttnProcessor2_0:
-        return
-    if not isinstance(processor, ParallelAttention):
-        raise WeightsError(
-            f"The denoiser's layer {name} uses {type(processor).__name__} instead of the stock AttnProcessor2_0; undo "
-            "attention slicing, xformers or an IP-Adapter with set_attn_processor(AttnProcessor2_0()) before attaching."
-        )
+        return ParallelAttention(name, processor, ())
+    raise WeightsError(
+        f"The denoiser's layer {name} uses {type(processor).__name__} instead of the stock AttnProcessor2_0; undo "
+        "attention slicing, xformers or an IP-Adapter with set_attn_processor(AttnProcessor2_0()), then attach."
+    )
+
+
+def _check_can_join(processor: ParallelAttention, layer: LayerWeights) -> None:
     if any(other is layer for other in processor.layers):
         raise WeightsError("This adapter is attached to this denoiser already; detach it first.")
     taken = {branch for other in processor.layers for branch in other.default_scales}
@@ -331,16 +335,14 @@ def _check_can_attach(name: str, processor: object, layer: LayerWeights) -> None
         raise WeightsError(f"Another attached adapter has a branch {min(shared)!r} too; detach that adapter first.")
 
 
+def _install(attn: Attention, processor: ParallelAttention | AttnProcessor2_0) -> None:
+    attn.set_processor(cast(AttnProcessor, processor))
+
+
 def _linear(attn: Attention, target: str) -> nn.Linear:
-    try:
-        linear = attn.get_submodule(target)
-    except AttributeError:
-        linear = None
-    if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
-        raise ConfigError(
-            f"LoRA target {target!r} is no linear layer of the attention; choose from {', '.join(LORA_TARGETS)}."
-        )
-    return cast(nn.Linear, linear)
+    if target not in LORA_TARGETS:
+        raise ConfigError(f"There is no LoRA target {target!r}; choose from {', '.join(LORA_TARGETS)}.")
+    return cast(nn.Linear, attn.get_submodule(target))  # or a layer that stands for one, such as peft's
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -356,6 +358,11 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
 def _file(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / FILE_NAME
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return what a saved adapter says of itself, without a denoiser. Raises WeightsError as `Adapter.load` does."""
+    return _read(_file(path))[0]
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -191,6 +191,11 @@ def attention_layers(denoiser: nn.Module) -> dict[str, Attention]:
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, Attention)}
 
 
+def processor_of(attn: Attention) -> object:
+    """Return a layer's processor, whoever set it."""
+    return attn.processor
+
+
 def usable_mask(tokens: Tokens) -> Tensor | None:
     """Return the key-padding mask with every token counting in those batch items where none does.
 
@@ -215,7 +220,7 @@ def _heads(attn: Attention, states: Tensor) -> Tensor:
 
 def _keys(attn: Attention, states: Tensor) -> Tensor:
     keys = _heads(attn, states)
-    return keys if attn.norm_k is None else cast(Tensor, attn.norm_k(keys))
+    return keys if attn.norm_k is None else attn.norm_k(keys)
 
 
 def _stock_mask(attn: Attention, mask: Tensor | None, key: Tensor) -> Tensor | None:
@@ -223,7 +228,7 @@ def _stock_mask(attn: Attention, mask: Tensor | None, key: Tensor) -> Tensor | N
     if mask is None:
         return None
     batch, length = key.shape[0], key.shape[2]
-    prepared = cast(Tensor, attn.prepare_attention_mask(mask, length, batch))
+    prepared = attn.prepare_attention_mask(mask, length, batch)
     return prepared.view(batch, attn.heads, -1, prepared.shape[-1])
 
 
