@@ -30,7 +30,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss per sample (batch,), and numbers worth following; 0-dim tensors spare a GPU the wait that floats cost."""
+    """One loss per sample (batch,), and numbers worth following; a 0-dim tensor spares a GPU the wait a float costs."""
 
     per_sample: Tensor
     metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Task(Protocol):
         ...
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        """Numbers for metrics.jsonl, and picture grids written to `folder`; averaged weights in place, eval mode, no gradients."""
+        """Numbers for metrics.jsonl, and picture grids in `folder`; averaged weights, eval mode, no gradients."""
         ...
 
     def export(self, folder: Path) -> None:

@@ -1,0 +1,66 @@
+"""`python -m train CONFIG.yaml --output DIR`: read the run file, run its stages.
+
+Exit codes: 0 done, or stopped cleanly before the end (the last line says so); 2 the input is wrong; 1 our fault.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from imagine.errors import ImagineError
+from train.config import load_run
+
+
+def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None = None) -> int:
+    """Run the command line; `tasks` replaces the table of tasks. The exit code."""
+    options = _parser().parse_intermixed_args(arguments)
+    _configure_logging()
+    try:
+        run = load_run(options.config, options.overrides)
+        from train.stages import TASKS, run_stages  # after the file is read: a typo is told before torch is loaded
+
+        only = [name for name in options.only.split(",") if name]
+        chosen = TASKS if tasks is None else tasks
+        output, minutes = options.output, options.max_minutes
+        run_stages(run, output, resume=options.resume, only=only, max_minutes=minutes, tasks=chosen)
+    except ImagineError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Train the stages of a run file in order. The same command again carries on where it was stopped.",
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the run file")
+    parser.add_argument("overrides", nargs="*", metavar="stage.key=value", help="replaces a value of the run file")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--resume", action="store_true", help="carry on although settings changed, for example images")
+    parser.add_argument("--only", default="", metavar="STAGE[,STAGE]", help="leave the other stages alone")
+    parser.add_argument("--max-minutes", type=float, metavar="M", help="stop cleanly after M minutes")
+    return parser
+
+
+def _configure_logging() -> None:
+    """The trainer's own lines on stderr, through rich where there is a terminal, so that bar and lines do not mix."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("train")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""A run on disk, whole or not at all: every file is written beside its place, flushed, then renamed into it.
+
+One checkpoint is one safetensors file named after the images seen; its header carries the progress and the stage's
+settings as JSON, so weights and bookkeeping cannot part. A file that a crash left unreadable is passed over for the one
+before it.
+
+    weights/MODULE.PATH              modules that train, with their buffers
+    average/MODULE.PATH              their averages
+    optimiser/STATE/MODULE.PATH      one tensor per optimiser state, named as the parameter it belongs to
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imagine.errors import WeightsError
+from train.ema import Average
+
+log = logging.getLogger("train")
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Progress:
+    """How far a stage is."""
+
+    images_seen: int = 0
+    skipped: int = 0  # batches left out because a number in them was not finite
+    skipped_in_a_row: int = 0
+    seconds: float = 0  # of training, over all sittings
+
+
+@dataclass
+class State:
+    """Everything that changes while a stage trains; a checkpoint holds exactly this."""
+
+    modules: dict[str, nn.Module]  # those that train
+    trained: dict[str, nn.Parameter]  # by path, module name first
+    optimiser: torch.optim.Optimizer
+    average: Average
+    progress: Progress
+    stage: dict[str, Any]  # the stage's resolved settings
+    precision: str  # "fp32" or "bf16"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as read: tensors on the CPU, progress, and the stage's settings when it was written."""
+
+    tensors: dict[str, Tensor]
+    progress: Progress
+    stage: dict[str, Any]
+    precision: str
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; what is there when the block ends takes the place of `path` in one move, safely on disk."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield draft
+        if draft.is_dir():
+            if path.exists():
+                shutil.rmtree(path)  # a folder cannot be replaced in one move; whoever needs it waits for done.json
+        else:
+            _flush(draft)
+        os.replace(draft, path)
+        _flush(path.parent)
+    finally:
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON atomically."""
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically; tensors that share memory are stored once each."""
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        start = here.untyped_storage().data_ptr()
+        own[name] = here.clone() if start in seen else here
+        seen.add(start)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as draft:
+        save_file(own, draft, dict(metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU and the header's texts; WeightsError if the file is missing, cut short or not safetensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); delete it and train its stage again.") from None
+
+
+def weights(modules: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str, Tensor]:
+    """State of the modules named, parameters and buffers, by path with the module's name first."""
+    return {f"{name}.{path}": value for name in names for path, value in modules[name].state_dict().items()}
+
+
+def load_weights(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str) -> list[str]:
+    """Put tensors into those modules they are named after, strictly; names of the modules they were for."""
+    loaded = []
+    for name, module in modules.items():
+        own = {path.removeprefix(f"{name}."): v for path, v in tensors.items() if path.startswith(f"{name}.")}
+        if not own:
+            continue
+        try:
+            module.load_state_dict(own, strict=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise WeightsError(
+                f"The module {name} does not fit the weights in {source} ({reason[:300]}): give both the same sizes."
+            ) from None
+        loaded.append(name)
+    return loaded
+
+
+def save(folder: Path, state: State, keep: int, for_good: bool = False) -> Path:
+    """Write one checkpoint and drop all but the newest `keep`; one written for good is never dropped for its age.
+
+    Anything with more images seen than this belongs to a course that was given up, and goes as well.
+    """
+    tensors = {f"weights/{name}": v for name, v in weights(state.modules, list(state.modules)).items()}
+    tensors |= {f"average/{name}": v for name, v in state.average.values.items()}
+    for name, parameter in state.trained.items():
+        tensors |= {f"optimiser/{key}/{name}": v for key, v in state.optimiser.state.get(parameter, {}).items()}
+    seen = state.progress.images_seen
+    header = {"format_version": FORMAT_VERSION, "progress": asdict(state.progress)}
+    header |= {"stage": state.stage, "precision": state.precision}
+    path = folder / f"{seen:012d}{'.kept' if for_good else ''}.safetensors"
+    write_tensors(path, tensors, {"checkpoint": json.dumps(header)})
+    _drop_old(folder, seen, keep)
+    return path
+
+
+def load(folder: Path, fits: Callable[[Saved], bool]) -> Saved | None:
+    """The newest readable checkpoint that `fits`, or None if the folder holds none; unreadable ones are passed over.
+
+    If some can be read but none fits, the newest of them is returned with a warning: a stage never silently starts
+    again. If there are files and none can be read, that is a WeightsError.
+    """
+    for draft in folder.glob(".*"):
+        draft.unlink()  # what a killed run was writing
+    paths = _newest_first(folder)
+    newest: Saved | None = None
+    for path in paths:
+        try:
+            saved = _read(path)
+        except WeightsError as error:
+            log.warning("%s The checkpoint before it is used.", error)
+            continue
+        if fits(saved):
+            return saved
+        newest = newest or saved
+    if paths and newest is None:
+        raise WeightsError(f"No checkpoint in {folder} can be read: delete {folder.parent} to train it again.")
+    if newest is not None:
+        log.warning("Carrying on at %s images although its learning rate was another.", newest.progress.images_seen)
+    return newest
+
+
+@torch.no_grad()
+def restore(state: State, saved: Saved, source: str) -> None:
+    """Put a checkpoint's numbers into `state`, strictly: WeightsError for a tensor too many or too few."""
+    tensors = saved.tensors
+    loaded = load_weights(state.modules, _below("weights/", tensors), source)
+    averages = _below("average/", tensors)
+    if set(loaded) != set(state.modules) or set(averages) != set(state.average.values):
+        raise WeightsError(f"The checkpoint in {source} trains other parts; give the stage its old `train` and `ema`.")
+    for path, value in averages.items():
+        state.average.values[path].copy_(value)
+    for name, value in _below("optimiser/", tensors).items():
+        key, path = name.split("/", 1)
+        if path not in state.trained:
+            raise WeightsError(f"The checkpoint in {source} trains {path}: give the stage its old `train`.")
+        parameter = state.trained[path]
+        like = parameter if value.shape == parameter.shape else value.to(parameter.device)
+        kept = torch.empty_like(like, dtype=value.dtype).copy_(value)  # in the parameter's own memory layout
+        state.optimiser.state[parameter][key] = kept
+    state.progress = saved.progress
+
+
+def _read(path: Path) -> Saved:
+    tensors, metadata = read_tensors(path)
+    header = json.loads(metadata["checkpoint"])
+    return Saved(tensors, Progress(**header["progress"]), header["stage"], header["precision"])
+
+
+def _drop_old(folder: Path, images_seen: int, keep: int) -> None:
+    passing = []
+    for path in _newest_first(folder):
+        if _images_seen(path) > images_seen:
+            path.unlink()
+        elif not path.stem.endswith(".kept"):
+            passing.append(path)
+    for path in passing[keep:]:
+        path.unlink()
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.safetensors"), key=lambda path: (_images_seen(path), path.name), reverse=True)
+
+
+def _images_seen(path: Path) -> int:
+    return int(path.name.split(".")[0])
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {path.removeprefix(prefix): value for path, value in tensors.items() if path.startswith(prefix)}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,206 @@
+"""What a run file may say: an ordered list of stages and the data settings they share, checked before anything starts.
+
+    defaults: {precision: auto}            # fields that every stage takes unless it says otherwise
+    data: {size: 128}                      # shared by the tasks
+    stages:
+      base: {task: base, start_from: [autoencoder, clip], train: {denoiser: 1e-4}, images: 1_000_000, settings: {...}}
+
+Progress is counted in images seen, so a stage's learning rate is a pure function of that number (`Stage.rate`).
+A name that is not known is refused in one sentence with the valid ones.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from imagine.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Stage(BaseModel):
+    """One entry of a run file: what trains, from where, how fast and for how many images."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str  # a name in train.stages.TASKS
+    start_from: tuple[str, ...] = ()  # earlier stages whose trained modules this one begins with; the last one wins
+    train: dict[str, float] = Field(min_length=1)  # part -> learning rate; every other part is frozen
+    images: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1)  # images per optimiser step, over all pieces and processes
+    accumulation: int = Field(1, ge=1)  # pieces that a batch is computed in
+    warmup_images: int = Field(0, ge=0)
+    schedule: Literal["cosine", "constant", "trapezoid"] = "trapezoid"
+    decay: float = Field(0.2, ge=0, le=1)  # trapezoid: the last share of the images, over which the rate falls to 0
+    weight_decay: float = Field(0.01, ge=0)  # matrices and kernels only; gains, biases and scalars do not decay
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = Field(1.0, ge=0)  # largest gradient norm; 0: never clip
+    ema: float = Field(0, ge=0)  # half-life of the weights' average, in images; 0: no average
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: the faster of the two, measured on this device
+    channels_last: bool = False
+    compile: bool = False
+    seed: int = 0
+    prefetch: int = Field(0, ge=0)  # batches made ahead in a thread; worth it where the device is not the CPU
+    validate_every: int = Field(0, ge=0)  # images; 0: only at the end
+    checkpoint_every_seconds: float = Field(300, ge=0)  # 0: after every step
+    report_every_seconds: float = Field(10, ge=0)  # 0: after every step
+    keep: int = Field(2, ge=1)  # checkpoints kept, beside the one before the rate falls
+    settings: dict[str, Any] = Field(default_factory=dict)  # the task's own, checked by its own model
+
+    @field_validator("start_from", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Stage":
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulation} pieces")
+        return self
+
+    @property
+    def decay_start(self) -> int:
+        """Images seen up to which the learning rate does not depend on `images`."""
+        if self.schedule == "constant":
+            return self.images
+        return int(self.images * (1 - self.decay)) if self.schedule == "trapezoid" else 0
+
+    def rate(self, images_seen: int) -> float:
+        """Factor on every learning rate for the step that begins at `images_seen`, 0 to 1, and of nothing else."""
+        warm = min(1.0, (images_seen + self.batch_size) / self.warmup_images) if self.warmup_images else 1.0
+        if self.schedule == "constant":
+            return warm
+        if self.schedule == "cosine":
+            return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, images_seen / self.images)))
+        falling = self.images - self.decay_start
+        return warm * min(1.0, max(0.0, (self.images - images_seen) / falling)) if falling else warm
+
+
+class Run(BaseModel):
+    """A whole run: stages in order, and what they share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: dict[str, Any] = Field(default_factory=dict)
+    stages: dict[str, Stage] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _stages_follow_each_other(self) -> "Run":
+        earlier: list[str] = []
+        for name, stage in self.stages.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"stage name {name!r} is not a plain word (letters, digits, - and _)")
+            for source in stage.start_from:
+                if source not in earlier:
+                    raise ValueError(f"stage {name} starts from {source!r}; the stages before it: {_listed(earlier)}")
+            earlier.append(name)
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as people expect and as YAML 1.2 says."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """The run file at `path` with `stage.key=value` overrides put in; ConfigError says what is wrong."""
+    content = _read_yaml(path)
+    unknown = sorted(set(content) - {"defaults", "data", "stages"})
+    if unknown:
+        raise ConfigError(f"{path}: {_unknown(unknown[0], ['defaults', 'data', 'stages'])}.")
+    stages = content.get("stages")
+    if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise ConfigError(f"{path}: write `stages:` followed by one `name: {{task: ..., ...}}` per stage.")
+    for text in overrides:
+        _override(content, text)
+    defaults = content.get("defaults") or {}
+    merged = {str(name): {**defaults, **stage} for name, stage in stages.items()}
+    for name, stage in merged.items():
+        merged[name] = checked(Stage, stage, f"stage {name}").model_dump()
+    return checked(Run, {"data": content.get("data") or {}, "stages": merged}, str(path))
+
+
+def checked(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
+    """`values` as a `model`; what is wrong becomes one ConfigError sentence with `where` and the valid keys."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        problem = _unknown(location[-1], _keys_at(model, location[:-1]))
+    elif first["type"] == "missing":
+        problem = f"{'.'.join(location)} is missing"
+    else:
+        reason = first["msg"].removeprefix("Value error, ")
+        problem = f"{'.'.join(location)}: {reason} (got {first['input']!r})" if location else reason
+    raise ConfigError(f"{where}: {problem}.") from None
+
+
+def unknown_name(kind: str, name: str, valid: Sequence[str]) -> str:
+    """The sentence for a name that matches nothing, with the nearest one and all valid ones."""
+    near = difflib.get_close_matches(name, valid, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"there is no {kind} {name!r}{hint}; valid: {_listed(valid)}"
+
+
+def _unknown(key: str, valid: Sequence[str]) -> str:
+    return unknown_name("key", key, valid)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if names else "none"
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    for part in location:
+        inner = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return list(model.model_fields)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"The run file {path} cannot be read ({error.strerror}): name a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The run file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"The run file {path} must hold `stages:` and, if wanted, `data:` and `defaults:`.")
+    return content
+
+
+def _override(content: dict[str, Any], text: str) -> None:
+    """Put one `stage.key=value` (or `data.key=value`, `defaults.key=value`) into the file's content."""
+    address, equals, value = text.partition("=")
+    keys = address.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"The override {text!r} is not of the form stage.key=value, for example base.images=1000.")
+    stages = content["stages"]
+    if keys[0] in stages:
+        place = stages[keys[0]]
+    elif keys[0] in ("data", "defaults"):
+        place = content[keys[0]] = content.get(keys[0]) or {}
+    else:
+        raise ConfigError(f"override {text}: {unknown_name('stage', keys[0], [*stages, 'data', 'defaults'])}.")
+    for key in keys[1:-1]:
+        if not isinstance(place.setdefault(key, {}), dict):
+            raise ConfigError(f"override {text}: {key} is a single value and holds no keys.")
+        place = place[key]
+    try:
+        place[keys[-1]] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text}: the value is not valid YAML; quote it.") from None

@@ -1,0 +1,144 @@
+"""Which images and which random numbers belong to image number n: position is all that a resumed run needs to know.
+
+Every random number here is a function of (seed, purpose, image number, column), made by hashing rather than drawn from
+a generator (splitmix64; Steele, Lea, Flood 2014). There is nothing to save, a batch may be cut into pieces or spread
+over processes without changing one number, and CPU and GPU agree.
+"""
+
+import functools
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def key(seed: int, purpose: str, number: int = 0) -> int:
+    """A non-negative 63-bit number for (seed, purpose, number), for whatever wants a seed of its own."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed: int, purpose: str, images_seen: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator for one batch, for code that must be given one; prefer `normals` and `uniforms`."""
+    return torch.Generator(device).manual_seed(key(seed, purpose, images_seen))
+
+
+def uniforms(
+    seed: int, purpose: str, first: int, size: int, shape: Sequence[int] = (), device: torch.device | str = "cpu"
+) -> Tensor:
+    """(size, *shape) float32 in [0, 1): row i belongs to image number first + i alone."""
+    bits = _bits(seed, purpose, first, size, math.prod(shape), device)
+    return _high(bits).mul_(2.0**-24).view(size, *shape)
+
+
+def normals(
+    seed: int, purpose: str, first: int, size: int, shape: Sequence[int] = (), device: torch.device | str = "cpu"
+) -> Tensor:
+    """(size, *shape) float32 standard normal (Box-Muller): row i belongs to image number first + i alone."""
+    columns = math.prod(shape)
+    bits = _bits(seed, purpose, first, size, (columns + 1) // 2, device)
+    radius = _high(bits).add_(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()  # the argument is in (0, 1]: never log of 0
+    angle = ((bits >> 16) & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
+    both = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
+    return both[:, :columns].reshape(size, *shape)
+
+
+def chance(
+    seed: int, purpose: str, first: int, size: int, rate: float, device: torch.device | str = "cpu"
+) -> Tensor:
+    """(size,) bool, True with probability `rate`: which images drop a condition, say."""
+    return uniforms(seed, purpose, first, size, device=device) < rate
+
+
+def choices(
+    seed: int, purpose: str, first: int, size: int, weights: Sequence[float], device: torch.device | str = "cpu"
+) -> Tensor:
+    """(size,) int64, each the index of one weight, drawn in proportion: the source an image comes from, say."""
+    edges = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+    edges = (edges / edges[-1])[:-1].float().to(device)
+    return torch.bucketize(uniforms(seed, purpose, first, size, device=device), edges, right=True)
+
+
+def shuffled(seed: int, purpose: str, first: int, size: int, population: int) -> Tensor:
+    """(size,) int64 on the CPU: which of `population` items each image is, in a new order every round."""
+    numbers = torch.arange(first, first + size)
+    rounds = numbers // population
+    out = torch.empty_like(numbers)
+    for turn in rounds.unique().tolist():
+        here = rounds == turn
+        out[here] = _order(seed, purpose, turn, population)[numbers[here] % population]
+    return out
+
+
+def ahead(
+    make: Callable[..., T], calls: Iterable[tuple[int, int]], depth: int
+) -> Generator[tuple[int, T], None, None]:
+    """(images_seen, make(images_seen, size)) for each call in order, `depth` of them made ahead in one thread."""
+    if not depth:
+        for call in calls:
+            yield call[0], make(*call)
+        return
+    worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    try:
+        for call in calls:
+            waiting.append((call[0], worker.submit(make, *call)))
+            if len(waiting) > depth:
+                start, future = waiting.popleft()
+                yield start, future.result()
+        while waiting:
+            start, future = waiting.popleft()
+            yield start, future.result()
+    finally:
+        worker.shutdown(wait=True, cancel_futures=True)
+
+
+def to_device(record: Any, device: torch.device) -> Any:
+    """The record with every tensor in it on `device`: dataclasses, dicts, lists and tuples are followed."""
+    if isinstance(record, Tensor):
+        return record.to(device, non_blocking=True)
+    if is_dataclass(record) and not isinstance(record, type):
+        moved = {field.name: to_device(getattr(record, field.name), device) for field in fields(record) if field.init}
+        return replace(record, **moved)
+    if isinstance(record, dict):
+        return {name: to_device(value, device) for name, value in record.items()}
+    if isinstance(record, tuple) and hasattr(record, "_fields"):
+        return type(record)(*(to_device(value, device) for value in record))
+    if isinstance(record, (list, tuple)):
+        return type(record)(to_device(value, device) for value in record)
+    return record
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, purpose: str, turn: int, population: int) -> Tensor:
+    return torch.randperm(population, generator=generator(seed, purpose, turn))
+
+
+def _bits(seed: int, purpose: str, first: int, size: int, columns: int, device: torch.device | str) -> Tensor:
+    """(size, columns) int64, all 64 bits random: the hash of the hash of the row."""
+    rows = _mixed(torch.arange(first + 1, first + size + 1, device=device) * _GOLDEN + key(seed, purpose))
+    return _mixed(rows[:, None] + torch.arange(1, columns + 1, device=device) * _GOLDEN)
+
+
+def _high(bits: Tensor) -> Tensor:
+    return ((bits >> 40) & 0xFFFFFF).float()
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """splitmix64's finaliser on int64, whose products wrap; >> keeps the sign, so the copies of it are masked away."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit numbers
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
