@@ -91,12 +91,13 @@ def look_at_real(cases: Cases, judge: Judge) -> Real:
     # Judged as the pipeline's pictures are: face found, not known.
     ceiling = look(judge, len(cases), _rendered(each, cases.ceilings, true_boxes=False))
     other = torch.arange(len(cases)).roll(len(cases.prompts))  # the previous person, same prompt
+    seen_copies = look(judge, cases.identities, _rendered(evaluated, cases.references, true_boxes=False))
     return Real(
         references=references,
         reference_attributes=attributes(evaluated, cases.references),
         truths=look(judge, len(cases), _rendered(each, cases.truths, true_boxes=True)),
         gallery=look(judge, len(cases.gallery), _rendered(cases.people, cases.gallery, true_boxes=True)),
-        rows={"ceiling": ceiling, "other": ceiling[other], "copy": references[cases.person]},
+        rows={"ceiling": ceiling, "other": ceiling[other], "copy": seen_copies[cases.person]},
     )
 
 

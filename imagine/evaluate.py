@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -50,19 +49,20 @@ def run(
     rows: Sequence[str] = DRAWN_ROWS,
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
+    gallery: int = GALLERY,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluate `pipeline` and write report.json, report.html, samples.png and pictures/ into `output`.
 
-    `rows` are those the pipeline draws ("full", "detached"); `options` go to every call (steps, guidance ...). Returns
-    what report.json holds. Raises ConfigError for an unknown suite or row, counts out of range, or an `output` that
-    holds another evaluation.
+    `rows` are those the pipeline draws ("full", "detached"); `options` go to every call (steps, guidance ...);
+    `gallery` is how many people rank-1 chooses among. Returns what report.json holds. Raises ConfigError for an unknown
+    suite or row, counts out of range, or an `output` that holds another evaluation.
     """
     output = Path(output)
     chosen = load_suite(suite)
     _check(chosen, identities, prompts, rows)
     judge = judge or Judge.from_pretrained()
-    cases = make_cases(chosen[:prompts], identities, seed)
+    cases = make_cases(chosen[:prompts], identities, seed, gallery)
     settings = {"suite": suite, "identities": identities, "prompts": prompts, "seed": seed}
     _claim(output, {**settings, "options": dict(options or {}), "weights": fingerprint(pipeline)})
     started = time.monotonic()
@@ -73,7 +73,7 @@ def run(
     seen = {row: look(judge, len(cases), _from_disk(output, row, cases)) for row in rows} | real.rows
     scores = {row: score(cases, seen[row], real) for row in seen}
     summary = {
-        "format_version": FORMAT_VERSION, **settings, "commit": _commit(), "gallery": len(cases.gallery),
+        "format_version": FORMAT_VERSION, **settings, "commit": commit(), "gallery": len(cases.gallery),
         "options": dict(options or {}), "seconds": round(drawing, 1),
         **summarise(cases, scores, seen, real, seed),
     }  # fmt: skip
@@ -169,7 +169,7 @@ def _from_disk(output: Path, row: str, cases: Cases) -> Pictures:
 def read_picture(path: Path) -> Tensor:
     """A picture file as (3, H, W) in 0..1."""
     with Image.open(path) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+        return report.to_tensor(image)
 
 
 def _save_whole(image: Image.Image, path: Path) -> None:
@@ -205,7 +205,7 @@ def _claim(output: Path, settings: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout this module lies in, or None outside one."""
     here = Path(__file__).resolve().parent
     try:
@@ -235,7 +235,7 @@ def _line(output: Path, row: str, cases: Cases, case: int, scores: Mapping[str, 
         "row": row,
         "file": _picture_path(output, row, cases, case).relative_to(output).as_posix(),
         "identity": case // len(cases.prompts),
-        "prompt": prompt.text,
+        "text": prompt.text,
         "asked": dict(prompt.asked),
         "read": seen.read[case],
         **{name: round(float(scores[name].view(-1)[case]), 4) for name in METRICS},

@@ -245,9 +245,11 @@ class Judge:
 
         Without `find_boxes`, faces are found by the small finder that lies beside the folder, if one does.
         """
-        from imagine.weights import default_folder
+        if folder is None:
+            from imagine.weights import default_folder
 
-        folder = default_folder() / "judge" if folder is None else Path(folder)
+            folder = default_folder() / "judge"
+        folder = Path(folder)
         beside = folder.parent / "finder"
         if find_boxes is None and beside.is_dir():
             find_boxes = boxes_by(LearnedFinder.from_folder(beside))

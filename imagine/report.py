@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -18,7 +19,7 @@ TITLES = {
     "prompt": "Prompt: share of asked-for attributes found",
     "sim_gt": "SimGT: similarity to another picture of the person",
     "sim_ref": "SimRef: similarity to the reference",
-    "rank1": "Rank-1 among the gallery's people",
+    "rank1": "Rank-1 among the people of the gallery",
     "copy_paste": "Copy-paste (0 none, 1 the reference again)",
 }
 ROW_TITLES = {
@@ -42,6 +43,11 @@ def to_pil(picture: Tensor) -> Image.Image:
     """(3, H, W) in 0..1 -> an RGB picture."""
     values = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(values))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A picture -> (3, H, W) in 0..1."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def contact_sheet(
