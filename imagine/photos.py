@@ -10,6 +10,7 @@ Limits, and why:
 
 - `MAX_PIXELS`, 128 million, is read from the header before anything is decoded. It lets the largest common phone photo
   (108 megapixels) through and stops decompression bombs: a 20,000 x 20,000 picture would need 1.2 GB of memory.
+- `MAX_BYTES`, 512 MB: an uncompressed picture of that many pixels; whatever is larger is a film or a disk image.
 - `MAX_SIDE`, 2048: larger pictures are shrunk at once (a JPEG already while it is decoded). No face crop that we use is
   larger than 1024 pixels, and finding a face costs time by the pixel.
 - `MIN_SIDE`, 32: below that no face can be told from another.
@@ -23,7 +24,7 @@ import io
 import os
 import threading
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from imagine.errors import PictureError
 
 MAX_PIXELS = 128_000_000
+MAX_BYTES = 512 << 20
 MAX_SIDE = 2048
 MIN_SIDE = 32
 BACKGROUND = (128, 128, 128)
@@ -86,6 +88,11 @@ def read_photo(source: PhotoSource) -> Photo:
             f"A {type(source).__name__} is not a picture: give a path, bytes, a Pillow image, an array or a tensor."
         )
     with _open(data, name) as image:
+        if image.format in ("JPEG", "MPO"):
+            # libjpeg decodes straight to 1/2, 1/4 or 1/8; twice the final side leaves the last step to a good filter.
+            stored = image.size
+            image.draft(None, (2 * MAX_SIDE, 2 * MAX_SIDE))
+            return replace(_finish(image, name, image.format), size=stored)
         return _finish(image, name, image.format or "unknown")
 
 
@@ -101,6 +108,8 @@ def _read_file(source: "str | os.PathLike[str]") -> tuple[str, io.BytesIO]:
             raise PictureError(f"There is no file {name}: check the path.")
         if not path.is_file():
             raise PictureError(f"{name} is not an ordinary file: give the path of a picture.")
+        if path.stat().st_size > MAX_BYTES:
+            raise PictureError(f"{name} is larger than {MAX_BYTES >> 20} MB: save it as a smaller JPEG first.")
         return name, io.BytesIO(path.read_bytes())
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
         if isinstance(error, PictureError):
@@ -126,8 +135,7 @@ def _open(data: io.BytesIO, name: str) -> Image.Image:
         raise PictureError(f"{name} is not a picture that can be read: save it as {_READABLE}.") from error
     except Exception as error:  # a header can break any decoder in its own way
         raise PictureError(_damaged(name)) from error
-    if image.width * image.height > MAX_PIXELS:
-        raise PictureError(_too_large(name, image.size))
+    _check_size(image.size, name)
     return image
 
 
@@ -150,9 +158,6 @@ def _finish(image: Image.Image, name: str, stored_format: str) -> Photo:
     _check_size(image.size, name)
     try:
         orientation = _orientation(image)
-        if image.format in ("JPEG", "MPO"):
-            # libjpeg decodes straight to 1/2, 1/4 or 1/8; twice the final side leaves the last step to a good filter.
-            image.draft(None, (2 * MAX_SIDE, 2 * MAX_SIDE))
         image.load()
         image = _to_rgb(_without_profile(_transposed(image, orientation)))
     except PictureError:

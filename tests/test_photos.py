@@ -72,6 +72,12 @@ def between_the_limits(folder: Path) -> Path:
     return pictures.png_header_only(folder / "large.png", 13_000, 13_000)
 
 
+def disk_image(folder: Path) -> Path:
+    with (folder / "disk.jpg").open("wb") as file:
+        file.truncate((512 << 20) + 1)  # takes no room
+    return folder / "disk.jpg"
+
+
 def strip(folder: Path) -> Path:
     return save(Image.new("RGB", (8000, 40)), folder / "strip.png")
 
@@ -94,6 +100,7 @@ REFUSED = [
     (one_pixel, "1 x 1 pixels, too small"),
     (bomb, "more than 128 million pixels"),
     (between_the_limits, "13,000 x 13,000 pixels, more than 128 million"),
+    (disk_image, "larger than 512 MB"),
     (strip, "too narrow a strip"),
     (unreadable_heic, "HEIC|cut off or damaged"),
     (address, "nothing is downloaded"),
@@ -235,8 +242,9 @@ def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
 
 def test_large_pictures_are_shrunk_early(tmp_path: Path) -> None:
     for name in ("large.jpg", "large.bmp"):
-        opened = open_photo(save(pictures.gradient(4400, 2200), tmp_path / name))
-        assert opened.size == (MAX_SIDE, MAX_SIDE // 2)
+        photo = read_photo(save(pictures.gradient(8400, 600), tmp_path / name))
+        opened = photo.image
+        assert photo.size == (8400, 600) and opened.size == (MAX_SIDE, 146)
         assert difference(opened.resize((96, 64)), pictures.gradient()) < 4
 
 
@@ -264,7 +272,10 @@ def test_every_form_of_one_picture_is_equal(tmp_path: Path) -> None:
         assert difference(opened, image) == 0
 
 
-def test_the_given_picture_is_left_alone() -> None:
+def test_the_given_picture_is_left_alone(tmp_path: Path) -> None:
+    with Image.open(save(pictures.gradient(), tmp_path / "p.jpg")) as lazy:
+        open_photo(lazy)
+        assert lazy.size == pictures.gradient().size and lazy.mode == "RGB"
     image = pictures.gradient()
     image.info["note"] = "mine"
     opened = open_photo(image)
