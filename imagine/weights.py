@@ -1,0 +1,195 @@
+"""Where weights lie and whether they fit: found once, loaded strictly, refused with one sentence.
+
+The pipeline, the judge and the command line all find their files through here. A folder of weights is a diffusers
+pipeline folder (model_index.json and one folder a component) with our adapters, the judge and the face finder beside
+them. diffusers and transformers fill in whatever a file lacks with random numbers and drop what they do not know, with
+no more than a warning; here a missing, unexpected, renamed or misshapen tensor is an error.
+
+Nothing is downloaded unless the caller names a hub repository.
+"""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagine.errors import WeightsError
+
+FORMAT_VERSION = "1"
+INDEX = "model_index.json"
+PIPELINE = "ImaginePipeline"
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png"]  # never a pickle
+_SAMPLES = 4096  # entries of each tensor that go into a fingerprint
+
+
+def default_folder() -> Path:
+    """The shipped weights: weights/ of a checkout, or those inside an installed wheel. Raises WeightsError if none."""
+    package = Path(__file__).resolve().parent
+    for folder in (package.parent / "weights", package / "_weights"):
+        if (folder / INDEX).is_file():
+            return folder
+    raise WeightsError(
+        "No weights are installed with imagine; make them with `make weights`, or name a folder that holds some."
+    )
+
+
+def resolve_folder(source: str | os.PathLike[str] | None = None, **hub: Any) -> Path:
+    """Return the folder that `source` means: None is the default, else a folder, else a hub repository owner/name.
+
+    `hub` are options of huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).
+    Raises WeightsError if there are no weights there.
+    """
+    if source is None:
+        return default_folder()
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        read_index(folder)
+        return folder
+    if folder.exists():
+        raise WeightsError(f"{source} is a file; name the folder of weights that holds {INDEX}.")
+    # A mistyped path below a folder that exists must not turn into a question to the network.
+    if _HUB_ID.fullmatch(os.fspath(source)) and not Path(folder.parts[0]).is_dir():
+        return _fetch(os.fspath(source), hub)
+    raise WeightsError(f"There is no folder {source}; name one that holds weights, or leave it out for the default.")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return what model_index.json says. Raises WeightsError unless it is a pipeline of ours."""
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{folder} is not a weights folder, since it has no {INDEX}; name the folder that holds one."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder / INDEX} cannot be read as JSON; copy or download the weights again.") from error
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name != PIPELINE:
+        raise WeightsError(f"{folder} holds a {name}, not an {PIPELINE}; name a folder that imagine saved.")
+    version = index.get("format_version")
+    if version != FORMAT_VERSION:
+        raise WeightsError(
+            f"{folder} has format version {version}, but this version of imagine reads {FORMAT_VERSION}; "
+            "update imagine, or take weights made for this version."
+        )
+    return index
+
+
+def load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Load one diffusers or transformers model from a component folder, in eval mode, its weights fitting exactly.
+
+    Weights stored in half precision are brought to `dtype`. Raises WeightsError, naming what is wrong.
+    """
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} has no config.json; copy or download the weights again.")
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsError(f"{folder} has no safetensors file; copy or download the weights again.")
+    cls = getattr(importlib.import_module(library), class_name)
+    options = {"use_safetensors": True, "local_files_only": True, **options, _dtype_word(cls): dtype}
+    try:
+        with _hushed():  # the libraries' own reports come out as an error below
+            model, found = cls.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except Exception as error:  # each library and file format fails in its own way; the user can do only one thing
+        reason = str(error).strip().split("\n")[0][:200]
+        raise WeightsError(
+            f"The weights in {folder} cannot be loaded ({reason}); copy or download them again."
+        ) from error
+    check_names(
+        str(folder),
+        missing=list(found["missing_keys"]),
+        unexpected=list(found["unexpected_keys"]),
+        misshapen=[str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in found["mismatched_keys"]],
+    )
+    return model.eval()
+
+
+def check_names(
+    where: str, missing: Sequence[str] = (), unexpected: Sequence[str] = (), misshapen: Sequence[str] = ()
+) -> None:
+    """Raise WeightsError, saying what does not fit in the file or folder `where`, unless nothing is given."""
+    problems = []
+    if missing:
+        problems.append(f"lacks {_some(missing)}")
+    if unexpected:
+        near = difflib.get_close_matches(min(unexpected), missing, n=1)
+        problems.append(f"holds the unknown {_some(unexpected)}" + (f" (is it {near[0]}, renamed?)" if near else ""))
+    if misshapen:
+        problems.append(f"holds {_some(misshapen)} in another shape than its config.json says")
+    if problems:
+        raise WeightsError(f"The file in {where} {' and '.join(problems)}; copy or download the weights again.")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Return 16 hexadecimal digits that tell one encoder's weights from another's.
+
+    Names, shapes and up to 4,096 evenly spaced entries of every tensor are hashed. Training a network changes all its
+    entries, so a sample tells, and the largest encoders take no time. Entries are rounded to bfloat16: the same
+    weights count as the same whether stored in half or in full precision.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        sample: Tensor = flat[:: max(1, -(-flat.numel() // _SAMPLES))].to("cpu", torch.bfloat16)
+        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _fetch(repository: str, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **hub))
+    except Exception as error:  # no network, no such repository, no permission: all mean that it is not to be had
+        raise WeightsError(
+            f"There is no folder {repository}, and a hub repository of that name could not be fetched; "
+            "check the path, or the name and your connection."
+        ) from error
+    read_index(folder)
+    return folder
+
+
+def _dtype_word(cls: type) -> str:
+    """diffusers before 0.40 says torch_dtype; transformers (4.56 on) and newer diffusers say dtype."""
+    if cls.__module__.startswith("transformers."):
+        return "dtype"
+    return "dtype" if '"dtype"' in inspect.getsource(cls.from_pretrained) else "torch_dtype"  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep both libraries from drawing progress bars and warning while they load."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    bar = transformers_logging.is_progress_bar_enabled()
+    for library in libraries:
+        library.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _some(names: Sequence[str]) -> str:
+    return min(names) if len(names) == 1 else f"{min(names)} and {len(names) - 1} more"
