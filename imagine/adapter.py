@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -79,9 +80,10 @@ class FullProjection(nn.Module):
 class Adapter(nn.Module):
     """Branches and LoRA for every attention layer of one kind of denoiser.
 
-    Branches go to the cross-attention layers, LoRA of rank `lora_rank` to the linear layers `lora_targets` of all
-    attention layers. The LoRA follows the strength of the first branch, call by call and batch item by batch item:
-    where that branch is off, so is the LoRA. Keys and values start as copies of the denoiser's own where widths agree.
+    Branches go to the cross-attention layers, LoRA of rank `lora_rank` to the linear layers `lora_targets` of every
+    attention layer in a transformer block. The LoRA follows the strength of the first branch, call by call and batch
+    item by batch item: where that branch is off, so is the LoRA. Keys and values start as copies of the denoiser's own
+    where widths agree.
     """
 
     def __init__(
@@ -99,14 +101,18 @@ class Adapter(nn.Module):
         self.metadata: dict[str, str] = {}  # what the file said of itself; empty until saved or loaded
         self._layer_names: list[str] = []
         for name, attn in attention_layers(denoiser).items():
-            _place(self, name, self._layer_weights(attn))
+            # Only transformer blocks hand the conditioning on to their attention layers.
+            block = denoiser.get_submodule(name.rpartition(".")[0])
+            _place(self, name, self._layer_weights(attn, isinstance(block, BasicTransformerBlock)))
             self._layer_names.append(name)
         for spec in branches:
             if spec.projection == "full":
                 _place(self, f"projections.{spec.name}", FullProjection(cast(int, spec.input_width), spec.width))
 
-    def _layer_weights(self, attn: Attention) -> LayerWeights:
+    def _layer_weights(self, attn: Attention, conditioned: bool) -> LayerWeights:
         layer = LayerWeights(self.branch_specs[0].name, {spec.name: spec.scale for spec in self.branch_specs})
+        if not conditioned:
+            return layer
         for spec in self.branch_specs if attn.is_cross_attention else ():
             branch = Branch(spec.width, attn.inner_dim, spec.zero_init)
             if spec.width == attn.to_k.in_features:
@@ -371,7 +377,9 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+            # Cloned, because a file's tensors start at odd addresses, where CPU kernels sum in another order: the
+            # loaded adapter would differ from the saved one in the last bit of the picture, with equal weights.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
         raise WeightsError(f"{file} is not a complete safetensors file; download or save it again.") from error
     if metadata.get("format_version") != FORMAT_VERSION:
