@@ -23,6 +23,7 @@ from imagine.errors import ImagineError, WeightsError
 from imagine.judge import Judge
 from imagine.photos import open_photo
 from imagine.suites import Prompt, contexts_for
+from imagine.weights import default_folder
 from imagine.world import render, sample_people, seeds
 
 PEOPLE = tuple(seeds.DEMO.start + number for number in (1, 6, 14, 11))  # in the order of weights/examples
@@ -101,27 +102,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(output: Path, weights: Path | None, seed: int) -> None:
-    from imagine.weights import default_folder
+    from imagine.pipeline import ImaginePipeline
 
-    from imagine import ImaginePipeline
-
-    folder = weights or default_folder()
-    references = _references(folder, default_folder())
-    print(f"Drawing {len(references)} people x {len(SENTENCES)} sentences ...", flush=True)
-    pipeline = ImaginePipeline.from_pretrained(folder)
+    pipeline = ImaginePipeline.from_pretrained(weights)
     pipeline.set_progress_bar_config(disable=True)
-    sheet = draw_sheet(pipeline, Judge.from_pretrained(folder / "judge"), references, output, seed)
+    references, judge = _beside(weights)
+    print(f"Drawing {len(references)} people x {len(SENTENCES)} sentences ...", flush=True)
+    sheet = draw_sheet(pipeline, judge, references, output, seed)
     print(f"Similarity to another picture of the person: {sheet.similarity:.2f} (real pictures: {sheet.ceiling:.2f})")
     print(f"Asked-for attributes found: {sheet.found:.0%}")
     print(f"\nOpen {sheet.path.resolve()}\n\nYour turn:\n  {generate_line(references[0], output, weights)}")
 
 
-def _references(*folders: Path) -> list[Path]:
-    """The example pictures of the first of `folders` that has them."""
-    for folder in folders:
-        if len(found := sorted((folder / EXAMPLES).glob("*.png"))) == len(PEOPLE):
-            return found
-    raise WeightsError(f"{folders[-1] / EXAMPLES} should hold {len(PEOPLE)} example pictures; fetch the weights again.")
+def _beside(weights: Path | None) -> tuple[list[Path], Judge]:
+    """The example pictures and the judge that came with these weights, else the shipped ones."""
+    folder = weights if weights and (weights / EXAMPLES).is_dir() else default_folder()
+    references = sorted((folder / EXAMPLES).glob("*.png"))
+    if len(references) != len(PEOPLE):
+        raise WeightsError(f"{folder / EXAMPLES} should hold {len(PEOPLE)} example pictures; fetch the weights again.")
+    folder = weights if weights and (weights / "judge").is_dir() else default_folder()
+    return references, Judge.from_pretrained(folder / "judge")
 
 
 def generate_line(reference: Path, output: Path, weights: Path | None) -> str:

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imagine import report
+from imagine import report, weights
 from imagine.cases import GALLERY, Cases, Pictures, Seen, look, look_at_real, make_cases
 from imagine.errors import ConfigError
 from imagine.judge import Judge
@@ -82,13 +82,14 @@ def run(
 
 
 def fingerprint(pipeline: Any) -> str:
-    """A short hash of every weight of the pipeline, so that pictures of other weights are never taken for its own."""
+    """A short hash of the pipeline's weights and defaults: pictures of other weights are never taken for its own."""
     digest = hashlib.sha256()
     for name, part in sorted(pipeline.components.items()):
         if isinstance(part, torch.nn.Module):
-            for key, tensor in sorted(part.state_dict().items()):
-                digest.update(f"{name}.{key}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(f"{name} {weights.fingerprint(part)}".encode())
+    for name, value in sorted(pipeline.config.items()):
+        if name.startswith(("default_", "latents_")):
+            digest.update(f"{name} {value}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -127,7 +128,7 @@ def _draw(
             for case in some:
                 person = case // len(cases.prompts)
                 if person not in personas:
-                    personas[person] = pipeline.enroll([references[person]])
+                    personas[person] = pipeline.enroll([references[person]], on_no_face="whole")
             drawn = pipeline(
                 [cases.prompt(case).text for case in some],
                 reference=[personas[case // len(cases.prompts)] for case in some] if row == "full" else None,

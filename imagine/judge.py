@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from imagine.errors import WeightsError
 from imagine.faces import FaceFinder, LearnedFinder, crop_faces
+from imagine.weights import default_folder
 
 FORMAT_VERSION = 1
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -245,11 +246,7 @@ class Judge:
 
         Without `find_boxes`, faces are found by the small finder that lies beside the folder, if one does.
         """
-        if folder is None:
-            from imagine.weights import default_folder
-
-            folder = default_folder() / "judge"
-        folder = Path(folder)
+        folder = default_folder() / "judge" if folder is None else Path(folder)
         beside = folder.parent / "finder"
         if find_boxes is None and beside.is_dir():
             find_boxes = boxes_by(LearnedFinder.from_folder(beside))

@@ -41,12 +41,14 @@ class Oracle:
         self.components: dict[str, Any] = {"unet": torch.nn.Linear(2, 2)}
         torch.nn.init.ones_(self.components["unet"].weight)
         torch.nn.init.zeros_(self.components["unet"].bias)
+        self.config = {"default_steps": 4}
         self.copies, self.killed_after = copies, killed_after
         self.cases = cases.make_cases(PORTRAITS[:PROMPTS], PEOPLE, seed=0, gallery=6)
         self.enrolled: list[bytes] = []
         self.drawn: list[str] = []
 
-    def enroll(self, photos: Sequence[Image.Image]) -> Image.Image:
+    def enroll(self, photos: Sequence[Image.Image], on_no_face: str) -> Image.Image:
+        assert on_no_face == "whole"  # one reference without a face must not end the run
         self.enrolled.append(photos[0].tobytes())
         return photos[0]
 
@@ -264,6 +266,10 @@ def test_another_evaluation_is_not_mixed_in(straight: tuple[dict[str, Any], Path
     torch.nn.init.zeros_(changed.components["unet"].weight)
     with pytest.raises(ConfigError, match="other weights; choose another --output"):
         evaluated(changed, straight[1], judge)
+    slower = Oracle()
+    slower.config = {"default_steps": 5}
+    with pytest.raises(ConfigError, match="other weights"):
+        evaluated(slower, straight[1], judge)
     with pytest.raises(ConfigError, match="other seed"):
         evaluated(Oracle(), straight[1], judge, seed=1)
 
