@@ -10,7 +10,6 @@ any order. Weights are named by the module path of the attention layer that they
     projections.vision.proj.0.weight                                                 a branch's token projection
 """
 
-import difflib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +38,7 @@ from imagine.attention import (
 )
 from imagine.errors import ConfigError, WeightsError
 from imagine.records import Conditioning, Tokens
+from imagine.weights import check_names
 
 FORMAT_VERSION = "1"
 FILE_NAME = "adapter.safetensors"
@@ -391,22 +391,10 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _check_tensors(file: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    problems = []
-    if missing:
-        problems.append(f"lacks {_some(missing)}")
-    if unexpected:
-        near = difflib.get_close_matches(unexpected[0], missing, n=1)
-        problems.append(f"holds the unknown {_some(unexpected)}" + (f" (is it {near[0]}, renamed?)" if near else ""))
-    for name in sorted(wanted.keys() & tensors.keys()):
-        if tensors[name].shape != wanted[name].shape:
-            problems.append(f"holds {name} of shape {list(tensors[name].shape)} instead of {list(wanted[name].shape)}")
-            break
-    if problems:
-        raise WeightsError(
-            f"{file} does not fit this denoiser: it {' and '.join(problems)}; take the file made for it."
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    check_names(str(file.parent), sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys()))
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise WeightsError(
+                f"{file} holds {name} of shape {list(tensor.shape)} instead of {list(wanted[name].shape)}; "
+                "take the file made for this denoiser."
+            )
