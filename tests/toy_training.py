@@ -69,7 +69,8 @@ class ToyTask:
         return {"error": float(error.square().mean())}
 
     def export(self, folder: Path) -> None:
-        (folder / "head.json").write_text(json.dumps(self.modules["head"].weight.tolist()))
+        weight = self.modules["head"].get_parameter("weight")
+        (folder / "head.json").write_text(json.dumps(weight.tolist()))
 
 
 if __name__ == "__main__":  # the trainer with the toy task, as a process that can be killed

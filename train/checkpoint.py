@@ -67,20 +67,18 @@ class Saved:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to; what is there when the block ends takes the place of `path` in one move, safely on disk."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.draft")
+    _remove(draft)  # what a killed run was writing
     try:
         yield draft
         if draft.is_dir():
-            if path.exists():
-                shutil.rmtree(path)  # a folder cannot be replaced in one move; whoever needs it waits for done.json
+            _remove(path)  # a folder cannot be replaced in one move; whoever needs it waits for done.json
         else:
             _flush(draft)
         os.replace(draft, path)
         _flush(path.parent)
     finally:
-        if draft.is_dir():
-            shutil.rmtree(draft)
-        draft.unlink(missing_ok=True)
+        _remove(draft)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -159,7 +157,7 @@ def load(folder: Path, fits: Callable[[Saved], bool]) -> Saved | None:
     If some can be read but none fits, the newest of them is returned with a warning: a stage never silently starts
     again. If there are files and none can be read, that is a WeightsError.
     """
-    for draft in folder.glob(".*"):
+    for draft in folder.glob(".*.draft"):
         draft.unlink()  # what a killed run was writing
     paths = _newest_first(folder)
     newest: Saved | None = None
@@ -227,6 +225,12 @@ def _images_seen(path: Path) -> int:
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {path.removeprefix(prefix): value for path, value in tensors.items() if path.startswith(prefix)}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from train.task import Loss, Task
 
 log = logging.getLogger("train")
 MOST_BAD_BATCHES = 3  # in a row
+Metrics = Mapping[str, float | Tensor]
 
 
 class TrainingError(ImagineError):
@@ -131,7 +132,7 @@ class Course:
         """One optimiser step on `batch_size` images, or none if a number in them is not finite."""
         progress, stage = self.state.progress, self.stage
         parts.set_rates(self.state.optimiser, stage.rate(progress.images_seen))
-        loss = self._forward_backward(pieces)
+        loss, metrics = self._forward_backward(pieces)
         norm = self._clip()
         progress.images_seen += stage.batch_size
         progress.seconds = self.seconds_before + time.monotonic() - self.started_at
@@ -140,6 +141,8 @@ class Course:
             self.state.average.update(progress.images_seen, stage.batch_size)
             progress.skipped_in_a_row = 0
             self.report.count({"loss": loss, "gradient_norm": norm}, stage.batch_size)
+            for piece in metrics:
+                self.report.count(piece, stage.batch_size // stage.accumulation)
         else:
             self._skip()
         self.optimiser.zero_grad(set_to_none=True)
@@ -190,9 +193,10 @@ class Course:
         flag = torch.tensor(float(stop), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
-    def _forward_backward(self, pieces: Iterator[tuple[int, Any]]) -> Tensor:
-        """Gradients of the mean loss over the whole batch, piece by piece; that mean loss."""
+    def _forward_backward(self, pieces: Iterator[tuple[int, Any]]) -> tuple[Tensor, list[Metrics]]:
+        """Gradients of the mean loss over the whole batch, piece by piece; that mean, and the metrics of each piece."""
         count, total = self.stage.accumulation, torch.zeros((), device=self.accelerator.device)
+        metrics: list[Metrics] = []
         for number, (first, batch) in enumerate(islice(pieces, count)):
             torch.manual_seed(key(self.stage.seed, "step", first))  # for dropout and the like inside the networks
             batch = to_device(batch, self.accelerator.device)
@@ -202,8 +206,9 @@ class Course:
             with self._without_sync(number + 1 < count):
                 self.accelerator.backward(mean / count)
             total = total + mean.detach() / count
-            self.report.count(loss.metrics, self.stage.batch_size // count)
-        return self.accelerator.reduce(total, "mean") if self.accelerator.num_processes > 1 else total
+            metrics.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in loss.metrics.items()})
+        shared = self.accelerator.num_processes > 1
+        return self.accelerator.reduce(total, "mean") if shared else total, metrics
 
     def _clip(self) -> Tensor:
         """Norm of the gradients before they are cut to `clip`."""
@@ -236,7 +241,8 @@ class Course:
 
     def _same_course(self, saved: Saved) -> bool:
         """Whether this stage, run straight, would have passed through that checkpoint: its rate did not fall yet."""
-        then = Stage.model_validate(saved.stage)
+        facts = ("images", "batch_size", "schedule", "decay")
+        then = self.stage.model_copy(update={fact: saved.stage[fact] for fact in facts})
         if then.images == self.stage.images:
             return True
         last_step = saved.progress.images_seen - then.batch_size

@@ -158,19 +158,33 @@ def _agree(run: Run, wanted: Sequence[str], output: Path, resume: bool) -> None:
     if not resume and output.exists() and not (output / "run.yaml").exists() and any(output.iterdir()):
         raise ConfigError(f"{output} is not empty and holds no run; name an empty folder, or add --resume to use it.")
     for name in wanted:
-        path = output / name / "stage.yaml"
-        then = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
-        now = _described(run, name)
-        for setting in sorted((then or now).keys() | now.keys()):
-            was, becomes = (then or now).get(setting), now.get(setting)
-            if was == becomes or setting in HARMLESS:
-                continue
+        for setting, was, becomes in _changes(run, name, output):
             if not resume:
                 raise ConfigError(
                     f"{output} holds a run whose stage {name} has {setting} {was}, not {becomes}: "
                     "add --resume to carry it on with the new value, or name another folder."
                 )
-            log.warning("%s: carries on with %s %s instead of %s.", name, setting, becomes, was)
+            if is_done(output / name, run.stages[name]):
+                log.warning("%s: is done and stays as it is, trained with %s %s.", name, setting, was)
+            else:
+                log.warning("%s: carries on with %s %s instead of %s.", name, setting, becomes, was)
+
+
+def _changes(run: Run, name: str, output: Path) -> list[tuple[str, Any, Any]]:
+    """(setting, before, now) for all that differs from what the folder was last trained with."""
+    path = output / name / "stage.yaml"
+    if not path.exists():
+        return []
+    before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(_described(run, name))
+    names = [setting for setting in {**before, **now} if setting not in HARMLESS]
+    return [(n, before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)]
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _described(run: Run, name: str) -> dict[str, Any]:

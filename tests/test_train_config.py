@@ -1,0 +1,114 @@
+"""Run files: what they may say, how overrides reach them, and the sentence for every mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from imagine.errors import ConfigError
+from tests.toy_training import ToyTask
+from train.__main__ import main
+from train.config import Stage, load_run
+from train.stages import resolved, run_stages
+
+TWO_STAGES = """
+defaults: {task: toy, batch_size: 8}
+data: {size: 128}
+stages:
+  one: {train: {both: 1e-2}, images: 800}
+  two: {start_from: one, train: {first: 1.5e-3, second: 3e-4}, images: 1_600, settings: {width: 5}}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(TWO_STAGES)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_run(path, overrides)
+    sentence = str(error.value)
+    assert "\n" not in sentence and sentence.endswith(".")
+    return sentence
+
+
+def stage(**settings: object) -> Stage:
+    return Stage.model_validate({"task": "toy", "train": {"both": 1e-3}, "images": 1000, "batch_size": 10, **settings})
+
+
+def test_stages_keep_their_order_and_take_the_defaults(run_file: Path) -> None:
+    run = load_run(run_file)
+    assert list(run.stages) == ["one", "two"]
+    two = run.stages["two"]
+    assert (two.task, two.batch_size, two.images, two.start_from) == ("toy", 8, 1600, ("one",))
+    assert two.train == {"first": 0.0015, "second": 0.0003} and run.data == {"size": 128}
+
+
+def test_overrides_reach_every_level(run_file: Path) -> None:
+    given = ["one.images=1e3", "two.train.first=5e-5", "two.settings.width=7", "data.size=64", "defaults.batch_size=4"]
+    run = load_run(run_file, given)
+    assert run.stages["one"].images == 1000 and run.stages["two"].train["first"] == 5e-5
+    assert run.stages["two"].settings == {"width": 7} and run.data == {"size": 64}
+    assert run.stages["one"].batch_size == run.stages["two"].batch_size == 4
+
+
+def test_a_typo_in_an_override_names_the_valid_ones(run_file: Path) -> None:
+    assert "did you mean one?" in refusal(run_file, "onee.images=5")
+    sentence = refusal(run_file, "one.imagse=5")
+    assert "'imagse' (did you mean images?)" in sentence and "batch_size" in sentence and "stage one" in sentence
+    assert "stage.key=value" in refusal(run_file, "images 5")
+    assert "images" in refusal(run_file, "one.images=many")
+    assert "single value" in refusal(run_file, "one.images.more=5")
+
+
+def test_mistakes_in_the_file_are_one_sentence(tmp_path: Path, run_file: Path) -> None:
+    def with_text(text: str) -> Path:
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        return path
+
+    assert "cannot be read" in refusal(tmp_path / "none.yaml")
+    assert "not valid YAML" in refusal(with_text("stages: {a: ["))
+    assert "'stage' (did you mean stages?)" in refusal(with_text("stage: {}"))
+    assert "stages" in refusal(with_text("stages: [a, b]"))
+    assert "images is missing" in refusal(with_text("stages: {a: {task: toy, train: {both: 1}}}"))
+    assert "the stages before it: one" in refusal(run_file, "two.start_from=three")
+    assert "does not divide" in refusal(run_file, "one.accumulation=3")
+
+
+def test_parts_tasks_and_their_settings_are_checked_before_anything_trains(run_file: Path, tmp_path: Path) -> None:
+    def refused(*overrides: str, only: tuple[str, ...] = ()) -> str:
+        with pytest.raises(ConfigError) as error:
+            run_stages(load_run(run_file, overrides), tmp_path / "out", only=only, tasks={"toy": ToyTask})
+        assert not (tmp_path / "out").exists()
+        return str(error.value)
+
+    assert "no part 'frist' (did you mean first?); valid: first, second, both" in refused("two.train.frist=1")
+    assert "no task 'toys' (did you mean toy?)" in refused("two.task=toys")
+    assert "no key 'widht' (did you mean width?); valid: width, dropout" in refused("two.settings.widht=1")
+    assert "no stage 'three'; valid: one, two" in refused(only=("three",))
+
+
+def test_settings_are_filled_in() -> None:
+    assert resolved("one", stage(settings={"width": 9}), {"toy": ToyTask}).settings["dropout"] == 0.0
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_with_2(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(run_file), "--output", str(tmp_path / "out"), "one.imagse=5", "--max-minutes", "1", "two.images=3"]
+    assert main(command, {"toy": ToyTask}) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_learning_rates_follow_images_seen() -> None:
+    trapezoid = stage(warmup_images=100, decay=0.2)
+    assert trapezoid.rate(0) == pytest.approx(0.1) and trapezoid.rate(90) == trapezoid.rate(800) == 1
+    assert trapezoid.rate(900) == pytest.approx(0.5) and trapezoid.rate(1000) == 0
+    longer = stage(warmup_images=100, decay=0.2, images=5000)
+    assert all(longer.rate(seen) == trapezoid.rate(seen) for seen in range(0, trapezoid.decay_start, 10))
+    cosine, constant = stage(schedule="cosine"), stage(schedule="constant")
+    assert cosine.rate(500) == pytest.approx(0.5) and cosine.rate(1000) == pytest.approx(0, abs=1e-9)
+    assert constant.rate(0) == constant.rate(999) == 1

@@ -1,0 +1,201 @@
+"""The loop on a toy task: a run stopped anywhere ends with the weights of a straight one; bad batches are survived."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imagine.errors import ConfigError
+from tests.toy_training import ToyBatch, ToyTask
+from train.checkpoint import load, read_tensors
+from train.config import Run, Stage
+from train.loop import TrainingError
+from train.stages import run_stages
+
+ROOT = Path(__file__).parent.parent
+TRAIN = {"first": 1e-2, "second": 3e-3}
+
+
+def one_stage(**settings: Any) -> Run:
+    given = {"task": "toy", "train": TRAIN, "images": 160, "batch_size": 8, "ema": 40, "precision": "fp32", **settings}
+    return Run(stages={"one": Stage.model_validate(given)})
+
+
+def train(output: Path, run: Run, task: type[ToyTask] = ToyTask, **options: Any) -> bool:
+    return run_stages(run, output, tasks={"toy": task}, **options)
+
+
+def state(output: Path, stage: str = "one") -> dict[str, torch.Tensor]:
+    saved = load(output / stage / "checkpoints", lambda _: True)
+    assert saved is not None
+    return {**saved.tensors, "images seen": torch.tensor(saved.progress.images_seen)}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+def rows(output: Path, stage: str = "one") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / stage / "metrics.jsonl").read_text().splitlines()]
+
+
+def crashing_at(images_seen: int) -> type[ToyTask]:
+    class Crashing(ToyTask):
+        def batch(self, images_seen_now: int, size: int) -> ToyBatch:
+            if images_seen_now == images_seen:
+                raise RuntimeError("the machine is gone")
+            return super().batch(images_seen_now, size)
+
+    return Crashing
+
+
+def ending_at(images_seen: int, number: int) -> type[ToyTask]:
+    class Ending(ToyTask):
+        def batch(self, images_seen_now: int, size: int) -> ToyBatch:
+            if images_seen_now == images_seen:
+                os.kill(os.getpid(), number)
+            return super().batch(images_seen_now, size)
+
+    return Ending
+
+
+@pytest.mark.parametrize("extra", [{}, {"accumulation": 2, "prefetch": 2, "schedule": "cosine", "ema": 0}])
+def test_resume_equals_a_straight_run_bit_for_bit(tmp_path: Path, extra: dict[str, Any]) -> None:
+    run = one_stage(settings={"dropout": 0.2}, checkpoint_every_seconds=0, report_every_seconds=0, **extra)
+    train(tmp_path / "straight", run)
+    for crash in (40, 80, 136):
+        with pytest.raises(RuntimeError, match="gone"):
+            train(tmp_path / "resumed", run, crashing_at(crash))
+        assert int(state(tmp_path / "resumed")["images seen"]) == crash
+    train(tmp_path / "resumed", run)
+    straight = state(tmp_path / "straight")
+    assert_same(straight, state(tmp_path / "resumed"))
+    assert any(name.startswith("optimiser/exp_avg_sq/") for name in straight)
+    assert any(name.startswith("average/") for name in straight) == (not extra)
+    finals = [read_tensors(tmp_path / name / "one" / "weights.safetensors")[0] for name in ("straight", "resumed")]
+    assert_same(*finals)
+    pairs = zip(rows(tmp_path / "straight"), rows(tmp_path / "resumed"), strict=True)
+    assert all(left.get("loss") == right.get("loss") for left, right in pairs)
+
+
+def test_rows_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
+    run = one_stage(report_every_seconds=0, validate_every=40)
+    with pytest.raises(RuntimeError):
+        train(tmp_path, run, crashing_at(120))  # no checkpoint yet: it starts again
+    assert rows(tmp_path)[-1]["images_seen"] == 120
+    with (tmp_path / "one" / "metrics.jsonl").open("a") as file:
+        file.write('{"images_seen": 1')
+    train(tmp_path, run)
+    seen = [row["images_seen"] for row in rows(tmp_path) if "loss" in row]
+    assert seen == list(range(8, 161, 8))
+    assert [row["images_seen"] for row in rows(tmp_path) if "validate/error" in row] == [40, 80, 120, 160]
+    assert sorted(path.stem for path in (tmp_path / "one" / "samples").iterdir())[0] == "000000040"
+    assert {"lr", "lr/first", "images_per_second", "largest", "skipped", "gradient_norm"} <= rows(tmp_path)[0].keys()
+
+
+def test_a_killed_process_leaves_a_run_that_ends_the_same(tmp_path: Path) -> None:
+    text = "stages: {one: {task: toy, train: {both: 1e-2}, images: 400, batch_size: 8, ema: 50, precision: fp32, "
+    text += "checkpoint_every_seconds: 0, settings: {pause: PAUSE}}}"
+    for name, pause in (("slow", "0.05"), ("quick", "0.0")):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("PAUSE", pause))
+    command = [sys.executable, str(ROOT / "tests" / "toy_training.py"), str(tmp_path / "slow.yaml")]
+    setting = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--output", str(tmp_path / "killed")], env=setting, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "one" / "checkpoints"
+    while process.poll() is None and len(list(checkpoints.glob("*.safetensors"))) < 2:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    from train.config import load_run
+
+    assert not (tmp_path / "killed" / "one" / "done.json").exists()
+    train(tmp_path / "killed", load_run(tmp_path / "quick.yaml"), resume=True)
+    train(tmp_path / "straight", load_run(tmp_path / "quick.yaml"))
+    assert_same(state(tmp_path / "killed"), state(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly_with_a_checkpoint(tmp_path: Path, number: int) -> None:
+    run, before = one_stage(), signal.getsignal(number)
+    assert not train(tmp_path / "stopped", run, ending_at(80, number))
+    assert int(state(tmp_path / "stopped")["images seen"]) == 88 and signal.getsignal(number) is before
+    assert (tmp_path / "stopped" / "one" / "export" / "head.json").exists()
+    assert not (tmp_path / "stopped" / "one" / "done.json").exists()
+    assert train(tmp_path / "stopped", run) and train(tmp_path / "straight", run)
+    assert_same(state(tmp_path / "stopped"), state(tmp_path / "straight"))
+
+
+def test_minutes_that_are_over_end_it_cleanly(tmp_path: Path) -> None:
+    run = one_stage(images=8 * 10**6, settings={"pause": 0.005})
+    assert not train(tmp_path, run, max_minutes=0.3 / 60)
+    images_seen = int(state(tmp_path)["images seen"])
+    assert 0 < images_seen < 8 * 10**6
+    assert not train(tmp_path, run, max_minutes=0.3 / 60)
+    assert int(state(tmp_path)["images seen"]) > images_seen
+
+
+def test_a_bad_batch_is_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert train(tmp_path, one_stage(settings={"bad": [20, 61]}, report_every_seconds=0))
+    assert "not finite" in caplog.text
+    skipped = [row["skipped"] for row in rows(tmp_path) if "skipped" in row]
+    assert skipped[0] == 0 and skipped[-1] == 2
+    assert all(number == number for row in rows(tmp_path) for number in row.values())
+    assert all(tensor.isfinite().all() for tensor in state(tmp_path).values())
+
+
+def test_three_bad_batches_in_a_row_stop_it_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="3 batches in a row were not finite: lower its learning rates"):
+        train(tmp_path, one_stage(settings={"bad": [80, 88, 96]}))
+
+
+def test_accumulation_changes_nothing_but_memory(tmp_path: Path) -> None:
+    for name, pieces in (("whole", 1), ("pieces", 4)):
+        train(tmp_path / name, one_stage(accumulation=pieces))
+    whole, pieces_ = state(tmp_path / "whole"), state(tmp_path / "pieces")
+    torch.testing.assert_close(whole["weights/head.weight"], pieces_["weights/head.weight"], rtol=1e-4, atol=1e-5)
+
+
+def test_more_images_equal_a_run_that_had_them_from_the_start(tmp_path: Path) -> None:
+    assert train(tmp_path / "twice", one_stage(images=80))
+    assert train(tmp_path / "twice", one_stage(images=240), resume=True)
+    assert train(tmp_path / "once", one_stage(images=240))
+    assert_same(state(tmp_path / "twice"), state(tmp_path / "once"))
+    assert [row["images_seen"] for row in rows(tmp_path / "twice") if "validate/error" in row] == [240]
+
+
+def test_a_stage_starts_from_what_an_earlier_one_trained(tmp_path: Path) -> None:
+    one = one_stage().stages["one"]
+    two = one.model_copy(update={"start_from": ("one",), "train": {"second": 0.0}, "weight_decay": 0.0, "images": 8})
+    run = Run(stages={"one": one, "two": two})
+    with pytest.raises(ConfigError, match="run one first"):
+        train(tmp_path, run, only=["two"])
+    assert train(tmp_path, run)
+    left, right = state(tmp_path, "one"), read_tensors(tmp_path / "two" / "weights.safetensors")[0]
+    assert set(right) == {"head.weight", "head.bias"}  # frozen modules are not handed on twice
+    torch.testing.assert_close(left["average/head.weight"], right["head.weight"], rtol=0, atol=1e-6)
+    assert json.loads((tmp_path / "two" / "done.json").read_text())["from"] == {"one": 160}
+
+
+def test_a_folder_with_another_run_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(tmp_path / "run", one_stage(images=16))
+    written = (tmp_path / "run" / "one" / "weights.safetensors").stat().st_mtime_ns
+    assert train(tmp_path / "run", one_stage(images=16, validate_every=8))  # done, and nothing that matters changed
+    assert (tmp_path / "run" / "one" / "weights.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(ConfigError, match="batch_size 8, not 4: add --resume"):
+        train(tmp_path / "run", one_stage(images=16, batch_size=4))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        train(tmp_path / "full", one_stage())
+    assert train(tmp_path / "run", one_stage(images=32, train={"both": 1e-3}), resume=True)
+    assert "carries on with train.both 0.001 instead of None" in caplog.text
+    assert train(tmp_path / "run", one_stage(images=32, seed=9, train={"both": 1e-3}), resume=True)
+    assert "is done and stays as it is, trained with seed 0" in caplog.text
