@@ -123,6 +123,7 @@ def _draw(
     if not todo:
         return
     personas: dict[int, Any] = {}
+    pipeline.set_progress_bar_config(disable=True)  # one bar for the whole run says more than one a batch
     with _bar(len(cases) * len(rows), len(todo), progress) as advance:
         for row, some in _batches(todo, batch):
             for case in some:

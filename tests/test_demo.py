@@ -15,6 +15,7 @@ from imagine.suites import contexts_for
 from imagine.world import attributes, sample_people, seeds
 from imagine.world.captions import PHRASES, STYLE_PHRASES
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS
+from tests import tiny
 
 SHIPPED = Path(__file__).parent.parent / "weights" / demo.EXAMPLES
 
@@ -111,3 +112,9 @@ def test_a_wrong_weights_folder_is_one_sentence(tmp_path: Path, capsys: pytest.C
     assert said.err.count("\n") == 1
     assert str(tmp_path) in said.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_real_pipeline_draws_the_sheet(judge: Judge, tmp_path: Path) -> None:
+    references = demo.write_examples(tmp_path / "examples", demo.PEOPLE[:1])
+    sheet = demo.draw_sheet(tiny.pipeline(), judge, references, tmp_path, people=demo.PEOPLE[:1])
+    assert sheet.path.is_file()

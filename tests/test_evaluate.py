@@ -23,6 +23,7 @@ from imagine.suites import PORTRAITS, SUITES, contexts_for, load_suite
 from imagine.world import attributes, render, sample_people, seeds
 from imagine.world.captions import PHRASES, STYLE_PHRASES
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS
+from tests import tiny
 
 PEOPLE, PROMPTS = 3, 4
 
@@ -46,6 +47,9 @@ class Oracle:
         self.cases = cases.make_cases(PORTRAITS[:PROMPTS], PEOPLE, seed=0, gallery=6)
         self.enrolled: list[bytes] = []
         self.drawn: list[str] = []
+
+    def set_progress_bar_config(self, disable: bool) -> None:
+        assert disable
 
     def enroll(self, photos: Sequence[Image.Image], on_no_face: str) -> Image.Image:
         assert on_no_face == "whole"  # one reference without a face must not end the run
@@ -259,6 +263,24 @@ def test_a_killed_run_carries_on_to_the_same_report(
     finished = Oracle(killed_after=0)
     assert evaluated(finished, tmp_path, judge)["metrics"] == summary["metrics"]
     assert finished.enrolled == []
+
+
+def test_a_real_pipeline_is_evaluated_the_same_in_any_batch(judge: Judge, tmp_path: Path) -> None:
+    pipeline = tiny.pipeline()
+    settings: dict[str, Any] = {"identities": 2, "prompts": 2, "gallery": 3, "progress": False, "judge": judge}
+    summary = evaluate.run(pipeline, tmp_path / "one", batch=4, options={"num_inference_steps": 2}, **settings)
+    again = evaluate.run(pipeline, tmp_path / "two", batch=1, options={"num_inference_steps": 2}, **settings)
+    for row in ("full", "detached"):
+        for name in scores.METRICS:
+            one, two = summary["rows"][row][name]["value"], again["rows"][row][name]["value"]
+            assert one == pytest.approx(two, abs=0.02), (row, name)
+    pictures = {
+        row: [evaluate.read_picture(path) for path in sorted((tmp_path / "one" / "pictures" / row).iterdir())]
+        for row in ("full", "detached")
+    }
+    differ = [not torch.equal(a, b) for a, b in zip(pictures["full"], pictures["detached"], strict=True)]
+    assert all(differ)  # the person reaches the picture, and without a reference does not
+    assert torch.equal(pipeline.components["unet"].conv_in.weight, tiny.pipeline().components["unet"].conv_in.weight)
 
 
 def test_another_evaluation_is_not_mixed_in(straight: tuple[dict[str, Any], Path], judge: Judge) -> None:
