@@ -182,6 +182,16 @@ class Adapter(nn.Module):
             return Tokens(features, mask)
         return Tokens(self.get_submodule(f"projections.{branch}")(features), mask)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; a diffusers pipeline asks every component."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its weights; a diffusers pipeline asks every component."""
+        return next(self.parameters()).dtype
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters by the names that a training stage uses; every parameter is in exactly one part.
 

@@ -99,7 +99,7 @@ def load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype =
     cls = getattr(importlib.import_module(library), class_name)
     options = {"use_safetensors": True, "local_files_only": True, **options, _dtype_word(cls): dtype}
     try:
-        with _hushed():  # the libraries' own reports come out as an error below
+        with hushed():  # the libraries' own reports come out as an error below
             model, found = cls.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
@@ -171,24 +171,23 @@ def _dtype_word(cls: type) -> str:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep both libraries from drawing progress bars and warning while they load."""
+def hushed() -> Iterator[None]:
+    """Keep diffusers and transformers from drawing progress bars and warning while they load or save."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    bar = transformers_logging.is_progress_bar_enabled()
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, level in zip(libraries, levels, strict=True):
+        for library, level, bar in before:
             library.set_verbosity(level)
-        if bar:
-            transformers_logging.enable_progress_bar()
+            if bar:
+                library.enable_progress_bar()
 
 
 def _some(names: Sequence[str]) -> str:

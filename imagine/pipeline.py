@@ -1,0 +1,694 @@
+"""From one photo and a sentence to a picture: the diffusers pipeline that everything else serves.
+
+    request        who is in which picture, whatever form prompt and reference have
+    photos, faces  each photo opened, its face found and cut out
+    encoders       the face as vision features, the sentence as three sequences of text tokens
+    sampling       guided predictions of the denoiser with its adapters; the autoencoder makes the picture
+
+What a call needs travels with the call: its conditioning is an argument, its scheduler a copy, its guidance a context
+variable. One pipeline may therefore serve several threads, and a batch several people, and every picture comes out as
+it would alone. Noise is drawn per picture, on the generator's device, so that neither its neighbours in a batch nor
+the accelerator change what a seed means.
+"""
+
+import copy
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils.outputs import BaseOutput
+from torch import Tensor, nn
+
+from imagine import weights
+from imagine.adapter import Adapter, check_attached
+from imagine.diffusion import denormalise_latents
+from imagine.encoders import TextEncoders
+from imagine.errors import ConfigError, PromptError, WeightsError
+from imagine.faces import FaceChoice, FaceFinder, crop_face, default_finder
+from imagine.persona import Face, Persona, concatenate
+from imagine.photos import open_photo
+from imagine.records import Tokens
+from imagine.request import Person, Request, read_requests
+from imagine.sampling import VISION, Guidance, GuidedDenoiser, Inputs, TextTokens, repeat
+
+ADAPTERS = ("text_adapter", "adapter")  # our components that diffusers cannot save or load by itself
+MODELS = ("unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+FINDER = "finder"
+
+Callback = Callable[..., Any]  # a function, or one of diffusers' PipelineCallback objects
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+@dataclass
+class ImagineOutput(BaseOutput):
+    """What a call returns.
+
+    `images` is a list of PIL pictures, an array (B, H, W, 3) or tensor (B, 3, H, W) in 0..1, or latents. `faces` says
+    which faces were used, one entry per photo: picture by picture, person by person.
+    """
+
+    images: Any
+    faces: list[Face]
+
+
+@dataclass
+class _Call:
+    """What diffusers keeps on the pipeline while it draws, and callbacks read or set; ours is kept per thread."""
+
+    guidance: Guidance
+    timesteps: int
+    interrupt: bool = False
+
+
+_call: ContextVar[_Call | None] = ContextVar("imagine_call", default=None)
+
+
+class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+    """Makes pictures of a person from one photo and a sentence.
+
+    `latents_mean` and `latents_std` (one number per latent channel) normalise the latents. The `default_*` values,
+    measured for these weights, apply where a call names none; an identity guidance of None follows guidance.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->vae"
+    _exclude_from_cpu_offload = list(ADAPTERS)  # noqa: RUF012  (diffusers' convention)
+    _optional_components = list(ADAPTERS)  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "identity_scale"]  # noqa: RUF012
+    text_adapter: Adapter | None
+    adapter: Adapter | None
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        vae: nn.Module,
+        text_encoder: nn.Module,
+        tokenizer: object,
+        text_encoder_2: nn.Module,
+        tokenizer_2: object,
+        text_encoder_3: nn.Module,
+        tokenizer_3: object,
+        image_encoder: nn.Module,
+        scheduler: object,
+        text_adapter: Adapter | None = None,
+        adapter: Adapter | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        default_steps: int = 20,
+        default_guidance_scale: float = 2.0,
+        default_identity_guidance_scale: float | None = None,
+        format_version: str = weights.FORMAT_VERSION,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+            image_encoder=image_encoder,
+            scheduler=scheduler,
+            text_adapter=text_adapter,
+            adapter=adapter,
+        )
+        # To diffusers our adapters are absent components: it would refuse to save them, and to load them.
+        self.register_to_config(**{name: (None, None) for name in ADAPTERS})
+        self.register_to_config(
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            default_steps=default_steps,
+            default_guidance_scale=default_guidance_scale,
+            default_identity_guidance_scale=default_identity_guidance_scale,
+            format_version=format_version,
+        )
+        self.vae_scale_factor = int(self.vae.spatial_compression_ratio)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._finder: FaceFinder | None = None
+        self._finder_folder: Path | None = None
+        for part in self._adapters():
+            if not _is_attached(self.unet, part):
+                part.attach(self.unet)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        finder: FaceFinder | None = None,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> "ImaginePipeline":
+        """Load the shipped weights (no argument), a folder, or a hub repository owner/name; only the last downloads.
+
+        Weights are brought to `dtype` (float32; torch_dtype is its older name). Components given by name replace those
+        in the folder. Every tensor must fit: raises WeightsError, in one sentence, if something is missing or wrong.
+        """
+        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        folder = weights.resolve_folder(source, **hub)
+        index = weights.read_index(folder)
+        chosen = dtype or torch_dtype or torch.float32
+        given = {name: kwargs.pop(name) for name in (*MODELS, *ADAPTERS) if name in kwargs}
+        parts = {**_load_models(folder, index, given, chosen, kwargs.get("variant")), **given}
+        parts |= {name: part for name, part in _load_adapters(folder, parts, chosen).items() if name not in given}
+        try:
+            with weights.hushed():
+                pipe = cast(ImaginePipeline, super().from_pretrained(os.fspath(folder), **parts, **kwargs))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, WeightsError):
+                raise
+            reason = str(error).strip().split("\n")[0][:200]
+            raise WeightsError(f"{folder} cannot be loaded ({reason}); copy or download the weights again.") from error
+        pipe._finder = finder
+        pipe._finder_folder = folder / FINDER
+        return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save every component in its present precision, our adapters and the face finder's files included."""
+        folder = Path(save_directory)
+        with weights.hushed():
+            super().save_pretrained(os.fspath(folder), **kwargs)
+        for name in ADAPTERS:
+            part = getattr(self, name)
+            if part is None:
+                shutil.rmtree(folder / name, ignore_errors=True)  # not one that an earlier save left there
+            else:
+                part.save(folder / name, {**_facts(part), "encoder_fingerprint": self.encoder_fingerprint})
+        source = self._finder_folder
+        if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
+            shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
+
+    # --- the adapter and the finder ---------------------------------------------------------------------------------
+
+    def _adapters(self) -> list[Adapter]:
+        return [part for part in (self.text_adapter, self.adapter) if part is not None]
+
+    def load_adapter(self, source: "Adapter | str | os.PathLike[str]") -> None:
+        """Put this identity adapter (an object, or a saved folder or file) in place of the present one."""
+        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.unet).to(self.unet.dtype)
+        _check_encoder(adapter, self.encoder_fingerprint)
+        self.unload_adapter()
+        if not _is_attached(self.unet, adapter):
+            adapter.attach(self.unet)
+        self.adapter = adapter.eval()
+
+    def unload_adapter(self) -> Adapter | None:
+        """Take the identity adapter off the denoiser, leaving the base exactly as before it; return it, or None."""
+        adapter = self.adapter
+        if adapter is not None:
+            adapter.detach(self.unet)
+            self.adapter = None
+        return adapter
+
+    @property
+    def encoder_fingerprint(self) -> str:
+        """Tells this vision encoder from others: personas and adapters say which one they were made with."""
+        return weights.fingerprint(self.image_encoder)
+
+    @property
+    def finder(self) -> FaceFinder:
+        """What finds faces in photos; set it to use another. By default the weights' own finder and the cascade."""
+        if self._finder is None:
+            folder = self._finder_folder
+            self._finder = default_finder(folder if folder is not None and folder.is_dir() else _shipped_finder())
+        return self._finder
+
+    @finder.setter
+    def finder(self, finder: FaceFinder) -> None:
+        self._finder = finder
+
+    # --- what diffusers' callbacks and tools expect -----------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The running call's guidance scale; None outside a call."""
+        call = _call.get()
+        return None if call is None else call.guidance.text
+
+    @property
+    def _guidance_scale(self) -> float | None:
+        return self.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        call = self._running()
+        call.guidance = replace(call.guidance, text=float(value))
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call guides at all: a scale of 1 or less does not."""
+        return (self.guidance_scale or 0.0) > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the running call makes."""
+        call = _call.get()
+        return 0 if call is None else call.timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to stop."""
+        call = _call.get()
+        return call is not None and call.interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._running().interrupt = bool(value)
+
+    @staticmethod
+    def _running() -> _Call:
+        call = _call.get()
+        if call is None:
+            raise RuntimeError("no call is running: set this from callback_on_step_end")
+        return call
+
+    # --- looking and reading ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def enroll(
+        self, photos: Any, face: FaceChoice = "largest", on_no_face: Literal["error", "whole"] = "error"
+    ) -> Persona:
+        """Look at one photo, or several of the same person, and return the persona.
+
+        Tokens of several photos are put one after the other: attention takes from each what it needs. Raises
+        PictureError or FaceError, naming the photo, if one cannot be used.
+        """
+        references = tuple(photos) if isinstance(photos, (list, tuple)) else (photos,)
+        if not references:
+            raise PromptError("There is no photo to enroll: give at least one.")
+        return self._look(Person("", references), face, on_no_face)
+
+    def _look(self, person: Person, face: FaceChoice, on_no_face: Literal["error", "whole"]) -> Persona:
+        """One person's photos and personas as one persona; faces are called after the photos."""
+        known = [
+            each if isinstance(each, Persona) else self._look_at(each, number, face, on_no_face)
+            for number, each in enumerate(person.references, 1)
+        ]
+        encoder = self.encoder_fingerprint
+        for each in known:
+            each.check_encoder(encoder)
+        faces = [one for each in known for one in each.faces]
+        if person.name:
+            faces = [replace(one, reference=f"{person.name}: {one.reference}") for one in faces]
+        return Persona(concatenate([each.features.to("cpu") for each in known]), encoder, tuple(faces))
+
+    def _look_at(self, photo: Any, number: int, face: FaceChoice, on_no_face: Literal["error", "whole"]) -> Persona:
+        size = int(self.image_encoder.config.image_size)
+        crop = crop_face(open_photo(photo), self.finder, size, face, on_no_face)
+        name = os.fspath(photo) if isinstance(photo, (str, os.PathLike)) else f"photo {number}"
+        pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].float() / 255
+        features = self.image_encoder(pixels.to(self._execution_device, self.image_encoder.dtype))[0]
+        return Persona(features.float().cpu(), self.encoder_fingerprint, (Face.of(crop, name),))
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: "str | Sequence[str]") -> TextTokens:
+        """Read prompts with the three text encoders: what `prompt_embeds` and `negative_prompt_embeds` take.
+
+        The result is CLIP's tokens and a dict of the others', one batch item per prompt; "" means no sentence.
+        Raises PromptError if a prompt is too long.
+        """
+        encoders = TextEncoders(
+            self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
+            self.text_encoder_3, self.tokenizer_3,
+        )  # fmt: skip
+        return encoders.encode([prompts] if isinstance(prompts, str) else list(prompts))
+
+    # --- drawing ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: "str | Sequence[str] | None" = None,
+        reference: Any = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        identity_guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        identity_scale: "float | Sequence[float] | Tensor" = 1.0,
+        negative_prompt: "str | Sequence[str] | None" = None,
+        num_images_per_prompt: int = 1,
+        generator: "torch.Generator | Sequence[torch.Generator] | None" = None,
+        latents: Tensor | None = None,
+        prompt_embeds: TextTokens | None = None,
+        negative_prompt_embeds: TextTokens | None = None,
+        face: FaceChoice = "largest",
+        on_no_face: Literal["error", "whole"] = "error",
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> "ImagineOutput | tuple[Any, list[Face]]":
+        """Draw one picture, or `num_images_per_prompt`, for each prompt.
+
+        reference: who is in it; a photo (path, bytes, PIL, array), a Persona, a list of them for one person, or a dict
+            of names for a prompt such as "{a} hugs {b}". With a list of prompts, a list holds one for each prompt.
+        guidance_scale: how strictly the sentence is followed; 1 is off. identity_guidance_scale is the same for the
+            person; by default both are one (two denoiser passes a step), otherwise each step takes three.
+        identity_scale: strength of the identity branch, one number or one per prompt; 0 gives the base's own picture,
+            bit for bit. negative_prompt: what to steer away from.
+        generator: one, from which pictures draw in turn, or one per picture.
+        face, on_no_face: which face of a photo, and what to do without one (see `faces.crop_face`).
+        callback_on_step_end: called as (pipe, step, timestep, tensors), may return changed "latents" or
+            "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
+
+        Raises ImagineError (PromptError, PictureError, FaceError, WeightsError, ConfigError) with one sentence.
+        """
+        size = self._latent_size(height, width)
+        guidance = self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale)
+        scheduler = self._scheduler(num_inference_steps, sigmas, size)
+        copies = _whole("num_images_per_prompt", num_images_per_prompt)
+        on_step = _OnStep.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        _check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        check_attached(self.unet, self._adapters())
+        requests, text, negative = self._read(
+            prompt, reference, prompt_embeds, negative_prompt, negative_prompt_embeds, copies
+        )
+        personas = self._see(requests, face, on_no_face)
+        inputs = Inputs(text, negative, self._vision(personas, copies))
+        strength = self._strength(identity_scale, personas, copies)
+        start = self._noise(len(strength), size, generator, latents)
+        token = _call.set(_Call(guidance, len(scheduler.timesteps)))
+        try:
+            denoiser = GuidedDenoiser(self._unet_in_place(), inputs, cross_attention_kwargs or {})
+            drawn = self._denoise(denoiser, start, strength, scheduler, on_step)
+        finally:
+            _call.reset(token)
+        images = drawn if output_type == "latent" else self._decode(drawn, output_type)
+        self.maybe_free_model_hooks()
+        faces = [face for people in personas for persona in people for face in persona.faces]
+        return ImagineOutput(images, faces) if return_dict else (images, faces)
+
+    def _read(
+        self,
+        prompt: "str | Sequence[str] | None",
+        reference: Any,
+        embeds: TextTokens | None,
+        negative_prompt: "str | Sequence[str] | None",
+        negative_embeds: TextTokens | None,
+        copies: int,
+    ) -> tuple[list[Request], TextTokens, TextTokens]:
+        """Say who is in which picture, and read the sentences and the negative ones, one batch item per picture."""
+        if (prompt is None) == (embeds is None):
+            raise PromptError("Give either a prompt or prompt_embeds: one of them, not both.")
+        if embeds is None:
+            requests = read_requests(cast(Any, prompt), reference)
+            embeds = self.encode_prompt([request.sentence for request in requests])
+        else:
+            # There are no sentences to read names from, so that each stands for a prompt that names nobody.
+            requests = read_requests(["-"] * len(embeds[0].values), reference)
+        count = len(requests)
+        if negative_embeds is None:
+            negatives = (
+                [negative_prompt or ""]
+                if negative_prompt is None or isinstance(negative_prompt, str)
+                else list(negative_prompt)
+            )
+            negatives = negatives * count if len(negatives) == 1 else negatives
+            if len(negatives) != count:
+                raise PromptError(
+                    f"There are {count} prompts but {len(negatives)} negative prompts: give as many, or one."
+                )
+            negative_embeds = self.encode_prompt(negatives)
+        return requests, _copies(embeds, copies), _copies(negative_embeds, copies)
+
+    def _see(
+        self, requests: Sequence[Request], face: FaceChoice, on_no_face: Literal["error", "whole"]
+    ) -> list[list[Persona]]:
+        """Look at everybody once, however many pictures they are in; one list of people per request."""
+        seen: dict[tuple[Any, ...], Persona] = {}
+        people: list[list[Persona]] = []
+        for request in requests:
+            people.append([])
+            for person in request.people:
+                # Paths are equal by value; pictures and personas by identity, and the requests keep them alive.
+                key = (
+                    person.name,
+                    *(each if isinstance(each, (str, os.PathLike)) else id(each) for each in person.references),
+                )
+                if key not in seen:
+                    seen[key] = self._look(person, face, on_no_face)
+                people[-1].append(seen[key])
+        if seen and self.adapter is None:
+            raise WeightsError(
+                "This pipeline has no identity adapter: load one with load_adapter, or give no reference."
+            )
+        return people
+
+    def _vision(self, personas: Sequence[Sequence[Persona]], copies: int) -> Tokens | None:
+        """Vision tokens (pictures, longest, width) of everybody in each picture; None if there is nobody at all."""
+        if not any(personas):
+            return None
+        rows = [concatenate([persona.features for persona in people]) if people else None for people in personas]
+        longest = max(len(row) for row in rows if row is not None)
+        width = next(row.shape[1] for row in rows if row is not None)
+        features, mask = torch.zeros(len(rows), longest, width), torch.zeros(len(rows), longest, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            if row is not None:
+                features[number, : len(row)] = row
+                mask[number, : len(row)] = True
+        device = self._execution_device
+        assert self.adapter is not None  # or `_see` would have raised
+        tokens = self.adapter.tokens(VISION, features.to(device, self.unet.dtype), mask.to(device))
+        return repeat(Tokens(tokens.values) if mask.all() else tokens, copies)
+
+    def _strength(
+        self, scale: "float | Sequence[float] | Tensor", personas: Sequence[Sequence[Persona]], copies: int
+    ) -> Tensor:
+        """The identity scale of every picture, (pictures,); 0 where it shows nobody."""
+        scales = torch.as_tensor(scale, dtype=torch.float32).flatten()
+        if len(scales) not in (1, len(personas)) or not scales.isfinite().all():
+            raise ConfigError(
+                f"identity_scale={scale!r} must be one number, or one for each of {len(personas)} prompts."
+            )
+        present = torch.tensor([bool(people) for people in personas], dtype=torch.float32)
+        return (scales * present).repeat_interleave(copies).to(self._execution_device)
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Latent height and width of pictures of this height and width in pixels."""
+        usual = int(self.unet.config.sample_size)
+        # Every resolution of the denoiser halves the latent once.
+        step = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        for side in (height, width):
+            if side is not None and (not isinstance(side, int) or side < step or side % step):
+                raise ConfigError(f"height and width must be multiples of {step} pixels, not {side}.")
+        sides = [usual if side is None else side // self.vae_scale_factor for side in (height, width)]
+        return sides[0], sides[1]
+
+    def _guidance(self, text: float | None, identity: float | None, rescale: float) -> Guidance:
+        """The call's guidance; the weights' own where it names none at all."""
+        if text is None and identity is None:
+            identity = self.config.default_identity_guidance_scale
+        text = _number("guidance_scale", self.config.default_guidance_scale if text is None else text)
+        identity = None if identity is None else _number("identity_guidance_scale", identity)
+        return Guidance(text, identity, _number("guidance_rescale", rescale))
+
+    def _scheduler(self, steps: int | None, sigmas: Sequence[float] | None, size: tuple[int, int]) -> Any:
+        """A copy of the scheduler for this call alone, its timesteps set."""
+        scheduler = copy.deepcopy(cast(Any, self.scheduler))
+        kind = scheduler.config.get("prediction_type", "flow_prediction")
+        if kind != "flow_prediction":
+            raise ConfigError(
+                f"{type(scheduler).__name__} predicts {kind}, but the denoiser predicts flow: use a flow-match "
+                "scheduler, or set use_flow_sigmas and prediction_type='flow_prediction'."
+            )
+        options: dict[str, Any] = {} if sigmas is None else {"sigmas": list(sigmas)}
+        if scheduler.config.get("use_dynamic_shifting"):
+            options["mu"] = _shift(scheduler.config, size[0] * size[1])
+        count = _whole("num_inference_steps", self.config.default_steps if steps is None else steps)
+        if sigmas is None:
+            options["num_inference_steps"] = count
+        scheduler.set_timesteps(device=self._execution_device, **options)
+        return scheduler
+
+    def _noise(
+        self,
+        count: int,
+        size: tuple[int, int],
+        generator: "torch.Generator | Sequence[torch.Generator] | None",
+        latents: Tensor | None,
+    ) -> Tensor:
+        """Start latents (count, channels, height, width): the given ones, or noise drawn picture by picture."""
+        shape = (int(self.unet.config.in_channels), *size)
+        device = self._execution_device
+        if latents is not None:
+            if tuple(latents.shape) != (count, *shape):
+                raise ConfigError(f"latents of shape {tuple(latents.shape)} do not fit: {(count, *shape)} is needed.")
+            return latents.to(device, torch.float32)
+        generators: list[torch.Generator | None] = (
+            list(generator) if isinstance(generator, Sequence) else [generator] * count
+        )
+        if len(generators) != count:
+            raise ConfigError(
+                f"There are {len(generators)} generators for {count} pictures: give one for each, or one."
+            )
+        # Drawn where the generator lives, in full precision: a seed means the same picture on every device.
+        drawn = [torch.randn(shape, generator=each, device=each.device if each else "cpu") for each in generators]
+        return torch.stack([each.to(device) for each in drawn])
+
+    def _unet_in_place(self) -> nn.Module:
+        """The denoiser, brought to its device if it is offloaded: projecting comes before its first forward."""
+        hook: Any = getattr(self.unet, "_hf_hook", None)
+        if type(hook).__name__ == "CpuOffload":
+            hook.pre_forward(self.unet)
+        return cast(nn.Module, self.unet)
+
+    def _denoise(
+        self, denoiser: GuidedDenoiser, latents: Tensor, strength: Tensor, scheduler: Any, on_step: "_OnStep | None"
+    ) -> Tensor:
+        """Take every step from noise to clean latents, in float32 whatever the denoiser's precision."""
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        call = self._running()
+        with self.progress_bar(total=len(scheduler.timesteps)) as bar:
+            for number, timestep in enumerate(scheduler.timesteps):
+                if call.interrupt:
+                    break
+                scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)(latents, timestep)
+                velocity = denoiser.velocity(scaled.to(self.unet.dtype), timestep, strength, call.guidance)
+                latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
+                if on_step is not None:
+                    tensors = {"latents": latents, "identity_scale": strength}
+                    tensors |= (
+                        on_step.callback(self, number, timestep, {name: tensors[name] for name in on_step.inputs}) or {}
+                    )
+                    latents, strength = tensors["latents"], tensors["identity_scale"]
+                bar.update()
+        return latents
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        """Turn normalised latents into pictures."""
+        if self.config.latents_mean is not None and self.config.latents_std is not None:
+            mean, std = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
+            latents = denormalise_latents(latents, mean, std)
+        latents = latents / float(getattr(self.vae.config, "scaling_factor", 1.0) or 1.0)
+        pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(pictures.float(), output_type=output_type)
+
+
+@dataclass(frozen=True)
+class _OnStep:
+    """A call's callback and the tensors it wants to see."""
+
+    callback: Callback
+    inputs: tuple[str, ...]
+
+    @classmethod
+    def make(cls, callback: Callback | None, inputs: Sequence[str], known: Sequence[str]) -> "_OnStep | None":
+        if callback is None:
+            return None
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            inputs = callback.tensor_inputs
+        if unknown := [name for name in inputs if name not in known]:
+            raise ConfigError(f"A callback cannot have {', '.join(unknown)}: choose from {', '.join(known)}.")
+        return cls(callback, tuple(inputs))
+
+
+def _load_models(
+    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], dtype: torch.dtype, variant: str | None
+) -> dict[str, Any]:
+    """Load every model of a weights folder that is not given, strictly."""
+    models: dict[str, Any] = {}
+    for name in MODELS:
+        if name in given:
+            continue
+        library, class_name = index.get(name) or ("", "")
+        if not library:
+            raise WeightsError(f"{folder / weights.INDEX} does not mention {name}; copy or download the weights again.")
+        options = {} if variant is None else {"variant": variant}
+        models[name] = weights.load_model(folder / name, library, class_name, dtype, **options)
+    return models
+
+
+def _load_adapters(folder: Path, parts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Adapter]:
+    """Load the adapters that lie in a weights folder, made for its denoiser and its vision encoder."""
+    found: dict[str, Adapter] = {}
+    for name in ADAPTERS:
+        if name in parts or not (folder / name).is_dir():
+            continue
+        found[name] = Adapter.load(folder / name, parts["unet"]).to(dtype).eval()
+        _check_encoder(found[name], weights.fingerprint(parts["image_encoder"]))
+    return found
+
+
+def _check_encoder(adapter: Adapter, encoder: str) -> None:
+    """Raise WeightsError if the adapter says that it was trained with another vision encoder."""
+    trained = adapter.metadata.get("encoder_fingerprint", encoder)
+    if VISION in (spec.name for spec in adapter.branch_specs) and trained != encoder:
+        raise WeightsError(
+            f"This adapter was trained with the vision encoder {trained}, but the pipeline has {encoder}: "
+            "take the image_encoder folder that belongs to the adapter."
+        )
+
+
+def _facts(part: Adapter) -> dict[str, str]:
+    """What a saved adapter must say of itself, from its own file if it came from one."""
+    unknown = {name: "unspecified" for name in ("base", "encoder", "feature_layer", "tokens", "licence")}
+    return {**unknown, **part.metadata}
+
+
+def _is_attached(unet: nn.Module, adapter: Adapter) -> bool:
+    try:
+        check_attached(unet, [adapter])
+    except WeightsError:
+        return False
+    return True
+
+
+def _shipped_finder() -> Path | None:
+    """The finder among the shipped weights, for pipelines whose own folder has none."""
+    try:
+        folder = weights.default_folder() / FINDER
+    except WeightsError:
+        return None
+    return folder if folder.is_dir() else None
+
+
+def _copies(text: TextTokens, copies: int) -> TextTokens:
+    return repeat(text[0], copies), {name: repeat(tokens, copies) for name, tokens in text[1].items()}
+
+
+def _shift(config: Mapping[str, Any], positions: int) -> float:
+    """The shift of the noise schedule for this many latent positions (arXiv 2403.03206; diffusers' Flux pipeline)."""
+    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+    return float(config["base_shift"] + slope * (positions - config["base_image_seq_len"]))
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r} must be a whole number from 1 on.")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r} must be a number.")
+    return float(value)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is unknown: choose {', '.join(choices[:-1])} or {choices[-1]}.")

@@ -1,0 +1,98 @@
+"""Who is in which picture: a call's prompts and references, in any of their forms, as one request per picture.
+
+A reference is whatever shows a person: a photo in any form that `photos` opens, a Persona, or a list of these that all
+show the same person. A sentence names people as {a} and {b} and the references are then {"a": ..., "b": ...}; the names
+become plain words ("the first person"), and the people's vision tokens are concatenated in that order (*Imagine
+yourself*, section 3.6).
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from imagine.errors import PromptError
+
+_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+
+
+@dataclass(frozen=True)
+class Person:
+    """One person of a picture: the name that the sentence used ("" if none), and the photos or personas."""
+
+    name: str
+    references: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make: a sentence without placeholders, and the people in it."""
+
+    sentence: str
+    people: tuple[Person, ...] = ()
+
+
+def read_requests(prompt: "str | Sequence[str]", reference: Any = None) -> list[Request]:
+    """Return one request per prompt.
+
+    With one prompt (a string), `reference` is None, a photo, a Persona, a list of several photos of one person, or a
+    dict from names to any of these. With a list of prompts, it is any of these for all of them, but a list is then one
+    reference per prompt. Raises PromptError if prompts and references do not fit together.
+    """
+    if isinstance(prompt, str):
+        return [_request(prompt, reference)]
+    prompts = list(prompt) if isinstance(prompt, Iterable) else None
+    if not prompts or not all(isinstance(each, str) for each in prompts):
+        raise PromptError("The prompt must be a sentence or a list of sentences.")
+    if not isinstance(reference, (list, tuple)):
+        return [_request(each, reference) for each in prompts]
+    if len(reference) != len(prompts):
+        raise PromptError(
+            f"There are {len(prompts)} prompts but {len(reference)} references: give one reference per prompt, or one "
+            "for all of them."
+        )
+    return [_request(each, own) for each, own in zip(prompts, reference, strict=True)]
+
+
+def _request(prompt: str, reference: Any) -> Request:
+    if not prompt.strip():
+        raise PromptError("The prompt is empty: say in a sentence what the picture should show.")
+    named = list(dict.fromkeys(_PLACEHOLDER.findall(prompt)))
+    if not isinstance(reference, Mapping):
+        if named:
+            raise PromptError(
+                f"The prompt names {_braced(named)}: give a reference for each name, such as {{{named[0]!r}: photo}}."
+            )
+        return Request(prompt, _unnamed(reference))
+    if unknown := [name for name in named if name not in reference]:
+        known = f"the references are for {_braced(map(str, reference))}" if reference else "there are no references"
+        raise PromptError(f"The prompt names {_braced(unknown)}, but {known}: use the same names in both.")
+    # A sentence that names nobody shows everybody; one that names some shows these.
+    chosen = named or list(reference)
+    people = tuple(Person(str(name), _references(reference[name])) for name in chosen)
+    return Request(_PLACEHOLDER.sub(lambda found: _words(named, found[1]), prompt), people)
+
+
+def _unnamed(reference: Any) -> tuple[Person, ...]:
+    return () if reference is None else (Person("", _references(reference)),)
+
+
+def _references(reference: Any) -> tuple[Any, ...]:
+    references = tuple(reference) if isinstance(reference, (list, tuple)) else (reference,)
+    if not references or any(each is None for each in references):
+        raise PromptError("A list of references is empty or has a gap: give at least one photo for every person.")
+    return references
+
+
+def _words(named: Sequence[str], name: str) -> str:
+    """Plain words for a placeholder, by the order in which the sentence names people."""
+    if len(named) == 1:
+        return "the person"
+    place = named.index(name)
+    return f"the {_ORDINALS[place]} person" if place < len(_ORDINALS) else "another person"
+
+
+def _braced(names: Iterable[str]) -> str:
+    *others, last = [f"{{{name}}}" for name in names]
+    return f"{', '.join(others)} and {last}" if others else last

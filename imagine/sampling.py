@@ -1,0 +1,129 @@
+"""One guided prediction of the denoiser for a batch of pictures: which passes it takes, and what each pass attends to.
+
+Between the pipeline, which knows about prompts, photos and schedulers, and the denoiser with its adapters. A step needs
+one, two or three passes (diffusion.guide); they go through the denoiser as one batch. Keys and values of all branches
+are projected when a pass or a strength changes, which is usually once per call.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagine.adapter import project
+from imagine.diffusion import guide
+from imagine.records import Conditioning, Tokens
+
+VISION = "vision"  # the identity branch, as the adapter calls it
+
+TextTokens = tuple[Tokens, dict[str, Tokens]]  # CLIP's tokens, and those of the other text branches
+Pass = tuple[bool, bool]  # with the sentence?, with the people?
+
+NOTHING, SENTENCE, PEOPLE = (False, False), (True, False), (True, True)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strictly sentence and person are followed; 1 or less is off. An identity of None follows the sentence's."""
+
+    text: float
+    identity: float | None = None
+    rescale: float = 0.0
+
+    def passes(self, people: bool) -> tuple[Pass, ...]:
+        """Return the passes that a step takes, for pictures with or without people."""
+        full = PEOPLE if people else SENTENCE
+        if self.identity is None or not people or self.identity == self.text:
+            return (full,) if self.text <= 1 else (NOTHING, full)
+        return NOTHING, SENTENCE, PEOPLE
+
+    def combine(self, predictions: Sequence[Tensor]) -> Tensor:
+        """Combine the predictions of `passes`, in their order."""
+        if len(predictions) == 1:
+            return predictions[0]
+        if len(predictions) == 2:
+            unconditional, full = predictions
+            return guide(unconditional, full, full, self.text, 1.0, self.rescale)
+        assert self.identity is not None
+        unconditional, sentence, full = predictions
+        return guide(unconditional, sentence, full, self.text, self.identity, self.rescale)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All pictures of one call: what to say, what to say instead where nothing is said, and whom to show.
+
+    `vision` has a row per picture, without a token that counts where it shows nobody; None: no picture shows anybody.
+    """
+
+    text: TextTokens
+    negative: TextTokens
+    vision: Tokens | None
+
+    def stacked(self, passes: Sequence[Pass], strength: Tensor) -> tuple[Tokens, Conditioning]:
+        """Return CLIP's tokens and the conditioning of one denoiser call over all passes; strength is (pictures,)."""
+        sides = [self.text if with_text else self.negative for with_text, _ in passes]
+        clip = join([side[0] for side in sides])
+        branches = {name: join([side[1][name] for side in sides]) for name in self.text[1]}
+        if self.vision is None or not any(with_people for _, with_people in passes):
+            return clip, Conditioning(branches)
+        scales = torch.cat([strength if with_people else torch.zeros_like(strength) for _, with_people in passes])
+        return clip, Conditioning({**branches, VISION: join([self.vision] * len(passes))}, {VISION: scales})
+
+
+class GuidedDenoiser:
+    """A denoiser with its adapters attached, ready for the steps of one call."""
+
+    def __init__(self, unet: nn.Module, inputs: Inputs, arguments: Mapping[str, Any]) -> None:
+        self.unet, self.inputs, self.arguments = unet, inputs, dict(arguments)
+        self._made_for: tuple[tuple[Pass, ...], Tensor] | None = None
+        self._clip = inputs.text[0]
+        self._conditioning = Conditioning()
+
+    def velocity(self, latents: Tensor, timestep: Tensor, strength: Tensor, guidance: Guidance) -> Tensor:
+        """Predict the guided velocity of latents (pictures, ...), people at this strength (pictures,)."""
+        passes = guidance.passes(self.inputs.vision is not None and bool(strength.any()))
+        self._prepare(passes, strength)
+        options = {**self.arguments, "conditioning": self._conditioning} if self._conditioning.branches else None
+        predicted = self.unet(
+            torch.cat([latents] * len(passes)),
+            timestep,
+            encoder_hidden_states=self._clip.values,
+            encoder_attention_mask=self._clip.mask,
+            cross_attention_kwargs=options,
+            return_dict=False,
+        )[0]
+        return guidance.combine(predicted.chunk(len(passes)))
+
+    def _prepare(self, passes: tuple[Pass, ...], strength: Tensor) -> None:
+        made = self._made_for
+        if made is not None and made[0] == passes and torch.equal(made[1], strength):
+            return
+        self._clip, conditioning = self.inputs.stacked(passes, strength)
+        # Kept under its own scales where the denoiser's LoRA depends on them, so a new strength means new projections.
+        self._conditioning = project(self.unet, conditioning, self._clip.values)
+        self._made_for = (passes, strength.clone())
+
+
+def join(rows: Sequence[Tokens]) -> Tokens:
+    """Put batches of tokens one under the other, the shorter ones padded; no mask if every token counts."""
+    longest = max(each.values.shape[1] for each in rows)
+    if all(each.mask is None and each.values.shape[1] == longest for each in rows):
+        return Tokens(torch.cat([each.values for each in rows]))
+    padded = [each.values.new_zeros(each.values.shape[0], longest, each.values.shape[2]) for each in rows]
+    masks = [torch.zeros(whole.shape[:2], dtype=torch.bool, device=whole.device) for whole in padded]
+    for each, whole, mask in zip(rows, padded, masks, strict=True):
+        length = each.values.shape[1]
+        whole[:, :length] = each.values
+        mask[:, :length] = True if each.mask is None else each.mask
+    return Tokens(torch.cat(padded), torch.cat(masks))
+
+
+def repeat(tokens: Tokens, copies: int) -> Tokens:
+    """Repeat every batch item `copies` times, copies side by side."""
+    if copies == 1:
+        return tokens
+    mask = None if tokens.mask is None else tokens.mask.repeat_interleave(copies, 0)
+    return Tokens(tokens.values.repeat_interleave(copies, 0), mask)
