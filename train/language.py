@@ -1,0 +1,63 @@
+"""The small text encoders of the portrait world: tokenizers made from its captions, and the three models."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from imagine import encoders
+from imagine.world import captions, sample_contexts, sample_people
+
+_SENTENCES = 3_000  # captions of each kind that the vocabularies are made from
+_BYT5_FOLDER = "tokenizer_3"
+
+
+def make_tokenizers(folder: Path) -> None:
+    """Write tokenizer/ (CLIP, trimmed), tokenizer_2/ (T5) and tokenizer_3/ (ByT5) into `folder`, unless they are there."""
+    if (folder / "ready").exists():
+        return
+    seeds = range(_SENTENCES)
+    people, contexts = sample_people(seeds), sample_contexts(seeds)
+    sentences = [text for style in ("dense", "terse", "rewritten") for text in captions(people, contexts, style, seeds)]
+    encoders.trim_clip_vocabulary(sentences, folder / "tokenizer")
+    encoders.train_t5_tokenizer(sentences, folder / "tokenizer_2", vocabulary_size=600)
+    encoders.build_byt5_tokenizer().save_pretrained(folder / _BYT5_FOLDER)
+    (folder / "ready").touch()
+
+
+def build_text_encoders(folder: Path) -> encoders.TextEncoders:
+    """Freshly initialised encoders with the tokenizers in `folder`."""
+    from transformers import ByT5Tokenizer, CLIPTokenizer, T5Tokenizer
+
+    clip = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    t5 = T5Tokenizer.from_pretrained(folder / "tokenizer_2", local_files_only=True)
+    byt5 = ByT5Tokenizer.from_pretrained(folder / _BYT5_FOLDER, local_files_only=True)
+    return encoders.TextEncoders(
+        encoders.build_clip_text(len(clip), bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id),
+        clip,
+        encoders.build_t5(len(t5)),
+        t5,
+        encoders.build_byt5(),
+        byt5,
+    )
+
+
+def save_text_encoders(text: encoders.TextEncoders, folder: Path, dtype: torch.dtype) -> None:
+    """Write models and tokenizers under the names that the pipeline's folder uses."""
+    pairs = (("text_encoder", text.clip), ("text_encoder_2", text.t5), ("text_encoder_3", text.byt5))
+    for name, model in pairs:
+        cast(Any, model).to(dtype).save_pretrained(folder / name)
+        cast(Any, model).float()
+    for name, tokenizer in (("tokenizer", text.clip_tokenizer), ("tokenizer_2", text.t5_tokenizer)):
+        tokenizer.save_pretrained(folder / name)
+    text.byt5_tokenizer.save_pretrained(folder / _BYT5_FOLDER)
+
+
+def parameters(*modules: nn.Module) -> list[nn.Parameter]:
+    return [parameter for module in modules for parameter in module.parameters()]
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

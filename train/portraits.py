@@ -1,0 +1,60 @@
+"""The portrait world as training material: the data settings all tasks share, and batches of rows by image number."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from imagine.faces import crop_faces
+from train.data import generator
+from train.pictures import Gallery, Pictures, open_pictures
+from train.task import Start
+
+
+class DataSettings(BaseModel):
+    """The run's `data` section: how many people are rendered, how often, and where the pictures are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    folder: Path = Path("runs/data")
+    identities: int = 20_000
+    pictures: int = 2
+    judge_identities: int = 4_000
+    judge_pictures: int = 4
+    drift: float = 0.06
+
+
+def training_pictures(data: Mapping[str, Any]) -> Pictures:
+    """Pictures of the people that the generator learns from."""
+    settings = DataSettings(**data)
+    gallery = Gallery("train", settings.identities, settings.pictures, drift=settings.drift)
+    return open_pictures(gallery, settings.folder / "train")
+
+
+def judge_pictures(data: Mapping[str, Any]) -> Pictures:
+    """Pictures of the people that the judge learns from: exact identities, several pictures each."""
+    settings = DataSettings(**data)
+    gallery = Gallery("judge", settings.judge_identities, settings.judge_pictures, drift=0.0)
+    return open_pictures(gallery, settings.folder / "judge")
+
+
+def draw_rows(start: Start, purpose: str, images_seen: int, size: int, count: int) -> Tensor:
+    """Which of `count` rows make up this batch, (size,): a pure function of seed, purpose and images seen."""
+    return torch.randint(count, (size,), generator=generator(start.seed, purpose, images_seen))
+
+
+def jitter_boxes(boxes: Tensor, random: torch.Generator, amount: float = 0.06) -> Tensor:
+    """Face boxes (B, 4) as a finder would give them: moved and scaled a little."""
+    noise = torch.randn(len(boxes), 3, generator=random) * amount
+    side = boxes[:, 2:].amax(1, keepdim=True)
+    scale = 1 + noise[:, 2:]
+    middle = boxes[:, :2] + boxes[:, 2:] / 2 + noise[:, :2] * side
+    size = boxes[:, 2:] * scale
+    return torch.cat((middle - size / 2, size), 1)
+
+
+def face_crops(images: Tensor, boxes: Tensor, size: int, random: torch.Generator) -> Tensor:
+    """Masked crops (B, 3, size, size) from jittered boxes."""
+    return crop_faces(images, jitter_boxes(boxes, random), size)

@@ -1,0 +1,54 @@
+"""Squares cut round each picture's face, a little too large, made once: a step then only shifts and masks them.
+
+The place of the finder's box is imprecise; a random shift of the crop within its margin stands for that.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from imagine.faces import cut_squares, ellipse
+from train.latents import as_taken
+from train.pictures import Pictures
+
+MARGIN = 3  # pixels of a 64 px crop, on each side
+_BLOCK = 512
+
+
+class Squares:
+    """Masked face crops (B, 3, size, size) of any rows, from squares of `size + 2 * MARGIN` pixels kept on disk."""
+
+    def __init__(self, pictures: Pictures, size: int, folder: Path, noisy: bool) -> None:
+        self.size, side = size, size + 2 * MARGIN
+        folder.mkdir(parents=True, exist_ok=True)
+        path, count = folder / f"squares-{side}.u8", folder / f"squares-{side}.count"
+        shape = (len(pictures.gallery), 3, side, side)
+        mode = "r+" if path.exists() and path.stat().st_size == int(np.prod(shape)) else "w+"
+        self.values = np.memmap(path, np.uint8, mode, shape=shape)
+        done = int(count.read_text()) if mode == "r+" and count.exists() else 0
+        for start in track(range(done, shape[0], _BLOCK), "cutting faces", disable=done >= shape[0]):
+            rows = torch.arange(start, min(start + _BLOCK, shape[0]))
+            images, boxes = as_taken(pictures, rows) if noisy else pictures.take(rows)
+            squares = cut_squares(images, _enlarged(boxes, side / size), side)
+            self.values[start : start + len(rows)] = (squares.clamp(0, 1) * 255).round().byte().numpy()
+            self.values.flush()
+            count.write_text(str(start + len(rows)))
+
+    def take(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        """Crops of these rows, each shifted by up to MARGIN pixels either way, background masked."""
+        squares = torch.from_numpy(self.values[rows.numpy()])
+        places = torch.randint(2 * MARGIN + 1, (len(rows), 2), generator=random).tolist()
+        cut = [s[:, y : y + self.size, x : x + self.size] for s, (y, x) in zip(squares, places, strict=True)]
+        return (torch.stack(cut).float() / 255 - 0.5) * ellipse(self.size) + 0.5
+
+
+def _enlarged(boxes: Tensor, factor: float) -> Tensor:
+    """Boxes (B, 4) whose crop is `factor` times as wide round the same centre (the crop's, not the box's)."""
+    left, top, width, height = boxes.unbind(1)
+    # The crop's centre lies above the box's by a share of its height: growing the box must not lift it further.
+    rise = 0.15 * height * (factor - 1)
+    corner = torch.stack((left - width * (factor - 1) / 2, top - height * (factor - 1) / 2 + rise), 1)
+    return torch.cat((corner, boxes[:, 2:] * factor), 1)

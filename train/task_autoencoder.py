@@ -1,0 +1,98 @@
+"""The autoencoder: pictures to 8x8 latents and back, with a decoder that forgives imprecise latents.
+
+While training, noise is added to the latents, whose channels are held near mean 0 and spread 1. The decoder so learns
+to map a neighbourhood of each latent to a clean picture, and small errors of the denoiser no longer show.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from imagine.models import build_autoencoder
+from train.data import generator
+from train.portraits import draw_rows, training_pictures
+from train.grids import save_grid
+from train.task import Loss, Start
+
+
+class AutoencoderSettings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    latent_channels: int = 32
+    widths: tuple[int, ...] = (16, 64, 128, 256)
+    crop: int = 64  # train on squares of this side; a multiple of 16
+    noise: float = 0.3  # the most noise on latents, whose spread is about 1
+    unit: float = 0.1  # weight of keeping each channel's mean at 0 and its spread at 1
+    edges: float = 1.0  # weight of the loss on differences between neighbouring pixels
+
+
+class AutoencoderTask:
+    Settings: ClassVar[type[BaseModel]] = AutoencoderSettings
+    PARTS: ClassVar[tuple[str, ...]] = ("vae",)
+
+    def __init__(self, settings: AutoencoderSettings, start: Start) -> None:
+        self.settings, self.start = settings, start
+        self.vae = build_autoencoder(settings.latent_channels, settings.widths)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {"vae": list(self.vae.parameters())}
+
+    def prepare(self) -> None:
+        self.pictures = training_pictures(self.start.data)
+
+    def batch(self, images_seen: int, size: int) -> Tensor:
+        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
+        images = self.pictures.take(rows)[0]
+        side, crop = images.shape[-1], self.settings.crop
+        places = torch.randint((side - crop) // 16 + 1, (size, 2), generator=self._random("crop", images_seen)) * 16
+        cut = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, places.tolist())]
+        return torch.stack(cut) * 2 - 1
+
+    def loss(self, batch: Tensor, images_seen: int) -> Loss:
+        latents = self.vae.encode(batch).latent
+        random = self._random("noise", images_seen)
+        mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        unit = (mean.square() + (spread - 1).square()).mean()
+        level = torch.rand(len(batch), 1, 1, 1, generator=random) * self.settings.noise
+        noise = (level * torch.randn(latents.shape, generator=random)).to(latents.device)
+        drawn = cast(Tensor, self.vae.decode(latents + noise).sample)
+        plain = (drawn - batch).abs().flatten(1).mean(1)
+        edges = sum((_edges(drawn, axis) - _edges(batch, axis)).abs().flatten(1).mean(1) for axis in (-1, -2))
+        square = F.mse_loss(drawn, batch, reduction="none").flatten(1).mean(1)
+        per_sample = plain + self.settings.edges * edges + square + self.settings.unit * unit
+        return Loss(per_sample, {"l1": plain.mean(), "square": square.mean(), "spread": spread.mean()})
+
+    def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        rows = torch.arange(0, len(self.pictures.gallery), len(self.pictures.gallery) // 32)[:32]
+        images = self.pictures.take(rows)[0].to(self.start.device)
+        drawn = (self.vae.decode(self.vae.encode(images * 2 - 1).latent).sample / 2 + 0.5).clamp(0, 1)
+        save_grid(torch.stack((images[:16], drawn[:16]), 1).flatten(0, 1).cpu(), folder / "pictures.png", columns=8)
+        return {"psnr": float(-10 * torch.log10(F.mse_loss(drawn, images)))}
+
+    def export(self, folder: Path) -> None:
+        self.vae.save_pretrained(folder / "vae")
+        rows = draw_rows(self.start, "statistics", 0, 512, len(self.pictures.gallery))
+        images = self.pictures.take(rows)[0].to(self.start.device) * 2 - 1
+        latents = torch.cat([self.vae.encode(part).latent for part in images.split(64)]).float().cpu()
+        statistics = {"mean": latents.mean((0, 2, 3)).tolist(), "std": latents.std((0, 2, 3)).tolist()}
+        (folder / "latents.json").write_text(json.dumps(statistics))
+
+    def _random(self, purpose: str, images_seen: int) -> torch.Generator:
+        return generator(self.start.seed, purpose, images_seen)
+
+
+def load_autoencoder(folder: Path) -> tuple[AutoencoderDC, Tensor, Tensor]:
+    """What `export` wrote: the network, and each latent channel's mean and standard deviation (C,)."""
+    statistics: dict[str, Any] = json.loads((folder / "latents.json").read_text())
+    vae = AutoencoderDC.from_pretrained(folder / "vae")
+    return cast(AutoencoderDC, vae), torch.tensor(statistics["mean"]), torch.tensor(statistics["std"])
+
+
+def _edges(images: Tensor, axis: int) -> Tensor:
+    return images.diff(dim=axis)

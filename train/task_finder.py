@@ -1,0 +1,113 @@
+"""The small face finder: renders of one to three people at any place and size, and pictures without anybody."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from imagine import finder
+from imagine.world import render_groups, sample_contexts, sample_people
+from imagine.world.scenes import paint_scenes
+from imagine.world.seeds import HELD_OUT, JUDGE
+from train.data import generator
+from train.portraits import draw_rows, judge_pictures
+from train.task import Loss, Start
+
+_GROUPS = 600  # pictures of two and of three people, rendered once
+
+
+class FinderSettings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    empty_share: float = 0.15  # share of pictures without anybody
+    group_share: float = 0.25
+
+
+class FinderTask:
+    Settings: ClassVar[type[BaseModel]] = FinderSettings
+    PARTS: ClassVar[tuple[str, ...]] = ("finder",)
+
+    def __init__(self, settings: FinderSettings, start: Start) -> None:
+        self.settings, self.start = settings, start
+        self.finder = finder.Finder()
+        self.modules: dict[str, nn.Module] = {"finder": self.finder}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {"finder": list(self.finder.parameters())}
+
+    def prepare(self) -> None:
+        self.pictures = judge_pictures(self.start.data)
+        self.groups = [_groups(JUDGE.start + 5_000_000, count, _GROUPS) for count in (2, 3)]
+        self.scenes = paint_scenes(sample_contexts(range(JUDGE.start, JUDGE.start + _GROUPS)), 128)
+        self.held_out = [_groups(HELD_OUT.stop - 1_000, count, 100) for count in (1, 2, 3)]
+
+    def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures (B, 3, S, S), boxes (B, 3, 4) and which of them count (B, 3)."""
+        random = generator(self.start.seed, "kinds", images_seen)
+        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
+        images, single = self.pictures.take(rows)
+        boxes = torch.zeros(size, 3, 4)
+        boxes[:, 0] = single
+        valid = torch.zeros(size, 3, dtype=torch.bool)
+        valid[:, 0] = True
+        kind, pick = torch.rand(size, generator=random), torch.randint(_GROUPS, (size,), generator=random)
+        for i in range(size):
+            if kind[i] < self.settings.empty_share:
+                images[i] = self.scenes[pick[i]]
+                valid[i] = False
+            elif kind[i] < self.settings.empty_share + self.settings.group_share:
+                count = 2 + int(pick[i] % 2)
+                pictures, places = self.groups[count - 2]
+                images[i], boxes[i, :count] = pictures[pick[i]], places[pick[i]]
+                valid[i, :count] = True
+        images, boxes = _zoom(images, boxes, random)
+        grey = torch.rand(size, generator=random) < 0.25
+        images[grey] = images[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+        return images, boxes, valid
+
+    def loss(self, batch: tuple[Tensor, Tensor, Tensor], images_seen: int) -> Loss:
+        images, boxes, valid = batch
+        wanted = finder.targets(boxes, valid, images.shape[-1])
+        return Loss(finder.loss(self.finder(images), wanted))
+
+    def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        found = right = wrong = 0
+        for images, boxes in self.held_out:
+            places, scores = finder.decode(self.finder(images.to(self.start.device)), images.shape[-1])
+            for i in range(len(images)):
+                kept = places[i][scores[i] > 0.5].cpu()
+                near = (_centres(kept)[:, None] - _centres(boxes[i])[None]).norm(dim=-1) < 0.4 * boxes[i, :, 2]
+                right += int(near.any(0).sum()) if len(kept) else 0
+                wrong += int((~near.any(1)).sum()) if len(kept) else 0
+                found += len(boxes[i])
+        return {"recall": right / found, "false_per_face": wrong / found}
+
+    def export(self, folder: Path) -> None:
+        finder.save_finder(self.finder, folder / "finder", torch.float16)
+
+
+def _groups(first: int, count: int, pictures: int) -> tuple[Tensor, Tensor]:
+    seeds = range(first, first + pictures * count)
+    out = render_groups(sample_people(seeds), sample_contexts(seeds), count)
+    return out.images, out.boxes
+
+
+def _centres(boxes: Tensor) -> Tensor:
+    return boxes[:, :2] + boxes[:, 2:] / 2
+
+
+def _zoom(images: Tensor, boxes: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Shrink and move each picture on a plain ground (or enlarge it a little), and its boxes with it."""
+    count, side = len(images), images.shape[-1]
+    scale = torch.empty(count).uniform_(0.35, 1.15, generator=random)
+    shift = (torch.rand(count, 2, generator=random) * 2 - 1) * (1 - scale.clamp(max=1)).unsqueeze(1)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
+    theta[:, :, 2] = -shift / scale.unsqueeze(1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    ground = torch.rand(count, 3, 1, 1, generator=random)
+    moved = F.grid_sample(images - ground, grid, align_corners=False) + ground
+    middle = (boxes[..., :2] * 2 / side - 1) * scale.view(-1, 1, 1) + shift.unsqueeze(1)
+    return moved, torch.cat(((middle + 1) * side / 2, boxes[..., 2:] * scale.view(-1, 1, 1)), -1)

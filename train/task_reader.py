@@ -1,0 +1,72 @@
+"""The judge's reader: names what a picture shows, attribute by attribute, and reads the letters on a shirt."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from imagine.judge import Reader, reading_loss
+from imagine.world import attributes, render, sample_contexts, sample_people
+from imagine.world.seeds import HELD_OUT
+from imagine.world.vocabulary import ATTRIBUTES, TRAITS
+from train.data import generator
+from train.portraits import draw_rows, judge_pictures
+from train.task import Loss, Start
+
+
+class ReaderSettings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    letters: float = 3.0  # weight of the letters among the attributes
+
+
+class ReaderTask:
+    Settings: ClassVar[type[BaseModel]] = ReaderSettings
+    PARTS: ClassVar[tuple[str, ...]] = ("reader",)
+
+    def __init__(self, settings: ReaderSettings, start: Start) -> None:
+        self.settings, self.start = settings, start
+        self.reader = Reader({**ATTRIBUTES, "letters": ()}, TRAITS)
+        self.modules: dict[str, nn.Module] = {"reader": self.reader}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {"reader": list(self.reader.parameters())}
+
+    def prepare(self) -> None:
+        self.pictures = judge_pictures(self.start.data)
+        gallery = self.pictures.gallery
+        rows = torch.arange(len(gallery))
+        self.targets = self.reader.targets(attributes(gallery.people(rows), gallery.contexts(rows)))
+        people = sample_people(range(HELD_OUT.stop - 400, HELD_OUT.stop))
+        contexts = sample_contexts(range(HELD_OUT.stop - 400, HELD_OUT.stop))
+        self.held_out = render(people, contexts).images, attributes(people, contexts)
+
+    def batch(self, images_seen: int, size: int) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
+        images = self.pictures.take(rows)[0]
+        random = generator(self.start.seed, "camera", images_seen)
+        grain = 0.05 * torch.rand(size, 1, 1, 1, generator=random) * torch.randn(images.shape, generator=random)
+        shift = torch.randint(-4, 5, (2,), generator=random).tolist()
+        moved = torch.roll(images + grain, shift, (2, 3)).clamp(0, 1)
+        return moved, {name: target[rows] for name, target in self.targets.items()}
+
+    def loss(self, batch: tuple[Tensor, dict[str, Tensor]], images_seen: int) -> Loss:
+        images, targets = batch
+        losses = reading_loss(self.reader(images), targets)
+        weights = {"letters": self.settings.letters}
+        total = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).mean(0)
+        return Loss(total, {"letters": losses["letters"].mean().detach()})
+
+    def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        images, truth = self.held_out
+        logits = [self.reader(part.to(self.start.device)) for part in images.split(100)]
+        read = self.reader.words({name: torch.cat([part[name] for part in logits]) for name in logits[0]})
+        names = [*ATTRIBUTES, *TRAITS]
+        right = {name: sum(a[name] == b[name] for a, b in zip(read, truth)) / len(truth) for name in names}
+        lettered = [(a["letters"], b["letters"]) for a, b in zip(read, truth) if b["letters"]]
+        right["letters"] = sum(a == b for a, b in lettered) / max(1, len(lettered))
+        return {"mean": sum(right.values()) / len(right), **right}
+
+    def export(self, folder: Path) -> None:
+        self.reader.save(folder / "reader", torch.float16)

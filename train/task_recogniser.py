@@ -1,0 +1,127 @@
+"""The judge's recogniser: one embedding a face, people pushed apart by a margin (CosFace, arXiv 1801.09414).
+
+A second head reads the traits of the world off the embedding while training. The margin alone learns slowly from four
+pictures a person (docs/experiments.md); the traits say at once what there is to look at.
+"""
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from imagine.faces import crop_faces
+from imagine.judge import Recogniser, margin_loss
+from imagine.world import render, sample_contexts, sample_people
+from imagine.world.people import CONTINUOUS, People
+from imagine.world.seeds import HELD_OUT, JUDGE
+from imagine.world.vocabulary import TRAITS
+from train.data import generator
+from train.language import parameters
+from train.portraits import draw_rows, judge_pictures
+from train.squares import Squares
+from train.task import Loss, Start
+
+_VALIDATION = 500  # held-out people, two pictures each (apart from those that evaluation uses)
+
+
+class RecogniserSettings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    scale: float = 24.0
+    margin: float = 0.25
+    dimensions: int = 128
+    traits: float = 10.0  # weight of reading the traits
+    ramp: int = 30_000  # images for which traits come alone, and for as many again the margin loss grows to its weight
+
+
+class Prototypes(nn.Module):
+    """One direction a person, (people, dimensions); thrown away after training."""
+
+    def __init__(self, people: int, dimensions: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(people, dimensions) / dimensions**0.5)
+
+
+class RecogniserTask:
+    Settings: ClassVar[type[BaseModel]] = RecogniserSettings
+    PARTS: ClassVar[tuple[str, ...]] = ("recogniser",)
+
+    def __init__(self, settings: RecogniserSettings, start: Start) -> None:
+        self.settings, self.start = settings, start
+        self.recogniser = Recogniser(dimensions=settings.dimensions)
+        people = int(start.data.get("judge_identities", 4_000))
+        self.prototypes = Prototypes(people, settings.dimensions)
+        self.reading = nn.Linear(settings.dimensions, len(CONTINUOUS) + sum(map(len, TRAITS.values())))
+        self.modules: dict[str, nn.Module] = {
+            "recogniser": self.recogniser, "prototypes": self.prototypes, "reading": self.reading,
+        }  # fmt: skip
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {"recogniser": parameters(self.recogniser, self.prototypes, self.reading)}
+
+    def prepare(self) -> None:
+        self.pictures = judge_pictures(self.start.data)
+        self.squares = Squares(self.pictures, self.recogniser.size, Path(self.start.data["folder"]) / "judge", noisy=False)
+        self.people = sample_people([JUDGE.start + i for i in range(self.pictures.gallery.identities)])
+
+    def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor]:
+        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
+        random = generator(self.start.seed, "jitter", images_seen)
+        crops = self.squares.take(rows, random)
+        # A cheap camera: the judge must not care about exposure, colour cast and grain.
+        gain = 1 + 0.12 * torch.randn(size, 3, 1, 1, generator=random) * torch.tensor([1.0, 0.5, 1.0]).view(1, 3, 1, 1)
+        grain = 0.04 * torch.rand(size, 1, 1, 1, generator=random) * torch.randn(crops.shape, generator=random)
+        return (crops * gain + grain).clamp(0, 1), rows // self.pictures.gallery.pictures
+
+    def loss(self, batch: tuple[Tensor, Tensor], images_seen: int) -> Loss:
+        crops, labels = batch
+        embeddings = self.recogniser(crops)
+        cosines = embeddings @ nn.functional.normalize(self.prototypes.weight, dim=1).T
+        hits = (cosines.argmax(1) == labels).float().mean()
+        loss = margin_loss(embeddings, labels, self.prototypes.weight, self.settings.scale, self.settings.margin)
+        traits = self._trait_loss(self.reading(embeddings * self.settings.dimensions**0.5), self.people[labels.cpu()])
+        share = min(1.0, max(0.0, images_seen / self.settings.ramp - 1))
+        return Loss(share * loss + self.settings.traits * traits, {"accuracy": hits, "traits": traits.mean()})
+
+    def _trait_loss(self, read: Tensor, people: People) -> Tensor:
+        """How badly the traits are read, (B,): squared error of the continuous ones, cross-entropy of the others."""
+        people = people.to(read.device)
+        wanted = torch.stack([getattr(people, name) for name in CONTINUOUS], 1)
+        loss = 6 * (read[:, : len(CONTINUOUS)] - wanted).square().sum(1)
+        at = len(CONTINUOUS)
+        for name, words in TRAITS.items():
+            logits = read[:, at : at + len(words)]
+            loss = loss + F.cross_entropy(logits, getattr(people, name), reduction="none")
+            at += len(words)
+        return loss / (len(CONTINUOUS) + len(TRAITS))
+
+    def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        first, second = (
+            torch.cat([self.recogniser(part.to(self.start.device)) for part in crops.split(100)])
+            for crops in held_out_crops(self.recogniser.size)
+        )
+        similarity = first @ second.T
+        hits = (similarity.argmax(1) == torch.arange(len(first), device=similarity.device)).float().mean()
+        off = similarity[~torch.eye(len(first), dtype=torch.bool, device=similarity.device)]
+        return {"rank1": float(hits), "same": float(similarity.diag().mean()), "other": float(off.mean())}
+
+    def export(self, folder: Path) -> None:
+        self.recogniser.save(folder / "recogniser", torch.float16)
+
+
+_cache: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+def held_out_crops(size: int) -> tuple[Tensor, Tensor]:
+    """Face crops of two pictures of each of 500 held-out people; rendered once a process."""
+    if size not in _cache:
+        seeds = range(HELD_OUT.stop - _VALIDATION, HELD_OUT.stop)
+        people = sample_people(seeds)
+        pair = []
+        for picture in (0, 1):
+            out = render(people, sample_contexts([seed * 2 + picture for seed in seeds]))
+            pair.append(crop_faces(out.images, out.boxes, size))
+        _cache[size] = (pair[0], pair[1])
+    return _cache[size]
