@@ -313,6 +313,8 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         return Persona(concatenate([each.features.to("cpu") for each in known]), encoder, tuple(faces))
 
     def _look_at(self, photo: Any, number: int, face: FaceChoice, on_no_face: Literal["error", "whole"]) -> Persona:
+        if isinstance(photo, (str, os.PathLike)) and Path(photo).suffix == ".safetensors":
+            return Persona.load(photo)
         size = int(self.image_encoder.config.image_size)
         crop = crop_face(open_photo(photo), self.finder, size, face, on_no_face)
         name = os.fspath(photo) if isinstance(photo, (str, os.PathLike)) else f"photo {number}"
@@ -362,11 +364,11 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> "ImagineOutput | tuple[Any, list[Face]]":
+    ) -> ImagineOutput:
         """Draw one picture, or `num_images_per_prompt`, for each prompt.
 
-        reference: who is in it; a photo (path, bytes, PIL, array), a Persona, a list of them for one person, or a dict
-            of names for a prompt such as "{a} hugs {b}". With a list of prompts, a list holds one for each prompt.
+        reference: who is in it; a photo (path, bytes, PIL, array), a Persona or its file, a list of them for one person, or
+            a dict of names for a prompt such as "{a} hugs {b}". With a list of prompts, a list holds one for each prompt.
         guidance_scale: how strictly the sentence is followed; 1 is off. identity_guidance_scale is the same for the
             person; by default both are one (two denoiser passes a step), otherwise each step takes three.
         identity_scale: strength of the identity branch, one number or one per prompt; 0 gives the base's own picture,
@@ -376,6 +378,7 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         callback_on_step_end: called as (pipe, step, timestep, tensors), may return changed "latents" or
             "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
 
+        With return_dict=False the result is the tuple (images, faces), as everywhere in diffusers.
         Raises ImagineError (PromptError, PictureError, FaceError, WeightsError, ConfigError) with one sentence.
         """
         size = self._latent_size(height, width)
@@ -401,7 +404,7 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         images = drawn if output_type == "latent" else self._decode(drawn, output_type)
         self.maybe_free_model_hooks()
         faces = [face for people in personas for persona in people for face in persona.faces]
-        return ImagineOutput(images, faces) if return_dict else (images, faces)
+        return ImagineOutput(images, faces) if return_dict else cast(Any, (images, faces))
 
     def _read(
         self,

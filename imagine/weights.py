@@ -18,12 +18,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from imagine.errors import WeightsError
+
+if TYPE_CHECKING:  # headers and folders are looked at without torch, which takes a second to import
+    import torch
+    from torch import Tensor, nn
 
 FORMAT_VERSION = "1"
 INDEX = "model_index.json"
@@ -87,7 +88,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def load_model(folder: Path, library: str, class_name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype", **options: Any) -> Any:
     """Load one diffusers or transformers model from a component folder, in eval mode, its weights fitting exactly.
 
     Weights stored in half precision are brought to `dtype`. Raises WeightsError, naming what is wrong.
@@ -133,13 +134,15 @@ def check_names(
         raise WeightsError(f"The file in {where} {' and '.join(problems)}; copy or download the weights again.")
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module: "nn.Module") -> str:
     """Return 16 hexadecimal digits that tell one encoder's weights from another's.
 
     Names, shapes and up to 4,096 evenly spaced entries of every tensor are hashed. Training a network changes all its
     entries, so a sample tells, and the largest encoders take no time. Entries are rounded to bfloat16: the same
     weights count as the same whether stored in half or in full precision.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

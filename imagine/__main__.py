@@ -1,0 +1,8 @@
+"""`python -m imagine` is the command `imagine`."""
+
+import sys
+
+from imagine.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

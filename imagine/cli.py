@@ -1,0 +1,393 @@
+"""The command `imagine`: every verb is a thin skin over the library.
+
+Exit codes: 0 done, 2 the user's input is wrong (one sentence on stderr that says what to do), 1 our fault. With --json
+one JSON object goes to stdout and nothing else. Files appear whole or not at all. Nothing is ever downloaded.
+
+Heavy libraries are imported inside the verbs that need them, after everything that can be wrong with the arguments has
+been checked: `imagine --help` and a mistyped path answer at once.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from imagine import __version__
+from imagine.errors import ConfigError, ImagineError, PictureError, WeightsError
+from imagine.request import read_requests
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from imagine.pipeline import ImaginePipeline
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_NAMED = re.compile(r"([^\W\d]\w*)=(.+)", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command (by default the process's own) and return its exit code."""
+    try:
+        chosen = _parser().parse_args(arguments)
+    except SystemExit as stop:  # argparse has said what it had to say
+        return int(stop.code or 0)
+    run: Callable[[argparse.Namespace], dict[str, Any]] = chosen.run
+    _quieten()
+    try:
+        result = run(chosen)
+    except ImagineError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    except Exception as error:  # whatever it is, a traceback would help nobody who cannot change the code
+        if os.environ.get("IMAGINE_DEBUG"):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"imagine failed ({reason}); set IMAGINE_DEBUG=1 to see where, and report it.", file=sys.stderr)
+        return 1
+    lines: list[str] = result.pop("lines")
+    print(json.dumps(result, ensure_ascii=False, default=str) if chosen.json else "\n".join(lines))
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, complaining in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="imagine", description="From one photo of a person and a sentence to a new picture of them.")
+    parser.add_argument("--version", action="version", version=f"imagine {__version__}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    _add_generate(verbs)
+    _add_enroll(verbs)
+    _add_inspect(verbs)
+    _add_doctor(verbs)
+    _add_evaluate(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, help_: str, run: Callable[[argparse.Namespace], dict[str, Any]]) -> Any:
+    verb = verbs.add_parser(name, help=help_, description=f"{help_[0].upper()}{help_[1:]}.")
+    verb.set_defaults(run=run)
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    return verb
+
+
+def _add_face_choice(verb: Any) -> None:
+    verb.add_argument(
+        "--face", type=_face, default="largest", metavar="WHICH", help="largest, centre, or a number from 0"
+    )
+    verb.add_argument(
+        "--on-no-face", choices=["error", "whole"], default="error", help="without a face: stop, or use all"
+    )
+
+
+def _add_weights(verb: Any) -> None:
+    verb.add_argument("--weights", type=Path, metavar="DIR", help="folder of weights (default: the shipped ones)")
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+def _add_generate(verbs: Any) -> None:
+    verb = _verb(verbs, "generate", "draw a person from a photo, doing what a sentence says", _generate)
+    verb.add_argument(
+        "--reference", action="append", required=True, metavar="PHOTO", help="photo or enrolled persona of the person; "
+        "again for more photos of them, or name=PHOTO for each {name} in the prompt",
+    )  # fmt: skip
+    verb.add_argument("--prompt", required=True, metavar="TEXT", help='such as "smiling, on a beach"')
+    verb.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture to write: png, jpg or webp")
+    _add_weights(verb)
+    verb.add_argument("--seed", type=_seed, metavar="N", help="repeats a picture (default: a new one each time)")
+    verb.add_argument("--num-images", type=_count, default=1, metavar="N", help="pictures, from seeds N, N+1, ...")
+    verb.add_argument("--steps", type=_count, metavar="N", help="more are slower and finer")
+    verb.add_argument("--guidance-scale", type=_number, metavar="X", help="how strictly the sentence is followed")
+    verb.add_argument(
+        "--identity-scale", type=_number, default=1.0, metavar="X", help="strength of the person; 0 is off"
+    )
+    _add_face_choice(verb)
+
+
+def _generate(chosen: argparse.Namespace) -> dict[str, Any]:
+    paths = _numbered(_writable(chosen.output, FORMATS), chosen.num_images)
+    reference = _references(chosen.reference)
+    read_requests(chosen.prompt, reference)  # refused now rather than after loading
+    seed = secrets.randbelow(2**31) if chosen.seed is None else chosen.seed
+    pipe = _pipeline(chosen.weights)
+    started = time.monotonic()
+    drawn = pipe(
+        chosen.prompt,
+        reference=reference,
+        num_images_per_prompt=chosen.num_images,
+        generator=_generators(seed, chosen.num_images),
+        num_inference_steps=chosen.steps,
+        guidance_scale=chosen.guidance_scale,
+        identity_scale=chosen.identity_scale,
+        face=chosen.face,
+        on_no_face=chosen.on_no_face,
+    )
+    seconds = round(time.monotonic() - started, 2)
+    for image, path in zip(drawn.images, paths, strict=True):
+        _save_whole(image, path)
+    faces = [face.as_dict() for face in drawn.faces]
+    notes = [f"{face['reference']}: {face['quality']}" for face in faces if face["quality"] != "good"]
+    return {
+        "lines": [f"{', '.join(map(str, paths))} (seed {seed}, {seconds} s)", *notes],
+        "images": [str(path) for path in paths],
+        "prompt": chosen.prompt,
+        "seeds": [seed + number for number in range(chosen.num_images)],
+        "faces": faces,
+        "seconds": seconds,
+    }
+
+
+def _references(given: Sequence[str]) -> Any:
+    """The references of a call: one photo, several of one person, or people by name."""
+    named: dict[str, list[str]] = {}
+    plain: list[str] = []
+    for each in given:
+        found = None if Path(each).exists() else _NAMED.fullmatch(each)
+        if found is None:
+            plain.append(each)
+        else:
+            named.setdefault(found[1], []).append(found[2])
+    if named and plain:
+        raise ConfigError(f"Give every reference a name, as in name={plain[0]}, or none of them.")
+    for path in [*plain, *(path for paths in named.values() for path in paths)]:
+        if not Path(path).expanduser().is_file():
+            raise PictureError(f"There is no file {path}: check the path.")
+    return named or (plain if len(plain) > 1 else plain[0])
+
+
+def _generators(seed: int, count: int) -> list[Any]:
+    import torch
+
+    return [torch.Generator().manual_seed(seed + number) for number in range(count)]
+
+
+def _numbered(path: Path, count: int) -> list[Path]:
+    """The path itself for one picture, else name-1.png, name-2.png ..."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
+
+
+def _save_whole(image: "Image.Image", path: Path) -> None:
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(unfinished, FORMATS[path.suffix.lower()], quality=95)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written ({error.strerror or error}): choose another --output.") from error
+
+
+# --- enroll -----------------------------------------------------------------------------------------------------------
+def _add_enroll(verbs: Any) -> None:
+    verb = _verb(verbs, "enroll", "look at photos of one person once and save what was seen, for generate", _enroll)
+    verb.add_argument("photos", nargs="+", metavar="PHOTO")
+    verb.add_argument("--output", required=True, type=Path, metavar="FILE", help="persona to write: .safetensors")
+    _add_weights(verb)
+    _add_face_choice(verb)
+
+
+def _enroll(chosen: argparse.Namespace) -> dict[str, Any]:
+    path = _writable(chosen.output, (".safetensors",))
+    persona = _pipeline(chosen.weights).enroll(chosen.photos, face=chosen.face, on_no_face=chosen.on_no_face)
+    persona.save(path)
+    faces = [face.as_dict() for face in persona.faces]
+    return {
+        "lines": [str(path), *(f"{face['reference']}: {face['quality']}" for face in faces)],
+        "persona": str(path),
+        "tokens": persona.tokens,
+        "encoder": persona.encoder,
+        "faces": faces,
+    }
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+def _add_inspect(verbs: Any) -> None:
+    verb = _verb(verbs, "inspect", "say what a file or folder of weights is", _inspect)
+    verb.add_argument("path", type=Path, metavar="FILE_OR_DIR")
+
+
+def _inspect(chosen: argparse.Namespace) -> dict[str, Any]:
+    from imagine.inspection import inspect
+
+    found = inspect(chosen.path)
+    return {"lines": _told(found), **found}
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+def _add_doctor(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "doctor", "check the installation, or say how good a photo is and what would be better", _doctor
+    )
+    verb.add_argument("photo", nargs="?", metavar="PHOTO")
+    _add_weights(verb)
+    verb.add_argument(
+        "--face", type=_face, default="largest", metavar="WHICH", help="largest, centre, or a number from 0"
+    )
+
+
+def _doctor(chosen: argparse.Namespace) -> dict[str, Any]:
+    from imagine.doctor import report_installation, report_photo
+    from imagine.faces import default_finder
+
+    try:
+        folder = _folder(chosen.weights)
+    except WeightsError:
+        if chosen.weights is not None:
+            raise
+        folder = None  # that there are none is what the doctor is here to say
+    if chosen.photo is None:
+        found = report_installation(folder).as_dict()
+    else:
+        finder = default_finder(None if folder is None else folder / "finder")
+        found = report_photo(chosen.photo, finder, face=chosen.face).as_dict()
+    advice = found["advice"] or ["All is well."]
+    return {"lines": [*_told({name: value for name, value in found.items() if name != "advice"}), *advice], **found}
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+def _add_evaluate(verbs: Any) -> None:
+    verb = _verb(
+        verbs, "evaluate", "measure likeness, obedience and copying on people nothing was trained on", _evaluate
+    )
+    _add_weights(verb)
+    verb.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="for report.html, report.json, pictures"
+    )
+    verb.add_argument("--suite", default="portraits", metavar="NAME", help="which prompts (default: portraits)")
+    verb.add_argument("--identities", type=_count, default=51, metavar="N", help="people (default: 51)")
+    verb.add_argument("--prompts", type=_count, default=13, metavar="N", help="prompts for each (default: 13)")
+    verb.add_argument("--seed", type=_seed, default=0, metavar="N")
+
+
+def _evaluate(chosen: argparse.Namespace) -> dict[str, Any]:
+    from imagine.evaluate import run
+    from imagine.judge import Judge
+
+    folder = _folder(chosen.weights)
+    judge = Judge.from_pretrained(folder / "judge" if (folder / "judge").is_dir() else None)
+    report = run(
+        _pipeline(folder), chosen.output, chosen.suite, chosen.identities, chosen.prompts, chosen.seed, judge,
+        progress=not chosen.json,
+    )  # fmt: skip
+    return {"lines": [*_told(report["metrics"]), str(chosen.output / "report.html")], **report}
+
+
+# --- what the verbs share ---------------------------------------------------------------------------------------------
+def _folder(given: Path | None) -> Path:
+    from imagine.weights import default_folder, read_index
+
+    if given is None:
+        return default_folder()
+    if not given.expanduser().is_dir():
+        raise WeightsError(f"There is no folder {given}: name one that holds weights, or leave --weights out.")
+    read_index(given.expanduser())
+    return given.expanduser()
+
+
+def _pipeline(given: Path | None) -> "ImaginePipeline":
+    folder = _folder(given)
+    from imagine.pipeline import ImaginePipeline
+
+    pipe = ImaginePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _writable(path: Path, suffixes: "Sequence[str] | Mapping[str, str]") -> Path:
+    """The path of a file to write, as long as it can be one; checked before anything slow begins."""
+    path = path.expanduser()
+    if path.suffix.lower() not in suffixes:
+        raise ConfigError(f"--output {path} must end in {' or '.join(suffixes)}: choose another name.")
+    if path.is_dir():
+        raise ConfigError(f"--output {path} is a folder: name a file in it.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"There is no folder {path.parent} for --output {path.name}: make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"Nothing can be written to {path.parent}: choose another folder for --output.")
+    return path
+
+
+def _told(found: Mapping[str, Any], indent: str = "") -> list[str]:
+    """Nested facts as lines of "name: value", for people."""
+    lines = []
+    for name, value in found.items():
+        words = name.replace("_", " ")
+        if isinstance(value, Mapping):
+            short = ", ".join(f"{key} {_short(each)}" for key, each in value.items() if not isinstance(each, Mapping))
+            deep = any(isinstance(each, Mapping) for each in value.values())
+            lines += [f"{indent}{words}:", *_told(value, indent + "  ")] if deep else [f"{indent}{words}: {short}"]
+        elif value not in (None, [], ()):
+            lines.append(f"{indent}{words}: {_short(value)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_short, value))
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{name} {_short(each)}" for name, each in value.items()) + ")"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _count(text: str) -> int:
+    return _checked(text, int, lambda value: value >= 1, "a whole number from 1 on")
+
+
+def _seed(text: str) -> int:
+    return _checked(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 on")
+
+
+def _number(text: str) -> float:
+    return _checked(text, float, lambda value: abs(value) < float("inf"), "a number")
+
+
+def _face(text: str) -> "str | int":
+    return (
+        text
+        if text in ("largest", "centre")
+        else _checked(text, int, lambda value: value >= 0, "largest, centre or 0, 1, ...")
+    )
+
+
+def _checked(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def _quieten() -> None:
+    """Keep the libraries below from talking to the user, and from looking for the network."""
+    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "NO_ALBUMENTATIONS_UPDATE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
