@@ -40,6 +40,7 @@ class Stage(BaseModel):
     decay: float = Field(0.2, ge=0, le=1)  # trapezoid: the last share of the images, over which the rate falls to 0
     weight_decay: float = Field(0.01, ge=0)  # matrices and kernels only; gains, biases and scalars do not decay
     betas: tuple[float, float] = (0.9, 0.99)
+    muon: tuple[str, ...] = ()  # parts whose matrices are trained with Muon; everything else with AdamW
     clip: float = Field(1.0, ge=0)  # largest gradient norm; 0: never clip
     ema: float = Field(0, ge=0)  # half-life of the weights' average, in images; 0: no average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: the faster of the two, measured on this device

@@ -51,9 +51,7 @@ def normals(
     return both[:, :columns].reshape(size, *shape)
 
 
-def chance(
-    seed: int, purpose: str, first: int, size: int, rate: float, device: torch.device | str = "cpu"
-) -> Tensor:
+def chance(seed: int, purpose: str, first: int, size: int, rate: float, device: torch.device | str = "cpu") -> Tensor:
     """(size,) bool, True with probability `rate`: which images drop a condition, say."""
     return uniforms(seed, purpose, first, size, device=device) < rate
 
@@ -78,9 +76,7 @@ def shuffled(seed: int, purpose: str, first: int, size: int, population: int) ->
     return out
 
 
-def ahead(
-    make: Callable[..., T], calls: Iterable[tuple[int, int]], depth: int
-) -> Generator[tuple[int, T], None, None]:
+def ahead(make: Callable[..., T], calls: Iterable[tuple[int, int]], depth: int) -> Generator[tuple[int, T], None, None]:
     """(images_seen, make(images_seen, size)) for each call in order, `depth` of them made ahead in one thread."""
     if not depth:
         for call in calls:

@@ -44,12 +44,31 @@ def build_text_encoders(folder: Path) -> encoders.TextEncoders:
     )
 
 
-def save_text_encoders(text: encoders.TextEncoders, folder: Path, dtype: torch.dtype) -> None:
+def load_text_encoders(folder: Path) -> encoders.TextEncoders:
+    """What `save_text_encoders` wrote, in float32."""
+    from transformers import ByT5Tokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+    def model(kind: Any, name: str) -> Any:
+        return kind.from_pretrained(folder / name, local_files_only=True, dtype=torch.float32).eval()
+
+    def tokenizer(kind: Any, name: str) -> Any:
+        return kind.from_pretrained(folder / name, local_files_only=True)
+
+    return encoders.TextEncoders(
+        model(CLIPTextModel, "text_encoder"),
+        tokenizer(CLIPTokenizer, "tokenizer"),
+        model(T5EncoderModel, "text_encoder_2"),
+        tokenizer(T5Tokenizer, "tokenizer_2"),
+        model(T5EncoderModel, "text_encoder_3"),
+        tokenizer(ByT5Tokenizer, _BYT5_FOLDER),
+    )
+
+
+def save_text_encoders(text: encoders.TextEncoders, folder: Path) -> None:
     """Write models and tokenizers under the names that the pipeline's folder uses."""
     pairs = (("text_encoder", text.clip), ("text_encoder_2", text.t5), ("text_encoder_3", text.byt5))
     for name, model in pairs:
-        cast(Any, model).to(dtype).save_pretrained(folder / name)
-        cast(Any, model).float()
+        cast(Any, model).save_pretrained(folder / name)
     for name, tokenizer in (("tokenizer", text.clip_tokenizer), ("tokenizer_2", text.t5_tokenizer)):
         tokenizer.save_pretrained(folder / name)
     text.byt5_tokenizer.save_pretrained(folder / _BYT5_FOLDER)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderDC
 from rich.progress import track
 from torch import Tensor
 
@@ -27,7 +26,9 @@ class Latents:
         side = pictures.gallery.size // self.vae.spatial_compression_ratio
         shape = (len(pictures.gallery), self.vae.config.latent_channels, side, side)
         folder.mkdir(parents=True, exist_ok=True)
-        mark = hashlib.sha256((autoencoder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:12]
+        mark = hashlib.sha256((autoencoder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[
+            :12
+        ]
         path, count = folder / f"latents-{mark}.f16", folder / f"latents-{mark}.count"
         mode = "r+" if path.exists() and path.stat().st_size == 2 * int(np.prod(shape)) else "w+"
         self.values = np.memmap(path, np.float16, mode, shape=shape)

@@ -250,7 +250,8 @@ class Course:
 
     def _state(self, chosen: parts.Parts, saved: Saved | None) -> State:
         trained = parts.named(self.task.modules, chosen)
-        optimiser = parts.adamw(chosen, self.stage.train, self.stage.betas, self.stage.weight_decay)
+        stage = self.stage
+        optimiser = parts.optimiser(chosen, stage.train, stage.betas, stage.weight_decay, stage.muon)
         modules = {name: self.task.modules[name] for name in self.training}
         precision: str = self.stage.precision
         if precision == "auto":

@@ -10,6 +10,7 @@ from torch import nn
 
 from imagine.errors import ConfigError
 from train.config import unknown_name
+from train.muon import MuonAdamW
 
 Parts = dict[str, list[nn.Parameter]]
 
@@ -60,10 +61,13 @@ def train_mode(modules: Mapping[str, nn.Module], training: Sequence[str]) -> Non
         network.train(name in training)
 
 
-def adamw(
-    chosen: Parts, rates: Mapping[str, float], betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
-    """Fused AdamW with two groups per part: matrices decay; gains, biases and scalars (fewer than 2 axes) do not."""
+def optimiser(
+    chosen: Parts, rates: Mapping[str, float], betas: tuple[float, float], weight_decay: float, muon: Sequence[str] = ()
+) -> torch.optim.Optimizer:
+    """Two groups per part: matrices decay; gains, biases and scalars (fewer than 2 axes) do not.
+
+    Fused AdamW; the matrices of the parts named in `muon` are left to Muon.
+    """
     groups = []
     for part, parameters in chosen.items():
         for decays in (True, False):
@@ -71,7 +75,11 @@ def adamw(
             if members:
                 rate, decay = rates[part], weight_decay if decays else 0.0
                 groups.append({"params": members, "part": part, "rate": rate, "lr": rate, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=betas, fused=True)
+    if not muon:
+        return torch.optim.AdamW(groups, betas=betas, fused=True)
+    for group in groups:
+        group["muon"] = group["part"] in muon and group["params"][0].ndim >= 2
+    return MuonAdamW(groups, betas)
 
 
 def set_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:

@@ -8,7 +8,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from imagine.faces import crop_faces
 from train.data import generator
 from train.pictures import Gallery, Pictures, open_pictures
 from train.task import Start
@@ -43,18 +42,3 @@ def judge_pictures(data: Mapping[str, Any]) -> Pictures:
 def draw_rows(start: Start, purpose: str, images_seen: int, size: int, count: int) -> Tensor:
     """Which of `count` rows make up this batch, (size,): a pure function of seed, purpose and images seen."""
     return torch.randint(count, (size,), generator=generator(start.seed, purpose, images_seen))
-
-
-def jitter_boxes(boxes: Tensor, random: torch.Generator, amount: float = 0.06) -> Tensor:
-    """Face boxes (B, 4) as a finder would give them: moved and scaled a little."""
-    noise = torch.randn(len(boxes), 3, generator=random) * amount
-    side = boxes[:, 2:].amax(1, keepdim=True)
-    scale = 1 + noise[:, 2:]
-    middle = boxes[:, :2] + boxes[:, 2:] / 2 + noise[:, :2] * side
-    size = boxes[:, 2:] * scale
-    return torch.cat((middle - size / 2, size), 1)
-
-
-def face_crops(images: Tensor, boxes: Tensor, size: int, random: torch.Generator) -> Tensor:
-    """Masked crops (B, 3, size, size) from jittered boxes."""
-    return crop_faces(images, jitter_boxes(boxes, random), size)

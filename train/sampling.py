@@ -14,7 +14,11 @@ Text = tuple[Tokens, dict[str, Tokens]]
 
 @torch.no_grad()
 def sample(
-    unet: nn.Module, noise: Tensor, conditions: Sequence[tuple[Text, Tokens | None]], weights: Sequence[float], steps: int
+    unet: nn.Module,
+    noise: Tensor,
+    conditions: Sequence[tuple[Text, Tokens | None]],
+    weights: Sequence[float],
+    steps: int,
 ) -> Tensor:
     """Latents from noise (B, C, h, w); each step is the weighted sum of the predictions under each condition.
 

@@ -16,16 +16,15 @@ from imagine.adapter import Adapter, BranchSpec
 from imagine.diffusion import add_noise, per_item, sample_times, timesteps, velocity
 from imagine.encoders import VisionEncoder
 from imagine.faces import crop_faces
-from imagine.models import build_denoiser
 from imagine.records import Conditioning, Tokens
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 from train.data import chance, generator, key
-from train.language import parameters
-from train.latents import as_taken
-from train.portraits import draw_rows, face_crops
 from train.grids import save_grid
+from train.language import parameters
+from train.portraits import draw_rows
 from train.sampling import sample
+from train.squares import Squares
 from train.task import Loss, Start
 from train.task_base import ADAPTER_FACTS, PROMPTS, BaseSettings, BaseTask
 
@@ -65,7 +64,12 @@ class AdapterTask(BaseTask):
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"vision_encoder": parameters(self.vision), **self.adapter.parts()}
 
-    def batch(self, images_seen: int, size: int) -> AdapterBatch:
+    def prepare(self) -> None:
+        super().prepare()
+        folder = Path(self.start.data["folder"]) / "train"
+        self.squares = Squares(self.pictures, self.vision.config.image_size, folder, noisy=True)
+
+    def batch(self, images_seen: int, size: int) -> AdapterBatch:  # type: ignore[override]
         gallery, seed = self.pictures.gallery, self.start.seed
         who = draw_rows(self.start, "people", images_seen, size, gallery.identities)
         real = chance(seed, "real", images_seen, size, self.settings.real_share)
@@ -76,14 +80,12 @@ class AdapterTask(BaseTask):
         styles = ["terse" if r else "dense" if d else "rewritten" for r, d in zip(real.tolist(), dense.tolist())]
         texts = self.captions(rows, styles, key(seed, "captions", images_seen) % 2**31)
         drop = chance(seed, "drop", images_seen, size, self.settings.drop_text)
-        images, boxes = as_taken(self.pictures, references)
-        random = generator(seed, "crops", images_seen)
         latents = self.latents.take(rows)
         target_boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
         return AdapterBatch(
             latents,
             ["" if gone else text for gone, text in zip(drop.tolist(), texts)],
-            face_crops(images, boxes, self.vision.config.image_size, random),
+            self.squares.take(references, generator(seed, "crops", images_seen)),
             _face_weights(target_boxes, gallery.size, latents.shape[-1], self.settings.face_weight),
             1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),
         )
@@ -133,10 +135,8 @@ class AdapterTask(BaseTask):
         save_grid(torch.cat((photo.images[:, None], drawn), 1).flatten(0, 1), path, columns=len(PROMPTS) + 1)
 
     def export(self, folder: Path) -> None:
-        self.vision.to(torch.bfloat16).save_pretrained(folder / "image_encoder")
-        self.adapter.to(torch.bfloat16).save(folder / "adapter", {**ADAPTER_FACTS, "tokens": str(self.vision.tokens)})
-        self.vision.float()
-        self.adapter.float()
+        self.vision.save_pretrained(folder / "image_encoder")
+        self.adapter.save(folder / "adapter", {**ADAPTER_FACTS, "tokens": str(self.vision.tokens)})
 
     def _noise(self, latents: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         noise = torch.randn(latents.shape, generator=random).to(latents.device)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from imagine.models import build_autoencoder
 from train.data import generator
-from train.portraits import draw_rows, training_pictures
 from train.grids import save_grid
+from train.portraits import draw_rows, training_pictures
 from train.task import Loss, Start
 
 

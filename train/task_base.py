@@ -14,10 +14,10 @@ from imagine.models import build_denoiser
 from imagine.records import Conditioning
 from imagine.world import captions
 from train.data import chance, generator, key
+from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
 from train.latents import Latents
 from train.portraits import draw_rows, training_pictures
-from train.grids import save_grid
 from train.sampling import sample
 from train.task import Loss, Start
 
@@ -142,9 +142,7 @@ class BaseTask:
         save_grid(self.latents.decode(torch.cat(rows)).cpu(), path, columns=len(PROMPTS))
 
     def export(self, folder: Path) -> None:
-        self.unet.to(torch.bfloat16).save_pretrained(folder / "unet")
+        self.unet.save_pretrained(folder / "unet")
         facts = {**ADAPTER_FACTS, "tokens": "64 T5, 16 ByT5"}
-        self.text_adapter.to(torch.bfloat16).save(folder / "text_adapter", facts)
-        save_text_encoders(self.text, folder, torch.bfloat16)
-        self.unet.float()
-        self.text_adapter.float()
+        self.text_adapter.save(folder / "text_adapter", facts)
+        save_text_encoders(self.text, folder)

@@ -19,7 +19,8 @@ from imagine.encoders import VisionEncoder
 from imagine.world import captions
 from train.data import generator, key
 from train.language import build_text_encoders, make_tokenizers, parameters
-from train.portraits import draw_rows, face_crops, training_pictures
+from train.portraits import draw_rows, training_pictures
+from train.squares import Squares
 from train.task import Loss, Start
 from train.task_recogniser import held_out_crops
 
@@ -66,6 +67,8 @@ class ClipTask:
 
     def prepare(self) -> None:
         self.pictures = training_pictures(self.start.data)
+        folder = Path(self.start.data["folder"]) / "train"
+        self.squares = Squares(self.pictures, self.vision.config.image_size, folder, noisy=True)
 
     def batch(self, images_seen: int, size: int) -> ClipBatch:
         gallery = self.pictures.gallery
@@ -73,13 +76,12 @@ class ClipTask:
         random = generator(self.start.seed, "views", images_seen)
         which = torch.randint(2, (size,), generator=random)
         rows, others = who * gallery.pictures + which, who * gallery.pictures + 1 - which
-        images, boxes = self.pictures.take(rows)
         side = self.vision.config.image_size
-        first = face_crops(images, boxes, side, random)
+        first = self.squares.take(rows, random)
         whole = torch.rand(size, generator=random) < self.settings.whole_share
-        first[whole] = F.interpolate(images[whole], size=(side, side), mode="area")
+        first[whole] = F.interpolate(self.pictures.take(rows[whole])[0], size=(side, side), mode="area")
         crops = (~whole).nonzero().squeeze(1)
-        second = face_crops(*self.pictures.take(others[crops]), side, random)
+        second = self.squares.take(others[crops], random)
         people, contexts = gallery.people(rows), gallery.contexts(rows)
         seed = key(self.start.seed, "captions", images_seen) % 2**31
         return ClipBatch(first, second, captions(people, contexts, "dense", [seed + i for i in range(size)]), crops)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -63,7 +63,9 @@ class RecogniserTask:
 
     def prepare(self) -> None:
         self.pictures = judge_pictures(self.start.data)
-        self.squares = Squares(self.pictures, self.recogniser.size, Path(self.start.data["folder"]) / "judge", noisy=False)
+        self.squares = Squares(
+            self.pictures, self.recogniser.size, Path(self.start.data["folder"]) / "judge", noisy=False
+        )
         self.people = sample_people([JUDGE.start + i for i in range(self.pictures.gallery.identities)])
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,82 @@
+"""From a finished run to a weights folder: `python -m train.assemble runs/weights --output weights`.
+
+Takes what the stages exported, puts the pipeline together, and saves it in half precision beside judge and finder. Only
+files that the pipeline, judge and finder own are replaced; the model card and the examples stay.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from imagine.errors import ImagineError, WeightsError
+from train.language import load_text_encoders
+from train.task_autoencoder import load_autoencoder
+
+JUDGE = {"recogniser": "recogniser", "reader": "reader"}  # stage -> the folder it exports
+
+
+def assemble(run: Path, output: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write the pipeline of `run` to `output`; stages that are not there yet (judge, finder) are left as they are."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+
+    from imagine.adapter import Adapter
+    from imagine.encoders import VisionEncoder
+    from imagine.pipeline import ImaginePipeline
+
+    exports = {name: _export(run, name) for name in ("autoencoder", "base", "adapter")}
+    vae, mean, std = load_autoencoder(exports["autoencoder"])
+    unet = UNet2DConditionModel.from_pretrained(exports["base"] / "unet", torch_dtype=torch.float32)
+    text = load_text_encoders(exports["base"])
+    pipe = ImaginePipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text.clip,
+        tokenizer=text.clip_tokenizer,
+        text_encoder_2=text.t5,
+        tokenizer_2=text.t5_tokenizer,
+        text_encoder_3=text.byt5,
+        tokenizer_3=text.byt5_tokenizer,
+        image_encoder=VisionEncoder.from_pretrained(exports["adapter"] / "image_encoder", torch_dtype=torch.float32),
+        scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000),
+        text_adapter=Adapter.load(exports["base"] / "text_adapter", unet).float(),
+        adapter=Adapter.load(exports["adapter"] / "adapter", unet).float(),
+        latents_mean=mean.tolist(),
+        latents_std=std.tolist(),
+    )
+    pipe.to(dtype)
+    for part in (pipe.text_adapter, pipe.adapter):
+        assert part is not None, "both adapters were just given"
+        part.to(dtype)
+    pipe.save_pretrained(output)
+    for stage, folder in (*((name, f"judge/{name}") for name in JUDGE), ("finder", "finder")):
+        source = run / stage / "export" / stage
+        if source.is_dir():
+            shutil.copytree(source, output / folder, dirs_exist_ok=True)
+
+
+def _export(run: Path, stage: str) -> Path:
+    folder = run / stage / "export"
+    if not folder.is_dir():
+        raise WeightsError(f"{run} holds no export of the stage {stage}: train it first with `make weights`.")
+    return folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; 0, or 2 with one sentence."""
+    parser = argparse.ArgumentParser(prog="python -m train.assemble", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--output", type=Path, required=True, help="the weights folder to write")
+    options = parser.parse_args(arguments)
+    try:
+        assemble(options.run, options.output)
+    except ImagineError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
