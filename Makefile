@@ -41,8 +41,9 @@ format: $(READY)  ## put the code in its standard form
 	$(PY) -m ruff check --fix --quiet . || true
 	$(PY) -m ruff format .
 
-weights: $(READY)  ## train the shipped weights from nothing into runs/weights (stop and repeat at will: it carries on)
+weights: $(READY)  ## train the shipped weights from nothing into runs/weights/final (stop and repeat at will: it carries on)
 	$(PY) -m train configs/weights.yaml --output runs/weights $(ARGS)
+	$(PY) -m train.assemble runs/weights --output runs/weights/final
 
 bench: $(READY)  ## seconds per picture, cold start, rendered pictures per second
 	$(PY) benchmarks/bench.py $(ARGS)
