@@ -1,6 +1,5 @@
 """The small text encoders of the portrait world: tokenizers made from its captions, and the three models."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +13,15 @@ _SENTENCES = 3_000  # captions of each kind that the vocabularies are made from
 _BYT5_FOLDER = "tokenizer_3"
 
 
-def make_tokenizers(folder: Path) -> None:
-    """Write tokenizer/ (CLIP, trimmed), tokenizer_2/ (T5) and tokenizer_3/ (ByT5) into `folder`, unless they are there."""
+def make_tokenizers(folder: Path, sentences: int = _SENTENCES) -> None:
+    """Write tokenizer/ (CLIP, trimmed), tokenizer_2/ (T5) and tokenizer_3/ (ByT5) into `folder`, unless it has them."""
     if (folder / "ready").exists():
         return
-    seeds = range(_SENTENCES)
+    seeds = range(sentences)
     people, contexts = sample_people(seeds), sample_contexts(seeds)
-    sentences = [text for style in ("dense", "terse", "rewritten") for text in captions(people, contexts, style, seeds)]
-    encoders.trim_clip_vocabulary(sentences, folder / "tokenizer")
-    encoders.train_t5_tokenizer(sentences, folder / "tokenizer_2", vocabulary_size=600)
+    written = [text for style in ("dense", "terse", "rewritten") for text in captions(people, contexts, style, seeds)]
+    encoders.trim_clip_vocabulary(written, folder / "tokenizer")
+    encoders.train_t5_tokenizer(written, folder / "tokenizer_2", vocabulary_size=600)
     encoders.build_byt5_tokenizer().save_pretrained(folder / _BYT5_FOLDER)
     (folder / "ready").touch()
 
@@ -75,8 +74,5 @@ def save_text_encoders(text: encoders.TextEncoders, folder: Path) -> None:
 
 
 def parameters(*modules: nn.Module) -> list[nn.Parameter]:
+    """All parameters of these modules, in order."""
     return [parameter for module in modules for parameter in module.parameters()]
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

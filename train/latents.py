@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ _BLOCK = 256
 
 
 class Latents:
-    """Normalised latents (N, C, h, w) of every picture; each person's first (the real one) as a cheap camera took it."""
+    """Normalised latents (N, C, h, w) of every picture; each person's first, the real one, as cheap cameras take it."""
 
     def __init__(self, pictures: Pictures, autoencoder: Path, folder: Path, device: torch.device) -> None:
         self.vae, self.mean, self.std = load_autoencoder(autoencoder)
@@ -26,11 +27,10 @@ class Latents:
         side = pictures.gallery.size // self.vae.spatial_compression_ratio
         shape = (len(pictures.gallery), self.vae.config.latent_channels, side, side)
         folder.mkdir(parents=True, exist_ok=True)
-        mark = hashlib.sha256((autoencoder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[
-            :12
-        ]
+        weights = (autoencoder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+        mark = hashlib.sha256(weights).hexdigest()[:12]
         path, count = folder / f"latents-{mark}.f16", folder / f"latents-{mark}.count"
-        mode = "r+" if path.exists() and path.stat().st_size == 2 * int(np.prod(shape)) else "w+"
+        mode: Literal["r+", "w+"] = "r+" if path.exists() and path.stat().st_size == 2 * int(np.prod(shape)) else "w+"
         self.values = np.memmap(path, np.float16, mode, shape=shape)
         done = int(count.read_text()) if mode == "r+" and count.exists() else 0
         for start in track(range(done, shape[0], _BLOCK), "encoding pictures", disable=done >= shape[0]):

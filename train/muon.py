@@ -1,7 +1,7 @@
 """Muon beside AdamW: momentum whose matrices are made orthogonal, which needs fewer images than Adam for the same loss.
 
-K. Jordan et al., 2024 (https://kellerjordan.github.io/posts/muon/); updates are scaled by 0.2 * sqrt(longer side), as in
-arXiv 2502.16982 (section 2.2), so that learning rates mean what they mean for AdamW. Convolutions are matrices of
+K. Jordan et al., 2024 (https://kellerjordan.github.io/posts/muon/); updates are scaled by 0.2 * sqrt(longer side), as
+in arXiv 2502.16982 (section 2.2), so that learning rates mean what they mean for AdamW. Convolutions are matrices of
 (outputs, inputs * kernel). Parameters with fewer than two axes, and parts that ask for it, are left to AdamW.
 """
 
@@ -31,26 +31,26 @@ class MuonAdamW(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                update = self._muon(parameter) if group["muon"] else self._adam(parameter)
+                update = (self._muon if group["muon"] else self._adam)(parameter, parameter.grad)
                 parameter.add_(update, alpha=-group["lr"])
 
-    def _muon(self, parameter: Tensor) -> Tensor:
+    def _muon(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        moving = state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
-        ahead = parameter.grad.lerp(moving, self.momentum).flatten(1)  # Nesterov
+        moving = state["momentum"].lerp_(gradient, 1 - self.momentum)
+        ahead = gradient.lerp(moving, self.momentum).flatten(1)  # Nesterov
         return (orthogonal(ahead) * 0.2 * max(ahead.shape) ** 0.5).view_as(parameter)
 
-    def _adam(self, parameter: Tensor) -> Tensor:
+    def _adam(self, parameter: Tensor, gradient: Tensor) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
         first, second = self.betas
-        state["exp_avg"].lerp_(parameter.grad, 1 - first)
-        state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - second)
+        state["exp_avg"].lerp_(gradient, 1 - first)
+        state["exp_avg_sq"].lerp_(gradient.square(), 1 - second)
         count = float(state["step"])
         spread = (state["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(self.eps)
         return (state["exp_avg"] / (1 - first**count)) / spread

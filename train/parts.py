@@ -4,6 +4,7 @@ A frozen module stays in eval mode, so that its dropout and statistics stay stil
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ def optimiser(
 
     Fused AdamW; the matrices of the parts named in `muon` are left to Muon.
     """
-    groups = []
+    groups: list[dict[str, Any]] = []
     for part, parameters in chosen.items():
         for decays in (True, False):
             members = [parameter for parameter in parameters if (parameter.ndim >= 2) == decays]

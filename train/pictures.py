@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,10 +17,13 @@ from rich.progress import track
 from torch import Tensor
 
 from imagine.world import Contexts, People, drift, render, sample_contexts, sample_people
-from imagine.world.render import compiled_painters
+from imagine.world.render import Painters, compiled_painters
 from imagine.world.seeds import JUDGE, TRAIN
 
 BLOCK = 512  # pictures rendered and stored at a time
+_WORTH_COMPILING = 2_000  # pictures; for fewer, compiling takes longer than it saves
+
+Kind = TypeVar("Kind", np.uint8, np.float32)
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,11 @@ def open_pictures(gallery: Gallery, folder: Path) -> Pictures:
     images = _map(folder / "images.u8", np.uint8, (count, 3, size, size))
     boxes = _map(folder / "boxes.f32", np.float32, (count, 4))
     todo = [start for start in range(0, count, BLOCK) if start not in done]
+    missing = sum(min(BLOCK, count - start) for start in todo)
+    painters = compiled_painters() if missing >= _WORTH_COMPILING else Painters()
     for start in track(todo, description=f"rendering {gallery.split}", disable=not todo):
         rows = torch.arange(start, min(start + BLOCK, count))
-        out = render(gallery.people(rows), gallery.contexts(rows), size, compiled_painters())
+        out = render(gallery.people(rows), gallery.contexts(rows), size, painters)
         images[start : start + len(rows)] = (out.images * 255).round().byte().numpy()
         boxes[start : start + len(rows)] = out.boxes.numpy()
         done.add(start)
@@ -94,10 +100,10 @@ def _done_blocks(state: Path, gallery: Gallery) -> set[int]:
     return set(known["blocks"]) if known["gallery"] == asdict(gallery) else set()
 
 
-def _map(path: Path, kind: type, shape: tuple[int, ...]) -> "np.memmap[tuple[int, ...], np.dtype[np.uint8]]":
+def _map(path: Path, kind: type[Kind], shape: tuple[int, ...]) -> "np.memmap[tuple[int, ...], np.dtype[Kind]]":
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    mode = "r+" if path.exists() and path.stat().st_size == size else "w+"
-    return np.memmap(path, dtype=kind, mode=mode, shape=shape)  # type: ignore[call-overload,no-any-return]
+    mode: Literal["r+", "w+"] = "r+" if path.exists() and path.stat().st_size == size else "w+"
+    return np.memmap(path, dtype=kind, mode=mode, shape=shape)
 
 
 def _write(path: Path, record: object) -> None:

@@ -1,6 +1,7 @@
-"""Euler's method along the learned velocity, for sample grids while training (the pipeline uses diffusers' scheduler)."""
+"""Euler's method along the learned velocity, for sample sheets while training (the pipeline has diffusers' own)."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,13 @@ def sample(
     A condition is a sentence's tokens and vision tokens or None; conditions of weight 0 are left out.
     """
     ready = []
-    for (text, vision), weight in zip(conditions, weights):
+    for (text, vision), weight in zip(conditions, weights, strict=True):
         if weight:
             branches = dict(text[1]) | ({"vision": vision} if vision is not None else {})
             ready.append((text[0], project(unet, Conditioning(branches), text[0].values), weight))
     latents = noise
     times = torch.linspace(1, 0, steps + 1).tolist()
-    for now, then in zip(times[:-1], times[1:]):
+    for now, then in pairwise(times):
         t = timesteps(torch.full((len(noise),), now, device=noise.device))
         guess = sum(
             weight

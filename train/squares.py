@@ -4,6 +4,7 @@ The place of the finder's box is imprecise; a random shift of the crop within it
 """
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class Squares:
         folder.mkdir(parents=True, exist_ok=True)
         path, count = folder / f"squares-{side}.u8", folder / f"squares-{side}.count"
         shape = (len(pictures.gallery), 3, side, side)
-        mode = "r+" if path.exists() and path.stat().st_size == int(np.prod(shape)) else "w+"
+        mode: Literal["r+", "w+"] = "r+" if path.exists() and path.stat().st_size == int(np.prod(shape)) else "w+"
         self.values = np.memmap(path, np.uint8, mode, shape=shape)
         done = int(count.read_text()) if mode == "r+" and count.exists() else 0
         for start in track(range(done, shape[0], _BLOCK), "cutting faces", disable=done >= shape[0]):

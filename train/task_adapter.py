@@ -30,6 +30,8 @@ from train.task_base import ADAPTER_FACTS, PROMPTS, BaseSettings, BaseTask
 
 
 class AdapterSettings(BaseSettings):
+    """How the adapter is fed: kinds of pictures, what is dropped for guidance, and where the loss looks."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
     real_share: float = 0.15
     dense_share: float = 0.15
@@ -40,6 +42,8 @@ class AdapterSettings(BaseSettings):
 
 @dataclass(frozen=True)
 class AdapterBatch:
+    """Targets with their texts, and the references they should resemble; prepared so that a step only computes."""
+
     latents: Tensor  # (B, C, h, w) of the target
     texts: list[str]
     crops: Tensor  # (B, 3, S, S) of the reference
@@ -48,6 +52,8 @@ class AdapterBatch:
 
 
 class AdapterTask(BaseTask):
+    """The base as it was trained, frozen, with a vision branch that learns to carry a face into its pictures."""
+
     Settings: ClassVar[type[BaseModel]] = AdapterSettings
     PARTS: ClassVar[tuple[str, ...]] = ("vision_encoder", "vision_branch", "vision_projection", "lora")
     settings: AdapterSettings
@@ -77,14 +83,15 @@ class AdapterTask(BaseTask):
         references = who * gallery.pictures
         rows = references + torch.where(real, 0, other)
         dense = chance(seed, "dense", images_seen, size, self.settings.dense_share)
-        styles = ["terse" if r else "dense" if d else "rewritten" for r, d in zip(real.tolist(), dense.tolist())]
+        kinds = zip(real.tolist(), dense.tolist(), strict=True)
+        styles = ["terse" if r else "dense" if d else "rewritten" for r, d in kinds]
         texts = self.captions(rows, styles, key(seed, "captions", images_seen) % 2**31)
         drop = chance(seed, "drop", images_seen, size, self.settings.drop_text)
         latents = self.latents.take(rows)
         target_boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
         return AdapterBatch(
             latents,
-            ["" if gone else text for gone, text in zip(drop.tolist(), texts)],
+            ["" if gone else text for gone, text in zip(drop.tolist(), texts, strict=True)],
             self.squares.take(references, generator(seed, "crops", images_seen)),
             _face_weights(target_boxes, gallery.size, latents.shape[-1], self.settings.face_weight),
             1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),

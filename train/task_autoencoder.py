@@ -22,6 +22,8 @@ from train.task import Loss, Start
 
 
 class AutoencoderSettings(BaseModel):
+    """Sizes of the network, and what its loss asks for beside likeness."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
     latent_channels: int = 32
     widths: tuple[int, ...] = (16, 64, 128, 256)
@@ -32,6 +34,8 @@ class AutoencoderSettings(BaseModel):
 
 
 class AutoencoderTask:
+    """Trains on crops, which is cheaper, and shows whole pictures: the network is convolutional."""
+
     Settings: ClassVar[type[BaseModel]] = AutoencoderSettings
     PARTS: ClassVar[tuple[str, ...]] = ("vae",)
 
@@ -51,7 +55,7 @@ class AutoencoderTask:
         images = self.pictures.take(rows)[0]
         side, crop = images.shape[-1], self.settings.crop
         places = torch.randint((side - crop) // 16 + 1, (size, 2), generator=self._random("crop", images_seen)) * 16
-        cut = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, places.tolist())]
+        cut = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, places.tolist(), strict=True)]
         return torch.stack(cut) * 2 - 1
 
     def loss(self, batch: Tensor, images_seen: int) -> Loss:
@@ -69,7 +73,8 @@ class AutoencoderTask:
         return Loss(per_sample, {"l1": plain.mean(), "square": square.mean(), "spread": spread.mean()})
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        rows = torch.arange(0, len(self.pictures.gallery), len(self.pictures.gallery) // 32)[:32]
+        count = len(self.pictures.gallery)
+        rows = torch.arange(0, count, max(1, count // 32))[:32]
         images = self.pictures.take(rows)[0].to(self.start.device)
         drawn = (self.vae.decode(self.vae.encode(images * 2 - 1).latent).sample / 2 + 0.5).clamp(0, 1)
         save_grid(torch.stack((images[:16], drawn[:16]), 1).flatten(0, 1).cpu(), folder / "pictures.png", columns=8)

@@ -40,6 +40,8 @@ PROMPTS = (
 
 
 class BaseSettings(BaseModel):
+    """Sizes of the denoiser, and which pictures and captions it is fed."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
     widths: tuple[int, ...] = (128, 192)
     layers: int = 1
@@ -50,11 +52,15 @@ class BaseSettings(BaseModel):
 
 @dataclass(frozen=True)
 class BaseBatch:
+    """Clean latents and the sentences that describe them; noise is the loss's own."""
+
     latents: Tensor  # (B, C, h, w), clean
     texts: list[str]
 
 
 class BaseTask:
+    """Denoiser, text branches and text encoders train together, so that each learns what the others need."""
+
     Settings: ClassVar[type[BaseModel]] = BaseSettings
     PARTS: ClassVar[tuple[str, ...]] = ("unet", "text_adapter", "clip", "t5", "byt5")
 
@@ -90,10 +96,12 @@ class BaseTask:
         other = draw_rows(self.start, "which", images_seen, size, gallery.pictures - 1) + 1
         rows = who * gallery.pictures + torch.where(real, 0, other)
         dense = chance(seed, "dense", images_seen, size, self.settings.dense_share)
-        styles = ["terse" if r else "dense" if d else "rewritten" for r, d in zip(real.tolist(), dense.tolist())]
+        kinds = zip(real.tolist(), dense.tolist(), strict=True)
+        styles = ["terse" if r else "dense" if d else "rewritten" for r, d in kinds]
         texts = self.captions(rows, styles, key(seed, "captions", images_seen) % 2**31)
         drop = chance(seed, "drop", images_seen, size, self.settings.drop_text)
-        return BaseBatch(self.latents.take(rows), ["" if gone else text for gone, text in zip(drop.tolist(), texts)])
+        texts = ["" if gone else text for gone, text in zip(drop.tolist(), texts, strict=True)]
+        return BaseBatch(self.latents.take(rows), texts)
 
     def captions(self, rows: Tensor, styles: list[str], seed: int) -> list[str]:
         """A caption for each row, in the style given for it."""
@@ -101,7 +109,8 @@ class BaseTask:
         texts = [""] * len(rows)
         for style in set(styles):
             mine = [i for i, name in enumerate(styles) if name == style]
-            for i, text in zip(mine, captions(people[mine], contexts[mine], style, [seed + i for i in mine])):
+            written = captions(people[mine], contexts[mine], style, [seed + i for i in mine])
+            for i, text in zip(mine, written, strict=True):
                 texts[i] = text
         return texts
 
@@ -122,7 +131,8 @@ class BaseTask:
         return Loss(self.predict(batch.latents, batch.texts, noise, t))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        rows = torch.arange(1, 257, 2)  # synthetic pictures of the first people, against their own and others' captions
+        # Synthetic pictures of the first people, against their own and others' captions.
+        rows = torch.arange(1, min(257, len(self.pictures.gallery)), 2)
         texts = self.captions(rows, ["rewritten"] * len(rows), 0)
         random = generator(0, "validation", 0)
         latents = self.latents.take(rows).to(self.start.device)

@@ -22,10 +22,12 @@ from train.language import build_text_encoders, make_tokenizers, parameters
 from train.portraits import draw_rows, training_pictures
 from train.squares import Squares
 from train.task import Loss, Start
-from train.task_recogniser import held_out_crops
+from train.task_recogniser import VALIDATION, held_out_crops
 
 
 class ClipSettings(BaseModel):
+    """What the images are, and how much likeness between pictures of one person counts."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
     whole_share: float = 0.35  # share of whole pictures among the images
     person_weight: float = 1.0  # weight of the term between two pictures of one person
@@ -33,6 +35,8 @@ class ClipSettings(BaseModel):
 
 @dataclass(frozen=True)
 class ClipBatch:
+    """Images with their captions, and second pictures of the same people to match them with."""
+
     first: Tensor  # (B, 3, S, S) a crop or a whole picture, which `texts` describes
     second: Tensor  # (P, 3, S, S) another picture of the person, for those that are crops
     texts: list[str]
@@ -48,8 +52,11 @@ class Temperature(nn.Module):
 
 
 class ClipTask:
+    """Gives the vision encoder and the denoiser's CLIP text encoder their start, before either meets a denoiser."""
+
     Settings: ClassVar[type[BaseModel]] = ClipSettings
     PARTS: ClassVar[tuple[str, ...]] = ("vision", "text")
+    HELD_OUT_PEOPLE: ClassVar[int] = VALIDATION
 
     def __init__(self, settings: ClipSettings, start: Start) -> None:
         self.settings, self.start = settings, start
@@ -102,7 +109,7 @@ class ClipTask:
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         pair = [
             F.normalize(torch.cat([self.vision.embed(part.to(self.start.device)) for part in crops.split(100)]), dim=1)
-            for crops in held_out_crops(self.vision.config.image_size)
+            for crops in held_out_crops(self.vision.config.image_size, self.HELD_OUT_PEOPLE)
         ]
         hits = ((pair[0] @ pair[1].T).argmax(1) == torch.arange(len(pair[0]), device=pair[0].device)).float().mean()
         return {"rank1": float(hits)}

@@ -16,18 +16,22 @@ from train.data import generator
 from train.portraits import draw_rows, judge_pictures
 from train.task import Loss, Start
 
-_GROUPS = 600  # pictures of two and of three people, rendered once
-
 
 class FinderSettings(BaseModel):
+    """How many pictures show nobody or several people; the rest show one."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
     empty_share: float = 0.15  # share of pictures without anybody
     group_share: float = 0.25
 
 
 class FinderTask:
+    """Trains the finder where it must work: on any number of people, at any place and size."""
+
     Settings: ClassVar[type[BaseModel]] = FinderSettings
     PARTS: ClassVar[tuple[str, ...]] = ("finder",)
+    GROUPS: ClassVar[int] = 600  # pictures of two, of three people and of nobody, rendered once
+    HELD_OUT_PICTURES: ClassVar[int] = 100  # of one, two and three people each
 
     def __init__(self, settings: FinderSettings, start: Start) -> None:
         self.settings, self.start = settings, start
@@ -39,9 +43,9 @@ class FinderTask:
 
     def prepare(self) -> None:
         self.pictures = judge_pictures(self.start.data)
-        self.groups = [_groups(JUDGE.start + 5_000_000, count, _GROUPS) for count in (2, 3)]
-        self.scenes = paint_scenes(sample_contexts(range(JUDGE.start, JUDGE.start + _GROUPS)), 128)
-        self.held_out = [_groups(HELD_OUT.stop - 1_000, count, 100) for count in (1, 2, 3)]
+        self.groups = [_groups(JUDGE.start + 5_000_000, count, self.GROUPS) for count in (2, 3)]
+        self.scenes = paint_scenes(sample_contexts(range(JUDGE.start, JUDGE.start + self.GROUPS)), 128)
+        self.held_out = [_groups(HELD_OUT.stop - 1_000, count, self.HELD_OUT_PICTURES) for count in (1, 2, 3)]
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures (B, 3, S, S), boxes (B, 3, 4) and which of them count (B, 3)."""
@@ -52,7 +56,7 @@ class FinderTask:
         boxes[:, 0] = single
         valid = torch.zeros(size, 3, dtype=torch.bool)
         valid[:, 0] = True
-        kind, pick = torch.rand(size, generator=random), torch.randint(_GROUPS, (size,), generator=random)
+        kind, pick = torch.rand(size, generator=random), torch.randint(self.GROUPS, (size,), generator=random)
         for i in range(size):
             if kind[i] < self.settings.empty_share:
                 images[i] = self.scenes[pick[i]]

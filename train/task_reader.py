@@ -17,13 +17,18 @@ from train.task import Loss, Start
 
 
 class ReaderSettings(BaseModel):
+    """How the attributes are weighed against each other."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
     letters: float = 3.0  # weight of the letters among the attributes
 
 
 class ReaderTask:
+    """Trains on the judge's own people, so that it does not share the generator's blind spots."""
+
     Settings: ClassVar[type[BaseModel]] = ReaderSettings
     PARTS: ClassVar[tuple[str, ...]] = ("reader",)
+    HELD_OUT_PICTURES: ClassVar[int] = 400
 
     def __init__(self, settings: ReaderSettings, start: Start) -> None:
         self.settings, self.start = settings, start
@@ -38,8 +43,8 @@ class ReaderTask:
         gallery = self.pictures.gallery
         rows = torch.arange(len(gallery))
         self.targets = self.reader.targets(attributes(gallery.people(rows), gallery.contexts(rows)))
-        people = sample_people(range(HELD_OUT.stop - 400, HELD_OUT.stop))
-        contexts = sample_contexts(range(HELD_OUT.stop - 400, HELD_OUT.stop))
+        seeds = range(HELD_OUT.stop - self.HELD_OUT_PICTURES, HELD_OUT.stop)
+        people, contexts = sample_people(seeds), sample_contexts(seeds)
         self.held_out = render(people, contexts).images, attributes(people, contexts)
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -62,9 +67,9 @@ class ReaderTask:
         images, truth = self.held_out
         logits = [self.reader(part.to(self.start.device)) for part in images.split(100)]
         read = self.reader.words({name: torch.cat([part[name] for part in logits]) for name in logits[0]})
-        names = [*ATTRIBUTES, *TRAITS]
-        right = {name: sum(a[name] == b[name] for a, b in zip(read, truth)) / len(truth) for name in names}
-        lettered = [(a["letters"], b["letters"]) for a, b in zip(read, truth) if b["letters"]]
+        names, pairs = [*ATTRIBUTES, *TRAITS], list(zip(read, truth, strict=True))
+        right = {name: sum(a[name] == b[name] for a, b in pairs) / len(truth) for name in names}
+        lettered = [(a["letters"], b["letters"]) for a, b in pairs if b["letters"]]
         right["letters"] = sum(a == b for a, b in lettered) / max(1, len(lettered))
         return {"mean": sum(right.values()) / len(right), **right}
 

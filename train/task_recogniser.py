@@ -4,6 +4,7 @@ A second head reads the traits of the world off the embedding while training. Th
 pictures a person (docs/experiments.md); the traits say at once what there is to look at.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,10 +25,12 @@ from train.portraits import draw_rows, judge_pictures
 from train.squares import Squares
 from train.task import Loss, Start
 
-_VALIDATION = 500  # held-out people, two pictures each (apart from those that evaluation uses)
+VALIDATION = 500  # held-out people, two pictures each (apart from those that evaluation uses)
 
 
 class RecogniserSettings(BaseModel):
+    """The margin loss, and how much the traits help it at the beginning."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
     scale: float = 24.0
     margin: float = 0.25
@@ -45,8 +48,11 @@ class Prototypes(nn.Module):
 
 
 class RecogniserTask:
+    """Trains on the judge's own people, so that it knows nobody whom the generator has seen."""
+
     Settings: ClassVar[type[BaseModel]] = RecogniserSettings
     PARTS: ClassVar[tuple[str, ...]] = ("recogniser",)
+    HELD_OUT_PEOPLE: ClassVar[int] = VALIDATION
 
     def __init__(self, settings: RecogniserSettings, start: Start) -> None:
         self.settings, self.start = settings, start
@@ -102,7 +108,7 @@ class RecogniserTask:
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         first, second = (
             torch.cat([self.recogniser(part.to(self.start.device)) for part in crops.split(100)])
-            for crops in held_out_crops(self.recogniser.size)
+            for crops in held_out_crops(self.recogniser.size, self.HELD_OUT_PEOPLE)
         )
         similarity = first @ second.T
         hits = (similarity.argmax(1) == torch.arange(len(first), device=similarity.device)).float().mean()
@@ -113,17 +119,13 @@ class RecogniserTask:
         self.recogniser.save(folder / "recogniser", torch.float16)
 
 
-_cache: dict[int, tuple[Tensor, Tensor]] = {}
-
-
-def held_out_crops(size: int) -> tuple[Tensor, Tensor]:
-    """Face crops of two pictures of each of 500 held-out people; rendered once a process."""
-    if size not in _cache:
-        seeds = range(HELD_OUT.stop - _VALIDATION, HELD_OUT.stop)
-        people = sample_people(seeds)
-        pair = []
-        for picture in (0, 1):
-            out = render(people, sample_contexts([seed * 2 + picture for seed in seeds]))
-            pair.append(crop_faces(out.images, out.boxes, size))
-        _cache[size] = (pair[0], pair[1])
-    return _cache[size]
+@lru_cache(maxsize=2)
+def held_out_crops(size: int, count: int = VALIDATION) -> tuple[Tensor, Tensor]:
+    """Face crops of two pictures of each of `count` held-out people; rendered once a process."""
+    seeds = range(HELD_OUT.stop - count, HELD_OUT.stop)
+    people = sample_people(seeds)
+    pair = []
+    for picture in (0, 1):
+        out = render(people, sample_contexts([seed * 2 + picture for seed in seeds]))
+        pair.append(crop_faces(out.images, out.boxes, size))
+    return pair[0], pair[1]

@@ -1,7 +1,7 @@
 """Neck, shoulders, clothes, letters on the chest, and what a hand holds up."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from imagine.world.camera import Light, View

@@ -87,6 +87,7 @@ def look(people: People, contexts: Contexts, size: int, centre: "Tensor | None",
 
 
 def light_of(contexts: Contexts) -> Light:
+    """The light that each context names, as numbers that painters shade with."""
     rows = [_LIGHT[name] for name in LIGHTS]
 
     def table(index: int) -> Tensor:

@@ -1,9 +1,11 @@
 """Capital letters as pictures, for shirts: one small atlas, drawn once from Pillow's own font."""
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -16,7 +18,7 @@ WIDTH, HEIGHT = 20, 24
 def atlas() -> Tensor:
     """(27, 24, 20), 1 inside a letter; entry 0 is empty. Each letter fills the same cell, so that all read alike."""
     font = ImageFont.load_default(size=64)
-    cells = [np.zeros((HEIGHT, WIDTH), np.float32)]
+    cells: list[NDArray[Any]] = [np.zeros((HEIGHT, WIDTH), np.float32)]
     for letter in LETTERS:
         picture = Image.new("L", (120, 120))
         ImageDraw.Draw(picture).text((20, 20), letter, fill=255, font=font, stroke_width=2)

@@ -1,7 +1,7 @@
 """Rendering styles: the finished picture as a photo, a drawing or a game sprite."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from imagine.world.vocabulary import STYLES
