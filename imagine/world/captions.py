@@ -104,6 +104,7 @@ _EXTREMES = {  # trait: what to say of its lowest and of its highest third
     "lip_fullness": ("thin lips", "full lips"),
     "ear_size": ("small ears", "big ears"),
 }
+_DENSE_LENGTH = 58  # tokens: a dense caption fits into one window of the small CLIP text encoder
 _SKINS = ("fair", "light", "tan", "brown", "dark")
 _HAIR = {
     "bald": "a bald head", "buzz cut": "a {} buzz cut", "short": "short {} hair", "fringe": "{} hair with a fringe",
@@ -132,7 +133,8 @@ def captions(people: People, contexts: Contexts, style: str = "dense", seed: "in
     seeds = [seed] * len(contexts) if isinstance(seed, int) else seed
     facts = attributes(people, contexts)
     return [
-        write(people, i, row, np.random.default_rng([number, 4])) for i, (row, number) in enumerate(zip(facts, seeds))
+        write(people, i, row, np.random.default_rng([number, 4]))
+        for i, (row, number) in enumerate(zip(facts, seeds, strict=True))
     ]
 
 
@@ -173,29 +175,49 @@ def _rewritten(people: People, i: int, row: dict[str, str], random: np.random.Ge
 
 
 def _dense(people: People, i: int, row: dict[str, str], random: np.random.Generator) -> str:
-    return _opening(row, random) + ", ".join([_person(people, i, row), *_picture(row, random, 0.95, 0.3)])
+    opening, picture = _opening(row, random), _picture(row, random, 0.9, 0.25)
+    room = _DENSE_LENGTH - _length(opening) - sum(map(_length, picture))
+    return opening + ", ".join([_person(people, i, row, room, random), *picture])
 
 
-def _person(people: People, i: int, row: dict[str, str]) -> str:
+def _length(text: str) -> int:
+    """About how many tokens a phrase and its comma take."""
+    return len(text.replace("-", " - ").split()) + 1
+
+
+def _person(people: People, i: int, row: dict[str, str], room: int, random: np.random.Generator) -> str:
+    """Who is in the picture: what strikes first, then as many finer traits as there is room for."""
     age, skin = float(people.age[i]), float(people.skin[i])
     noun = "a young person" if age < 0.35 else "an old person" if age > 0.7 else "a person"
     hair = _HAIR[row["hair_style"]].format(row["hair_colour"])
-    parts = [f"{_SKINS[min(4, int(skin * 5))]} skin", hair, f"{row['eye_colour']} eyes"]
+    parts = [f"{_SKINS[min(4, int(skin * 5))]} skin", hair]
     if row["beard"] != "none":
         parts.append(row["beard"] if row["beard"] == "stubble" else f"a {row['hair_colour']} {row['beard']}")
     if row["glasses"] != "none":
         parts.append(f"{row['glasses']} glasses")
-    if row["freckles"] == "yes":
-        parts.append("freckles")
+    finer = [f"{row['eye_colour']} eyes"] + ["freckles"] * (row["freckles"] == "yes")
     for name, (low, high) in _EXTREMES.items():
         value = float(getattr(people, name)[i])
         if value < 0.3 or value > 0.7:
-            parts.append(low if value < 0.3 else high)
+            finer.append(low if value < 0.3 else high)
+    random.shuffle(finer)
+    room -= sum(map(_length, parts)) + 4
+    for phrase in finer:
+        room -= _length(phrase)
+        if room >= 0:
+            parts.append(phrase)
     return f"{noun} with {', '.join(parts)}"
 
 
 def _terse(people: People, i: int, row: dict[str, str], random: np.random.Generator) -> str:
-    tags = [row["scene"], row["clothes"], row["expression"], row["headwear"], row["hair_colour"] + " hair", row["style"]]
+    tags = [
+        row["scene"],
+        row["clothes"],
+        row["expression"],
+        row["headwear"],
+        row["hair_colour"] + " hair",
+        row["style"],
+    ]
     tags = [tag for tag in tags if tag not in ("none", "neutral", "photo") and random.random() < 0.5]
     if random.random() < 0.3:
         tags.append(_choose(random, ("portrait", "me", "img", "profile pic", "best shot", "holiday")))

@@ -55,11 +55,7 @@ def bins(contexts: Contexts) -> dict[str, Tensor]:
         "pitch": _three(contexts.pitch, 0.13),
         "roll": _three(contexts.roll, 0.12),
         "gaze": _three(contexts.gaze, 0.4),
-        **{
-            name: getattr(contexts, name)
-            for name in words.ATTRIBUTES
-            if name not in ("yaw", "pitch", "roll", "gaze")
-        },
+        **{name: getattr(contexts, name) for name in words.ATTRIBUTES if name not in ("yaw", "pitch", "roll", "gaze")},
     }
 
 

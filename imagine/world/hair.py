@@ -30,7 +30,11 @@ def paint_back_hair(canvas: Tensor, people: People, view: View, light: Light) ->
     x, y = view.head_x, view.head_y
     style = column(people.hair_style)
     soft = 2 * view.pixel
-    fall = torch.hypot((x.abs() - 0.62).clamp(min=0), ((y - 0.35).abs() - 1.0).clamp(min=0)) - 0.42 - 0.03 * torch.sin(5 * y)
+    fall = (
+        torch.hypot((x.abs() - 0.62).clamp(min=0), ((y - 0.35).abs() - 1.0).clamp(min=0))
+        - 0.42
+        - 0.03 * torch.sin(5 * y)
+    )
     ball_x, ball_y = view.place(0.0, -1.0, -0.35)
     shapes = {
         "long": fall,
@@ -127,7 +131,9 @@ def _crown(canvas: Tensor, people: People, view: View, light: Light, rgb: Tensor
     cx, cy = view.place(0.0, -0.78, 0.1)
     x, y = view.head_x - cx, view.head_y - cy
     spikes = ((x * 2.2) - (x * 2.2).round()).abs() * 0.9
-    mask = cover(torch.maximum(torch.maximum(x.abs() - 0.70, y - 0.24 - 0.1 * (1 - x * x)), -0.42 + spikes - y), 2 * view.pixel)
+    mask = cover(
+        torch.maximum(torch.maximum(x.abs() - 0.70, y - 0.24 - 0.1 * (1 - x * x)), -0.42 + spikes - y), 2 * view.pixel
+    )
     lay(canvas, gold * light.on(x, 0 * x, torch.sqrt((1 - x * x).clamp(min=0.1))).unsqueeze(1), mask)
     lay(canvas, rgb * 0.9, mask * cover(torch.hypot(x, y - 0.08) - 0.09, 2 * view.pixel))
     return mask

@@ -127,7 +127,14 @@ def _paint_beard(canvas: Tensor, people: People, view: View, egg: Surface, face:
 
 
 def _paint_mouth(
-    canvas: Tensor, people: People, view: View, egg: Surface, face: Tensor, feelings: Tensor, skin: Tensor, bright: Tensor
+    canvas: Tensor,
+    people: People,
+    view: View,
+    egg: Surface,
+    face: Tensor,
+    feelings: Tensor,
+    skin: Tensor,
+    bright: Tensor,
 ) -> None:
     bend, opening, stretch = (column(feelings[:, i]) for i in (3, 4, 5))
     half = column(0.23 + 0.13 * people.mouth_width) * stretch
@@ -142,12 +149,24 @@ def _paint_mouth(
     within = face * (arch > 0)
     lay(canvas, red * bright, within * cover(away - gap - lips - 0.012, soft))
     lay(canvas, skin.new_tensor((0.28, 0.07, 0.09)).view(1, 3, 1, 1) * bright, within * cover(away - gap - 0.014, soft))
-    teeth = within * cover(away - gap + 0.01, soft) * cover(egg.y - line + 0.01, soft) * column((feelings[:, 3] > 0).float())
+    teeth = (
+        within
+        * cover(away - gap + 0.01, soft)
+        * cover(egg.y - line + 0.01, soft)
+        * column((feelings[:, 3] > 0).float())
+    )
     lay(canvas, skin.new_tensor((0.97, 0.96, 0.93)).view(1, 3, 1, 1) * bright, teeth * (opening > 0.1))
 
 
 def _paint_eyes(
-    canvas: Tensor, people: People, contexts: Contexts, view: View, egg: Surface, face: Tensor, feelings: Tensor, bright: Tensor
+    canvas: Tensor,
+    people: People,
+    contexts: Contexts,
+    view: View,
+    egg: Surface,
+    face: Tensor,
+    feelings: Tensor,
+    bright: Tensor,
 ) -> None:
     opening, lift, angle = (column(feelings[:, i]) for i in (0, 1, 2))
     soft = 1.6 * view.pixel
@@ -188,7 +207,13 @@ def _paint_nose(canvas: Tensor, people: People, view: View, light: Light, skin: 
     rim = cover((away - radius).abs() - 0.012, 2.5 * view.pixel) * ramp(along, 0.55, 0.95) * (view.head_y > by - 0.02)
     shade(canvas, 1 - 0.42 * rim)
     holes = torch.hypot(view.head_x - bx, 0 * view.head_y)
-    shade(canvas, 1 - 0.5 * mask * cover(torch.hypot(holes - 0.45 * radius, view.head_y - by - 0.55 * radius) - 0.03, 2 * view.pixel))
+    shade(
+        canvas,
+        1
+        - 0.5
+        * mask
+        * cover(torch.hypot(holes - 0.45 * radius, view.head_y - by - 0.55 * radius) - 0.03, 2 * view.pixel),
+    )
 
 
 def _paint_glasses(canvas: Tensor, people: People, view: View, egg: Surface, face: Tensor) -> None:

@@ -35,14 +35,18 @@ def _sky(y: Tensor, v: Tensor, top: tuple[float, float, float], low: tuple[float
     return picture.repeat(len(v), 1, 1, 1) * (0.92 + 0.12 * v[:, 0]).view(-1, 1, 1, 1)
 
 
-def _disc(x: Tensor, y: Tensor, cx: Tensor, cy: Tensor, radius: "Tensor | float") -> Tensor:
+def _disc(x: Tensor, y: Tensor, cx: Tensor, cy: "Tensor | float", radius: "Tensor | float") -> Tensor:
     return torch.sqrt((x - cx) ** 2 + (y - cy) ** 2 + 1e-9) - radius
 
 
 def _beach(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     out = _sky(y, v, (0.35, 0.66, 0.95), (0.80, 0.92, 1.0))
     sea = column(0.44 + 0.08 * v[:, 1])
-    lay(out, _flat((1.0, 0.93, 0.62), y), cover(_disc(x, y, column(0.12 + 0.76 * v[:, 2]), column(v[:, 3] * 0.2), 0.1), SOFT))
+    lay(
+        out,
+        _flat((1.0, 0.93, 0.62), y),
+        cover(_disc(x, y, column(0.12 + 0.76 * v[:, 2]), column(v[:, 3] * 0.2), 0.1), SOFT),
+    )
     lay(out, _flat((0.10, 0.48, 0.68), y), cover(sea - y, SOFT))
     lay(out, _flat((0.93, 0.83, 0.60), y), cover(sea + 0.18 + 0.03 * torch.sin(7 * x + 6 * column(v[:, 2])) - y, SOFT))
     return out
@@ -93,7 +97,11 @@ def _room(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     across, down = (x - left - 0.12).abs(), (y - 0.22).abs()
     lay(out, _flat((0.98, 0.97, 0.93), y), cover(torch.maximum(across - 0.15, down - 0.18), SOFT))
     lay(out, _flat((0.60, 0.82, 0.96), y), cover(torch.maximum(across - 0.12, down - 0.15), SOFT))
-    lay(out, _flat((0.98, 0.97, 0.93), y), cover(torch.minimum(across, down) - 0.012, SOFT) * cover(torch.maximum(across - 0.13, down - 0.16), SOFT))
+    lay(
+        out,
+        _flat((0.98, 0.97, 0.93), y),
+        cover(torch.minimum(across, down) - 0.012, SOFT) * cover(torch.maximum(across - 0.13, down - 0.16), SOFT),
+    )
     lay(out, _flat((0.48, 0.30, 0.18), y), cover(0.78 - y, SOFT))
     return out
 
@@ -104,7 +112,11 @@ def _snow(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     for tree in range(2):
         place = (x * 3 + column(v[:, 2 + tree])) % 1.0
         top = 0.24 + 0.1 * tree
-        lay(out, _flat((0.22, 0.38, 0.36), y), cover(((place - 0.5).abs() - 0.42 * (y - top)) / 3, SOFT) * cover(y - hill, SOFT) * cover(top - y, SOFT))
+        lay(
+            out,
+            _flat((0.22, 0.38, 0.36), y),
+            cover(((place - 0.5).abs() - 0.42 * (y - top)) / 3, SOFT) * cover(y - hill, SOFT) * cover(top - y, SOFT),
+        )
     lay(out, _flat((0.97, 0.98, 1.0), y), cover(hill - y, SOFT))
     return out
 
@@ -122,11 +134,18 @@ def _desert(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
 def _space(x: Tensor, y: Tensor, v: Tensor) -> Tensor:
     out = _sky(y, v, (0.05, 0.04, 0.14), (0.20, 0.10, 0.34))
     for star in range(10):
-        cx, cy = (column(v[:, star % 4]) * 7.3 + star * 0.37) % 1.0, (column(v[:, (star + 1) % 4]) * 5.1 + star * 0.61) % 1.0
+        cx, cy = (
+            (column(v[:, star % 4]) * 7.3 + star * 0.37) % 1.0,
+            (column(v[:, (star + 1) % 4]) * 5.1 + star * 0.61) % 1.0,
+        )
         lay(out, _flat((1.0, 1.0, 0.92), y), cover(_disc(x, y, cx, cy, 0.007), SOFT))
     px, py = column(torch.where(v[:, 1] > 0.5, 0.14, 0.86)), column(0.16 + 0.2 * v[:, 2])
     lay(out, _flat((0.86, 0.50, 0.38), y), cover(_disc(x, y, px, py, 0.11), SOFT))
-    lay(out, _flat((0.96, 0.80, 0.56), y), cover(((y - py) + 0.25 * (x - px)).abs() - 0.014, SOFT) * cover((x - px).abs() - 0.18, SOFT))
+    lay(
+        out,
+        _flat((0.96, 0.80, 0.56), y),
+        cover(((y - py) + 0.25 * (x - px)).abs() - 0.014, SOFT) * cover((x - px).abs() - 0.18, SOFT),
+    )
     return out
 
 
