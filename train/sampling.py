@@ -1,46 +1,24 @@
-"""Euler's method along the learned velocity, for sample sheets while training (the pipeline has diffusers' own)."""
+"""Euler's method along the learned velocity, for sample grids while training.
 
-from collections.abc import Sequence
+The guided prediction is the pipeline's own (`imagine.sampling`); a grid needs no scheduler object.
+"""
+
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from imagine.adapter import project
 from imagine.diffusion import timesteps
-from imagine.records import Conditioning, Tokens
-
-Text = tuple[Tokens, dict[str, Tokens]]
+from imagine.sampling import Guidance, GuidedDenoiser, Inputs
 
 
 @torch.no_grad()
-def sample(
-    unet: nn.Module,
-    noise: Tensor,
-    conditions: Sequence[tuple[Text, Tokens | None]],
-    weights: Sequence[float],
-    steps: int,
-) -> Tensor:
-    """Latents from noise (B, C, h, w); each step is the weighted sum of the predictions under each condition.
-
-    A condition is a sentence's tokens and vision tokens or None; conditions of weight 0 are left out.
-    """
-    ready = []
-    for (text, vision), weight in zip(conditions, weights, strict=True):
-        if weight:
-            branches = dict(text[1]) | ({"vision": vision} if vision is not None else {})
-            ready.append((text[0], project(unet, Conditioning(branches), text[0].values), weight))
+def sample(unet: nn.Module, noise: Tensor, inputs: Inputs, guidance: Guidance, steps: int) -> Tensor:
+    """Latents (B, C, h, w) from noise of that shape, people at full strength."""
+    denoiser = GuidedDenoiser(unet, inputs, {})
+    strength = torch.ones(len(noise), device=noise.device)
     latents = noise
-    times = torch.linspace(1, 0, steps + 1).tolist()
-    for now, then in pairwise(times):
-        t = timesteps(torch.full((len(noise),), now, device=noise.device))
-        guess = sum(
-            weight
-            * unet(
-                latents, t, encoder_hidden_states=clip.values, encoder_attention_mask=clip.mask,
-                cross_attention_kwargs={"conditioning": conditioning},
-            ).sample
-            for clip, conditioning, weight in ready
-        )  # fmt: skip
-        latents = latents + (then - now) * guess
+    for now, then in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
+        t = timesteps(torch.tensor(now, device=noise.device))
+        latents = latents + (then - now) * denoiser.velocity(latents, t, strength, guidance)
     return latents

@@ -17,6 +17,7 @@ from imagine.diffusion import add_noise, per_item, sample_times, timesteps, velo
 from imagine.encoders import VisionEncoder
 from imagine.faces import crop_faces
 from imagine.records import Conditioning, Tokens
+from imagine.sampling import Guidance, Inputs
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 from train.data import chance, generator, key
@@ -134,10 +135,9 @@ class AdapterTask(BaseTask):
         vision = self.vision_tokens(crop_faces(photo.images, photo.boxes, self.vision.config.image_size))
         vision = Tokens(vision.values.repeat_interleave(len(PROMPTS), 0))
         count = seeds * len(PROMPTS)
-        empty, full = self.text.encode([""] * count), self.text.encode(list(PROMPTS) * seeds)
-        shape = (count, self.unet.config.in_channels, 8, 8)
-        noise = torch.randn(shape, generator=generator(0, "draw", 0))
-        latents = sample(self.unet, noise, [(empty, None), (full, None), (full, vision)], [-1.0, 0.0, 2.0], steps=20)
+        inputs = Inputs(self.text.encode(list(PROMPTS) * seeds), self.text.encode([""] * count), vision)
+        noise = torch.randn((count, self.unet.config.in_channels, 8, 8), generator=generator(0, "draw", 0))
+        latents = sample(self.unet, noise.to(self.start.device), inputs, Guidance(2.0), steps=20)
         drawn = self.latents.decode(latents).cpu().view(seeds, len(PROMPTS), 3, 128, 128)
         save_grid(torch.cat((photo.images[:, None], drawn), 1).flatten(0, 1), path, columns=len(PROMPTS) + 1)
 

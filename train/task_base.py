@@ -12,6 +12,7 @@ from imagine.adapter import Adapter, BranchSpec
 from imagine.diffusion import add_noise, loss_per_item, sample_times, timesteps, velocity
 from imagine.models import build_denoiser
 from imagine.records import Conditioning
+from imagine.sampling import Guidance, Inputs
 from imagine.world import captions
 from train.data import chance, generator, key
 from train.grids import save_grid
@@ -147,8 +148,8 @@ class BaseTask:
         """Fixed sentences at fixed seeds, one column a sentence, without and with guidance."""
         shape = (len(PROMPTS) * seeds, self.unet.config.in_channels, 8, 8)
         noise = torch.randn(shape, generator=generator(0, "draw", 0)).to(self.start.device)
-        empty, full = self.text.encode([""] * len(noise)), self.text.encode(list(PROMPTS) * seeds)
-        rows = [sample(self.unet, noise, [(empty, None), (full, None)], [1 - g, g], steps=20) for g in (1.0, 3.0)]
+        inputs = Inputs(self.text.encode(list(PROMPTS) * seeds), self.text.encode([""] * len(noise)), None)
+        rows = [sample(self.unet, noise, inputs, Guidance(scale), steps=20) for scale in (1.0, 3.0)]
         save_grid(self.latents.decode(torch.cat(rows)).cpu(), path, columns=len(PROMPTS))
 
     def export(self, folder: Path) -> None:
