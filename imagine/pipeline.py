@@ -44,6 +44,7 @@ from imagine.sampling import VISION, Guidance, GuidedDenoiser, Inputs, TextToken
 
 ADAPTERS = ("text_adapter", "adapter")  # our components that diffusers cannot save or load by itself
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 FINDER = "finder"
 
 Callback = Callable[..., Any]  # a function, or one of diffusers' PipelineCallback objects
@@ -164,6 +165,9 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         folder = weights.resolve_folder(source, **hub)
         index = weights.read_index(folder)
         chosen = dtype or torch_dtype or torch.float32
+        for name in TOKENIZERS:
+            if name not in kwargs:
+                weights.check_tokenizer(folder / name, str((index.get(name) or ("", ""))[1]))
         given = {name: kwargs.pop(name) for name in (*MODELS, *ADAPTERS) if name in kwargs}
         parts = {**_load_models(folder, index, given, chosen, kwargs.get("variant")), **given}
         parts |= {name: part for name, part in _load_adapters(folder, parts, chosen).items() if name not in given}
@@ -367,8 +371,9 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     ) -> ImagineOutput:
         """Draw one picture, or `num_images_per_prompt`, for each prompt.
 
-        reference: who is in it; a photo (path, bytes, PIL, array), a Persona or its file, a list of them for one person, or
-            a dict of names for a prompt such as "{a} hugs {b}". With a list of prompts, a list holds one for each prompt.
+        reference: who is in it: a photo (path, bytes, PIL, array), a Persona or its file, a list of them for one
+            person, or a dict of names for a prompt such as "{a} hugs {b}". With a list of prompts, a list holds one
+            reference for each prompt.
         guidance_scale: how strictly the sentence is followed; 1 is off. identity_guidance_scale is the same for the
             person; by default both are one (two denoiser passes a step), otherwise each step takes three.
         identity_scale: strength of the identity branch, one number or one per prompt; 0 gives the base's own picture,

@@ -32,6 +32,7 @@ PIPELINE = "ImaginePipeline"
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png"]  # never a pickle
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 _SAMPLES = 4096  # entries of each tensor that go into a fingerprint
 
 
@@ -116,6 +117,13 @@ def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype"
         misshapen=[str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in found["mismatched_keys"]],
     )
     return model.eval()
+
+
+def check_tokenizer(folder: Path, class_name: str) -> None:
+    """Raise WeightsError if a tokenizer's files are missing: transformers would make one that knows no words."""
+    needed = ("tokenizer_config.json",) if class_name.startswith("ByT5") else _VOCABULARIES
+    if not any((folder / name).is_file() for name in needed):
+        raise WeightsError(f"{folder} has no {' or '.join(needed)}; copy or download the weights again.")
 
 
 def check_names(

@@ -1,0 +1,269 @@
+"""The command line: what it writes, what it says, and how it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from imagine import __version__
+from imagine.cli import main
+from imagine.persona import Persona
+from tests import pictures, tiny
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    tiny.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A photograph with one face, which the embedded finder finds."""
+    path = tmp_path_factory.mktemp("photos") / "astronaut.jpg"
+    Image.fromarray(data.astronaut()).crop((110, 0, 350, 240)).save(path)
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        code = main([str(each) for each in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def generate(weights: Path, photo: Path, output: Path, *more: Any) -> list[Any]:
+    usual = ["generate", "--weights", weights, "--prompt", "smiling on a beach", "--seed", "7", "--steps", "2"]
+    return [*usual, "--reference", photo, "--output", output, *more]
+
+
+# --- what is written and said -----------------------------------------------------------------------------------------
+def test_generate_writes_a_picture_that_its_seed_repeats(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    code, out, err = run(*generate(weights, photo, tmp_path / "a.png"))
+    assert (code, err) == (0, "") and str(tmp_path / "a.png") in out and "seed 7" in out
+    assert run(*generate(weights, photo, tmp_path / "b.png"))[0] == 0
+    assert run(*generate(weights, photo, tmp_path / "c.png", "--seed", "8", "--guidance-scale", "1.5"))[0] == 0
+    first, again, other = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png", "c.png"))
+    assert first.shape == (tiny.SIZE, tiny.SIZE, 3) and (first == again).all() and (first != other).any()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_generate_agrees_with_the_library(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    from imagine import ImaginePipeline
+
+    assert run(*generate(weights, photo, tmp_path / "a.png", "--identity-scale", "0.5"))[0] == 0
+    pipe = ImaginePipeline.from_pretrained(weights)
+    pipe.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"num_inference_steps": 2, "identity_scale": 0.5, "generator": tiny.generator(7)}
+    wanted = pipe("smiling on a beach", reference=photo, **options).images[0]
+    assert (np.asarray(Image.open(tmp_path / "a.png")) == np.asarray(wanted)).all()
+
+
+def test_generate_as_json_with_several_pictures(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    code, out, err = run(*generate(weights, photo, tmp_path / "x.jpg", "--num-images", "2", "--json"))
+    said = json.loads(out)
+    assert (code, err) == (0, "")
+    assert said["images"] == [str(tmp_path / "x-1.jpg"), str(tmp_path / "x-2.jpg")] and said["seeds"] == [7, 8]
+    assert all(Image.open(path).format == "JPEG" for path in said["images"])
+    assert said["faces"][0]["reference"] == str(photo) and said["faces"][0]["box"]["width"] > 20
+
+
+def test_generate_from_a_persona_and_from_names(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    persona = tmp_path / "me.safetensors"
+    code, out, _ = run("enroll", photo, photo, "--weights", weights, "--output", persona)
+    assert code == 0 and str(persona) in out and Persona.load(persona).tokens == 2 * tiny.TOKENS
+    assert run(*generate(weights, persona, tmp_path / "a.png"))[0] == 0
+    named = ["--prompt", "{ann} looks at {bob}", "--output", tmp_path / "b.png"]
+    both = ["--reference", f"ann={photo}", "--reference", f"bob={persona}"]
+    code, out, err = run("generate", "--weights", weights, *named, *both, "--json")
+    assert code == 0, err
+    assert [face["reference"].split(":")[0] for face in json.loads(out)["faces"]] == ["ann", "bob", "bob"]
+
+
+def test_inspect_says_what_things_are(run: Run, weights: Path) -> None:
+    code, out, _ = run("inspect", weights / "adapter", "--json")
+    assert code == 0 and json.loads(out)["kind"] == "adapter"
+    code, out, _ = run("inspect", weights)
+    assert code == 0 and "kind: weights" in out and "UNet2DConditionModel" in out
+
+
+def test_doctor_reports_on_the_installation_and_on_a_photo(run: Run, weights: Path, photo: Path) -> None:
+    code, out, _ = run("doctor", "--weights", weights, "--json")
+    assert code == 0 and "unet" in json.loads(out)["components"]
+    code, out, _ = run("doctor", photo, "--weights", weights, "--json")
+    assert code == 0 and len(json.loads(out)["faces"]) == 1
+    code, out, _ = run("doctor", photo, "--weights", weights)
+    assert code == 0 and "sharpness" in out
+
+
+def test_odd_pictures_serve_as_well_as_plain_ones(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    plain = Image.open(photo)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    odd = {
+        "rotated.jpg": plain.rotate(90, expand=True),
+        "cmyk.jpg": plain.convert("CMYK"),
+        "grey.png": plain.convert("L"),
+    }
+    for name, image in odd.items():
+        image.save(tmp_path / name, **({"exif": exif} if name == "rotated.jpg" else {}))
+    plain.save(tmp_path / "animated.gif", save_all=True, append_images=[plain.convert("L")])
+    for name in (*odd, "animated.gif"):
+        code, out, err = run("doctor", tmp_path / name, "--weights", weights, "--json")
+        assert (code, err) == (0, "") and len(json.loads(out)["faces"]) == 1, name
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+def text_file(folder: Path) -> Path:
+    (folder / "text.png").write_text("not a picture")
+    return folder / "text.png"
+
+
+def truncated(folder: Path) -> Path:
+    tiny.photo(1).resize((400, 400)).save(folder / "whole.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:-2000])
+    return folder / "cut.jpg"
+
+
+def one_pixel(folder: Path) -> Path:
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    return folder / "one.png"
+
+
+def huge(folder: Path) -> Path:
+    return pictures.png_header_only(folder / "huge.png", 20_000, 20_000)
+
+
+def faceless(folder: Path) -> Path:
+    Image.new("RGB", (200, 200), "skyblue").save(folder / "sky.png")
+    return folder / "sky.png"
+
+
+def missing(folder: Path) -> Path:
+    return folder / "missing.jpg"
+
+
+def a_folder(folder: Path) -> Path:
+    return folder
+
+
+@pytest.mark.parametrize("make", [text_file, truncated, one_pixel, huge, faceless, missing, a_folder])
+def test_photos_that_cannot_be_used(run: Run, weights: Path, tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    code, out, err = run(*generate(weights, make(tmp_path), tmp_path / "out.png"))
+    assert_refused(code, out, err)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_a_face_that_is_not_there(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    code, out, err = run(*generate(weights, photo, tmp_path / "out.png", "--face", "3"))
+    assert_refused(code, out, err)
+    assert "face=3" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--prompt", ""], "empty"),
+        (["--prompt", "   "], "empty"),
+        (["--prompt", "word " * 2000], "shorten"),
+        (["--prompt", "{ann} smiles"], "ann"),
+        (["--output", "out.txt"], ".png"),
+        (["--output", "no/such/folder/out.png"], "folder"),
+        (["--output", "."], ".png"),
+        (["--weights", "no/such/weights"], "weights"),
+        (["--weights", "."], "model_index.json"),
+        (["--reference", "ann=other.jpg"], "name"),
+        (["--num-images", "0"], "--num-images"),
+        (["--steps", "many"], "--steps"),
+        (["--seed", "-1"], "--seed"),
+        (["--guidance-scale", "nan"], "--guidance-scale"),
+        (["--face", "left"], "--face"),
+        (["--style", "x"], "--style"),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    run: Run, weights: Path, photo: Path, tmp_path: Path, monkeypatch: Any, more: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*generate(weights, photo, tmp_path / "out.png", *more))
+    assert_refused(code, out, err)
+    assert says in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["paint"],
+        ["generate"],
+        ["enroll", "nobody.jpg", "--output", "me.png"],
+        ["inspect", "nothing.safetensors"],
+        ["doctor", "nobody.jpg"],
+        ["doctor", "--weights", "nowhere"],
+        ["evaluate", "--weights", "nowhere", "--output", "report"],
+        ["evaluate", "--output", "report", "--identities", "none"],
+    ],
+)
+def test_commands_that_cannot_be_done(run: Run, tmp_path: Path, monkeypatch: Any, arguments: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(*run(*arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def assert_refused(code: int, out: str, err: str) -> None:
+    """Exit code 2 and exactly one line, a sentence, on stderr."""
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and err.strip().endswith(".") and "Traceback" not in err
+
+
+def test_a_failed_run_leaves_an_earlier_picture_alone(run: Run, weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.png").write_bytes(b"earlier")
+    assert run(*generate(weights, faceless(tmp_path), tmp_path / "out.png"))[0] == 2
+    assert (tmp_path / "out.png").read_bytes() == b"earlier"
+
+
+def test_our_own_faults_exit_with_one_and_without_a_traceback(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("imagine.inspection.inspect", lambda path: [][1])
+    code, out, err = run("inspect", tmp_path)
+    assert (code, out) == (1, "") and "IndexError" in err and "Traceback" not in err
+    monkeypatch.setenv("IMAGINE_DEBUG", "1")
+    with pytest.raises(IndexError):
+        run("inspect", tmp_path)
+
+
+# --- as a process -----------------------------------------------------------------------------------------------------
+def process(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_help_and_version_come_without_heavy_imports() -> None:
+    check = (
+        "import sys; from imagine.cli import main; code = main(['--help']); print(sorted(sys.modules)); sys.exit(code)"
+    )
+    done = process("-c", check)
+    assert done.returncode == 0 and "generate" in done.stdout
+    modules = done.stdout.splitlines()[-1]
+    assert not any(f"'{name}'" in modules for name in ("torch", "diffusers", "transformers", "PIL", "numpy"))
+
+
+def test_the_module_is_the_command() -> None:
+    done = process("-m", "imagine", "--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"imagine {__version__}")
+    done = process("-m", "imagine", "generate", "--reference", "x.jpg", "--prompt", "smiling", "--output", "x.png")
+    assert_refused(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,212 @@
+"""Weights that do not fit are refused, each in one sentence that names what is wrong."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from imagine import weights
+from imagine.encoders import VisionEncoder
+from imagine.errors import WeightsError
+from imagine.pipeline import ImaginePipeline
+from tests import tiny
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    tiny.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "weights"))
+
+
+def a_name(tensors: Tensors) -> str:
+    return sorted(name for name in tensors if name.endswith("weight"))[0]
+
+
+def drop(tensors: Tensors) -> str:
+    name = a_name(tensors)
+    del tensors[name]
+    return name
+
+
+def rename(tensors: Tensors) -> str:
+    name = a_name(tensors)
+    tensors[name.replace("weight", "wieght")] = tensors.pop(name)
+    return name.replace("weight", "wieght")
+
+
+def add(tensors: Tensors) -> str:
+    tensors["a.stranger"] = torch.zeros(2)
+    return "a.stranger"
+
+
+def reshape(tensors: Tensors) -> str:
+    name = a_name(tensors)
+    tensors[name] = torch.zeros(3, 3)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        *(("unet", change) for change in (drop, rename, add, reshape)),
+        *(("text_encoder", change) for change in (drop, rename, add, reshape)),
+        *((part, drop) for part in ("vae", "text_encoder_2", "image_encoder", "text_adapter", "adapter")),
+        ("adapter", rename),
+    ],
+)
+def test_a_file_with_a_tensor_missing_renamed_added_or_misshapen_is_refused(
+    folder: Path, part: str, change: Callable[[Tensors], str]
+) -> None:
+    file = next((folder / part).glob("*.safetensors"))
+    tensors, metadata = load_file(file), metadata_of(file)
+    name = change(tensors)
+    save_file(tensors, file, metadata)
+    with pytest.raises(WeightsError) as caught:
+        ImaginePipeline.from_pretrained(folder)
+    sentence = str(caught.value)
+    assert name in sentence and part in sentence and "\n" not in sentence
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})
+
+
+def truncate(folder: Path) -> None:
+    file = next((folder / "unet").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+def lose_config(folder: Path) -> None:
+    (folder / "text_encoder" / "config.json").unlink()
+
+
+def lose_file(folder: Path) -> None:
+    next((folder / "image_encoder").glob("*.safetensors")).unlink()
+
+
+def lose_part(folder: Path) -> None:
+    shutil.rmtree(folder / "vae")
+
+
+def lose_tokenizer(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer_2")
+
+
+def lose_scheduler(folder: Path) -> None:
+    shutil.rmtree(folder / "scheduler")
+
+
+def lose_index(folder: Path) -> None:
+    (folder / weights.INDEX).unlink()
+
+
+def break_index(folder: Path) -> None:
+    (folder / weights.INDEX).write_text("{")
+
+
+def foreign_index(folder: Path) -> None:
+    (folder / weights.INDEX).write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+
+
+def future_index(folder: Path) -> None:
+    index = json.loads((folder / weights.INDEX).read_text())
+    (folder / weights.INDEX).write_text(json.dumps({**index, "format_version": "99"}))
+
+
+def foreign_encoder(folder: Path) -> None:
+    torch.manual_seed(99)
+    VisionEncoder(tiny.CROP, 8, 24, 2, 2, embed_width=16).save_pretrained(folder / "image_encoder")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (truncate, "unet"),
+        (lose_config, "config.json"),
+        (lose_file, "safetensors"),
+        (lose_part, "vae"),
+        (lose_tokenizer, "tokenizer_2"),
+        (lose_scheduler, "cannot be loaded"),
+        (lose_index, "not a weights folder"),
+        (break_index, "JSON"),
+        (foreign_index, "StableDiffusionPipeline"),
+        (future_index, "99"),
+        (foreign_encoder, "vision encoder"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_a_sentence(
+    folder: Path, damage: Callable[[Path], None], says: str, capfd: Any
+) -> None:
+    damage(folder)
+    with pytest.raises(WeightsError, match=says) as caught:
+        ImaginePipeline.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""  # the libraries' own reports stay quiet
+
+
+@pytest.mark.parametrize("source", ["no/such/folder/here", "/no-such-folder", "imagine/no-such-weights"])
+def test_a_missing_folder_is_refused(source: str) -> None:
+    with pytest.raises(WeightsError, match="There is no folder"):
+        ImaginePipeline.from_pretrained(source)
+
+
+def test_a_hub_repository_that_cannot_be_reached_is_refused_in_a_sentence() -> None:
+    with pytest.raises(WeightsError, match="could not be fetched"):
+        weights.resolve_folder("nobody-at-all/no-such-repository")
+
+
+def test_a_file_is_not_a_folder(folder: Path) -> None:
+    with pytest.raises(WeightsError, match="is a file"):
+        ImaginePipeline.from_pretrained(folder / weights.INDEX)
+
+
+def test_half_precision_files_come_up_in_full_precision(folder: Path) -> None:
+    pipe = tiny.pipeline().to(torch.bfloat16)
+    pipe.save_pretrained(folder)
+    loaded = ImaginePipeline.from_pretrained(folder)
+    kinds = {
+        parameter.dtype
+        for part in loaded.components.values()
+        if isinstance(part, torch.nn.Module)
+        for parameter in part.parameters()
+    }
+    assert kinds == {torch.float32}
+    weight = next(iter(loaded.unet.parameters()))
+    assert torch.equal(weight, next(iter(pipe.unet.parameters())).float())
+
+
+def test_fingerprint_tells_encoders_apart_and_survives_half_precision() -> None:
+    encoder = VisionEncoder(16, 8, 24, 2, 2)
+    fingerprint = weights.fingerprint(encoder)
+    assert fingerprint == weights.fingerprint(encoder) and len(fingerprint) == 16
+    assert fingerprint != weights.fingerprint(VisionEncoder(16, 8, 24, 2, 2))
+    rounded = encoder.to(torch.bfloat16)
+    assert weights.fingerprint(rounded) == fingerprint == weights.fingerprint(rounded.float())
+    with torch.no_grad():
+        encoder.tower.proj += 0.1
+    assert weights.fingerprint(encoder) != fingerprint
+
+
+def test_default_folder_is_the_checkouts_or_says_how_to_get_weights() -> None:
+    home = Path(weights.__file__).parents[1] / "weights"
+    if (home / weights.INDEX).exists():
+        assert weights.default_folder() == home
+    else:
+        with pytest.raises(WeightsError, match="make weights"):
+            weights.default_folder()
