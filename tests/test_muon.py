@@ -1,4 +1,4 @@
-"""Muon beside AdamW: orthogonal updates for matrices, the stock AdamW for the rest, and a state that survives a stop."""
+"""Muon beside AdamW: orthogonal updates for matrices, the stock AdamW for the rest, a state that survives a stop."""
 
 from collections.abc import Mapping
 from pathlib import Path
