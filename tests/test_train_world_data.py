@@ -1,0 +1,225 @@
+"""What training reads from disk: made once, carried on after a kill, and the same for everybody who asks for a row."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from imagine.faces import crop_faces
+from imagine.models import build_autoencoder
+from imagine.world import render, sample_contexts, sample_people
+from imagine.world.people import CONTINUOUS, DISCRETE
+from imagine.world.seeds import JUDGE, TRAIN
+from train import pictures as pictures_module
+from train.latents import Latents, as_taken
+from train.pictures import BLOCK, Gallery, Pictures, open_pictures
+from train.portraits import draw_rows, judge_pictures, training_pictures
+from train.squares import MARGIN, Squares
+from train.task import Start
+
+SMALL = Gallery("train", 5, 2, size=32)
+
+
+def stored(pictures: Pictures, rows: int) -> Tensor:
+    return pictures.take(torch.arange(rows))[0]
+
+
+def test_a_gallery_knows_who_is_in_each_row() -> None:
+    rows = torch.arange(len(SMALL))
+    people = SMALL.people(rows)
+    real = sample_people([TRAIN.start + i for i in range(5)])
+    for name in (*CONTINUOUS, *DISCRETE):
+        assert torch.equal(getattr(people, name)[::2], getattr(real, name)), name
+    for name in DISCRETE:
+        assert torch.equal(getattr(people, name)[1::2], getattr(real, name)), name
+    wandered = torch.stack([(getattr(people, name)[1::2] - getattr(real, name)).abs() for name in CONTINUOUS])
+    assert 0.01 < wandered.mean() < 0.1
+    assert torch.equal(SMALL.people(torch.tensor([3])).skin, people.skin[[3]])
+    assert torch.equal(SMALL.contexts(rows).scene, sample_contexts(range(10)).scene)
+
+
+def test_the_judge_has_people_of_its_own_who_never_drift() -> None:
+    gallery = Gallery("judge", 3, 4, drift=0.0)
+    people = gallery.people(torch.arange(12))
+    own = sample_people([JUDGE.start + i for i in range(3)]).repeat(4)
+    assert torch.equal(people.skin, own.skin) and torch.equal(people.jaw, own.jaw)
+
+
+def test_pictures_are_the_renders_of_their_rows(tmp_path: Path) -> None:
+    pictures = open_pictures(SMALL, tmp_path)
+    rows = torch.tensor([7, 0])
+    out = render(SMALL.people(rows), SMALL.contexts(rows), size=32)
+    images, boxes = pictures.take(rows)
+    assert torch.allclose(images, out.images, atol=0.51 / 255)
+    assert torch.allclose(boxes, out.boxes, atol=1e-4)
+    assert json.loads((tmp_path / "done.json").read_text())["blocks"] == [0]
+
+
+def test_blocks_that_a_killed_run_finished_are_kept(tmp_path: Path) -> None:
+    gallery = Gallery("train", BLOCK // 2 + 4, 2, size=16)  # two blocks, the second one short
+    whole = open_pictures(gallery, tmp_path / "whole")
+    folder = tmp_path / "killed"
+    open_pictures(gallery, folder)
+    # As a run leaves it that was killed in the second block: files of full size, the first block noted as done.
+    state = json.loads((folder / "done.json").read_text())
+    assert state["blocks"] == [0, BLOCK]
+    state["blocks"] = [0]
+    (folder / "done.json").write_text(json.dumps(state))
+    images = np.memmap(folder / "images.u8", np.uint8, "r+", shape=(len(gallery), 3, 16, 16))
+    images[3] = 77  # a mark: the first block must not be rendered again
+    images[BLOCK:] = 0
+    images.flush()
+    again = open_pictures(gallery, folder)
+    assert (again.images[3] == 77).all()
+    assert np.array_equal(again.images[BLOCK:], whole.images[BLOCK:])
+    assert json.loads((folder / "done.json").read_text())["blocks"] == [0, BLOCK]
+
+
+def test_another_gallery_in_the_folder_is_rendered_anew(tmp_path: Path) -> None:
+    before = stored(open_pictures(SMALL, tmp_path), 10)
+    after = stored(open_pictures(Gallery("train", 5, 2, size=32, drift=0.3), tmp_path), 10)
+    assert torch.equal(before[::2], after[::2])  # the real ones
+    assert not torch.equal(before[1::2], after[1::2])
+    more = open_pictures(Gallery("train", 6, 2, size=32), tmp_path)
+    assert len(more.images) == 12 and torch.equal(stored(more, 10), before)
+
+
+def test_few_missing_pictures_are_painted_without_compiling(tmp_path: Path) -> None:
+    pictures_module.compiled_painters.cache_clear()
+    open_pictures(SMALL, tmp_path)
+    assert pictures_module.compiled_painters.cache_info().currsize == 0
+
+
+def test_data_settings_choose_the_galleries(tmp_path: Path) -> None:
+    data = {"folder": str(tmp_path), "identities": 2, "judge_identities": 1, "judge_pictures": 3, "drift": 0.1}
+    mine, judges = training_pictures(data), judge_pictures(data)
+    assert mine.gallery == Gallery("train", 2, 2, drift=0.1)
+    assert judges.gallery == Gallery("judge", 1, 3, drift=0.0)
+    assert (tmp_path / "train" / "images.u8").exists() and (tmp_path / "judge" / "images.u8").exists()
+    with pytest.raises(ValueError, match="identitys"):
+        training_pictures({"folder": str(tmp_path), "identitys": 2})
+
+
+def test_real_pictures_carry_the_noise_of_their_camera(tmp_path: Path) -> None:
+    pictures = open_pictures(SMALL, tmp_path)
+    rows = torch.arange(6)
+    clean, boxes = pictures.take(rows)
+    noisy, same_boxes = as_taken(pictures, rows)
+    assert torch.equal(boxes, same_boxes)
+    assert torch.equal(noisy[1::2], clean[1::2])
+    assert (noisy[::2] - clean[::2]).abs().flatten(1).mean(1).min() > 0.005
+    assert torch.equal(as_taken(pictures, torch.tensor([4]))[0][0], noisy[4])
+
+
+@functools.cache
+def gallery_128() -> Gallery:
+    return Gallery("train", 4, 2)
+
+
+def test_squares_hold_the_crops_of_faces(tmp_path: Path) -> None:
+    pictures = open_pictures(gallery_128(), tmp_path)
+    squares = Squares(pictures, 32, tmp_path, noisy=False)
+    rows = torch.arange(8)
+    side = 32 + 2 * MARGIN
+    assert squares.values.shape == (8, 3, side, side)
+    middle = torch.from_numpy(squares.values[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN]).float() / 255
+    wanted = crop_faces(*pictures.take(rows), 32)
+    inside = (wanted - 0.5).abs().amax(1, keepdim=True) > 0.02
+    # Unshifted, the square is the crop itself but for its mask.
+    centre = (slice(None), slice(None), slice(8, 24), slice(8, 24))
+    assert (middle - wanted)[centre].abs().mean() < 0.01
+    assert inside[centre].float().mean() > 0.5
+
+
+def test_squares_are_shifted_within_their_margin_and_masked(tmp_path: Path) -> None:
+    squares = Squares(open_pictures(gallery_128(), tmp_path), 32, tmp_path, noisy=True)
+    rows = torch.tensor([5] * 40)
+    crops = squares.take(rows, torch.Generator().manual_seed(1))
+    assert torch.equal(crops, squares.take(rows, torch.Generator().manual_seed(1)))
+    assert len({crop.numpy().tobytes() for crop in crops}) > 20
+    assert (crops[:, :, 0, 0] - 0.5).abs().max() < 1e-6 and (crops[:, :, -1, -1] - 0.5).abs().max() < 1e-6
+    raw = torch.from_numpy(squares.values[5]).float() / 255
+    places = [(y, x) for y in range(2 * MARGIN + 1) for x in range(2 * MARGIN + 1)]
+    windows = torch.stack([raw[:, y + 8 : y + 24, x + 8 : x + 24] for y, x in places])
+    nearest = torch.cdist(crops[:, :, 8:24, 8:24].flatten(1), windows.flatten(1)).min(1).values
+    assert nearest.max() < 0.05 * 16 * 3**0.5
+
+
+def test_squares_are_carried_on_after_a_kill(tmp_path: Path) -> None:
+    pictures = open_pictures(gallery_128(), tmp_path)
+    whole = np.array(Squares(pictures, 32, tmp_path, noisy=True).values)
+    count = tmp_path / f"squares-{32 + 2 * MARGIN}.count"
+    assert count.read_text() == "8"
+    count.write_text("6")
+    values = np.memmap(count.with_suffix(".u8"), np.uint8, "r+", shape=whole.shape)
+    values[5], values[6:] = 9, 0
+    values.flush()
+    again = Squares(pictures, 32, tmp_path, noisy=True).values
+    assert (again[5] == 9).all()  # counted as done: not cut again
+    assert np.array_equal(again[6:], whole[6:])
+
+
+def exported_autoencoder(folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    build_autoencoder(4, (8, 8, 16), (1, 1, 1), (1, 1, 1)).save_pretrained(folder / "vae")
+    statistics = {"mean": [0.5, -1.0, 0.0, 2.0], "std": [2.0, 1.0, 0.5, 4.0]}
+    (folder / "latents.json").write_text(json.dumps(statistics))
+    return folder
+
+
+def test_latents_are_encoded_once_and_carried_on_after_a_kill(tmp_path: Path) -> None:
+    pictures, vae = open_pictures(SMALL, tmp_path / "data"), exported_autoencoder(tmp_path / "vae")
+    first = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu"))
+    rows = torch.arange(10)
+    whole = first.take(rows)
+    with torch.no_grad():
+        raw = first.vae.encode(as_taken(pictures, rows)[0] * 2 - 1).latent
+    wanted = (raw - first.mean.view(1, -1, 1, 1)) / first.std.view(1, -1, 1, 1)
+    assert whole.shape == (10, 4, 4, 4)
+    assert torch.allclose(whole, wanted, atol=5e-3, rtol=1e-3)
+    (count,) = (tmp_path / "latents").glob("*.count")
+    count.write_text("7")
+    values = np.memmap(count.with_suffix(".f16"), np.float16, "r+", shape=(10, 4, 4, 4))
+    values[6], values[7:] = 3.0, 0.0
+    values.flush()
+    again = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu")).take(rows)
+    assert (again[6] == 3).all()
+    assert torch.allclose(again[7:], whole[7:], atol=5e-3)
+
+
+def test_another_autoencoder_has_latents_of_its_own(tmp_path: Path) -> None:
+    pictures = open_pictures(SMALL, tmp_path / "data")
+    taken = []
+    for seed in (0, 1):
+        vae = exported_autoencoder(tmp_path / f"vae-{seed}", seed)
+        taken.append(Latents(pictures, vae, tmp_path / "latents", torch.device("cpu")).take(torch.arange(10)))
+    assert not torch.allclose(taken[0], taken[1], atol=1e-2)
+    assert len(list((tmp_path / "latents").glob("*.f16"))) == 2
+
+
+def test_decoding_undoes_the_normalisation(tmp_path: Path) -> None:
+    pictures, vae = open_pictures(SMALL, tmp_path / "data"), exported_autoencoder(tmp_path / "vae")
+    latents = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu"))
+    images = pictures.take(torch.tensor([1, 3]))[0]
+    with torch.no_grad():
+        straight = latents.vae.decode(latents.vae.encode(images * 2 - 1).latent).sample / 2 + 0.5
+    drawn = latents.decode(latents.take(torch.tensor([1, 3])))
+    assert drawn.shape == (2, 3, 32, 32)
+    assert torch.allclose(drawn, straight.clamp(0, 1), atol=2e-2)
+
+
+def test_rows_are_a_function_of_seed_purpose_and_images_seen(tmp_path: Path) -> None:
+    def rows(seed: int = 0, purpose: str = "rows", images_seen: int = 64) -> list[int]:
+        start = Start("stage", seed, torch.device("cpu"), tmp_path)
+        torch.rand(1)  # the global generator has no part in it
+        return draw_rows(start, purpose, images_seen, 500, 40).tolist()
+
+    assert rows() == rows()
+    assert set(rows()) == set(range(40))
+    assert rows() != rows(seed=1)
+    assert rows() != rows(purpose="people")
+    assert rows() != rows(images_seen=128)
