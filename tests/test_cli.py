@@ -120,7 +120,7 @@ def test_odd_pictures_serve_as_well_as_plain_ones(run: Run, weights: Path, photo
         "grey.png": plain.convert("L"),
     }
     for name, image in odd.items():
-        image.save(tmp_path / name, **({"exif": exif} if name == "rotated.jpg" else {}))
+        image.save(tmp_path / name, exif=exif if name == "rotated.jpg" else Image.Exif())
     plain.save(tmp_path / "animated.gif", save_all=True, append_images=[plain.convert("L")])
     for name in (*odd, "animated.gif"):
         code, out, err = run("doctor", tmp_path / name, "--weights", weights, "--json")

@@ -19,7 +19,7 @@ def state(images_seen: int = 0, width: int = 4, half_life: float = 100, tied: bo
         body[1].again = body[0]
     chosen = {"body": list(body.parameters())}
     trained = parts.named({"body": body}, chosen)
-    optimiser = parts.adamw(chosen, {"body": 1e-2}, (0.9, 0.99), 0.1)
+    optimiser = parts.optimiser(chosen, {"body": 1e-2}, (0.9, 0.99), 0.1)
     return State({"body": body}, trained, optimiser, Average(trained, half_life), Progress(images_seen), {}, "fp32")
 
 

@@ -44,7 +44,7 @@ def test_everything_else_is_frozen_and_at_rest(modules: dict[str, nn.Module]) ->
 
 def test_each_part_has_its_rate_and_only_matrices_decay(modules: dict[str, nn.Module]) -> None:
     rates = {"head": 1e-3, "body": 1e-4}
-    optimiser = parts.adamw(parts.choose(offered(modules), rates, "base"), rates, (0.9, 0.99), 0.1)
+    optimiser = parts.optimiser(parts.choose(offered(modules), rates, "base"), rates, (0.9, 0.99), 0.1)
     parts.set_rates(optimiser, 0.5)
     seen = {(g["part"], g["weight_decay"], g["lr"], len(g["params"])) for g in optimiser.param_groups}
     assert seen == {("head", 0.1, 5e-4, 1), ("head", 0.0, 5e-4, 1), ("body", 0.1, 5e-5, 1), ("body", 0.0, 5e-5, 3)}

@@ -13,8 +13,8 @@ from imagine.faces import crop_faces
 from imagine.models import build_autoencoder
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.people import CONTINUOUS, DISCRETE
+from imagine.world.render import compiled_painters
 from imagine.world.seeds import JUDGE, TRAIN
-from train import pictures as pictures_module
 from train.latents import Latents, as_taken
 from train.pictures import BLOCK, Gallery, Pictures, open_pictures
 from train.portraits import draw_rows, judge_pictures, training_pictures
@@ -89,9 +89,9 @@ def test_another_gallery_in_the_folder_is_rendered_anew(tmp_path: Path) -> None:
 
 
 def test_few_missing_pictures_are_painted_without_compiling(tmp_path: Path) -> None:
-    pictures_module.compiled_painters.cache_clear()
+    compiled_painters.cache_clear()
     open_pictures(SMALL, tmp_path)
-    assert pictures_module.compiled_painters.cache_info().currsize == 0
+    assert compiled_painters.cache_info().currsize == 0
 
 
 def test_data_settings_choose_the_galleries(tmp_path: Path) -> None:
