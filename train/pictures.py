@@ -7,7 +7,7 @@ and how is not stored: both are pure functions of the row number.
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -93,16 +93,25 @@ def open_pictures(gallery: Gallery, folder: Path) -> Pictures:
 
 
 def _done_blocks(state: Path, gallery: Gallery) -> set[int]:
-    """Which blocks are on disk; none if the folder holds another gallery."""
+    """Which blocks are on disk; none if the folder holds another gallery.
+
+    A row's picture does not depend on how many people there are, so a gallery that only grew keeps its full blocks.
+    """
     if not state.exists():
         return set()
     known = json.loads(state.read_text())
-    return set(known["blocks"]) if known["gallery"] == asdict(gallery) else set()
+    before = Gallery(**known["gallery"])
+    if replace(before, identities=gallery.identities) != gallery:
+        return set()
+    kept = min(len(before), len(gallery))
+    return {start for start in known["blocks"] if start + BLOCK <= kept or before == gallery}
 
 
 def _map(path: Path, kind: type[Kind], shape: tuple[int, ...]) -> "np.memmap[tuple[int, ...], np.dtype[Kind]]":
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    mode: Literal["r+", "w+"] = "r+" if path.exists() and path.stat().st_size == size else "w+"
+    if path.exists():
+        os.truncate(path, size)  # longer or shorter: rows keep their place
+    mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
     return np.memmap(path, dtype=kind, mode=mode, shape=shape)
 
 
