@@ -57,6 +57,7 @@ class AdapterTask(BaseTask):
 
     Settings: ClassVar[type[BaseModel]] = AdapterSettings
     PARTS: ClassVar[tuple[str, ...]] = ("vision_encoder", "vision_branch", "vision_projection", "lora")
+    VALIDATION_PICTURES: ClassVar[int] = 128
     settings: AdapterSettings
 
     def __init__(self, settings: AdapterSettings, start: Start) -> None:
@@ -118,8 +119,8 @@ class AdapterTask(BaseTask):
         return Loss(self.errors(batch, self.vision_tokens(batch.crops), noise, t))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        batch = self.batch(0, 128)
-        batch = AdapterBatch(batch.latents, batch.texts, batch.crops, batch.faces, torch.ones(128))
+        batch = self.batch(0, self.VALIDATION_PICTURES)
+        batch = AdapterBatch(batch.latents, batch.texts, batch.crops, batch.faces, torch.ones(len(batch.texts)))
         noise, t = self._noise(batch.latents, generator(0, "validation", 0))
         vision = self.vision_tokens(batch.crops)
         right = float(self.errors(batch, vision, noise, t).mean())
@@ -137,7 +138,7 @@ class AdapterTask(BaseTask):
         count = seeds * len(PROMPTS)
         inputs = Inputs(self.text.encode(list(PROMPTS) * seeds), self.text.encode([""] * count), vision)
         noise = torch.randn((count, self.unet.config.in_channels, 8, 8), generator=generator(0, "draw", 0))
-        latents = sample(self.unet, noise.to(self.start.device), inputs, Guidance(2.0), steps=20)
+        latents = sample(self.unet, noise.to(self.start.device), inputs, Guidance(2.0), self.DRAWING_STEPS)
         drawn = self.latents.decode(latents).cpu().view(seeds, len(PROMPTS), 3, 128, 128)
         save_grid(torch.cat((photo.images[:, None], drawn), 1).flatten(0, 1), path, columns=len(PROMPTS) + 1)
 

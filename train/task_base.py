@@ -64,6 +64,7 @@ class BaseTask:
 
     Settings: ClassVar[type[BaseModel]] = BaseSettings
     PARTS: ClassVar[tuple[str, ...]] = ("unet", "text_adapter", "clip", "t5", "byt5")
+    DRAWING_STEPS: ClassVar[int] = 20  # of the sampler, for the sheets of pictures
 
     def __init__(self, settings: BaseSettings, start: Start) -> None:
         self.settings, self.start = settings, start
@@ -149,7 +150,7 @@ class BaseTask:
         shape = (len(PROMPTS) * seeds, self.unet.config.in_channels, 8, 8)
         noise = torch.randn(shape, generator=generator(0, "draw", 0)).to(self.start.device)
         inputs = Inputs(self.text.encode(list(PROMPTS) * seeds), self.text.encode([""] * len(noise)), None)
-        rows = [sample(self.unet, noise, inputs, Guidance(scale), steps=20) for scale in (1.0, 3.0)]
+        rows = [sample(self.unet, noise, inputs, Guidance(scale), self.DRAWING_STEPS) for scale in (1.0, 3.0)]
         save_grid(self.latents.decode(torch.cat(rows)).cpu(), path, columns=len(PROMPTS))
 
     def export(self, folder: Path) -> None:

@@ -1,0 +1,324 @@
+"""Every task of the portrait world, tiny: batches by image number, losses that reach all parts, files that load."""
+
+import dataclasses
+import functools
+import importlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from imagine.adapter import Adapter
+from imagine.encoders import VisionEncoder
+from imagine.errors import ConfigError
+from imagine.finder import load_finder
+from imagine.judge import Reader, Recogniser
+from train.checkpoint import read_tensors
+from train.config import load_run
+from train.language import load_text_encoders, make_tokenizers
+from train.stages import TASKS, run_stages
+from train.task import Start, Task
+from train.task_adapter import AdapterTask
+from train.task_autoencoder import AutoencoderTask, load_autoencoder
+from train.task_base import BaseTask
+from train.task_clip import ClipTask
+from train.task_finder import FinderTask
+from train.task_reader import ReaderTask
+from train.task_recogniser import RecogniserTask
+
+CHAIN = ("autoencoder", "clip", "base", "adapter")
+DENOISER = {"widths": [32, 32]}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "autoencoder": {"widths": [8, 8, 16, 32], "crop": 32},
+    "clip": {},
+    "recogniser": {"dimensions": 8, "ramp": 4},
+    "reader": {},
+    "finder": {},
+    "base": DENOISER,
+    "adapter": {**DENOISER, "lora_rank": 2},
+}
+
+
+class SmallClip(ClipTask):
+    """Validates on few people: two pictures of 500 take longer than all other tests here."""
+
+    HELD_OUT_PEOPLE: ClassVar[int] = 4
+
+
+class SmallRecogniser(RecogniserTask):
+    HELD_OUT_PEOPLE: ClassVar[int] = 4
+
+
+class SmallReader(ReaderTask):
+    HELD_OUT_PICTURES: ClassVar[int] = 6
+
+
+class SmallBase(BaseTask):
+    DRAWING_STEPS: ClassVar[int] = 2
+
+
+class SmallAdapter(AdapterTask):
+    VALIDATION_PICTURES: ClassVar[int] = 8
+    DRAWING_STEPS: ClassVar[int] = 2
+
+
+class SmallFinder(FinderTask):
+    GROUPS: ClassVar[int] = 4
+    HELD_OUT_PICTURES: ClassVar[int] = 2
+
+
+SMALL: dict[str, Any] = {
+    "autoencoder": AutoencoderTask,
+    "clip": SmallClip,
+    "recogniser": SmallRecogniser,
+    "reader": SmallReader,
+    "finder": SmallFinder,
+    "base": SmallBase,
+    "adapter": SmallAdapter,
+}
+
+
+@functools.cache
+def home() -> Path:
+    """One folder for all tests of this file: galleries and tokenizers are made once."""
+    folder = Path(tempfile.mkdtemp(prefix="imagine-tasks-"))
+    make_tokenizers(folder / "tokenizers", sentences=150)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tidy() -> Iterator[None]:
+    yield
+    shutil.rmtree(home())
+
+
+def data() -> dict[str, Any]:
+    sizes = {"identities": 8, "pictures": 2, "judge_identities": 8, "judge_pictures": 2}
+    return {"folder": str(home() / "data"), **sizes}
+
+
+def with_tokenizers(stage: Path) -> Path:
+    """A stage's folder with tokenizers in its cache, as an interrupted run leaves it."""
+    shutil.copytree(home() / "tokenizers", stage / "cache", dirs_exist_ok=True)
+    return stage
+
+
+@functools.cache
+def trained() -> Path:
+    """The chain from autoencoder to adapter, two steps each, from a run file as a user writes it."""
+    output = home() / "run"
+    parts = {name: dict.fromkeys(SMALL[name].PARTS, 1e-3) for name in CHAIN}
+    starts = {"base": ["autoencoder", "clip"], "adapter": ["autoencoder", "clip", "base"]}
+    stages = {
+        name: {"task": name, "train": parts[name], "start_from": starts.get(name, []), "settings": SETTINGS[name]}
+        for name in CHAIN
+    }
+    stages["clip"]["muon"] = ["vision", "text"]
+    defaults = {"images": 4, "batch_size": 2, "precision": "fp32", "ema": 4, "report_every_seconds": 0}
+    content = {"data": data(), "defaults": defaults, "stages": stages}
+    (home() / "run.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    for name in CHAIN:
+        with_tokenizers(output / name)
+    assert run_stages(load_run(home() / "run.yaml"), output, resume=True, tasks=SMALL)
+    return output
+
+
+@functools.cache
+def built(name: str) -> Any:
+    """The task, ready for its first batch; base and adapter stand on the chain's autoencoder."""
+    earlier = {"autoencoder": trained() / "autoencoder" / "export"} if name in ("base", "adapter") else {}
+    task_class = SMALL[name]
+    torch.manual_seed(0)
+    folder = with_tokenizers(home() / "built" / name)
+    start = Start(name, 3, torch.device("cpu"), folder, data(), earlier)
+    task: Task = task_class(task_class.Settings(**SETTINGS[name]), start)
+    for module in task.modules.values():
+        module.eval().requires_grad_(False)
+    with torch.no_grad():
+        task.prepare()
+    return task
+
+
+def leaves(record: Any) -> Iterator[Any]:
+    """Every tensor and text in a batch, in order."""
+    if dataclasses.is_dataclass(record):
+        record = [getattr(record, field.name) for field in dataclasses.fields(record)]
+    if isinstance(record, dict):
+        record = list(record.values())
+    if isinstance(record, (list, tuple)):
+        for item in record:
+            yield from leaves(item)
+    else:
+        yield record
+
+
+def same(one: Any, two: Any) -> bool:
+    pairs = zip(leaves(one), leaves(two), strict=True)
+    return all(a.shape == b.shape and torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in pairs)
+
+
+def test_the_small_tasks_are_the_ones_that_runs_use() -> None:
+    assert SMALL.keys() == TASKS.keys() == SETTINGS.keys()
+    for name, address in TASKS.items():
+        module, _, class_name = address.partition(":")
+        assert issubclass(SMALL[name], getattr(importlib.import_module(module), class_name))
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_batches_are_functions_of_images_seen(name: str) -> None:
+    task = built(name)
+    batch = task.batch(40, 4)
+    torch.rand(1)  # the global generator has no part in it
+    assert same(batch, task.batch(40, 4))
+    assert not same(batch, task.batch(44, 4))
+    floats = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    assert floats and all(leaf.isfinite().all() for leaf in floats)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_losses_are_finite_and_reach_every_part(name: str) -> None:
+    task = built(name)
+    parts = task.parts()
+    assert set(parts) <= set(task.PARTS)
+    own = {id(p) for module in task.modules.values() for p in module.parameters()}
+    trained_here = [p for parameters in parts.values() for p in parameters]
+    assert len({id(p) for p in trained_here}) == len(trained_here) and {id(p) for p in trained_here} <= own
+    before = [p.detach().clone() for p in trained_here]
+    try:
+        with torch.no_grad():
+            for parameter in trained_here:  # gates and gains that begin at zero are open after the first steps
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        for parameter in trained_here:
+            parameter.requires_grad_(True)
+        loss = task.loss(task.batch(40, 4), 40)
+        assert loss.per_sample.shape == (4,)
+        assert loss.per_sample.isfinite().all()
+        assert all(torch.as_tensor(value).isfinite().all() for value in loss.metrics.values())
+        loss.per_sample.mean().backward()
+        for part, parameters in parts.items():
+            reached = [p for p in parameters if p.grad is not None and p.grad.abs().sum() > 0]
+            assert len(reached) > 0.5 * len(parameters), part
+            assert all(p.grad.isfinite().all() for p in reached if p.grad is not None), part
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained_here, before, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+                parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_losses_are_functions_of_batch_and_images_seen(name: str) -> None:
+    task = built(name)
+    batch = task.batch(8, 2)
+    with torch.no_grad():
+        first = task.loss(batch, 8).per_sample
+        torch.rand(1)
+        assert torch.equal(first, task.loss(batch, 8).per_sample)
+
+
+@pytest.mark.parametrize("name", ["recogniser", "reader", "finder"])
+def test_the_judges_tasks_validate_and_export_what_the_judge_loads(name: str, tmp_path: Path) -> None:
+    task = built(name)
+    with torch.no_grad():
+        numbers = task.validate(tmp_path, 0)
+        task.export(tmp_path)
+    assert numbers and all(abs(value) < float("inf") for value in numbers.values())
+    load: Any = {"recogniser": Recogniser.load, "reader": Reader.load, "finder": load_finder}[name]
+    loaded, own = load(tmp_path / name), task.modules[name]
+    assert loaded.state_dict().keys() == own.state_dict().keys()
+    for key, value in own.state_dict().items():
+        assert torch.allclose(loaded.state_dict()[key].float(), value.float(), atol=2e-3, rtol=2e-3), key
+
+
+def test_the_finders_batches_hold_nobody_one_and_several_people() -> None:
+    images, boxes, valid = built("finder").batch(0, 64)
+    assert images.shape == (64, 3, 128, 128)
+    assert set(valid.sum(1).tolist()) == {0, 1, 2, 3}
+    assert (boxes[valid][:, 2:] > 0).all()
+
+
+def test_the_base_pairs_captions_with_pictures_and_drops_some() -> None:
+    batch = built("base").batch(0, 64)
+    assert batch.latents.shape == (64, 32, 8, 8)
+    assert 0 < sum(text == "" for text in batch.texts) < 20
+    assert any(" skin" in text for text in batch.texts) and any(text.startswith("person") for text in batch.texts)
+
+
+def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
+    task = built("adapter")
+    batch = task.batch(0, 64)
+    gallery = task.pictures.gallery
+    everybody = task.latents.take(torch.arange(len(gallery)))
+    rows = (batch.latents[:, None] == everybody[None]).flatten(2).all(2).float().argmax(1)
+    real = rows % gallery.pictures == 0
+    assert 0 < real.sum() < 32  # few targets are their own reference
+    assert set(batch.strength.tolist()) == {0.0, 1.0}
+    assert batch.crops.shape[:2] == (64, 3) and batch.faces.shape == (64, 1, 8, 8)
+    assert set(batch.faces.unique().tolist()) == {1.0, task.settings.face_weight}
+    inside = [0.1 < (weights > 1).float().mean() < 0.9 for weights in batch.faces]
+    assert all(inside)
+
+
+def test_a_chain_of_stages_trains_to_the_end() -> None:
+    output = trained()
+    for name in CHAIN:
+        assert (output / name / "done.json").exists(), name
+        saved = {path.split(".")[0] for path in read_tensors(output / name / "weights.safetensors")[0]}
+        task = built(name)
+        in_parts = {id(p) for parameters in task.parts().values() for p in parameters}
+        trains = {m for m, network in task.modules.items() if any(id(p) in in_parts for p in network.parameters())}
+        assert saved == trains, name
+    assert "unet" in built("adapter").modules and "unet" not in saved  # the adapter's base stays as it is
+    for name in ("autoencoder", "base", "adapter"):
+        assert list((output / name / "samples").rglob("*.png")), name
+    with pytest.raises(ConfigError, match="base has batch_size 2, not 4"):
+        run_stages(load_run(home() / "run.yaml", ["base.batch_size=4"]), output, tasks=SMALL)
+
+
+def test_later_stages_begin_with_what_earlier_ones_trained() -> None:
+    """Muon and AdamW move a weight by about its rate a step: two steps stay near the start, a fresh start does not."""
+    clip = read_tensors(trained() / "clip" / "weights.safetensors")[0]
+    for later in ("base", "adapter"):
+        found = read_tensors(trained() / later / "weights.safetensors")[0]
+        shared = [path for path in found if path in clip and found[path].ndim == 2]
+        assert shared
+        for path in shared:
+            assert (found[path] - clip[path]).abs().max() < 0.02, path
+
+
+def test_exports_load_through_the_public_loaders_as_they_were_averaged() -> None:
+    def weights(stage: str, module: str) -> dict[str, Tensor]:
+        tensors = read_tensors(trained() / stage / "weights.safetensors")[0]
+        return {p.removeprefix(f"{module}."): v for p, v in tensors.items() if p.startswith(f"{module}.")}
+
+    vae, mean, std = load_autoencoder(trained() / "autoencoder" / "export")
+    assert mean.shape == std.shape == (32,) and (std > 0).all()
+    base = trained() / "base" / "export"
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    text = load_text_encoders(base)
+    adapter = trained() / "adapter" / "export"
+    loaded: list[tuple[Any, str, str]] = [
+        (vae, "autoencoder", "vae"),
+        (unet, "base", "unet"),
+        (Adapter.load(base / "text_adapter", unet), "base", "text_adapter"),
+        (text.clip, "base", "text_encoder"),
+        (text.t5, "base", "text_encoder_2"),
+        (text.byt5, "base", "text_encoder_3"),
+        (VisionEncoder.from_pretrained(adapter / "image_encoder"), "adapter", "image_encoder"),
+        (Adapter.load(adapter / "adapter", unet), "adapter", "adapter"),
+    ]
+    for module, stage, name in loaded:
+        found, wanted = module.state_dict(), weights(stage, name)
+        assert wanted and set(wanted) <= set(found), name
+        for path, value in wanted.items():
+            assert torch.allclose(found[path].float(), value.float(), atol=1e-2, rtol=1e-2), (name, path)
+    clip, branches = text.encode(['a person with the letters "SKY"'])
+    assert clip.values.isfinite().all() and set(branches) == {"t5", "byt5"}
