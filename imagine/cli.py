@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = _parser().parse_args(arguments)
     except SystemExit as stop:  # argparse has said what it had to say
         return int(stop.code or 0)
+    chosen.own_process = arguments is None
     run: Callable[[argparse.Namespace], dict[str, Any]] = chosen.run
     _quieten()
     try:
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Stopped.", file=sys.stderr)
         return 130
     except Exception as error:  # whatever it is, a traceback would help nobody who cannot change the code
+        if chosen.own_process and "imagine.lean" in sys.modules:
+            sys.modules["imagine.lean"].start_again_plainly()
         if os.environ.get("IMAGINE_DEBUG"):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -124,7 +127,7 @@ def _generate(chosen: argparse.Namespace) -> dict[str, Any]:
     reference = _references(chosen.reference)
     read_requests(chosen.prompt, reference)  # refused now rather than after loading
     seed = secrets.randbelow(2**31) if chosen.seed is None else chosen.seed
-    pipe = _pipeline(chosen.weights)
+    pipe = _pipeline(chosen.weights, chosen.own_process)
     started = time.monotonic()
     drawn = pipe(
         chosen.prompt,
@@ -204,7 +207,9 @@ def _add_enroll(verbs: Any) -> None:
 
 def _enroll(chosen: argparse.Namespace) -> dict[str, Any]:
     path = _writable(chosen.output, (".safetensors",))
-    persona = _pipeline(chosen.weights).enroll(chosen.photos, face=chosen.face, on_no_face=chosen.on_no_face)
+    persona = _pipeline(chosen.weights, chosen.own_process).enroll(
+        chosen.photos, face=chosen.face, on_no_face=chosen.on_no_face
+    )
     persona.save(path)
     faces = [face.as_dict() for face in persona.faces]
     return {
@@ -300,8 +305,12 @@ def _folder(given: Path | None) -> Path:
     return given.expanduser()
 
 
-def _pipeline(given: Path | None) -> "ImaginePipeline":
+def _pipeline(given: Path | None, lean: bool = False) -> "ImaginePipeline":
     folder = _folder(given)
+    if lean:
+        from imagine.lean import import_pipeline_lean
+
+        import_pipeline_lean()
     from imagine.pipeline import ImaginePipeline
 
     pipe = ImaginePipeline.from_pretrained(folder)

@@ -84,7 +84,9 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->vae"
-    _exclude_from_cpu_offload = list(ADAPTERS)  # noqa: RUF012  (diffusers' convention)
+    # Adapters run inside the denoiser's attention, and the vision encoder not through `forward` alone, so that hooks on
+    # them would come too late in sequential offload; both are small beside the denoiser.
+    _exclude_from_cpu_offload = [*ADAPTERS, "image_encoder"]  # noqa: RUF012  (diffusers' convention)
     _optional_components = list(ADAPTERS)  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "identity_scale"]  # noqa: RUF012
     text_adapter: Adapter | None
@@ -174,9 +176,7 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         try:
             with weights.hushed():
                 pipe = cast(ImaginePipeline, super().from_pretrained(os.fspath(folder), **parts, **kwargs))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, WeightsError):
-                raise
+        except (OSError, ValueError, KeyError) as error:  # a tokenizer or the scheduler, whose files are missing or cut
             reason = str(error).strip().split("\n")[0][:200]
             raise WeightsError(f"{folder} cannot be loaded ({reason}); copy or download the weights again.") from error
         pipe._finder = finder

@@ -4,7 +4,7 @@ import io
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -314,7 +314,7 @@ def test_a_callback_can_change_latents(pipe: ImaginePipeline) -> None:
 
 # --- inputs and outputs -----------------------------------------------------------------------------------------------
 def test_output_types(pipe: ImaginePipeline) -> None:
-    def out(kind: str) -> Any:
+    def out(kind: Literal["pil", "np", "pt", "latent"]) -> Any:
         return pipe(PROMPT, generator=tiny.generator(7), output_type=kind).images
 
     tensor, array, image, latent = out("pt"), out("np"), out("pil")[0], out("latent")
@@ -324,7 +324,7 @@ def test_output_types(pipe: ImaginePipeline) -> None:
     mean, std = (torch.tensor(pipe.config[name]).view(4, 1, 1) for name in ("latents_mean", "latents_std"))
     decoded = pipe.vae.decode(latent * std + mean).sample
     assert torch.allclose((decoded / 2 + 0.5).clamp(0, 1), tensor, atol=1e-5)
-    images, faces = pipe(PROMPT, reference=tiny.photo(1), return_dict=False)  # type: ignore[misc]
+    images, faces = pipe(PROMPT, reference=tiny.photo(1), return_dict=False)
     assert isinstance(images[0], Image.Image) and len(faces) == 1
 
 
@@ -368,10 +368,11 @@ def test_half_precision_draws_nearly_the_same_picture() -> None:
     assert half.isfinite().all() and (full - half).abs().mean() < 0.05
 
 
-def test_model_offload_gives_the_same_picture() -> None:
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offload_gives_the_same_picture(offload: str) -> None:
     pipe = tiny.pipeline()
     wanted = draw(pipe, reference=tiny.photo(1))
-    pipe.enable_model_cpu_offload(device="cpu")
+    getattr(pipe, offload)(device="cpu")
     assert torch.equal(draw(pipe, reference=tiny.photo(1)), wanted)
     assert torch.equal(draw(pipe, reference=tiny.photo(1)), wanted)
 
