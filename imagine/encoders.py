@@ -325,6 +325,8 @@ class TextEncoders:
             padded[row, : len(sequence)] = torch.tensor(sequence)
             mask[row, : len(sequence)] = 1
         device = next(model.parameters()).device
+        if device.type == "meta":  # offloaded: accelerate's hooks take the inputs to where the model will run
+            return padded, mask
         return padded.to(device), mask.to(device)
 
 

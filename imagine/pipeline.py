@@ -12,7 +12,6 @@ the accelerator change what a seed means.
 """
 
 import copy
-import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import FrozenDict
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -39,7 +39,7 @@ from imagine.faces import FaceChoice, FaceFinder, crop_face, default_finder
 from imagine.persona import Face, Persona, concatenate
 from imagine.photos import open_photo
 from imagine.records import Tokens
-from imagine.request import Person, Request, read_requests
+from imagine.request import Person, Request, check_choice, finite, read_requests, whole
 from imagine.sampling import VISION, Guidance, GuidedDenoiser, Inputs, TextTokens, repeat
 
 ADAPTERS = ("text_adapter", "adapter")  # our components that diffusers cannot save or load by itself
@@ -179,6 +179,8 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         except (OSError, ValueError, KeyError) as error:  # a tokenizer or the scheduler, whose files are missing or cut
             reason = str(error).strip().split("\n")[0][:200]
             raise WeightsError(f"{folder} cannot be loaded ({reason}); copy or download the weights again.") from error
+        # Where the files came from is nobody's business who gets them next: save_pretrained would write it down.
+        pipe._internal_dict = FrozenDict({key: v for key, v in pipe.config.items() if key != "_name_or_path"})
         pipe._finder = finder
         pipe._finder_folder = folder / FINDER
         return pipe
@@ -389,9 +391,9 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         size = self._latent_size(height, width)
         guidance = self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale)
         scheduler = self._scheduler(num_inference_steps, sigmas, size)
-        copies = _whole("num_images_per_prompt", num_images_per_prompt)
+        copies = whole("num_images_per_prompt", num_images_per_prompt)
         on_step = _OnStep.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        _check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         check_attached(self.unet, self._adapters())
         requests, text, negative = self._read(
             prompt, reference, prompt_embeds, negative_prompt, negative_prompt_embeds, copies
@@ -511,9 +513,9 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """The call's guidance; the weights' own where it names none at all."""
         if text is None and identity is None:
             identity = self.config.default_identity_guidance_scale
-        text = _number("guidance_scale", self.config.default_guidance_scale if text is None else text)
-        identity = None if identity is None else _number("identity_guidance_scale", identity)
-        return Guidance(text, identity, _number("guidance_rescale", rescale))
+        text = finite("guidance_scale", self.config.default_guidance_scale if text is None else text)
+        identity = None if identity is None else finite("identity_guidance_scale", identity)
+        return Guidance(text, identity, finite("guidance_rescale", rescale))
 
     def _scheduler(self, steps: int | None, sigmas: Sequence[float] | None, size: tuple[int, int]) -> Any:
         """A copy of the scheduler for this call alone, its timesteps set."""
@@ -527,7 +529,7 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         options: dict[str, Any] = {} if sigmas is None else {"sigmas": list(sigmas)}
         if scheduler.config.get("use_dynamic_shifting"):
             options["mu"] = _shift(scheduler.config, size[0] * size[1])
-        count = _whole("num_inference_steps", self.config.default_steps if steps is None else steps)
+        count = whole("num_inference_steps", self.config.default_steps if steps is None else steps)
         if sigmas is None:
             options["num_inference_steps"] = count
         scheduler.set_timesteps(device=self._execution_device, **options)
@@ -683,20 +685,3 @@ def _shift(config: Mapping[str, Any], positions: int) -> float:
     """The shift of the noise schedule for this many latent positions (arXiv 2403.03206; diffusers' Flux pipeline)."""
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     return float(config["base_shift"] + slope * (positions - config["base_image_seq_len"]))
-
-
-def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be a whole number from 1 on.")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r} must be a number.")
-    return float(value)
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is unknown: choose {', '.join(choices[:-1])} or {choices[-1]}.")

@@ -6,12 +6,13 @@ become plain words ("the first person"), and the people's vision tokens are conc
 yourself*, section 3.6).
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from imagine.errors import PromptError
+from imagine.errors import ConfigError, PromptError
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -96,3 +97,23 @@ def _words(named: Sequence[str], name: str) -> str:
 def _braced(names: Iterable[str]) -> str:
     *others, last = [f"{{{name}}}" for name in names]
     return f"{', '.join(others)} and {last}" if others else last
+
+
+def whole(name: str, value: Any) -> int:
+    """Return a count as given; ConfigError unless it is a whole number from 1 on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name}={value!r} must be a whole number from 1 on.")
+    return value
+
+
+def finite(name: str, value: Any) -> float:
+    """Return a finite number as float; ConfigError for anything else."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r} must be a number.")
+    return float(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is unknown: choose {', '.join(choices[:-1])} or {choices[-1]}.")
