@@ -243,7 +243,10 @@ def quoted(prompt: str) -> str:
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """The three text encoders with their tokenizers: CLIP's, T5's and ByT5's, in the pipeline's order."""
+    """The three text encoders with their tokenizers: CLIP's, T5's and ByT5's, in the pipeline's order.
+
+    `device` is where they compute; by default where their weights are, which is not so while they are offloaded.
+    """
 
     clip: Any
     clip_tokenizer: Any
@@ -251,6 +254,7 @@ class TextEncoders:
     t5_tokenizer: Any
     byt5: Any
     byt5_tokenizer: Any
+    device: torch.device | None = None
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tokens, dict[str, Tokens]]:
         """Read prompts: CLIP tokens (B, L, width), and {"t5": ..., "byt5": ...}, each with its key-padding mask.
@@ -317,8 +321,9 @@ class TextEncoders:
         padded, mask = self._padded(ids, length, tokenizer, model)
         return Tokens(model(input_ids=padded, attention_mask=mask).last_hidden_state, mask.bool())
 
-    @staticmethod
-    def _padded(ids: Sequence[Sequence[int]], length: int, tokenizer: Any, model: nn.Module) -> tuple[Tensor, Tensor]:
+    def _padded(
+        self, ids: Sequence[Sequence[int]], length: int, tokenizer: Any, model: nn.Module
+    ) -> tuple[Tensor, Tensor]:
         padded = torch.full((len(ids), length), int(tokenizer.pad_token_id))
         mask = torch.zeros(len(ids), length, dtype=torch.long)
         for row, sequence in enumerate(ids):

@@ -23,7 +23,6 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.configuration_utils import FrozenDict
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -179,8 +178,6 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         except (OSError, ValueError, KeyError) as error:  # a tokenizer or the scheduler, whose files are missing or cut
             reason = str(error).strip().split("\n")[0][:200]
             raise WeightsError(f"{folder} cannot be loaded ({reason}); copy or download the weights again.") from error
-        # Where the files came from is nobody's business who gets them next: save_pretrained would write it down.
-        pipe._internal_dict = FrozenDict({key: v for key, v in pipe.config.items() if key != "_name_or_path"})
         pipe._finder = finder
         pipe._finder_folder = folder / FINDER
         return pipe
@@ -196,6 +193,7 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 shutil.rmtree(folder / name, ignore_errors=True)  # not one that an earlier save left there
             else:
                 part.save(folder / name, {**_facts(part), "encoder_fingerprint": self.encoder_fingerprint})
+        weights.forget_paths(folder)  # where the parts came from is nobody's business who gets them next
         source = self._finder_folder
         if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
             shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
@@ -337,7 +335,7 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """
         encoders = TextEncoders(
             self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
-            self.text_encoder_3, self.tokenizer_3,
+            self.text_encoder_3, self.tokenizer_3, self._execution_device,
         )  # fmt: skip
         return encoders.encode([prompts] if isinstance(prompts, str) else list(prompts))
 

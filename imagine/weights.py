@@ -142,6 +142,14 @@ def check_names(
         raise WeightsError(f"The file in {where} {' and '.join(problems)}; copy or download the weights again.")
 
 
+def forget_paths(folder: Path) -> None:
+    """Remove from the configurations in a saved folder where on this machine each model once came from."""
+    for file in folder.rglob("*.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def fingerprint(module: "nn.Module") -> str:
     """Return 16 hexadecimal digits that tell one encoder's weights from another's.
 
