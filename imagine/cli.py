@@ -59,8 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"imagine failed ({reason}); set IMAGINE_DEBUG=1 to see where, and report it.", file=sys.stderr)
         return 1
     lines: list[str] = result.pop("lines")
-    print(json.dumps(result, ensure_ascii=False, default=str) if chosen.json else "\n".join(lines))
+    _say(json.dumps(result, ensure_ascii=False, default=str) if chosen.json else "\n".join(lines))
     return 0
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough; nothing may be flushed to them at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -267,3 +267,10 @@ def test_the_module_is_the_command() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, f"imagine {__version__}")
     done = process("-m", "imagine", "generate", "--reference", "x.jpg", "--prompt", "smiling", "--output", "x.png")
     assert_refused(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m imagine inspect {tmp_path / 'weights'} | true; exit ${{PIPESTATUS[0]}}"
+    tiny.pipeline().save_pretrained(tmp_path / "weights")
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
