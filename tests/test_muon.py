@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from train import checkpoint, parts
 from train.checkpoint import Progress, State
 from train.ema import Average
-from train.muon import MuonAdamW, orthogonal
+from train.muon import MuonAdamW, _directly, orthogonal
 
 BETAS = (0.9, 0.99)
 
@@ -47,6 +47,15 @@ def test_orthogonal_keeps_the_singular_vectors_and_ignores_the_scale() -> None:
     assert torch.allclose(turned, torch.diag(turned.diag()), atol=1e-4)
     assert (turned.diag() > 0.3).all()
     assert torch.allclose(orthogonal(matrix), orthogonal(1000 * matrix), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (16, 144), (5, 400), (144, 16)])
+def test_long_matrices_are_made_orthogonal_through_their_gram_matrix(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape) @ torch.diag(torch.logspace(0, -3, shape[1]))  # singular values over decades
+    lying = matrix if shape[0] < shape[1] else matrix.T
+    wanted = _directly(lying / lying.norm())
+    found = orthogonal(matrix)
+    torch.testing.assert_close(found if shape[0] < shape[1] else found.T, wanted, atol=1e-4, rtol=1e-3)
 
 
 def test_groups_without_muon_take_the_steps_of_the_stock_adamw() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from the first source
 _ITERATIONS = 5
+_LONG = 3  # times as long as high: from here on the Gram matrix is the cheaper one to iterate on
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -58,11 +59,33 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def orthogonal(matrix: Tensor) -> Tensor:
     """The nearest matrix with singular values about 1, by Newton-Schulz iterations; (m, n) to (m, n)."""
-    a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
+    x = _by_gram(x) if x.shape[1] >= _LONG * x.shape[0] else _directly(x)
+    return x.T if tall else x
+
+
+def _directly(x: Tensor) -> Tensor:
+    a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x
+
+
+def _by_gram(x: Tensor) -> Tensor:
+    """The same iterations on x @ x.T alone, with one product with x at the end: 2.5 times less work for 3x3 kernels.
+
+    Every factor is a polynomial of that Gram matrix, so that all of them commute and the last one can be kept instead.
+    """
+    a, b, c = _COEFFICIENTS
+    gram = x @ x.T
+    factor: Tensor | None = None
+    for _ in range(_ITERATIONS):
+        step = torch.addmm(b * gram, gram, gram, alpha=c)
+        step.diagonal().add_(a)
+        factor = step if factor is None else step @ factor
+        gram = step @ gram @ step
+    assert factor is not None
+    return factor @ x
