@@ -232,6 +232,29 @@ def train_t5_tokenizer(
     return T5Tokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def pooled(clip: Tokens, t5: Tokens) -> Tensor:
+    """Return each sentence as one vector (B, CLIP width + T5 width): CLIP's last token beside the mean of T5's.
+
+    CLIP's last token is its end token, where it pools by itself; of several windows it is the last one's.
+    """
+    return torch.cat((_last(clip), _mean(t5)), dim=1)
+
+
+def _last(tokens: Tokens) -> Tensor:
+    if tokens.mask is None:
+        return tokens.values[:, -1]
+    positions = torch.arange(tokens.mask.shape[1], device=tokens.mask.device)
+    ends = (tokens.mask * positions).amax(1)
+    return tokens.values[torch.arange(len(ends), device=ends.device), ends]
+
+
+def _mean(tokens: Tokens) -> Tensor:
+    if tokens.mask is None:
+        return tokens.values.mean(1)
+    weight = tokens.mask.unsqueeze(2).to(tokens.values.dtype)
+    return (tokens.values * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
 def quoted(prompt: str) -> str:
     """Return the text between double quotes, straight or typographic, the parts joined by a space; "" if none.
 
@@ -264,6 +287,11 @@ class TextEncoders:
         """
         return self.encode_clip(prompts), {"t5": self.encode_t5(prompts), "byt5": self.encode_byt5(prompts)}
 
+    @property
+    def pooled_width(self) -> int:
+        """The width of what `pooled` makes of these encoders' tokens."""
+        return int(self.clip.config.hidden_size + self.t5.config.d_model)
+
     def encode_clip(self, prompts: Sequence[str]) -> Tokens:
         """Read prompts in as many CLIP windows as the longest needs, each with its own start and end, concatenated."""
         window = int(self.clip.config.max_position_embeddings)
@@ -292,8 +320,14 @@ class TextEncoders:
     def encode_byt5(self, prompts: Sequence[str]) -> Tokens:
         """Read the bytes between double quotes, padded to a multiple of 16; nothing quoted is the end token alone."""
         sentence = "The text between quotes is {length} bytes long"
-        ids = self._ids(self.byt5_tokenizer, [quoted(prompt) for prompt in prompts], QUOTED_BYTES, sentence)
-        return self._encode(self.byt5, self.byt5_tokenizer, ids, BYT5_STEP)
+        spelt = [quoted(prompt) for prompt in prompts]
+        different = list(dict.fromkeys(spelt))  # most prompts quote nothing, and that is read once
+        ids = self._ids(self.byt5_tokenizer, different, QUOTED_BYTES, sentence)
+        read = self._encode(self.byt5, self.byt5_tokenizer, ids, BYT5_STEP)
+        if len(different) == len(spelt):
+            return read
+        rows = torch.tensor([different.index(text) for text in spelt], device=read.values.device)
+        return Tokens(read.values[rows], None if read.mask is None else read.mask[rows])
 
     def _clip_windows(self, prompt: str, window: int) -> list[list[int]]:
         tokenizer = self.clip_tokenizer

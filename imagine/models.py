@@ -64,11 +64,15 @@ def build_denoiser(
     layers: int = 1,
     text_width: int = 192,
     head_width: int = 32,
+    pooled_width: int | None = None,
 ) -> UNet2DConditionModel:
     """Build a U-Net with self- and cross-attention at every resolution and in the middle.
 
     It maps latents (B, latent_channels, S, S), timesteps (B,) and CLIP text tokens (B, L, text_width) to a velocity of
-    the latents' shape. `head_width` is the width of one attention head at every resolution.
+    the latents' shape. `head_width` is the width of one attention head at every resolution. With `pooled_width` the
+    sentence also acts as one vector (B, pooled_width), given as class_labels, that scales and shifts every residual
+    block together with the time, as the pooled text of SDXL and of SD3 does (arXiv 2403.03206, section 4): what a
+    whole sentence says is then obeyed long before attention has learnt to look single words up.
     The default has 11.2 million parameters and 0.6 GFLOP per call; widths (128, 256) have 17.0 million and 0.8.
     Raises ValueError if a width is not a multiple of it.
     """
@@ -86,4 +90,7 @@ def build_denoiser(
         # Despite its name this argument is the NUMBER of heads: https://github.com/huggingface/diffusers/issues/2011
         attention_head_dim=tuple(width // head_width for width in widths),
         use_linear_projection=True,
+        resnet_time_scale_shift="default" if pooled_width is None else "scale_shift",
+        class_embed_type=None if pooled_width is None else "projection",
+        projection_class_embeddings_input_dim=pooled_width,
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from imagine.adapter import project
 from imagine.diffusion import guide
+from imagine.encoders import pooled
 from imagine.records import Conditioning, Tokens
 
 VISION = "vision"  # the identity branch, as the adapter calls it
@@ -80,6 +81,7 @@ class GuidedDenoiser:
         self.unet, self.inputs, self.arguments = unet, inputs, dict(arguments)
         self._made_for: tuple[tuple[Pass, ...], Tensor] | None = None
         self._clip = inputs.text[0]
+        self._pooled: Tensor | None = None
         self._conditioning = Conditioning()
 
     def velocity(self, latents: Tensor, timestep: Tensor, strength: Tensor, guidance: Guidance) -> Tensor:
@@ -92,6 +94,7 @@ class GuidedDenoiser:
             timestep,
             encoder_hidden_states=self._clip.values,
             encoder_attention_mask=self._clip.mask,
+            class_labels=self._pooled,
             cross_attention_kwargs=options,
             return_dict=False,
         )[0]
@@ -102,9 +105,17 @@ class GuidedDenoiser:
         if made is not None and made[0] == passes and torch.equal(made[1], strength):
             return
         self._clip, conditioning = self.inputs.stacked(passes, strength)
+        self._pooled = pooled_text(self.unet, self._clip, conditioning.branches)
         # Kept under its own scales where the denoiser's LoRA depends on them, so a new strength means new projections.
         self._conditioning = project(self.unet, conditioning, self._clip.values)
         self._made_for = (passes, strength.clone())
+
+
+def pooled_text(unet: Any, clip: Tokens, branches: Mapping[str, Tokens]) -> Tensor | None:
+    """The sentences as one vector each, for a denoiser that was built to be told (`class_labels`); None for others."""
+    if getattr(unet.config, "class_embed_type", None) != "projection":
+        return None
+    return pooled(clip, branches["t5"])
 
 
 def join(rows: Sequence[Tokens]) -> Tokens:

@@ -11,6 +11,7 @@ from open_clip.transformer import VisionTransformer
 from imagine import encoders
 from imagine.encoders import TextEncoders, VisionEncoder, quoted
 from imagine.errors import PromptError
+from imagine.records import Tokens
 from tests import tiny
 
 SENTENCES = (
@@ -135,6 +136,32 @@ def test_byt5_sees_nothing_but_the_quoted_text(text: TextEncoders) -> None:
     assert not torch.equal(one.values, text.encode_byt5(['a man, "HO"']).values)
     nothing = text.encode_byt5(["a man"])
     assert nothing.mask is not None and nothing.mask.sum() == 1
+
+
+def test_byt5_reads_what_several_prompts_quote_once_and_gives_it_to_each(text: TextEncoders) -> None:
+    prompts = ["a man", 'a shirt with "HI"', "a woman", 'another "HI"']
+    with torch.no_grad():
+        together = text.encode_byt5(prompts)
+        assert together.mask is not None and len(together.values) == 4
+        for row, prompt in enumerate(prompts):
+            alone = text.encode_byt5([prompt])
+            assert alone.mask is not None and torch.equal(alone.mask[0], together.mask[row])
+            length = int(alone.mask.sum())
+            torch.testing.assert_close(together.values[row, :length], alone.values[0, :length], atol=1e-5, rtol=1e-5)
+
+
+def test_a_sentence_as_one_vector_does_not_depend_on_padding(text: TextEncoders) -> None:
+    with torch.no_grad():
+        clip, others = text.encode(["a person", "an old woman in a blue shirt, smiling on a beach " * 2])
+        both = encoders.pooled(clip, others["t5"])
+        assert both.shape == (2, text.pooled_width)
+        alone, more = text.encode(["a person"])
+        torch.testing.assert_close(both[:1], encoders.pooled(alone, more["t5"]), atol=1e-5, rtol=1e-5)
+        assert alone.mask is not None
+        end = int(alone.mask.sum()) - 1
+        torch.testing.assert_close(both[0, : clip.values.shape[2]], alone.values[0, end], atol=1e-5, rtol=1e-5)
+    unmasked = encoders.pooled(Tokens(clip.values), Tokens(others["t5"].values))
+    assert torch.equal(unmasked[:, : clip.values.shape[2]], clip.values[:, -1])
 
 
 def test_clip_tokens_are_those_of_the_model_on_the_real_tokens(text: TextEncoders) -> None:

@@ -45,9 +45,11 @@ def tokenizers() -> tuple[Any, Any, Any]:
     return clip, train_t5_tokenizer(SENTENCES, folder / "t5", vocabulary_size=150), build_byt5_tokenizer()
 
 
-def denoiser() -> Any:
+def denoiser(pooled_width: int | None = None) -> Any:
     """A random UNet2DConditionModel on 4 x 4 latents of 4 channels."""
-    return build_denoiser(sample_size=4, latent_channels=4, widths=(32, 32), text_width=16, head_width=16).eval()
+    return build_denoiser(
+        sample_size=4, latent_channels=4, widths=(32, 32), text_width=16, head_width=16, pooled_width=pooled_width
+    ).eval()
 
 
 def text_adapter(unet: Any) -> Adapter:
@@ -69,7 +71,7 @@ def pipeline(seed: int = 0, fresh: bool = False, with_adapter: bool = True) -> I
     """A random pipeline whose face finder knows that every photo has its face in BOX."""
     torch.manual_seed(seed)
     clip, t5, byt5 = tokenizers()
-    unet = denoiser()
+    unet = denoiser(pooled_width=32)  # CLIP's 16 and T5's 16
     pipe = ImaginePipeline(
         unet=unet,
         vae=build_autoencoder(4, (8, 8, 16), (1, 1, 1), (1, 1, 1)).eval(),
