@@ -31,6 +31,7 @@ class Stage(BaseModel):
 
     task: str  # a name in train.stages.TASKS
     start_from: tuple[str, ...] = ()  # earlier stages whose trained modules this one begins with; the last one wins
+    initial: Path | None = None  # a folder of weights to begin from; what `start_from` names comes on top of it
     train: dict[str, float] = Field(min_length=1)  # part -> learning rate; every other part is frozen
     images: int = Field(ge=1)
     batch_size: int = Field(64, ge=1)  # images per optimiser step, over all pieces and processes
