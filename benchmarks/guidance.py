@@ -1,0 +1,85 @@
+"""Choose the default guidance by measurement: prompt and identity scores at several strengths, on held-out people.
+
+    .venv/bin/python benchmarks/guidance.py --weights weights --text 1 1.5 2 3 --identity 1 2 --steps 20
+
+One line a setting. The people are not those that `imagine evaluate` uses by default, so nothing is tuned on its test.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imagine.cases import Cases, look, look_at_real, make_cases
+from imagine.judge import Judge
+from imagine.pipeline import ImaginePipeline
+from imagine.report import to_pil, to_tensor
+from imagine.scores import METRICS, score
+from imagine.suites import load_suite
+from imagine.world import render
+
+SEED = 5  # other people than those of seed 0
+
+
+def main() -> int:
+    """Measure every combination and print it; returns the exit code."""
+    options = _options()
+    judge, pipe = Judge.from_pretrained(), ImaginePipeline.from_pretrained(options.weights)
+    pipe.set_progress_bar_config(disable=True)
+    cases = make_cases(load_suite("portraits")[: options.prompts], options.identities, SEED)
+    real = look_at_real(cases, judge)
+    photos = render(cases.people[: cases.identities], cases.references).images
+    personas = [pipe.enroll([to_pil(photo)], on_no_face="whole") for photo in photos]
+    ceiling = score(cases, real.rows["ceiling"], real)
+    print(_line("real renders", {name: float(ceiling[name].mean()) for name in METRICS}))
+    for text, identity, steps in itertools.product(options.text, options.identity or [None], options.steps):
+        settings = {"guidance_scale": text, "identity_guidance_scale": identity, "num_inference_steps": steps}
+        began = time.monotonic()
+        seen = look(judge, len(cases), _pictures(pipe, cases, personas, settings))
+        numbers = {name: float(values.mean()) for name, values in score(cases, seen, real).items()}
+        told = {**numbers, "seconds": time.monotonic() - began}
+        print(
+            json.dumps({**settings, **told}) if options.json else _line(f"{text} {identity} {steps}", told), flush=True
+        )
+    return 0
+
+
+def _pictures(
+    pipe: ImaginePipeline, cases: Cases, personas: list[Any], settings: dict[str, Any]
+) -> Callable[[int, int], tuple[Tensor, None]]:
+    def pictures(start: int, stop: int) -> tuple[Tensor, None]:
+        some = range(start, stop)
+        drawn = pipe(
+            [cases.prompt(case).text for case in some],
+            reference=[personas[case // len(cases.prompts)] for case in some],
+            generator=[torch.Generator().manual_seed(SEED * 1_000_003 + case) for case in some],
+            **settings,
+        )
+        return torch.stack([to_tensor(image) for image in drawn.images]), None
+
+    return pictures
+
+
+def _line(name: str, numbers: dict[str, float]) -> str:
+    return f"{name:<16}" + "  ".join(f"{key} {value:7.3f}" for key, value in numbers.items())
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Scores at several strengths of guidance, on held-out people.")
+    parser.add_argument("--weights", default=None, help="weights folder (default: the shipped weights)")
+    parser.add_argument("--identities", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=13)
+    parser.add_argument("--text", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
+    parser.add_argument("--identity", type=float, nargs="*", default=[], help="its own guidance; none: as the text's")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20])
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
