@@ -22,8 +22,17 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None
         run = load_run(options.config, options.overrides)
         from train.stages import TASKS, run_stages  # after the file is read: a typo is told before torch is loaded
 
-        only = [name for name in options.only.split(",") if name]
         chosen = TASKS if tasks is None else tasks
+        only = [name for name in options.only.split(",") if name]
+        if options.dry_run:
+            from train.plan import plan, words
+
+            print(words(plan(run, options.output, chosen)))
+            return 0
+        if options.self_test:
+            from train.selftest import self_test
+
+            return 0 if all(each.passed for each in self_test(run, options.output, only, chosen)) else 1
         output, minutes = options.output, options.max_minutes
         run_stages(run, output, resume=options.resume, only=only, max_minutes=minutes, tasks=chosen)
     except ImagineError as error:
@@ -41,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="stage.key=value", help="replaces a value of the run file")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--resume", action="store_true", help="carry on although settings changed, for example images")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and train nothing")
+    parser.add_argument("--self-test", action="store_true", help="can each stage learn one batch? Keeps nothing")
     parser.add_argument("--only", default="", metavar="STAGE[,STAGE]", help="leave the other stages alone")
     parser.add_argument("--max-minutes", type=float, metavar="M", help="stop cleanly after M minutes")
     return parser

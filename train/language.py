@@ -18,8 +18,10 @@ def make_tokenizers(folder: Path, sentences: int = _SENTENCES) -> None:
     if (folder / "ready").exists():
         return
     seeds = range(sentences)
-    people, contexts = sample_people(seeds), sample_contexts(seeds)
-    written = [text for style in ("dense", "terse", "rewritten") for text in captions(people, contexts, style, seeds)]
+    with torch.device("cpu"):  # a plan builds networks without numbers, but words need their captions
+        people, contexts = sample_people(seeds), sample_contexts(seeds)
+        styles = ("dense", "terse", "rewritten")
+        written = [text for style in styles for text in captions(people, contexts, style, seeds)]
     encoders.trim_clip_vocabulary(written, folder / "tokenizer")
     encoders.train_t5_tokenizer(written, folder / "tokenizer_2", vocabulary_size=600)
     encoders.build_byt5_tokenizer().save_pretrained(folder / _BYT5_FOLDER)

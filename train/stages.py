@@ -27,6 +27,7 @@ from imagine.errors import ConfigError
 from train import checkpoint
 from train.config import Run, Stage, checked, unknown_name
 from train.data import key
+from train.initial import load_initial
 from train.loop import Stopping, train_stage
 from train.task import Start, Task
 
@@ -61,7 +62,7 @@ def run_stages(
     """
     stages = {name: resolved(name, stage, tasks) for name, stage in run.stages.items()}
     run = Run(data=run.data, stages=stages)
-    wanted = _wanted(run, only)
+    wanted = wanted_stages(run, only)
     _agree(run, wanted, output, resume)
     output.mkdir(parents=True, exist_ok=True)
     stopping, accelerator = Stopping(max_minutes), Accelerator()
@@ -80,7 +81,7 @@ def run_stages(
 
 def resolved(name: str, stage: Stage, tasks: Mapping[str, Any]) -> Stage:
     """The stage with its task's own settings checked and filled in; ConfigError for anything the task does not know."""
-    task = _task_class(stage.task, tasks, name)
+    task = task_class(stage.task, tasks, name)
     for part in stage.train:
         if part not in task.PARTS:
             raise ConfigError(f"stage {name}: {unknown_name('part', part, task.PARTS)}.")
@@ -98,13 +99,11 @@ def _run_stage(
     name: str, run: Run, output: Path, accelerator: Accelerator, stopping: Stopping, tasks: Mapping[str, Any]
 ) -> bool:
     stage, folder = run.stages[name], output / name
-    for source in stage.start_from:
-        if not is_done(output / source, run.stages[source]):
-            raise ConfigError(f"Stage {name} starts from {source}, which is not done: run {source} first.")
+    check_start(name, run, output)
     folder.mkdir(exist_ok=True)
     if accelerator.is_main_process:
         _write_yaml(folder / "stage.yaml", _described(run, name))
-    task = _build(name, run, output, accelerator.device, tasks)
+    task = build(name, run, output, accelerator.device, tasks)
     numbers = train_stage(name, stage, task, folder, accelerator, stopping)
     accelerator.free_memory()
     if numbers is None:
@@ -117,14 +116,23 @@ def _run_stage(
     return True
 
 
-def _build(name: str, run: Run, output: Path, device: torch.device, tasks: Mapping[str, Any]) -> Task:
+def check_start(name: str, run: Run, output: Path) -> None:
+    """ConfigError unless every stage that this one starts from is done."""
+    for source in run.stages[name].start_from:
+        if not is_done(output / source, run.stages[source]):
+            raise ConfigError(f"Stage {name} starts from {source}, which is not done: run {source} first.")
+
+
+def build(name: str, run: Run, output: Path, device: torch.device, tasks: Mapping[str, Any]) -> Task:
     """The task on its device, with every module that an earlier stage in `start_from` trained under the same name."""
     stage = run.stages[name]
-    task_class = _task_class(stage.task, tasks, name)
-    settings = checked(task_class.Settings, stage.settings, f"stage {name}, settings")
+    kind = task_class(stage.task, tasks, name)
+    settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
     earlier = {source: output / source / "export" for source in stage.start_from}
     torch.manual_seed(key(stage.seed, "build"))
-    task: Task = task_class(settings, Start(name, stage.seed, device, output / name, run.data, earlier))
+    task: Task = kind(settings, Start(name, stage.seed, device, output / name, run.data, earlier))
+    if stage.initial is not None:
+        log.info("%s: from %s: %s", name, stage.initial, ", ".join(load_initial(task.modules, stage.initial)))
     for source in stage.start_from:
         path = output / source / "weights.safetensors"
         loaded = checkpoint.load_weights(task.modules, checkpoint.read_tensors(path)[0], str(path))
@@ -134,7 +142,8 @@ def _build(name: str, run: Run, output: Path, device: torch.device, tasks: Mappi
     return task
 
 
-def _task_class(task: str, tasks: Mapping[str, Any], stage: str) -> Any:
+def task_class(task: str, tasks: Mapping[str, Any], stage: str) -> Any:
+    """The class behind a task's name, imported if need be; ConfigError with the valid names if there is none."""
     if task not in tasks:
         raise ConfigError(f"stage {stage}: {unknown_name('task', task, list(tasks))}.")
     address = tasks[task]
@@ -144,7 +153,8 @@ def _task_class(task: str, tasks: Mapping[str, Any], stage: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _wanted(run: Run, only: Sequence[str]) -> list[str]:
+def wanted_stages(run: Run, only: Sequence[str]) -> list[str]:
+    """The stages to run, in order: all of them, or those in `only`; ConfigError if it names none of them."""
     for name in only:
         if name not in run.stages:
             raise ConfigError(f"--only: {unknown_name('stage', name, list(run.stages))}.")
