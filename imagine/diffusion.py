@@ -67,10 +67,15 @@ def sample_times(
     if density == "uniform":
         t = torch.rand(count, generator=generator, device=generator.device)
     elif density == "logit_normal":
-        t = torch.sigmoid(mean + std * torch.randn(count, generator=generator, device=generator.device))
+        t = logit_normal(torch.randn(count, generator=generator, device=generator.device), mean, std)
     else:
         raise ValueError(f"unknown density of times {density!r}; choose 'logit_normal' or 'uniform'")
     return shift * t / (1 + (shift - 1) * t)
+
+
+def logit_normal(normal: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Return logit-normal times in [0, 1] for standard normal numbers (arXiv 2403.03206, equation 19)."""
+    return torch.sigmoid(mean + std * normal)
 
 
 def loss_per_item(predicted: Tensor, target: Tensor) -> Tensor:

@@ -135,10 +135,10 @@ def test_a_signal_ends_it_cleanly_with_a_checkpoint(tmp_path: Path, number: int)
 
 def test_minutes_that_are_over_end_it_cleanly(tmp_path: Path) -> None:
     run = one_stage(images=8 * 10**6, settings={"pause": 0.005})
-    assert not train(tmp_path, run, max_minutes=0.3 / 60)
+    assert not train(tmp_path, run, max_minutes=1.5 / 60)
     images_seen = int(state(tmp_path)["images seen"])
     assert 0 < images_seen < 8 * 10**6
-    assert not train(tmp_path, run, max_minutes=0.3 / 60)
+    assert not train(tmp_path, run, max_minutes=1.5 / 60)
     assert int(state(tmp_path)["images seen"]) > images_seen
 
 

@@ -13,15 +13,19 @@ import pytest
 import torch
 import yaml
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
+from imagine import encoders
 from imagine.adapter import Adapter
 from imagine.encoders import VisionEncoder
-from imagine.errors import ConfigError
+from imagine.errors import ConfigError, WeightsError
 from imagine.finder import load_finder
 from imagine.judge import Reader, Recogniser
+from imagine.records import Tokens
 from train.checkpoint import read_tensors
 from train.config import load_run
+from train.initial import load_initial
 from train.language import load_text_encoders, make_tokenizers
 from train.stages import TASKS, run_stages
 from train.task import Start, Task
@@ -34,6 +38,7 @@ from train.task_reader import ReaderTask
 from train.task_recogniser import RecogniserTask
 
 CHAIN = ("autoencoder", "clip", "base", "adapter")
+ADAPTER_PARTS = ("vision_encoder", "vision_branch", "vision_projection", "lora")
 DENOISER = {"widths": [32, 32]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "autoencoder": {"widths": [8, 8, 16, 32], "crop": 32},
@@ -115,6 +120,7 @@ def trained() -> Path:
     """The chain from autoencoder to adapter, two steps each, from a run file as a user writes it."""
     output = home() / "run"
     parts = {name: dict.fromkeys(SMALL[name].PARTS, 1e-3) for name in CHAIN}
+    parts["adapter"] = dict.fromkeys(ADAPTER_PARTS, 1e-3)  # on the frozen base
     starts = {"base": ["autoencoder", "clip"], "adapter": ["autoencoder", "clip", "base"]}
     stages = {
         name: {"task": name, "train": parts[name], "start_from": starts.get(name, []), "settings": SETTINGS[name]}
@@ -183,6 +189,25 @@ def test_batches_are_functions_of_images_seen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(TASKS))
+def test_every_image_is_a_function_of_its_own_number(name: str) -> None:
+    """So that the pieces of a batch do not depend on accumulation, or on how many processes share it."""
+    task = built(name)
+    whole, first, second = task.batch(40, 4), task.batch(40, 2), task.batch(42, 2)
+    if name == "clip":  # row numbers within the batch
+        second = dataclasses.replace(second, crops=second.crops + 2)
+    both = [list(leaves(half)) for half in (first, second)]
+    words = [[leaf for leaf in half if isinstance(leaf, str)] for half in both]
+    assert [leaf for leaf in leaves(whole) if isinstance(leaf, str)] == words[0] + words[1]
+    tensors = [[leaf for leaf in half if isinstance(leaf, Tensor)] for half in both]
+    together = [leaf for leaf in leaves(whole) if isinstance(leaf, Tensor)]
+    for all_rows, one, two in zip(together, *tensors, strict=True):
+        assert len(all_rows) == len(one) + len(two)
+        for part, rows in ((one, all_rows[: len(one)]), (two, all_rows[len(one) :])):
+            width = slice(None) if part.dim() < 2 else slice(part.shape[1])  # tokens are cut to the longest caption
+            assert torch.equal(rows[:, width] if part.dim() > 1 else rows, part)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
 def test_losses_are_finite_and_reach_every_part(name: str) -> None:
     task = built(name)
     parts = task.parts()
@@ -230,6 +255,8 @@ def test_the_judges_tasks_validate_and_export_what_the_judge_loads(name: str, tm
     with torch.no_grad():
         numbers = task.validate(tmp_path, 0)
         task.export(tmp_path)
+        task.show(task.batch(0, 4), tmp_path / "first_batch.png")
+    assert (tmp_path / "first_batch.png").stat().st_size > 1000
     assert numbers and all(abs(value) < float("inf") for value in numbers.values())
     load: Any = {"recogniser": Recogniser.load, "reader": Reader.load, "finder": load_finder}[name]
     loaded, own = load(tmp_path / name), task.modules[name]
@@ -248,8 +275,63 @@ def test_the_finders_batches_hold_nobody_one_and_several_people() -> None:
 def test_the_base_pairs_captions_with_pictures_and_drops_some() -> None:
     batch = built("base").batch(0, 64)
     assert batch.latents.shape == (64, 32, 8, 8)
-    assert 0 < sum(text == "" for text in batch.texts) < 20
-    assert any(" skin" in text for text in batch.texts) and any(text.startswith("person") for text in batch.texts)
+    assert batch.sentences.clip.mask is not None and batch.sentences.t5.mask is not None
+    lengths = batch.sentences.clip.mask.sum(1)
+    assert 0 < (lengths == 2).sum() < 20  # start and end of nothing
+    assert lengths.max() > 40 and (lengths[lengths > 2] < 15).any()  # dense captions, and terse ones
+
+
+def test_stored_sentences_are_what_the_encoders_say() -> None:
+    task = built("base")
+    rows, styles = torch.tensor([1, 5, 2, 1]), ["dense", "rewritten", "terse", "dense"]
+    got = task.store.take(rows, styles, torch.tensor([False, False, False, True]))
+    texts = task.store.write(rows, styles)
+    assert " skin" in texts[0] and texts[2].startswith("person") and texts[0] == texts[3]
+    with torch.no_grad():
+        for tokens, encode in ((got.clip, task.text.encode_clip), (got.t5, task.text.encode_t5)):
+            assert tokens.mask is not None
+            for row, text in enumerate((*texts[:3], "")):
+                wanted = encode([text])
+                length = int(tokens.mask[row].sum())
+                assert length == wanted.mask.sum()
+                assert torch.allclose(tokens.values[row, :length], wanted.values[0, :length], atol=5e-3), text
+    assert got.letters == [encoders.quoted(text) for text in texts[:3]] + [""]
+    again = task.store.take(rows, styles, torch.zeros(4, dtype=torch.bool)).clip.values
+    assert torch.equal(again[0, :8], got.clip.values[0, :8])
+    shifted = got.shifted()
+    assert torch.equal(shifted.clip.values[1], got.clip.values[0]) and shifted.letters[1] == got.letters[0]
+
+
+def test_a_sentence_also_acts_as_one_vector() -> None:
+    task = built("base")
+    batch = task.batch(0, 2)
+    noise, t = task.noise(batch.latents, 0, 0)
+    with torch.no_grad():
+        task.unet.class_embedding.linear_2.weight.add_(0.1)
+        try:
+            one = task.predict(noise, t, batch.sentences)
+            other = dataclasses.replace(
+                batch.sentences, clip=Tokens(torch.zeros_like(batch.sentences.clip.values), batch.sentences.clip.mask)
+            )
+            assert task.unet.config.class_embed_type == "projection"
+            assert not torch.allclose(one, task.predict(noise, t, other))
+        finally:
+            task.unet.class_embedding.linear_2.weight.sub_(0.1)
+
+
+def test_a_stage_may_begin_with_a_folder_of_weights(tmp_path: Path) -> None:
+    task = built("clip")
+    fresh = SMALL["clip"](SMALL["clip"].Settings(), dataclasses.replace(task.start, seed=9))
+    folder = trained() / "clip" / "export"
+    assert set(load_initial(fresh.modules, folder)) == {"image_encoder", "text_encoder", "text_encoder_2"}
+    wanted = read_tensors(trained() / "clip" / "weights.safetensors")[0]
+    for name in ("image_encoder", "text_encoder", "text_encoder_2"):
+        for path, value in fresh.modules[name].state_dict().items():
+            assert torch.allclose(value, wanted[f"{name}.{path}"], atol=1e-6), path
+    with pytest.raises(WeightsError, match="There is no folder"):
+        load_initial(fresh.modules, tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match="nothing that this stage can begin from"):
+        load_initial(fresh.modules, tmp_path)
 
 
 def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
@@ -273,12 +355,16 @@ def test_a_chain_of_stages_trains_to_the_end() -> None:
         assert (output / name / "done.json").exists(), name
         saved = {path.split(".")[0] for path in read_tensors(output / name / "weights.safetensors")[0]}
         task = built(name)
-        in_parts = {id(p) for parameters in task.parts().values() for p in parameters}
+        trained_parts = ADAPTER_PARTS if name == "adapter" else task.PARTS
+        in_parts = {id(p) for part in trained_parts for p in task.parts()[part]}
         trains = {m for m, network in task.modules.items() if any(id(p) in in_parts for p in network.parameters())}
         assert saved == trains, name
     assert "unet" in built("adapter").modules and "unet" not in saved  # the adapter's base stays as it is
     for name in ("autoencoder", "base", "adapter"):
         assert list((output / name / "samples").rglob("*.png")), name
+    for name in CHAIN:  # what it was shown at the very beginning
+        with Image.open(output / name / "first_batch.png") as sheet:
+            assert len(sheet.convert("RGB").getcolors(1 << 20) or []) > 50, name
     with pytest.raises(ConfigError, match="base has batch_size 2, not 4"):
         run_stages(load_run(home() / "run.yaml", ["base.batch_size=4"]), output, tasks=SMALL)
 
@@ -286,12 +372,11 @@ def test_a_chain_of_stages_trains_to_the_end() -> None:
 def test_later_stages_begin_with_what_earlier_ones_trained() -> None:
     """Muon and AdamW move a weight by about its rate a step: two steps stay near the start, a fresh start does not."""
     clip = read_tensors(trained() / "clip" / "weights.safetensors")[0]
-    for later in ("base", "adapter"):
-        found = read_tensors(trained() / later / "weights.safetensors")[0]
-        shared = [path for path in found if path in clip and found[path].ndim == 2]
-        assert shared
-        for path in shared:
-            assert (found[path] - clip[path]).abs().max() < 0.02, path
+    found = read_tensors(trained() / "adapter" / "weights.safetensors")[0]
+    shared = [path for path in found if path in clip and found[path].ndim == 2]
+    assert shared
+    for path in shared:
+        assert (found[path] - clip[path]).abs().max() < 0.02, path
 
 
 def test_exports_load_through_the_public_loaders_as_they_were_averaged() -> None:
@@ -301,7 +386,7 @@ def test_exports_load_through_the_public_loaders_as_they_were_averaged() -> None
 
     vae, mean, std = load_autoencoder(trained() / "autoencoder" / "export")
     assert mean.shape == std.shape == (32,) and (std > 0).all()
-    base = trained() / "base" / "export"
+    base = trained() / "adapter" / "export"  # an adapter comes with the base that it was trained on
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     text = load_text_encoders(base)
     adapter = trained() / "adapter" / "export"
@@ -309,8 +394,8 @@ def test_exports_load_through_the_public_loaders_as_they_were_averaged() -> None
         (vae, "autoencoder", "vae"),
         (unet, "base", "unet"),
         (Adapter.load(base / "text_adapter", unet), "base", "text_adapter"),
-        (text.clip, "base", "text_encoder"),
-        (text.t5, "base", "text_encoder_2"),
+        (text.clip, "clip", "text_encoder"),
+        (text.t5, "clip", "text_encoder_2"),
         (text.byt5, "base", "text_encoder_3"),
         (VisionEncoder.from_pretrained(adapter / "image_encoder"), "adapter", "image_encoder"),
         (Adapter.load(adapter / "adapter", unet), "adapter", "adapter"),

@@ -138,8 +138,10 @@ def test_squares_hold_the_crops_of_faces(tmp_path: Path) -> None:
 def test_squares_are_shifted_within_their_margin_and_masked(tmp_path: Path) -> None:
     squares = Squares(open_pictures(gallery_128(), tmp_path), 32, tmp_path, noisy=True)
     rows = torch.tensor([5] * 40)
-    crops = squares.take(rows, torch.Generator().manual_seed(1))
-    assert torch.equal(crops, squares.take(rows, torch.Generator().manual_seed(1)))
+    shift = torch.rand(40, 2, generator=torch.Generator().manual_seed(1))
+    crops = squares.take(rows, shift)
+    assert torch.equal(crops, squares.take(rows, shift))
+    assert torch.equal(crops[3:4], squares.take(rows[3:4], shift[3:4]))
     assert len({crop.numpy().tobytes() for crop in crops}) > 20
     assert (crops[:, :, 0, 0] - 0.5).abs().max() < 1e-6 and (crops[:, :, -1, -1] - 0.5).abs().max() < 1e-6
     raw = torch.from_numpy(squares.values[5]).float() / 255
@@ -223,3 +225,4 @@ def test_rows_are_a_function_of_seed_purpose_and_images_seen(tmp_path: Path) -> 
     assert rows() != rows(seed=1)
     assert rows() != rows(purpose="people")
     assert rows() != rows(images_seen=128)
+    assert sorted(rows(images_seen=0)[:40]) == sorted(rows(images_seen=40)[:40]) == list(range(40))  # once a round

@@ -57,6 +57,9 @@ class ToyTask:
             y = y * float("nan")
         return ToyBatch(x, y)
 
+    def show(self, batch: ToyBatch, path: Path) -> None:
+        path.write_text(json.dumps(batch.x.tolist()))
+
     def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
         noise = normals(self.start.seed, "noise", images_seen, len(batch.x), (2,)) * 0.1
         error = self.modules["head"](self.modules["body"](batch.x)) - batch.y - noise

@@ -7,7 +7,10 @@ files that the pipeline, judge and finder own are replaced; the model card and t
 import argparse
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -18,18 +21,23 @@ from train.task_autoencoder import load_autoencoder
 JUDGE = {"recogniser": "recogniser", "reader": "reader"}  # stage -> the folder it exports
 
 
-def assemble(run: Path, output: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write the pipeline of `run` to `output`; stages that are not there yet (judge, finder) are left as they are."""
+def assemble(
+    run: Path, output: Path, dtype: torch.dtype = torch.float16, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Write the pipeline of `run` to `output`; stages that are not there yet (judge, finder) are left as they are.
+
+    `defaults` go to the pipeline: what a call uses that names no steps or guidance (`benchmarks/guidance.py` measures).
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
     from imagine.adapter import Adapter
     from imagine.encoders import VisionEncoder
     from imagine.pipeline import ImaginePipeline
 
-    exports = {name: _export(run, name) for name in ("autoencoder", "base", "adapter")}
-    vae, mean, std = load_autoencoder(exports["autoencoder"])
-    unet = UNet2DConditionModel.from_pretrained(exports["base"] / "unet", torch_dtype=torch.float32)
-    text = load_text_encoders(exports["base"])
+    vae, mean, std = load_autoencoder(_export(run, "autoencoder"))
+    drawing = _export(run, "adapter")  # with the base that it was trained on
+    unet = UNet2DConditionModel.from_pretrained(drawing / "unet", torch_dtype=torch.float32)
+    text = load_text_encoders(drawing)
     pipe = ImaginePipeline(
         unet=unet,
         vae=vae,
@@ -39,12 +47,13 @@ def assemble(run: Path, output: Path, dtype: torch.dtype = torch.float16) -> Non
         tokenizer_2=text.t5_tokenizer,
         text_encoder_3=text.byt5,
         tokenizer_3=text.byt5_tokenizer,
-        image_encoder=VisionEncoder.from_pretrained(exports["adapter"] / "image_encoder", torch_dtype=torch.float32),
+        image_encoder=VisionEncoder.from_pretrained(drawing / "image_encoder", torch_dtype=torch.float32),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000),
-        text_adapter=Adapter.load(exports["base"] / "text_adapter", unet).float(),
-        adapter=Adapter.load(exports["adapter"] / "adapter", unet).float(),
+        text_adapter=Adapter.load(drawing / "text_adapter", unet).float(),
+        adapter=Adapter.load(drawing / "adapter", unet).float(),
         latents_mean=mean.tolist(),
         latents_std=std.tolist(),
+        **defaults,
     )
     pipe.to(dtype)
     for part in (pipe.text_adapter, pipe.adapter):
@@ -69,9 +78,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.assemble", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--output", type=Path, required=True, help="the weights folder to write")
+    parser.add_argument("--steps", type=int, default=20, help="the pipeline's default")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="the pipeline's default")
+    parser.add_argument("--identity-guidance-scale", type=float, help="the pipeline's default; none: as the text's")
     options = parser.parse_args(arguments)
+    defaults = {
+        "default_steps": options.steps,
+        "default_guidance_scale": options.guidance_scale,
+        "default_identity_guidance_scale": options.identity_guidance_scale,
+    }
     try:
-        assemble(options.run, options.output)
+        assemble(options.run, options.output, defaults=defaults)
     except ImagineError as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -18,4 +18,4 @@ def save_grid(pictures: Tensor, path: Path, columns: int) -> None:
         y, x = i // columns * (height + _GAP), i % columns * (width + _GAP)
         sheet[:, y : y + height, x : x + width] = picture
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((sheet.permute(1, 2, 0) * 255).round().byte().numpy()).save(path)
+    Image.fromarray((sheet.permute(1, 2, 0) * 255).round().byte().numpy()).save(path, format="PNG")

@@ -32,6 +32,7 @@ from train.task import Loss, Task
 
 log = logging.getLogger("train")
 MOST_BAD_BATCHES = 3  # in a row
+SHOWN = 32  # images of the first batch that are saved for people to see
 Metrics = Mapping[str, float | Tensor]
 
 
@@ -119,6 +120,7 @@ class Course:
         self._shape_up()
         with self._at_rest(averaged=False):
             task.prepare()
+            self._show_first_batch()
         every, seen = stage.report_every_seconds, self.state.progress.images_seen
         self.report = Report(folder, name, stage.images, seen, every, accelerator.is_main_process)
         self.saved_at = self.started_at = time.monotonic()
@@ -260,6 +262,13 @@ class Course:
             log.info("%s: trains in %s (%s)", self.name, precision, words)
         described = self.stage.model_dump(mode="json")
         return State(modules, trained, optimiser, Average(trained, self.stage.ema), Progress(), described, precision)
+
+    def _show_first_batch(self) -> None:
+        """Leave the first pictures of the stage as a sheet beside its numbers."""
+        path = self.folder / "first_batch.png"
+        if self.accelerator.is_main_process and not path.exists():
+            with checkpoint.replacing(path) as draft:
+                self.task.show(self.task.batch(0, min(SHOWN, self.stage.batch_size)), draft)
 
     def _tell(self, chosen: parts.Parts) -> None:
         seen = self.state.progress.images_seen

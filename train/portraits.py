@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from train.data import generator
+from train.data import shuffled
 from train.pictures import Gallery, Pictures, open_pictures
 from train.task import Start
 
@@ -40,5 +39,5 @@ def judge_pictures(data: Mapping[str, Any]) -> Pictures:
 
 
 def draw_rows(start: Start, purpose: str, images_seen: int, size: int, count: int) -> Tensor:
-    """Which of `count` rows make up this batch, (size,): a pure function of seed, purpose and images seen."""
-    return torch.randint(count, (size,), generator=generator(start.seed, purpose, images_seen))
+    """Which of `count` rows make up this batch, (size,): every row once a round, in a new order each round."""
+    return shuffled(start.seed, purpose, images_seen, size, count)

@@ -38,12 +38,13 @@ class Squares:
             self.values.flush()
             count.write_text(str(start + len(rows)))
 
-    def take(self, rows: Tensor, random: torch.Generator) -> Tensor:
-        """Crops of these rows, each shifted by up to MARGIN pixels either way, background masked."""
+    def take(self, rows: Tensor, shift: Tensor) -> Tensor:
+        """Crops of these rows, each shifted by up to MARGIN pixels either way (`shift` (B, 2), 0 to 1), masked."""
         squares = torch.from_numpy(self.values[rows.numpy()])
-        places = torch.randint(2 * MARGIN + 1, (len(rows), 2), generator=random).tolist()
+        places = (shift * (2 * MARGIN + 1)).long().tolist()
         cut = [s[:, y : y + self.size, x : x + self.size] for s, (y, x) in zip(squares, places, strict=True)]
-        return (torch.stack(cut).float() / 255 - 0.5) * ellipse(self.size) + 0.5
+        whole = torch.stack(cut) if cut else squares[:, :, : self.size, : self.size]
+        return (whole.float() / 255 - 0.5) * ellipse(self.size) + 0.5
 
 
 def _enlarged(boxes: Tensor, factor: float) -> Tensor:

@@ -66,6 +66,10 @@ class Task(Protocol):
         """
         ...
 
+    def show(self, batch: Any, path: Path) -> None:
+        """Save a batch as one sheet of pictures, so that a person can see what is trained on before it is too late."""
+        ...
+
     def loss(self, batch: Any, images_seen: int) -> Loss:
         """Loss of the batch that starts at image number `images_seen`; draws as `batch` does. Called under autocast."""
         ...

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from imagine.models import build_autoencoder
-from train.data import generator
+from train.data import chance, normals, uniforms
 from train.grids import save_grid
 from train.portraits import draw_rows, training_pictures
 from train.task import Loss, Start
@@ -28,6 +28,7 @@ class AutoencoderSettings(BaseModel):
     latent_channels: int = 32
     widths: tuple[int, ...] = (16, 64, 128, 256)
     crop: int = 64  # train on squares of this side; a multiple of 16
+    face_share: float = 0.5  # share of squares placed round the face, where errors show first; the rest lie anywhere
     noise: float = 0.3  # the most noise on latents, whose spread is about 1
     unit: float = 0.1  # weight of keeping each channel's mean at 0 and its spread at 1
     edges: float = 1.0  # weight of the loss on differences between neighbouring pixels
@@ -52,19 +53,24 @@ class AutoencoderTask:
 
     def batch(self, images_seen: int, size: int) -> Tensor:
         rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
-        images = self.pictures.take(rows)[0]
-        side, crop = images.shape[-1], self.settings.crop
-        places = torch.randint((side - crop) // 16 + 1, (size, 2), generator=self._random("crop", images_seen)) * 16
+        images, boxes = self.pictures.take(rows)
+        side, crop, seed = images.shape[-1], self.settings.crop, self.start.seed
+        places = (uniforms(seed, "crop", images_seen, size, (2,)) * ((side - crop) // 16 + 1)).long() * 16
+        on_face = chance(seed, "on face", images_seen, size, self.settings.face_share)
+        places = torch.where(on_face[:, None], _round_face(boxes, crop, side), places)
         cut = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, places.tolist(), strict=True)]
         return torch.stack(cut) * 2 - 1
 
+    def show(self, batch: Tensor, path: Path) -> None:
+        save_grid(batch / 2 + 0.5, path, columns=8)
+
     def loss(self, batch: Tensor, images_seen: int) -> Loss:
         latents = self.vae.encode(batch).latent
-        random = self._random("noise", images_seen)
         mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         unit = (mean.square() + (spread - 1).square()).mean()
-        level = torch.rand(len(batch), 1, 1, 1, generator=random) * self.settings.noise
-        noise = (level * torch.randn(latents.shape, generator=random)).to(latents.device)
+        count, device, seed = len(batch), latents.device, self.start.seed
+        level = self.settings.noise * uniforms(seed, "level", images_seen, count, (1, 1, 1), device)
+        noise = level * normals(seed, "noise", images_seen, count, latents.shape[1:], device)
         drawn = cast(Tensor, self.vae.decode(latents + noise).sample)
         plain = (drawn - batch).abs().flatten(1).mean(1)
         edges = sum((_edges(drawn, axis) - _edges(batch, axis)).abs().flatten(1).mean(1) for axis in (-1, -2))
@@ -88,15 +94,18 @@ class AutoencoderTask:
         statistics = {"mean": latents.mean((0, 2, 3)).tolist(), "std": latents.std((0, 2, 3)).tolist()}
         (folder / "latents.json").write_text(json.dumps(statistics))
 
-    def _random(self, purpose: str, images_seen: int) -> torch.Generator:
-        return generator(self.start.seed, purpose, images_seen)
-
 
 def load_autoencoder(folder: Path) -> tuple[AutoencoderDC, Tensor, Tensor]:
     """What `export` wrote: the network, and each latent channel's mean and standard deviation (C,)."""
     statistics: dict[str, Any] = json.loads((folder / "latents.json").read_text())
     vae = AutoencoderDC.from_pretrained(folder / "vae")
     return cast(AutoencoderDC, vae), torch.tensor(statistics["mean"]), torch.tensor(statistics["std"])
+
+
+def _round_face(boxes: Tensor, crop: int, side: int) -> Tensor:
+    """Upper left corners (B, 2), y before x and on the latents' lattice, of squares with the face in the middle."""
+    middle = boxes[:, :2] + boxes[:, 2:] / 2
+    return (((middle - crop / 2) / 16).round().long() * 16).clamp(0, side - crop).flip(1)
 
 
 def _edges(images: Tensor, axis: int) -> Tensor:

@@ -1,25 +1,26 @@
 """The text-to-image base: the stock denoiser with three text branches, on real singles and on synthetic pictures."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from imagine.adapter import Adapter, BranchSpec
-from imagine.diffusion import add_noise, loss_per_item, sample_times, timesteps, velocity
+from imagine.diffusion import add_noise, logit_normal, per_item, timesteps, velocity
 from imagine.models import build_denoiser
-from imagine.records import Conditioning
-from imagine.sampling import Guidance, Inputs
-from imagine.world import captions
-from train.data import chance, generator, key
+from imagine.records import Conditioning, Tokens
+from imagine.sampling import Guidance, Inputs, pooled_text
+from train.data import chance, generator, normals, to_device
 from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
 from train.latents import Latents
 from train.portraits import draw_rows, training_pictures
 from train.sampling import sample
+from train.sentences import Sentences, SentenceStore
 from train.task import Loss, Start
 
 ADAPTER_FACTS = {
@@ -28,6 +29,7 @@ ADAPTER_FACTS = {
     "feature_layer": "-2",
     "licence": "Apache-2.0",
 }
+VALIDATION_SEED = 1_000_003  # of the noise that validation losses are measured with
 PROMPTS = (
     "a photo of a person, smiling, on a beach, wearing a red t-shirt",
     "a pencil sketch of a person, looking angry, wearing a cap",
@@ -46,9 +48,11 @@ class BaseSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     widths: tuple[int, ...] = (128, 192)
     layers: int = 1
+    pooled: bool = True  # the sentence also as one vector beside the time
     real_share: float = 0.2  # share of real singles with terse captions; the rest are synthetic
     dense_share: float = 0.5  # share of dense captions among the synthetic; the rest are rewritten
     drop_text: float = 0.1  # share of pictures trained without any text, for guidance
+    face_weight: float = 2.0  # how much more the loss counts inside the face's box
 
 
 @dataclass(frozen=True)
@@ -56,21 +60,23 @@ class BaseBatch:
     """Clean latents and the sentences that describe them; noise is the loss's own."""
 
     latents: Tensor  # (B, C, h, w), clean
-    texts: list[str]
+    sentences: Sentences
+    faces: Tensor  # (B, 1, h, w) weight of the loss
 
 
 class BaseTask:
-    """Denoiser, text branches and text encoders train together, so that each learns what the others need."""
+    """Denoiser, text branches and ByT5 train together; CLIP and T5 stay as they are and read each caption once."""
 
     Settings: ClassVar[type[BaseModel]] = BaseSettings
-    PARTS: ClassVar[tuple[str, ...]] = ("unet", "text_adapter", "clip", "t5", "byt5")
+    PARTS: ClassVar[tuple[str, ...]] = ("unet", "text_adapter", "byt5")
     DRAWING_STEPS: ClassVar[int] = 20  # of the sampler, for the sheets of pictures
 
     def __init__(self, settings: BaseSettings, start: Start) -> None:
         self.settings, self.start = settings, start
         make_tokenizers(start.folder / "cache")
         self.text = build_text_encoders(start.folder / "cache")
-        self.unet = build_denoiser(widths=settings.widths, layers=settings.layers)
+        pooled = self.text.pooled_width if settings.pooled else None
+        self.unet = build_denoiser(widths=settings.widths, layers=settings.layers, pooled_width=pooled)
         t5, byt5 = (model.config.d_model for model in (self.text.t5, self.text.byt5))
         branches = [BranchSpec("t5", t5, zero_init=False), BranchSpec("byt5", byt5, zero_init=False)]
         self.text_adapter = Adapter(self.unet, branches)
@@ -83,13 +89,14 @@ class BaseTask:
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {
             "unet": parameters(self.unet), "text_adapter": parameters(self.text_adapter),
-            "clip": parameters(self.text.clip), "t5": parameters(self.text.t5), "byt5": parameters(self.text.byt5),
+            "byt5": parameters(self.text.byt5),
         }  # fmt: skip
 
     def prepare(self) -> None:
         self.pictures = training_pictures(self.start.data)
         earlier = self.start.earlier["autoencoder"]
         self.latents = Latents(self.pictures, earlier, earlier.parent / "latents", self.start.device)
+        self.store = SentenceStore(self.pictures.gallery, self.text, Path(self.start.data["folder"]) / "train")
 
     def batch(self, images_seen: int, size: int) -> BaseBatch:
         gallery, seed = self.pictures.gallery, self.start.seed
@@ -97,51 +104,66 @@ class BaseTask:
         real = chance(seed, "real", images_seen, size, self.settings.real_share)
         other = draw_rows(self.start, "which", images_seen, size, gallery.pictures - 1) + 1
         rows = who * gallery.pictures + torch.where(real, 0, other)
+        latents = self.latents.take(rows)
+        return BaseBatch(latents, self.captions(rows, real, images_seen), self.face_weights(rows, latents))
+
+    def captions(self, rows: Tensor, real: Tensor, images_seen: int) -> Sentences:
+        """Terse captions for real pictures, dense or rewritten ones for synthetic ones, none for some of both."""
+        size, seed = len(rows), self.start.seed
         dense = chance(seed, "dense", images_seen, size, self.settings.dense_share)
+        drop = chance(seed, "drop", images_seen, size, self.settings.drop_text)
         kinds = zip(real.tolist(), dense.tolist(), strict=True)
         styles = ["terse" if r else "dense" if d else "rewritten" for r, d in kinds]
-        texts = self.captions(rows, styles, key(seed, "captions", images_seen) % 2**31)
-        drop = chance(seed, "drop", images_seen, size, self.settings.drop_text)
-        texts = ["" if gone else text for gone, text in zip(drop.tolist(), texts, strict=True)]
-        return BaseBatch(self.latents.take(rows), texts)
+        return self.store.take(rows, styles, drop)
 
-    def captions(self, rows: Tensor, styles: list[str], seed: int) -> list[str]:
-        """A caption for each row, in the style given for it."""
-        people, contexts = self.pictures.gallery.people(rows), self.pictures.gallery.contexts(rows)
-        texts = [""] * len(rows)
-        for style in set(styles):
-            mine = [i for i, name in enumerate(styles) if name == style]
-            written = captions(people[mine], contexts[mine], style, [seed + i for i in mine])
-            for i, text in zip(mine, written, strict=True):
-                texts[i] = text
-        return texts
+    def face_weights(self, rows: Tensor, latents: Tensor) -> Tensor:
+        """How much each place of the latents counts in the loss: more where the face is, (B, 1, h, w)."""
+        boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
+        return face_weights(boxes, self.pictures.gallery.size, latents.shape[-1], self.settings.face_weight)
 
-    def predict(self, latents: Tensor, texts: list[str], noise: Tensor, t: Tensor) -> Tensor:
-        """The loss of each item, (B,), at times t."""
-        clip, branches = self.text.encode(texts)
-        noisy = add_noise(latents, noise, t)
-        guess = self.unet(
-            noisy, timesteps(t), encoder_hidden_states=clip.values, encoder_attention_mask=clip.mask,
-            cross_attention_kwargs={"conditioning": Conditioning(branches)},
-        ).sample  # fmt: skip
-        return loss_per_item(guess, velocity(latents, noise))
+    def predict(
+        self,
+        noisy: Tensor,
+        t: Tensor,
+        sentences: Sentences,
+        vision: Mapping[str, Tokens] | None = None,
+        strength: Tensor | None = None,
+    ) -> Tensor:
+        """The denoiser's velocity for noisy latents (B, C, h, w) at times t (B,), with whom to show if anybody."""
+        branches = {"t5": sentences.t5, "byt5": self.text.encode_byt5([f'"{text}"' for text in sentences.letters])}
+        scales = {} if strength is None else {name: strength for name in vision or {}}
+        return cast(Tensor, self.unet(
+            noisy, timesteps(t), encoder_hidden_states=sentences.clip.values,
+            encoder_attention_mask=sentences.clip.mask, class_labels=pooled_text(self.unet, sentences.clip, branches),
+            cross_attention_kwargs={"conditioning": Conditioning({**branches, **(vision or {})}, scales)},
+        ).sample)  # fmt: skip
+
+    def errors(self, batch: BaseBatch, noise: Tensor, t: Tensor) -> Tensor:
+        """Squared error of the velocity, weighted towards the face, one number an item."""
+        guess = self.predict(add_noise(batch.latents, noise, t), t, batch.sentences)
+        return weighted_error(guess, velocity(batch.latents, noise), batch.faces)
+
+    def show(self, batch: BaseBatch, path: Path) -> None:
+        save_grid(self.latents.decode(batch.latents.to(self.start.device)).cpu(), path, columns=8)
 
     def loss(self, batch: BaseBatch, images_seen: int) -> Loss:
-        random = generator(self.start.seed, "noise", images_seen)
-        noise = torch.randn(batch.latents.shape, generator=random).to(batch.latents.device)
-        t = sample_times(len(noise), random).to(noise.device)
-        return Loss(self.predict(batch.latents, batch.texts, noise, t))
+        return Loss(self.errors(batch, *self.noise(batch.latents, self.start.seed, images_seen)))
+
+    def noise(self, latents: Tensor, seed: int, images_seen: int) -> tuple[Tensor, Tensor]:
+        """Noise like the latents, and times (B,): of each image number its own."""
+        count, device = len(latents), latents.device
+        noise = normals(seed, "noise", images_seen, count, latents.shape[1:], device)
+        return noise, logit_normal(normals(seed, "times", images_seen, count, device=device))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         # Synthetic pictures of the first people, against their own and others' captions.
         rows = torch.arange(1, min(257, len(self.pictures.gallery)), 2)
-        texts = self.captions(rows, ["rewritten"] * len(rows), 0)
-        random = generator(0, "validation", 0)
         latents = self.latents.take(rows).to(self.start.device)
-        noise = torch.randn(latents.shape, generator=random).to(latents.device)
-        t = sample_times(len(noise), random).to(noise.device)
-        right = float(self.predict(latents, texts, noise, t).mean())
-        wrong = float(self.predict(latents, texts[1:] + texts[:1], noise, t).mean())
+        sentences = self.store.take(rows, ["rewritten"] * len(rows), torch.zeros(len(rows), dtype=torch.bool))
+        batch = to_device(BaseBatch(latents, sentences, self.face_weights(rows, latents)), self.start.device)
+        noise, t = self.noise(latents, VALIDATION_SEED, 0)
+        right = float(self.errors(batch, noise, t).mean())
+        wrong = float(self.errors(replace(batch, sentences=batch.sentences.shifted()), noise, t).mean())
         self.draw(folder / "pictures.png")
         return {"validation_loss": right, "shuffled_captions": wrong, "caption_ratio": wrong / right}
 
@@ -158,3 +180,19 @@ class BaseTask:
         facts = {**ADAPTER_FACTS, "tokens": "64 T5, 16 ByT5"}
         self.text_adapter.save(folder / "text_adapter", facts)
         save_text_encoders(self.text, folder)
+
+
+def weighted_error(guess: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """Mean squared error over channels and, by weight (B, 1, h, w), over places: one number an item, in float32."""
+    square = (guess.float() - wanted.float()).square().mean(1, keepdim=True)
+    return (square * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
+
+
+def face_weights(boxes: Tensor, side: int, cells: int, weight: float) -> Tensor:
+    """(B, 1, cells, cells): `weight` where a latent cell touches the face, 1 elsewhere."""
+    middle = (torch.arange(cells) + 0.5) * side / cells
+    half = side / cells / 2
+    across = (middle > boxes[:, :1] - half) & (middle < boxes[:, :1] + boxes[:, 2:3] + half)
+    down = (middle > boxes[:, 1:2] - half) & (middle < boxes[:, 1:2] + boxes[:, 3:] + half)
+    inside = (down.unsqueeze(2) & across.unsqueeze(1)).unsqueeze(1).float()
+    return per_item(torch.ones(len(boxes)), inside) + (weight - 1) * inside

@@ -2,7 +2,8 @@
 
 Half of each batch are masked face crops, as the vision encoder will see them, half are whole pictures, so that text
 about places and clothes has something to hold on to. A second term asks that two pictures of one person be nearer to
-each other than to anyone else's: dense captions name traits coarsely, and identity lies between the words. T5 learns
+each other than to anyone else's, and a third that the traits can be read off an embedding: dense captions name them
+coarsely, and identity lies between the words. T5 learns
 beside CLIP's own text tower, through a head that is thrown away, so that the base can leave both as they are: a frozen
 text encoder costs a third of one that trains.
 """
@@ -17,24 +18,29 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from imagine import encoders
 from imagine.encoders import VisionEncoder
-from imagine.records import Tokens
-from imagine.world import captions
-from train.data import chance, generator, key
+from imagine.world import People, captions
+from imagine.world.tables import join
+from train.data import chance, key, uniforms
+from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters
 from train.portraits import draw_rows, training_pictures
 from train.squares import Squares
 from train.task import Loss, Start
 from train.task_recogniser import VALIDATION, held_out_crops
+from train.traits import READINGS, trait_loss
 
 
 class ClipSettings(BaseModel):
     """What the images are, and how much likeness between pictures of one person counts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    captions: bool = True  # False: faces alone, without captions, for a vision encoder whose text towers are done
     whole_share: float = 0.35  # share of whole pictures among the images
     dense_share: float = 0.75  # share of dense captions; the rest are rewritten, as prompts are
     person_weight: float = 1.0  # weight of the term between two pictures of one person
+    traits: float = 5.0  # weight of reading the identity traits off the embedding of a crop
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class ClipBatch:
     second: Tensor  # (P, 3, S, S) another picture of the person, for those that are crops
     texts: list[str]
     crops: Tensor  # (P,) which rows of `first` are crops
+    people: People  # who is in those crops
+    drifted: People  # who is in `second`: nearly the same
 
 
 class Temperature(nn.Module):
@@ -70,14 +78,15 @@ class ClipTask:
         self.vision = VisionEncoder()
         self.temperature = Temperature()
         self.t5_head = nn.Linear(self.text.t5.config.d_model, self.vision.config.embed_width)
+        self.reading = nn.Linear(self.vision.config.embed_width, READINGS)
         self.modules: dict[str, nn.Module] = {
             "image_encoder": self.vision, "text_encoder": self.text.clip, "text_encoder_2": self.text.t5,
-            "t5_head": self.t5_head, "temperature": self.temperature,
+            "t5_head": self.t5_head, "temperature": self.temperature, "reading": self.reading,
         }  # fmt: skip
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {
-            "vision": parameters(self.vision, self.temperature),
+            "vision": parameters(self.vision, self.reading, self.temperature),
             "text": parameters(self.text.clip),
             "t5": parameters(self.text.t5, self.t5_head),
         }
@@ -90,38 +99,58 @@ class ClipTask:
     def batch(self, images_seen: int, size: int) -> ClipBatch:
         gallery = self.pictures.gallery
         who = draw_rows(self.start, "people", images_seen, size, gallery.identities)
-        random = generator(self.start.seed, "views", images_seen)
-        which = torch.randint(2, (size,), generator=random)
+        seed = self.start.seed
+        which = chance(seed, "which", images_seen, size, 0.5).long()
         rows, others = who * gallery.pictures + which, who * gallery.pictures + 1 - which
         side = self.vision.config.image_size
-        first = self.squares.take(rows, random)
-        whole = torch.rand(size, generator=random) < self.settings.whole_share
+        shifts = uniforms(seed, "shift", images_seen, size, (2, 2))
+        first = self.squares.take(rows, shifts[:, 0])
+        whole = chance(seed, "whole", images_seen, size, self.settings.whole_share if self.settings.captions else 0)
         first[whole] = F.interpolate(self.pictures.take(rows[whole])[0], size=(side, side), mode="area")
         crops = (~whole).nonzero().squeeze(1)
-        second = self.squares.take(others[crops], random)
-        people, contexts = gallery.people(rows), gallery.contexts(rows)
-        seed = key(self.start.seed, "captions", images_seen) % 2**31
-        seeds = [seed + i for i in range(size)]
+        second = self.squares.take(others[crops], shifts[crops, 1])
+        people = gallery.people(rows)
+        texts = self._texts(people, rows, images_seen) if self.settings.captions else []
+        return ClipBatch(first, second, texts, crops, people[crops], gallery.people(others[crops]))
+
+    def _texts(self, people: People, rows: Tensor, images_seen: int) -> list[str]:
+        contexts, size = self.pictures.gallery.contexts(rows), len(rows)
+        seeds = [key(self.start.seed, "captions", images_seen + i) % 2**31 for i in range(size)]
         dense, rewritten = (captions(people, contexts, style, seeds) for style in ("dense", "rewritten"))
         share = chance(self.start.seed, "dense", images_seen, size, self.settings.dense_share).tolist()
-        texts = [long if pick else short for pick, long, short in zip(share, dense, rewritten, strict=True)]
-        return ClipBatch(first, second, texts, crops)
+        return [long if pick else short for pick, long, short in zip(share, dense, rewritten, strict=True)]
+
+    def show(self, batch: ClipBatch, path: Path) -> None:
+        save_grid(torch.cat((batch.first, batch.second)), path, columns=8)
 
     def loss(self, batch: ClipBatch, images_seen: int) -> Loss:
-        tokens = self.text.encode_clip(batch.texts)
-        ends = tokens.mask.sum(1) - 1 if tokens.mask is not None else torch.tensor(-1)
-        text = F.normalize(tokens.values[torch.arange(len(ends)), ends], dim=1)
-        sentence = F.normalize(self.t5_head(_mean(self.text.encode_t5(batch.texts))), dim=1)
         image = F.normalize(self.vision.embed(torch.cat((batch.first, batch.second))), dim=1)
         first, second = image[: len(batch.first)], image[len(batch.first) :]
-        scales = self.temperature.log_scale.clamp(max=math.log(60.0)).exp()
-        caption, caption_hits = _contrast(first, text, scales[0])
-        person, person_hits = _contrast(first[batch.crops], second, scales[1])
-        meaning, meaning_hits = _contrast(first, sentence, scales[2])
-        per_sample = caption + meaning
-        per_sample[batch.crops] = per_sample[batch.crops] + self.settings.person_weight * person
-        hits = {"caption_hits": caption_hits, "t5_hits": meaning_hits, "person_hits": person_hits}
-        return Loss(per_sample, hits)
+        person, hits = _contrast(first[batch.crops], second, self._scales()[1])
+        seen = torch.cat((first[batch.crops], second)) * image.shape[1] ** 0.5
+        traits = trait_loss(self.reading(seen), join((batch.people, batch.drifted))).view(2, -1).mean(0)
+        faces = self.settings.person_weight * person + self.settings.traits * traits
+        per_sample = torch.zeros(len(first), device=faces.device).index_add(0, batch.crops, faces)
+        metrics = {"person_hits": hits, "traits": traits.mean()}
+        if self.settings.captions:
+            likeness, more = self._captions(first, batch.texts)
+            per_sample, metrics = per_sample + likeness, {**metrics, **more}
+        return Loss(per_sample, metrics)
+
+    def _captions(self, images: Tensor, texts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """How badly images and captions are matched through CLIP's tower and through T5, (B,)."""
+        clip, t5 = self.text.encode_clip(texts), self.text.encode_t5(texts)
+        both = encoders.pooled(clip, t5)
+        width = int(clip.values.shape[2])
+        text = F.normalize(both[:, :width], dim=1)
+        sentence = F.normalize(self.t5_head(both[:, width:]), dim=1)
+        scales = self._scales()
+        caption, caption_hits = _contrast(images, text, scales[0])
+        meaning, meaning_hits = _contrast(images, sentence, scales[2])
+        return caption + meaning, {"caption_hits": caption_hits, "t5_hits": meaning_hits}
+
+    def _scales(self) -> Tensor:
+        return self.temperature.log_scale.clamp(max=math.log(60.0)).exp()
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         pair = [
@@ -135,13 +164,6 @@ class ClipTask:
         self.vision.save_pretrained(folder / "image_encoder")
         self.text.clip.save_pretrained(folder / "text_encoder")
         self.text.t5.save_pretrained(folder / "text_encoder_2")
-
-
-def _mean(tokens: Tokens) -> Tensor:
-    """The mean of the tokens that count, (B, width)."""
-    assert tokens.mask is not None, "T5's tokens come with a mask"
-    weight = tokens.mask.unsqueeze(2).to(tokens.values.dtype)
-    return (tokens.values * weight).sum(1) / weight.sum(1)
 
 
 def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from imagine import finder
 from imagine.world import render_groups, sample_contexts, sample_people
 from imagine.world.scenes import paint_scenes
 from imagine.world.seeds import HELD_OUT, JUDGE
-from train.data import generator
+from train.data import chance, uniforms
+from train.grids import save_grid
 from train.portraits import draw_rows, judge_pictures
 from train.task import Loss, Start
 
@@ -49,14 +50,15 @@ class FinderTask:
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures (B, 3, S, S), boxes (B, 3, 4) and which of them count (B, 3)."""
-        random = generator(self.start.seed, "kinds", images_seen)
+        seed = self.start.seed
         rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
         images, single = self.pictures.take(rows)
         boxes = torch.zeros(size, 3, 4)
         boxes[:, 0] = single
         valid = torch.zeros(size, 3, dtype=torch.bool)
         valid[:, 0] = True
-        kind, pick = torch.rand(size, generator=random), torch.randint(self.GROUPS, (size,), generator=random)
+        kind, pick = uniforms(seed, "kinds", images_seen, size, (2,)).unbind(1)
+        pick = (pick * self.GROUPS).long()
         for i in range(size):
             if kind[i] < self.settings.empty_share:
                 images[i] = self.scenes[pick[i]]
@@ -66,10 +68,13 @@ class FinderTask:
                 pictures, places = self.groups[count - 2]
                 images[i], boxes[i, :count] = pictures[pick[i]], places[pick[i]]
                 valid[i, :count] = True
-        images, boxes = _zoom(images, boxes, random)
-        grey = torch.rand(size, generator=random) < 0.25
+        images, boxes = _zoom(images, boxes, uniforms(seed, "zoom", images_seen, size, (6,)))
+        grey = chance(seed, "grey", images_seen, size, 0.25)
         images[grey] = images[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
         return images, boxes, valid
+
+    def show(self, batch: tuple[Tensor, Tensor, Tensor], path: Path) -> None:
+        save_grid(batch[0], path, columns=8)
 
     def loss(self, batch: tuple[Tensor, Tensor, Tensor], images_seen: int) -> Loss:
         images, boxes, valid = batch
@@ -102,16 +107,19 @@ def _centres(boxes: Tensor) -> Tensor:
     return boxes[:, :2] + boxes[:, 2:] / 2
 
 
-def _zoom(images: Tensor, boxes: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Shrink and move each picture on a plain ground (or enlarge it a little), and its boxes with it."""
+def _zoom(images: Tensor, boxes: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Shrink and move each picture on a plain ground (or enlarge it a little), and its boxes with it.
+
+    `random` (B, 6), 0 to 1, decides for each: size, place across and down, and the ground's colour.
+    """
     count, side = len(images), images.shape[-1]
-    scale = torch.empty(count).uniform_(0.35, 1.15, generator=random)
-    shift = (torch.rand(count, 2, generator=random) * 2 - 1) * (1 - scale.clamp(max=1)).unsqueeze(1)
+    scale = 0.35 + 0.8 * random[:, 0]
+    shift = (random[:, 1:3] * 2 - 1) * (1 - scale.clamp(max=1)).unsqueeze(1)
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
     theta[:, :, 2] = -shift / scale.unsqueeze(1)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    ground = torch.rand(count, 3, 1, 1, generator=random)
+    ground = random[:, 3:].reshape(count, 3, 1, 1)
     moved = F.grid_sample(images - ground, grid, align_corners=False) + ground
     middle = (boxes[..., :2] * 2 / side - 1) * scale.view(-1, 1, 1) + shift.unsqueeze(1)
     return moved, torch.cat(((middle + 1) * side / 2, boxes[..., 2:] * scale.view(-1, 1, 1)), -1)

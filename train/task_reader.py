@@ -11,7 +11,8 @@ from imagine.judge import Reader, reading_loss
 from imagine.world import attributes, render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS
-from train.data import generator
+from train.data import normals, uniforms
+from train.grids import save_grid
 from train.portraits import draw_rows, judge_pictures
 from train.task import Loss, Start
 
@@ -50,11 +51,15 @@ class ReaderTask:
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, dict[str, Tensor]]:
         rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
         images = self.pictures.take(rows)[0]
-        random = generator(self.start.seed, "camera", images_seen)
-        grain = 0.05 * torch.rand(size, 1, 1, 1, generator=random) * torch.randn(images.shape, generator=random)
-        shift = torch.randint(-4, 5, (2,), generator=random).tolist()
-        moved = torch.roll(images + grain, shift, (2, 3)).clamp(0, 1)
-        return moved, {name: target[rows] for name, target in self.targets.items()}
+        seed = self.start.seed
+        level = 0.05 * uniforms(seed, "level", images_seen, size, (1, 1, 1))
+        images = images + level * normals(seed, "grain", images_seen, size, images.shape[1:])
+        shifts = (uniforms(seed, "shift", images_seen, size, (2,)) * 9).long() - 4
+        moved = [image.roll(shift, (1, 2)) for image, shift in zip(images, shifts.tolist(), strict=True)]
+        return torch.stack(moved).clamp(0, 1), {name: target[rows] for name, target in self.targets.items()}
+
+    def show(self, batch: tuple[Tensor, dict[str, Tensor]], path: Path) -> None:
+        save_grid(batch[0], path, columns=8)
 
     def loss(self, batch: tuple[Tensor, dict[str, Tensor]], images_seen: int) -> Loss:
         images, targets = batch

@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from imagine.faces import crop_faces
 from imagine.judge import Recogniser, margin_loss
 from imagine.world import render, sample_contexts, sample_people
-from imagine.world.people import CONTINUOUS, People
 from imagine.world.seeds import HELD_OUT, JUDGE
-from imagine.world.vocabulary import TRAITS
-from train.data import generator
+from train.data import normals, uniforms
+from train.grids import save_grid
 from train.language import parameters
 from train.portraits import draw_rows, judge_pictures
 from train.squares import Squares
 from train.task import Loss, Start
+from train.traits import READINGS, trait_loss
 
 VALIDATION = 500  # held-out people, two pictures each (apart from those that evaluation uses)
 
@@ -59,7 +58,7 @@ class RecogniserTask:
         self.recogniser = Recogniser(dimensions=settings.dimensions)
         people = int(start.data.get("judge_identities", 4_000))
         self.prototypes = Prototypes(people, settings.dimensions)
-        self.reading = nn.Linear(settings.dimensions, len(CONTINUOUS) + sum(map(len, TRAITS.values())))
+        self.reading = nn.Linear(settings.dimensions, READINGS)
         self.modules: dict[str, nn.Module] = {
             "recogniser": self.recogniser, "prototypes": self.prototypes, "reading": self.reading,
         }  # fmt: skip
@@ -76,12 +75,17 @@ class RecogniserTask:
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor]:
         rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
-        random = generator(self.start.seed, "jitter", images_seen)
-        crops = self.squares.take(rows, random)
+        seed = self.start.seed
+        crops = self.squares.take(rows, uniforms(seed, "shift", images_seen, size, (2,)))
         # A cheap camera: the judge must not care about exposure, colour cast and grain.
-        gain = 1 + 0.12 * torch.randn(size, 3, 1, 1, generator=random) * torch.tensor([1.0, 0.5, 1.0]).view(1, 3, 1, 1)
-        grain = 0.04 * torch.rand(size, 1, 1, 1, generator=random) * torch.randn(crops.shape, generator=random)
+        cast = torch.tensor([1.0, 0.5, 1.0]).view(3, 1, 1)
+        gain = 1 + 0.12 * normals(seed, "gain", images_seen, size, (3, 1, 1)) * cast
+        level = 0.04 * uniforms(seed, "level", images_seen, size, (1, 1, 1))
+        grain = level * normals(seed, "grain", images_seen, size, crops.shape[1:])
         return (crops * gain + grain).clamp(0, 1), rows // self.pictures.gallery.pictures
+
+    def show(self, batch: tuple[Tensor, Tensor], path: Path) -> None:
+        save_grid(batch[0], path, columns=8)
 
     def loss(self, batch: tuple[Tensor, Tensor], images_seen: int) -> Loss:
         crops, labels = batch
@@ -89,21 +93,9 @@ class RecogniserTask:
         cosines = embeddings @ nn.functional.normalize(self.prototypes.weight, dim=1).T
         hits = (cosines.argmax(1) == labels).float().mean()
         loss = margin_loss(embeddings, labels, self.prototypes.weight, self.settings.scale, self.settings.margin)
-        traits = self._trait_loss(self.reading(embeddings * self.settings.dimensions**0.5), self.people[labels.cpu()])
+        traits = trait_loss(self.reading(embeddings * self.settings.dimensions**0.5), self.people[labels.cpu()])
         share = min(1.0, max(0.0, images_seen / self.settings.ramp - 1))
         return Loss(share * loss + self.settings.traits * traits, {"accuracy": hits, "traits": traits.mean()})
-
-    def _trait_loss(self, read: Tensor, people: People) -> Tensor:
-        """How badly the traits are read, (B,): squared error of the continuous ones, cross-entropy of the others."""
-        people = people.to(read.device)
-        wanted = torch.stack([getattr(people, name) for name in CONTINUOUS], 1)
-        loss = 6 * (read[:, : len(CONTINUOUS)] - wanted).square().sum(1)
-        at = len(CONTINUOUS)
-        for name, words in TRAITS.items():
-            logits = read[:, at : at + len(words)]
-            loss = loss + F.cross_entropy(logits, getattr(people, name), reduction="none")
-            at += len(words)
-        return loss / (len(CONTINUOUS) + len(TRAITS))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         first, second = (

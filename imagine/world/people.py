@@ -63,7 +63,8 @@ def drift(people: People, seeds: Sequence[int], amount: float = 0.06) -> People:
     One seed a row; `amount` is the standard deviation of the wandering, on the traits' scale of 0 to 1. This is the
     identity error of synthetic pairs (method paper, section 4.3.3) as a controlled quantity.
     """
-    steps = np.stack([np.random.default_rng([seed, 3]).standard_normal(len(CONTINUOUS)) for seed in seeds])
+    drawn = [np.random.default_rng([seed, 3]).standard_normal(len(CONTINUOUS)) for seed in seeds]
+    steps = np.array(drawn).reshape(len(seeds), len(CONTINUOUS))
     moved = {
         name: (getattr(people, name) + amount * torch.from_numpy(steps[:, i]).float()).clamp(0, 1)
         for i, name in enumerate(CONTINUOUS)
