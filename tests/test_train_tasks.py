@@ -143,7 +143,7 @@ def built(name: str) -> Any:
     task_class = SMALL[name]
     torch.manual_seed(0)
     folder = with_tokenizers(home() / "built" / name)
-    start = Start(name, 3, torch.device("cpu"), folder, data(), earlier)
+    start = Start(name, 3, torch.device("cpu"), folder, data(), None, earlier)
     task: Task = task_class(task_class.Settings(**SETTINGS[name]), start)
     for module in task.modules.values():
         module.eval().requires_grad_(False)
@@ -347,6 +347,18 @@ def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
     assert set(batch.faces.unique().tolist()) == {1.0, task.settings.face_weight}
     inside = [0.1 < (weights > 1).float().mean() < 0.9 for weights in batch.faces]
     assert all(inside)
+
+
+def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
+    folder = Path(__file__).parent.parent / "weights"
+    vae, mean, std = load_autoencoder(folder)
+    latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent
+    assert latents.shape[1] == len(mean) == len(std) and latents.dtype == torch.float32
+    start = Start("base", 3, torch.device("cpu"), with_tokenizers(home() / "built" / "base"), data(), folder)
+    assert SmallBase(SmallBase.Settings(**DENOISER), start)._autoencoder() == folder
+    nowhere = SmallBase(SmallBase.Settings(**DENOISER), dataclasses.replace(start, initial=None))
+    with pytest.raises(ConfigError, match="needs an autoencoder"):
+        nowhere.prepare()
 
 
 def test_a_chain_of_stages_trains_to_the_end() -> None:

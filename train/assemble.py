@@ -22,10 +22,15 @@ JUDGE = {"recogniser": "recogniser", "reader": "reader"}  # stage -> the folder 
 
 
 def assemble(
-    run: Path, output: Path, dtype: torch.dtype = torch.float16, defaults: Mapping[str, Any] = MappingProxyType({})
+    run: Path,
+    output: Path,
+    dtype: torch.dtype = torch.float16,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    initial: Path | None = None,
 ) -> None:
     """Write the pipeline of `run` to `output`; stages that are not there yet (judge, finder) are left as they are.
 
+    `initial` is the folder of weights that the run began with, for what it did not train.
     `defaults` go to the pipeline: what a call uses that names no steps or guidance (`benchmarks/guidance.py` measures).
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
@@ -34,7 +39,8 @@ def assemble(
     from imagine.encoders import VisionEncoder
     from imagine.pipeline import ImaginePipeline
 
-    vae, mean, std = load_autoencoder(_export(run, "autoencoder"))
+    autoencoder = run / "autoencoder" / "export"  # a run that began with weights has none of its own
+    vae, mean, std = load_autoencoder(autoencoder if autoencoder.is_dir() else initial or _export(run, "autoencoder"))
     drawing = _export(run, "adapter")  # with the base that it was trained on
     unet = UNet2DConditionModel.from_pretrained(drawing / "unet", torch_dtype=torch.float32)
     text = load_text_encoders(drawing)
@@ -78,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.assemble", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--output", type=Path, required=True, help="the weights folder to write")
+    parser.add_argument("--initial", type=Path, help="the weights that the run began with, if it did")
     parser.add_argument("--steps", type=int, default=20, help="the pipeline's default")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="the pipeline's default")
     parser.add_argument("--identity-guidance-scale", type=float, help="the pipeline's default; none: as the text's")
@@ -88,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         "default_identity_guidance_scale": options.identity_guidance_scale,
     }
     try:
-        assemble(options.run, options.output, defaults=defaults)
+        assemble(options.run, options.output, defaults=defaults, initial=options.initial)
     except ImagineError as error:
         sys.stderr.write(f"{error}\n")
         return 2

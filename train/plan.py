@@ -94,7 +94,8 @@ def _built(name: str, stage: Stage, run: Run, output: Path, tasks: Mapping[str, 
     settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
     earlier = {source: output / source / "export" for source in stage.start_from}
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
-        yield kind(settings, Start(name, stage.seed, torch.device("meta"), Path(folder), run.data, earlier))
+        start = Start(name, stage.seed, torch.device("meta"), Path(folder), run.data, stage.initial, earlier)
+        yield kind(settings, start)
 
 
 def _training_state(stage: Stage, chosen: parts.Parts) -> int:

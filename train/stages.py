@@ -130,7 +130,8 @@ def build(name: str, run: Run, output: Path, device: torch.device, tasks: Mappin
     settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
     earlier = {source: output / source / "export" for source in stage.start_from}
     torch.manual_seed(key(stage.seed, "build"))
-    task: Task = kind(settings, Start(name, stage.seed, device, output / name, run.data, earlier))
+    start = Start(name, stage.seed, device, output / name, run.data, stage.initial, earlier)
+    task: Task = kind(settings, start)
     if stage.initial is not None:
         log.info("%s: from %s: %s", name, stage.initial, ", ".join(load_initial(task.modules, stage.initial)))
     for source in stage.start_from:

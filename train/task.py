@@ -25,6 +25,7 @@ class Start:
     device: torch.device  # where the modules will be once built, and where batches should be made
     folder: Path  # the stage's own folder; caches may live in folder / "cache"
     data: Mapping[str, Any] = field(default_factory=dict)  # the run's shared data settings, not yet checked
+    initial: Path | None = None  # a folder of weights whose modules were loaded, if the stage begins with one
     earlier: Mapping[str, Path] = field(default_factory=dict)  # stage in start_from -> the folder it exported to
 
 

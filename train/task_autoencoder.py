@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from imagine.models import build_autoencoder
+from imagine.weights import read_index
 from train.data import chance, normals, uniforms
 from train.grids import save_grid
 from train.portraits import draw_rows, training_pictures
@@ -96,10 +97,16 @@ class AutoencoderTask:
 
 
 def load_autoencoder(folder: Path) -> tuple[AutoencoderDC, Tensor, Tensor]:
-    """What `export` wrote: the network, and each latent channel's mean and standard deviation (C,)."""
-    statistics: dict[str, Any] = json.loads((folder / "latents.json").read_text())
-    vae = AutoencoderDC.from_pretrained(folder / "vae")
-    return cast(AutoencoderDC, vae), torch.tensor(statistics["mean"]), torch.tensor(statistics["std"])
+    """The network, and each latent channel's mean and standard deviation (C,), from an export or from weights.
+
+    A folder of weights keeps the statistics in the pipeline's own configuration.
+    """
+    vae = cast(AutoencoderDC, AutoencoderDC.from_pretrained(folder / "vae", torch_dtype=torch.float32))
+    if (folder / "latents.json").exists():
+        statistics: dict[str, Any] = json.loads((folder / "latents.json").read_text())
+        return vae, torch.tensor(statistics["mean"]), torch.tensor(statistics["std"])
+    index = read_index(folder)
+    return vae, torch.tensor(index["latents_mean"]), torch.tensor(index["latents_std"])
 
 
 def _round_face(boxes: Tensor, crop: int, side: int) -> Tensor:

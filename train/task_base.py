@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from imagine.adapter import Adapter, BranchSpec
 from imagine.diffusion import add_noise, logit_normal, per_item, timesteps, velocity
+from imagine.errors import ConfigError
 from imagine.models import build_denoiser
 from imagine.records import Conditioning, Tokens
 from imagine.sampling import Guidance, Inputs, pooled_text
@@ -94,9 +95,19 @@ class BaseTask:
 
     def prepare(self) -> None:
         self.pictures = training_pictures(self.start.data)
-        earlier = self.start.earlier["autoencoder"]
-        self.latents = Latents(self.pictures, earlier, earlier.parent / "latents", self.start.device)
-        self.store = SentenceStore(self.pictures.gallery, self.text, Path(self.start.data["folder"]) / "train")
+        folder = Path(self.start.data["folder"]) / "train"
+        self.latents = Latents(self.pictures, self._autoencoder(), folder, self.start.device)
+        self.store = SentenceStore(self.pictures.gallery, self.text, folder)
+
+    def _autoencoder(self) -> Path:
+        """The folder that holds it: what an earlier stage left, or the weights that the stage begins with."""
+        folder = self.start.earlier.get("autoencoder", self.start.initial)
+        if folder is None:
+            raise ConfigError(
+                f"Stage {self.start.name} needs an autoencoder: name a stage `autoencoder` in its start_from, or a "
+                "folder of weights as its initial."
+            )
+        return folder
 
     def batch(self, images_seen: int, size: int) -> BaseBatch:
         gallery, seed = self.pictures.gallery, self.start.seed
