@@ -65,5 +65,5 @@ def test_the_shipped_recipe_can_be_planned(tmp_path: Path, capsys: pytest.Captur
     assert main([str(recipe), "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == [
-        "autoencoder", "recogniser", "reader", "finder", "clip", "vision", "base", "adapter",
+        "autoencoder", "recogniser", "reader", "finder", "clip", "vision", "base", "together", "adapter",
     ]  # fmt: skip
