@@ -385,10 +385,14 @@ def test_a_lora_for_the_denoiser_loads_and_unloads(tmp_path: Path) -> None:
     donor.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     ImaginePipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(donor))
     before = draw(pipe, reference=tiny.photo(1))
+    weights = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     pipe.load_lora_weights(tmp_path)
     assert not same(draw(pipe, reference=tiny.photo(1)), before)
     pipe.unload_lora_weights()
-    assert torch.equal(draw(pipe, reference=tiny.photo(1)), before)
+    after = pipe.unet.state_dict()
+    assert after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
+    # peft lays layers out anew, and kernels may round otherwise elsewhere in memory: the same up to the last bits.
+    assert same(draw(pipe, reference=tiny.photo(1)), before)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from train.stages import TASKS, run_stages
 from train.task import Start, Task
 from train.task_adapter import AdapterTask
 from train.task_autoencoder import AutoencoderTask, load_autoencoder
-from train.task_base import BaseTask
+from train.task_base import BaseSettings, BaseTask
 from train.task_clip import ClipTask
 from train.task_finder import FinderTask
 from train.task_reader import ReaderTask
@@ -355,8 +355,8 @@ def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
     latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent
     assert latents.shape[1] == len(mean) == len(std) and latents.dtype == torch.float32
     start = Start("base", 3, torch.device("cpu"), with_tokenizers(home() / "built" / "base"), data(), folder)
-    assert SmallBase(SmallBase.Settings(**DENOISER), start)._autoencoder() == folder
-    nowhere = SmallBase(SmallBase.Settings(**DENOISER), dataclasses.replace(start, initial=None))
+    assert SmallBase(BaseSettings(widths=(32, 32)), start)._autoencoder() == folder
+    nowhere = SmallBase(BaseSettings(widths=(32, 32)), dataclasses.replace(start, initial=None))
     with pytest.raises(ConfigError, match="needs an autoencoder"):
         nowhere.prepare()
 
