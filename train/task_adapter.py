@@ -27,7 +27,6 @@ from imagine.world.seeds import HELD_OUT
 from train.data import chance, generator, to_device, uniforms
 from train.grids import save_grid
 from train.language import parameters
-from train.portraits import draw_rows
 from train.sampling import sample
 from train.squares import Squares
 from train.task import Loss, Start
@@ -87,17 +86,12 @@ class AdapterTask(BaseTask):
         self.squares = Squares(self.pictures, self.vision.config.image_size, folder, noisy=True)
 
     def batch(self, images_seen: int, size: int) -> AdapterBatch:
-        gallery, seed = self.pictures.gallery, self.start.seed
-        who = draw_rows(self.start, "people", images_seen, size, gallery.identities)
-        real = chance(seed, "real", images_seen, size, self.settings.real_share)
-        other = draw_rows(self.start, "which", images_seen, size, gallery.pictures - 1) + 1
-        references = who * gallery.pictures
-        rows = references + torch.where(real, 0, other)
-        latents = self.latents.take(rows)
+        seed, (references, offsets) = self.start.seed, self._rows(images_seen, size)
+        targets = self._targets(references, offsets, images_seen)
         return AdapterBatch(
-            latents,
-            self.captions(rows, real, images_seen),
-            self.face_weights(rows, latents),
+            targets.latents,
+            targets.sentences,
+            targets.faces,
             self.squares.take(references, uniforms(seed, "crops", images_seen, size, (2,))),
             1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from imagine.models import build_autoencoder
 from imagine.weights import read_index
-from train.data import chance, normals, uniforms
+from train.data import normals, uniforms
 from train.grids import save_grid
 from train.portraits import draw_rows, training_pictures
 from train.task import Loss, Start
@@ -29,7 +29,6 @@ class AutoencoderSettings(BaseModel):
     latent_channels: int = 32
     widths: tuple[int, ...] = (16, 64, 128, 256)
     crop: int = 64  # train on squares of this side; a multiple of 16
-    face_share: float = 0.5  # share of squares placed round the face, where errors show first; the rest lie anywhere
     noise: float = 0.3  # the most noise on latents, whose spread is about 1
     unit: float = 0.1  # weight of keeping each channel's mean at 0 and its spread at 1
     edges: float = 1.0  # weight of the loss on differences between neighbouring pixels
@@ -54,11 +53,9 @@ class AutoencoderTask:
 
     def batch(self, images_seen: int, size: int) -> Tensor:
         rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
-        images, boxes = self.pictures.take(rows)
+        images = self.pictures.take(rows)[0]
         side, crop, seed = images.shape[-1], self.settings.crop, self.start.seed
         places = (uniforms(seed, "crop", images_seen, size, (2,)) * ((side - crop) // 16 + 1)).long() * 16
-        on_face = chance(seed, "on face", images_seen, size, self.settings.face_share)
-        places = torch.where(on_face[:, None], _round_face(boxes, crop, side), places)
         cut = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, places.tolist(), strict=True)]
         return torch.stack(cut) * 2 - 1
 
@@ -107,12 +104,6 @@ def load_autoencoder(folder: Path) -> tuple[AutoencoderDC, Tensor, Tensor]:
         return vae, torch.tensor(statistics["mean"]), torch.tensor(statistics["std"])
     index = read_index(folder)
     return vae, torch.tensor(index["latents_mean"]), torch.tensor(index["latents_std"])
-
-
-def _round_face(boxes: Tensor, crop: int, side: int) -> Tensor:
-    """Upper left corners (B, 2), y before x and on the latents' lattice, of squares with the face in the middle."""
-    middle = boxes[:, :2] + boxes[:, 2:] / 2
-    return (((middle - crop / 2) / 16).round().long() * 16).clamp(0, side - crop).flip(1)
 
 
 def _edges(images: Tensor, axis: int) -> Tensor:

@@ -110,13 +110,20 @@ class BaseTask:
         return folder
 
     def batch(self, images_seen: int, size: int) -> BaseBatch:
-        gallery, seed = self.pictures.gallery, self.start.seed
+        return self._targets(*self._rows(images_seen, size), images_seen)
+
+    def _rows(self, images_seen: int, size: int) -> tuple[Tensor, Tensor]:
+        """Each person's first picture, and how far behind it the target lies: 0 is that real one itself, (B,) each."""
+        gallery = self.pictures.gallery
         who = draw_rows(self.start, "people", images_seen, size, gallery.identities)
-        real = chance(seed, "real", images_seen, size, self.settings.real_share)
+        real = chance(self.start.seed, "real", images_seen, size, self.settings.real_share)
         other = draw_rows(self.start, "which", images_seen, size, gallery.pictures - 1) + 1
-        rows = who * gallery.pictures + torch.where(real, 0, other)
+        return who * gallery.pictures, torch.where(real, 0, other)
+
+    def _targets(self, firsts: Tensor, offsets: Tensor, images_seen: int) -> BaseBatch:
+        rows = firsts + offsets
         latents = self.latents.take(rows)
-        return BaseBatch(latents, self.captions(rows, real, images_seen), self.face_weights(rows, latents))
+        return BaseBatch(latents, self.captions(rows, offsets == 0, images_seen), self.face_weights(rows, latents))
 
     def captions(self, rows: Tensor, real: Tensor, images_seen: int) -> Sentences:
         """Terse captions for real pictures, dense or rewritten ones for synthetic ones, none for some of both."""
