@@ -65,8 +65,9 @@ def build_denoiser(
     text_width: int = 192,
     head_width: int = 32,
     pooled_width: int | None = None,
+    middle_attention: bool = True,
 ) -> UNet2DConditionModel:
-    """Build a U-Net with self- and cross-attention at every resolution and in the middle.
+    """Build a U-Net with self- and cross-attention at every resolution and, unless left out, in the middle.
 
     It maps latents (B, latent_channels, S, S), timesteps (B,) and CLIP text tokens (B, L, text_width) to a velocity of
     the latents' shape. `head_width` is the width of one attention head at every resolution. With `pooled_width` the
@@ -74,6 +75,7 @@ def build_denoiser(
     block together with the time, as the pooled text of SDXL and of SD3 does (arXiv 2403.03206, section 4): what a
     whole sentence says is then obeyed long before attention has learnt to look single words up.
     The default has 11.2 million parameters and 0.6 GFLOP per call; widths (128, 256) have 17.0 million and 0.8.
+    Without `middle_attention` the middle is one residual block, 1.7 million parameters less at the default widths.
     Raises ValueError if a width is not a multiple of it.
     """
     if any(width % head_width for width in widths):
@@ -85,6 +87,7 @@ def build_denoiser(
         block_out_channels=tuple(widths),
         down_block_types=("CrossAttnDownBlock2D",) * len(widths),
         up_block_types=("CrossAttnUpBlock2D",) * len(widths),
+        mid_block_type="UNetMidBlock2DCrossAttn" if middle_attention else "UNetMidBlock2D",
         layers_per_block=layers,
         cross_attention_dim=text_width,
         # Despite its name this argument is the NUMBER of heads: https://github.com/huggingface/diffusers/issues/2011
