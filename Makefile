@@ -11,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format weights bench clean
+.PHONY: help setup demo test check format weights bench bench-train clean
 
 help:  ## list the verbs
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ weights: $(READY)  ## train the shipped weights from nothing into runs/weights/f
 
 bench: $(READY)  ## seconds per picture, cold start, rendered pictures per second
 	$(PY) benchmarks/bench.py $(ARGS)
+
+bench-train: $(READY)  ## images per second of the trainer and of a loop that keeps nothing; where a step's time goes
+	$(PY) benchmarks/training.py $(ARGS)
 
 clean:  ## remove what the verbs made, except .venv and runs/
 	rm -rf build dist out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
