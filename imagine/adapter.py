@@ -43,7 +43,8 @@ from imagine.weights import check_names
 FORMAT_VERSION = "1"
 FILE_NAME = "adapter.safetensors"
 DESCRIBED_BY = ("base", "encoder", "feature_layer", "tokens", "licence")  # what every saved adapter says of itself
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+LoraTarget = Literal["to_q", "to_k", "to_v", "to_out.0"]
+LORA_TARGETS: tuple[LoraTarget, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,15 @@ def logit_normal(normal: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     return torch.sigmoid(mean + std * normal)
 
 
+def min_snr_weight(t: Tensor, gamma: float) -> Tensor:
+    """Return min-SNR-gamma weights (arXiv 2303.09556) for errors of the velocity at times t, of t's shape.
+
+    The paper weighs errors of x_0 by min(SNR, gamma). On this line SNR = ((1 - t) / t)^2, and an error of the velocity
+    is t times smaller than the error of x_0 that it means, hence t^2 * min(SNR, gamma) = min((1 - t)^2, gamma * t^2).
+    """
+    return torch.minimum((1 - t) ** 2, gamma * t**2)
+
+
 def loss_per_item(predicted: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared error of each batch item, (batch,), in float32; the caller weighs and reduces."""
     return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)

@@ -66,11 +66,12 @@ class SmallReader(ReaderTask):
 
 
 class SmallBase(BaseTask):
+    VALIDATION_PEOPLE: ClassVar[int] = 4
     DRAWING_STEPS: ClassVar[int] = 2
 
 
 class SmallAdapter(AdapterTask):
-    VALIDATION_PICTURES: ClassVar[int] = 8
+    VALIDATION_PEOPLE: ClassVar[int] = 4
     DRAWING_STEPS: ClassVar[int] = 2
 
 
@@ -284,8 +285,10 @@ def test_the_base_pairs_captions_with_pictures_and_drops_some() -> None:
 def test_stored_sentences_are_what_the_encoders_say() -> None:
     task = built("base")
     rows, styles = torch.tensor([1, 5, 2, 1]), ["dense", "rewritten", "terse", "dense"]
-    got = task.store.take(rows, styles, torch.tensor([False, False, False, True]))
-    texts = task.store.write(rows, styles)
+    store = task.stocks["train"].sentences
+    gone = torch.tensor([False, False, False, True])
+    got = store.take(rows, styles, dict.fromkeys(("clip", "t5", "byt5"), gone))
+    texts = store.gallery.captions(rows, styles)
     assert " skin" in texts[0] and texts[2].startswith("person") and texts[0] == texts[3]
     with torch.no_grad():
         for tokens, encode in ((got.clip, task.text.encode_clip), (got.t5, task.text.encode_t5)):
@@ -296,8 +299,11 @@ def test_stored_sentences_are_what_the_encoders_say() -> None:
                 assert length == wanted.mask.sum()
                 assert torch.allclose(tokens.values[row, :length], wanted.values[0, :length], atol=5e-3), text
     assert got.letters == [encoders.quoted(text) for text in texts[:3]] + [""]
-    again = task.store.take(rows, styles, torch.zeros(4, dtype=torch.bool)).clip.values
-    assert torch.equal(again[0, :8], got.clip.values[0, :8])
+    again = store.take(rows, styles, {"t5": gone})  # one branch alone is told nothing of the last
+    assert again.clip.mask is not None and again.t5.mask is not None
+    assert torch.equal(again.clip.values[0, :8], got.clip.values[0, :8])
+    assert again.clip.mask[3].sum() == again.clip.mask[0].sum() and again.t5.mask[3].sum() < again.t5.mask[0].sum()
+    assert again.letters[3] == again.letters[0]
     shifted = got.shifted()
     assert torch.equal(shifted.clip.values[1], got.clip.values[0]) and shifted.letters[1] == got.letters[0]
 
@@ -337,8 +343,9 @@ def test_a_stage_may_begin_with_a_folder_of_weights(tmp_path: Path) -> None:
 def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
     task = built("adapter")
     batch = task.batch(0, 64)
-    gallery = task.pictures.gallery
-    everybody = task.latents.take(torch.arange(len(gallery)))
+    stock = task.stocks["train"]
+    gallery = stock.pictures.gallery
+    everybody = stock.latents.take(torch.arange(len(gallery)))
     rows = (batch.latents[:, None] == everybody[None]).flatten(2).all(2).float().argmax(1)
     real = rows % gallery.pictures == 0
     assert 0 < real.sum() < 32  # few targets are their own reference

@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from imagine.errors import ConfigError
 from imagine.faces import crop_faces
 from imagine.models import build_autoencoder
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.people import CONTINUOUS, DISCRETE
 from imagine.world.render import compiled_painters
 from imagine.world.seeds import JUDGE, TRAIN
+from train.kept import keep
 from train.latents import Latents, as_taken
 from train.pictures import BLOCK, Gallery, Pictures, open_pictures
-from train.portraits import draw_rows, judge_pictures, training_pictures
+from train.portraits import data_settings, draw_rows, judge_pictures, training_pictures
 from train.squares import MARGIN, Squares
 from train.task import Start
 
@@ -100,8 +102,17 @@ def test_data_settings_choose_the_galleries(tmp_path: Path) -> None:
     assert mine.gallery == Gallery("train", 2, 2, drift=0.1)
     assert judges.gallery == Gallery("judge", 1, 3, drift=0.0)
     assert (tmp_path / "train" / "images.u8").exists() and (tmp_path / "judge" / "images.u8").exists()
-    with pytest.raises(ValueError, match="identitys"):
+    with pytest.raises(ConfigError, match=r"no key 'identitys' \(did you mean identities\?\)"):
         training_pictures({"folder": str(tmp_path), "identitys": 2})
+
+
+def test_a_run_may_name_galleries_of_its_own() -> None:
+    fine = {"first": 100, "identities": 4, "drift": 0.02, "camera": False}
+    settings = data_settings({"identities": 3, "galleries": {"fine": fine}})
+    assert settings.gallery("fine") == Gallery("train", 4, 2, drift=0.02, first=100, camera=False)
+    assert settings.gallery("train") == Gallery("train", 3, 2)
+    with pytest.raises(ConfigError, match=r"no gallery 'fin' \(did you mean fine\?\); valid: train, fine"):
+        settings.gallery("fin")
 
 
 def test_real_pictures_carry_the_noise_of_their_camera(tmp_path: Path) -> None:
@@ -154,15 +165,60 @@ def test_squares_are_shifted_within_their_margin_and_masked(tmp_path: Path) -> N
 def test_squares_are_carried_on_after_a_kill(tmp_path: Path) -> None:
     pictures = open_pictures(gallery_128(), tmp_path)
     whole = np.array(Squares(pictures, 32, tmp_path, noisy=True).values)
-    count = tmp_path / f"squares-{32 + 2 * MARGIN}.count"
-    assert count.read_text() == "8"
-    count.write_text("6")
-    values = np.memmap(count.with_suffix(".u8"), np.uint8, "r+", shape=whole.shape)
+    state = tmp_path / f"squares-{32 + 2 * MARGIN}.json"
+    values = np.memmap(state.with_suffix(".u8"), np.uint8, "r+", shape=whole.shape)
+    assert json.loads(state.read_text())["rows"] == 8
+    forget(state, 6)
     values[5], values[6:] = 9, 0
     values.flush()
     again = Squares(pictures, 32, tmp_path, noisy=True).values
     assert (again[5] == 9).all()  # counted as done: not cut again
     assert np.array_equal(again[6:], whole[6:])
+
+
+def forget(state: Path, rows: int) -> None:
+    """As a kill would leave it: only the first `rows` are done."""
+    state.write_text(json.dumps({**json.loads(state.read_text()), "rows": rows}))
+
+
+def test_rows_are_kept_when_a_gallery_grows_and_made_anew_when_it_changes(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def make(rows: Tensor) -> Tensor:
+        asked.extend(rows.tolist())
+        return (rows * 2).to(torch.uint8)[:, None].expand(-1, 3)
+
+    path = tmp_path / "rows.u8"
+    keep(path, Gallery("train", 3, 2), (3,), np.uint8, make, "")
+    grown = keep(path, Gallery("train", 5, 2), (3,), np.uint8, make, "")
+    assert asked == list(range(10))
+    assert np.array_equal(grown, np.arange(0, 20, 2, dtype=np.uint8)[:, None].repeat(3, 1))
+    assert len(keep(path, Gallery("train", 2, 2), (3,), np.uint8, make, "")) == 4 and len(asked) == 10
+    keep(path, Gallery("train", 2, 2, drift=0.5), (3,), np.uint8, make, "")
+    assert asked[10:] == [0, 1, 2, 3]
+
+
+def test_a_gallerys_mark_is_what_its_rows_depend_on() -> None:
+    one = Gallery("train", 3, 2)
+    assert one.mark == Gallery("train", 300, 2).mark
+    others = [Gallery("judge", 3, 2), Gallery("train", 3, 3), Gallery("train", 3, 2, drift=0.1),
+              Gallery("train", 3, 2, first=4), Gallery("train", 3, 2, camera=False)]  # fmt: skip
+    assert len({one.mark, *(other.mark for other in others)}) == 6
+
+
+def test_galleries_pair_real_pictures_with_themselves_or_with_the_others() -> None:
+    gallery = Gallery("train", 2, 3)
+    assert gallery.pairs("self").tolist() == [[0, 0], [3, 3]]
+    assert gallery.pairs("other").tolist() == [[0, 1], [0, 2], [3, 4], [3, 5]]
+    assert Gallery("train", 4, 1).pairs("other").shape == (0, 2)
+    later = Gallery("train", 2, 2, first=3)
+    assert torch.equal(later.people(torch.tensor([0])).skin, Gallery("train", 9, 2).people(torch.tensor([6])).skin)
+
+
+def test_pictures_without_a_camera_stay_as_they_were_drawn(tmp_path: Path) -> None:
+    pictures = open_pictures(Gallery("train", 2, 2, size=32, camera=False), tmp_path)
+    rows = torch.arange(4)
+    assert torch.equal(as_taken(pictures, rows)[0], pictures.take(rows)[0])
 
 
 def exported_autoencoder(folder: Path, seed: int = 0) -> Path:
@@ -183,9 +239,9 @@ def test_latents_are_encoded_once_and_carried_on_after_a_kill(tmp_path: Path) ->
     wanted = (raw - first.mean.view(1, -1, 1, 1)) / first.std.view(1, -1, 1, 1)
     assert whole.shape == (10, 4, 4, 4)
     assert torch.allclose(whole, wanted, atol=5e-3, rtol=1e-3)
-    (count,) = (tmp_path / "latents").glob("*.count")
-    count.write_text("7")
-    values = np.memmap(count.with_suffix(".f16"), np.float16, "r+", shape=(10, 4, 4, 4))
+    (state,) = (tmp_path / "latents").glob("*.json")
+    values = np.memmap(state.with_suffix(".f16"), np.float16, "r+", shape=(10, 4, 4, 4))
+    forget(state, 7)
     values[6], values[7:] = 3.0, 0.0
     values.flush()
     again = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu")).take(rows)
@@ -201,6 +257,19 @@ def test_another_autoencoder_has_latents_of_its_own(tmp_path: Path) -> None:
         taken.append(Latents(pictures, vae, tmp_path / "latents", torch.device("cpu")).take(torch.arange(10)))
     assert not torch.allclose(taken[0], taken[1], atol=1e-2)
     assert len(list((tmp_path / "latents").glob("*.f16"))) == 2
+
+
+def test_a_stage_at_low_resolution_sees_the_same_pictures_smaller(tmp_path: Path) -> None:
+    pictures, vae = open_pictures(SMALL, tmp_path / "data"), exported_autoencoder(tmp_path / "vae")
+    small = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu"), 16)
+    assert small.values.shape == (10, 4, 2, 2)
+    full = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu"))
+    assert full.values.shape == (10, 4, 4, 4)
+    with torch.no_grad():
+        shrunk = torch.nn.functional.avg_pool2d(as_taken(pictures, torch.tensor([3]))[0], 2)
+        wanted = small.vae.encode(shrunk * 2 - 1).latent[0]
+    got = small.take(torch.tensor([3]))[0] * small.std.view(-1, 1, 1) + small.mean.view(-1, 1, 1)
+    assert torch.allclose(got, wanted, atol=2e-2)
 
 
 def test_decoding_undoes_the_normalisation(tmp_path: Path) -> None:

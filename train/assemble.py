@@ -41,7 +41,7 @@ def assemble(
 
     autoencoder = run / "autoencoder" / "export"  # a run that began with weights has none of its own
     vae, mean, std = load_autoencoder(autoencoder if autoencoder.is_dir() else initial or _export(run, "autoencoder"))
-    drawing = _export(run, "adapter")  # with the base that it was trained on
+    drawing = _last_adapter(run)  # with the base that it was trained on
     unet = UNet2DConditionModel.from_pretrained(drawing / "unet", torch_dtype=torch.float32)
     text = load_text_encoders(drawing)
     pipe = ImaginePipeline(
@@ -70,6 +70,21 @@ def assemble(
         source = run / stage / "export" / stage
         if source.is_dir():
             shutil.copytree(source, output / folder, dirs_exist_ok=True)
+
+
+def _last_adapter(run: Path) -> Path:
+    """What the last adapter stage that left anything exported: coarse to fine, the last is the best."""
+    import yaml
+
+    described = run / "run.yaml"
+    if not described.is_file():
+        raise WeightsError(f"{run} holds no run (there is no run.yaml): name the folder that a training left.")
+    stages = yaml.safe_load(described.read_text(encoding="utf-8"))["stages"]
+    adapters = [name for name, stage in stages.items() if stage["task"] == "adapter"]
+    found = [run / name / "export" for name in adapters if (run / name / "export").is_dir()]
+    if not found:
+        raise WeightsError(f"No adapter stage of {run} is trained yet: train it first with `make weights`.")
+    return found[-1]
 
 
 def _export(run: Path, stage: str) -> Path:

@@ -2,42 +2,37 @@
 
 import hashlib
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from rich.progress import track
+import torch.nn.functional as F
 from torch import Tensor
 
 from imagine.diffusion import normalise_latents
+from imagine.weights import fingerprint
 from imagine.world import camera_noise
+from train.kept import keep
 from train.pictures import Pictures
 from train.task_autoencoder import load_autoencoder
-
-_BLOCK = 256
 
 
 class Latents:
     """Normalised latents (N, C, h, w) of every picture; each person's first, the real one, as cheap cameras take it."""
 
-    def __init__(self, pictures: Pictures, autoencoder: Path, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self, pictures: Pictures, autoencoder: Path, folder: Path, device: torch.device, side: int | None = None
+    ) -> None:
+        """Of pictures scaled to `side` pixels if given; a stage at low resolution sees the same pictures smaller."""
         self.vae, self.mean, self.std = load_autoencoder(autoencoder)
         self.vae.to(device).eval().requires_grad_(False)
-        self.pictures, self.device = pictures, device
-        side = pictures.gallery.size // self.vae.spatial_compression_ratio
-        shape = (len(pictures.gallery), self.vae.config.latent_channels, side, side)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = (autoencoder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
-        mark = hashlib.sha256(weights).hexdigest()[:12]
-        path, count = folder / f"latents-{mark}.f16", folder / f"latents-{mark}.count"
-        mode: Literal["r+", "w+"] = "r+" if path.exists() and path.stat().st_size == 2 * int(np.prod(shape)) else "w+"
-        self.values = np.memmap(path, np.float16, mode, shape=shape)
-        done = int(count.read_text()) if mode == "r+" and count.exists() else 0
-        for start in track(range(done, shape[0], _BLOCK), "encoding pictures", disable=done >= shape[0]):
-            rows = torch.arange(start, min(start + _BLOCK, shape[0]))
-            self.values[start : start + len(rows)] = self._encode(rows).half().cpu().numpy()
-            self.values.flush()
-            count.write_text(str(start + len(rows)))
+        self.pictures, self.device, full = pictures, device, pictures.gallery.size
+        self.side = side or full
+        # Latents depend on the encoder and its statistics: a decoder that trained on leaves them valid.
+        facts = f"{fingerprint(self.vae.encoder)} {self.mean.tolist()} {self.std.tolist()}"
+        mark = hashlib.sha256(facts.encode()).hexdigest()[:12] + ("" if self.side == full else f"-{self.side}px")
+        cells = self.side // int(self.vae.spatial_compression_ratio)
+        path, shape = folder / f"latents-{mark}.f16", (int(self.vae.config.latent_channels), cells, cells)
+        self.values = keep(path, pictures.gallery, shape, np.float16, self._encode, "encoding pictures")
 
     def take(self, rows: Tensor) -> Tensor:
         return torch.from_numpy(self.values[rows.numpy()]).float()
@@ -45,7 +40,9 @@ class Latents:
     @torch.no_grad()
     def _encode(self, rows: Tensor) -> Tensor:
         images = as_taken(self.pictures, rows)[0].to(self.device) * 2 - 1
-        return normalise_latents(self.vae.encode(images).latent, self.mean, self.std)
+        if self.side != images.shape[-1]:
+            images = F.interpolate(images, size=(self.side, self.side), mode="area")
+        return normalise_latents(self.vae.encode(images).latent, self.mean, self.std).half().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -58,6 +55,7 @@ class Latents:
 def as_taken(pictures: Pictures, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Images and boxes of these rows; real pictures with the noise of their camera, the same at every call."""
     images, boxes = pictures.take(rows)
-    for i in (rows % pictures.gallery.pictures == 0).nonzero().squeeze(1).tolist():
+    noisy = (rows % pictures.gallery.pictures == 0) & pictures.gallery.camera
+    for i in noisy.nonzero().squeeze(1).tolist():
         images[i : i + 1] = camera_noise(images[i : i + 1], int(rows[i]))
     return images, boxes

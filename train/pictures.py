@@ -5,8 +5,10 @@ others are drawn of somebody who has drifted a little, as a generator of synthet
 and how is not stored: both are pure functions of the row number.
 """
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,9 +18,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from imagine.world import Contexts, People, drift, render, sample_contexts, sample_people
+from imagine.world import Contexts, People, captions, drift, render, sample_contexts, sample_people
 from imagine.world.render import Painters, compiled_painters
-from imagine.world.seeds import JUDGE, TRAIN
+from imagine.world.seeds import HELD_OUT, JUDGE, TRAIN
 
 BLOCK = 512  # pictures rendered and stored at a time
 _WORTH_COMPILING = 2_000  # pictures; for fewer, compiling takes longer than it saves
@@ -28,20 +30,33 @@ Kind = TypeVar("Kind", np.uint8, np.float32)
 
 @dataclass(frozen=True)
 class Gallery:
-    """`identities` x `pictures` renders of `size` pixels of people from one seed range ("train" or "judge")."""
+    """`identities` x `pictures` renders of `size` pixels of people from one seed range (a split).
 
-    split: str
+    With `camera` each person's first picture, the real one, is seen as a cheap camera takes it.
+    """
+
+    split: str  # "train", "judge" or "held out"
     identities: int
     pictures: int
     size: int = 128
     drift: float = 0.06
+    first: int = 0  # people of the split that come before these
+    camera: bool = True
 
     def __len__(self) -> int:
         return self.identities * self.pictures
 
     @property
     def first_seed(self) -> int:
-        return {"train": TRAIN, "judge": JUDGE}[self.split].start
+        return {"train": TRAIN, "judge": JUDGE, "held out": HELD_OUT}[self.split].start + self.first
+
+    @property
+    def mark(self) -> str:
+        """Eight hexadecimal digits for what a row depends on besides its number."""
+        # Only what is not the default, so that a new field leaves the marks of what is on disk alone.
+        plain = Gallery("", self.identities, 0)
+        facts = {name: value for name, value in asdict(self).items() if value != getattr(plain, name)}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
     def people(self, rows: Tensor) -> People:
         """Who is in these rows, drifted in all but each person's first picture."""
@@ -53,6 +68,24 @@ class Gallery:
 
     def contexts(self, rows: Tensor) -> Contexts:
         return sample_contexts([self.first_seed + int(i) for i in rows])
+
+    def captions(self, rows: Tensor, manners: Sequence[str]) -> list[str]:
+        """Each picture's caption in the manner given for it, always the same one."""
+        people, contexts = self.people(rows), self.contexts(rows)
+        texts = [""] * len(rows)
+        for manner in set(manners):
+            mine = [i for i, name in enumerate(manners) if name == manner]
+            for i, text in zip(mine, captions(people[mine], contexts[mine], manner, rows[mine].tolist()), strict=True):
+                texts[i] = text
+        return texts
+
+    def pairs(self, target: Literal["self", "other"]) -> Tensor:
+        """Rows of all references with their targets, (P, 2): each real picture with itself, or with its SynPairs."""
+        firsts = torch.arange(self.identities) * self.pictures
+        if target == "self":
+            return torch.stack((firsts, firsts), 1)
+        others = torch.arange(1, self.pictures)
+        return torch.stack(torch.broadcast_tensors(firsts[:, None], firsts[:, None] + others), 2).flatten(0, 1)
 
 
 @dataclass(frozen=True)

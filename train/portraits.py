@@ -4,38 +4,84 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from imagine.errors import ConfigError
+from imagine.world.seeds import HELD_OUT
+from train.config import checked, unknown_name
 from train.data import shuffled
 from train.pictures import Gallery, Pictures, open_pictures
+from train.sources import SOURCES, Source
 from train.task import Start
+
+_HELD_OUT_FIRST = len(HELD_OUT) - 5_000  # far from the people whom evaluation asks for
+
+
+class GallerySettings(BaseModel):
+    """People of the training split, by their numbers, so that galleries share them or not as you like."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    first: int = Field(0, ge=0)
+    identities: int = Field(ge=1)
+    pictures: int = Field(2, ge=1)
+    drift: float = Field(0.06, ge=0)
+    camera: bool = True  # whether real pictures carry the noise of a cheap one
 
 
 class DataSettings(BaseModel):
-    """The run's `data` section: how many people are rendered, how often, and where the pictures are kept."""
+    """The run's `data` section: how many people are rendered, how often, and where the pictures are kept.
+
+    `identities`, `pictures` and `drift` describe the gallery called "train"; `galleries` adds others.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     folder: Path = Path("runs/data")
     identities: int = 20_000
     pictures: int = 2
-    judge_identities: int = 4_000
-    judge_pictures: int = 4
     drift: float = 0.06
+    galleries: dict[str, GallerySettings] = Field(default_factory=dict)
+    sources: dict[str, Source] = Field(default_factory=lambda: dict(SOURCES))
+    judge_identities: int = 12_000
+    judge_pictures: int = 3
+
+    def gallery(self, name: str) -> Gallery:
+        """The gallery of that name; ConfigError with the valid names if there is none."""
+        if name == "train":
+            return Gallery("train", self.identities, self.pictures, drift=self.drift)
+        if name not in self.galleries:
+            raise ConfigError(f"data: {unknown_name('gallery', name, ['train', *self.galleries])}.")
+        it = self.galleries[name]
+        return Gallery("train", it.identities, it.pictures, drift=it.drift, first=it.first, camera=it.camera)
+
+
+def data_settings(data: Mapping[str, Any]) -> DataSettings:
+    """The run's `data` section, checked; ConfigError for what is wrong in it."""
+    return checked(DataSettings, data, "data")
+
+
+def pictures_of(data: Mapping[str, Any], name: str) -> Pictures:
+    """The pictures of one gallery, rendered if they are not there yet."""
+    settings = data_settings(data)
+    return open_pictures(settings.gallery(name), settings.folder / name)
 
 
 def training_pictures(data: Mapping[str, Any]) -> Pictures:
     """Pictures of the people that the generator learns from."""
-    settings = DataSettings(**data)
-    gallery = Gallery("train", settings.identities, settings.pictures, drift=settings.drift)
-    return open_pictures(gallery, settings.folder / "train")
+    return pictures_of(data, "train")
 
 
 def judge_pictures(data: Mapping[str, Any]) -> Pictures:
     """Pictures of the people that the judge learns from: exact identities, several pictures each."""
-    settings = DataSettings(**data)
+    settings = data_settings(data)
     gallery = Gallery("judge", settings.judge_identities, settings.judge_pictures, drift=0.0)
     return open_pictures(gallery, settings.folder / "judge")
+
+
+def held_out_pictures(data: Mapping[str, Any], people: int) -> Pictures:
+    """Two pictures each of people whom nobody is trained on, nor evaluation asks for: to validate with."""
+    gallery = Gallery("held out", people, 2, drift=0.0, first=_HELD_OUT_FIRST, camera=False)
+    return open_pictures(gallery, data_settings(data).folder / f"held-out-{people}")
 
 
 def draw_rows(start: Start, purpose: str, images_seen: int, size: int, count: int) -> Tensor:

@@ -4,9 +4,11 @@ Each picture has one caption in each manner. The frozen encoders' tokens (CLIP, 
 when first asked for; what stands between quotes is handed on as text, because ByT5 trains.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from imagine.encoders import TextEncoders, quoted
 from imagine.records import Tokens
+from imagine.sampling import join
 from imagine.weights import fingerprint
-from imagine.world import captions
 from train.pictures import Gallery
 
 STYLES = ("terse", "dense", "rewritten")
+Encode = Callable[[Sequence[str]], Tokens]
 _T5_TOKENS = 128  # the longest dense captions take about 110
 _STEP = 16  # tokens are cut to the longest caption of a batch, rounded up to this
 
@@ -32,6 +35,17 @@ class Sentences:
     t5: Tokens
     letters: list[str]
 
+    def __getitem__(self, rows: Tensor) -> "Sentences":
+        return Sentences(_rows(self.clip, rows), _rows(self.t5, rows), [self.letters[i] for i in rows.tolist()])
+
+    @staticmethod
+    def join(pieces: "Sequence[Sentences]") -> "Sentences":
+        """One batch of several, the shorter captions padded."""
+        if len(pieces) == 1:
+            return pieces[0]
+        clip, t5 = join([piece.clip for piece in pieces]), join([piece.t5 for piece in pieces])
+        return Sentences(clip, t5, [letters for piece in pieces for letters in piece.letters])
+
     def shifted(self) -> "Sentences":
         """The same captions, each given to the next picture."""
         return Sentences(_shifted(self.clip), _shifted(self.t5), self.letters[-1:] + self.letters[:-1])
@@ -43,38 +57,36 @@ class SentenceStore:
     def __init__(self, gallery: Gallery, text: TextEncoders, folder: Path) -> None:
         self.gallery, self.text = gallery, text
         window = int(text.clip.config.max_position_embeddings)
-        count, mark = len(gallery) * len(STYLES), f"{fingerprint(text.clip)}-{fingerprint(text.t5)}"
+        count, mark = len(gallery) * len(STYLES), f"{fingerprint(text.clip)}-{fingerprint(text.t5)}-{gallery.mark}"
         folder.mkdir(parents=True, exist_ok=True)
         self.clip = _map(folder / f"clip-{mark}.f16", (count, window, text.clip.config.hidden_size))
         self.t5 = _map(folder / f"t5-{mark}.f16", (count, _T5_TOKENS, text.t5.config.d_model))
         # How many tokens count; written after the tokens, so that 0 means that they are not there yet.
         self.lengths = _map(folder / f"lengths-{mark}.i16", (count, 2), np.int16)
 
-    def take(self, rows: Tensor, styles: Sequence[str], left_out: Tensor) -> Sentences:
-        """The captions of these pictures, each in the manner given for it; "" where `left_out` (B,) says so."""
-        texts = self.write(rows, styles)
-        manners = [STYLES.index(style) for style in styles]
-        places = rows.numpy() * len(STYLES) + np.array(manners)
+    def take(
+        self, rows: Tensor, manners: Sequence[str], left_out: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Sentences:
+        """The captions of these pictures, each in the manner given for it.
+
+        `left_out` says for "clip", "t5" and "byt5" which pictures that branch is told nothing of, (B,) bool.
+        """
+        texts = self.gallery.captions(rows, manners)
+        places = rows.numpy() * len(STYLES) + np.array([STYLES.index(manner) for manner in manners])
         self._read({int(place): text for place, text in zip(places, texts, strict=True) if not self.lengths[place, 0]})
         lengths = torch.from_numpy(self.lengths[places].astype(np.int64))
         clip, t5 = (torch.from_numpy(kept[places]).float() for kept in (self.clip, self.t5))
-        if left_out.any():
-            empty = self.text.encode_clip([""]), self.text.encode_t5([""])
-            for values, tokens, column in zip((clip, t5), empty, (0, 1), strict=True):
-                here = _first(tokens)
-                values[left_out, : len(here)], lengths[left_out, column] = here, len(here)
-        letters = ["" if gone else quoted(text) for text, gone in zip(texts, left_out.tolist(), strict=True)]
+        gone = {name: left_out.get(name, torch.zeros(len(rows), dtype=torch.bool)) for name in ("clip", "t5", "byt5")}
+        self._leave_out(clip, lengths[:, 0], gone["clip"], self.text.encode_clip)
+        self._leave_out(t5, lengths[:, 1], gone["t5"], self.text.encode_t5)
+        letters = ["" if silent else quoted(text) for text, silent in zip(texts, gone["byt5"].tolist(), strict=True)]
         return Sentences(_cut(clip, lengths[:, 0]), _cut(t5, lengths[:, 1]), letters)
 
-    def write(self, rows: Tensor, styles: Sequence[str]) -> list[str]:
-        """Each picture's caption in the manner given for it, always the same one."""
-        people, contexts = self.gallery.people(rows), self.gallery.contexts(rows)
-        texts = [""] * len(rows)
-        for style in set(styles):
-            mine = [i for i, name in enumerate(styles) if name == style]
-            for i, text in zip(mine, captions(people[mine], contexts[mine], style, rows[mine].tolist()), strict=True):
-                texts[i] = text
-        return texts
+    def _leave_out(self, values: Tensor, lengths: Tensor, gone: Tensor, encode: Encode) -> None:
+        """Put the tokens of the empty sentence where `gone` (B,), in place."""
+        if gone.any():
+            here = _first(encode([""]))
+            values[gone, : len(here)], lengths[gone] = here, len(here)
 
     @torch.no_grad()
     def _read(self, texts: Mapping[int, str]) -> None:
@@ -94,8 +106,9 @@ class SentenceStore:
 
 
 def _map(path: Path, shape: tuple[int, ...], kind: Any = np.float16) -> "np.memmap[tuple[int, ...], Any]":
-    size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    mode: Literal["r+", "w+"] = "r+" if path.exists() and path.stat().st_size == size else "w+"
+    mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
+    if mode == "r+":  # a gallery that grew keeps its rows
+        os.truncate(path, int(np.prod(shape)) * np.dtype(kind).itemsize)
     return np.memmap(path, kind, mode, shape=shape)
 
 
@@ -108,6 +121,10 @@ def _cut(values: Tensor, lengths: Tensor) -> Tokens:
     """Tokens with their mask, as long as the longest needs."""
     longest = min(values.shape[1], -(-int(lengths.max()) // _STEP) * _STEP)
     return Tokens(values[:, :longest].contiguous(), torch.arange(longest) < lengths[:, None])
+
+
+def _rows(tokens: Tokens, rows: Tensor) -> Tokens:
+    return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])
 
 
 def _shifted(tokens: Tokens) -> Tokens:

@@ -4,39 +4,32 @@ The place of the finder's box is imprecise; a random shift of the crop within it
 """
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from imagine.faces import cut_squares, ellipse
+from train.kept import keep
 from train.latents import as_taken
 from train.pictures import Pictures
 
 MARGIN = 3  # pixels of a 64 px crop, on each side
-_BLOCK = 512
 
 
 class Squares:
     """Masked face crops (B, 3, size, size) of any rows, from squares of `size + 2 * MARGIN` pixels kept on disk."""
 
     def __init__(self, pictures: Pictures, size: int, folder: Path, noisy: bool) -> None:
-        self.size, side = size, size + 2 * MARGIN
-        folder.mkdir(parents=True, exist_ok=True)
-        path, count = folder / f"squares-{side}.u8", folder / f"squares-{side}.count"
-        shape = (len(pictures.gallery), 3, side, side)
-        mode: Literal["r+", "w+"] = "r+" if path.exists() and path.stat().st_size == int(np.prod(shape)) else "w+"
-        self.values = np.memmap(path, np.uint8, mode, shape=shape)
-        done = int(count.read_text()) if mode == "r+" and count.exists() else 0
-        for start in track(range(done, shape[0], _BLOCK), "cutting faces", disable=done >= shape[0]):
-            rows = torch.arange(start, min(start + _BLOCK, shape[0]))
-            images, boxes = as_taken(pictures, rows) if noisy else pictures.take(rows)
-            squares = cut_squares(images, _enlarged(boxes, side / size), side)
-            self.values[start : start + len(rows)] = (squares.clamp(0, 1) * 255).round().byte().numpy()
-            self.values.flush()
-            count.write_text(str(start + len(rows)))
+        self.size, self.side = size, size + 2 * MARGIN
+        self.pictures, self.noisy = pictures, noisy
+        path, shape = folder / f"squares-{self.side}.u8", (3, self.side, self.side)
+        self.values = keep(path, pictures.gallery, shape, np.uint8, self._cut, "cutting faces")
+
+    def _cut(self, rows: Tensor) -> Tensor:
+        images, boxes = as_taken(self.pictures, rows) if self.noisy else self.pictures.take(rows)
+        squares = cut_squares(images, _enlarged(boxes, self.side / self.size), self.side)
+        return (squares.clamp(0, 1) * 255).round().byte()
 
     def take(self, rows: Tensor, shift: Tensor) -> Tensor:
         """Crops of these rows, each shifted by up to MARGIN pixels either way (`shift` (B, 2), 0 to 1), masked."""

@@ -7,16 +7,16 @@ A stage may also name the base's parts. A base that is still young then learns t
 an adapter stage on the frozen base follows, as in the paper.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from imagine.adapter import Adapter, BranchSpec
+from imagine.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
 from imagine.diffusion import add_noise, velocity
 from imagine.encoders import VisionEncoder
 from imagine.faces import crop_faces
@@ -24,11 +24,14 @@ from imagine.records import Tokens
 from imagine.sampling import Guidance, Inputs
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
-from train.data import chance, generator, to_device, uniforms
+from train.data import chance, to_device, uniforms
 from train.grids import save_grid
+from train.judging import Examination
 from train.language import parameters
 from train.sampling import sample
+from train.sources import Drawn, in_order
 from train.squares import Squares
+from train.stock import Stock
 from train.task import Loss, Start
 from train.task_base import (
     ADAPTER_FACTS,
@@ -37,19 +40,26 @@ from train.task_base import (
     BaseBatch,
     BaseSettings,
     BaseTask,
+    Share,
     weighted_error,
 )
+
+_DRAWN_AT_ONCE = 16  # pictures
+_JUDGED_AT = 4.0  # guidance
+_MIDDLE = torch.full((1, 2), 0.5)  # a crop shifted neither way
 
 
 class AdapterSettings(BaseSettings):
     """How the adapter is fed: kinds of pictures, what is dropped for guidance, and where the loss looks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    real_share: float = 0.15
-    dense_share: float = 0.15
-    drop_vision: float = 0.1
-    lora_rank: int = 16
+    sources: dict[str, float] = Field({"real": 0.15, "synthetic": 0.85})
+    drop_vision: Share = 0.1  # share of images that are shown nobody
+    lora_rank: Annotated[int, Field(ge=0)] = 16  # 0: no LoRA
+    lora_targets: tuple[LoraTarget, ...] = LORA_TARGETS
+    zero_init: bool = True  # the vision branch begins as nothing (paper, section 3.4.1)
     face_weight: float = 3.0
+    judge: Path | None = None  # a folder of weights with a judge, to score held-out people at every validation
 
 
 @dataclass(frozen=True)
@@ -65,36 +75,41 @@ class AdapterTask(BaseTask):
 
     Settings: ClassVar[type[BaseModel]] = AdapterSettings
     PARTS: ClassVar[tuple[str, ...]] = ("vision_encoder", "vision_branch", "vision_projection", "lora", *BaseTask.PARTS)
-    VALIDATION_PICTURES: ClassVar[int] = 128
     settings: AdapterSettings
 
     def __init__(self, settings: AdapterSettings, start: Start) -> None:
         super().__init__(settings, start)
         self.vision = VisionEncoder()
         width = int(self.vision.config.width)
-        branch = BranchSpec("vision", self.unet.config.cross_attention_dim, projection="full", input_width=width)
-        self.adapter = Adapter(self.unet, [branch], lora_rank=settings.lora_rank)
+        tokens = self.unet.config.cross_attention_dim
+        branch = BranchSpec("vision", tokens, zero_init=settings.zero_init, projection="full", input_width=width)
+        self.adapter = Adapter(self.unet, [branch], settings.lora_rank, settings.lora_targets)
         self.adapter.attach(self.unet)
         self.modules |= {"image_encoder": self.vision, "adapter": self.adapter}
+        self.examination: Examination | None = None
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"vision_encoder": parameters(self.vision), **self.adapter.parts(), **super().parts()}
 
-    def prepare(self) -> None:
-        super().prepare()
-        folder = Path(self.start.data["folder"]) / "train"
-        self.squares = Squares(self.pictures, self.vision.config.image_size, folder, noisy=True)
+    def crop_side(self) -> int:
+        return int(self.vision.config.image_size)
 
     def batch(self, images_seen: int, size: int) -> AdapterBatch:
-        seed, (references, offsets) = self.start.seed, self._rows(images_seen, size)
-        targets = self._targets(references, offsets, images_seen)
+        seed, drawn = self.start.seed, self.mixture.draw(self.start.seed, images_seen, size)
+        targets = self._targets(drawn, images_seen)
         return AdapterBatch(
             targets.latents,
             targets.sentences,
             targets.faces,
-            self.squares.take(references, uniforms(seed, "crops", images_seen, size, (2,))),
+            self._references(drawn, uniforms(seed, "crops", images_seen, size, (2,))),
             1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),
         )
+
+    def _references(self, drawn: Drawn, shifts: Tensor) -> Tensor:
+        """Face crops (B, 3, S, S) of the references, each shifted a little."""
+        by_gallery = drawn.by_gallery()
+        crops = [_squares(self.stocks[name]).take(drawn.references[i], shifts[i]) for name, i in by_gallery.items()]
+        return in_order(list(by_gallery.values()), crops)
 
     def vision_tokens(self, crops: Tensor) -> Tokens:
         return self.adapter.tokens("vision", self.vision(crops))
@@ -108,23 +123,47 @@ class AdapterTask(BaseTask):
     def show(self, batch: BaseBatch, path: Path) -> None:
         """Each reference, as the vision encoder sees it, with its target to the right."""
         assert isinstance(batch, AdapterBatch)
-        targets = self.latents.decode(batch.latents.to(self.start.device)).cpu()
+        targets = self.decode(batch.latents)
         crops = F.interpolate(batch.crops, size=targets.shape[-1])
         save_grid(torch.stack((crops, targets), 1).flatten(0, 1), path, columns=8)
 
     def loss(self, batch: AdapterBatch, images_seen: int) -> Loss:  # type: ignore[override]
         noise, t = self.noise(batch.latents, self.start.seed, images_seen)
-        return Loss(self.errors_with(batch, self.vision_tokens(batch.crops), noise, t))
+        return Loss(self.weighted(self.errors_with(batch, self.vision_tokens(batch.crops), noise, t), t))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        batch = to_device(self.batch(0, self.VALIDATION_PICTURES), self.start.device)
-        batch = replace(batch, strength=torch.ones_like(batch.strength))
+        # Against two references, both another picture: of the same person, and of somebody else.
+        targets, firsts = self.held_out_batch(), torch.arange(0, 2 * self.VALIDATION_PEOPLE, 2)
+        crops = _squares(self.held_out).take(firsts, _MIDDLE.expand(len(firsts), 2))
+        strength = torch.ones(len(firsts))
+        batch = AdapterBatch(targets.latents, targets.sentences, targets.faces, crops, strength)
+        batch = to_device(batch, self.start.device)
         noise, t = self.noise(batch.latents, VALIDATION_SEED, 0)
         vision = self.vision_tokens(batch.crops)
         right = float(self.errors_with(batch, vision, noise, t).mean())
         wrong = float(self.errors_with(batch, Tokens(vision.values.roll(1, 0)), noise, t).mean())
         self.draw(folder / "pictures.png")
-        return {"validation_loss": right, "shuffled_references": wrong, "reference_ratio": wrong / right}
+        numbers = {"validation_loss": right, "shuffled_references": wrong, "reference_ratio": wrong / right}
+        return numbers | self._examined(folder)
+
+    def _examined(self, folder: Path) -> dict[str, float]:
+        """The judge's numbers for pictures of held-out people, if the stage names a judge."""
+        if self.settings.judge is None:
+            return {}
+        exam = self.examination = self.examination or Examination(self.settings.judge)
+        crops, sentences = exam.references(self.crop_side()).to(self.start.device), exam.sentences
+        pieces = []
+        noise = self.drawing_noise(len(sentences))
+        for start in range(0, len(sentences), _DRAWN_AT_ONCE):
+            some = slice(start, start + _DRAWN_AT_ONCE)
+            texts = sentences[some]
+            vision = self.vision_tokens(crops[some])
+            inputs = Inputs(self.text.encode(texts), self.text.encode([""] * len(texts)), vision)
+            latents = sample(self.unet, noise[some], inputs, Guidance(_JUDGED_AT), self.DRAWING_STEPS)
+            pieces.append(self.decode(latents))
+        pictures = torch.cat(pieces)
+        save_grid(pictures, folder / "judged.png", columns=len(exam.cases.prompts))
+        return exam.scores(pictures)
 
     def draw(self, path: Path, seeds: int = 5) -> None:
         """Held-out people by row: the photo, then fixed sentences."""
@@ -135,12 +174,17 @@ class AdapterTask(BaseTask):
         vision = Tokens(vision.values.repeat_interleave(len(PROMPTS), 0))
         count = seeds * len(PROMPTS)
         inputs = Inputs(self.text.encode(list(PROMPTS) * seeds), self.text.encode([""] * count), vision)
-        noise = torch.randn((count, self.unet.config.in_channels, 8, 8), generator=generator(0, "draw", 0))
-        latents = sample(self.unet, noise.to(self.start.device), inputs, Guidance(2.0), self.DRAWING_STEPS)
-        drawn = self.latents.decode(latents).cpu().view(seeds, len(PROMPTS), 3, 128, 128)
-        save_grid(torch.cat((photo.images[:, None], drawn), 1).flatten(0, 1), path, columns=len(PROMPTS) + 1)
+        latents = sample(self.unet, self.drawing_noise(count), inputs, Guidance(2.0), self.DRAWING_STEPS)
+        drawn = self.decode(latents).unflatten(0, (seeds, len(PROMPTS)))
+        photos = F.interpolate(photo.images, size=drawn.shape[-2:], mode="area")
+        save_grid(torch.cat((photos[:, None], drawn), 1).flatten(0, 1), path, columns=len(PROMPTS) + 1)
 
     def export(self, folder: Path) -> None:
         super().export(folder)
         self.vision.save_pretrained(folder / "image_encoder")
         self.adapter.save(folder / "adapter", {**ADAPTER_FACTS, "tokens": str(self.vision.tokens)})
+
+
+def _squares(stock: Stock) -> Squares:
+    assert stock.squares is not None, "this task keeps the face crops of all its galleries"
+    return stock.squares

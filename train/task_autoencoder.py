@@ -6,17 +6,17 @@ to map a neighbourhood of each latent to a clean picture, and small errors of th
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from imagine.models import build_autoencoder
 from imagine.weights import read_index
-from train.data import normals, uniforms
+from train.data import chance, normals, uniforms
 from train.grids import save_grid
 from train.portraits import draw_rows, training_pictures
 from train.task import Loss, Start
@@ -32,13 +32,17 @@ class AutoencoderSettings(BaseModel):
     noise: float = 0.3  # the most noise on latents, whose spread is about 1
     unit: float = 0.1  # weight of keeping each channel's mean at 0 and its spread at 1
     edges: float = 1.0  # weight of the loss on differences between neighbouring pixels
+    faces: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the crops that lie on the face; the others lie anywhere
 
 
 class AutoencoderTask:
-    """Trains on crops, which is cheaper, and shows whole pictures: the network is convolutional."""
+    """Trains on crops, which is cheaper, and shows whole pictures: the network is convolutional.
+
+    With the part `decoder` alone, latents stay what they were, and so does everything that was trained on them.
+    """
 
     Settings: ClassVar[type[BaseModel]] = AutoencoderSettings
-    PARTS: ClassVar[tuple[str, ...]] = ("vae",)
+    PARTS: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
 
     def __init__(self, settings: AutoencoderSettings, start: Start) -> None:
         self.settings, self.start = settings, start
@@ -46,16 +50,20 @@ class AutoencoderTask:
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        return {"vae": list(self.vae.parameters())}
+        return {"encoder": list(self.vae.encoder.parameters()), "decoder": list(self.vae.decoder.parameters())}
 
     def prepare(self) -> None:
         self.pictures = training_pictures(self.start.data)
 
     def batch(self, images_seen: int, size: int) -> Tensor:
         rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
-        images = self.pictures.take(rows)[0]
+        images, boxes = self.pictures.take(rows)
         side, crop, seed = images.shape[-1], self.settings.crop, self.start.seed
-        places = (uniforms(seed, "crop", images_seen, size, (2,)) * ((side - crop) // 16 + 1)).long() * 16
+        anywhere = uniforms(seed, "crop", images_seen, size, (2,)) * ((side - crop) // 16 + 1)
+        centres = (boxes[:, :2] + boxes[:, 2:] / 2).flip(1)  # down, across
+        on_face = ((centres - crop / 2) / 16).round().clamp(0, (side - crop) // 16)
+        which = chance(seed, "faces", images_seen, size, self.settings.faces)
+        places = torch.where(which[:, None], on_face, anywhere).long() * 16
         cut = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, places.tolist(), strict=True)]
         return torch.stack(cut) * 2 - 1
 
@@ -86,11 +94,18 @@ class AutoencoderTask:
 
     def export(self, folder: Path) -> None:
         self.vae.save_pretrained(folder / "vae")
+        (folder / "latents.json").write_text(json.dumps(self._statistics()))
+
+    def _statistics(self) -> dict[str, list[float]]:
+        """Mean and spread of each latent channel; those of the folder that a frozen encoder came from."""
+        frozen = not any(parameter.requires_grad for parameter in self.vae.encoder.parameters())
+        if frozen and self.start.initial is not None:
+            _, mean, std = load_autoencoder(self.start.initial)
+            return {"mean": mean.tolist(), "std": std.tolist()}
         rows = draw_rows(self.start, "statistics", 0, 512, len(self.pictures.gallery))
         images = self.pictures.take(rows)[0].to(self.start.device) * 2 - 1
         latents = torch.cat([self.vae.encode(part).latent for part in images.split(64)]).float().cpu()
-        statistics = {"mean": latents.mean((0, 2, 3)).tolist(), "std": latents.std((0, 2, 3)).tolist()}
-        (folder / "latents.json").write_text(json.dumps(statistics))
+        return {"mean": latents.mean((0, 2, 3)).tolist(), "std": latents.std((0, 2, 3)).tolist()}
 
 
 def load_autoencoder(folder: Path) -> tuple[AutoencoderDC, Tensor, Tensor]:

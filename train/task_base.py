@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from imagine.adapter import Adapter, BranchSpec
-from imagine.diffusion import add_noise, logit_normal, per_item, timesteps, velocity
+from imagine.diffusion import add_noise, logit_normal, min_snr_weight, timesteps, velocity
 from imagine.errors import ConfigError
 from imagine.models import build_denoiser
 from imagine.records import Conditioning, Tokens
@@ -18,10 +18,12 @@ from imagine.sampling import Guidance, Inputs, pooled_text
 from train.data import chance, generator, normals, to_device
 from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
-from train.latents import Latents
-from train.portraits import draw_rows, training_pictures
+from train.pictures import Pictures
+from train.portraits import data_settings, held_out_pictures, pictures_of
 from train.sampling import sample
-from train.sentences import Sentences, SentenceStore
+from train.sentences import Sentences
+from train.sources import Drawn, Mixture, in_order
+from train.stock import Stock, keep_stock
 from train.task import Loss, Start
 
 ADAPTER_FACTS = {
@@ -43,17 +45,30 @@ PROMPTS = (
 )
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class BaseSettings(BaseModel):
     """Sizes of the denoiser, and which pictures and captions it is fed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     widths: tuple[int, ...] = (128, 192)
     layers: int = 1
+    middle_attention: bool = True  # False leaves one residual block in the denoiser's middle
     pooled: bool = True  # the sentence also as one vector beside the time
-    real_share: float = 0.2  # share of real singles with terse captions; the rest are synthetic
-    dense_share: float = 0.5  # share of dense captions among the synthetic; the rest are rewritten
-    drop_text: float = 0.1  # share of pictures trained without any text, for guidance
+    resolution: int = 128  # pixels; pictures are scaled to it before they are encoded
+    sources: dict[str, float] = {"real": 0.2, "synthetic": 0.8}  # names among the run's data sources, by weight
+    alternate: Annotated[int, Field(ge=1)] = (
+        1  # images in a row from one source; the batch's size alternates whole batches
+    )
+    drop_text: Share = 0.1  # share of images that no text branch is told anything of, for guidance
+    drop_clip: Share = 0.0  # and of those that one branch alone misses; 1 leaves it out altogether
+    drop_t5: Share = 0.0
+    drop_byt5: Share = 0.0
     face_weight: float = 2.0  # how much more the loss counts inside the face's box
+    time_mean: float = 0.0  # of the logit-normal times; above 0 is more noise
+    time_std: Annotated[float, Field(gt=0)] = 1.0
+    min_snr_gamma: float | None = None  # weigh errors by min-SNR (arXiv 2303.09556), with this gamma
 
 
 @dataclass(frozen=True)
@@ -71,13 +86,17 @@ class BaseTask:
     Settings: ClassVar[type[BaseModel]] = BaseSettings
     PARTS: ClassVar[tuple[str, ...]] = ("unet", "text_adapter", "byt5")
     DRAWING_STEPS: ClassVar[int] = 20  # of the sampler, for the sheets of pictures
+    VALIDATION_PEOPLE: ClassVar[int] = 128
 
     def __init__(self, settings: BaseSettings, start: Start) -> None:
         self.settings, self.start = settings, start
         make_tokenizers(start.folder / "cache")
         self.text = build_text_encoders(start.folder / "cache")
         pooled = self.text.pooled_width if settings.pooled else None
-        self.unet = build_denoiser(widths=settings.widths, layers=settings.layers, pooled_width=pooled)
+        self.unet = build_denoiser(
+            widths=settings.widths, layers=settings.layers, pooled_width=pooled,
+            middle_attention=settings.middle_attention,
+        )  # fmt: skip
         t5, byt5 = (model.config.d_model for model in (self.text.t5, self.text.byt5))
         branches = [BranchSpec("t5", t5, zero_init=False), BranchSpec("byt5", byt5, zero_init=False)]
         self.text_adapter = Adapter(self.unet, branches)
@@ -94,10 +113,22 @@ class BaseTask:
         }  # fmt: skip
 
     def prepare(self) -> None:
-        self.pictures = training_pictures(self.start.data)
-        folder = Path(self.start.data["folder"]) / "train"
-        self.latents = Latents(self.pictures, self._autoencoder(), folder, self.start.device)
-        self.store = SentenceStore(self.pictures.gallery, self.text, folder)
+        data, settings = data_settings(self.start.data), self.settings
+        names = {data.sources[name].gallery for name in settings.sources if name in data.sources}
+        galleries = {name: data.gallery(name) for name in sorted(names)}
+        self.mixture = Mixture(settings.sources, data.sources, galleries, settings.alternate)
+        self.stocks = {name: self._stock(pictures_of(self.start.data, name), name) for name in galleries}
+        held_out = held_out_pictures(self.start.data, self.VALIDATION_PEOPLE)
+        self.held_out = self._stock(held_out, f"held-out-{self.VALIDATION_PEOPLE}")
+
+    def _stock(self, pictures: Pictures, name: str) -> Stock:
+        folder = data_settings(self.start.data).folder / name
+        side, crop = self.settings.resolution, self.crop_side()
+        return keep_stock(pictures, self._autoencoder(), self.text, folder, self.start.device, side, crop)
+
+    def crop_side(self) -> int | None:
+        """Pixels of the face crops that this task needs, if it does."""
+        return None
 
     def _autoencoder(self) -> Path:
         """The folder that holds it: what an earlier stage left, or the weights that the stage begins with."""
@@ -110,34 +141,33 @@ class BaseTask:
         return folder
 
     def batch(self, images_seen: int, size: int) -> BaseBatch:
-        return self._targets(*self._rows(images_seen, size), images_seen)
+        return self._targets(self.mixture.draw(self.start.seed, images_seen, size), images_seen)
 
-    def _rows(self, images_seen: int, size: int) -> tuple[Tensor, Tensor]:
-        """Each person's first picture, and how far behind it the target lies: 0 is that real one itself, (B,) each."""
-        gallery = self.pictures.gallery
-        who = draw_rows(self.start, "people", images_seen, size, gallery.identities)
-        real = chance(self.start.seed, "real", images_seen, size, self.settings.real_share)
-        other = draw_rows(self.start, "which", images_seen, size, gallery.pictures - 1) + 1
-        return who * gallery.pictures, torch.where(real, 0, other)
+    def _targets(self, drawn: Drawn, images_seen: int) -> BaseBatch:
+        """The targets of what was drawn, with their captions; some branches are told nothing of some."""
+        dropped = self._dropped(images_seen, len(drawn.targets))
+        places, latents, sentences, faces = [], [], [], []
+        for name, here in drawn.by_gallery().items():
+            stock, rows = self.stocks[name], drawn.targets[here]
+            places.append(here)
+            latents.append(stock.latents.take(rows))
+            manners = [drawn.manners[i] for i in here.tolist()]
+            sentences.append(
+                stock.sentences.take(rows, manners, {branch: gone[here] for branch, gone in dropped.items()})
+            )
+            faces.append(stock.face_weights(rows, self.settings.face_weight))
+        order = torch.cat(places).argsort()
+        joined = Sentences.join(sentences)
+        return BaseBatch(
+            in_order(places, latents), joined if len(places) == 1 else joined[order], in_order(places, faces)
+        )
 
-    def _targets(self, firsts: Tensor, offsets: Tensor, images_seen: int) -> BaseBatch:
-        rows = firsts + offsets
-        latents = self.latents.take(rows)
-        return BaseBatch(latents, self.captions(rows, offsets == 0, images_seen), self.face_weights(rows, latents))
-
-    def captions(self, rows: Tensor, real: Tensor, images_seen: int) -> Sentences:
-        """Terse captions for real pictures, dense or rewritten ones for synthetic ones, none for some of both."""
-        size, seed = len(rows), self.start.seed
-        dense = chance(seed, "dense", images_seen, size, self.settings.dense_share)
-        drop = chance(seed, "drop", images_seen, size, self.settings.drop_text)
-        kinds = zip(real.tolist(), dense.tolist(), strict=True)
-        styles = ["terse" if r else "dense" if d else "rewritten" for r, d in kinds]
-        return self.store.take(rows, styles, drop)
-
-    def face_weights(self, rows: Tensor, latents: Tensor) -> Tensor:
-        """How much each place of the latents counts in the loss: more where the face is, (B, 1, h, w)."""
-        boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
-        return face_weights(boxes, self.pictures.gallery.size, latents.shape[-1], self.settings.face_weight)
+    def _dropped(self, first: int, size: int) -> dict[str, Tensor]:
+        """Text branch -> which images it is told nothing of, (size,) bool."""
+        seed, settings = self.start.seed, self.settings
+        everything = chance(seed, "drop", first, size, settings.drop_text)
+        shares = {"clip": settings.drop_clip, "t5": settings.drop_t5, "byt5": settings.drop_byt5}
+        return {name: everything | chance(seed, f"drop {name}", first, size, share) for name, share in shares.items()}
 
     def predict(
         self,
@@ -162,24 +192,37 @@ class BaseTask:
         return weighted_error(guess, velocity(batch.latents, noise), batch.faces)
 
     def show(self, batch: BaseBatch, path: Path) -> None:
-        save_grid(self.latents.decode(batch.latents.to(self.start.device)).cpu(), path, columns=8)
+        save_grid(self.decode(batch.latents), path, columns=8)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S), 0 to 1, on the CPU."""
+        return self.held_out.latents.decode(latents.to(self.start.device)).cpu()
 
     def loss(self, batch: BaseBatch, images_seen: int) -> Loss:
-        return Loss(self.errors(batch, *self.noise(batch.latents, self.start.seed, images_seen)))
+        noise, t = self.noise(batch.latents, self.start.seed, images_seen)
+        return Loss(self.weighted(self.errors(batch, noise, t), t))
+
+    def weighted(self, errors: Tensor, t: Tensor) -> Tensor:
+        """Errors (B,) by how much their time counts."""
+        gamma = self.settings.min_snr_gamma
+        return errors if gamma is None else errors * min_snr_weight(t, gamma)
 
     def noise(self, latents: Tensor, seed: int, images_seen: int) -> tuple[Tensor, Tensor]:
         """Noise like the latents, and times (B,): of each image number its own."""
         count, device = len(latents), latents.device
         noise = normals(seed, "noise", images_seen, count, latents.shape[1:], device)
-        return noise, logit_normal(normals(seed, "times", images_seen, count, device=device))
+        normal = normals(seed, "times", images_seen, count, device=device)
+        return noise, logit_normal(normal, self.settings.time_mean, self.settings.time_std)
+
+    def held_out_batch(self) -> BaseBatch:
+        """One picture each of people whom nobody was trained on, with its caption."""
+        stock, rows = self.held_out, torch.arange(1, 2 * self.VALIDATION_PEOPLE, 2)
+        sentences = stock.sentences.take(rows, ["rewritten"] * len(rows))
+        return BaseBatch(stock.latents.take(rows), sentences, stock.face_weights(rows, self.settings.face_weight))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        # Synthetic pictures of the first people, against their own and others' captions.
-        rows = torch.arange(1, min(257, len(self.pictures.gallery)), 2)
-        latents = self.latents.take(rows).to(self.start.device)
-        sentences = self.store.take(rows, ["rewritten"] * len(rows), torch.zeros(len(rows), dtype=torch.bool))
-        batch = to_device(BaseBatch(latents, sentences, self.face_weights(rows, latents)), self.start.device)
-        noise, t = self.noise(latents, VALIDATION_SEED, 0)
+        batch = to_device(self.held_out_batch(), self.start.device)  # against their own and others' captions
+        noise, t = self.noise(batch.latents, VALIDATION_SEED, 0)
         right = float(self.errors(batch, noise, t).mean())
         wrong = float(self.errors(replace(batch, sentences=batch.sentences.shifted()), noise, t).mean())
         self.draw(folder / "pictures.png")
@@ -187,11 +230,15 @@ class BaseTask:
 
     def draw(self, path: Path, seeds: int = 2) -> None:
         """Fixed sentences at fixed seeds, one column a sentence, without and with guidance."""
-        shape = (len(PROMPTS) * seeds, self.unet.config.in_channels, 8, 8)
-        noise = torch.randn(shape, generator=generator(0, "draw", 0)).to(self.start.device)
+        noise = self.drawing_noise(len(PROMPTS) * seeds)
         inputs = Inputs(self.text.encode(list(PROMPTS) * seeds), self.text.encode([""] * len(noise)), None)
         rows = [sample(self.unet, noise, inputs, Guidance(scale), self.DRAWING_STEPS) for scale in (1.0, 3.0)]
-        save_grid(self.latents.decode(torch.cat(rows)).cpu(), path, columns=len(PROMPTS))
+        save_grid(self.decode(torch.cat(rows)), path, columns=len(PROMPTS))
+
+    def drawing_noise(self, count: int) -> Tensor:
+        """The same noise (count, C, h, w) at every call, so that sheets can be compared."""
+        shape = (count, *self.held_out.latents.values.shape[1:])
+        return torch.randn(shape, generator=generator(0, "draw", 0)).to(self.start.device)
 
     def export(self, folder: Path) -> None:
         self.unet.save_pretrained(folder / "unet")
@@ -204,13 +251,3 @@ def weighted_error(guess: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
     """Mean squared error over channels and, by weight (B, 1, h, w), over places: one number an item, in float32."""
     square = (guess.float() - wanted.float()).square().mean(1, keepdim=True)
     return (square * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
-
-
-def face_weights(boxes: Tensor, side: int, cells: int, weight: float) -> Tensor:
-    """(B, 1, cells, cells): `weight` where a latent cell touches the face, 1 elsewhere."""
-    middle = (torch.arange(cells) + 0.5) * side / cells
-    half = side / cells / 2
-    across = (middle > boxes[:, :1] - half) & (middle < boxes[:, :1] + boxes[:, 2:3] + half)
-    down = (middle > boxes[:, 1:2] - half) & (middle < boxes[:, 1:2] + boxes[:, 3:] + half)
-    inside = (down.unsqueeze(2) & across.unsqueeze(1)).unsqueeze(1).float()
-    return per_item(torch.ones(len(boxes)), inside) + (weight - 1) * inside

@@ -1,0 +1,56 @@
+"""What the judge says of a denoiser that is still training: a small evaluation of held-out people at each validation.
+
+The people are those of evaluation's seed 7, whom no reported number uses. Small numbers are rough, and good enough to
+see identity and obedience come and go; what is published is measured by `imagine evaluate`.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from imagine.cases import Cases, Real, look, look_at_real, make_cases
+from imagine.errors import ConfigError
+from imagine.faces import crop_faces
+from imagine.judge import Judge
+from imagine.scores import score
+from imagine.suites import PORTRAITS
+from imagine.world import render
+
+SEED = 7
+GALLERY = 100  # people among whom rank-1 chooses
+
+
+class Examination:
+    """A few held-out people asked for a few things; real renders are judged once and remembered.
+
+    Raises ConfigError if `weights` holds no judge.
+    """
+
+    def __init__(self, weights: Path, people: int = 8, prompts: int = 6, gallery: int = GALLERY) -> None:
+        if not (weights / "judge").is_dir():
+            raise ConfigError(f"judge: {weights} holds no folder judge; name a folder of weights that does, or none.")
+        self.judge = Judge.from_pretrained(weights / "judge")
+        self.cases: Cases = make_cases(PORTRAITS[:prompts], people, SEED, gallery)
+        self._real: Real | None = None
+
+    @property
+    def sentences(self) -> list[str]:
+        """What is asked for, one sentence a case; all sentences of the first person first."""
+        return [self.cases.prompt(case).text for case in range(len(self.cases))]
+
+    def references(self, size: int) -> Tensor:
+        """The reference's face crop for every case, (cases, 3, size, size)."""
+        out = render(self.cases.people[: self.cases.identities], self.cases.references)
+        return crop_faces(out.images, out.boxes, size)[self.cases.person]
+
+    def scores(self, pictures: Tensor) -> dict[str, float]:
+        """The judge's numbers for one picture a case (cases, 3, H, W), 0 to 1, and the ceiling of two of them."""
+        real = self._real = self._real or look_at_real(self.cases, self.judge)
+        seen = look(self.judge, len(self.cases), lambda start, stop: (pictures[start:stop], None))
+        mean = {name: float(values.mean()) for name, values in score(self.cases, seen, real).items()}
+        ceiling = {name: float(values.mean()) for name, values in score(self.cases, real.rows["ceiling"], real).items()}
+        return {
+            "prompt": mean["prompt"], "sim_gt": mean["sim_gt"], "copy_paste": mean["copy_paste"],
+            f"rank1_of_{len(self.cases.gallery)}": mean["rank1"],
+            "prompt_ceiling": ceiling["prompt"], "sim_gt_ceiling": ceiling["sim_gt"],
+        }  # fmt: skip
