@@ -51,18 +51,39 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RANGE",
         help="whose seeds to draw people from: train (default), judge, held_out or demo; these never overlap",
     )
-    world.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write or to carry on in")
+    world.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="write webdataset shards of N records instead, for training, with a data sheet (docs/data.md)",
+    )
+    world.add_argument(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="folder to write or to carry on in; for shards also s3://... etc.",
+    )
     return parser
 
 
 def _world(options: argparse.Namespace) -> None:
-    from data_synth.world_command import WorldSettings, build  # torch loads only once there is work for it
+    # torch loads only once there is work for it
+    from data_synth.world_command import WorldSettings, build, build_shards
 
-    settings = WorldSettings(options.identities, options.images, options.size, options.seed, options.people)
+    settings = WorldSettings(
+        options.identities, options.images, options.size, options.seed, options.people, options.shards
+    )
     with _progress() as progress:
         task = progress.add_task("pictures", total=settings.identities * settings.images)
-        table = build(settings, options.output, lambda done: progress.update(task, completed=done))
-    print(f"{settings.identities * settings.images} pictures of {settings.identities} people: {table}")
+
+        def report(done: int) -> None:
+            progress.update(task, completed=done)
+
+        if settings.shards is None:
+            written = str(build(settings, Path(options.output), report))
+        else:
+            written = build_shards(settings, options.output, report)
+    print(f"{settings.identities * settings.images} pictures of {settings.identities} people: {written}")
 
 
 def _progress() -> Progress:

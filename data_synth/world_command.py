@@ -1,13 +1,15 @@
-"""Pictures of the portrait world on disk: PNGs and one metadata.jsonl row for each.
+"""Pictures of the portrait world on disk: PNGs and one metadata.jsonl row for each, or webdataset shards.
 
 Every picture follows from (seed, person, number) alone, so a build can be killed at any moment and carried on, and
 asking for more people or more pictures later keeps those that are there. A picture is finished when its row is in
-metadata.jsonl; the PNG is in place, whole, before the row is written.
+metadata.jsonl; the PNG is in place, whole, before the row is written. Shards are for training: a person's first
+picture is the reference, the others are its targets. They are finished one at a time, and hold what they were made for.
 """
 
+import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from imagine.errors import ConfigError
+from imagine.shard_writer import SETTINGS, About, ShardWriter
+from imagine.shards import Record
 from imagine.world import Contexts, People, attributes, captions, render, sample_contexts, sample_people
 from imagine.world.seeds import DEMO, HELD_OUT, JUDGE, TRAIN
 
@@ -29,13 +33,17 @@ _BATCH = 16  # pictures drawn at once; always the same ones together, so that a 
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """What to draw: `images` pictures of each of `identities` people, `size` pixels square."""
+    """What to draw: `images` pictures of each of `identities` people, `size` pixels square.
+
+    `shards` is how many records each shard holds; None is for PNG files.
+    """
 
     identities: int
     images: int
     size: int = 128
     seed: int = 0
     people: str = "train"
+    shards: int | None = None
 
     def __post_init__(self) -> None:
         if self.people not in RANGES:
@@ -49,15 +57,23 @@ class WorldSettings:
             raise ConfigError(f"A size of {self.size} pixels cannot be drawn: give {SIZES[0]} to {SIZES[-1]}.")
         if self.seed < 0:
             raise ConfigError(f"The seed is {self.seed}: give 0 or more.")
+        if self.shards is not None and self.shards < 1:
+            raise ConfigError(f"{self.shards} records do not make a shard: give 1 or more.")
 
 
 @dataclass(frozen=True)
 class _Job:
     """One picture to draw."""
 
-    file: str  # below the output folder
+    number: int  # of the person, from 0
+    image: int  # which of the person's pictures, from 0
     identity: int  # the person's seed: sample_people([identity]) is this person again
     context: int  # the context's seed, likewise
+
+    @property
+    def file(self) -> str:
+        """Below the output folder."""
+        return f"images/{self.number:06d}/{self.image:04d}.png"
 
 
 def build(settings: WorldSettings, output: Path, report: Callable[[int], None] = lambda done: None) -> Path:
@@ -80,12 +96,57 @@ def build(settings: WorldSettings, output: Path, report: Callable[[int], None] =
     return table
 
 
+def build_shards(settings: WorldSettings, output: str, report: Callable[[int], None] = lambda done: None) -> str:
+    """Write what is missing of the shards in `output`, a folder on any filesystem, and return its data sheet's address.
+
+    `report` is told how many pictures are in shards or on the way there, first those found from an earlier run. Raises
+    ConfigError if `output` cannot be used or holds pictures made with other settings.
+    """
+    if Path(output, "world.json").exists():
+        raise ConfigError(f"{output} holds pictures as PNG files: give another folder for shards.")
+    assert settings.shards is not None, "these settings are for PNG files"
+    with ShardWriter(output, _about(settings), settings.shards) as writer:
+        done = 0
+        report(writer.taken)
+        for batch in _batches(settings):
+            missing = range(max(writer.taken - done, 0), len(batch))
+            for record in _records(settings, batch, missing) if missing else ():
+                writer.write(record)
+            done += len(batch)
+            if missing:
+                report(done)
+    return f"{output.rstrip('/')}/datasheet.json"
+
+
+def _about(settings: WorldSettings) -> About:
+    return About(
+        title="Pictures of the portrait world",
+        purpose=(
+            "Made to train and to measure personalised image generation where the truth is known. These are stylised "
+            "people from a renderer: they say nothing about how photographs of real people come out."
+        ),
+        collection=(
+            "Drawn by imagine.world; captions, attributes, boxes and landmarks come from the numbers that the pictures "
+            "were drawn from. Nothing was photographed, and nobody shown exists."
+        ),
+        licence="Apache-2.0, as the renderer",
+        seeds={"seed": settings.seed},
+        settings={
+            "people": settings.people,
+            "identities": settings.identities,
+            "images": settings.images,
+            "size": settings.size,
+            "world": FORMAT_VERSION,
+        },
+    )
+
+
 def _batches(settings: WorldSettings) -> Iterator[list[_Job]]:
     """All jobs, person by person, in batches; the first N people of a seed are the same whatever N is."""
     people = RANGES[settings.people]
     order = np.random.default_rng(settings.seed).permutation(len(people))[: settings.identities].tolist()
     jobs = (
-        _Job(f"images/{number:06d}/{image:04d}.png", people[row], _seed(settings.seed, people[row], image))
+        _Job(number, image, people[row], _seed(settings.seed, people[row], image))
         for number, row in enumerate(order)
         for image in range(settings.images)
     )
@@ -98,23 +159,48 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _draw(settings: WorldSettings, batch: list[_Job], missing: list[int], output: Path, table: Path) -> None:
+def _draw(settings: WorldSettings, batch: list[_Job], missing: Sequence[int], output: Path, table: Path) -> None:
+    rows = []
+    for job, png, row in _drawn(settings, batch, missing):
+        _write_whole(output / job.file, png)
+        rows.append({"file": job.file, **row})
+    _append(table, rows)
+
+
+def _records(settings: WorldSettings, batch: list[_Job], missing: Sequence[int]) -> Iterator[Record]:
+    """The missing pictures of a batch as records of pairs."""
+    for job, png, row in _drawn(settings, batch, missing):
+        left, top, width, height = row["box"]
+        yield Record(
+            key=f"{job.number:06d}_{job.image:04d}",
+            image=png,
+            caption=row["caption"],
+            captions=row["captions"],
+            identity=str(job.identity),
+            reference=f"{job.number:06d}_0000" if job.image else None,
+            box=(left, top, width, height),
+            source="synthetic" if job.image else "real",
+            extra={name: row[name] for name in ("attributes", "context", "landmarks")},
+        )
+
+
+def _drawn(
+    settings: WorldSettings, batch: list[_Job], missing: Sequence[int]
+) -> Iterator[tuple[_Job, bytes, dict[str, Any]]]:
+    """PNG and row of the missing pictures; all of the batch are drawn, as the last bit depends on the company."""
     people = sample_people([job.identity for job in batch])
     contexts = sample_contexts([job.context for job in batch])
     drawn = render(people, contexts, size=settings.size)
-    rows = []
     for i in missing:
-        _write_png(output / batch[i].file, drawn.images[i])
         truth = {"box": _rounded(drawn.boxes[i]), "landmarks": _rounded(drawn.landmarks[i])}
-        rows.append({**_row(batch[i], people[i : i + 1], contexts[i : i + 1]), **truth})
-    _append(table, rows)
+        row = {**_row(batch[i], people[i : i + 1], contexts[i : i + 1]), **truth}
+        yield batch[i], _png(drawn.images[i]), row
 
 
 def _row(job: _Job, people: People, contexts: Contexts) -> dict[str, Any]:
     styles = ("dense", "terse", "rewritten")
     written = {style: captions(people, contexts, style=style, seed=job.context)[0] for style in styles}
     return {
-        "file": job.file,
         "identity": job.identity,
         "caption": written["dense"],
         "attributes": attributes(people, contexts)[0],
@@ -127,12 +213,19 @@ def _rounded(values: Tensor) -> Any:
     return np.round(values.numpy().astype(np.float64), 2).tolist()
 
 
-def _write_png(path: Path, image: Tensor) -> None:
-    """Write (3, S, S), 0 to 1, so that the file is either whole or not there."""
+def _png(image: Tensor) -> bytes:
+    """(3, S, S), 0 to 1, as a PNG file."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """So that the file is either whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-    Image.fromarray(pixels).save(part, format="PNG")
+    part.write_bytes(content)
     os.replace(part, path)
 
 
@@ -172,6 +265,8 @@ def _open_folder(settings: WorldSettings, output: Path) -> None:
     """Make the folder, or check that it was made with the same settings."""
     wanted = {"version": FORMAT_VERSION, "size": settings.size, "seed": settings.seed, "people": settings.people}
     note = output / "world.json"
+    if (output / SETTINGS).exists():
+        raise ConfigError(f"{output} holds shards: give another folder for PNG files.")
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not note.exists():

@@ -5,7 +5,8 @@
     ├── FaceError           the picture does not hold exactly the face that was asked for
     ├── PromptError         the sentence cannot be used
     ├── WeightsError        a weights folder or file does not fit
-    └── ConfigError         a configuration names something unknown or contradicts itself
+    ├── ConfigError         a configuration names something unknown or contradicts itself
+    └── BadRecordError      one record of a data set cannot be used; the others can
 
 Anything else that escapes is our own fault (exit code 1).
 """
@@ -33,3 +34,7 @@ class WeightsError(ImagineError):
 
 class ConfigError(ImagineError):
     """A configuration names something unknown or contradicts itself."""
+
+
+class BadRecordError(ImagineError):
+    """One record of a data set cannot be used; the others can."""

@@ -1,6 +1,7 @@
 """The builder's world command: what it writes, that it can be killed and carried on, and how it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 from PIL import Image
 
 from data_synth.__main__ import main
-from data_synth.world_command import WorldSettings, build
+from data_synth.world_command import WorldSettings, build, build_shards
 from imagine.errors import ConfigError
+from imagine.shards import Records, open_records
 from imagine.world import attributes, render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT, TRAIN
 
 SMALL = WorldSettings(identities=3, images=7, size=16, seed=5)
+SHARDS = replace(SMALL, shards=5)  # which cut through batches and people
 
 
 def rows(folder: Path) -> list[dict[str, object]]:
@@ -29,6 +32,18 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     build(SMALL, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures in shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    build_shards(SHARDS, str(folder))
+    return folder
+
+
+def read(folder: Path, tmp_path: Path) -> Records:
+    return open_records(folder, cache=tmp_path / "cache")
 
 
 def test_every_row_has_its_picture_and_every_picture_its_row(straight: Path) -> None:
@@ -100,6 +115,66 @@ def test_another_seed_gives_other_people_and_a_range_its_own(straight: Path, tmp
     assert all(identity in HELD_OUT for identity in held_out)
 
 
+def test_shards_hold_what_the_png_files_hold(straight: Path, shards: Path, tmp_path: Path) -> None:
+    records, table = read(shards, tmp_path), rows(straight)
+    assert (len(records), records.counts, records.problems) == (21, (5, 5, 5, 5, 1), {})
+    for record, row in zip(records, table, strict=True):
+        assert record.read() == (straight / str(row["file"])).read_bytes()
+        assert (record.caption, record.captions) == (row["caption"], row["captions"])
+        assert record.identity == str(row["identity"]) and list(record.box or ()) == row["box"]
+        assert record.extra == {name: row[name] for name in ("attributes", "context", "landmarks")}
+        assert (record.width, record.height) == (16, 16)
+
+
+def test_the_first_picture_of_a_person_is_the_real_one_and_the_reference(shards: Path, tmp_path: Path) -> None:
+    records = read(shards, tmp_path)
+    pairs = [(person * 7, person * 7 + image) for person in range(3) for image in range(1, 7)]
+    assert records.pairs() == pairs
+    assert [number for number, record in enumerate(records) if record.source == "real"] == [0, 7, 14]
+    sheet = json.loads((shards / "datasheet.json").read_text())
+    assert (sheet["records"], sheet["identities"], sheet["pairs"], sheet["boxes"]) == (21, 3, 18, 21)
+    assert sheet["seeds"] == {"seed": 5} and sheet["licence"].startswith("Apache-2.0")
+
+
+@pytest.mark.parametrize("pictures", [0, 16])
+def test_shards_killed_and_carried_on_equal_a_straight_build(pictures: int, shards: Path, tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(done: int) -> None:
+        if done >= pictures:
+            raise Killed
+
+    with pytest.raises(Killed):
+        build_shards(SHARDS, str(tmp_path), kill)
+    finished = [name for name in contents(tmp_path) if name.endswith(".tar")]
+    assert len(finished) == pictures // 5
+    (tmp_path / f"{len(finished):05d}.tar.part").write_bytes(b"as far as it came")
+    seen: list[int] = []
+    build_shards(SHARDS, str(tmp_path), seen.append)
+    assert seen[0] == pictures // 5 * 5 and seen[-1] == 21
+    assert contents(tmp_path) == contents(shards)
+
+
+def test_a_finished_build_of_shards_draws_nothing_again(shards: Path) -> None:
+    before = {name: (shards / name).stat().st_mtime_ns for name in contents(shards) if name.endswith(".tar")}
+    seen: list[int] = []
+    build_shards(SHARDS, str(shards), seen.append)
+    assert seen == [21]
+    assert {name: (shards / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_shards_with_other_settings_and_png_files_are_refused(straight: Path, shards: Path) -> None:
+    before = contents(shards), contents(straight)
+    with pytest.raises(ConfigError, match="holds shards made with images 7, records_per_shard 5, size 16: give the"):
+        build_shards(replace(SHARDS, images=8, size=32, shards=6), str(shards))
+    with pytest.raises(ConfigError, match="holds pictures as PNG files"):
+        build_shards(SHARDS, str(straight))
+    with pytest.raises(ConfigError, match="holds shards"):
+        build(SMALL, shards)
+    assert (contents(shards), contents(straight)) == before
+
+
 def test_a_folder_with_other_settings_is_refused(straight: Path) -> None:
     before = contents(straight)
     with pytest.raises(ConfigError, match="size 16, seed 5: give the same settings"):
@@ -115,6 +190,7 @@ def test_a_folder_with_other_settings_is_refused(straight: Path) -> None:
         ({"--images": "-1"}, "-1 images of a person cannot be drawn: give 1 or more."),
         ({"--size": "4"}, "A size of 4 pixels cannot be drawn: give 16 to 1024."),
         ({"--seed": "-2"}, "The seed is -2: give 0 or more."),
+        ({"--shards": "0"}, "0 records do not make a shard: give 1 or more."),
         (
             {"--people": "martians"},
             "There are no people called 'martians': choose one of train, judge, held_out, demo.",
@@ -146,6 +222,13 @@ def test_the_command_writes_what_build_writes(
     assert run(options) == 0
     assert capsys.readouterr().out == f"21 pictures of 3 people: {tmp_path / 'metadata.jsonl'}\n"
     assert contents(tmp_path) == contents(straight)
+
+
+def test_the_command_writes_shards(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"--identities": "3", "--images": "7", "--size": "16", "--seed": "5", "--shards": "5"}
+    assert run({**options, "--output": str(tmp_path)}) == 0
+    assert capsys.readouterr().out == f"21 pictures of 3 people: {tmp_path / 'datasheet.json'}\n"
+    assert contents(tmp_path) == contents(shards)
 
 
 def run(options: dict[str, str]) -> int | str | None:

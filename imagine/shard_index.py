@@ -1,0 +1,263 @@
+"""What is in a shard or a folder of pictures, as lines of JSON: where each picture lies, and its facts.
+
+A tar has no table of contents, so each is read through once, and what was found is kept in a local cache and mapped
+from there: a caption then costs no request, a picture exactly one. Data gathered from the web are never whole: what is
+broken is noted with its reason and left out, and the rest is read.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+METADATA = "metadata.jsonl"
+MISSING = "a shard that does not exist"
+FIELDS = ("key", "caption", "captions", "identity", "reference", "box", "source", "width", "height")  # of our JSON
+
+_PICTURES = ("jpg", "jpeg", "png", "webp")
+_LARGEST_TEXT = 16 << 20  # bytes of a caption or of facts; more is no such thing, and could fill the memory
+
+
+class Index:
+    """Lines of JSON, in memory or mapped from the cache: a header, then one for each record."""
+
+    def __init__(self, lines: NDArray[np.uint8]) -> None:
+        self._lines = lines
+        self._ends = np.flatnonzero(lines == ord("\n"))
+        self.header: dict[str, Any] = json.loads(lines[: self._ends[0]].tobytes())
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def line(self, row: int) -> bytes:
+        return self._lines[self._ends[row] + 1 : self._ends[row + 1]].tobytes()
+
+
+def _packed(rows: Iterable[Mapping[str, Any]], problems: Mapping[str, list[str]], **header: Any) -> bytes:
+    lines = [json.dumps(row) for row in rows]
+    header = {"version": FORMAT_VERSION, "records": len(lines), "problems": problems, **header}
+    return "".join(f"{line}\n" for line in (json.dumps(header), *lines)).encode()
+
+
+def open_index(filesystem: Any, path: str, cache: Path) -> Index:
+    """What is in a shard: from the cache if the shard is as it was, else from the shard."""
+    try:
+        info = filesystem.info(path)
+    except FileNotFoundError:
+        lines = _packed([], {MISSING: [""]}, digest="", folder=False)
+        return Index(np.frombuffer(lines, np.uint8))
+    changing = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "created", "md5Hash", "ino")
+    state = {name: str(info[name]) for name in changing if info.get(name) is not None}
+    kept = cache / f"{hashlib.sha256(filesystem.unstrip_protocol(path).encode()).hexdigest()[:32]}.jsonl"
+    index = _kept_index(kept, state)
+    if index is None:
+        with filesystem.open(path, "rb") as file:
+            lines = _index_tar(file, int(info["size"]), state)
+        _keep(kept, lines)
+        index = _kept_index(kept, state) or Index(np.frombuffer(lines, np.uint8))
+    return index
+
+
+def _kept_index(kept: Path, state: Mapping[str, str]) -> Index | None:
+    try:
+        index = Index(np.memmap(kept, np.uint8, mode="r"))
+    except (OSError, ValueError, IndexError):  # not there, empty, not JSON, without a line
+        return None
+    written = {name: index.header.get(name) for name in ("version", "state", "records")}
+    return index if written == {"version": FORMAT_VERSION, "state": state, "records": len(index)} else None
+
+
+def _keep(kept: Path, lines: bytes) -> None:
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as draft:
+            draft.write(lines)
+        os.replace(draft.name, kept)
+    except OSError:  # no room or no right to write: then the shard is read through again next time
+        return
+
+
+@dataclass
+class _Pieces:
+    """The members of one record."""
+
+    picture: tuple[int, int] | None = None  # start and size
+    txt: bytes | None = None
+    json: bytes | None = None
+
+
+def _index_tar(file: BinaryIO, size: int, state: Mapping[str, str]) -> bytes:
+    """Read a tar through, picture bytes excepted."""
+    problems: dict[str, list[str]] = {}
+    found: dict[str, _Pieces] = {}
+    digest = hashlib.sha256()
+    key = ""
+    try:
+        for member in _members(file, size):
+            digest.update(f"{member.name} {member.size}\n".encode("utf-8", "surrogateescape"))
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            stem, _, ending = name.partition(".")
+            kind = "picture" if ending.lower() in _PICTURES else ending.lower()
+            if kind not in ("picture", "txt", "json"):
+                continue
+            key = f"{folder}/{stem}" if folder else stem
+            pieces = found.setdefault(key, _Pieces())
+            if getattr(pieces, kind) is not None:
+                note(problems, "a key that is used twice", key)
+            elif kind == "picture":
+                pieces.picture = (member.offset_data, member.size)
+            else:
+                content = _text_of(file, member)
+                digest.update(content)
+                setattr(pieces, kind, content)
+    except (tarfile.TarError, ValueError, OverflowError):
+        # Nobody can say whether the last record is whole: its facts may be what was cut off.
+        found.pop(key, None)
+        note(problems, "a shard that is cut off or damaged", f"after {key}" if key else "")
+    rows = [row for key, pieces in found.items() if (row := _row(key, pieces, problems)) is not None]
+    return _packed(rows, problems, state=state, digest=digest.hexdigest(), folder=False)
+
+
+def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar of `size` bytes. Raises TarError where it is damaged: tarfile alone may just stop."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # else it remembers them all
+            if member.isreg():
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError("cut off")
+                yield member
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("no end mark")
+
+
+def _text_of(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    if member.size > _LARGEST_TEXT:
+        return b""
+    file.seek(member.offset_data)
+    return file.read(member.size)
+
+
+def _row(key: str, pieces: _Pieces, problems: dict[str, list[str]]) -> dict[str, Any] | None:
+    """A record as a line of the index, or None and a problem."""
+    facts = json_object(pieces.json) if pieces.json is not None else {}
+    if pieces.picture is None:
+        note(problems, "a record without a picture", key)
+    elif facts is None:
+        note(problems, "JSON that cannot be read", key)
+    else:
+        start, size = pieces.picture
+        text = (pieces.txt or b"").decode("utf-8", "replace").strip()
+        return _captioned({"key": key, "start": start, "size": size, **_normal(text, facts)}, facts, problems)
+    return None
+
+
+def index_folder(filesystem: Any, folder: str) -> Index:
+    """What a metadata.jsonl says, in the form of Hugging Face's imagefolder, and that its pictures are there."""
+    problems: dict[str, list[str]] = {}
+    there = filesystem.find(folder, detail=True)
+    sizes = {path[len(folder.rstrip("/")) + 1 :]: int(info["size"]) for path, info in there.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    content: bytes = filesystem.cat_file(f"{folder}/{METADATA}")
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        facts = json_object(line)
+        file = _word(facts.pop("file_name", None)) or _word(facts.pop("file", None)) if facts else ""
+        if facts is None:
+            note(problems, "JSON that cannot be read", f"line {number}")
+        elif file not in sizes:
+            note(problems, "a record without a picture", file or f"line {number}")
+        else:
+            row = _folder_row(file, sizes[file], facts, problems)
+            if row is not None and rows.setdefault(row["key"], row) is not row:
+                note(problems, "a key that is used twice", row["key"])
+    digest = hashlib.sha256(json.dumps(list(rows.values())).encode()).hexdigest()
+    return Index(np.frombuffer(_packed(rows.values(), problems, digest=digest, folder=True), np.uint8))
+
+
+def _folder_row(file: str, size: int, facts: dict[str, Any], problems: dict[str, list[str]]) -> dict[str, Any] | None:
+    """A record as a line of the index: its key is the picture's name without the ending, here and in references."""
+    row = _normal(_word(facts.pop("text", None)), facts)
+    ending = re.compile(rf"\.({'|'.join(_PICTURES)})$", re.IGNORECASE)
+    row["reference"] = row["reference"] and ending.sub("", row["reference"])
+    return _captioned({"key": ending.sub("", file), "file": file, "start": 0, "size": size, **row}, facts, problems)
+
+
+def _captioned(row: dict[str, Any], facts: Mapping[str, Any], problems: dict[str, list[str]]) -> dict[str, Any] | None:
+    if facts.get("box") is not None and row["box"] is None:
+        note(problems, "a box that is not four numbers", row["key"])
+    if row["caption"]:
+        return row
+    note(problems, "a record without a caption", row["key"])
+    return None
+
+
+def json_object(content: bytes) -> dict[str, Any] | None:
+    """The JSON object that these bytes are; None if they are none."""
+    try:
+        facts = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def _normal(text: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with Record's names and types; what is not of a field's type is as if it were not there.
+
+    `text` is the short caption beside the facts. Where the facts have a longer one of their own, it is the terse one.
+    """
+    given = facts.get("captions")
+    captions = {name: _word(word) for name, word in given.items() if _word(word)} if isinstance(given, dict) else {}
+    caption = _word(facts.get("caption")) or captions.get("dense") or text or next(iter(captions.values()), "")
+    if text and text != caption:
+        captions.setdefault("terse", text)
+    return {
+        "caption": caption,
+        "captions": captions,
+        "identity": _name(facts.get("identity")),
+        "reference": _name(facts.get("reference")),
+        "box": _box(facts.get("box")),
+        "source": _word(facts.get("source")),
+        "width": _side(facts.get("width")),
+        "height": _side(facts.get("height")),
+        "extra": {name: value for name, value in facts.items() if name not in FIELDS},
+    }
+
+
+def _word(value: object) -> str:
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _name(value: object) -> str | None:
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "" else None
+
+
+def _side(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _box(value: object) -> list[float] | None:
+    if not isinstance(value, (list, tuple)) or len(value) != 4:
+        return None
+    numbers = [float(v) for v in value if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
+    return numbers if len(numbers) == 4 and min(numbers[2:]) > 0 else None
+
+
+def note(problems: dict[str, list[str]], reason: str, key: str) -> None:
+    """Add a key to the list of those with this problem."""
+    names = problems.setdefault(reason, [])
+    if key not in names[-1:]:  # the parts of one record follow each other
+        names.append(key)
