@@ -12,14 +12,14 @@ from rich.progress import track
 from torch import Tensor
 
 from train.checkpoint import write_json
-from train.pictures import Gallery
+from train.pictures import AnyGallery
 
 _BLOCK = 256  # rows worked out and stored at a time
 Rows = np.memmap[tuple[int, ...], Any]
 
 
 def keep(
-    path: Path, gallery: Gallery, shape: Sequence[int], kind: type[Any], make: Callable[[Tensor], Tensor], words: str
+    path: Path, gallery: AnyGallery, shape: Sequence[int], kind: type[Any], make: Callable[[Tensor], Tensor], words: str
 ) -> Rows:
     """One row of `shape` and `kind` for every picture of the gallery, (len(gallery), *shape), mapped from `path`.
 
@@ -40,7 +40,7 @@ def keep(
     return values
 
 
-def _rows_done(state: Path, path: Path, gallery: Gallery) -> int:
+def _rows_done(state: Path, path: Path, gallery: AnyGallery) -> int:
     if not (state.exists() and path.exists()):
         return 0
     known = json.loads(state.read_text())

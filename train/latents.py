@@ -12,7 +12,7 @@ from imagine.diffusion import normalise_latents
 from imagine.weights import fingerprint
 from imagine.world import camera_noise
 from train.kept import keep
-from train.pictures import Pictures
+from train.pictures import AnyPictures
 from train.task_autoencoder import load_autoencoder
 
 
@@ -20,7 +20,7 @@ class Latents:
     """Normalised latents (N, C, h, w) of every picture; each person's first, the real one, as cheap cameras take it."""
 
     def __init__(
-        self, pictures: Pictures, autoencoder: Path, folder: Path, device: torch.device, side: int | None = None
+        self, pictures: AnyPictures, autoencoder: Path, folder: Path, device: torch.device, side: int | None = None
     ) -> None:
         """Of pictures scaled to `side` pixels if given; a stage at low resolution sees the same pictures smaller."""
         self.vae, self.mean, self.std = load_autoencoder(autoencoder)
@@ -52,7 +52,7 @@ class Latents:
         return (drawn / 2 + 0.5).clamp(0, 1)
 
 
-def as_taken(pictures: Pictures, rows: Tensor) -> tuple[Tensor, Tensor]:
+def as_taken(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Images and boxes of these rows; real pictures with the noise of their camera, the same at every call."""
     images, boxes = pictures.take(rows)
     noisy = (rows % pictures.gallery.pictures == 0) & pictures.gallery.camera

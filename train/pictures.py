@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -86,6 +86,54 @@ class Gallery:
             return torch.stack((firsts, firsts), 1)
         others = torch.arange(1, self.pictures)
         return torch.stack(torch.broadcast_tensors(firsts[:, None], firsts[:, None] + others), 2).flatten(0, 1)
+
+
+class AnyGallery(Protocol):
+    """What the denoiser's stages need to know of a gallery, the world's or a data set's."""
+
+    @property
+    def size(self) -> int:
+        """Pixels of a picture's side."""
+        ...
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures of one person follow each other; the first is the real one."""
+        ...
+
+    @property
+    def camera(self) -> bool:
+        """Whether the real ones are to be seen as a cheap camera takes them."""
+        ...
+
+    @property
+    def mark(self) -> str:
+        """Digits for what a row depends on besides its number."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def captions(self, rows: Tensor, manners: Sequence[str]) -> list[str]:
+        """Each picture's caption in the manner given for it, always the same one."""
+        ...
+
+    def pairs(self, target: Literal["self", "other"]) -> Tensor:
+        """Rows of references with their targets, (P, 2)."""
+        ...
+
+
+class AnyPictures(Protocol):
+    """The pictures of a gallery behind their row numbers, and where the face is in each, in pixels (N, 4)."""
+
+    @property
+    def gallery(self) -> AnyGallery: ...
+
+    @property
+    def boxes(self) -> "np.ndarray[Any, np.dtype[np.float32]]": ...
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S), 0 to 1, and face boxes (B, 4)."""
+        ...
 
 
 @dataclass(frozen=True)

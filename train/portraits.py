@@ -11,19 +11,25 @@ from imagine.errors import ConfigError
 from imagine.world.seeds import HELD_OUT
 from train.config import checked, unknown_name
 from train.data import shuffled
-from train.pictures import Gallery, Pictures, open_pictures
+from train.pictures import AnyPictures, Gallery, Pictures, open_pictures
+from train.recorded import open_recorded
 from train.sources import SOURCES, Source
 from train.task import Start
 
+SIDE = 128  # pixels of every picture
 _HELD_OUT_FIRST = len(HELD_OUT) - 5_000  # far from the people whom evaluation asks for
 
 
 class GallerySettings(BaseModel):
-    """People of the training split, by their numbers, so that galleries share them or not as you like."""
+    """People of the training split, by their numbers, so that galleries share them or not as you like.
+
+    Or, with `records`, the pictures of a data set: the address of webdataset shards or of a folder (docs/data.md).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    records: str | None = None
     first: int = Field(0, ge=0)
-    identities: int = Field(ge=1)
+    identities: int = Field(1, ge=1)
     pictures: int = Field(2, ge=1)
     drift: float = Field(0.06, ge=0)
     camera: bool = True  # whether real pictures carry the noise of a cheap one
@@ -60,15 +66,19 @@ def data_settings(data: Mapping[str, Any]) -> DataSettings:
     return checked(DataSettings, data, "data")
 
 
-def pictures_of(data: Mapping[str, Any], name: str) -> Pictures:
+def pictures_of(data: Mapping[str, Any], name: str) -> AnyPictures:
     """The pictures of one gallery, rendered if they are not there yet."""
     settings = data_settings(data)
+    named = settings.galleries.get(name)
+    if named is not None and named.records is not None:
+        return open_recorded(named.records, SIDE, settings.folder / name)
     return open_pictures(settings.gallery(name), settings.folder / name)
 
 
 def training_pictures(data: Mapping[str, Any]) -> Pictures:
     """Pictures of the people that the generator learns from."""
-    return pictures_of(data, "train")
+    settings = data_settings(data)
+    return open_pictures(settings.gallery("train"), settings.folder / "train")
 
 
 def judge_pictures(data: Mapping[str, Any]) -> Pictures:

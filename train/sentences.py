@@ -19,7 +19,7 @@ from imagine.encoders import TextEncoders, quoted
 from imagine.records import Tokens
 from imagine.sampling import join
 from imagine.weights import fingerprint
-from train.pictures import Gallery
+from train.pictures import AnyGallery
 
 STYLES = ("terse", "dense", "rewritten")
 Encode = Callable[[Sequence[str]], Tokens]
@@ -54,7 +54,7 @@ class Sentences:
 class SentenceStore:
     """The captions of a gallery, in three manners, behind the row numbers of its pictures."""
 
-    def __init__(self, gallery: Gallery, text: TextEncoders, folder: Path) -> None:
+    def __init__(self, gallery: AnyGallery, text: TextEncoders, folder: Path) -> None:
         self.gallery, self.text = gallery, text
         window = int(text.clip.config.max_position_embeddings)
         count, mark = len(gallery) * len(STYLES), f"{fingerprint(text.clip)}-{fingerprint(text.t5)}-{gallery.mark}"

@@ -17,7 +17,7 @@ from torch import Tensor
 from imagine.errors import ConfigError
 from train.config import unknown_name
 from train.data import choices, shuffled
-from train.pictures import Gallery
+from train.pictures import AnyGallery
 
 Manner = Literal["terse", "dense", "rewritten"]
 _GOLDEN = 0.6180339887498949  # turns by this share of a circle spread most evenly, however many there are
@@ -74,7 +74,7 @@ class Mixture:
         self,
         weights: Mapping[str, float],
         sources: Mapping[str, Source],
-        galleries: Mapping[str, Gallery],
+        galleries: Mapping[str, AnyGallery],
         block: int = 1,
     ) -> None:
         for name, weight in weights.items():
@@ -93,7 +93,7 @@ class Mixture:
         ]
 
     @staticmethod
-    def _pairs(name: str, source: Source, galleries: Mapping[str, Gallery]) -> Tensor:
+    def _pairs(name: str, source: Source, galleries: Mapping[str, AnyGallery]) -> Tensor:
         if source.gallery not in galleries:
             raise ConfigError(f"source {name}: {unknown_name('gallery', source.gallery, list(galleries))}.")
         pairs = galleries[source.gallery].pairs(source.target)

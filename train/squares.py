@@ -12,7 +12,7 @@ from torch import Tensor
 from imagine.faces import cut_squares, ellipse
 from train.kept import keep
 from train.latents import as_taken
-from train.pictures import Pictures
+from train.pictures import AnyPictures
 
 MARGIN = 3  # pixels of a 64 px crop, on each side
 
@@ -20,7 +20,7 @@ MARGIN = 3  # pixels of a 64 px crop, on each side
 class Squares:
     """Masked face crops (B, 3, size, size) of any rows, from squares of `size + 2 * MARGIN` pixels kept on disk."""
 
-    def __init__(self, pictures: Pictures, size: int, folder: Path, noisy: bool) -> None:
+    def __init__(self, pictures: AnyPictures, size: int, folder: Path, noisy: bool) -> None:
         self.size, self.side = size, size + 2 * MARGIN
         self.pictures, self.noisy = pictures, noisy
         path, shape = folder / f"squares-{self.side}.u8", (3, self.side, self.side)

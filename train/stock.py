@@ -8,7 +8,7 @@ from torch import Tensor
 
 from imagine.encoders import TextEncoders
 from train.latents import Latents
-from train.pictures import Pictures
+from train.pictures import AnyPictures
 from train.sentences import SentenceStore
 from train.squares import Squares
 
@@ -17,7 +17,7 @@ from train.squares import Squares
 class Stock:
     """Everything behind the row numbers of one gallery; `squares` only where a stage needs references."""
 
-    pictures: Pictures
+    pictures: AnyPictures
     latents: Latents
     sentences: SentenceStore
     squares: Squares | None = None
@@ -29,7 +29,7 @@ class Stock:
 
 
 def keep_stock(
-    pictures: Pictures,
+    pictures: AnyPictures,
     autoencoder: Path,
     text: TextEncoders,
     folder: Path,

@@ -18,7 +18,7 @@ from imagine.sampling import Guidance, Inputs, pooled_text
 from train.data import chance, generator, normals, to_device
 from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
-from train.pictures import Pictures
+from train.pictures import AnyPictures
 from train.portraits import data_settings, held_out_pictures, pictures_of
 from train.sampling import sample
 from train.sentences import Sentences
@@ -115,13 +115,14 @@ class BaseTask:
     def prepare(self) -> None:
         data, settings = data_settings(self.start.data), self.settings
         names = {data.sources[name].gallery for name in settings.sources if name in data.sources}
-        galleries = {name: data.gallery(name) for name in sorted(names)}
+        pictures = {name: pictures_of(self.start.data, name) for name in sorted(names)}
+        galleries = {name: some.gallery for name, some in pictures.items()}
         self.mixture = Mixture(settings.sources, data.sources, galleries, settings.alternate)
-        self.stocks = {name: self._stock(pictures_of(self.start.data, name), name) for name in galleries}
+        self.stocks = {name: self._stock(some, name) for name, some in pictures.items()}
         held_out = held_out_pictures(self.start.data, self.VALIDATION_PEOPLE)
         self.held_out = self._stock(held_out, f"held-out-{self.VALIDATION_PEOPLE}")
 
-    def _stock(self, pictures: Pictures, name: str) -> Stock:
+    def _stock(self, pictures: AnyPictures, name: str) -> Stock:
         folder = data_settings(self.start.data).folder / name
         side, crop = self.settings.resolution, self.crop_side()
         return keep_stock(pictures, self._autoencoder(), self.text, folder, self.start.device, side, crop)

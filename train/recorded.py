@@ -1,0 +1,148 @@
+"""A data set of records as training material: the same rows, pairs and captions as a gallery of the world has.
+
+Pictures stay where they are, in webdataset shards or in a folder (`imagine.shards`), and are read again only when
+latents or face crops are made of them. What is found out once, and kept, is where each face lies; a record that cannot
+be read, or whose face nobody finds, is counted by reason and never drawn.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imagine.errors import BadRecordError, ConfigError
+from imagine.faces import FaceFinder, default_finder
+from imagine.shards import Records, open_records
+from imagine.weights import default_folder
+from train.kept import keep
+
+log = logging.getLogger("train")
+Box = tuple[float, float, float, float]  # left, top, width, height
+_USABLE, _BROKEN, _FACELESS = 0.0, 1.0, 2.0
+_REASONS = {_BROKEN: "cannot be read", _FACELESS: "show no face"}
+
+
+class RecordGallery:
+    """The rows of a data set, numbered as its records are; `pictures` of a person do not lie beside each other."""
+
+    camera, pictures = False, 1
+
+    def __init__(self, records: Records, size: int) -> None:
+        self.records, self.size = records, size
+        self.usable = torch.ones(len(records), dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def mark(self) -> str:
+        """Digits for what a row depends on besides its number."""
+        return f"{self.records.mark}-{self.size}"
+
+    def captions(self, rows: Tensor, manners: Sequence[str]) -> list[str]:
+        """Each record's caption in the manner given for it, or the only one it has."""
+        records = [self.records[row] for row in rows.tolist()]
+        return [record.captions.get(manner, record.caption) for record, manner in zip(records, manners, strict=True)]
+
+    def pairs(self, target: Literal["self", "other"]) -> Tensor:
+        """Rows of references with their targets, (P, 2), both usable: see `Records.pairs`; "self" takes references."""
+        if target == "other":
+            pairs = torch.tensor(self.records.pairs(), dtype=torch.long).view(-1, 2)
+            return pairs[self.usable[pairs].all(1)]
+        firsts = torch.tensor([row for row, record in enumerate(self.records) if record.reference is None])
+        firsts = firsts.long()[self.usable[firsts.long()]]
+        return torch.stack((firsts, firsts), 1)
+
+
+class RecordPictures:
+    """Squares of `size` pixels round the faces of a data set, and where the faces lie in them."""
+
+    def __init__(self, gallery: RecordGallery, folder: Path, finder: FaceFinder | None = None) -> None:
+        self.gallery = gallery
+        self._finder = finder
+        facts = keep(folder / "faces.f32", gallery, (5,), np.float32, self._look, "finding faces")
+        self.boxes, states = np.asarray(facts[:, :4]), facts[:, 4]
+        gallery.usable = torch.from_numpy(states == _USABLE)
+        self._tell(Counter(states.tolist()), folder)
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S), 0 to 1, and face boxes (B, 4); grey where a record cannot be used."""
+        boxes = torch.from_numpy(self.boxes[rows.numpy()])
+        return torch.stack([self._image(row) for row in rows.tolist()]), boxes
+
+    def _image(self, row: int) -> Tensor:
+        if not self.gallery.usable[row]:
+            return torch.full((3, self.gallery.size, self.gallery.size), 0.5)
+        record, picture = self.gallery.records[row], self.gallery.records.picture(row)
+        square = _square(picture, self._box(picture, record.box, record.width), self.gallery.size)[0]
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+
+    def _look(self, rows: Tensor) -> Tensor:
+        """Face boxes in the squares and whether the record can be used, (B, 5)."""
+        facts = torch.zeros(len(rows), 5)
+        for i, row in enumerate(rows.tolist()):
+            record = self.gallery.records[row]
+            try:
+                picture = self.gallery.records.picture(row)
+            except BadRecordError:
+                facts[i, 4] = _BROKEN
+                continue
+            box = self._box(picture, record.box, record.width)
+            if box is None:
+                facts[i, 4] = _FACELESS
+            else:
+                facts[i, :4] = torch.tensor(_square(picture, box, self.gallery.size)[1])
+        return facts
+
+    def _box(self, picture: Image.Image, known: Box | None, width: int | None) -> Box | None:
+        """Where the face is in the picture as it was opened; a record's own box is in pixels of the full one."""
+        if known is not None:
+            scale = picture.width / width if width else 1.0
+            left, top, across, down = (value * scale for value in known)
+            return left, top, across, down
+        if self._finder is None:
+            self._finder = default_finder(default_folder() / "finder")
+        found = self._finder.find(picture)
+        return (found[0].left, found[0].top, found[0].width, found[0].height) if found else None
+
+    def _tell(self, states: "Counter[float]", folder: Path) -> None:
+        left_out = {words: states[state] for state, words in _REASONS.items() if states[state]}
+        problems = {reason: len(names) for reason, names in self.gallery.records.problems.items()}
+        (folder / "left_out.json").write_text(json.dumps({"unusable": left_out, "problems": problems}, indent=1))
+        if left_out:
+            words = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+            log.warning("%s: of %s records %s; they are left out.", folder.name, f"{len(self.gallery):,}", words)
+
+
+def open_recorded(address: str, size: int, folder: Path, finder: FaceFinder | None = None) -> RecordPictures:
+    """The pictures of a data set at `address` (`imagine.shards.open_records`) as squares of `size` pixels.
+
+    Raises ConfigError if there is no data set, or nothing in it can be used.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = RecordPictures(RecordGallery(open_records(address, folder / "index"), size), folder, finder)
+    if not bool(pictures.gallery.usable.any()):
+        raise ConfigError(f"No record of {address} can be used; {folder / 'left_out.json'} says why.")
+    return pictures
+
+
+def _square(picture: Image.Image, box: Box | None, size: int) -> tuple[Image.Image, Box]:
+    """The largest square that holds the middle of the face as near its centre as the picture allows, and the box in it.
+
+    Pixels are averaged, so that small squares of large photos do not alias.
+    """
+    assert box is not None, "rows without a box are left out"
+    side = min(picture.size)
+    left, top, width, height = box
+    x = min(max(left + width / 2 - side / 2, 0), picture.width - side)
+    y = min(max(top + height / 2 - side / 2, 0), picture.height - side)
+    square = picture.resize((size, size), Image.Resampling.BOX, (x, y, x + side, y + side))
+    scale = size / side
+    return square, ((left - x) * scale, (top - y) * scale, width * scale, height * scale)
