@@ -43,6 +43,7 @@ from imagine.weights import check_names
 FORMAT_VERSION = "1"
 FILE_NAME = "adapter.safetensors"
 DESCRIBED_BY = ("base", "encoder", "feature_layer", "tokens", "licence")  # what every saved adapter says of itself
+Fusion = Literal["parallel", "concatenated"]
 LoraTarget = Literal["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS: tuple[LoraTarget, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -54,6 +55,8 @@ class BranchSpec:
     `scale` applies where a call names none. With `zero_init` the gate on the branch's output starts at zero, so that a
     fresh adapter changes nothing; without, it starts at one, for branches trained together with the base.
     A `projection` maps features of `input_width` to tokens of `width`: "full" is IP-Adapter's per-token MLP.
+    `fusion` is "parallel", or "concatenated" for the paper's comparison: under the text's softmax. There a fresh
+    branch takes attention from the text although its values are zero, so only strength 0 leaves the base as it is.
     """
 
     name: str
@@ -62,6 +65,7 @@ class BranchSpec:
     zero_init: bool = True
     projection: Literal["full"] | None = None
     input_width: int | None = None
+    fusion: Fusion = "parallel"
 
 
 class FullProjection(nn.Module):
@@ -111,7 +115,9 @@ class Adapter(nn.Module):
                 _place(self, f"projections.{spec.name}", FullProjection(cast(int, spec.input_width), spec.width))
 
     def _layer_weights(self, attn: Attention, conditioned: bool) -> LayerWeights:
-        layer = LayerWeights(self.branch_specs[0].name, {spec.name: spec.scale for spec in self.branch_specs})
+        specs = self.branch_specs
+        beside = frozenset(spec.name for spec in specs if spec.fusion == "concatenated")
+        layer = LayerWeights(specs[0].name, {spec.name: spec.scale for spec in specs}, beside)
         if not conditioned:
             return layer
         for spec in self.branch_specs if attn.is_cross_attention else ():

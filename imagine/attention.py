@@ -4,6 +4,8 @@
 
 This is section 3.3 of *Imagine yourself* (arXiv 2409.13346): the three text encoders and the vision encoder never share
 a softmax, so none can drown another out, and a branch that contributes zero leaves the base's arithmetic untouched.
+For the paper's comparison (section 4.3.2) a branch may instead be concatenated: its keys and values stand beside the
+text's under one softmax.
 
 An `Adapter` (adapter.py) owns the weights, one `LayerWeights` per attention layer. The denoiser stays a stock diffusers
 model: `ParallelAttention` is an attention processor that only refers to those weights, so neither the denoiser's module
@@ -12,6 +14,7 @@ is ever stored here between calls, so threads and batch items cannot mix.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -71,13 +74,17 @@ class LayerWeights(nn.Module):
     """What one adapter adds to one attention layer: branches (cross-attention only) and low-rank additions.
 
     Children are named after the branches and after the linear layers the LoRA belongs to. `owner` names the branch
-    whose strength the LoRA follows; it also fixes the order of summation when several adapters are attached.
+    whose strength the LoRA follows; it also fixes the order of summation when several adapters are attached. Branches
+    named in `concatenated` share the text's softmax.
     """
 
-    def __init__(self, owner: str, default_scales: dict[str, float]) -> None:
+    def __init__(
+        self, owner: str, default_scales: dict[str, float], concatenated: frozenset[str] = frozenset()
+    ) -> None:
         super().__init__()
         self.owner = owner
         self.default_scales = default_scales
+        self.concatenated = concatenated
 
     def branches(self) -> dict[str, Branch]:
         return {name: child for name, child in self.named_children() if isinstance(child, Branch)}
@@ -140,8 +147,14 @@ class ParallelAttention:
         else:
             ready = (conditioning.keys_values or {}).get((self.name, TEXT))
             key, value = ready or self.text_keys_values(attn, encoder_hidden_states, conditioning)
-            mixed = _attend(query, key, value, _stock_mask(attn, attention_mask, key))
-            mixed = self._add_branches(attn, query, mixed, conditioning)
+            mask = _stock_mask(attn, attention_mask, key)
+            beside = self._present(attn, query, conditioning, concatenated=True)
+            if beside:
+                key, value, mask = _joined(key, value, mask, beside)
+            mixed = _attend(query, key, value, mask)
+            for each in self._present(attn, query, conditioning, concatenated=False):
+                attended = _attend(query, each.key, each.value, None if each.mask is None else each.mask[:, None, None])
+                mixed = _add(mixed, each.branch.gated(attended), each.strength)
         out = self._linear(attn, "to_out.0", mixed.to(query.dtype), conditioning)
         out = attn.to_out[1](out)  # dropout
         if hidden_states.dim() == 4:
@@ -169,21 +182,54 @@ class ParallelAttention:
                 out = _add(out, low_rank(states), strength).to(out.dtype)
         return out
 
-    def _add_branches(self, attn: Attention, query: Tensor, mixed: Tensor, conditioning: Conditioning) -> Tensor:
-        ready = conditioning.keys_values
+    def _present(
+        self, attn: Attention, query: Tensor, conditioning: Conditioning, concatenated: bool
+    ) -> "list[_Present]":
+        """The branches of one kind that this call attends to, in a fixed order."""
+        ready, present = conditioning.keys_values, []
         for layer in self.layers:
             for name, branch in layer.branches().items():
                 strength = layer.strength(conditioning, name)
-                if strength is None:
+                if strength is None or (name in layer.concatenated) != concatenated:
                     continue
                 tokens = conditioning.branches[name]
                 key, value = (ready or {}).get((self.name, name)) or branch.keys_values(attn, tokens.values)
                 mask = tokens.mask if ready is not None else usable_mask(tokens)
-                attended = _attend(
-                    query, key.to(query.dtype), value.to(query.dtype), None if mask is None else mask[:, None, None]
-                )
-                mixed = _add(mixed, branch.gated(attended), strength)
-        return mixed
+                present.append(_Present(branch, strength, key.to(query.dtype), value.to(query.dtype), mask))
+        return present
+
+
+@dataclass(frozen=True)
+class _Present:
+    """A branch in one call: its keys and values (batch, heads, length, head width), and which tokens count."""
+
+    branch: Branch
+    strength: "float | Tensor"
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None  # (batch, length)
+
+
+def _joined(
+    key: Tensor, value: Tensor, mask: Tensor | None, beside: Sequence[_Present]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The text's keys, values and additive mask with those of other branches beside them.
+
+    Gate and strength act on a branch's values; where the strength is 0 its tokens do not count, so the text is alone.
+    """
+    batch, heads = key.shape[:2]
+    text = key.new_zeros(batch, 1, 1, key.shape[2]) if mask is None else mask
+    keys, values, masks = [key], [value], [text.expand(batch, heads, 1, -1)]
+    for each in beside:
+        strength = torch.as_tensor(each.strength, dtype=key.dtype, device=key.device).expand(batch)
+        gate = (each.branch.gate * GATE_GAIN).view(heads, 1, -1)
+        keys.append(each.key)
+        values.append(each.value * (gate * strength.view(-1, 1, 1, 1)).to(key.dtype))
+        counts = (strength != 0)[:, None] & (each.mask if each.mask is not None else each.key.new_ones(()).bool())
+        away = torch.zeros(batch, each.key.shape[2], dtype=key.dtype, device=key.device)
+        away = away.masked_fill(~counts, -torch.inf)
+        masks.append(away[:, None, None].expand(batch, heads, 1, -1))
+    return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(masks, -1)
 
 
 def attention_layers(denoiser: nn.Module) -> dict[str, Attention]:

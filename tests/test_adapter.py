@@ -441,6 +441,23 @@ def test_saved_and_loaded_adapter_gives_the_same_picture_bit_for_bit(unet, tmp_p
     assert set(loaded.metadata) == DESCRIPTION and loaded.metadata == read_metadata(tmp_path / "adapter")
 
 
+@torch.no_grad()
+def test_a_concatenated_branch_is_saved_as_one_and_projected_once_a_picture(tiny, tmp_path):
+    call = Call(tiny)
+    width = tiny.config.cross_attention_dim
+    adapter = opened(Adapter(tiny, [BranchSpec("vision", width, zero_init=False, fusion="concatenated")]))
+    vision = Tokens(torch.randn(3, 5, width))
+    with adapter.attach(tiny):
+        conditioning = Conditioning({"vision": vision})
+        expected = call(conditioning)
+        assert torch.equal(call(project(tiny, conditioning)), expected)
+    adapter.save(tmp_path, METADATA)
+    loaded = Adapter.load(tmp_path, tiny)
+    assert loaded.branch_specs[0].fusion == "concatenated"
+    with loaded.attach(tiny):
+        assert torch.equal(call(conditioning), expected)
+
+
 def test_file_keeps_its_precision(tiny, tmp_path):
     text_adapter(tiny).half().save(tmp_path / "text.safetensors", METADATA)
     assert {p.dtype for p in Adapter.load(tmp_path / "text.safetensors", tiny).parameters()} == {torch.float16}

@@ -180,3 +180,39 @@ def test_gate_of_a_branch_opens_at_one_or_stays_shut():
     attended = torch.randn(2, 5, WIDTH)
     assert torch.equal(Branch(10, WIDTH, zero_init=False).gated(attended), attended)
     assert not Branch(10, WIDTH, zero_init=True).gated(attended).any()
+
+
+def test_concatenated_branches_share_the_texts_softmax():
+    attn = cross_attention()
+    layer = weights("vision", {"vision": 14})
+    layer.concatenated = frozenset({"vision"})
+    states, text, vision = torch.randn(2, 5, WIDTH), torch.randn(2, 4, TEXT_WIDTH), torch.randn(2, 3, 14)
+    text_mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    vision_mask = torch.tensor([[True, True, False], [True] * 3])
+    scale = torch.tensor([0.5, 2.0])
+    branch = layer.branches()["vision"]
+    query = states @ attn.to_q.weight.T
+    key = torch.cat([text @ attn.to_k.weight.T, vision @ branch.to_k.weight.T], 1)
+    strong = scale[:, None, None] * branch.gate * GATE_GAIN
+    value = torch.cat([text @ attn.to_v.weight.T, vision @ branch.to_v.weight.T * strong], 1)
+    mixed = softmax_attention(query, key, value, torch.cat([text_mask, vision_mask], 1))
+    wanted = mixed @ attn.to_out[0].weight.T + attn.to_out[0].bias
+    additive = torch.where(text_mask, 0.0, -10_000.0)[:, None]
+    conditioning = Conditioning({"vision": Tokens(vision, vision_mask)}, {"vision": scale})
+    got = parallel(attn, layer)(attn, states, text, additive, conditioning)
+    assert torch.allclose(got, wanted, atol=1e-5)
+    apart = weights("vision", {"vision": 14})
+    apart.load_state_dict(layer.state_dict())
+    assert not torch.allclose(parallel(attn, apart)(attn, states, text, additive, conditioning), wanted, atol=1e-3)
+
+
+def test_a_concatenated_branch_without_strength_leaves_the_text_alone():
+    attn = cross_attention()
+    layer = weights("vision", {"vision": 14})
+    layer.concatenated = frozenset({"vision"})
+    states, text, vision = torch.randn(2, 5, WIDTH), torch.randn(2, 4, TEXT_WIDTH), torch.randn(2, 3, 14)
+    conditioning = Conditioning({"vision": Tokens(vision)}, {"vision": torch.tensor([0.0, 1.0])})
+    got, base = parallel(attn, layer)(attn, states, text, None, conditioning), AttnProcessor2_0()(attn, states, text)
+    assert torch.allclose(got[0], base[0], atol=1e-6) and not torch.allclose(got[1], base[1], atol=1e-3)
+    off = replace(conditioning, scales={"vision": 0.0})
+    assert torch.equal(parallel(attn, layer)(attn, states, text, None, off), base)

@@ -82,7 +82,7 @@ class AdapterTask(BaseTask):
         self.vision = VisionEncoder()
         width = int(self.vision.config.width)
         tokens = self.unet.config.cross_attention_dim
-        branch = BranchSpec("vision", tokens, zero_init=settings.zero_init, projection="full", input_width=width)
+        branch = BranchSpec("vision", tokens, 1.0, settings.zero_init, "full", width, settings.fusion)
         self.adapter = Adapter(self.unet, [branch], settings.lora_rank, settings.lora_targets)
         self.adapter.attach(self.unet)
         self.modules |= {"image_encoder": self.vision, "adapter": self.adapter}

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from imagine.adapter import Adapter, BranchSpec
+from imagine.adapter import Adapter, BranchSpec, Fusion
 from imagine.diffusion import add_noise, logit_normal, min_snr_weight, timesteps, velocity
 from imagine.errors import ConfigError
 from imagine.models import build_denoiser
@@ -56,6 +56,7 @@ class BaseSettings(BaseModel):
     layers: int = 1
     middle_attention: bool = True  # False leaves one residual block in the denoiser's middle
     pooled: bool = True  # the sentence also as one vector beside the time
+    fusion: Fusion = "parallel"  # or "concatenated", the paper's comparison (section 4.3.2)
     resolution: int = 128  # pixels; pictures are scaled to it before they are encoded
     sources: dict[str, float] = {"real": 0.2, "synthetic": 0.8}  # names among the run's data sources, by weight
     alternate: Annotated[int, Field(ge=1)] = (
@@ -98,7 +99,9 @@ class BaseTask:
             middle_attention=settings.middle_attention,
         )  # fmt: skip
         t5, byt5 = (model.config.d_model for model in (self.text.t5, self.text.byt5))
-        branches = [BranchSpec("t5", t5, zero_init=False), BranchSpec("byt5", byt5, zero_init=False)]
+        widths = {"t5": t5, "byt5": byt5}
+        fusion = settings.fusion
+        branches = [BranchSpec(name, width, zero_init=False, fusion=fusion) for name, width in widths.items()]
         self.text_adapter = Adapter(self.unet, branches)
         self.text_adapter.attach(self.unet)
         self.modules: dict[str, nn.Module] = {
