@@ -60,10 +60,21 @@ def test_the_command_prints_the_plan_and_trains_nothing(tmp_path: Path, capsys: 
     assert not (tmp_path / "run").exists()
 
 
-def test_the_shipped_recipe_can_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = Path(__file__).parent.parent / "configs" / "weights.yaml"
-    assert main([str(recipe), "--output", str(tmp_path / "run"), "--dry-run"]) == 0
+JUDGE = ["recogniser", "reader", "finder"]
+FOUR = ["real", "synthetic", "fine_real", "fine_synthetic"]  # the paper's stages
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stages"),
+    [
+        ("weights", ["autoencoder", *JUDGE, "clip", "vision", "base", "together", *FOUR]),
+        ("continue", ["together", *FOUR]),
+    ],
+)
+def test_the_shipped_recipes_can_be_planned(
+    recipe: str, stages: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(__file__).parent.parent / "configs" / f"{recipe}.yaml"
+    assert main([str(path), "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == [
-        "autoencoder", "recogniser", "reader", "finder", "clip", "vision", "base", "together", "adapter",
-    ]  # fmt: skip
+    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == stages

@@ -52,7 +52,9 @@ class StagePlan:
 
 def plan(run: Run, output: Path, tasks: Mapping[str, Any] = TASKS) -> list[StagePlan]:
     """The plan of every stage; ConfigError for all that would stop the run itself before its first step."""
-    return [_plan_stage(name, resolved(name, stage, tasks), run, output, tasks) for name, stage in run.stages.items()]
+    stages = {name: resolved(name, stage, tasks) for name, stage in run.stages.items()}
+    with tempfile.TemporaryDirectory() as folder:  # what tasks write while they are built, tokenizers once for all
+        return [_plan_stage(name, stage, run, output, tasks, Path(folder)) for name, stage in stages.items()]
 
 
 def words(plans: list[StagePlan]) -> str:
@@ -72,8 +74,8 @@ def words(plans: list[StagePlan]) -> str:
     return "\n".join(lines)
 
 
-def _plan_stage(name: str, stage: Stage, run: Run, output: Path, tasks: Mapping[str, Any]) -> StagePlan:
-    with _built(name, stage, run, output, tasks) as task:
+def _plan_stage(name: str, stage: Stage, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path) -> StagePlan:
+    with _built(name, stage, run, output, tasks, folder) as task:
         chosen = parts.choose(task.parts(), stage.train, name)
         everything = {id(p): p.numel() for module in task.modules.values() for p in module.parameters()}
         trained = parts.sizes(chosen)
@@ -88,13 +90,13 @@ def _plan_stage(name: str, stage: Stage, run: Run, output: Path, tasks: Mapping[
 
 
 @contextmanager
-def _built(name: str, stage: Stage, run: Run, output: Path, tasks: Mapping[str, Any]) -> Iterator[Task]:
-    """The stage's task without numbers; what it writes while it is built goes where it will be thrown away."""
+def _built(name: str, stage: Stage, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path) -> Iterator[Task]:
+    """The stage's task without numbers; `folder` stands for the stage's own."""
     kind = task_class(stage.task, tasks, name)
     settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
     earlier = {source: output / source / "export" for source in stage.start_from}
-    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
-        start = Start(name, stage.seed, torch.device("meta"), Path(folder), run.data, stage.initial, earlier)
+    with torch.device("meta"):
+        start = Start(name, stage.seed, torch.device("meta"), folder, run.data, stage.initial, earlier)
         yield kind(settings, start)
 
 
