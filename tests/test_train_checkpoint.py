@@ -100,6 +100,38 @@ def test_what_lies_after_a_save_belongs_to_a_course_given_up(tmp_path: Path) -> 
     assert saved is not None and saved.progress.images_seen == 6 and len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_best_weights_go_back_with_the_checkpoint(tmp_path: Path) -> None:
+    folder, best = tmp_path / "checkpoints", tmp_path / checkpoint.BEST
+
+    def is_best(value: float) -> None:
+        checkpoint.write_tensors(best, {"a": torch.tensor([value])}, {"from": f'{{"value": {value}}}'})
+
+    checkpoint.save(folder, state(2), keep=3)  # nothing is best yet
+    is_best(0.5)
+    checkpoint.save(folder, state(4), keep=3)
+    is_best(0.1)
+    checkpoint.save(folder, state(6), keep=3)
+    assert checkpoint.read_note(best) == {"value": 0.1}
+    checkpoint.rewind_best(folder, 4)
+    assert checkpoint.read_note(best) == {"value": 0.5} and checkpoint.read_tensors(best)[0]["a"] == 0.5
+    checkpoint.rewind_best(folder, 2)
+    assert not best.exists() and checkpoint.read_note(best) == {}
+    checkpoint.save(folder, state(4), keep=1)  # another course, in which nothing is best by then
+    assert sorted(path.name[11:] for path in folder.iterdir()) == ["4.safetensors"]
+
+
+def test_a_disk_without_second_names_holds_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("this disk knows no links")
+
+    monkeypatch.setattr("os.link", refuse)
+    checkpoint.write_tensors(tmp_path / checkpoint.BEST, {"a": torch.ones(1)}, {"from": "{}"})
+    checkpoint.save(tmp_path / "checkpoints", state(2), keep=1)
+    (tmp_path / checkpoint.BEST).unlink()
+    checkpoint.rewind_best(tmp_path / "checkpoints", 2)
+    assert checkpoint.read_tensors(tmp_path / checkpoint.BEST)[0]["a"] == 1
+
+
 def test_the_newest_that_fits_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for images_seen in (2, 4, 6):
         checkpoint.save(tmp_path, state(images_seen), keep=3)

@@ -8,7 +8,7 @@ from imagine.errors import ConfigError
 from tests.toy_training import ToyTask
 from train.__main__ import main
 from train.config import Stage, load_run
-from train.stages import resolved, run_stages
+from train.stages import _check_shares, resolved, run_stages
 
 TWO_STAGES = """
 defaults: {task: toy, batch_size: 8}
@@ -76,6 +76,9 @@ def test_mistakes_in_the_file_are_one_sentence(tmp_path: Path, run_file: Path) -
     assert "images is missing" in refusal(with_text("stages: {a: {task: toy, train: {both: 1}}}"))
     assert "the stages before it: one" in refusal(run_file, "two.start_from=three")
     assert "does not divide" in refusal(run_file, "one.accumulation=3")
+    assert "does not go together with muon" in refusal(run_file, "one.optimiser=adamw8bit", "one.muon=[both]")
+    assert "channels_last" in refusal(run_file, "one.optimiser=adamw8bit", "one.channels_last=true")
+    assert "'lowest' or 'highest'" in refusal(run_file, "one.best_is=lower")
 
 
 def test_parts_tasks_and_their_settings_are_checked_before_anything_trains(run_file: Path, tmp_path: Path) -> None:
@@ -101,6 +104,51 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(
     command = [str(run_file), "--output", str(tmp_path / "out"), "one.imagse=5", "--max-minutes", "1", "two.images=3"]
     assert main(command, {"toy": ToyTask}) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_trackers_are_named_for_the_whole_run(run_file: Path) -> None:
+    assert load_run(run_file).trackers == ("tensorboard",)
+    assert load_run(run_file, ["trackers=wandb"]).trackers == ("wandb",)
+    assert load_run(run_file, ["trackers=[]"]).trackers == ()
+    run_file.write_text("trackers: [tensorboard, wandb]\n" + TWO_STAGES)
+    assert load_run(run_file).trackers == ("tensorboard", "wandb")
+    assert "'tensorboard' or 'wandb' (got 'tensorbord')" in refusal(run_file, "trackers=tensorbord")
+
+
+def test_processes_must_share_a_batch_evenly(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load_run(run_file, ["two.accumulation=4"])
+    _check_shares(run, ["one", "two"], processes=2)
+    with pytest.raises(
+        ConfigError, match="stage two: batch_size 8 does not divide into 4 pieces on each of 4 processes"
+    ):
+        _check_shares(run, ["one", "two"], processes=4)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher says it that accelerate finds no device for
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU=true"):
+        run_stages(run, tmp_path / "out", tasks={"toy": ToyTask})
+
+
+ACCELERATE = sorted((Path(__file__).parent.parent / "configs" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_accelerate_understands_its_configs(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    assert len(ACCELERATE) == 4
+    loaded = load_config_from_file(str(path))
+    assert loaded.mixed_precision == "no"  # the stage says it
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "run.py"]))
+    sharded = path.stem == "fsdp"
+    assert (arguments.num_processes, arguments.use_fsdp) == (
+        1 if path.stem == "one-gpu" else 16 if path.stem == "two-nodes" else 8,
+        sharded,
+    )
+    if sharded:
+        environment = prepare_multi_gpu_env(arguments)
+        assert environment["FSDP_VERSION"] == "2" and environment["FSDP_AUTO_WRAP_POLICY"] == "NO_WRAP"
+        assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
 def test_learning_rates_follow_images_seen() -> None:

@@ -1,5 +1,6 @@
 """The loop on a toy task: a run stopped anywhere ends with the weights of a straight one; bad batches are survived."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import torch
 
 from imagine.errors import ConfigError
 from tests.toy_training import ToyBatch, ToyTask
-from train.checkpoint import load, read_tensors
+from train.checkpoint import load, read_note, read_tensors
 from train.config import Run, Stage
 from train.loop import TrainingError
 from train.stages import run_stages
@@ -25,7 +26,7 @@ TRAIN = {"first": 1e-2, "second": 3e-3}
 
 def one_stage(**settings: Any) -> Run:
     given = {"task": "toy", "train": TRAIN, "images": 160, "batch_size": 8, "ema": 40, "precision": "fp32", **settings}
-    return Run(stages={"one": Stage.model_validate(given)})
+    return Run(stages={"one": Stage.model_validate(given)}, trackers=())
 
 
 def train(output: Path, run: Run, task: type[ToyTask] = ToyTask, **options: Any) -> bool:
@@ -67,9 +68,17 @@ def ending_at(images_seen: int, number: int) -> type[ToyTask]:
     return Ending
 
 
-@pytest.mark.parametrize("extra", [{}, {"accumulation": 2, "prefetch": 2, "schedule": "cosine", "ema": 0}])
-def test_resume_equals_a_straight_run_bit_for_bit(tmp_path: Path, extra: dict[str, Any]) -> None:
-    run = one_stage(settings={"dropout": 0.2}, checkpoint_every_seconds=0, report_every_seconds=0, **extra)
+@pytest.mark.parametrize(
+    ("extra", "image"),
+    [
+        ({}, False),
+        ({"accumulation": 2, "prefetch": 2, "schedule": "cosine", "ema": 0}, False),
+        ({"channels_last": True}, True),
+    ],
+)
+def test_resume_equals_a_straight_run_bit_for_bit(tmp_path: Path, extra: dict[str, Any], image: bool) -> None:
+    settings = {"dropout": 0.2, "image": image}
+    run = one_stage(settings=settings, checkpoint_every_seconds=0, report_every_seconds=0, **extra)
     train(tmp_path / "straight", run)
     for crash in (40, 80, 136):
         with pytest.raises(RuntimeError, match="gone"):
@@ -79,7 +88,7 @@ def test_resume_equals_a_straight_run_bit_for_bit(tmp_path: Path, extra: dict[st
     straight = state(tmp_path / "straight")
     assert_same(straight, state(tmp_path / "resumed"))
     assert any(name.startswith("optimiser/exp_avg_sq/") for name in straight)
-    assert any(name.startswith("average/") for name in straight) == (not extra)
+    assert any(name.startswith("average/") for name in straight) == ("ema" not in extra)
     finals = [read_tensors(tmp_path / name / "one" / "weights.safetensors")[0] for name in ("straight", "resumed")]
     assert_same(*finals)
     pairs = zip(rows(tmp_path / "straight"), rows(tmp_path / "resumed"), strict=True)
@@ -102,8 +111,8 @@ def test_rows_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_a_run_that_ends_the_same(tmp_path: Path) -> None:
-    text = "stages: {one: {task: toy, train: {both: 1e-2}, images: 400, batch_size: 8, ema: 50, precision: fp32, "
-    text += "checkpoint_every_seconds: 0, settings: {pause: PAUSE}}}"
+    text = "trackers: []\nstages: {one: {task: toy, train: {both: 1e-2}, images: 400, batch_size: 8, ema: 50, "
+    text += "precision: fp32, checkpoint_every_seconds: 0, settings: {pause: PAUSE}}}"
     for name, pause in (("slow", "0.05"), ("quick", "0.0")):
         (tmp_path / f"{name}.yaml").write_text(text.replace("PAUSE", pause))
     command = [sys.executable, str(ROOT / "tests" / "toy_training.py"), str(tmp_path / "slow.yaml")]
@@ -152,8 +161,161 @@ def test_a_bad_batch_is_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_three_bad_batches_in_a_row_stop_it_with_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="3 batches in a row were not finite: lower its learning rates"):
+    with pytest.raises(TrainingError, match=r"3 batches in a row .* a number in it is not finite: .* learning rates"):
         train(tmp_path, one_stage(settings={"bad": [80, 88, 96]}))
+
+
+@pytest.mark.parametrize("extra", [{}, {"prefetch": 2}, {"accumulation": 4}])
+def test_a_bad_record_leaves_its_whole_step_out(
+    tmp_path: Path, extra: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = one_stage(settings={"broken": [1, 20, 23, 61]}, report_every_seconds=0, **extra)
+    assert train(tmp_path, run)
+    lines = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    assert len(lines) == 3 and "\n" not in "".join(lines)
+    assert lines[1].startswith("one: the batch before image 24 is left out: Record 20 cannot be used: it is torn")
+    assert "there is no first_batch.png" in caplog.text
+    skipped = {row["images_seen"]: row["skipped"] for row in rows(tmp_path) if "skipped" in row}
+    assert skipped[16] == 1 and skipped[24] == 2 and skipped[160] == 3
+    assert {row["images_seen"] for row in rows(tmp_path) if "loss" in row} == set(range(16, 161, 8)) - {24, 64}
+    train(tmp_path / "nan", one_stage(settings={"bad": [1, 20, 23, 61]}, **extra))
+    assert_same(state(tmp_path), state(tmp_path / "nan"))  # left out as a batch that gives no number is
+
+
+def test_three_bad_records_in_a_row_stop_it_with_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"stopped at 104 images because 3 .* Record 96 .*torn: look at its data"):
+        train(tmp_path, one_stage(settings={"broken": [80, 88, 96]}, prefetch=2))
+
+
+SCORES = {40: 0.5, 80: 0.3, 120: 0.4, 160: 0.35}
+
+
+def best(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    path = output / "one" / "best.safetensors"
+    return read_tensors(path)[0], read_note(path)
+
+
+def test_the_best_weights_are_those_of_the_best_validation(tmp_path: Path) -> None:
+    constant: dict[str, Any] = {"schedule": "constant", "settings": {"scores": SCORES}}
+    train(tmp_path / "short", one_stage(images=80, **constant))
+    train(tmp_path / "long", one_stage(validate_every=40, best_by="score", **constant))
+    tensors, note = best(tmp_path / "long")
+    assert_same(tensors, read_tensors(tmp_path / "short" / "one" / "weights.safetensors")[0])
+    assert note == {"stage": "one", "images_seen": 80, "best_by": "score", "best_is": "lowest", "value": 0.3}
+
+
+@pytest.mark.parametrize("seconds", [0, 1e9])
+def test_the_best_weights_survive_any_stop(tmp_path: Path, seconds: float) -> None:
+    """Of 160 images those at 80 are best. With no checkpoint but the last, every start finds a best from its future."""
+    extra: dict[str, Any] = {"validate_every": 40, "best_by": "score", "checkpoint_every_seconds": seconds}
+    run = one_stage(settings={"scores": SCORES}, **extra)
+    train(tmp_path / "straight", run)
+    for crash in (40, 80, 88, 128):
+        with pytest.raises(RuntimeError, match="gone"):
+            train(tmp_path / "resumed", run, crashing_at(crash))
+    train(tmp_path / "resumed", run)
+    assert_same(best(tmp_path / "resumed")[0], best(tmp_path / "straight")[0])
+    assert best(tmp_path / "resumed")[1] == best(tmp_path / "straight")[1]
+    checkpoints = tmp_path / "resumed" / "one" / "checkpoints"
+    assert {path.stem for path in checkpoints.glob("*.best")} == {
+        path.name.split(".")[0] for path in checkpoints.glob("*.safetensors")
+    }
+
+
+def test_a_best_of_a_course_given_up_is_forgotten(tmp_path: Path) -> None:
+    """The first course was best when its rate had fallen; the longer one goes on from before that."""
+    extra: dict[str, Any] = {"validate_every": 40, "best_by": "score", "best_is": "highest"}
+    train(tmp_path / "twice", one_stage(images=80, settings={"scores": {40: 2.0, 80: 9.0}}, **extra))
+    assert best(tmp_path / "twice")[1]["images_seen"] == 80
+    longer = one_stage(images=240, settings={"scores": {40: 2.0, 120: 1.5}}, **extra)
+    train(tmp_path / "twice", longer, resume=True)
+    train(tmp_path / "once", longer)
+    assert best(tmp_path / "twice")[1] == best(tmp_path / "once")[1] and best(tmp_path / "once")[1]["images_seen"] == 40
+    assert_same(best(tmp_path / "twice")[0], best(tmp_path / "once")[0])
+
+
+def test_a_number_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    scores = {40: float("nan"), 80: 0.9, 120: float("-inf"), 160: float("nan")}
+    train(tmp_path, one_stage(validate_every=40, best_by="score", settings={"scores": scores}))
+    assert best(tmp_path)[1]["images_seen"] == 80
+
+
+def test_a_best_by_that_names_no_number_is_told_with_the_valid_ones(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"no validation number 'eror' \(did you mean error\?\); valid: error, score"
+    ):
+        train(tmp_path, one_stage(validate_every=40, best_by="eror"))
+    assert train(tmp_path, one_stage(validate_every=40, best_by="error"))  # corrected, it may go on without --resume
+    assert best(tmp_path)[1]["best_by"] == "error"
+
+
+def tracked(output: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "tracking" / "imagine"))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_is_told_what_metrics_jsonl_holds(tmp_path: Path) -> None:
+    run = one_stage(report_every_seconds=0, validate_every=80)
+    train(tmp_path, run.model_copy(update={"trackers": ("tensorboard",)}))
+    found, written = tracked(tmp_path), rows(tmp_path)
+    for name in ("loss", "lr/first", "skipped", "validate/error"):
+        expected = [(row["images_seen"], row[name]) for row in written if name in row]
+        assert [step for step, _ in found[f"one/{name}"]] == [step for step, _ in expected]
+        assert [v for _, v in found[f"one/{name}"]] == pytest.approx([v for _, v in expected])
+
+
+def test_a_tracker_that_is_not_installed_is_told_and_does_without(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    trackers = ("tensorboard", "wandb")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *given: name not in trackers and find(name, *given))
+    assert train(tmp_path, one_stage(images=16).model_copy(update={"trackers": trackers}))
+    lines = [record.getMessage() for record in caplog.records if "tracker" in record.getMessage()]
+    assert len(lines) == 2 and "`pip install tensorboard`" in lines[0] and "`pip install wandb`" in lines[1]
+    assert rows(tmp_path) and not (tmp_path / "tracking").exists()
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "adamw8bit"])
+def test_eight_bits_train_and_resume_as_others_do(tmp_path: Path, optimiser: str) -> None:
+    if optimiser == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    wide = {"width": 2048}  # large enough for bitsandbytes to keep bytes
+    often: dict[str, Any] = {"checkpoint_every_seconds": 0, "report_every_seconds": 0}
+    run = one_stage(optimiser=optimiser, settings=wide, train={"both": 1e-3}, **often)
+    train(tmp_path / "straight", run)
+    with pytest.raises(RuntimeError, match="gone"):
+        train(tmp_path / "resumed", run, crashing_at(80))
+    train(tmp_path / "resumed", run)
+    straight = state(tmp_path / "straight")
+    assert_same(straight, state(tmp_path / "resumed"))
+    bytes_ = [name for name, tensor in straight.items() if tensor.dtype == torch.uint8]
+    assert len(bytes_) == (4 if optimiser == "adamw8bit" else 0)
+    losses = [row["loss"] for row in rows(tmp_path / "straight") if "loss" in row]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_eight_bits_without_their_package_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match="`pip install bitsandbytes`, or train with optimiser adamw"):
+        train(tmp_path, one_stage(optimiser="adamw8bit"))
+
+
+def test_a_setting_that_is_newer_than_the_run_does_not_count_as_changed(tmp_path: Path) -> None:
+    import yaml
+
+    assert train(tmp_path, one_stage(images=16))
+    path = tmp_path / "one" / "stage.yaml"
+    older = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name != "optimiser"}
+    path.write_text(yaml.safe_dump(older))
+    assert train(tmp_path, one_stage(images=16))
+    path.write_text(yaml.safe_dump({**older, "optimiser": "adamw8bit"}))
+    with pytest.raises(ConfigError, match="optimiser adamw8bit, not adamw"):
+        train(tmp_path, one_stage(images=16))
 
 
 def test_accumulation_changes_nothing_but_memory(tmp_path: Path) -> None:
@@ -174,7 +336,7 @@ def test_more_images_equal_a_run_that_had_them_from_the_start(tmp_path: Path) ->
 def test_a_stage_starts_from_what_an_earlier_one_trained(tmp_path: Path) -> None:
     one = one_stage().stages["one"]
     two = one.model_copy(update={"start_from": ("one",), "train": {"second": 0.0}, "weight_decay": 0.0, "images": 8})
-    run = Run(stages={"one": one, "two": two})
+    run = Run(stages={"one": one, "two": two}, trackers=())
     with pytest.raises(ConfigError, match="run one first"):
         train(tmp_path, run, only=["two"])
     assert train(tmp_path, run)
@@ -182,6 +344,19 @@ def test_a_stage_starts_from_what_an_earlier_one_trained(tmp_path: Path) -> None
     assert set(right) == {"head.weight", "head.bias"}  # frozen modules are not handed on twice
     torch.testing.assert_close(left["average/head.weight"], right["head.weight"], rtol=0, atol=1e-6)
     assert json.loads((tmp_path / "two" / "done.json").read_text())["from"] == {"one": 160}
+
+
+def test_a_stage_may_begin_some_modules_anew(tmp_path: Path) -> None:
+    one = one_stage().stages["one"]
+    still = {"train": {"second": 0.0}, "weight_decay": 0.0, "images": 8, "start_from": ("one",)}
+    two, three = one.model_copy(update=still), one.model_copy(update={**still, "fresh": ("head",)})
+    run = Run(stages={"one": one, "two": two, "three": three}, trackers=())
+    assert train(tmp_path, run)
+    inherited, anew = (read_tensors(tmp_path / name / "weights.safetensors")[0] for name in ("two", "three"))
+    assert inherited.keys() == anew.keys() and not torch.equal(inherited["head.weight"], anew["head.weight"])
+    wrong = Run(stages={"one": one.model_copy(update={"fresh": ("hat",)})}, trackers=())
+    with pytest.raises(ConfigError, match=r"one, fresh: there is no module 'hat'.*valid: body, head"):
+        train(tmp_path / "wrong", wrong)
 
 
 def test_a_folder_with_another_run_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,6 +22,17 @@ def test_a_row_holds_averages_over_images(tmp_path: Path) -> None:
     assert (row["images_seen"], row["loss"], row["rare"], row["lr"]) == (50, 1.75, 7.0, 0.5)
 
 
+def test_trackers_are_told_the_same_under_the_stages_name(tmp_path: Path) -> None:
+    told: list[tuple[dict[str, float], int]] = []
+    with Report(tmp_path, "one", 100, 0, every=0, track=lambda numbers, seen: told.append((numbers, seen))) as report:
+        report.count({"loss": torch.tensor(0.25)}, 50)
+        report.row(50, {"lr": 0.5})
+        report.validation(50, {"error": 1.0})
+    (numbers, seen), validation = told
+    assert seen == 50 and numbers["one/loss"] == 0.25 and numbers["one/lr"] == 0.5 and "one/images_seen" not in numbers
+    assert validation == ({"one/validate/error": 1.0}, 50)
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_bar_on_a_terminal_and_lines_elsewhere(
     tmp_path: Path,
@@ -41,10 +52,12 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(
 
 
 def test_a_silent_process_writes_nothing(tmp_path: Path) -> None:
-    with Report(tmp_path, "one", images=100, images_seen=0, every=0, active=False) as report:
+    told: list[int] = []
+    track = lambda _, seen: told.append(seen)  # noqa: E731
+    with Report(tmp_path, "one", images=100, images_seen=0, every=0, active=False, track=track) as report:
         report.row(50, {})
         report.validation(50, {"error": 1.0})
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and told == []
 
 
 def test_later_rows_and_a_torn_last_one_are_cut(tmp_path: Path) -> None:

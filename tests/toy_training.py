@@ -1,9 +1,18 @@
-"""A task small enough to train in a test: a real linear network that learns a fixed linear map from noise."""
+"""A task small enough to train in a test: a real linear network that learns a fixed linear map from noise.
+
+Runs may also be started in processes of their own, which are forked from one that has imported everything, so that
+killing and starting them again takes milliseconds.
+"""
 
 import json
+import multiprocessing
+import os
+import signal
+import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,8 +20,13 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from imagine.errors import BadRecordError, ImagineError
+from train.config import Run
 from train.data import normals
+from train.stages import run_stages
 from train.task import Loss, Start
+
+DONE, WRONG, STOPPED = 0, 2, 3  # how a process of `started` ends
 
 
 class ToySettings(BaseModel):
@@ -21,7 +35,12 @@ class ToySettings(BaseModel):
     width: int = 4
     dropout: float = 0.0
     bad: tuple[int, ...] = ()  # a batch that holds one of these image numbers gives NaN
+    broken: tuple[int, ...] = ()  # a batch that holds one of these is a bad record
+    scores: dict[int, float] = {}  # the validation number "score" at these images seen; 1 at others
+    end_at: tuple[int, int] = (-1, 0)  # (images seen, process): SIGTERM for that process before that batch
     pause: float = 0.0  # seconds per batch
+    careful: bool = False  # builds and prepares in folders that two processes must not make at once
+    image: bool = False  # the network begins with a convolution
 
 
 @dataclass(frozen=True)
@@ -37,10 +56,13 @@ class ToyTask:
     def __init__(self, settings: ToySettings, start: Start) -> None:
         self.settings, self.start = settings, start
         width = settings.width
+        first = _Convolution(width) if settings.image else nn.Linear(3, width)
         self.modules: dict[str, nn.Module] = {
-            "body": nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Dropout(settings.dropout)),
+            "body": nn.Sequential(first, nn.Tanh(), nn.Dropout(settings.dropout)),
             "head": nn.Linear(width, 2),
         }
+        if settings.careful:
+            _fill(start.folder / "built")
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         first, second = list(self.modules["body"].parameters()), list(self.modules["head"].parameters())
@@ -48,9 +70,16 @@ class ToyTask:
 
     def prepare(self) -> None:
         assert not self.modules["head"].training
+        if self.settings.careful:
+            _fill(self.start.folder / "cache")
 
     def batch(self, images_seen: int, size: int) -> ToyBatch:
         time.sleep(self.settings.pause)
+        broken = [number for number in self.settings.broken if images_seen <= number < images_seen + size]
+        if broken:
+            raise BadRecordError(f"Record {broken[0]} cannot be used:\nit is torn.")
+        if self.settings.end_at == (images_seen, int(os.environ.get("RANK", "0"))):
+            os.kill(os.getpid(), signal.SIGTERM)
         x = normals(self.start.seed, "x", images_seen, size, (3,))
         y = x[:, :2] * 2 - x[:, 2:]
         if any(images_seen <= bad < images_seen + size for bad in self.settings.bad):
@@ -69,11 +98,109 @@ class ToyTask:
         batch = self.batch(10**9, 64)
         error = self.modules["head"](self.modules["body"](batch.x)) - batch.y
         (folder / f"{images_seen:09d}.png").write_bytes(b"")
-        return {"error": float(error.square().mean())}
+        return {"error": float(error.square().mean()), "score": self.settings.scores.get(images_seen, 1.0)}
 
     def export(self, folder: Path) -> None:
         weight = self.modules["head"].get_parameter("weight")
         (folder / "head.json").write_text(json.dumps(weight.tolist()))
+
+
+class _Convolution(nn.Module):
+    """A linear map of three numbers, written as a convolution, whose weights have a memory layout to keep."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.filter = nn.Conv2d(3, width, 1)
+        self.spread = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spread(self.filter(x[:, :, None, None].expand(-1, -1, 2, 2))).mean((2, 3))
+
+
+def _fill(folder: Path) -> None:
+    """Make a folder slowly, unless it is there: FileExistsError if two do it at once."""
+    if not (folder / "ready").exists():
+        folder.mkdir(parents=True)
+        time.sleep(0.3)
+        (folder / "ready").touch()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of how many, where they meet, and what else they find in their environment."""
+
+    rank: int = 0
+    processes: int = 1
+    port: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+# what the first optimiser and the first shards import takes far longer than a run
+_FORKS.set_forkserver_preload(
+    ["tests.toy_training", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"]
+)
+
+
+def started(run: Run, output: Path, place: Place = Place()) -> ForkServerProcess:
+    """A process that trains `run` with the toy task and ends with DONE, STOPPED or WRONG."""
+    os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))  # where the fork server finds this module
+    process = _FORKS.Process(target=_train, args=(run, output, place), daemon=True)
+    process.start()
+    return process
+
+
+def told(output: Path, rank: int = 0) -> str:
+    """What that process of the last start wrote to stderr."""
+    return _words(output, rank).read_text()
+
+
+def run_in_processes(
+    run: Run, output: Path, environment: dict[str, str] | None = None, count: int = 2
+) -> list[int | None]:
+    """Train `run` in `count` processes that share each batch; how each of them ended."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    together = [started(run, output, Place(rank, count, port, environment or {})) for rank in range(count)]
+    for process in together:
+        process.join()
+    return [process.exitcode for process in together]
+
+
+def _words(output: Path, rank: int) -> Path:
+    return output.with_name(f"{output.name}.{rank}.txt")
+
+
+def _train(run: Run, output: Path, place: Place) -> None:
+    with _words(output, place.rank).open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    torch.set_num_threads(1)
+    os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    if place.processes > 1:
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(place.port), RANK=str(place.rank), LOCAL_RANK=str(place.rank),
+            WORLD_SIZE=str(place.processes), LOCAL_WORLD_SIZE=str(place.processes),
+        )  # fmt: skip
+    os.environ.update(place.environment)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _shard_on_cpus()
+    try:
+        sys.exit(DONE if run_stages(run, output, tasks={"toy": ToyTask}) else STOPPED)
+    except ImagineError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(WRONG)
+
+
+def _shard_on_cpus() -> None:
+    """Accelerate shards on GPUs only and shares whole networks on CPUs; FSDP itself works on both, so it is told to."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    Accelerator(mixed_precision="no")
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
 
 
 if __name__ == "__main__":  # the trainer with the toy task, as a process that can be killed

@@ -7,6 +7,9 @@ before it.
     weights/MODULE.PATH              modules that train, with their buffers
     average/MODULE.PATH              their averages
     optimiser/STATE/MODULE.PATH      one tensor per optimiser state, named as the parameter it belongs to
+
+Tensors are stored whole, also where processes hold shards of them, so that any number of processes can carry on.
+Beside a checkpoint lies, under the same number, a link to the best weights there were when it was written.
 """
 
 import json
@@ -29,6 +32,7 @@ from train.ema import Average
 
 log = logging.getLogger("train")
 FORMAT_VERSION = 1
+BEST = "best.safetensors"  # beside the folder of checkpoints
 
 
 @dataclass
@@ -36,7 +40,7 @@ class Progress:
     """How far a stage is."""
 
     images_seen: int = 0
-    skipped: int = 0  # batches left out because a number in them was not finite
+    skipped: int = 0  # batches left out because a record or a number in them was bad
     skipped_in_a_row: int = 0
     seconds: float = 0  # of training, over all sittings
 
@@ -87,6 +91,27 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds only its own rows of the tensor (it is a DTensor, as FSDP makes them)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor in one piece, gathered if it is sharded; then every process has to ask for it."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's rows of a whole tensor, spread as `like` is; nothing travels, for every process has it whole."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically; tensors that share memory are stored once each."""
     seen: set[int] = set()
@@ -119,11 +144,12 @@ def load_weights(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
     """Put tensors into those modules they are named after, strictly; names of the modules they were for."""
     loaded = []
     for name, module in modules.items():
-        own = {path.removeprefix(f"{name}."): v for path, v in tensors.items() if path.startswith(f"{name}.")}
+        own = _below(f"{name}.", tensors)
         if not own:
             continue
+        now = module.state_dict()
         try:
-            module.load_state_dict(own, strict=True)
+            module.load_state_dict({k: sharded_like(v, now[k]) if k in now else v for k, v in own.items()}, strict=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise WeightsError(
@@ -133,22 +159,53 @@ def load_weights(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
     return loaded
 
 
-def save(folder: Path, state: State, keep: int, for_good: bool = False) -> Path:
+def save(folder: Path, state: State, keep: int, for_good: bool = False, here: bool = True) -> Path:
     """Write one checkpoint and drop all but the newest `keep`; one written for good is never dropped for its age.
 
-    Anything with more images seen than this belongs to a course that was given up, and goes as well.
+    Anything with more images seen than this belongs to a course that was given up, and goes as well. Of several
+    processes each must call it, and only the one that says `here` writes.
     """
-    tensors = {f"weights/{name}": v for name, v in weights(state.modules, list(state.modules)).items()}
-    tensors |= {f"average/{name}": v for name, v in state.average.values.items()}
-    for name, parameter in state.trained.items():
-        tensors |= {f"optimiser/{key}/{name}": v for key, v in state.optimiser.state.get(parameter, {}).items()}
+    tensors = {}
+    for name, tensor in _contents(state).items():
+        full = whole(tensor)
+        if here:
+            tensors[name] = full.cpu() if is_sharded(tensor) else full
     seen = state.progress.images_seen
-    header = {"format_version": FORMAT_VERSION, "progress": asdict(state.progress)}
-    header |= {"stage": state.stage, "precision": state.precision}
     path = folder / f"{seen:012d}{'.kept' if for_good else ''}.safetensors"
-    write_tensors(path, tensors, {"checkpoint": json.dumps(header)})
-    _drop_old(folder, seen, keep)
+    if here:
+        header = {"format_version": FORMAT_VERSION, "progress": asdict(state.progress)}
+        header |= {"stage": state.stage, "precision": state.precision}
+        folder.mkdir(parents=True, exist_ok=True)
+        _remember_best(folder, seen)
+        write_tensors(path, tensors, {"checkpoint": json.dumps(header)})
+        _drop_old(folder, seen, keep)
     return path
+
+
+def _remember_best(folder: Path, images_seen: int) -> None:
+    best, now = folder.parent / BEST, _best_at(folder, images_seen)
+    if best.exists():
+        _link(best, now)
+    else:
+        now.unlink(missing_ok=True)
+
+
+def rewind_best(folder: Path, images_seen: int) -> None:
+    """The best weights become those there were at the checkpoint of that number: none, if it knew of none."""
+    best, then = folder.parent / BEST, _best_at(folder, images_seen)
+    if then.exists():
+        _link(then, best)
+    else:
+        best.unlink(missing_ok=True)
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What the header of a file of weights says about where they are from; empty if there is no such file."""
+    if not path.exists():
+        return {}
+    with safe_open(path, "pt") as file:
+        note: dict[str, Any] = json.loads((file.metadata() or {}).get("from", "{}"))
+    return note
 
 
 def load(folder: Path, fits: Callable[[Saved], bool]) -> Saved | None:
@@ -158,7 +215,7 @@ def load(folder: Path, fits: Callable[[Saved], bool]) -> Saved | None:
     again. If there are files and none can be read, that is a WeightsError.
     """
     for draft in folder.glob(".*.draft"):
-        draft.unlink()  # what a killed run was writing
+        draft.unlink(missing_ok=True)  # what a killed run was writing; another process may be quicker
     paths = _newest_first(folder)
     newest: Saved | None = None
     for path in paths:
@@ -186,16 +243,29 @@ def restore(state: State, saved: Saved, source: str) -> None:
     if set(loaded) != set(state.modules) or set(averages) != set(state.average.values):
         raise WeightsError(f"The checkpoint in {source} trains other parts; give the stage its old `train` and `ema`.")
     for path, value in averages.items():
-        state.average.values[path].copy_(value)
+        state.average.values[path].copy_(sharded_like(value, state.average.values[path]))
     for name, value in _below("optimiser/", tensors).items():
         key, path = name.split("/", 1)
         if path not in state.trained:
             raise WeightsError(f"The checkpoint in {source} trains {path}: give the stage its old `train`.")
         parameter = state.trained[path]
+        if value.dtype == torch.int64 and not value.ndim:
+            state.optimiser.state[parameter][key] = int(value)  # bitsandbytes counts its steps in Python
+            continue
         like = parameter if value.shape == parameter.shape else value.to(parameter.device)
-        kept = torch.empty_like(like, dtype=value.dtype).copy_(value)  # in the parameter's own memory layout
-        state.optimiser.state[parameter][key] = kept
+        kept = torch.empty_like(like, dtype=value.dtype)  # in the parameter's own memory layout
+        state.optimiser.state[parameter][key] = kept.copy_(sharded_like(value, like))
     state.progress = saved.progress
+
+
+def _contents(state: State) -> dict[str, Tensor]:
+    """All of a checkpoint's tensors, sharded ones as they are."""
+    tensors = {f"weights/{name}": v for name, v in weights(state.modules, list(state.modules)).items()}
+    tensors |= {f"average/{name}": v for name, v in state.average.values.items()}
+    for name, parameter in state.trained.items():
+        for key, value in state.optimiser.state.get(parameter, {}).items():
+            tensors[f"optimiser/{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return tensors
 
 
 def _read(path: Path) -> Saved:
@@ -213,10 +283,27 @@ def _drop_old(folder: Path, images_seen: int, keep: int) -> None:
             passing.append(path)
     for path in passing[keep:]:
         path.unlink()
+    numbers = {_images_seen(path) for path in _newest_first(folder)}
+    for path in folder.glob("[0-9]*.best"):
+        if _images_seen(path) not in numbers:
+            path.unlink()
 
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.safetensors"), key=lambda path: (_images_seen(path), path.name), reverse=True)
+
+
+def _best_at(folder: Path, images_seen: int) -> Path:
+    return folder / f"{images_seen:012d}.best"
+
+
+def _link(source: Path, path: Path) -> None:
+    """`path` becomes another name of the file `source`, or a copy where the disk knows no second names."""
+    with replacing(path) as draft:
+        try:
+            os.link(source, draft)
+        except OSError:
+            shutil.copyfile(source, draft)
 
 
 def _images_seen(path: Path) -> int:

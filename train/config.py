@@ -2,6 +2,7 @@
 
     defaults: {precision: auto}            # fields that every stage takes unless it says otherwise
     data: {size: 128}                      # shared by the tasks
+    trackers: [tensorboard]                # who else is told the numbers; [] for nobody
     stages:
       base: {task: base, start_from: [autoencoder, clip], train: {denoiser: 1e-4}, images: 1_000_000, settings: {...}}
 
@@ -14,14 +15,19 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from imagine.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _one_or_none(value: Any) -> Any:
+    """A list may be written as its only entry, or as nothing."""
+    return () if value is None else (value,) if isinstance(value, str) else value
 
 
 class Stage(BaseModel):
@@ -30,8 +36,10 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str  # a name in train.stages.TASKS
-    start_from: tuple[str, ...] = ()  # earlier stages whose trained modules this one begins with; the last one wins
+    # earlier stages whose trained modules this one begins with; the last one wins
+    start_from: Annotated[tuple[str, ...], BeforeValidator(_one_or_none)] = ()
     initial: Path | None = None  # a folder of weights to begin from; what `start_from` names comes on top of it
+    fresh: tuple[str, ...] = ()  # modules that begin anew, whatever those two hold
     train: dict[str, float] = Field(min_length=1)  # part -> learning rate; every other part is frozen
     images: int = Field(ge=1)
     batch_size: int = Field(64, ge=1)  # images per optimiser step, over all pieces and processes
@@ -41,6 +49,7 @@ class Stage(BaseModel):
     decay: float = Field(0.2, ge=0, le=1)  # trapezoid: the last share of the images, over which the rate falls to 0
     weight_decay: float = Field(0.01, ge=0)  # matrices and kernels only; gains, biases and scalars do not decay
     betas: tuple[float, float] = (0.9, 0.99)
+    optimiser: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit keeps its moments in bytes, through bitsandbytes
     muon: tuple[str, ...] = ()  # parts whose matrices are trained with Muon; everything else with AdamW
     clip: float = Field(1.0, ge=0)  # largest gradient norm; 0: never clip
     ema: float = Field(0, ge=0)  # half-life of the weights' average, in images; 0: no average
@@ -50,20 +59,20 @@ class Stage(BaseModel):
     seed: int = 0
     prefetch: int = Field(0, ge=0)  # batches made ahead in a thread; worth it where the device is not the CPU
     validate_every: int = Field(0, ge=0)  # images; 0: only at the end
+    best_by: str = ""  # the validation number that chooses what best.safetensors holds; "": there is none
+    best_is: Literal["lowest", "highest"] = "lowest"
     checkpoint_every_seconds: float = Field(300, ge=0)  # 0: after every step
     report_every_seconds: float = Field(10, ge=0)  # 0: after every step
     keep: int = Field(2, ge=1)  # checkpoints kept, beside the one before the rate falls
     settings: dict[str, Any] = Field(default_factory=dict)  # the task's own, checked by its own model
 
-    @field_validator("start_from", mode="before")
-    @classmethod
-    def _one_or_none(cls, value: Any) -> Any:
-        return () if value is None else (value,) if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _fits_together(self) -> "Stage":
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulation} pieces")
+        if self.optimiser == "adamw8bit" and (self.muon or self.channels_last):
+            other = "muon" if self.muon else "channels_last"
+            raise ValueError(f"optimiser adamw8bit does not go together with {other}; leave one of them out")
         return self
 
     @property
@@ -90,6 +99,8 @@ class Run(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     data: dict[str, Any] = Field(default_factory=dict)
+    # told the numbers beside metrics.jsonl
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_none)] = ("tensorboard",)
     stages: dict[str, Stage] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -117,9 +128,10 @@ _Loader.add_implicit_resolver(
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     """The run file at `path` with `stage.key=value` overrides put in; ConfigError says what is wrong."""
     content = _read_yaml(path)
-    unknown = sorted(set(content) - {"defaults", "data", "stages"})
+    known = ["defaults", *Run.model_fields]
+    unknown = sorted(set(content) - set(known))
     if unknown:
-        raise ConfigError(f"{path}: {_unknown(unknown[0], ['defaults', 'data', 'stages'])}.")
+        raise ConfigError(f"{path}: {_unknown(unknown[0], known)}.")
     stages = content.get("stages")
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise ConfigError(f"{path}: write `stages:` followed by one `name: {{task: ..., ...}}` per stage.")
@@ -129,7 +141,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     merged = {str(name): {**defaults, **stage} for name, stage in stages.items()}
     for name, stage in merged.items():
         merged[name] = checked(Stage, stage, f"stage {name}").model_dump()
-    return checked(Run, {"data": content.get("data") or {}, "stages": merged}, str(path))
+    shared = {"trackers": content["trackers"]} if "trackers" in content else {}
+    return checked(Run, {"data": content.get("data") or {}, "stages": merged, **shared}, str(path))
 
 
 def checked(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
@@ -186,16 +199,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _override(content: dict[str, Any], text: str) -> None:
-    """Put one `stage.key=value` (or `data.key=value`, `defaults.key=value`) into the file's content."""
+    """Put one `stage.key=value` (or `data.key=value`, `defaults.key=value`, `trackers=...`) into the file's content."""
     address, equals, value = text.partition("=")
     keys = address.split(".")
-    if not equals or len(keys) < 2 or not all(keys):
+    if not equals or not all(keys) or (len(keys) < 2 and keys != ["trackers"]):
         raise ConfigError(f"The override {text!r} is not of the form stage.key=value, for example base.images=1000.")
     stages = content["stages"]
     if keys[0] in stages:
         place = stages[keys[0]]
     elif keys[0] in ("data", "defaults"):
         place = content[keys[0]] = content.get(keys[0]) or {}
+    elif keys == ["trackers"]:
+        place = content
     else:
         raise ConfigError(f"override {text}: {unknown_name('stage', keys[0], [*stages, 'data', 'defaults'])}.")
     for key in keys[1:-1]:

@@ -113,7 +113,7 @@ def to_device(record: Any, device: torch.device) -> Any:
     return record
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=16)
 def _order(seed: int, purpose: str, turn: int, population: int) -> Tensor:
     return torch.randperm(population, generator=generator(seed, purpose, turn))
 

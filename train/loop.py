@@ -2,6 +2,9 @@
 
 It knows no networks. The clock is the number of images seen; learning rate, data, random numbers and the moments for
 validation follow from it, so a run that was stopped anywhere ends with the weights of one that was not.
+
+Several processes take the same steps, each on its share of every batch. What only one of them knows (a signal, a clock,
+a record that cannot be read, the validation's numbers) they tell each other before any of them acts on it.
 """
 
 import json
@@ -15,16 +18,17 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
-from imagine.errors import ImagineError
+from imagine.errors import BadRecordError, ConfigError, ImagineError
 from train import checkpoint, parts
 from train.checkpoint import Progress, Saved, State
-from train.config import Stage
+from train.config import Stage, unknown_name
 from train.data import ahead, key, to_device
 from train.ema import Average
 from train.report import Report, faster_precision
@@ -34,6 +38,7 @@ log = logging.getLogger("train")
 MOST_BAD_BATCHES = 3  # in a row
 SHOWN = 32  # images of the first batch that are saved for people to see
 Metrics = Mapping[str, float | Tensor]
+Value = TypeVar("Value")
 
 
 class TrainingError(ImagineError):
@@ -72,23 +77,41 @@ class Stopping:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
+def on_any(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Each flag as it is on any process: true on all of them if on one."""
+    if accelerator.num_processes == 1:
+        return list(flags)
+    counts = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum")
+    return [count > 0 for count in counts.tolist()]
+
+
+def from_main(accelerator: Accelerator, value: Value) -> Value:
+    """The main process's value, on all of them."""
+    shared: list[Value] = [value] if accelerator.num_processes == 1 else broadcast_object_list([value])
+    return shared[0]
+
+
 def train_stage(
     name: str, stage: Stage, task: Task, folder: Path, accelerator: Accelerator, stopping: Stopping
 ) -> dict[str, float] | None:
     """Train `task` until `stage.images`; the last validation's numbers, or None if it was stopped before the end.
 
     `folder` receives checkpoints/, metrics.jsonl, samples/, weights.safetensors (the averaged weights of the modules
-    that trained) and export/ (what the task writes). TrainingError if three batches in a row are not finite.
+    that trained), best.safetensors (likewise, at the best validation) and export/ (what the task writes).
+    TrainingError if three batches in a row cannot be used, or `best_by` names no number of the validation.
     """
     course = Course(name, stage, task, folder, accelerator)
     state = course.state
     with course.report, closing(course.pieces()) as pieces:
         while state.progress.images_seen < stage.images:
             reason = stopping.reason
-            if course.all_agree(reason is not None):
+            stop, checkpoint_is_due = on_any(accelerator, reason is not None, course.checkpoint_is_due())
+            if stop or checkpoint_is_due:
                 course.save()
+            if stop:
                 course.leave_weights()
-                log.info("%s: stopped at %s images: %s.", name, f"{state.progress.images_seen:,}", reason)
+                why = reason or "another process was asked to"
+                log.info("%s: stopped at %s images: %s.", name, f"{state.progress.images_seen:,}", why)
                 return None
             before = state.progress.images_seen
             course.step(pieces)
@@ -96,8 +119,6 @@ def train_stage(
                 course.validate()
             if before < stage.decay_start <= state.progress.images_seen:
                 course.save(for_good=True)
-            elif course.checkpoint_is_due():
-                course.save()
         course.save()
         numbers = course.validate()
         course.leave_weights()
@@ -111,123 +132,172 @@ class Course:
         self.name, self.stage, self.task, self.folder, self.accelerator = name, stage, task, folder, accelerator
         chosen = parts.choose(task.parts(), stage.train, name)
         self.training = parts.freeze_all_but(task.modules, chosen)
-        saved = checkpoint.load(folder / "checkpoints", self._same_course)
+        self._shape_up()
+        with accelerator.main_process_first():  # it fills the caches that the others then find
+            self._prepare_task()
+            saved = checkpoint.load(folder / "checkpoints", self._same_course)
+            self.best = self._best_so_far(saved)
         self.state = self._state(chosen, saved)
         if saved is not None:
             checkpoint.restore(self.state, saved, f"{folder / 'checkpoints'}")
         self._tell(chosen)
-        self.model, self.optimiser = accelerator.prepare(_Losses(task, self.training), self.state.optimiser)
-        self._shape_up()
-        with self._at_rest(averaged=False):
-            task.prepare()
-            self._show_first_batch()
         every, seen = stage.report_every_seconds, self.state.progress.images_seen
-        self.report = Report(folder, name, stage.images, seen, every, accelerator.is_main_process)
+        self.report = Report(folder, name, stage.images, seen, every, accelerator.is_main_process, accelerator.log)
         self.saved_at = self.started_at = time.monotonic()
+        self.saved_images = seen
         self.seconds_before = self.state.progress.seconds
 
     def pieces(self) -> Generator[tuple[int, Any], None, None]:
-        """(first image number, batch) of every piece of every step from here to the end, this process's share."""
-        return ahead(torch.no_grad()(self.task.batch), self._numbers(), self.stage.prefetch)
+        """(first image number, batch) of every piece of every step from here to the end, this process's share.
+
+        In place of a batch with a bad record stands the BadRecordError, so that the pieces after it still come.
+        """
+        return ahead(torch.no_grad()(self._batch), self._numbers(), self.stage.prefetch)
 
     def step(self, pieces: Iterator[tuple[int, Any]]) -> None:
-        """One optimiser step on `batch_size` images, or none if a number in them is not finite."""
+        """One optimiser step on `batch_size` images, or none if a record or a number in them is bad."""
         progress, stage = self.state.progress, self.stage
         parts.set_rates(self.state.optimiser, stage.rate(progress.images_seen))
-        loss, metrics = self._forward_backward(pieces)
-        norm = self._clip()
+        batches = list(islice(pieces, stage.accumulation))
+        trouble = self._unreadable(batches) or self._learn(batches)
         progress.images_seen += stage.batch_size
         progress.seconds = self.seconds_before + time.monotonic() - self.started_at
-        if math.isfinite(float(loss + norm)):
-            self.optimiser.step()
-            self.state.average.update(progress.images_seen, stage.batch_size)
-            progress.skipped_in_a_row = 0
-            self.report.count({"loss": loss, "gradient_norm": norm}, stage.batch_size)
-            for piece in metrics:
-                self.report.count(piece, stage.batch_size // stage.accumulation)
-        else:
-            self._skip()
-        self.optimiser.zero_grad(set_to_none=True)
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if trouble else 0
+        if trouble:
+            self._skip(trouble)
         self.report.maybe_row(progress.images_seen, self._fixed())
 
     def validate(self) -> dict[str, float]:
         """The task's numbers and pictures with the averaged weights in place, written to metrics.jsonl and samples/."""
-        self.report.row(self.state.progress.images_seen, self._fixed())
-        if not self.accelerator.is_main_process:
-            return {}
+        seen = self.state.progress.images_seen
+        self.report.row(seen, self._fixed())
         began = time.monotonic()
-        samples = self.folder / "samples"
-        samples.mkdir(exist_ok=True)
-        with self._at_rest(averaged=True), self._autocast():
-            numbers = self.task.validate(samples, self.state.progress.images_seen)
-        numbers = {name: float(value) for name, value in numbers.items()}
-        self.report.validation(self.state.progress.images_seen, numbers)
+        with self._averaged():
+            numbers = from_main(self.accelerator, self._measure() if self.accelerator.is_main_process else {})
+            self._keep_if_best(numbers)
+        self.report.validation(seen, numbers)
         self.report.pause(time.monotonic() - began)
         return numbers
 
     def save(self, for_good: bool = False) -> None:
         """Write a checkpoint."""
-        began = time.monotonic()
-        if self.accelerator.is_main_process:
-            checkpoint.save(self.folder / "checkpoints", self.state, self.stage.keep, for_good)
-        self.saved_at = time.monotonic()
+        began, main = time.monotonic(), self.accelerator.is_main_process
+        checkpoint.save(self.folder / "checkpoints", self.state, self.stage.keep, for_good, main)
+        self.saved_at, self.saved_images = time.monotonic(), self.state.progress.images_seen
         self.report.pause(self.saved_at - began)
 
     def checkpoint_is_due(self) -> bool:
-        return time.monotonic() - self.saved_at >= self.stage.checkpoint_every_seconds
+        """Whether there is something to save and it was not saved for long."""
+        waited = time.monotonic() - self.saved_at >= self.stage.checkpoint_every_seconds
+        return waited and self.state.progress.images_seen > self.saved_images
 
     def leave_weights(self) -> None:
         """Write the averaged weights for later stages, and the task's own export."""
-        if not self.accelerator.is_main_process:
-            return
-        with self._at_rest(averaged=True):
-            tensors = checkpoint.weights(self.task.modules, self.training)
-            note = {"stage": self.name, "images_seen": self.state.progress.images_seen}
-            checkpoint.write_tensors(self.folder / "weights.safetensors", tensors, {"from": json.dumps(note)})
-            with checkpoint.replacing(self.folder / "export") as draft:
-                draft.mkdir()
-                self.task.export(draft)
+        with self._averaged():
+            if self.accelerator.is_main_process:
+                self._write_weights("weights.safetensors", {})
+                with checkpoint.replacing(self.folder / "export") as draft:
+                    draft.mkdir()
+                    self.task.export(draft)
 
-    def all_agree(self, stop: bool) -> bool:
-        """True if any process wants to stop, so that all do it after the same step."""
-        if self.accelerator.num_processes == 1:
-            return stop
-        flag = torch.tensor(float(stop), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+    def _batch(self, first: int, size: int) -> Any:
+        try:
+            return self.task.batch(first, size)
+        except BadRecordError as error:
+            return error
 
-    def _forward_backward(self, pieces: Iterator[tuple[int, Any]]) -> tuple[Tensor, list[Metrics]]:
+    def _unreadable(self, batches: list[tuple[int, Any]]) -> str:
+        """Why no process may take this step, if one of them met a bad record, in one line; "" if all can take it."""
+        reasons = [str(batch) for _, batch in batches if isinstance(batch, BadRecordError)]
+        if not on_any(self.accelerator, bool(reasons))[0]:
+            return ""
+        return " ".join("; ".join(gather_object(reasons)).split())[:300].rstrip(".")
+
+    def _learn(self, batches: list[tuple[int, Any]]) -> str:
+        """Move the weights by one step, or leave them and say why; "" if they moved."""
+        loss, metrics = self._forward_backward(batches)
+        norm = self._clip()
+        fine, size = math.isfinite(float(loss + norm)), self.stage.batch_size
+        if fine:
+            self.optimiser.step()
+            self.state.average.update(self.state.progress.images_seen + size, size)
+            self.report.count({"loss": loss, "gradient_norm": norm}, size)
+            for piece in metrics:
+                self.report.count(piece, size // self.stage.accumulation)
+        self.optimiser.zero_grad(set_to_none=True)
+        return "" if fine else "a number in it is not finite"
+
+    def _forward_backward(self, batches: list[tuple[int, Any]]) -> tuple[Tensor, list[Metrics]]:
         """Gradients of the mean loss over the whole batch, piece by piece; that mean, and the metrics of each piece."""
-        count, total = self.stage.accumulation, torch.zeros((), device=self.accelerator.device)
+        count, total = len(batches), torch.zeros((), device=self.accelerator.device)
         metrics: list[Metrics] = []
-        for number, (first, batch) in enumerate(islice(pieces, count)):
+        for number, (first, batch) in enumerate(batches):
             torch.manual_seed(key(self.stage.seed, "step", first))  # for dropout and the like inside the networks
             batch = to_device(batch, self.accelerator.device)
             with self._without_sync(number + 1 < count), self._autocast():
-                loss: Loss = self.model(batch, first)
-            mean = loss.per_sample.float().mean()
+                per_sample, measured = self.model(batch, first)
+            mean = per_sample.float().mean()
             with self._without_sync(number + 1 < count):
                 self.accelerator.backward(mean / count)
             total = total + mean.detach() / count
-            metrics.append({k: v.detach() if isinstance(v, Tensor) else v for k, v in loss.metrics.items()})
+            metrics.append(measured)
         shared = self.accelerator.num_processes > 1
         return self.accelerator.reduce(total, "mean") if shared else total, metrics
 
     def _clip(self) -> Tensor:
         """Norm of the gradients before they are cut to `clip`."""
-        largest = self.stage.clip or math.inf
-        return torch.as_tensor(self.accelerator.clip_grad_norm_(list(self.state.trained.values()), largest)).detach()
+        norm = nn.utils.clip_grad_norm_(list(self.state.trained.values()), self.stage.clip or math.inf)
+        return checkpoint.whole(norm.detach())
 
-    def _skip(self) -> None:
+    def _skip(self, trouble: str) -> None:
         progress = self.state.progress
         progress.skipped += 1
-        progress.skipped_in_a_row += 1
         where = f"{progress.images_seen:,}"
-        log.warning("%s: the batch before image %s gave a number that is not finite; it is left out.", self.name, where)
+        log.warning("%s: the batch before image %s is left out: %s.", self.name, where, trouble)
         if progress.skipped_in_a_row >= MOST_BAD_BATCHES:
             raise TrainingError(
-                f"Stage {self.name} stopped at {where} images because {MOST_BAD_BATCHES} batches in a row "
-                "were not finite: lower its learning rates or its clip, or look at its data, and run it again."
+                f"Stage {self.name} stopped at {where} images because {MOST_BAD_BATCHES} batches in a row had to be "
+                f"left out, the last because {trouble}: look at its data, or lower its learning rates or its clip, "
+                "and run it again."
             )
+
+    def _measure(self) -> dict[str, float]:
+        samples = self.folder / "samples"
+        samples.mkdir(exist_ok=True)
+        with self._autocast():
+            numbers = self.task.validate(samples, self.state.progress.images_seen)
+        return {name: float(value) for name, value in numbers.items()}
+
+    def _keep_if_best(self, numbers: Mapping[str, float]) -> None:
+        """Write best.safetensors if the number that `best_by` names was never as good; averaged weights in place."""
+        wanted = self.stage.best_by
+        if not wanted:
+            return
+        if wanted not in numbers:
+            unknown = unknown_name("validation number", wanted, list(numbers))
+            raise TrainingError(f"stage {self.name}, best_by: {unknown}.")
+        value, sign = numbers[wanted], 1 if self.stage.best_is == "lowest" else -1
+        if not math.isfinite(value) or (self.best is not None and sign * value >= sign * self.best):
+            return
+        self.best = value
+        if self.accelerator.is_main_process:
+            self._write_weights(checkpoint.BEST, {"best_by": wanted, "best_is": self.stage.best_is, "value": value})
+
+    def _best_so_far(self, saved: Saved | None) -> float | None:
+        """The best number up to that checkpoint; best.safetensors goes back to where it was then."""
+        if not self.stage.best_by:
+            return None
+        if self.accelerator.is_main_process:
+            checkpoint.rewind_best(self.folder / "checkpoints", saved.progress.images_seen if saved else 0)
+        note = checkpoint.read_note(self.folder / checkpoint.BEST)
+        same = (note.get("best_by"), note.get("best_is")) == (self.stage.best_by, self.stage.best_is)
+        return note["value"] if same else None
+
+    def _write_weights(self, name: str, note: Mapping[str, Any]) -> None:
+        """The weights that are in place, with a note of where they are from."""
+        facts = {"stage": self.name, "images_seen": self.state.progress.images_seen, **note}
+        tensors = checkpoint.weights(self.task.modules, self.training)
+        checkpoint.write_tensors(self.folder / name, tensors, {"from": json.dumps(facts)})
 
     def _fixed(self) -> dict[str, float]:
         rates = {group["part"]: group["lr"] for group in self.state.optimiser.param_groups}
@@ -251,24 +321,47 @@ class Course:
         return self.stage.schedule == "constant" or last_step <= min(then.decay_start, self.stage.decay_start)
 
     def _state(self, chosen: parts.Parts, saved: Saved | None) -> State:
-        trained = parts.named(self.task.modules, chosen)
-        stage = self.stage
-        optimiser = parts.optimiser(chosen, stage.train, stage.betas, stage.weight_decay, stage.muon)
+        """What changes while training; from here on FSDP, if it is used, has cut the modules into shards."""
+        stage, paths = self.stage, list(parts.named(self.task.modules, chosen))
+        optimiser = parts.optimiser(
+            chosen, stage.train, stage.betas, stage.weight_decay, stage.muon, stage.optimiser
+        )  # fmt: skip
+        losses = _Losses(self.task, self.training)
+        self.model, self.optimiser = self.accelerator.prepare(losses, optimiser)
+        trained = parts.at(self.task.modules, paths)
+        if stage.optimiser == "adamw8bit" and any(checkpoint.is_sharded(p) for p in trained.values()):
+            raise ConfigError(f"stage {self.name}: optimiser adamw8bit cannot train shards (FSDP): take adamw.")
         modules = {name: self.task.modules[name] for name in self.training}
+        described, average = stage.model_dump(mode="json"), Average(trained, stage.ema)
+        return State(modules, trained, optimiser, average, Progress(), described, self._precision(saved))
+
+    def _precision(self, saved: Saved | None) -> str:
         precision: str = self.stage.precision
         if precision == "auto":
             measured, words = faster_precision(self.accelerator.device)
-            precision = saved.precision if saved else measured  # a resumed run stays with what it began with
+            # a resumed run stays with what it began with, and all processes with what the main one measured
+            precision = saved.precision if saved else from_main(self.accelerator, measured)
             log.info("%s: trains in %s (%s)", self.name, precision, words)
-        described = self.stage.model_dump(mode="json")
-        return State(modules, trained, optimiser, Average(trained, self.stage.ema), Progress(), described, precision)
+        return precision
+
+    def _prepare_task(self) -> None:
+        with torch.no_grad():
+            parts.train_mode(self.task.modules, ())
+            self.task.prepare()
+            self._show_first_batch()
+            parts.train_mode(self.task.modules, self.training)
 
     def _show_first_batch(self) -> None:
         """Leave the first pictures of the stage as a sheet beside its numbers."""
         path = self.folder / "first_batch.png"
-        if self.accelerator.is_main_process and not path.exists():
-            with checkpoint.replacing(path) as draft:
-                self.task.show(self.task.batch(0, min(SHOWN, self.stage.batch_size)), draft)
+        if not self.accelerator.is_main_process or path.exists():
+            return
+        batch = self._batch(0, min(SHOWN, self.stage.batch_size))
+        if isinstance(batch, BadRecordError):
+            log.warning("%s: there is no first_batch.png, since a record is bad: %s", self.name, batch)
+            return
+        with checkpoint.replacing(path) as draft:
+            self.task.show(batch, draft)
 
     def _tell(self, chosen: parts.Parts) -> None:
         seen = self.state.progress.images_seen
@@ -282,18 +375,18 @@ class Course:
                 self.task.modules[name].to(memory_format=torch.channels_last)
             if self.stage.compile:
                 self.task.modules[name].compile()
-        parts.train_mode(self.task.modules, self.training)
 
     @contextmanager
-    def _at_rest(self, averaged: bool) -> Iterator[None]:
-        """Eval mode, no gradients and, if wanted, the averaged weights; afterwards all as before."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if averaged:
-                stack.enter_context(self.state.average.in_place())
-            parts.train_mode(self.task.modules, ())
-            stack.callback(parts.train_mode, self.task.modules, self.training)
-            yield
+    def _averaged(self) -> Iterator[None]:
+        """Averaged weights in whole modules, eval mode, no gradients; afterwards all as before. For all processes."""
+        main = self.accelerator.is_main_process  # the only one that uses them
+        modules = self.task.modules
+        with torch.no_grad(), self.state.average.in_place(), parts.in_one_piece(modules.values(), main):
+            parts.train_mode(modules, ())
+            try:
+                yield
+            finally:
+                parts.train_mode(modules, self.training)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         device = self.accelerator.device.type
@@ -305,15 +398,20 @@ class Course:
 
 
 class _Losses(nn.Module):
-    """The task's loss as one forward call over its training modules, which is what several processes can share."""
+    """The task's loss as one forward call over its training modules, which is what several processes can share.
+
+    It returns plain tuples and dicts, in which DDP and FSDP find the tensors whose gradients they wait for.
+    """
 
     def __init__(self, task: Task, training: list[str]) -> None:
         super().__init__()
         self.networks = nn.ModuleList([task.modules[name] for name in training])
         self.loss: Callable[[Any, int], Loss] = task.loss
 
-    def forward(self, batch: Any, images_seen: int) -> Loss:
-        return self.loss(batch, images_seen)
+    def forward(self, batch: Any, images_seen: int) -> tuple[Tensor, dict[str, float | Tensor]]:
+        loss = self.loss(batch, images_seen)
+        measured = {k: v.detach() if isinstance(v, Tensor) else v for k, v in loss.metrics.items()}
+        return loss.per_sample, measured
 
 
 def _crossed(every: int, before: int, after: int, end: int) -> bool:

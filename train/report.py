@@ -1,5 +1,7 @@
 """What a run tells while it runs: rows in metrics.jsonl, and a progress bar or, where there is no terminal, log lines.
 
+Trackers such as TensorBoard are told the same numbers under STAGE/NAME, with the images seen as their step.
+
 Averages stay on the device until a row is due, so that following a GPU does not slow it down.
 """
 
@@ -7,7 +9,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,23 @@ from torch import Tensor
 from train.checkpoint import replacing
 
 log = logging.getLogger("train")
+Track = Callable[[dict[str, float], int], None]  # numbers by name, and the images seen
 
 
 class Report:
     """Follows one stage; a context manager, so that the bar goes away. `active` False: this process is silent."""
 
     def __init__(
-        self, folder: Path, stage: str, images: int, images_seen: int, every: float, active: bool = True
+        self,
+        folder: Path,
+        stage: str,
+        images: int,
+        images_seen: int,
+        every: float,
+        active: bool = True,
+        track: Track | None = None,
     ) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path, self.track = folder / "metrics.jsonl", track
         self.stage, self.images, self.every, self.active = stage, images, every, active
         self.sums: dict[str, Tensor | float] = {}
         self.counts: dict[str, int] = {}
@@ -81,9 +91,13 @@ class Report:
         self.since += seconds
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        if self.active:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        if not self.active:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.track:
+            told = {f"{self.stage}/{name}": value for name, value in row.items() if name != "images_seen"}
+            self.track(told, row["images_seen"])
 
     def _say(self, images_seen: int, loss: float, speed: float) -> None:
         if self.bar:

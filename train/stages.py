@@ -1,34 +1,48 @@
 """A run is its stages in order: build each task, give it what earlier stages trained, train it, note that it is done.
 
     DIR/run.yaml                    the resolved run
+    DIR/tracking/                   what the trackers write
     DIR/STAGE/stage.yaml            the resolved stage
     DIR/STAGE/checkpoints/          to carry on from
     DIR/STAGE/metrics.jsonl         numbers; DIR/STAGE/samples/ pictures
     DIR/STAGE/weights.safetensors   averaged weights of the modules that trained, for later stages
+    DIR/STAGE/best.safetensors      likewise, at the best validation, if the stage says `best_by`
     DIR/STAGE/export/               what the task leaves for use
     DIR/STAGE/done.json             there once the stage saw all its images
 
 The same command again carries on where the run was. A changed setting needs `resume`, so that nobody mixes two runs in
 one folder by accident. More `images` for a stage that is done is such a change: it goes on from before its rate fell.
+
+Of several processes (docs/training.md) the main one writes, and goes first where files are made that all of them read.
 """
 
 import importlib
+import importlib.util
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 from imagine.errors import ConfigError
 from train import checkpoint
 from train.config import Run, Stage, checked, unknown_name
 from train.data import key
 from train.initial import load_initial
-from train.loop import Stopping, train_stage
+from train.loop import Stopping, on_any, train_stage
 from train.task import Start, Task
 
 log = logging.getLogger("train")
@@ -43,7 +57,11 @@ TASKS: dict[str, str] = {  # name -> "module:Class", imported when a run uses it
     "adapter": "train.task_adapter:AdapterTask",
 }
 # settings that do not change what is learnt
-HARMLESS = {"validate_every", "checkpoint_every_seconds", "report_every_seconds", "keep", "prefetch"}
+HARMLESS = {
+    "validate_every", "checkpoint_every_seconds", "report_every_seconds", "keep", "prefetch", "best_by", "best_is",
+}  # fmt: skip
+# How long processes wait for the main one, which may render pictures or validate; one that dies is noticed at once.
+PATIENCE = timedelta(hours=24)
 
 
 def run_stages(
@@ -58,25 +76,103 @@ def run_stages(
     """Train every stage that is not done, in order; True if all wanted ones are done, False if stopped before.
 
     `tasks` maps a task's name to its class or to "module:Class". ConfigError before anything is trained if the run
-    names something unknown, `only` names no stage, or `output` holds another run.
+    names something unknown, `only` names no stage, `output` holds another run, or the processes do not fit.
     """
-    stages = {name: resolved(name, stage, tasks) for name, stage in run.stages.items()}
-    run = Run(data=run.data, stages=stages)
+    run = run.model_copy(update={"stages": {n: resolved(n, stage, tasks) for n, stage in run.stages.items()}})
     wanted = wanted_stages(run, only)
+    stopping, accelerator = Stopping(max_minutes), _accelerator(run, output)
+    _check_shares(run, wanted, accelerator.num_processes)
     _agree(run, wanted, output, resume)
+    accelerator.wait_for_everyone()  # all have looked at the folder before one of them writes into it
     output.mkdir(parents=True, exist_ok=True)
-    stopping, accelerator = Stopping(max_minutes), Accelerator()
     if accelerator.is_main_process:
         _write_yaml(output / "run.yaml", run.model_dump(mode="json"))
-    with stopping.listening():
-        for name in wanted:
-            if is_done(output / name, run.stages[name]):
-                log.info("%s: done.", name)
-                _warn_if_stale(name, run.stages[name], output)
-            elif stopping.reason or not _run_stage(name, run, output, accelerator, stopping, tasks):
-                log.info("Run the same command again to carry on.")
-                return False
+    with stopping.listening(), _tracked(accelerator, output):
+        finished = _run_in_order(wanted, run, output, accelerator, stopping, tasks)
+    accelerator.end_training()
+    return finished
+
+
+def _run_in_order(
+    wanted: Sequence[str],
+    run: Run,
+    output: Path,
+    accelerator: Accelerator,
+    stopping: Stopping,
+    tasks: Mapping[str, Any],
+) -> bool:
+    for name in wanted:
+        if is_done(output / name, run.stages[name]):
+            log.info("%s: done.", name)
+            _warn_if_stale(name, run.stages[name], output)
+            continue
+        (stop,) = on_any(accelerator, stopping.reason is not None)
+        if stop or not _run_stage(name, run, output, accelerator, stopping, tasks):
+            log.info("Run the same command again to carry on.")
+            return False
     return True
+
+
+def _accelerator(run: Run, output: Path) -> Accelerator:
+    """The processes this one belongs to, as accelerate was told of them, and the trackers that are installed."""
+    installed = [name for name in run.trackers if importlib.util.find_spec(name)]
+    accelerator = Accelerator(
+        mixed_precision="no",  # the stage says in what precision it trains, and in how many pieces
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=installed or None,
+        project_dir=output / "tracking",
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            # a batch need not reach every parameter: one without letters does not reach ByT5
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+        ],
+    )
+    _check_engine(accelerator)
+    if not accelerator.is_main_process:
+        log.setLevel(logging.ERROR)  # the main process speaks for all
+    for name in sorted(set(run.trackers) - set(installed)):
+        log.warning("The tracker %s is left out: install it (`pip install %s`), or see metrics.jsonl.", name, name)
+    return accelerator
+
+
+def _check_engine(accelerator: Accelerator) -> None:
+    """ConfigError for a way of sharing the work that the loop does not know."""
+    engine = accelerator.distributed_type
+    if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
+        raise ConfigError(f"The trainer does not know {engine.value}: use one of configs/accelerate.")
+    if engine == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError(
+            "The trainer knows FSDP only in its second version: set fsdp_version: 2 (configs/accelerate)."
+        )
+    if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("Several processes were launched, but there is no GPU for them: set ACCELERATE_USE_CPU=true.")
+
+
+@contextmanager
+def _tracked(accelerator: Accelerator, output: Path) -> Iterator[None]:
+    """The trackers listen for the block. W&B stays off the network unless WANDB_MODE=online is in the environment."""
+    folder = output / "tracking"
+    if accelerator.log_with:
+        folder.mkdir(exist_ok=True)
+    wandb = {"dir": str(folder), "name": output.name, "mode": os.environ.get("WANDB_MODE", "offline")}
+    accelerator.init_trackers("imagine", init_kwargs={"wandb": wandb})
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        accelerator.trackers.clear()
+
+
+def _check_shares(run: Run, wanted: Sequence[str], processes: int) -> None:
+    """ConfigError unless each wanted stage's batch can be cut into equal pieces for all processes."""
+    for name in wanted:
+        stage = run.stages[name]
+        if stage.batch_size % (stage.accumulation * processes):
+            raise ConfigError(
+                f"stage {name}: batch_size {stage.batch_size} does not divide into {stage.accumulation} pieces on each "
+                f"of {processes} processes: change one of the three."
+            )
 
 
 def resolved(name: str, stage: Stage, tasks: Mapping[str, Any]) -> Stage:
@@ -103,7 +199,8 @@ def _run_stage(
     folder.mkdir(exist_ok=True)
     if accelerator.is_main_process:
         _write_yaml(folder / "stage.yaml", _described(run, name))
-    task = build(name, run, output, accelerator.device, tasks)
+    with accelerator.main_process_first():  # tasks may write what they build from, such as tokenizers
+        task = build(name, run, output, accelerator.device, tasks)
     numbers = train_stage(name, stage, task, folder, accelerator, stopping)
     accelerator.free_memory()
     if numbers is None:
@@ -132,14 +229,18 @@ def build(name: str, run: Run, output: Path, device: torch.device, tasks: Mappin
     torch.manual_seed(key(stage.seed, "build"))
     start = Start(name, stage.seed, device, output / name, run.data, stage.initial, earlier)
     task: Task = kind(settings, start)
+    for module in stage.fresh:
+        if module not in task.modules:
+            raise ConfigError(f"stage {name}, fresh: {unknown_name('module', module, list(task.modules))}.")
+    inherits = {module: network for module, network in task.modules.items() if module not in stage.fresh}
     if stage.initial is not None:
-        log.info("%s: from %s: %s", name, stage.initial, ", ".join(load_initial(task.modules, stage.initial)))
+        log.info("%s: from %s: %s", name, stage.initial, ", ".join(load_initial(inherits, stage.initial)))
     for source in stage.start_from:
         path = output / source / "weights.safetensors"
-        loaded = checkpoint.load_weights(task.modules, checkpoint.read_tensors(path)[0], str(path))
+        loaded = checkpoint.load_weights(inherits, checkpoint.read_tensors(path)[0], str(path))
         log.info("%s: from %s: %s", name, source, ", ".join(loaded) or "no module of the same name")
-    for module in task.modules.values():
-        module.to(device)
+    for network in task.modules.values():
+        network.to(device)
     return task
 
 
@@ -186,9 +287,15 @@ def _changes(run: Run, name: str, output: Path) -> list[tuple[str, Any, Any]]:
     path = output / name / "stage.yaml"
     if not path.exists():
         return []
-    before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(_described(run, name))
+    before, now = _flat(_before(path)), _flat(_described(run, name))
     names = [setting for setting in {**before, **now} if setting not in HARMLESS]
     return [(n, before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)]
+
+
+def _before(path: Path) -> dict[str, Any]:
+    """The stage as it was described then; what could not be said yet was as it is now by default."""
+    defaults = Stage.model_validate({"task": "", "train": {"": 0}, "images": 1}).model_dump(mode="json")
+    return {**defaults, **yaml.safe_load(path.read_text(encoding="utf-8"))}
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
