@@ -22,7 +22,9 @@ from imagine.encoders import VisionEncoder
 from imagine.errors import ConfigError, WeightsError
 from imagine.finder import load_finder
 from imagine.judge import Reader, Recogniser
+from imagine.pipeline import ImaginePipeline
 from imagine.records import Tokens
+from train.assemble import assemble
 from train.checkpoint import read_tensors
 from train.config import load_run
 from train.initial import load_initial
@@ -426,3 +428,16 @@ def test_exports_load_through_the_public_loaders_as_they_were_averaged() -> None
             assert torch.allclose(found[path].float(), value.float(), atol=1e-2, rtol=1e-2), (name, path)
     clip, branches = text.encode(['a person with the letters "SKY"'])
     assert clip.values.isfinite().all() and set(branches) == {"t5", "byt5"}
+
+
+def test_a_run_becomes_a_folder_of_weights(tmp_path: Path) -> None:
+    assemble(trained(), tmp_path / "weights", defaults={"default_steps": 3})
+    pipe = ImaginePipeline.from_pretrained(tmp_path / "weights")
+    assert pipe.config.default_steps == 3
+    wanted = read_tensors(trained() / "adapter" / "weights.safetensors")[0]
+    for path, value in pipe.adapter.state_dict().items():
+        assert torch.allclose(value.float(), wanted[f"adapter.{path}"], atol=1e-2, rtol=1e-2), path
+    with pytest.raises(WeightsError, match="no export of the stage nobody"):
+        assemble(trained(), tmp_path / "other", stage="nobody")
+    with pytest.raises(WeightsError, match="holds no run"):
+        assemble(tmp_path, tmp_path / "other", initial=trained() / "autoencoder" / "export")

@@ -27,10 +27,12 @@ def assemble(
     dtype: torch.dtype = torch.float16,
     defaults: Mapping[str, Any] = MappingProxyType({}),
     initial: Path | None = None,
+    stage: str | None = None,
 ) -> None:
     """Write the pipeline of `run` to `output`; stages that are not there yet (judge, finder) are left as they are.
 
-    `initial` is the folder of weights that the run began with, for what it did not train.
+    `initial` is the folder of weights that the run began with, for what it did not train. The pipeline draws with the
+    adapter of `stage`, or of the last adapter stage that left one.
     `defaults` go to the pipeline: what a call uses that names no steps or guidance (`benchmarks/guidance.py` measures).
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
@@ -41,7 +43,7 @@ def assemble(
 
     autoencoder = run / "autoencoder" / "export"  # a run that began with weights has none of its own
     vae, mean, std = load_autoencoder(autoencoder if autoencoder.is_dir() else initial or _export(run, "autoencoder"))
-    drawing = _last_adapter(run)  # with the base that it was trained on
+    drawing = _export(run, stage) if stage else _last_adapter(run)  # with the base that it was trained on
     unet = UNet2DConditionModel.from_pretrained(drawing / "unet", torch_dtype=torch.float32)
     text = load_text_encoders(drawing)
     pipe = ImaginePipeline(
@@ -90,7 +92,7 @@ def _last_adapter(run: Path) -> Path:
 def _export(run: Path, stage: str) -> Path:
     folder = run / stage / "export"
     if not folder.is_dir():
-        raise WeightsError(f"{run} holds no export of the stage {stage}: train it first with `make weights`.")
+        raise WeightsError(f"{run} holds no export of the stage {stage}: train it first, or name another.")
     return folder
 
 
@@ -100,6 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--output", type=Path, required=True, help="the weights folder to write")
     parser.add_argument("--initial", type=Path, help="the weights that the run began with, if it did")
+    parser.add_argument("--stage", help="the adapter stage to draw with; none: the last that is trained")
     parser.add_argument("--steps", type=int, default=20, help="the pipeline's default")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="the pipeline's default")
     parser.add_argument("--identity-guidance-scale", type=float, help="the pipeline's default; none: as the text's")
@@ -110,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         "default_identity_guidance_scale": options.identity_guidance_scale,
     }
     try:
-        assemble(options.run, options.output, defaults=defaults, initial=options.initial)
+        assemble(options.run, options.output, defaults=defaults, initial=options.initial, stage=options.stage)
     except ImagineError as error:
         sys.stderr.write(f"{error}\n")
         return 2
