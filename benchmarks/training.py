@@ -120,7 +120,7 @@ class Loop:
         """One optimiser step on `batch` images."""
         loss = self.loss(number)
         with self.clock.on("backward"):
-            loss.backward()
+            torch.autograd.backward(loss)
         with self.clock.on("optimiser and average"):
             torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), 1.0)
             self.optimiser.step()

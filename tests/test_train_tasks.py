@@ -435,6 +435,7 @@ def test_a_run_becomes_a_folder_of_weights(tmp_path: Path) -> None:
     pipe = ImaginePipeline.from_pretrained(tmp_path / "weights")
     assert pipe.config.default_steps == 3
     wanted = read_tensors(trained() / "adapter" / "weights.safetensors")[0]
+    assert pipe.adapter is not None
     for path, value in pipe.adapter.state_dict().items():
         assert torch.allclose(value.float(), wanted[f"adapter.{path}"], atol=1e-2, rtol=1e-2), path
     with pytest.raises(WeightsError, match="no export of the stage nobody"):

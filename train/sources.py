@@ -8,7 +8,7 @@ a row come from the same one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -29,7 +29,7 @@ class Source(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     gallery: str = "train"
     target: Literal["self", "other"] = "other"
-    captions: dict[Manner, float] = Field({"rewritten": 1.0}, min_length=1)
+    captions: Annotated[dict[Manner, float], Field(min_length=1)] = {"rewritten": 1.0}
 
     @field_validator("captions")
     @classmethod

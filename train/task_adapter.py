@@ -53,7 +53,7 @@ class AdapterSettings(BaseSettings):
     """How the adapter is fed: kinds of pictures, what is dropped for guidance, and where the loss looks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    sources: dict[str, float] = Field({"real": 0.15, "synthetic": 0.85})
+    sources: dict[str, float] = {"real": 0.15, "synthetic": 0.85}  # noqa: RUF012  (pydantic copies it)
     drop_vision: Share = 0.1  # share of images that are shown nobody
     lora_rank: Annotated[int, Field(ge=0)] = 16  # 0: no LoRA
     lora_targets: tuple[LoraTarget, ...] = LORA_TARGETS
