@@ -210,3 +210,8 @@ def test_default_folder_is_the_checkouts_or_says_how_to_get_weights() -> None:
     else:
         with pytest.raises(WeightsError, match="make weights"):
             weights.default_folder()
+
+
+def test_the_shipped_weights_take_at_most_48_megabytes() -> None:
+    files = [path for path in weights.default_folder().rglob("*") if path.is_file()]
+    assert files and sum(path.stat().st_size for path in files) <= 48_000_000
