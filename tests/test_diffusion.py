@@ -105,3 +105,14 @@ def test_latent_normalisation_is_per_channel_and_undone(clean):
     normal = diffusion.normalise_latents(clean, mean, std)
     torch.testing.assert_close(normal[:, 3], (clean[:, 3] - 3.0) / 4.0)
     torch.testing.assert_close(diffusion.denormalise_latents(normal, mean, std), clean)
+
+
+def test_min_snr_weighs_errors_of_the_clean_latent_by_the_clipped_signal_to_noise_ratio():
+    t = torch.tensor([0.05, 0.3, 0.5, 0.9])
+    clean, noise = torch.randn(4, 3), torch.randn(4, 3)
+    guess = diffusion.velocity(clean, noise) + 0.1 * torch.randn(4, 3)
+    of_velocity = (guess - diffusion.velocity(clean, noise)).square().mean(1)
+    seen = diffusion.add_noise(clean, noise, t) - t[:, None] * guess  # the clean latent that the guess means
+    of_clean = (seen - clean).square().mean(1)
+    snr = ((1 - t) / t) ** 2
+    assert torch.allclose(diffusion.min_snr_weight(t, 5.0) * of_velocity, snr.clamp(max=5.0) * of_clean, atol=1e-6)
