@@ -442,3 +442,17 @@ def test_a_run_becomes_a_folder_of_weights(tmp_path: Path) -> None:
         assemble(trained(), tmp_path / "other", stage="nobody")
     with pytest.raises(WeightsError, match="holds no run"):
         assemble(tmp_path, tmp_path / "other", initial=trained() / "autoencoder" / "export")
+
+
+def test_an_adapter_stage_may_ask_the_judge_at_every_validation(tmp_path: Path) -> None:
+    task = built("adapter")
+    silent = task.settings
+    task.settings = silent.model_copy(update={"judge": Path(__file__).parent.parent / "weights"})
+    try:
+        with torch.no_grad():
+            numbers = task.validate(tmp_path, 0)
+    finally:
+        task.settings = silent
+    assert {"validation_loss", "prompt", "sim_gt", "rank1_of_100", "sim_gt_ceiling"} <= numbers.keys()
+    assert numbers["sim_gt"] < 0.3 < numbers["sim_gt_ceiling"]  # nothing is learnt yet
+    assert (tmp_path / "judged.png").exists()
