@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,7 +101,7 @@ class Clock:
         return {name: round(seconds / total, 3) for name, seconds in self.seconds.items()}
 
 
-class Loop:
+class Loop(ABC):
     """What both loops do alike: gradients, optimiser and average of the same parts."""
 
     def __init__(self, task: AdapterTask, batch: int) -> None:
@@ -112,9 +113,9 @@ class Loop:
         self.average = Average(self.parameters, 1_500)
         parts.train_mode(task.modules, self.training)
 
+    @abstractmethod
     def loss(self, number: int) -> Tensor:
         """The loss of the images that begin at `number`."""
-        raise NotImplementedError
 
     def step(self, number: int) -> None:
         """One optimiser step on `batch` images."""
