@@ -183,20 +183,20 @@ def save(folder: Path, state: State, keep: int, for_good: bool = False, here: bo
 
 
 def _remember_best(folder: Path, images_seen: int) -> None:
-    best, now = folder.parent / BEST, _best_at(folder, images_seen)
-    if best.exists():
-        _link(best, now)
-    else:
-        now.unlink(missing_ok=True)
+    _as_there(folder.parent / BEST, _best_at(folder, images_seen))
 
 
 def rewind_best(folder: Path, images_seen: int) -> None:
     """The best weights become those there were at the checkpoint of that number: none, if it knew of none."""
-    best, then = folder.parent / BEST, _best_at(folder, images_seen)
-    if then.exists():
-        _link(then, best)
+    _as_there(_best_at(folder, images_seen), folder.parent / BEST)
+
+
+def _as_there(source: Path, place: Path) -> None:
+    """`place` becomes the file at `source`, or goes if there is none."""
+    if source.exists():
+        _link(source, place)
     else:
-        best.unlink(missing_ok=True)
+        place.unlink(missing_ok=True)
 
 
 def read_note(path: Path) -> dict[str, Any]:
