@@ -1,0 +1,89 @@
+"""What the steps of a build ask of models: one small contract each, so that any of them changes by one line of config.
+
+Every backend is a class `Backend(settings)`: `Settings` is its frozen pydantic model (unknown keys are refused), and
+constructing must be cheap; models load in `load()`, which is called once in each process that works with it. All calls
+take and return lists of equal length, in order, and must not depend on how a list is cut into batches: randomness comes
+from the records' own seeds. One bad item must not sink the others: a call returns `Failed(reason, sentence)` in its place.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel
+
+from data_synth.records import Ask, Candidate, Measures, Reference
+
+
+@dataclass(frozen=True)
+class Failed:
+    """One item that a backend could not do."""
+
+    reason: str  # a few words, always the same ones
+    sentence: str = ""  # for a person
+    for_now: bool = False  # True: the item is fine and the backend is not (an endpoint that is down): park it, try later
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a rewriter is to bring about: a value for each attribute, drawn so that the wished distribution is met."""
+
+    reference: Reference
+    caption: str  # dense caption of the reference
+    aims: Mapping[str, str]  # {"expression": "smiling", "gaze": "left", "scene": "beach", ...}
+    seed: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A candidate to be refined, with all that belongs to it."""
+
+    reference: Reference
+    ask: Ask
+    candidate: Candidate
+
+
+class Backend(Protocol):
+    """What all backends have."""
+
+    Settings: ClassVar[type[BaseModel]]
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What results depend on besides their inputs, for hashes and the manifest: class, model id, revision or
+        fingerprint of the weights, licence ("" if unknown), version of this code."""
+        ...
+
+    def load(self) -> None:
+        """Load the models; raises ImagineError with one sentence that says what to install or which folder to give."""
+        ...
+
+
+class Captioner(Backend, Protocol):
+    def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
+        """A dense caption of each reference: the person and everything around them."""
+        ...
+
+
+class Rewriter(Backend, Protocol):
+    def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
+        """The caption with its aims brought in and the person kept."""
+        ...
+
+
+class Generator(Backend, Protocol):
+    def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
+        """For each (reference, ask, attempt) a candidate of round 0; its noise follows from ask.seed and attempt."""
+        ...
+
+
+class Refiner(Backend, Protocol):
+    def refine(self, drafts: Sequence[Draft]) -> list[Candidate | Failed]:
+        """For each draft the same picture with the reference's identity brought nearer: `round` one higher."""
+        ...
+
+
+class Measurer(Backend, Protocol):
+    def measure(self, drafts: Sequence[Draft]) -> list[Measures | Failed]:
+        """Identity, difference, faces, quality, sharpness, text and hash of each candidate beside its reference."""
+        ...
