@@ -1,0 +1,74 @@
+"""How far reviewers agree: the share of equal opinions, and kappas, which take away what chance would give."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
+
+
+@dataclass(frozen=True)
+class TwoReviewers:
+    """Two reviewers on the things that both have judged."""
+
+    first: str
+    second: str
+    num_pairs: int  # judged by both, at least 1
+    share: float  # of them, judged alike
+    kappa: float | None  # Cohen's; None where it says nothing: both always chose the same one thing
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """All reviewers on the things that at least two have judged."""
+
+    num_pairs: int
+    share: float | None  # of the pairs of opinions on one thing, equal; averaged over things; None without any
+    kappa: float | None  # Fleiss'; None where it says nothing: only one verdict was ever given
+    reviewers: tuple[TwoReviewers, ...]  # every two who have met
+
+
+def agreement(opinions: Sequence[Mapping[str, str]]) -> Agreement:
+    """Agreement over things, each given as {reviewer: verdict}; fewer than two opinions on one count for nothing."""
+    several = [of_one for of_one in opinions if len(of_one) > 1]
+    ratings = [list(of_one.values()) for of_one in several]
+    share = fmean(_equal_share(of_one) for of_one in ratings) if ratings else None
+    met = Counter(two for of_one in several for two in combinations(sorted(of_one), 2))
+    return Agreement(len(several), share, fleiss(ratings), tuple(_two(several, *two) for two in sorted(met)))
+
+
+def cohen(first: Sequence[str], second: Sequence[str]) -> float | None:
+    """Cohen's kappa (1960) of two raters' verdicts on the same things, in order; None where chance alone gives 1."""
+    observed = fmean(a == b for a, b in zip(first, second, strict=True))
+    counts, others = Counter(first), Counter(second)
+    chance = sum(counts[verdict] * others[verdict] for verdict in counts) / len(first) ** 2
+    return None if chance == 1 else (observed - chance) / (1 - chance)
+
+
+def fleiss(ratings: Sequence[Sequence[str]]) -> float | None:
+    """Fleiss' kappa (1971) of two or more verdicts a thing, from any raters; None if only one verdict was ever given.
+
+    Where things have different numbers of verdicts, each thing weighs the same.
+    """
+    if not ratings:
+        return None
+    verdicts = {verdict for of_one in ratings for verdict in of_one}
+    if len(verdicts) == 1:
+        return None
+    observed = fmean(_equal_share(of_one) for of_one in ratings)
+    shares = [fmean(of_one.count(verdict) / len(of_one) for of_one in ratings) for verdict in verdicts]
+    chance = sum(share**2 for share in shares)
+    return (observed - chance) / (1 - chance)
+
+
+def _equal_share(verdicts: Sequence[str]) -> float:
+    """Of all pairs among these verdicts (at least two), how many are equal."""
+    equal = sum(count * (count - 1) for count in Counter(verdicts).values())
+    return equal / (len(verdicts) * (len(verdicts) - 1))
+
+
+def _two(opinions: Sequence[Mapping[str, str]], first: str, second: str) -> TwoReviewers:
+    both = [of_one for of_one in opinions if first in of_one and second in of_one]
+    verdicts = [of_one[first] for of_one in both], [of_one[second] for of_one in both]
+    share = fmean(a == b for a, b in zip(*verdicts, strict=True))
+    return TwoReviewers(first, second, len(both), share, cohen(*verdicts))
