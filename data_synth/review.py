@@ -114,8 +114,9 @@ def open_queue(
     """Make these pairs the queue, and return how many there are; decisions on pairs seen before hold.
 
     By the target's key, `rounds` gives its identity similarity after 0, 1, 2 ... rounds of refinement, and `remarks`
-    what filters said, a sentence each. The queue changes as a whole at the end: a build that is killed on the way
-    leaves the old one. Pairs that nobody decided on and that are no longer wanted are forgotten, with their pictures.
+    what filters said, a sentence each; both are asked once their pair has been taken from `pairs`, and may be filled
+    meanwhile. The queue changes as a whole at the end: a build that is killed on the way leaves the old one. Pairs that
+    nobody decided on and that are no longer wanted are forgotten, with their pictures.
     """
     _create(database)
     wanted: list[tuple[str]] = []
@@ -369,6 +370,7 @@ def _shown(pair: Pair, rounds: Sequence[float | None], remarks: Sequence[str]) -
             "aims": dict(pair.ask.aims),
             "seen": measures.pop("attributes"),
             "measures": {name: value for name, value in measures.items() if name != "picture_hash"},
+            "round": pair.target.round,
             "rounds": list(rounds),
             "remarks": list(remarks),
         },

@@ -61,7 +61,20 @@ def test_a_reviewer_sees_what_the_build_handed_over(tmp_path: Path) -> None:
     assert (shown["key"], shown["prompt"], shown["caption"]) == (key, one.ask.prompt, one.ask.caption)
     assert (shown["aims"], shown["seen"]) == ({"expression": "smiling"}, {"expression": "neutral"})
     assert (shown["rounds"], shown["remarks"]) == ([0.25, None, 0.5], ["Similar enough."])
-    assert shown["measures"]["similarity"] == 0.5
+    assert (shown["measures"]["similarity"], shown["round"]) == (0.5, 1)
+
+
+def test_likeness_may_be_told_while_pairs_are_drawn(tmp_path: Path) -> None:
+    rounds: dict[str, list[float]] = {}
+
+    def told() -> Iterator[Pair]:
+        for one in pairs(70):
+            rounds[one.target.key] = [len(rounds) / 100]
+            yield one
+
+    open_queue(told(), tmp_path / FILE, rounds)
+    review = Review(tmp_path / FILE)
+    assert [review.pair(number, "Ann")["rounds"] for number in (1, 64, 70)] == [[0.0], [0.63], [0.69]]
 
 
 def test_the_same_queue_again_changes_nothing(database: Path) -> None:
