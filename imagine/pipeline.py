@@ -330,14 +330,17 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     def encode_prompt(self, prompts: "str | Sequence[str]") -> TextTokens:
         """Read prompts with the three text encoders: what `prompt_embeds` and `negative_prompt_embeds` take.
 
-        The result is CLIP's tokens and a dict of the others', one batch item per prompt; "" means no sentence.
+        The result is CLIP's tokens and a dict of the others' that an adapter reads, one batch item per prompt; "" means
+        no sentence.
         Raises PromptError if a prompt is too long.
         """
         encoders = TextEncoders(
             self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
             self.text_encoder_3, self.tokenizer_3, self._execution_device,
         )  # fmt: skip
-        return encoders.encode([prompts] if isinstance(prompts, str) else list(prompts))
+        clip, others = encoders.encode([prompts] if isinstance(prompts, str) else list(prompts))
+        read = {spec.name for part in self._adapters() for spec in part.branch_specs}
+        return clip, {name: tokens for name, tokens in others.items() if name in read}
 
     # --- drawing ----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from imagine.adapter import project
 from imagine.diffusion import guide
 from imagine.encoders import pooled
+from imagine.errors import WeightsError
 from imagine.records import Conditioning, Tokens
 
 VISION = "vision"  # the identity branch, as the adapter calls it
@@ -115,6 +116,10 @@ def pooled_text(unet: Any, clip: Tokens, branches: Mapping[str, Tokens]) -> Tens
     """The sentences as one vector each, for a denoiser that was built to be told (`class_labels`); None for others."""
     if getattr(unet.config, "class_embed_type", None) != "projection":
         return None
+    if "t5" not in branches:
+        raise WeightsError(
+            "This denoiser hears the sentence from T5 too, but no adapter reads T5: load its text_adapter."
+        )
     return pooled(clip, branches["t5"])
 
 

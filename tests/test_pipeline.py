@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchHeunD
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
+from imagine.adapter import Adapter, BranchSpec
 from imagine.errors import ConfigError, FaceError, ImagineError, PictureError, PromptError, WeightsError
 from imagine.faces import KnownGeometry
 from imagine.pipeline import ImaginePipeline
@@ -332,6 +333,16 @@ def test_output_types(pipe: ImaginePipeline) -> None:
 def test_given_latents_stand_for_the_noise(pipe: ImaginePipeline) -> None:
     noise = torch.randn((4, 4, 4), generator=tiny.generator(7))[None]
     assert torch.equal(pipe(PROMPT, latents=noise, output_type="pt").images, draw(pipe))
+
+
+def test_text_encoders_that_no_adapter_reads_are_left_out() -> None:
+    pipe = tiny.pipeline(with_adapter=False)
+    assert pipe.text_adapter is not None and pipe.encode_prompt(PROMPT)[1].keys() == {"t5", "byt5"}
+    pipe.text_adapter.detach(pipe.unet)
+    pipe.text_adapter = Adapter(pipe.unet, [BranchSpec("t5", 16, zero_init=False)])
+    pipe.text_adapter.attach(pipe.unet)
+    assert pipe.encode_prompt(PROMPT)[1].keys() == {"t5"}
+    assert pipe(PROMPT, generator=tiny.generator(1)).images[0].size == (tiny.SIZE, tiny.SIZE)
 
 
 def test_prompts_may_be_encoded_beforehand(pipe: ImaginePipeline) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ from train.checkpoint import read_tensors
 from train.config import load_run
 from train.initial import load_initial
 from train.language import load_text_encoders, make_tokenizers
+from train.latents import autoencoder_of
+from train.likeness import Likeness
 from train.stages import TASKS, run_stages
 from train.task import Start, Task
 from train.task_adapter import AdapterTask
@@ -36,6 +39,7 @@ from train.task_autoencoder import AutoencoderTask, load_autoencoder
 from train.task_base import BaseSettings, BaseTask
 from train.task_clip import ClipTask
 from train.task_finder import FinderTask
+from train.task_likeness import LikenessTask
 from train.task_reader import ReaderTask
 from train.task_recogniser import RecogniserTask
 
@@ -49,6 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reader": {},
     "finder": {},
     "base": DENOISER,
+    "likeness": {},
     "adapter": {**DENOISER, "lora_rank": 2},
 }
 
@@ -77,6 +82,10 @@ class SmallAdapter(AdapterTask):
     DRAWING_STEPS: ClassVar[int] = 2
 
 
+class SmallLikeness(LikenessTask):
+    VALIDATION_PEOPLE: ClassVar[int] = 4
+
+
 class SmallFinder(FinderTask):
     GROUPS: ClassVar[int] = 4
     HELD_OUT_PICTURES: ClassVar[int] = 2
@@ -89,6 +98,7 @@ SMALL: dict[str, Any] = {
     "reader": SmallReader,
     "finder": SmallFinder,
     "base": SmallBase,
+    "likeness": SmallLikeness,
     "adapter": SmallAdapter,
 }
 
@@ -142,7 +152,7 @@ def trained() -> Path:
 @functools.cache
 def built(name: str) -> Any:
     """The task, ready for its first batch; base and adapter stand on the chain's autoencoder."""
-    earlier = {"autoencoder": trained() / "autoencoder" / "export"} if name in ("base", "adapter") else {}
+    earlier = {"autoencoder": trained() / "autoencoder" / "export"} if name in ("base", "adapter", "likeness") else {}
     task_class = SMALL[name]
     torch.manual_seed(0)
     folder = with_tokenizers(home() / "built" / name)
@@ -327,6 +337,27 @@ def test_a_sentence_also_acts_as_one_vector() -> None:
             task.unet.class_embedding.linear_2.weight.sub_(0.1)
 
 
+def test_a_text_branch_can_be_left_out_altogether() -> None:
+    whole = built("base")
+    settings = BaseSettings(widths=(32, 32), pooled=False, text_branches=("byt5",))
+    task = SmallBase(settings, dataclasses.replace(whole.start, folder=with_tokenizers(home() / "built" / "byt5")))
+    assert {spec.name for spec in task.text_adapter.branch_specs} == {"byt5"}
+    batch = whole.batch(0, 4)
+    deaf = dataclasses.replace(
+        batch.sentences, t5=Tokens(torch.zeros_like(batch.sentences.t5.values), batch.sentences.t5.mask)
+    )
+    noise, t = task.noise(batch.latents, 0, 0)
+    with torch.no_grad():
+        assert torch.equal(task.predict(noise, t, batch.sentences), task.predict(noise, t, deaf))
+        assert not torch.equal(whole.predict(noise, t, batch.sentences), whole.predict(noise, t, deaf))
+    assert task.spoken(["a person"])[1].keys() == {"byt5"}
+    without = SmallBase(settings.model_copy(update={"text_branches": ("t5",)}), task.start)
+    assert without.parts()["byt5"] == [] and len(without.parts()["text_adapter"]) > 0
+    for wrong in (["byt5"], [], ["t5", "t5"]):
+        with pytest.raises(ValueError, match=r"pooled to false|each once"):
+            BaseSettings.model_validate({"text_branches": wrong})
+
+
 def test_a_stage_may_begin_with_a_folder_of_weights(tmp_path: Path) -> None:
     task = built("clip")
     fresh = SMALL["clip"](SMALL["clip"].Settings(), dataclasses.replace(task.start, seed=9))
@@ -353,9 +384,8 @@ def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
     assert 0 < real.sum() < 32  # few targets are their own reference
     assert set(batch.strength.tolist()) == {0.0, 1.0}
     assert batch.crops.shape[:2] == (64, 3) and batch.faces.shape == (64, 1, 8, 8)
-    assert set(batch.faces.unique().tolist()) == {1.0, task.settings.face_weight}
-    inside = [0.1 < (weights > 1).float().mean() < 0.9 for weights in batch.faces]
-    assert all(inside)
+    assert set(batch.faces.unique().tolist()) == {0.0, 1.0}
+    assert all(0.1 < here.mean() < 0.9 for here in batch.faces)
 
 
 def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
@@ -364,7 +394,7 @@ def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
     latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent
     assert latents.shape[1] == len(mean) == len(std) and latents.dtype == torch.float32
     start = Start("base", 3, torch.device("cpu"), with_tokenizers(home() / "built" / "base"), data(), folder)
-    assert SmallBase(BaseSettings(widths=(32, 32)), start)._autoencoder() == folder
+    assert autoencoder_of(start) == folder
     nowhere = SmallBase(BaseSettings(widths=(32, 32)), dataclasses.replace(start, initial=None))
     with pytest.raises(ConfigError, match="needs an autoencoder"):
         nowhere.prepare()
@@ -442,6 +472,63 @@ def test_a_run_becomes_a_folder_of_weights(tmp_path: Path) -> None:
         assemble(trained(), tmp_path / "other", stage="nobody")
     with pytest.raises(WeightsError, match="holds no run"):
         assemble(tmp_path, tmp_path / "other", initial=trained() / "autoencoder" / "export")
+
+
+def teacher_stages() -> Path:
+    """A teacher, and an adapter that learns from it, after the chain."""
+    run = yaml.safe_load((home() / "run.yaml").read_text())
+    run["stages"]["likeness"] = {
+        "task": "likeness", "train": {"likeness": 1e-3}, "muon": ["likeness"], "start_from": ["autoencoder"],
+        "settings": SETTINGS["likeness"],
+    }  # fmt: skip
+    run["stages"]["alike"] = {
+        **run["stages"]["adapter"], "start_from": ["autoencoder", "clip", "base", "likeness"],
+        "settings": {**SETTINGS["adapter"], "likeness": 0.5},
+    }  # fmt: skip
+    (home() / "alike.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+    return home() / "alike.yaml"
+
+
+def test_an_adapter_may_learn_from_a_teacher_that_knows_people() -> None:
+    output, path = trained(), teacher_stages()
+    with_tokenizers(output / "alike")
+    assert run_stages(load_run(path), output, resume=True, only=["likeness", "alike"], tasks=SMALL)
+    lines = [json.loads(line) for line in (output / "alike" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["error"] > 0 and 0 < line["strange"] < 2 for line in lines if "loss" in line)
+    assert -1 <= lines[-1]["validate/likeness"] <= 1
+    saved = {name.split(".")[0] for name in read_tensors(output / "alike" / "weights.safetensors")[0]}
+    assert "likeness" not in saved  # it teaches and does not learn
+
+
+def test_a_likeness_loss_needs_its_teacher_and_asks_nothing_where_nobody_is_shown() -> None:
+    task = built("adapter")
+    settings = task.settings.model_copy(update={"likeness": 2.0})
+    with pytest.raises(ConfigError, match="name a stage `likeness` in its start_from"):
+        SmallAdapter(settings, task.start)
+    batch = task.batch(0, 4)
+    batch = dataclasses.replace(batch, strength=torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    silent, task.likeness = task.settings, Likeness().requires_grad_(False)
+    task.settings = settings
+    try:
+        with_teacher = task.loss(batch, 0).per_sample
+    finally:
+        task.settings, task.likeness = silent, None
+    plain = task.loss(batch, 0).per_sample
+    assert torch.equal((with_teacher > plain), batch.strength.bool())
+    assert torch.equal(with_teacher[1::2], plain[1::2])
+
+
+def test_the_teacher_sees_whose_latents_they_are_only_by_the_latents_and_the_place_of_the_face() -> None:
+    task = built("likeness")
+    batch = task.batch(0, 4)
+    assert batch.latents.shape == (4, 2, 32, 8, 8) and batch.faces.shape == (4, 2, 1, 8, 8)
+    stored = task.latents.take(torch.arange(len(task.pictures.gallery)))
+    rows = (batch.latents.flatten(0, 1)[:, None] == stored[None]).flatten(2).all(2).float().argmax(1).view(4, 2)
+    first, second = rows.unbind(1)
+    assert torch.equal(first // 2, second // 2) and (first != second).all()  # two pictures of one person
+    seen = task.likeness(batch.latents.flatten(0, 1), batch.faces.flatten(0, 1))
+    assert torch.allclose(seen.norm(dim=1), torch.ones(8), atol=1e-5)
+    assert not torch.allclose(seen, task.likeness(batch.latents.flatten(0, 1), 1 - batch.faces.flatten(0, 1)))
 
 
 def test_an_adapter_stage_may_ask_the_judge_at_every_validation(tmp_path: Path) -> None:

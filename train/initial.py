@@ -22,13 +22,14 @@ PLACES = {  # module -> its folder among the weights; what is not here (heads th
 def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
     """Load every module that the folder `weights` holds, strictly; the names of those that were.
 
-    Raises WeightsError if the folder is missing, holds none of the modules, or holds one of other names or shapes.
+    Raises WeightsError if the folder is missing, holds none of those that weights can hold, or one of other names or
+    shapes.
     """
     if not weights.is_dir():
         raise WeightsError(f"There is no folder {weights} to begin from: name one that holds weights, or leave it out.")
     files = {name: _file(weights / PLACES[name]) for name in modules if name in PLACES}
     present = {name: file for name, file in files.items() if file is not None}
-    if not present:
+    if files and not present:
         expected = ", ".join(str(weights / PLACES[name]) for name in files) or "weights of this stage's networks"
         raise WeightsError(f"{weights} holds nothing that this stage can begin from; expected: {expected}.")
     for name, file in present.items():

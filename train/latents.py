@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from imagine.diffusion import normalise_latents
+from imagine.errors import ConfigError
 from imagine.weights import fingerprint
 from imagine.world import camera_noise
 from train.kept import keep
 from train.pictures import AnyPictures
+from train.task import Start
 from train.task_autoencoder import load_autoencoder
 
 
@@ -37,6 +39,11 @@ class Latents:
     def take(self, rows: Tensor) -> Tensor:
         return torch.from_numpy(self.values[rows.numpy()]).float()
 
+    def faces(self, rows: Tensor) -> Tensor:
+        """Where the faces of these rows are, (B, 1, h, w), 1 or 0."""
+        boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
+        return face_places(boxes, self.pictures.gallery.size, self.values.shape[-1])
+
     @torch.no_grad()
     def _encode(self, rows: Tensor) -> Tensor:
         images = as_taken(self.pictures, rows)[0].to(self.device) * 2 - 1
@@ -59,3 +66,23 @@ def as_taken(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tensor]:
     for i in noisy.nonzero().squeeze(1).tolist():
         images[i : i + 1] = camera_noise(images[i : i + 1], int(rows[i]))
     return images, boxes
+
+
+def face_places(boxes: Tensor, side: int, cells: int) -> Tensor:
+    """(B, 1, cells, cells): 1 where a latent cell of a picture of `side` pixels touches the face, 0 elsewhere."""
+    middle = (torch.arange(cells) + 0.5) * side / cells
+    half = side / cells / 2
+    across = (middle > boxes[:, :1] - half) & (middle < boxes[:, :1] + boxes[:, 2:3] + half)
+    down = (middle > boxes[:, 1:2] - half) & (middle < boxes[:, 1:2] + boxes[:, 3:] + half)
+    return (down.unsqueeze(2) & across.unsqueeze(1)).unsqueeze(1).float()
+
+
+def autoencoder_of(start: Start) -> Path:
+    """The folder that holds it: what an earlier stage left, or the weights that the stage begins with."""
+    folder = start.earlier.get("autoencoder", start.initial)
+    if folder is None:
+        raise ConfigError(
+            f"Stage {start.name} needs an autoencoder: name a stage `autoencoder` in its start_from, or a "
+            "folder of weights as its initial."
+        )
+    return folder

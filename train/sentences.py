@@ -75,7 +75,7 @@ class SentenceStore:
         places = rows.numpy() * len(STYLES) + np.array([STYLES.index(manner) for manner in manners])
         self._read({int(place): text for place, text in zip(places, texts, strict=True) if not self.lengths[place, 0]})
         lengths = torch.from_numpy(self.lengths[places].astype(np.int64))
-        clip, t5 = (torch.from_numpy(kept[places]).float() for kept in (self.clip, self.t5))
+        clip, t5 = (_taken(kept, places, lengths[:, i]) for i, kept in enumerate((self.clip, self.t5)))
         gone = {name: left_out.get(name, torch.zeros(len(rows), dtype=torch.bool)) for name in ("clip", "t5", "byt5")}
         self._leave_out(clip, lengths[:, 0], gone["clip"], self.text.encode_clip)
         self._leave_out(t5, lengths[:, 1], gone["t5"], self.text.encode_t5)
@@ -110,6 +110,14 @@ def _map(path: Path, shape: tuple[int, ...], kind: Any = np.float16) -> "np.memm
     if mode == "r+":  # a gallery that grew keeps its rows
         os.truncate(path, int(np.prod(shape)) * np.dtype(kind).itemsize)
     return np.memmap(path, kind, mode, shape=shape)
+
+
+def _taken(kept: "np.memmap[tuple[int, ...], Any]", places: "np.ndarray[Any, Any]", lengths: Tensor) -> Tensor:
+    """The tokens (B, length, width) of these places, zero beyond their lengths (B,), of which nothing is read."""
+    values = torch.zeros(len(places), *kept.shape[1:])
+    for row, (place, length) in enumerate(zip(places.tolist(), lengths.tolist(), strict=True)):
+        values[row, :length] = torch.from_numpy(kept[place, :length].astype(np.float32))
+    return values
 
 
 def _first(tokens: Tokens) -> Tensor:

@@ -54,6 +54,7 @@ TASKS: dict[str, str] = {  # name -> "module:Class", imported when a run uses it
     "reader": "train.task_reader:ReaderTask",
     "finder": "train.task_finder:FinderTask",
     "base": "train.task_base:BaseTask",
+    "likeness": "train.task_likeness:LikenessTask",
     "adapter": "train.task_adapter:AdapterTask",
 }
 # settings that do not change what is learnt

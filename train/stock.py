@@ -22,10 +22,9 @@ class Stock:
     sentences: SentenceStore
     squares: Squares | None = None
 
-    def face_weights(self, rows: Tensor, weight: float) -> Tensor:
-        """How much each place of the latents counts in a loss: more where the face is, (B, 1, h, w)."""
-        boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
-        return face_weights(boxes, self.pictures.gallery.size, self.latents.values.shape[-1], weight)
+    def faces(self, rows: Tensor) -> Tensor:
+        """Where the faces are in the latents of these rows, (B, 1, h, w), 1 or 0."""
+        return self.latents.faces(rows)
 
 
 def keep_stock(
@@ -41,13 +40,3 @@ def keep_stock(
     latents = Latents(pictures, autoencoder, folder, device, side)
     squares = None if crop_side is None else Squares(pictures, crop_side, folder, noisy=True)
     return Stock(pictures, latents, SentenceStore(pictures.gallery, text, folder), squares)
-
-
-def face_weights(boxes: Tensor, side: int, cells: int, weight: float) -> Tensor:
-    """(B, 1, cells, cells): `weight` where a latent cell touches the face, 1 elsewhere."""
-    middle = (torch.arange(cells) + 0.5) * side / cells
-    half = side / cells / 2
-    across = (middle > boxes[:, :1] - half) & (middle < boxes[:, :1] + boxes[:, 2:3] + half)
-    down = (middle > boxes[:, 1:2] - half) & (middle < boxes[:, 1:2] + boxes[:, 3:] + half)
-    inside = (down.unsqueeze(2) & across.unsqueeze(1)).unsqueeze(1).float()
-    return 1 + (weight - 1) * inside

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from imagine.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
-from imagine.diffusion import add_noise, velocity
+from imagine.diffusion import add_noise, clean_from_velocity, velocity
 from imagine.encoders import VisionEncoder
+from imagine.errors import ConfigError
 from imagine.faces import crop_faces
 from imagine.records import Tokens
 from imagine.sampling import Guidance, Inputs
@@ -28,6 +29,7 @@ from train.data import chance, to_device, uniforms
 from train.grids import save_grid
 from train.judging import Examination
 from train.language import parameters
+from train.likeness import Likeness
 from train.sampling import sample
 from train.sources import Drawn, in_order
 from train.squares import Squares
@@ -41,7 +43,6 @@ from train.task_base import (
     BaseSettings,
     BaseTask,
     Share,
-    weighted_error,
 )
 
 _DRAWN_AT_ONCE = 16  # pictures
@@ -59,6 +60,7 @@ class AdapterSettings(BaseSettings):
     lora_targets: tuple[LoraTarget, ...] = LORA_TARGETS
     zero_init: bool = True  # the vision branch begins as nothing (paper, section 3.4.1)
     face_weight: float = 3.0
+    likeness: Annotated[float, Field(ge=0)] = 0.0  # weight of the likeness loss; not in the paper, see docs/training.md
     judge: Path | None = None  # a folder of weights with a judge, to score held-out people at every validation
 
 
@@ -86,7 +88,20 @@ class AdapterTask(BaseTask):
         self.adapter = Adapter(self.unet, [branch], settings.lora_rank, settings.lora_targets)
         self.adapter.attach(self.unet)
         self.modules |= {"image_encoder": self.vision, "adapter": self.adapter}
+        self.likeness = self._teacher()
         self.examination: Examination | None = None
+
+    def _teacher(self) -> Likeness | None:
+        """The network behind the likeness loss, if the stage has one; a stage `likeness` trained it."""
+        if not self.settings.likeness:
+            return None
+        if "likeness" not in self.start.earlier:
+            raise ConfigError(
+                f"Stage {self.start.name} has a likeness loss, so it needs its teacher: name a stage `likeness` in its "
+                "start_from, or set likeness to 0."
+            )
+        self.modules["likeness"] = teacher = Likeness(int(self.unet.config.in_channels))
+        return teacher
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"vision_encoder": parameters(self.vision), **self.adapter.parts(), **super().parts()}
@@ -114,11 +129,18 @@ class AdapterTask(BaseTask):
     def vision_tokens(self, crops: Tensor) -> Tokens:
         return self.adapter.tokens("vision", self.vision(crops))
 
-    def errors_with(self, batch: AdapterBatch, vision: Tokens, noise: Tensor, t: Tensor) -> Tensor:
-        """Squared error of the velocity, weighted towards the face, one number an item."""
+    def guess(self, batch: AdapterBatch, vision: Tokens, noise: Tensor, t: Tensor) -> Tensor:
+        """The denoiser's velocity (B, C, h, w) with these people to show."""
         noisy = add_noise(batch.latents, noise, t)
-        guess = self.predict(noisy, t, batch.sentences, {"vision": vision}, batch.strength)
-        return weighted_error(guess, velocity(batch.latents, noise), batch.faces)
+        return self.predict(noisy, t, batch.sentences, {"vision": vision}, batch.strength)
+
+    def cosines(self, batch: AdapterBatch, guess: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """How alike the clean latents that a guess means are to the target, by the teacher: (B,), 1 is the same."""
+        assert self.likeness is not None, "the stage asks for a teacher"
+        clean = clean_from_velocity(add_noise(batch.latents, noise, t), guess, t)
+        with torch.no_grad():
+            wanted = self.likeness(batch.latents, batch.faces)
+        return (self.likeness(clean, batch.faces) * wanted).sum(1)
 
     def show(self, batch: BaseBatch, path: Path) -> None:
         """Each reference, as the vision encoder sees it, with its target to the right."""
@@ -129,7 +151,13 @@ class AdapterTask(BaseTask):
 
     def loss(self, batch: AdapterBatch, images_seen: int) -> Loss:  # type: ignore[override]
         noise, t = self.noise(batch.latents, self.start.seed, images_seen)
-        return Loss(self.weighted(self.errors_with(batch, self.vision_tokens(batch.crops), noise, t), t))
+        guess = self.guess(batch, self.vision_tokens(batch.crops), noise, t)
+        errors = self.weighted(self.error(guess, velocity(batch.latents, noise), batch.faces), t)
+        if self.likeness is None:
+            return Loss(errors)
+        # Where nobody is to be shown, nobody's likeness is asked for; and the noisier, the less can be known.
+        strange = batch.strength * (1 - t) * (1 - self.cosines(batch, guess, noise, t))
+        return Loss(errors + self.settings.likeness * strange, {"error": errors.mean(), "strange": strange.mean()})
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         # Against two references, both another picture: of the same person, and of somebody else.
@@ -140,10 +168,13 @@ class AdapterTask(BaseTask):
         batch = to_device(batch, self.start.device)
         noise, t = self.noise(batch.latents, VALIDATION_SEED, 0)
         vision = self.vision_tokens(batch.crops)
-        right = float(self.errors_with(batch, vision, noise, t).mean())
-        wrong = float(self.errors_with(batch, Tokens(vision.values.roll(1, 0)), noise, t).mean())
+        guesses = [self.guess(batch, tokens, noise, t) for tokens in (vision, Tokens(vision.values.roll(1, 0)))]
+        wanted = velocity(batch.latents, noise)
+        right, wrong = (float(self.error(guess, wanted, batch.faces).mean()) for guess in guesses)
         self.draw(folder / "pictures.png")
         numbers = {"validation_loss": right, "shuffled_references": wrong, "reference_ratio": wrong / right}
+        if self.likeness is not None:
+            numbers["likeness"] = float(self.cosines(batch, guesses[0], noise, t).mean())
         return numbers | self._examined(folder)
 
     def _examined(self, folder: Path) -> dict[str, float]:
@@ -158,7 +189,7 @@ class AdapterTask(BaseTask):
             some = slice(start, start + _DRAWN_AT_ONCE)
             texts = sentences[some]
             vision = self.vision_tokens(crops[some])
-            inputs = Inputs(self.text.encode(texts), self.text.encode([""] * len(texts)), vision)
+            inputs = Inputs(self.spoken(texts), self.spoken([""] * len(texts)), vision)
             latents = sample(self.unet, noise[some], inputs, Guidance(_JUDGED_AT), self.DRAWING_STEPS)
             pieces.append(self.decode(latents))
         pictures = torch.cat(pieces)
@@ -173,7 +204,7 @@ class AdapterTask(BaseTask):
         vision = self.vision_tokens(crop_faces(photo.images, photo.boxes, self.vision.config.image_size))
         vision = Tokens(vision.values.repeat_interleave(len(PROMPTS), 0))
         count = seeds * len(PROMPTS)
-        inputs = Inputs(self.text.encode(list(PROMPTS) * seeds), self.text.encode([""] * count), vision)
+        inputs = Inputs(self.spoken(list(PROMPTS) * seeds), self.spoken([""] * count), vision)
         latents = sample(self.unet, self.drawing_noise(count), inputs, Guidance(2.0), self.DRAWING_STEPS)
         drawn = self.decode(latents).unflatten(0, (seeds, len(PROMPTS)))
         photos = F.interpolate(photo.images, size=drawn.shape[-2:], mode="area")

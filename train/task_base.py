@@ -1,23 +1,23 @@
 """The text-to-image base: the stock denoiser with three text branches, on real singles and on synthetic pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from imagine.adapter import Adapter, BranchSpec, Fusion
 from imagine.diffusion import add_noise, logit_normal, min_snr_weight, timesteps, velocity
-from imagine.errors import ConfigError
 from imagine.models import build_denoiser
 from imagine.records import Conditioning, Tokens
-from imagine.sampling import Guidance, Inputs, pooled_text
+from imagine.sampling import Guidance, Inputs, TextTokens, pooled_text
 from train.data import chance, generator, normals, to_device
 from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
+from train.latents import autoencoder_of
 from train.pictures import AnyPictures
 from train.portraits import data_settings, held_out_pictures, pictures_of
 from train.sampling import sample
@@ -46,6 +46,7 @@ PROMPTS = (
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+TextBranch = Literal["t5", "byt5"]
 
 
 class BaseSettings(BaseModel):
@@ -55,7 +56,8 @@ class BaseSettings(BaseModel):
     widths: tuple[int, ...] = (128, 192)
     layers: int = 1
     middle_attention: bool = True  # False leaves one residual block in the denoiser's middle
-    pooled: bool = True  # the sentence also as one vector beside the time
+    pooled: bool = True  # the sentence also as one vector beside the time, of CLIP's and T5's tokens
+    text_branches: tuple[TextBranch, ...] = ("t5", "byt5")  # beside the denoiser's own, which is CLIP's
     fusion: Fusion = "parallel"  # or "concatenated", the paper's comparison (section 4.3.2)
     resolution: int = 128  # pixels; pictures are scaled to it before they are encoded
     sources: dict[str, float] = {"real": 0.2, "synthetic": 0.8}  # names among the run's data sources, by weight
@@ -71,6 +73,14 @@ class BaseSettings(BaseModel):
     time_std: Annotated[float, Field(gt=0)] = 1.0
     min_snr_gamma: float | None = None  # weigh errors by min-SNR (arXiv 2303.09556), with this gamma
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> "BaseSettings":
+        if len(set(self.text_branches)) != len(self.text_branches) or not self.text_branches:
+            raise ValueError("text_branches names t5, byt5 or both, each once")
+        if self.pooled and "t5" not in self.text_branches:
+            raise ValueError("the pooled sentence is read off T5's tokens too: set pooled to false, or keep t5")
+        return self
+
 
 @dataclass(frozen=True)
 class BaseBatch:
@@ -78,7 +88,7 @@ class BaseBatch:
 
     latents: Tensor  # (B, C, h, w), clean
     sentences: Sentences
-    faces: Tensor  # (B, 1, h, w) weight of the loss
+    faces: Tensor  # (B, 1, h, w) 1 where the face is, 0 elsewhere
 
 
 class BaseTask:
@@ -101,7 +111,7 @@ class BaseTask:
         t5, byt5 = (model.config.d_model for model in (self.text.t5, self.text.byt5))
         widths = {"t5": t5, "byt5": byt5}
         fusion = settings.fusion
-        branches = [BranchSpec(name, width, zero_init=False, fusion=fusion) for name, width in widths.items()]
+        branches = [BranchSpec(name, widths[name], zero_init=False, fusion=fusion) for name in settings.text_branches]
         self.text_adapter = Adapter(self.unet, branches)
         self.text_adapter.attach(self.unet)
         self.modules: dict[str, nn.Module] = {
@@ -112,7 +122,7 @@ class BaseTask:
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {
             "unet": parameters(self.unet), "text_adapter": parameters(self.text_adapter),
-            "byt5": parameters(self.text.byt5),
+            "byt5": parameters(self.text.byt5) if "byt5" in self.settings.text_branches else [],
         }  # fmt: skip
 
     def prepare(self) -> None:
@@ -128,21 +138,11 @@ class BaseTask:
     def _stock(self, pictures: AnyPictures, name: str) -> Stock:
         folder = data_settings(self.start.data).folder / name
         side, crop = self.settings.resolution, self.crop_side()
-        return keep_stock(pictures, self._autoencoder(), self.text, folder, self.start.device, side, crop)
+        return keep_stock(pictures, autoencoder_of(self.start), self.text, folder, self.start.device, side, crop)
 
     def crop_side(self) -> int | None:
         """Pixels of the face crops that this task needs, if it does."""
         return None
-
-    def _autoencoder(self) -> Path:
-        """The folder that holds it: what an earlier stage left, or the weights that the stage begins with."""
-        folder = self.start.earlier.get("autoencoder", self.start.initial)
-        if folder is None:
-            raise ConfigError(
-                f"Stage {self.start.name} needs an autoencoder: name a stage `autoencoder` in its start_from, or a "
-                "folder of weights as its initial."
-            )
-        return folder
 
     def batch(self, images_seen: int, size: int) -> BaseBatch:
         return self._targets(self.mixture.draw(self.start.seed, images_seen, size), images_seen)
@@ -159,7 +159,7 @@ class BaseTask:
             sentences.append(
                 stock.sentences.take(rows, manners, {branch: gone[here] for branch, gone in dropped.items()})
             )
-            faces.append(stock.face_weights(rows, self.settings.face_weight))
+            faces.append(stock.faces(rows))
         order = torch.cat(places).argsort()
         joined = Sentences.join(sentences)
         return BaseBatch(
@@ -182,7 +182,7 @@ class BaseTask:
         strength: Tensor | None = None,
     ) -> Tensor:
         """The denoiser's velocity for noisy latents (B, C, h, w) at times t (B,), with whom to show if anybody."""
-        branches = {"t5": sentences.t5, "byt5": self.text.encode_byt5([f'"{text}"' for text in sentences.letters])}
+        branches = self._branches(sentences)
         scales = {} if strength is None else {name: strength for name in vision or {}}
         return cast(Tensor, self.unet(
             noisy, timesteps(t), encoder_hidden_states=sentences.clip.values,
@@ -190,10 +190,25 @@ class BaseTask:
             cross_attention_kwargs={"conditioning": Conditioning({**branches, **(vision or {})}, scales)},
         ).sample)  # fmt: skip
 
+    def _branches(self, sentences: Sentences) -> dict[str, Tokens]:
+        """The tokens of the text branches that there are."""
+        branches = {}
+        if "t5" in self.settings.text_branches:
+            branches["t5"] = sentences.t5
+        if "byt5" in self.settings.text_branches:
+            branches["byt5"] = self.text.encode_byt5([f'"{text}"' for text in sentences.letters])
+        return branches
+
     def errors(self, batch: BaseBatch, noise: Tensor, t: Tensor) -> Tensor:
         """Squared error of the velocity, weighted towards the face, one number an item."""
         guess = self.predict(add_noise(batch.latents, noise, t), t, batch.sentences)
-        return weighted_error(guess, velocity(batch.latents, noise), batch.faces)
+        return self.error(guess, velocity(batch.latents, noise), batch.faces)
+
+    def error(self, guess: Tensor, wanted: Tensor, faces: Tensor) -> Tensor:
+        """Mean squared error, more so where the faces (B, 1, h, w) are: one number an item, in float32."""
+        weights = 1 + (self.settings.face_weight - 1) * faces
+        square = (guess.float() - wanted.float()).square().mean(1, keepdim=True)
+        return (square * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
 
     def show(self, batch: BaseBatch, path: Path) -> None:
         save_grid(self.decode(batch.latents), path, columns=8)
@@ -222,7 +237,7 @@ class BaseTask:
         """One picture each of people whom nobody was trained on, with its caption."""
         stock, rows = self.held_out, torch.arange(1, 2 * self.VALIDATION_PEOPLE, 2)
         sentences = stock.sentences.take(rows, ["rewritten"] * len(rows))
-        return BaseBatch(stock.latents.take(rows), sentences, stock.face_weights(rows, self.settings.face_weight))
+        return BaseBatch(stock.latents.take(rows), sentences, stock.faces(rows))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         batch = to_device(self.held_out_batch(), self.start.device)  # against their own and others' captions
@@ -235,9 +250,14 @@ class BaseTask:
     def draw(self, path: Path, seeds: int = 2) -> None:
         """Fixed sentences at fixed seeds, one column a sentence, without and with guidance."""
         noise = self.drawing_noise(len(PROMPTS) * seeds)
-        inputs = Inputs(self.text.encode(list(PROMPTS) * seeds), self.text.encode([""] * len(noise)), None)
+        inputs = Inputs(self.spoken(list(PROMPTS) * seeds), self.spoken([""] * len(noise)), None)
         rows = [sample(self.unet, noise, inputs, Guidance(scale), self.DRAWING_STEPS) for scale in (1.0, 3.0)]
         save_grid(self.decode(torch.cat(rows)), path, columns=len(PROMPTS))
+
+    def spoken(self, texts: Sequence[str]) -> TextTokens:
+        """Sentences as the sampler wants them: CLIP's tokens, and those of the other text branches that there are."""
+        clip, branches = self.text.encode(texts)
+        return clip, {name: branches[name] for name in self.settings.text_branches}
 
     def drawing_noise(self, count: int) -> Tensor:
         """The same noise (count, C, h, w) at every call, so that sheets can be compared."""
@@ -249,9 +269,3 @@ class BaseTask:
         facts = {**ADAPTER_FACTS, "tokens": "64 T5, 16 ByT5"}
         self.text_adapter.save(folder / "text_adapter", facts)
         save_text_encoders(self.text, folder)
-
-
-def weighted_error(guess: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
-    """Mean squared error over channels and, by weight (B, 1, h, w), over places: one number an item, in float32."""
-    square = (guess.float() - wanted.float()).square().mean(1, keepdim=True)
-    return (square * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)

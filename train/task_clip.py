@@ -8,7 +8,6 @@ beside CLIP's own text tower, through a head that is thrown away, so that the ba
 text encoder costs a third of one that trains.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,6 +21,7 @@ from imagine import encoders
 from imagine.encoders import VisionEncoder
 from imagine.world import People, captions
 from imagine.world.tables import join
+from train.contrast import Temperature, contrast
 from train.data import chance, key, uniforms
 from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters
@@ -55,14 +55,6 @@ class ClipBatch:
     drifted: People  # who is in `second`: nearly the same
 
 
-class Temperature(nn.Module):
-    """CLIP's learned temperature, as the logarithm of a scale; for CLIP's captions, people, and T5's captions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.full((3,), math.log(10.0)))
-
-
 class ClipTask:
     """Gives the vision encoder and the denoiser's CLIP text encoder their start, before either meets a denoiser."""
 
@@ -76,7 +68,7 @@ class ClipTask:
         make_tokenizers(tokenizers)
         self.text = build_text_encoders(tokenizers)
         self.vision = VisionEncoder()
-        self.temperature = Temperature()
+        self.temperature = Temperature(3)  # for CLIP's captions, people, and T5's captions
         self.t5_head = nn.Linear(self.text.t5.config.d_model, self.vision.config.embed_width)
         self.reading = nn.Linear(self.vision.config.embed_width, READINGS)
         self.modules: dict[str, nn.Module] = {
@@ -126,7 +118,7 @@ class ClipTask:
     def loss(self, batch: ClipBatch, images_seen: int) -> Loss:
         image = F.normalize(self.vision.embed(torch.cat((batch.first, batch.second))), dim=1)
         first, second = image[: len(batch.first)], image[len(batch.first) :]
-        person, hits = _contrast(first[batch.crops], second, self._scales()[1])
+        person, hits = contrast(first[batch.crops], second, self.temperature.scales()[1])
         seen = torch.cat((first[batch.crops], second)) * image.shape[1] ** 0.5
         traits = trait_loss(self.reading(seen), join((batch.people, batch.drifted))).view(2, -1).mean(0)
         faces = self.settings.person_weight * person + self.settings.traits * traits
@@ -144,13 +136,10 @@ class ClipTask:
         width = int(clip.values.shape[2])
         text = F.normalize(both[:, :width], dim=1)
         sentence = F.normalize(self.t5_head(both[:, width:]), dim=1)
-        scales = self._scales()
-        caption, caption_hits = _contrast(images, text, scales[0])
-        meaning, meaning_hits = _contrast(images, sentence, scales[2])
+        scales = self.temperature.scales()
+        caption, caption_hits = contrast(images, text, scales[0])
+        meaning, meaning_hits = contrast(images, sentence, scales[2])
         return caption + meaning, {"caption_hits": caption_hits, "t5_hits": meaning_hits}
-
-    def _scales(self) -> Tensor:
-        return self.temperature.log_scale.clamp(max=math.log(60.0)).exp()
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         pair = [
@@ -164,11 +153,3 @@ class ClipTask:
         self.vision.save_pretrained(folder / "image_encoder")
         self.text.clip.save_pretrained(folder / "text_encoder")
         self.text.t5.save_pretrained(folder / "text_encoder_2")
-
-
-def _contrast(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric InfoNCE over matching rows, one loss per row, and the share of rows matched."""
-    logits = scale * a @ b.T
-    labels = torch.arange(len(a), device=a.device)
-    loss = (F.cross_entropy(logits, labels, reduction="none") + F.cross_entropy(logits.T, labels, reduction="none")) / 2
-    return loss, (logits.argmax(1) == labels).float().mean()

@@ -1,0 +1,34 @@
+"""Who is in latents, without decoding them: the network behind the adapter's likeness loss.
+
+It is a teacher: trained and used here alone. The judge, which measures the result, is another network, on pictures,
+trained on other people; it never takes part.
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from imagine.judge import ResidualBlock
+
+DIMENSIONS = 128  # of an embedding
+
+
+class Likeness(nn.Module):
+    """Normalised latents (B, C, h, w) and where the face is (B, 1, h, w), 1 or 0 -> unit embeddings (B, 128)."""
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        fine, coarse, blocks = 128, 256, 2
+        self.stem = nn.Conv2d(channels + 1, fine, 3, padding=1)
+        self.fine = nn.Sequential(*(ResidualBlock(fine) for _ in range(blocks)))
+        self.down = nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
+        self.coarse = nn.Sequential(*(ResidualBlock(coarse) for _ in range(blocks)))
+        self.norm = nn.GroupNorm(coarse // 16, coarse)
+        self.out = nn.Linear(coarse, DIMENSIONS)
+
+    def forward(self, latents: Tensor, faces: Tensor) -> Tensor:
+        h = self.fine(self.stem(torch.cat((latents, faces.to(latents.dtype)), 1)))
+        h = F.relu(self.norm(self.coarse(self.down(h))))
+        return F.normalize(cast(Tensor, self.out(h.mean((2, 3)))), dim=1)
