@@ -429,7 +429,7 @@ class InsightFaceFinder:
     def __init__(
         self, model: "str | Path" = "buffalo_l", root: "str | Path" = "~/.insightface", threshold: float = 0.5
     ) -> None:
-        path = _model_pack(model, Path(root).expanduser())
+        path = model_pack(model, Path(root).expanduser())
         try:
             importlib.import_module("insightface")
         except ImportError as error:
@@ -454,8 +454,11 @@ class InsightFaceFinder:
         return FaceBox(left, brow, right - left, bottom - brow, score)
 
 
-def _model_pack(model: "str | Path", root: Path) -> Path:
-    """The file or folder meant by a name. Packs are often unzipped one folder too deep: that is no mistake here."""
+def model_pack(model: "str | Path", root: Path) -> Path:
+    """The file or folder meant by a name. Packs are often unzipped one folder too deep: that is no mistake here.
+
+    Raises WeightsError if there is none.
+    """
     for path in (Path(model).expanduser(), root / "models" / model):
         if path.is_file():
             return path

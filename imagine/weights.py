@@ -99,7 +99,7 @@ def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype"
     if not any(folder.glob("*.safetensors")):
         raise WeightsError(f"{folder} has no safetensors file; copy or download the weights again.")
     cls = getattr(importlib.import_module(library), class_name)
-    options = {"use_safetensors": True, "local_files_only": True, **options, _dtype_word(cls): dtype}
+    options = {"use_safetensors": True, "local_files_only": True, **options, dtype_word(cls): dtype}
     try:
         with hushed():  # the libraries' own reports come out as an error below
             model, found = cls.from_pretrained(
@@ -182,7 +182,7 @@ def _fetch(repository: str, hub: dict[str, Any]) -> Path:
     return folder
 
 
-def _dtype_word(cls: type) -> str:
+def dtype_word(cls: type) -> str:
     """diffusers before 0.40 says torch_dtype; transformers (4.56 on) and newer diffusers say dtype."""
     if cls.__module__.startswith("transformers."):
         return "dtype"
