@@ -50,8 +50,11 @@ def _packed(rows: Iterable[Mapping[str, Any]], problems: Mapping[str, list[str]]
     return "".join(f"{line}\n" for line in (json.dumps(header), *lines)).encode()
 
 
-def open_index(filesystem: Any, path: str, cache: Path) -> Index:
-    """What is in a shard: from the cache if the shard is as it was, else from the shard."""
+def open_index(filesystem: Any, path: str, cache: Path, captions: bool = True) -> Index:
+    """What is in a shard: from the cache if the shard is as it was, else from the shard.
+
+    captions: leave out records without one.
+    """
     try:
         info = filesystem.info(path)
     except FileNotFoundError:
@@ -59,11 +62,12 @@ def open_index(filesystem: Any, path: str, cache: Path) -> Index:
         return Index(np.frombuffer(lines, np.uint8))
     changing = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "created", "md5Hash", "ino")
     state = {name: str(info[name]) for name in changing if info.get(name) is not None}
-    kept = cache / f"{hashlib.sha256(filesystem.unstrip_protocol(path).encode()).hexdigest()[:32]}.jsonl"
+    name = filesystem.unstrip_protocol(path) + ("" if captions else "\nwithout captions")
+    kept = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.jsonl"
     index = _kept_index(kept, state)
     if index is None:
         with filesystem.open(path, "rb") as file:
-            lines = _index_tar(file, int(info["size"]), state)
+            lines = _index_tar(file, int(info["size"]), state, captions)
         _keep(kept, lines)
         index = _kept_index(kept, state) or Index(np.frombuffer(lines, np.uint8))
     return index
@@ -97,7 +101,7 @@ class _Pieces:
     json: bytes | None = None
 
 
-def _index_tar(file: BinaryIO, size: int, state: Mapping[str, str]) -> bytes:
+def _index_tar(file: BinaryIO, size: int, state: Mapping[str, str], captions: bool) -> bytes:
     """Read a tar through, picture bytes excepted."""
     problems: dict[str, list[str]] = {}
     found: dict[str, _Pieces] = {}
@@ -125,7 +129,7 @@ def _index_tar(file: BinaryIO, size: int, state: Mapping[str, str]) -> bytes:
         # Nobody can say whether the last record is whole: its facts may be what was cut off.
         found.pop(key, None)
         note(problems, "a shard that is cut off or damaged", f"after {key}" if key else "")
-    rows = [row for key, pieces in found.items() if (row := _row(key, pieces, problems)) is not None]
+    rows = [row for key, pieces in found.items() if (row := _row(key, pieces, problems, captions)) is not None]
     return _packed(rows, problems, state=state, digest=digest.hexdigest(), folder=False)
 
 
@@ -150,7 +154,7 @@ def _text_of(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     return file.read(member.size)
 
 
-def _row(key: str, pieces: _Pieces, problems: dict[str, list[str]]) -> dict[str, Any] | None:
+def _row(key: str, pieces: _Pieces, problems: dict[str, list[str]], captions: bool) -> dict[str, Any] | None:
     """A record as a line of the index, or None and a problem."""
     facts = json_object(pieces.json) if pieces.json is not None else {}
     if pieces.picture is None:
@@ -160,12 +164,16 @@ def _row(key: str, pieces: _Pieces, problems: dict[str, list[str]]) -> dict[str,
     else:
         start, size = pieces.picture
         text = (pieces.txt or b"").decode("utf-8", "replace").strip()
-        return _captioned({"key": key, "start": start, "size": size, **_normal(text, facts)}, facts, problems)
+        row = {"key": key, "start": start, "size": size, **_normal(text, facts)}
+        return _captioned(row, facts, problems, captions)
     return None
 
 
-def index_folder(filesystem: Any, folder: str) -> Index:
-    """What a metadata.jsonl says, in the form of Hugging Face's imagefolder, and that its pictures are there."""
+def index_folder(filesystem: Any, folder: str, captions: bool = True) -> Index:
+    """What a metadata.jsonl says, in the form of Hugging Face's imagefolder, and that its pictures are there.
+
+    captions: leave out records without one.
+    """
     problems: dict[str, list[str]] = {}
     there = filesystem.find(folder, detail=True)
     sizes = {path[len(folder.rstrip("/")) + 1 :]: int(info["size"]) for path, info in there.items()}
@@ -181,25 +189,30 @@ def index_folder(filesystem: Any, folder: str) -> Index:
         elif file not in sizes:
             note(problems, "a record without a picture", file or f"line {number}")
         else:
-            row = _folder_row(file, sizes[file], facts, problems)
+            row = _folder_row(file, sizes[file], facts, problems, captions)
             if row is not None and rows.setdefault(row["key"], row) is not row:
                 note(problems, "a key that is used twice", row["key"])
     digest = hashlib.sha256(json.dumps(list(rows.values())).encode()).hexdigest()
     return Index(np.frombuffer(_packed(rows.values(), problems, digest=digest, folder=True), np.uint8))
 
 
-def _folder_row(file: str, size: int, facts: dict[str, Any], problems: dict[str, list[str]]) -> dict[str, Any] | None:
+def _folder_row(
+    file: str, size: int, facts: dict[str, Any], problems: dict[str, list[str]], captions: bool
+) -> dict[str, Any] | None:
     """A record as a line of the index: its key is the picture's name without the ending, here and in references."""
     row = _normal(_word(facts.pop("text", None)), facts)
     ending = re.compile(rf"\.({'|'.join(_PICTURES)})$", re.IGNORECASE)
     row["reference"] = row["reference"] and ending.sub("", row["reference"])
-    return _captioned({"key": ending.sub("", file), "file": file, "start": 0, "size": size, **row}, facts, problems)
+    row = {"key": ending.sub("", file), "file": file, "start": 0, "size": size, **row}
+    return _captioned(row, facts, problems, captions)
 
 
-def _captioned(row: dict[str, Any], facts: Mapping[str, Any], problems: dict[str, list[str]]) -> dict[str, Any] | None:
+def _captioned(
+    row: dict[str, Any], facts: Mapping[str, Any], problems: dict[str, list[str]], captions: bool
+) -> dict[str, Any] | None:
     if facts.get("box") is not None and row["box"] is None:
         note(problems, "a box that is not four numbers", row["key"])
-    if row["caption"]:
+    if row["caption"] or not captions:
         return row
     note(problems, "a record without a caption", row["key"])
     return None

@@ -1,0 +1,383 @@
+"""Photos of any origin as references of a build; what cannot be used is counted with its reason and never fatal.
+
+Four layouts, all at any fsspec address: a folder with a metadata.jsonl; webdataset shards, as img2dataset writes them;
+a folder of pictures, each perhaps with a NAME.txt beside it; a folder of people, which holds one folder of photos for
+each person. The last is cleaned as PhotoMaker's data were (arXiv 2312.04461, section 3.3): of each photo the face that
+is most like the person's other photos is taken, and photos in which nobody is like them are taken out.
+
+The order is fixed, and of duplicates the first stays, so that the same photos always give the same references.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
+from typing import Any, Literal, cast
+
+import numpy as np
+from fsspec.core import url_to_fs
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_synth.backends import Draft, Failed
+from data_synth.measuring import picture_hash
+from data_synth.recognisers import KnownFace, Recogniser
+from data_synth.records import Ask, Candidate, Reference, Rejection
+from imagine.errors import BadRecordError, ConfigError, PictureError
+from imagine.photos import Photo, read_photo
+from imagine.shards import open_records
+
+UNREAD = "a file that cannot be read"
+DAMAGED = "a damaged picture or none"
+SMALL = "a picture that is too small"
+SAME = "the same file as another"
+NEAR = "nearly the same picture as another"
+NO_FACE = "no face"
+SEVERAL = "more than one face"
+SMALL_FACE = "a face that is too small"
+STRANGER = "a stranger among the photos of a person"
+FEW = "too few photos of a person"
+
+_PICTURES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|heif)$", re.IGNORECASE)
+_KEPT = ("JPEG", "MPO", "PNG", "WEBP")  # formats that shards hold; others become PNG files
+_TOGETHER = 16  # photos that are looked at at once
+_SPREAD = 0.05  # of similarities: photos of one person never agree more closely than this
+
+
+class ImportSettings(BaseModel):
+    """Where the photos are, and which of them can be used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str  # an address: a folder, one .tar, a glob, or braces as in s3://bucket/{00000..00012}.tar
+    # auto: records if there are shards or a metadata.jsonl, else pictures
+    kind: Literal["auto", "records", "pictures", "people"] = "auto"
+    least_side: int = Field(default=64, ge=32)  # pixels of the shorter side; PhotoMaker: 512
+    least_face: float = Field(default=24, ge=1)  # pixels of the longer side of the face's box; PhotoMaker: 256
+    # some: at least one, of which the largest counts, or in a folder of people the person's
+    faces: Literal["one", "some", "unchecked"] = "one"
+    # bits of 64 in which near-duplicates differ, at most; None: keep them; 0 for the world, whose portraits look alike
+    duplicates: int | None = Field(default=2, ge=0, le=10)
+    licence: str = ""  # of photos that do not bring their own
+    least_photos: int = Field(default=2, ge=1)  # of a person, in a folder of people
+    outliers: float = Field(default=4.0, gt=0)  # spreads below the middle from which on a photo is a stranger's
+    least_similarity: float = Field(default=0.2, ge=-1, le=1)  # whatever the spread: less alike is another person
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A photo that was found, and what it became so far."""
+
+    name: str  # for a person
+    read: Callable[[], bytes]
+    person: str | None = None
+    caption: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """A photo that could be opened, and the faces in it, largest first: None where nobody looked."""
+
+    reference: Reference
+    name: str
+    image: Image.Image = field(repr=False)
+    scale: float  # pixels of the stored picture to a pixel of `image`
+    faces: Sequence[KnownFace] | None = None
+
+
+def import_references(
+    settings: ImportSettings, recogniser: Recogniser | None = None
+) -> Iterator[Reference | Rejection]:
+    """Every usable photo as a Reference, in a fixed order, and a Rejection (step "import") for every other.
+
+    A reference's facts are the import's own fields, its "file", its "licence", and the "box" of its face where one was
+    found: left, top, width, height in pixels of the stored picture held upright. A rejection's key is the photo's name.
+    recogniser: loaded; None leaves faces unchecked. Photos of a folder of people follow each other. Nothing that is
+    wrong with one photo is raised. Raises ConfigError if there is nothing at the address, or if a folder of people is
+    to be cleaned without a recogniser.
+    """
+    kind = _kind(settings)
+    if kind == "people" and (recogniser is None or settings.faces == "unchecked"):
+        raise ConfigError("A folder of people is cleaned by their faces: give a recogniser and let it check them.")
+    found = _records(settings) if kind == "records" else _pictures(settings, people=kind == "people")
+    looked = _looked(_opened(found, settings), settings, recogniser)
+    if kind != "people":
+        for one in looked:
+            yield one if isinstance(one, Rejection) else _referenced(one)
+        return
+    for person in _by_person(looked):
+        yield from [person] if isinstance(person, Rejection) else _cleaned(person, settings)
+
+
+def mined_drafts(references: Iterable[Reference], most: int = 4) -> list[Draft]:
+    """Real pairs: every photo of a person is the target of up to `most` others of that person.
+
+    The prompt of a pair is its target's caption, which may be empty; the candidate holds the photo's own file. People
+    with one photo, and references without a person, give none. Same references, same drafts, in whatever order.
+    """
+    people: dict[str, list[Reference]] = {}
+    for reference in sorted(references, key=lambda one: one.key):
+        if reference.person is not None:
+            people.setdefault(reference.person, []).append(reference)
+    drafts = []
+    for photos in people.values():
+        for place, reference in enumerate(photos):
+            for number in range(min(most, len(photos) - 1)):
+                target = photos[(place + number + 1) % len(photos)]
+                ask = Ask(f"{reference.key}-{number}", reference.key, reference.caption, target.caption)
+                facts = {**target.facts, "photo": target.key}
+                drafts.append(Draft(reference, ask, Candidate(f"{ask.key}-0-0", ask.key, target.image, facts=facts)))
+    return drafts
+
+
+def strangers(embeddings: NDArray[np.float32], outliers: float = 4.0, least_similarity: float = 0.2) -> list[int]:
+    """Which of the unit embeddings (N, D) of one person's photos are somebody else's: their numbers, rising.
+
+    Each photo's likeness is the median of its cosines to the others, so that strangers, while they are fewer than half,
+    can neither hide each other nor spoil the rest. Out is what lies `outliers` spreads below the middle of them all
+    (the spread by median absolute deviation, at least 0.05), or below `least_similarity`. PhotoMaker cuts at 8 standard
+    deviations; in a handful of photos a stranger widens that deviation until it cannot be found.
+    """
+    if len(embeddings) < 2:
+        return []
+    cosines = embeddings @ embeddings.T
+    np.fill_diagonal(cosines, np.nan)
+    likeness = np.nanmedian(cosines, axis=1)
+    middle = float(np.median(likeness))
+    spread = max(1.4826 * float(np.median(np.abs(likeness - middle))), _SPREAD)
+    lowest = max(middle - outliers * spread, least_similarity)
+    return [int(number) for number in np.flatnonzero(likeness < lowest)]
+
+
+# --- finding photos ---------------------------------------------------------------------------------------------------
+def _kind(settings: ImportSettings) -> str:
+    if settings.kind != "auto":
+        return settings.kind
+    try:
+        filesystem, path = url_to_fs(settings.source)
+        if not filesystem.isdir(path):
+            return "records"  # a shard, a glob, or nothing, which open_records says best
+        names = [name.rsplit("/", 1)[-1] for name in filesystem.ls(path, detail=False)]
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"{settings.source} cannot be opened ({error}): check the address.") from error
+    return "records" if any(name == "metadata.jsonl" or name.endswith(".tar") for name in names) else "pictures"
+
+
+def _records(settings: ImportSettings) -> Iterator[_Found | Rejection]:
+    """From shards or a metadata.jsonl, with what is broken in them."""
+    records = open_records(settings.source, captions=False)
+    for record in records:
+        facts = {**record.extra, "captions": dict(record.captions), "source": record.source, "file": record.key}
+        facts["box"] = None if record.box is None else list(record.box)
+        known = {name: value for name, value in facts.items() if value not in (None, "", {})}
+        yield _Found(record.key, record.read, record.identity, record.caption, known)
+    for reason, names in records.problems.items():
+        if not reason.startswith("a box"):  # the photo is there all the same
+            yield from (_rejected(name, reason, f"{name}: {reason}.") for name in names)
+
+
+def _pictures(settings: ImportSettings, people: bool) -> Iterator[_Found | Rejection]:
+    """From a folder and those in it, by name; of people, the first folder below says who it is."""
+    filesystem, root = url_to_fs(settings.source)
+    try:
+        files = sorted(filesystem.find(root))
+    except OSError as error:
+        raise ConfigError(f"{settings.source} cannot be opened ({error}): check the address.") from error
+    photos = [path for path in files if _PICTURES.search(path)]
+    if not photos:
+        raise ConfigError(f"There are no pictures at {settings.source}: check the address.")
+    there = set(files)
+    for path in photos:
+        name = path[len(root.rstrip("/")) + 1 :]
+        person = name.split("/", 1)[0] if people and "/" in name else None
+        if people and person is None:
+            yield _rejected(name, FEW, f"{name} lies in no person's folder.")
+            continue
+        text = _PICTURES.sub(".txt", path)
+        yield _Found(
+            name, _reader(filesystem, path), person, _text(filesystem, text) if text in there else "", {"file": name}
+        )
+
+
+def _reader(filesystem: Any, path: str) -> Callable[[], bytes]:
+    return lambda: bytes(filesystem.cat_file(path))
+
+
+def _text(filesystem: Any, path: str) -> str:
+    try:
+        return " ".join(filesystem.cat_file(path).decode("utf-8", "replace").split())
+    except OSError:
+        return ""
+
+
+# --- opening and looking ----------------------------------------------------------------------------------------------
+def _opened(found: Iterable[_Found | Rejection], settings: ImportSettings) -> Iterator[_Looked | Rejection]:
+    """What can be opened, is large enough and was not there before."""
+    seen = _Seen(settings.duplicates)
+    for one in found:
+        if isinstance(one, Rejection):
+            yield one
+            continue
+        try:
+            content = one.read()
+        except (OSError, BadRecordError) as error:
+            yield _rejected(one.name, UNREAD, f"{one.name}: {error}")
+            continue
+        yield _opened_one(one, content, settings, seen)
+
+
+def _opened_one(found: _Found, content: bytes, settings: ImportSettings, seen: "_Seen") -> _Looked | Rejection:
+    side = _shorter_side(content)
+    if side is not None and side < settings.least_side:
+        return _rejected(found.name, SMALL, f"{found.name} is {side} pixels on its shorter side.")
+    try:
+        photo = read_photo(content)
+    except PictureError as error:
+        return _rejected(found.name, DAMAGED, f"{found.name}: {error}")
+    key = hashlib.sha256(content).hexdigest()[:20]
+    before, reason = seen.add(key, picture_hash(photo.image), found.name)
+    if before is not None:
+        return _rejected(found.name, reason, f"{found.name} is like {before}.")
+    facts = {**({"licence": settings.licence} if settings.licence else {}), **found.facts}
+    reference = Reference(key, _stored(content, photo), found.person, found.caption, facts)
+    return _Looked(reference, found.name, photo.image, max(photo.size) / max(photo.image.size))
+
+
+def _shorter_side(content: bytes) -> int | None:
+    """From the header; None if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return min(image.size)
+    except Exception:  # a damaged header breaks each decoder in its own way; read_photo says it in a sentence
+        return None
+
+
+def _stored(content: bytes, photo: Photo) -> bytes:
+    """The photo as a file that shards can hold: its own where it is one."""
+    if photo.format in _KEPT:
+        return content
+    file = io.BytesIO()
+    photo.image.save(file, format="PNG")
+    return file.getvalue()
+
+
+class _Seen:
+    """The photos so far, to find the same and nearly the same: equal in one of `distance` + 1 bands of the hash."""
+
+    def __init__(self, distance: int | None) -> None:
+        self.distance = distance
+        self.keys: dict[str, str] = {}
+        edges = np.linspace(0, 64, (distance or 0) + 2).astype(int).tolist()
+        self.cuts = list(pairwise(edges))
+        self.bands: list[dict[int, list[tuple[int, str]]]] = [{} for _ in self.cuts]
+
+    def add(self, key: str, digits: str, name: str) -> tuple[str | None, str]:
+        """The name of an earlier photo like this one, and the reason; else (None, "") and it is remembered."""
+        if key in self.keys:
+            return self.keys[key], SAME
+        number = int(digits, 16)
+        parts = [(number >> low) & ((1 << (high - low)) - 1) for low, high in self.cuts]
+        if self.distance is not None:
+            for band, part in zip(self.bands, parts, strict=True):
+                for other, before in band.get(part, ()):
+                    if (number ^ other).bit_count() <= self.distance:
+                        return before, NEAR
+        self.keys[key] = name
+        for band, part in zip(self.bands, parts, strict=True):
+            band.setdefault(part, []).append((number, name))
+        return None, ""
+
+
+def _looked(
+    opened: Iterable[_Looked | Rejection], settings: ImportSettings, recogniser: Recogniser | None
+) -> Iterator[_Looked | Rejection]:
+    """With their faces, some photos at a time; without those whose faces do not do."""
+    opened = iter(opened)
+    while some := list(islice(opened, _TOGETHER)):
+        photos = [one.image for one in some if isinstance(one, _Looked)]
+        found = iter(recogniser.recognise(photos) if recogniser is not None else [None] * len(photos))
+        for one in some:
+            yield one if isinstance(one, Rejection) else _with_faces(one, next(found), settings)
+
+
+def _with_faces(
+    photo: _Looked, faces: tuple[KnownFace, ...] | Failed | None, settings: ImportSettings
+) -> _Looked | Rejection:
+    """The photo with the faces that are large enough, or why it cannot be used."""
+    if isinstance(faces, Failed):
+        return _rejected(photo.name, faces.reason, f"{photo.name}: {faces.sentence}")
+    if faces is None or settings.faces == "unchecked":
+        return replace(photo, faces=faces)
+    large = tuple(face for face in faces if _longer_side(face) * photo.scale >= settings.least_face)
+    if not faces:
+        return _rejected(photo.name, NO_FACE, f"No face was found in {photo.name}.")
+    if not large:
+        size = _longer_side(faces[0]) * photo.scale
+        return _rejected(photo.name, SMALL_FACE, f"The largest face in {photo.name} is {size:.0f} pixels high or wide.")
+    if settings.faces == "one" and len(large) > 1:
+        return _rejected(photo.name, SEVERAL, f"{len(large)} faces were found in {photo.name}.")
+    return replace(photo, faces=large)
+
+
+def _longer_side(face: KnownFace) -> float:
+    return max(face.box.width, face.box.height)
+
+
+def _referenced(photo: _Looked, face: int = 0) -> Reference:
+    """The reference, with the box of one of its faces unless the import's own facts have one."""
+    if not photo.faces or "box" in photo.reference.facts:
+        return photo.reference
+    box = photo.faces[face].box
+    edges = [round(value * photo.scale, 2) for value in (box.left, box.top, box.width, box.height)]
+    return replace(photo.reference, facts={**photo.reference.facts, "box": edges})
+
+
+# --- people -----------------------------------------------------------------------------------------------------------
+def _by_person(looked: Iterable[_Looked | Rejection]) -> Iterator[list[_Looked] | Rejection]:
+    """The photos of each person, who follow each other; rejections as they come, ahead of their person's photos."""
+    photos: list[_Looked] = []
+    for one in looked:
+        if isinstance(one, Rejection):
+            yield one
+            continue
+        if photos and photos[-1].reference.person != one.reference.person:
+            yield photos
+            photos = []
+        photos.append(one)
+    if photos:
+        yield photos
+
+
+def _cleaned(photos: Sequence[_Looked], settings: ImportSettings) -> Iterator[Reference | Rejection]:
+    """One person's photos without strangers; nothing of a person of whom too few are left."""
+    chosen, embeddings = _likest(photos)
+    out = set(strangers(embeddings, settings.outliers, settings.least_similarity))
+    kept = len(photos) - len(out)
+    for number, (photo, face) in enumerate(zip(photos, chosen, strict=True)):
+        if number in out:
+            yield _rejected(photo.name, STRANGER, f"The face in {photo.name} is unlike the others of its folder.")
+        elif kept < settings.least_photos:
+            yield _rejected(photo.name, FEW, f"Good photos of {photo.reference.person}: {kept}.")
+        else:
+            yield _referenced(photo, face)
+
+
+def _likest(photos: Sequence[_Looked]) -> tuple[list[int], NDArray[np.float32]]:
+    """Which face of each photo is most like the largest ones of the others, and those faces' embeddings (N, D)."""
+    faces = [cast("Sequence[KnownFace]", photo.faces) for photo in photos]  # a recogniser has looked
+    largest = np.stack([some[0].embedding for some in faces])
+    chosen = []
+    for number, some in enumerate(faces):
+        others = np.delete(largest, number, axis=0)
+        likeness = [float(np.median(others @ face.embedding)) if len(others) else 0.0 for face in some]
+        chosen.append(int(np.argmax(likeness)))
+    return chosen, np.stack([some[face].embedding for some, face in zip(faces, chosen, strict=True)])
+
+
+def _rejected(name: str, reason: str, detail: str) -> Rejection:
+    """`name` is the photo's, since a photo that cannot be used has no key."""
+    return Rejection(name, "import", reason, detail)
