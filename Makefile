@@ -11,10 +11,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format weights bench bench-train clean
+.PHONY: help setup demo test check format weights bench bench-train bench-pairs clean
 
 help:  ## list the verbs
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv with the pinned versions (does nothing when it is up to date)
 
@@ -50,6 +50,9 @@ bench: $(READY)  ## seconds per picture, cold start, rendered pictures per secon
 
 bench-train: $(READY)  ## images per second of the trainer and of a loop that keeps nothing; where a step's time goes
 	$(PY) benchmarks/training.py $(ARGS)
+
+bench-pairs: $(READY)  ## pairs per second of the world's build, and of Ray with ARGS=--ray
+	$(PY) benchmarks/pairs.py $(ARGS)
 
 clean:  ## remove what the verbs made, except .venv and runs/
 	rm -rf build dist out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,4 +1,4 @@
-"""The builder's command line: `python -m data_synth world ...`. It parses, calls and reports; no logic of its own.
+"""The builder's command line: `python -m data_synth build`, `review` or `world`. It parses, calls and reports.
 
 Exit codes: 0 done, 2 the input is wrong (one sentence on stderr), 1 our fault, 130 stopped by hand.
 """
@@ -7,11 +7,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from data_synth.config import load_config
+from data_synth.review_server import add_review
 from imagine.errors import ImagineError
 
 
@@ -25,9 +27,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one builder command; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     try:
-        _world(options)
+        options.run(options)
     except ImagineError as error:
         print(error, file=sys.stderr)
         return 2
@@ -37,9 +39,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; overrides may stand before and after them, which argparse does not allow by itself."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (options.command != "build" or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m data_synth", description="Build data: pictures of people with exact ground truth.")
+    parser = _Parser(prog="python -m data_synth", description="Build pairs of pictures, review them, draw the world.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_build(commands)
+    add_review(commands)
+    _add_world(commands)
+    return parser
+
+
+def _add_build(commands: Any) -> None:
+    build = commands.add_parser("build", help="pairs from photos or from the world, as shards with a data card")
+    build.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the build file")
+    build.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the build file")
+    build.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write or to carry on in; also s3://..."
+    )
+    build.add_argument("--backend", choices=("local", "ray"), default="local", help="where the work is done")
+    build.set_defaults(run=_build)
+
+
+def _add_world(commands: Any) -> None:
     world = commands.add_parser("world", help="pictures of the portrait world, with captions and attributes")
     world.add_argument("--identities", type=int, required=True, metavar="N", help="how many people")
     world.add_argument("--images", type=int, required=True, metavar="M", help="how many pictures of each of them")
@@ -63,7 +94,25 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder to write or to carry on in; for shards also s3://... etc.",
     )
-    return parser
+    world.set_defaults(run=_world)
+
+
+def _build(options: argparse.Namespace) -> None:
+    config = load_config(options.config, options.overrides)
+    from data_synth.build import build  # after the file is read: a typo is told before torch is loaded
+    from data_synth.funnel import show
+
+    with _progress() as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total or None)
+            progress.update(tasks[what], completed=done)
+
+        built = build(config, options.output, options.backend, report)
+    show(built.funnel, Console())
+    print(f"{built.manifest['counts']['pairs']:,} pairs in {len(built.manifest['shards'])} shards: {options.output}")
 
 
 def _world(options: argparse.Namespace) -> None:

@@ -3,7 +3,11 @@
 Every backend is a class `Backend(settings)`: `Settings` is its frozen pydantic model (unknown keys are refused), and
 constructing must be cheap; models load in `load()`, which is called once in each process that works with it. All calls
 take and return lists of equal length, in order, and must not depend on how a list is cut into batches: randomness comes
-from the records' own seeds. One bad item must not sink the others: a call returns `Failed(reason, sentence)` in its place.
+from the records' own seeds. One bad item must not sink the others: `Failed(reason, sentence)` is returned in its place.
+
+Results are kept under a hash of `identity`, the settings and the inputs, so that a build redoes only what changed. What
+does not change results (batch size, device, address, timeouts) is marked `Field(..., exclude=True)` in `Settings`: it
+is left out of the hash, as pydantic leaves it out of `model_dump()`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +25,7 @@ class Failed:
 
     reason: str  # a few words, always the same ones
     sentence: str = ""  # for a person
-    for_now: bool = False  # True: the item is fine and the backend is not (an endpoint that is down): park it, try later
+    for_now: bool = False  # True: the item is fine and the backend is not (an endpoint that is down): park it
 
 
 @dataclass(frozen=True)
@@ -60,30 +64,40 @@ class Backend(Protocol):
 
 
 class Captioner(Backend, Protocol):
+    """Says what a reference shows."""
+
     def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
         """A dense caption of each reference: the person and everything around them."""
         ...
 
 
 class Rewriter(Backend, Protocol):
+    """Says what a target should show."""
+
     def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
         """The caption with its aims brought in and the person kept."""
         ...
 
 
 class Generator(Backend, Protocol):
+    """Makes candidates."""
+
     def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
         """For each (reference, ask, attempt) a candidate of round 0; its noise follows from ask.seed and attempt."""
         ...
 
 
 class Refiner(Backend, Protocol):
+    """Brings candidates nearer to their references."""
+
     def refine(self, drafts: Sequence[Draft]) -> list[Candidate | Failed]:
         """For each draft the same picture with the reference's identity brought nearer: `round` one higher."""
         ...
 
 
 class Measurer(Backend, Protocol):
+    """Says how good candidates are, in numbers."""
+
     def measure(self, drafts: Sequence[Draft]) -> list[Measures | Failed]:
         """Identity, difference, faces, quality, sharpness, text and hash of each candidate beside its reference."""
         ...

@@ -178,7 +178,11 @@ def _looked_at(key: str, picture: bytes) -> tuple[int, int, str]:
         with Image.open(io.BytesIO(picture)) as image:
             ending = _ENDINGS[image.format or ""]
             width, height = image.size
-            sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
+            if image.format == "PNG" and b"eXIf" not in picture and b"exif" not in picture:
+                image.verify()  # its checksums: asking for EXIF that is not there would decode all of it
+                sideways = False
+            else:
+                sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
     except Exception as error:  # whatever a decoder raises on damaged bytes
         raise BadRecordError(f"The picture of record {key} is no JPEG, PNG or WebP: convert it.") from error
     return (height, width, ending) if sideways else (width, height, ending)
@@ -256,7 +260,7 @@ class _Tally:
         self.identities |= {record.identity} if record.identity is not None else set()
         self.sources[record.source or "not given"] += 1
         self.sizes[f"{record.width} x {record.height}"] += 1
-        self.manners.update(record.captions)
+        self.manners.update(list(record.captions))  # a mapping would be added up by its values
         self.words[str(len(record.caption.split()))] += 1
 
     def join(self, other: "_Tally") -> None:

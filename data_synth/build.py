@@ -1,0 +1,184 @@
+"""A build from its file to shards: prepare, do what the store lacks, judge, publish.
+
+    prepare   backends are checked and photos imported (preparing.py)
+    make      every story is told to its end (steps.py): what the store lacks is done by an executor and kept
+    judge     filters, the choice among tries, duplicates across the build, reviewers (verdicts.py)
+    publish   shards, manifest, funnel, data card, lists of what was rejected or parked (publishing.py)
+
+A build may be killed at any moment and started again. Only results are kept, under what they follow from; all else
+is worked out again from them, in the order of the references, so that the same file always ends in the same shards.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from data_synth import review, store
+from data_synth.backends import Failed
+from data_synth.config import BuildConfig
+from data_synth.executors import Executor, choose_executor
+from data_synth.filters import FilterSettings, duplicate_rejections
+from data_synth.funnel import Funnel
+from data_synth.preparing import prepare
+from data_synth.publishing import publish
+from data_synth.records import Pair, Rejection
+from data_synth.steps import Find, Outcome, Recipe, Task, among, tellings
+from data_synth.store import Result, Store
+from data_synth.verdicts import Verdict, reviewed, verdict, without_duplicates
+from imagine.errors import ConfigError
+
+# Two tasks at work at once may both ask an endpoint for one photo's caption, and be told different ones.
+_CHANGED = Rejection("", "caption", "its caption was written twice", "Another caption of it was kept: build again.")
+
+Report = Callable[[str, int, int], None]  # what is going on, how many are done, of how many (0: nobody knows yet)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build came to."""
+
+    funnel: Funnel
+    made: Mapping[str, int]  # by step: results that were worked out this time, not found in the store
+    manifest: Mapping[str, Any]
+
+
+def build(config: BuildConfig, output: str, backend: str = "local", report: Report = lambda *_: None) -> Built:
+    """Build the pairs that `config` describes into `output`, a folder on any fsspec filesystem.
+
+    backend: "local" or "ray". Raises ImagineError, in one sentence, for what is wrong with file, photos or models; what
+    is wrong with one item is counted, and never raised.
+    """
+    executor = choose_executor(config, backend)
+    work = _work_folder(config, output)
+    with Store(work / store.FILE) as kept:
+        prepared = prepare(config, kept, lambda done: report("photos", done, 0))
+        total = prepared.recipe.total
+        made = _make(prepared.recipe, kept, executor, report)
+        verdicts = _judged(prepared.recipe, kept, made, work)
+        funnel, manifest = publish(
+            prepared, verdicts, output, work, kept, lambda done: report("pairs written", done, total)
+        )
+    return Built(funnel, made.results, manifest)
+
+
+def _work_folder(config: BuildConfig, output: str) -> Path:
+    """Where the store and the review lie: on this machine, whatever the output is."""
+    if config.work is not None:
+        return config.work
+    try:
+        filesystem, path = url_to_fs(output)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"{output} cannot be used as the output folder ({error}): give another one.") from error
+    if not isinstance(filesystem, LocalFileSystem):
+        raise ConfigError(f"{output} is not on this machine, but the store must be: name a local folder as work=DIR.")
+    return Path(path)
+
+
+# --- making -----------------------------------------------------------------------------------------------------------
+@dataclass
+class _Made:
+    """What was seen while every story was told to its end."""
+
+    results: Counter[str] = field(default_factory=Counter)  # by step: worked out this time, not found in the store
+    parked: dict[int, Rejection] = field(default_factory=dict)  # stories that could not be told to their end
+    hashes: dict[str, str] = field(default_factory=dict)  # of the targets of pairs so far, for near-duplicates
+    told: int = 0
+
+    def hear(self, outcomes: Iterable[Outcome | None], filters: FilterSettings) -> None:
+        """Take down how stories ended."""
+        for outcome in outcomes:
+            assert outcome is not None, "an executor gave back a story before its end"
+            self.told += 1
+            if outcome.parked is not None:
+                self.parked[outcome.number] = outcome.parked
+            pair = verdict(outcome, filters).pair
+            if pair is not None:
+                self.hashes[pair.target.key] = pair.measures.picture_hash
+
+
+def _make(recipe: Recipe, kept: Store, executor: Executor, report: Report) -> _Made:
+    """Have everything done that the store lacks, a chunk at a time."""
+    made, sent, filters = _Made(), deque[Task](), recipe.config.filters
+
+    def missing() -> Iterator[Task]:
+        for numbers in _chunks(recipe):
+            known: dict[bytes, Result] = {}
+            started = tellings(recipe, numbers, _remembering(kept, known))
+            made.hear((one.outcome for one in started if not one.wants), filters)
+            report("targets", made.told, recipe.total)
+            if undone := [number for number, one in zip(numbers, started, strict=True) if one.wants]:
+                sent.append(Task(undone, known))
+                yield sent[-1]
+
+    for done in executor(recipe, missing()):
+        asked = sent.popleft()
+        lasting = _lasting(done)
+        kept.save(lasting)
+        made.results.update(step for _, step, _ in lasting)
+        ended = tellings(recipe, asked.numbers, among({**asked.known, **done.known}))
+        made.hear((one.outcome for one in ended), filters)
+        report("targets", made.told, recipe.total)
+    return made
+
+
+def _chunks(recipe: Recipe) -> Iterator[range]:
+    """The numbers of stories that are worked on together."""
+    each = recipe.config.chunk * (recipe.config.targets_per_reference if recipe.config.generator else 1)
+    return (range(start, min(start + each, recipe.total)) for start in range(0, recipe.total, each))
+
+
+def _remembering(kept: Store, known: dict[bytes, Result]) -> Find:
+    """The store; what is found in it is put into `known` too."""
+
+    def find(keys: Sequence[bytes]) -> Mapping[bytes, Result]:
+        found = kept.find(keys)
+        known.update(found)
+        return found
+
+    return find
+
+
+def _lasting(done: Task) -> list[tuple[bytes, str, Result]]:
+    """What was worked out, without what is to be tried again."""
+    results = ((key, step, done.known[key]) for key, step in done.made.items())
+    return [one for one in results if not (isinstance(one[2], Failed) and one[2].for_now)]
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+def _judged(recipe: Recipe, kept: Store, made: _Made, work: Path) -> Iterator[Verdict]:
+    """Every verdict of the build, in order; the reviewers' queue is filled first, if there are reviewers."""
+    filters, choice = recipe.config.filters, recipe.config.review
+    close = {one.key: one for one in duplicate_rejections(made.hashes, filters)}
+
+    def filtered() -> Iterator[Verdict]:
+        outcomes = _outcomes(recipe, kept, made.parked)
+        return without_duplicates((verdict(outcome, filters) for outcome in outcomes), close)
+
+    if choice == "none":
+        return filtered()
+    database = work / review.FILE
+    rounds: dict[str, list[float | None]] = {}
+    review.open_queue(_queued(filtered(), rounds), database, rounds)
+    return reviewed(filtered(), review.decisions(database), choice == "required")
+
+
+def _outcomes(recipe: Recipe, kept: Store, parked: Mapping[int, Rejection]) -> Iterator[Outcome]:
+    """How every story ended, from the store."""
+    for numbers in _chunks(recipe):
+        for number, one in zip(numbers, tellings(recipe, numbers, kept.find), strict=True):
+            yield one.outcome or Outcome(number, parked=parked.get(number, _CHANGED))
+
+
+def _queued(verdicts: Iterable[Verdict], rounds: dict[str, list[float | None]]) -> Iterator[Pair]:
+    """The pairs that reviewers are to see; `rounds` learns of each what refinement did to it, just before."""
+    for one in verdicts:
+        if one.pair is not None:
+            target = one.pair.target
+            same = [case for case in one.cases if case.candidate.attempt == target.attempt]
+            rounds[target.key] = [case.measures.similarity for case in same]
+            yield one.pair

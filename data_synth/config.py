@@ -1,0 +1,215 @@
+"""What a build file may say: which backends do which step, what targets should show, and what makes a pair good enough.
+
+    references: {backend: files, source: photos}   # or `world`
+    captioner: endpoint                            # each backend by its name (registry.py), its settings beside it
+    generator: {backend: diffusers, model: owner/name}
+    filters: {similarity: [0.5, 0.97]}
+
+`key.key=value` on the command line replaces a value. A name that is not known is refused in one sentence.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from data_synth.filters import FilterSettings
+from data_synth.targets import TargetSettings
+from imagine.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_KINDS = ("references", "captioner", "rewriter", "generator", "refiner", "measurer")  # of backends
+
+
+def _by_name(value: Any) -> Any:
+    """A backend without settings may be written as its name alone."""
+    return {"backend": value} if isinstance(value, str) else value
+
+
+class Choice(BaseModel):
+    """One backend: its name in the registry, or "package.module:Class", and beside it the backend's own settings."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    backend: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the backend's own model checks."""
+        return dict(self.model_extra or {})
+
+
+Chosen = Annotated[Choice, BeforeValidator(_by_name)]
+
+
+class Share(BaseModel):
+    """What of a Ray cluster some steps get."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    concurrency: int = Field(default=1, ge=1)  # copies of their models
+    num_gpus: float = Field(default=0, ge=0)  # of each copy
+    num_cpus: float = Field(default=1, ge=0)
+
+
+class Cluster(Share):
+    """How steps are spread when a build runs with `--backend ray`; results do not depend on it.
+
+    Steps that are named in `steps` have copies of their own; the others run together, in copies that hold all of them.
+    """
+
+    address: str | None = None  # of a running cluster; None: the one that RAY_ADDRESS names, or one on this machine
+    window: int = Field(default=64, ge=1)  # chunks handed to Ray Data at a time
+    steps: dict[Literal["import", "caption", "rewrite", "generate", "refine", "measure"], Share] = Field(
+        default_factory=dict
+    )
+
+    def share(self, step: str) -> Share | None:
+        """What `step` has for itself; None if it runs together with others."""
+        return {str(name): share for name, share in self.steps.items()}.get(step)
+
+
+class BuildConfig(BaseModel):
+    """A whole build. What it makes follows from this and from the photos, whatever is killed or spread on the way."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str = "Synthetic pairs"
+    licence: str = "not stated"  # of the pairs; those of photos and models are in the manifest
+    seed: int = Field(default=0, ge=0)
+
+    references: Chosen
+    captioner: Chosen | None = None  # None: every reference brings its caption
+    rewriter: Chosen | None = None
+    generator: Chosen | None = None  # None: pairs are mined from several photos of one person, and nothing is rewritten
+    refiner: Chosen | None = None
+    measurer: Chosen
+
+    targets_per_reference: int = Field(default=1, ge=1)
+    targets: TargetSettings = TargetSettings()
+    mined_per_photo: int = Field(
+        default=4, ge=1
+    )  # without a generator: how many photos of the person each is paired with
+    keep_captions: bool = True  # the captioner is asked only where a reference brings no caption
+    attempts: int = Field(default=1, ge=1)  # candidates for a target: another is made while none passes the filters
+    rounds: int = Field(default=0, ge=0)  # refinements of a candidate, while it is too unlike the reference
+    filters: FilterSettings = FilterSettings()
+    review: Literal["none", "optional", "required"] = "none"  # required: pairs that nobody decided on are held back
+
+    records_per_shard: int = Field(default=1000, ge=1)
+    chunk: int = Field(default=32, ge=1)  # references worked on together; models see batches of at most their targets
+    workers: int = Field(default=0, ge=0)  # processes beside this one; 0: everything happens in this one
+    ray: Cluster = Cluster()
+    work: Path | None = None  # a local folder for the store and the review; None: the output folder
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "BuildConfig":
+        if self.generator is not None and self.rewriter is None:
+            raise ValueError("a generator needs a rewriter: name one, such as grammar")
+        if self.generator is None and (self.rewriter or self.refiner):
+            raise ValueError("without a generator nothing is rewritten or refined: leave rewriter and refiner out")
+        if self.rounds and self.refiner is None:
+            raise ValueError(f"{self.rounds} rounds of refinement need a refiner: name one, or set rounds to 0")
+        return self
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What results depend on, for a manifest; backends say it of themselves."""
+        aside = {"work", "workers", "ray", "chunk", *_KINDS}
+        return self.model_dump(mode="json", exclude=aside)
+
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """The chosen backend of each kind, in the order of the work."""
+        return {kind: choice for kind in _KINDS if (choice := getattr(self, kind)) is not None}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as people expect and as YAML 1.2 says."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
+    """The build file at `path` with `key.key=value` overrides put in; ConfigError says what is wrong."""
+    content = _read_yaml(path)
+    for text in overrides:
+        _override(content, text)
+    return checked(BuildConfig, content, str(path))
+
+
+def checked(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
+    """`values` as a `model`; what is wrong becomes one ConfigError sentence with `where` and the valid keys."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        # A misspelt key also leaves the right one missing: the misspelling is what to tell.
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    location = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        problem = unknown_name("key", location[-1], _keys_at(model, location[:-1]))
+    elif first["type"] == "missing":
+        problem = f"{'.'.join(location)} is missing"
+    else:
+        reason = first["msg"].removeprefix("Value error, ")
+        problem = f"{'.'.join(location)}: {reason} (got {first['input']!r})" if location else reason
+    raise ConfigError(f"{where}: {problem}.") from None
+
+
+def unknown_name(kind: str, name: str, valid: Sequence[str]) -> str:
+    """The sentence for a name that matches nothing, with the nearest one and all valid ones."""
+    near = difflib.get_close_matches(name, valid, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"there is no {kind} {name!r}{hint}; valid: {', '.join(valid) if valid else 'none'}"
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    for part in location:
+        inner = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return list(model.model_fields)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"The build file {path} cannot be read ({error.strerror}): name a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The build file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"The build file {path} must hold keys such as `references:` and `generator:`.")
+    return content
+
+
+def _override(content: dict[str, Any], text: str) -> None:
+    """Put one `key.key=value` into the file's content; a backend written as its name alone is opened up for it."""
+    address, equals, value = text.partition("=")
+    keys = address.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"The override {text!r} is not of the form key=value, for example generator.drift=0.1.")
+    place = content
+    for key in keys[:-1]:
+        inner = place.get(key) or {}
+        inner = _by_name(inner) if len(keys) == 2 and key in _KINDS else inner
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {text}: {key} is a single value and holds no keys.")
+        place[key] = inner
+        place = inner
+    try:
+        given = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text}: the value is not valid YAML; quote it.") from None
+    if keys[-1] == "backend" and place.get("backend") != given:
+        place.clear()  # one backend's settings say nothing to another
+    place[keys[-1]] = given

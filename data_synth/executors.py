@@ -1,0 +1,206 @@
+"""Where the work is done: in this process, in some beside it, or on a Ray cluster. Results do not depend on it.
+
+An executor takes tasks, one after the other, and gives each back, in order, with the results that its stories lacked.
+The store stays with the driver; workers see records only, so they may be anywhere and may die at any time.
+"""
+
+import importlib
+import logging
+import os
+import pickle
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from typing import Any
+
+from data_synth.config import BuildConfig, Cluster, Share
+from data_synth.steps import STEPS, Backends, Recipe, Task, advance, among, tellings
+from imagine.errors import ConfigError
+
+Executor = Callable[[Recipe, Iterable[Task]], Iterator[Task]]
+
+_AHEAD = 2  # tasks a worker that are waiting for it: it need never wait for the driver
+
+
+def choose_executor(config: BuildConfig, backend: str) -> Executor:
+    """The executor for `--backend local` or `ray`. Raises ConfigError if it is not there."""
+    if backend == "ray":
+        _ray()
+        return on_ray
+    if backend != "local":
+        raise ConfigError(f"There is no backend {backend!r} to build on: give local or ray.")
+    return in_processes if config.workers else in_this_process
+
+
+def in_this_process(recipe: Recipe, tasks: Iterable[Task]) -> Iterator[Task]:
+    """One task after the other."""
+    backends = Backends(recipe.config)
+    for task in tasks:
+        yield advance(recipe, task, backends)
+
+
+# --- processes beside this one ----------------------------------------------------------------------------------------
+def in_processes(recipe: Recipe, tasks: Iterable[Task]) -> Iterator[Task]:
+    """`workers` processes, each with models of its own and its share of the cores."""
+    workers = recipe.config.workers
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    # Spawned, not forked: a fork of a process in which torch has threads may hang.
+    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (recipe, threads)) as pool:
+        try:
+            yield from _in_order((pool.submit(_work, task) for task in tasks), _AHEAD * workers)
+        except BrokenProcessPool as error:
+            raise ConfigError(
+                "A worker process was killed, perhaps for want of memory: lower workers or chunk, and run this again."
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_order(started: Iterator["Future[Task]"], ahead: int) -> Iterator[Task]:
+    running: deque[Future[Task]] = deque(islice(started, ahead))
+    while running:
+        yield running.popleft().result()
+        running.extend(islice(started, 1))
+
+
+_worker: tuple[Recipe, Backends]  # of a worker process, from its first moment on
+
+
+def _begin_worker(recipe: Recipe, threads: int) -> None:
+    global _worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the driver says what there is to say
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for torch, which is not loaded yet
+    _worker = recipe, Backends(recipe.config)
+
+
+def _end_with_parent() -> None:
+    """A driver that is killed cannot tell its workers: they must notice."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(task: Task) -> Task:
+    return _only_made(advance(_worker[0], task, _worker[1]))
+
+
+def _only_made(task: Task) -> Task:
+    """What the driver does not have yet."""
+    return Task(task.numbers, {key: task.known[key] for key in task.made}, task.made)
+
+
+# --- a Ray cluster ----------------------------------------------------------------------------------------------------
+def on_ray(recipe: Recipe, tasks: Iterable[Task]) -> Iterator[Task]:
+    """Ray Data: stages of one step or of several, each with its own copies, cores and GPUs; windows of tasks at a time.
+
+    A window goes through the stages that its stories want, and again while a round leads back to an earlier one.
+    """
+    ray, stages = _ray(), stages_of(recipe)
+    _connect(ray, recipe.config.ray, stages)
+    waiting = iter(tasks)
+    while window := list(islice(waiting, recipe.config.ray.window)):
+        done = dict(enumerate(window))
+        while wanted := {place: want for place, task in done.items() if (want := _wants(recipe, task))}:
+            now = _needed(stages, set[str]().union(*wanted.values()))
+            done |= _passed(recipe, {place: done[place] for place in wanted}, now)
+        yield from (_only_made(done[place]) for place in range(len(window)))
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Steps that run together, and what they get of the cluster."""
+
+    steps: tuple[str, ...]
+    share: Share
+
+
+def stages_of(recipe: Recipe) -> list[StagePlan]:
+    """The stages that a task goes through, in order; steps without a share of their own are joined where they meet."""
+    stages: list[StagePlan] = []
+    cluster = recipe.config.ray
+    for step in (step for step in STEPS if step in recipe.identities):
+        own = cluster.share(step)
+        if own is None and stages and stages[-1].share is cluster:
+            stages[-1] = StagePlan((*stages[-1].steps, step), cluster)
+        else:
+            stages.append(StagePlan((step,), own or cluster))
+    return stages
+
+
+def _needed(stages: Sequence[StagePlan], wanted: set[str]) -> list[StagePlan]:
+    """From the first stage that is wanted on, all; one that only refines, once somebody wants it."""
+    first = next(number for number, stage in enumerate(stages) if wanted & {*stage.steps})
+    return [stage for stage in stages[first:] if stage.steps != ("refine",) or "refine" in wanted]
+
+
+def _ray() -> Any:
+    try:
+        importlib.import_module("ray.data")
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ConfigError(
+            "Ray is not installed: `pip install 'imagine-yourself-open[ray]'`, or build without --backend ray."
+        ) from error
+
+
+def _connect(ray: Any, cluster: Cluster, stages: Sequence[StagePlan]) -> None:
+    """To the cluster, or start one on this machine. Raises ConfigError if that one cannot hold all stages at once."""
+    if not ray.is_initialized():
+        ray.init(address=cluster.address, log_to_driver=False, include_dashboard=False)
+    there = ray.cluster_resources()
+    for name, kind in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+        wanted = sum(getattr(stage.share, name) * stage.share.concurrency for stage in stages)
+        if cluster.address is None and wanted > there.get(kind, 0):
+            raise ConfigError(
+                f"The stages of this build want {wanted:g} {kind}s and Ray has {there.get(kind, 0):g}: lower "
+                f"ray.concurrency, ray.{name} or those of ray.steps."
+            )
+
+
+def _wants(recipe: Recipe, task: Task) -> set[str]:
+    """The steps that the task's stories want next."""
+    return {one.wants.step for one in tellings(recipe, task.numbers, among(task.known)) if one.wants}
+
+
+def _passed(recipe: Recipe, tasks: Mapping[int, Task], stages: Sequence[StagePlan]) -> dict[int, Task]:
+    """The tasks, by place, after one pass through `stages`."""
+    data: Any = importlib.import_module("ray.data")
+    data.DataContext.get_current().enable_progress_bars = False  # there is one for the whole build
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    rows = [{"place": place, "task": pickle.dumps(task)} for place, task in tasks.items()]
+    dataset = data.from_items(rows, override_num_blocks=len(rows))
+    for stage in stages:
+        dataset = dataset.map_batches(
+            Stage,
+            fn_constructor_args=(recipe, stage.steps),
+            compute=data.ActorPoolStrategy(size=stage.share.concurrency),
+            num_cpus=stage.share.num_cpus,
+            num_gpus=stage.share.num_gpus,
+            batch_size=1,
+        )
+    passed = {int(row["place"]): pickle.loads(row["task"]) for row in dataset.iter_rows()}
+    if missing := tasks.keys() - passed.keys():
+        raise RuntimeError(f"Ray Data lost {len(missing)} of {len(tasks)} tasks")
+    return passed
+
+
+class Stage:
+    """Steps on Ray Data: loads their backends once, and does what the stories of each task want of them."""
+
+    def __init__(self, recipe: Recipe, steps: Sequence[str]) -> None:
+        self.recipe, self.steps = recipe, steps
+        self.backends = Backends(recipe.config)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Tasks on their way, as Ray Data's batches of pickled rows."""
+        tasks = [pickle.loads(task) for task in batch["task"]]
+        done = [pickle.dumps(advance(self.recipe, task, self.backends, self.steps)) for task in tasks]
+        return {"place": batch["place"], "task": done}

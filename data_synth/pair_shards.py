@@ -1,0 +1,195 @@
+"""Finished pairs into webdataset shards: each reference once, before its first target, and nothing written twice.
+
+Shards are a copy of what the store holds, so one that is there with the same records is left alone, and from the first
+one that differs on all are written anew: after a kill, after another threshold, after parked items are done.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from types import TracebackType
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from data_synth.records import Pair, Reference
+from data_synth.store import Store
+from imagine.errors import ConfigError
+from imagine.shard_writer import SETTINGS, About, ShardWriter
+from imagine.shards import Record
+
+_ASIDE = ("box", "captions", "source", "hash", "similarity")  # facts that a record says elsewhere, or nobody needs
+
+
+class PairShards:
+    """Write pairs, in order, and a data sheet at the end; a context manager."""
+
+    def __init__(self, address: str, about: About, records_per_shard: int, store: Store) -> None:
+        self._address, self._about, self._size, self._store = address.rstrip("/"), about, records_per_shard, store
+        try:
+            self._filesystem, self._folder = url_to_fs(self._address)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"{address} cannot be used as the output folder ({error}): give another one.") from error
+        self._written: dict[str, str] = store.note(self._note) or {}
+        self._writer: ShardWriter | None = None
+        self._number = 0  # of the shard that is being filled
+        self._waiting: list[Record | str] = []  # its records, and reasons of rejections between them
+        self._records = 0
+        self._reference = ""
+
+    def __enter__(self) -> "PairShards":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish()
+        elif self._writer is not None:
+            self._writer.__exit__(kind, error, trace)
+
+    def write(self, pair: Pair) -> None:
+        """Add a pair, and its reference if that is not the last pair's."""
+        if pair.reference.key != self._reference:
+            self._add(_reference_record(pair))
+            self._reference = pair.reference.key
+        self._add(_target_record(pair))
+
+    def reject(self, reason: str) -> None:
+        """Count something that is no pair, for the data sheet."""
+        self._waiting.append(reason)
+
+    @property
+    def _note(self) -> str:
+        return f"shards {self._address}"
+
+    def _add(self, record: Record) -> None:
+        self._waiting.append(record)
+        self._records += 1
+        if self._records == self._size:
+            self._flush()
+
+    def _flush(self) -> None:
+        """The shard is complete: write it, unless it is there."""
+        mark = _mark(self._waiting)
+        if self._writer is not None or not self._is_there(mark):
+            self._open()
+            self._pour()
+            self._remember(mark)
+        self._number, self._records, self._waiting = self._number + 1, 0, []
+
+    def _is_there(self, mark: str) -> bool:
+        name = f"{self._folder}/{self._number:05d}"
+        there = self._written.get(str(self._number)) == mark
+        return there and self._filesystem.exists(f"{name}.tar") and self._filesystem.exists(f"{name}.json")
+
+    def _pour(self) -> None:
+        assert self._writer is not None
+        for one in self._waiting:
+            if isinstance(one, Record):
+                self._writer.write(one)
+            else:
+                self._writer.reject(one)
+
+    def _remember(self, mark: str) -> None:
+        self._written[str(self._number)] = mark
+        self._store.take_note(self._note, self._written)
+
+    def _open(self) -> None:
+        """A writer that goes on at this shard; whatever lies there from here on is taken away."""
+        if self._writer is not None:
+            return
+        self._written = {number: mark for number, mark in self._written.items() if int(number) < self._number}
+        self._store.take_note(self._note, self._written)
+        for name in self._filesystem.glob(f"{self._folder}/[0-9]*.json"):  # first what says that a shard is whole
+            self._remove(name, ".json")
+        for name in self._filesystem.glob(f"{self._folder}/[0-9]*.tar"):
+            self._remove(name, ".tar")
+        if self._filesystem.exists(f"{self._folder}/{SETTINGS}"):
+            self._filesystem.rm_file(f"{self._folder}/{SETTINGS}")  # another threshold is no other data set
+        self._writer = ShardWriter(self._address, self._about, self._size)
+
+    def _remove(self, name: str, ending: str) -> None:
+        number = name.rsplit("/", 1)[-1].removesuffix(ending)
+        if number.isdigit() and int(number) >= self._number:
+            self._filesystem.rm_file(name)
+
+    def _finish(self) -> None:
+        """The last shard, which may be short, and the data sheet."""
+        mark, short = _mark(self._waiting), self._records > 0
+        if short and self._writer is None and self._is_there(mark):
+            self._number, short, self._waiting = self._number + 1, False, []
+        self._open()
+        assert self._writer is not None
+        self._pour()
+        self._writer.__exit__(None, None, None)
+        if short:
+            self._remember(mark)
+
+
+def _reference_record(pair: Pair) -> Record:
+    reference, caption = pair.reference, pair.ask.caption or pair.reference.caption or pair.ask.prompt
+    facts = reference.facts
+    return Record(
+        key=reference.key,
+        image=reference.image,
+        caption=caption,
+        captions={**_mapping(facts, "captions"), "dense": caption},
+        identity=_who(reference),
+        box=_box(facts),
+        source="real",
+        extra=_extra(facts),
+    )
+
+
+def _target_record(pair: Pair) -> Record:
+    target, prompt = pair.target, pair.ask.prompt
+    measured = {spec.name: getattr(pair.measures, spec.name) for spec in fields(pair.measures)}
+    return Record(
+        key=target.key,
+        image=target.image,
+        caption=prompt,
+        captions={"dense": prompt, "rewritten": prompt, **_mapping(target.facts, "captions")},
+        identity=_who(pair.reference),
+        reference=pair.reference.key,
+        box=_box(target.facts),
+        source="real" if "photo" in target.facts else "synthetic",
+        extra={
+            **_extra(target.facts),
+            "attributes": dict(measured.pop("attributes")),
+            "aims": dict(pair.ask.aims),
+            "measures": measured,
+            "made": {"seed": pair.ask.seed, "attempt": target.attempt, "round": target.round},
+        },
+    )
+
+
+def _who(reference: Reference) -> str:
+    return reference.person or reference.key
+
+
+def _mapping(facts: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = facts.get(name)
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _box(facts: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    box = facts.get("box")
+    return None if box is None else (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
+
+
+def _extra(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if name not in _ASIDE}
+
+
+def _mark(events: list[Record | str]) -> str:
+    """A hash of what a shard holds."""
+    whole = hashlib.sha256()
+    for one in events:
+        if isinstance(one, Record):
+            facts = {spec.name: getattr(one, spec.name) for spec in fields(one) if spec.name != "image"}
+            whole.update(json.dumps(facts, sort_keys=True, default=dict).encode() + one.read())
+        else:
+            whole.update(json.dumps(one).encode())
+    return whole.hexdigest()

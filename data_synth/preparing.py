@@ -1,0 +1,78 @@
+"""Before a build: its backends checked, its photos imported, and all that its results follow from written down."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data_synth.config import BuildConfig, Choice
+from data_synth.importing import mined_drafts
+from data_synth.records import Reference, Rejection
+from data_synth.references import collect, people_of
+from data_synth.registry import make_backend
+from data_synth.steps import KINDS, Recipe
+from data_synth.store import Store
+from imagine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A build that can begin."""
+
+    recipe: Recipe
+    photos: int  # found by the import
+    rejections: Sequence[Rejection]  # of the import
+    models: Mapping[str, Mapping[str, Any]]  # by kind: backend, identity, settings
+
+
+def prepare(config: BuildConfig, kept: Store, report: Callable[[int], None] = lambda done: None) -> Prepared:
+    """Check what can be checked before anything is loaded, and import the photos; `report` is told how many.
+
+    Raises ImagineError for settings that do not fit, and if there is nothing to make pairs of.
+    """
+    backends = {kind: make_backend(kind, choice) for kind, choice in config.choices.items()}
+    models = {kind: _described(config.choices[kind], backend) for kind, backend in backends.items()}
+    identities = {step: _hash(models[kind]) for step, (kind, _) in KINDS.items() if kind in models}
+    source, rejections = backends["references"], list[Rejection]()
+    if hasattr(source, "collect"):
+        count, rejections = collect(source, identities["import"], kept, report)
+    else:
+        count = int(source.count)
+    mined = _mined(config, identities["import"], count, kept) if config.generator is None else ()
+    recipe = Recipe(config, identities, count, mined)
+    if not recipe.total:
+        what = "no two photos of one person" if count else "no photo that can be used"
+        most = Counter(one.reason for one in rejections).most_common(3)
+        reasons = f" ({', '.join(f'{reason}: {number}' for reason, number in most)})" if most else ""
+        raise ConfigError(f"There is {what} to make pairs of{reasons}: check the references.")
+    return Prepared(recipe, count + len(rejections), rejections, models)
+
+
+def _described(choice: Choice, backend: Any) -> dict[str, Any]:
+    """What a backend's results follow from."""
+    settings = backend.settings.model_dump(mode="json")
+    return {"backend": choice.backend, "identity": dict(backend.identity), "settings": settings}
+
+
+def _hash(model: Mapping[str, Any]) -> str:
+    """By which name a class is called says nothing of its results."""
+    parts = [model["identity"], model["settings"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
+
+
+def _mined(config: BuildConfig, identity: str, count: int, kept: Store) -> tuple[tuple[int, int, int], ...]:
+    """Which photos of a person are paired: reference, its turn, target."""
+    if kept.note(f"import {identity}") is None:
+        raise ConfigError("Pairs can be mined from photos only: take `references: files`, or name a generator.")
+    places: dict[str, int] = {}
+    light = []
+    for number, reference in people_of(identity, count, kept):
+        places[reference.key] = number
+        light.append(Reference(reference.key, b"", reference.person))
+    drafts = mined_drafts(light, config.mined_per_photo)
+    return tuple(
+        (places[draft.reference.key], int(draft.ask.key.rpartition("-")[2]), places[draft.candidate.facts["photo"]])
+        for draft in drafts
+    )

@@ -1,0 +1,178 @@
+"""The end of a build: shards, manifest, funnel, data card, and lists of what was rejected or parked."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import Any, TextIO
+
+from fsspec.core import url_to_fs
+
+from data_synth.card import Case, make_card, write_card
+from data_synth.funnel import Funnel, plot
+from data_synth.pair_shards import PairShards
+from data_synth.preparing import Prepared
+from data_synth.records import Rejection
+from data_synth.store import Store
+from data_synth.targets import wished
+from data_synth.verdicts import Verdict
+from imagine.shard_writer import About
+
+REPORTS = ("manifest.json", "funnel.json", "funnel.png", "card.json", "card.html", "rejections.jsonl", "parked.jsonl")
+SETTINGS = "build.json"  # the whole build file with its overrides; it may name places on this machine, and stays here
+FORMAT_VERSION = 1
+
+_PACKAGES = ("imagine-yourself-open", "torch", "diffusers", "transformers", "numpy", "pillow")
+
+
+def publish(
+    prepared: Prepared,
+    verdicts: Iterable[Verdict],
+    output: str,
+    folder: Path,
+    kept: Store,
+    report: Callable[[int], None] = lambda done: None,
+) -> tuple[Funnel, dict[str, Any]]:
+    """Write shards to `output` and reports to `folder`, a local one, and copy them to `output` if that is another.
+
+    Returns the funnel and the manifest; `report` is told how many targets are through.
+    """
+    funnel = Funnel(prepared.photos, prepared.recipe.references)
+    licences: Counter[str] = Counter()
+    with ExitStack() as stack:
+        shards = stack.enter_context(
+            PairShards(output, _about(prepared), prepared.recipe.config.records_per_shard, kept)
+        )
+        lists = [stack.enter_context(_rewritten(folder / name)) for name in ("rejections.jsonl", "parked.jsonl")]
+        passed = _passed(prepared, funnel.watch(verdicts), shards, lists, licences, report)
+        about = {**asdict(_about(prepared)), "models": prepared.models, "licences of references": licences}
+        for one in prepared.rejections:
+            funnel.reject(one)
+        lost: list[Rejection] = []
+        card = make_card(_cases(passed, lost), chain(prepared.rejections, lost), about, _wished(prepared))
+    write_card(card, folder)
+    _put(folder / "funnel.json", funnel.as_json())
+    (folder / "funnel.png").write_bytes(plot(funnel))
+    manifest = _manifest(prepared, funnel, licences, output)
+    _put(folder / "manifest.json", manifest)
+    _put(folder / SETTINGS, prepared.recipe.config.model_dump(mode="json"))
+    _copy(folder, output)
+    return funnel, manifest
+
+
+def _passed(
+    prepared: Prepared,
+    verdicts: Iterable[Verdict],
+    shards: PairShards,
+    lists: list[TextIO],
+    licences: Counter[str],
+    report: Callable[[int], None],
+) -> Iterator[Verdict]:
+    """The verdicts, each written down on its way."""
+    rejected, parked = lists
+    _put_lines(rejected, prepared.rejections)
+    for rejection in prepared.rejections:
+        shards.reject(rejection.reason)
+    before = ""
+    for number, one in enumerate(verdicts, 1):
+        if one.pair is not None:
+            shards.write(one.pair)
+            if one.pair.reference.key != before:
+                licences[str(one.pair.reference.facts.get("licence") or "not stated")] += 1
+                before = one.pair.reference.key
+        _put_lines(rejected, one.rejections)
+        for rejection in one.rejections:
+            shards.reject(rejection.reason)
+        _put_lines(parked, [one.outcome.parked] if one.outcome.parked else [])
+        yield one
+        report(number)
+
+
+def _cases(verdicts: Iterable[Verdict], lost: list[Rejection]) -> Iterator[Case]:
+    """All measured candidates; what was lost before is put into `lost`, once."""
+    seen: set[tuple[str, str]] = set()
+    for one in verdicts:
+        for loss in one.outcome.losses:
+            if (loss.step, loss.key) not in seen:
+                seen.add((loss.step, loss.key))
+                lost.append(loss)
+        yield from one.cases
+
+
+def _wished(prepared: Prepared) -> dict[str, dict[str, float]]:
+    """The distribution of targets that was asked for; none was where photos are what they are."""
+    config = prepared.recipe.config
+    return {} if config.generator is None else wished(config.targets)
+
+
+def _about(prepared: Prepared) -> About:
+    config = prepared.recipe.config
+    made = "Targets are other photos of the same person." if config.generator is None else "Targets are generated."
+    return About(
+        title=config.title,
+        purpose=(
+            "Pairs of pictures that show one person differently, to train personalised image generation on without "
+            "copied poses."
+        ),
+        collection=f"{made} Models, settings and licences are in manifest.json, groups and examples in card.html.",
+        licence=config.licence,
+        seeds={"seed": config.seed, "targets": config.targets.seed},
+        settings={"pairs": FORMAT_VERSION},
+    )
+
+
+# --- the manifest -----------------------------------------------------------------------------------------------------
+def _manifest(prepared: Prepared, funnel: Funnel, licences: Mapping[str, int], output: str) -> dict[str, Any]:
+    """All that tells this data set from another, and whether a copy of it is whole."""
+    config, about = prepared.recipe.config, _about(prepared)
+    stated = {kind: model["identity"].get("licence") or "not stated" for kind, model in prepared.models.items()}
+    return {
+        "format_version": FORMAT_VERSION,
+        "title": config.title,
+        "seeds": dict(about.seeds),
+        "counts": {**dict(funnel.rows()), "parked": funnel.parked},
+        "licences": {"pairs": config.licence, "references": dict(licences), "models": stated},
+        "models": prepared.models,
+        "config": config.facts,
+        "shards": _shards(output),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _shards(output: str) -> list[dict[str, Any]]:
+    """Name, records, bytes and hash of every shard."""
+    filesystem, folder = url_to_fs(output)
+    sheet = json.loads(filesystem.cat_file(f"{folder.rstrip('/')}/datasheet.json"))
+    return [{"name": name, **facts} for name, facts in sheet["shards"].items()]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that nobody installed
+        return "not installed"
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+def _rewritten(path: Path) -> TextIO:
+    return path.open("w", encoding="utf-8", newline="\n")
+
+
+def _put_lines(file: TextIO, rejections: Iterable[Rejection]) -> None:
+    file.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in rejections)
+
+
+def _put(path: Path, facts: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
+def _copy(folder: Path, output: str) -> None:
+    """The reports beside the shards, where those lie elsewhere."""
+    filesystem, path = url_to_fs(output)
+    if Path(path).resolve() != folder.resolve() or "file" not in str(filesystem.protocol):
+        for name in REPORTS:
+            filesystem.put_file(str(folder / name), f"{path.rstrip('/')}/{name}")

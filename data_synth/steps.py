@@ -1,0 +1,336 @@
+"""The steps from a reference to a measured candidate, as one story for each target.
+
+    import    the reference
+    caption   what it shows, densely
+    rewrite   the same person as the target should show them: a value for each attribute, dealt by targets.aims
+    generate  a candidate, then
+    measure   it; while it is too unlike the reference, up to `rounds` times:
+    refine    its identity, and measure again; while nothing passes the filters, up to `attempts` times from "generate"
+
+A story is a generator: it asks for one result after the other and is given each; what it is given decides how it goes
+on. It does no work itself, so the same lines replay what the store holds, run in a worker, and say what is missing.
+Each request has a key, the hash of all that its result follows from: backend, settings, and the keys of its inputs.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any
+
+from data_synth.backends import Draft, Failed, Target
+from data_synth.config import BuildConfig
+from data_synth.filters import rejection
+from data_synth.records import Ask, Candidate, Measures, Reference, Rejection
+from data_synth.registry import make_backend
+from data_synth.store import Result
+from data_synth.targets import aims
+from imagine.errors import ConfigError, ImagineError, WeightsError
+
+KINDS = {  # step: which backend does it, by which call
+    "import": ("references", "draw"),
+    "caption": ("captioner", "caption"),
+    "rewrite": ("rewriter", "rewrite"),
+    "generate": ("generator", "generate"),
+    "refine": ("refiner", "refine"),
+    "measure": ("measurer", "measure"),
+}
+STEPS = tuple(KINDS)
+BROKE = "the backend broke down"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One result that a story needs."""
+
+    step: str
+    key: bytes
+    argument: Any = field(repr=False)  # one item of the backend's call
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that stories follow from, besides the results that they are given."""
+
+    config: BuildConfig
+    identities: Mapping[str, str]  # step: hash of its backend and settings
+    references: int  # how many there are
+    mined: Sequence[tuple[int, int, int]] = ()  # without a generator: reference, its turn, and its target
+
+    @property
+    def total(self) -> int:
+        """How many stories there are."""
+        if self.config.generator is None:
+            return len(self.mined)
+        return self.references * self.config.targets_per_reference
+
+    def request(self, step: str, argument: Any, *parts: Any) -> Request:
+        """The request for what `step` makes of `argument`, which is fully described by `parts`."""
+        return Request(step, self.key(step, self.identities.get(step, ""), *parts), argument)
+
+    @staticmethod
+    def key(step: str, identity: str, *parts: Any) -> bytes:
+        """The hash of a step, its backend and what it is given."""
+        whole = json.dumps([step, identity, *parts], sort_keys=True, default=dict)
+        return hashlib.sha256(whole.encode()).digest()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one story ended."""
+
+    number: int
+    reference: Reference | None = None
+    ask: Ask | None = None
+    tries: tuple[tuple[Candidate, Measures], ...] = ()  # in the order in which they were made
+    losses: tuple[Rejection, ...] = ()  # what failed before it could be measured
+    parked: Rejection | None = None  # why it could not be told to its end this time
+
+
+Story = Generator[Request, Any, Outcome]
+Find = Callable[[Sequence[bytes]], Mapping[bytes, Result]]  # keys to those results that are there
+
+
+class _Stop(Exception):
+    """A story that cannot go on."""
+
+    def __init__(self, key: str, step: str, failed: Failed) -> None:
+        self.rejection, self.for_now = Rejection(key, step, failed.reason, failed.sentence), failed.for_now
+
+
+def tell(recipe: Recipe, number: int) -> Story:
+    """Story `number`: from its reference to its measured candidates."""
+    told: dict[str, Any] = {"number": number, "tries": [], "losses": []}
+    try:
+        yield from (_mined if recipe.config.generator is None else _generated)(recipe, number, told)
+    except _Stop as stop:
+        told["parked" if stop.for_now else "lost"] = stop.rejection
+    losses = (*told.pop("losses"), *([told.pop("lost")] if "lost" in told else ()))
+    return Outcome(**{**told, "tries": tuple(told["tries"]), "losses": losses})
+
+
+def _generated(recipe: Recipe, number: int, told: dict[str, Any]) -> Generator[Request, Any, None]:
+    place, turn = divmod(number, recipe.config.targets_per_reference)
+    reference = told["reference"] = yield from _reference(recipe, place)
+    key, known = f"{reference.key}-{turn}", digest(reference)
+    caption = yield from _caption(recipe, reference)
+    wish = aims(number, recipe.total, recipe.config.targets)
+    seed = _seed(recipe.config.seed, key)
+    target = Target(reference, caption, wish, seed)
+    prompt = _good(key, "rewrite", (yield recipe.request("rewrite", target, known, caption, wish, seed)))
+    ask = told["ask"] = Ask(key, reference.key, caption, prompt, wish, seed)
+    asked = [known, key, caption, prompt, wish, seed]
+    for attempt in range(recipe.config.attempts):
+        request = recipe.request("generate", (reference, ask, attempt), *asked, attempt)
+        made = yield request
+        if _lost(made, f"{key}-{attempt}-0", "generate", told):
+            continue
+        yield from _refined(recipe, told, _named(made, ask, attempt, 0), request.key)
+        if any(rejection(one.key, measured, recipe.config.filters) is None for one, measured in told["tries"]):
+            return
+
+
+def _refined(
+    recipe: Recipe, told: dict[str, Any], candidate: Candidate, source: bytes
+) -> Generator[Request, Any, None]:
+    """Measure a candidate and refine it while that is worth a round; everything on the way is a try."""
+    reference, ask, config = told["reference"], told["ask"], recipe.config
+    for turn in range(config.rounds + 1):
+        draft = Draft(reference, ask, candidate)
+        measured = yield recipe.request("measure", draft, source.hex())
+        if _lost(measured, candidate.key, "measure", told):
+            return
+        told["tries"].append((candidate, measured))
+        if turn == config.rounds or not _too_unlike(measured, config):
+            return
+        request = recipe.request("refine", draft, source.hex())
+        better, source = (yield request), request.key
+        if _lost(better, f"{ask.key}-{candidate.attempt}-{turn + 1}", "refine", told):
+            return
+        candidate = _named(better, ask, candidate.attempt, turn + 1)
+
+
+def _mined(recipe: Recipe, number: int, told: dict[str, Any]) -> Generator[Request, Any, None]:
+    """Two photos of one person; the second one's caption is what the pair asks for."""
+    place, turn, other = recipe.mined[number]
+    reference = told["reference"] = yield from _reference(recipe, place)
+    target = yield from _reference(recipe, other)
+    prompt = yield from _caption(recipe, target)
+    ask = told["ask"] = Ask(f"{reference.key}-{turn}", reference.key, reference.caption, prompt)
+    candidate = Candidate(f"{ask.key}-0-0", ask.key, target.image, facts={**target.facts, "photo": target.key})
+    measured = yield recipe.request(
+        "measure", Draft(reference, ask, candidate), digest(reference), digest(target), prompt
+    )
+    if not _lost(measured, candidate.key, "measure", told):
+        told["tries"].append((candidate, measured))
+
+
+def _reference(recipe: Recipe, place: int) -> Generator[Request, Any, Reference]:
+    return _good(f"reference {place}", "import", (yield recipe.request("import", place, place)))
+
+
+def _caption(recipe: Recipe, reference: Reference) -> Generator[Request, Any, str]:
+    if reference.caption and (recipe.config.keep_captions or recipe.config.captioner is None):
+        return reference.caption
+    if recipe.config.captioner is None:
+        raise _Stop(reference.key, "caption", Failed("no caption", "There is no captioner, and it brings no caption."))
+    return _good(reference.key, "caption", (yield recipe.request("caption", reference, digest(reference))))
+
+
+def _good(key: str, step: str, result: Any) -> Any:
+    if isinstance(result, Failed):
+        raise _Stop(key, step, result)
+    return result
+
+
+def _lost(result: Any, key: str, step: str, told: dict[str, Any]) -> bool:
+    """Whether a try is lost, which is noted; the story may go on with another."""
+    if isinstance(result, Failed):
+        if result.for_now:
+            raise _Stop(key, step, result)
+        told["losses"].append(Rejection(key, step, result.reason, result.sentence))
+    return isinstance(result, Failed)
+
+
+def _named(made: Candidate, ask: Ask, attempt: int, turn: int) -> Candidate:
+    return replace(made, key=f"{ask.key}-{attempt}-{turn}", ask=ask.key, attempt=attempt, round=turn)
+
+
+def _too_unlike(measured: Measures, config: BuildConfig) -> bool:
+    """Whether refining can help: too little of the reference, as far as a face was there to measure it."""
+    band = config.filters.similarity
+    return band is not None and measured.similarity is not None and measured.similarity < band[0]
+
+
+def _seed(*parts: Any) -> int:
+    """63 bits that follow from the parts."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
+
+
+def digest(reference: Reference) -> str:
+    """64 hexadecimal digits of all that is in a reference."""
+    facts = {spec.name: getattr(reference, spec.name) for spec in fields(reference) if spec.name != "image"}
+    whole = json.dumps([_hash(reference.image), facts], sort_keys=True, default=dict)
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+@lru_cache(maxsize=8)  # the targets of one reference ask one after the other
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# --- telling stories --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Task:
+    """Some stories, and results that they need."""
+
+    numbers: Sequence[int]
+    known: Mapping[bytes, Result]
+    made: Mapping[bytes, str] = field(default_factory=dict)  # of `known`, what a worker made: key to step
+
+
+class Telling:
+    """A story under way: what it `wants` next, or its `outcome`."""
+
+    def __init__(self, recipe: Recipe, number: int) -> None:
+        self._story = tell(recipe, number)
+        self.wants: Request | None = None
+        self.outcome: Outcome | None = None
+        self.hear(None)
+
+    def hear(self, result: Result | None) -> None:
+        """Give the story what it wants."""
+        try:
+            self.wants = self._story.send(result)
+        except StopIteration as end:
+            self.wants, self.outcome = None, end.value
+
+
+def tellings(recipe: Recipe, numbers: Iterable[int], find: Find) -> list[Telling]:
+    """Stories, told as far as `find` knows what they want."""
+    started = [Telling(recipe, number) for number in numbers]
+    follow(started, find)
+    return started
+
+
+def follow(started: Sequence[Telling], find: Find) -> None:
+    """Tell stories on as far as `find` knows what they want."""
+    unknown: set[bytes] = set()
+    while wanted := {one.wants.key: None for one in started if one.wants and one.wants.key not in unknown}:
+        found = find(list(wanted))
+        unknown |= wanted.keys() - found.keys()
+        for one in started:
+            while one.wants is not None and one.wants.key in found:
+                one.hear(found[one.wants.key])
+
+
+def among(known: Mapping[bytes, Result]) -> Find:
+    """Finds those of the keys that are in `known`."""
+    return lambda keys: {key: known[key] for key in keys if key in known}
+
+
+def advance(recipe: Recipe, task: Task, backends: "Backends", steps: Sequence[str] = STEPS) -> Task:
+    """Do what the task's stories want of `steps`, in batches of one step, until they want nothing more of them."""
+    known, made = dict(task.known), dict(task.made)
+    started = tellings(recipe, task.numbers, among(known))
+    while True:
+        wanted = {one.wants.step for one in started if one.wants}
+        step = next((step for step in STEPS if step in wanted and step in steps), None)
+        if step is None:
+            return Task(task.numbers, known, made)
+        requests = {one.wants.key: one.wants.argument for one in started if one.wants and one.wants.step == step}
+        results = perform(backends.of(step), step, list(requests.values()))
+        known.update(zip(requests, results, strict=True))
+        made.update(dict.fromkeys(requests, step))
+        follow(started, among(known))
+
+
+class Backends:
+    """The backends of a build in this process, each loaded when it is first used."""
+
+    def __init__(self, config: BuildConfig) -> None:
+        self._choices = config.choices
+        self._loaded: dict[str, Any] = {}
+
+    def of(self, step: str) -> Any:
+        """The backend that does `step`, loaded. Raises ImagineError if it cannot be."""
+        if step not in self._loaded:
+            kind = KINDS[step][0]
+            backend = make_backend(kind, self._choices[kind])
+            backend.load()
+            self._loaded[step] = backend
+        return self._loaded[step]
+
+
+def perform(backend: Any, step: str, arguments: Sequence[Any]) -> list[Result]:
+    """The backend's results for these items, in order; what breaks it is found by itself and fails alone.
+
+    An item that cannot be used (ImagineError) fails for good, unless settings or weights are wrong: that is raised. Any
+    other exception may be the machine's fault, so its item is parked. If every one of several does, it is raised.
+    """
+    call = getattr(backend, KINDS[step][1])
+    try:
+        return _complete(call(arguments), len(arguments), backend)
+    except (ConfigError, WeightsError):
+        raise
+    except Exception:
+        results, errors = [], []
+        for argument in arguments:
+            try:
+                results += _complete(call([argument]), 1, backend)
+            except (ConfigError, WeightsError):
+                raise
+            except ImagineError as error:
+                results.append(Failed("an item that cannot be used", str(error)))
+            except Exception as error:
+                results.append(Failed(BROKE, f"{type(error).__name__}: {error}", for_now=True))
+                errors.append(error)
+        if len(errors) == len(arguments) > 1:
+            raise
+        return results
+
+
+def _complete(results: list[Result], count: int, backend: Any) -> list[Result]:
+    assert len(results) == count, f"{type(backend).__name__} gave {len(results)} results for {count} items"
+    return results

@@ -1,0 +1,86 @@
+"""From measured candidates to pairs: filters, the choice among tries, duplicates across the build, and reviewers.
+
+Nothing here is kept: it follows from what the store holds and from the settings, so that another threshold only means
+reading again.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from data_synth.card import Case
+from data_synth.filters import FilterSettings, best, rejection
+from data_synth.records import Pair, Rejection
+from data_synth.review import Decision, judged
+from data_synth.steps import Outcome
+
+UNDECIDED = "waits for a reviewer"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one story."""
+
+    outcome: Outcome
+    cases: tuple[Case, ...] = ()  # its measured candidates, of which at most one has no rejection
+    pair: Pair | None = None  # that one; its prompt may be a reviewer's
+
+    @property
+    def rejections(self) -> list[Rejection]:
+        """Of what was never measured, then of candidates."""
+        return [*self.outcome.losses, *(case.rejection for case in self.cases if case.rejection is not None)]
+
+
+def verdict(outcome: Outcome, filters: FilterSettings) -> Verdict:
+    """What a story's tries are worth by themselves: the best of those that pass the filters is a pair.
+
+    A story that is parked is worth nothing yet.
+    """
+    if outcome.parked is not None or outcome.reference is None or outcome.ask is None:
+        return Verdict(outcome)
+    said = [rejection(candidate.key, measures, filters) for candidate, measures in outcome.tries]
+    passed = [number for number, one in enumerate(said) if one is None]
+    pair = None
+    if passed:
+        kept, others = best([outcome.tries[number] for number in passed])
+        by_key = {one.key: one for one in others}
+        said = [one or by_key.get(outcome.tries[number][0].key) for number, one in enumerate(said)]
+        pair = Pair(outcome.reference, outcome.ask, *outcome.tries[passed[kept]])
+    cases = (
+        Case(outcome.reference, outcome.ask, candidate, measures, one)
+        for (candidate, measures), one in zip(outcome.tries, said, strict=True)
+    )
+    return Verdict(outcome, tuple(cases), pair)
+
+
+def without_duplicates(verdicts: Iterable[Verdict], duplicates: Mapping[str, Rejection]) -> Iterator[Verdict]:
+    """The same, with pairs whose targets are too close to another's rejected."""
+    for one in verdicts:
+        yield _rejected(one, duplicates[one.pair.target.key]) if one.pair and one.pair.target.key in duplicates else one
+
+
+def reviewed(verdicts: Iterable[Verdict], decided: Mapping[str, Decision], required: bool) -> Iterator[Verdict]:
+    """The same, as reviewers left them; `required`: what nobody decided on is held back."""
+    for one in verdicts:
+        if one.pair is None:
+            yield one
+            continue
+        left = judged(one.pair, decided)
+        if left is None and required:
+            left = Rejection(one.pair.target.key, "review", UNDECIDED)
+        if isinstance(left, Rejection):
+            yield _rejected(one, left)
+        else:
+            yield one if left is None else replace(one, pair=_in_their_words(one.pair, left))
+
+
+def _in_their_words(pair: Pair, left: Pair) -> Pair:
+    """A pair whose prompt was fixed keeps no other captions of its target: they may be wrong in the same way."""
+    if left.ask.prompt == pair.ask.prompt:
+        return left
+    facts = {name: value for name, value in left.target.facts.items() if name != "captions"}
+    return replace(left, target=replace(left.target, facts=facts))
+
+
+def _rejected(one: Verdict, why: Rejection) -> Verdict:
+    cases = tuple(replace(case, rejection=why) if case.rejection is None else case for case in one.cases)
+    return replace(one, cases=cases, pair=None)

@@ -1,0 +1,115 @@
+"""Build files: what they may say, how a line or an override changes them, and how mistakes are told."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_synth.__main__ import main
+from data_synth.config import BuildConfig, Choice, load_config
+from data_synth.registry import BACKENDS, make_backend
+from imagine.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SMALL: dict[str, Any] = {
+    "references": {"backend": "world", "identities": 3}, "captioner": "grammar", "rewriter": "grammar",
+    "generator": {"backend": "renderer", "drift": 0.1}, "measurer": "truth",
+}  # fmt: skip
+
+
+def loaded(tmp_path: Path, *overrides: str, **changes: Any) -> BuildConfig:
+    path = tmp_path / "build.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    return load_config(path, overrides)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("pairs_*.yaml")), ids=lambda path: path.name)
+def test_the_shipped_build_files_name_backends_and_settings_that_there_are(path: Path) -> None:
+    config = load_config(path)
+    for kind, choice in config.choices.items():
+        assert make_backend(kind, choice).settings is not None
+
+
+def test_every_name_in_the_registry_is_a_class_with_settings_and_the_call_of_its_kind() -> None:
+    import importlib
+
+    calls = {
+        "references": ("draw", "collect"), "captioner": ("caption",), "rewriter": ("rewrite",),
+        "generator": ("generate",), "refiner": ("refine",), "measurer": ("measure",),
+    }  # fmt: skip
+    for kind, names in BACKENDS.items():
+        for place in names.values():
+            module, _, name = place.partition(":")
+            made = getattr(importlib.import_module(module), name)
+            assert made.Settings.model_config["extra"] == "forbid" and made.Settings.model_config["frozen"], place
+            assert any(callable(getattr(made, call, None)) for call in calls[kind]), place
+
+
+def test_one_line_switches_a_backend(tmp_path: Path) -> None:
+    assert loaded(tmp_path).captioner == Choice(backend="grammar")
+    switched = loaded(tmp_path, "captioner.backend=endpoint", "captioner.model=some-vlm")
+    assert switched.captioner == Choice.model_validate({"backend": "endpoint", "model": "some-vlm"})
+    assert loaded(tmp_path, "generator.backend=imagine").generator == Choice(backend="imagine")  # without the drift
+    assert loaded(tmp_path, "generator.drift=1e-2").generator == Choice.model_validate(
+        {"backend": "renderer", "drift": 0.01}
+    )
+    assert loaded(tmp_path, "filters.similarity=[0.1, 0.9]").filters.similarity == (0.1, 0.9)
+    assert loaded(tmp_path, "attempts=3").attempts == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["atempts=3"], "there is no key 'atempts' \\(did you mean attempts\\?\\)"),
+        (["filters.similarty=[0, 1]"], "did you mean similarity"),
+        (["rounds=2"], "2 rounds of refinement need a refiner"),
+        (["rewriter=null"], "a generator needs a rewriter"),
+        (["generator=null"], "nothing to rewrite"),
+        (["attempts=0"], "attempts: Input should be greater than or equal to 1 \\(got 0\\)"),
+        (["attempts"], "not of the form key=value"),
+        (["generator.drift.x=1"], "drift is a single value"),
+        (["attempts=[1"], "not valid YAML"),
+        (["ray.steps.paint.num_gpus=1"], "ray.steps.paint"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path: Path, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        loaded(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("choice", "sentence"),
+    [
+        ({"backend": "grammer"}, "captioner: there is no backend 'grammer' \\(did you mean grammar\\?\\)"),
+        ({"backend": "grammar", "size": 3}, "captioner grammar: there is no key 'size'; valid: none"),
+        ({"backend": "endpoint", "modl": "x"}, "did you mean model"),
+        ({"backend": "no_such_package.there:Captioner"}, "cannot be imported"),
+    ],
+)
+def test_a_wrong_backend_is_one_sentence(choice: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        make_backend("captioner", Choice.model_validate(choice))
+
+
+def test_the_command_line_takes_overrides_on_both_sides_of_its_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "build.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    assert main(["build", str(path), "attempts=0", "--output", str(tmp_path / "out")]) == 2
+    assert "got 0" in capsys.readouterr().err
+    assert main(["build", str(path), "--output", str(tmp_path / "out"), "attempts=-1"]) == 2
+    assert "got -1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as exit_:
+        main(["build", str(path), "--output", "out", "--bogus"])
+    assert exit_.value.code == 2 and "Unrecognized arguments: --bogus" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_build_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    for name, sentence in (("list", "must hold keys"), ("broken", "not valid YAML"), ("none", "cannot be read")):
+        with pytest.raises(ConfigError, match=sentence):
+            load_config(tmp_path / f"{name}.yaml")

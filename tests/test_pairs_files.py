@@ -1,0 +1,106 @@
+"""Builds from photos on disk: what is wrong with some stops nothing, and photos are read again only if one changed."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_synth import importing
+from data_synth.config import BuildConfig
+from imagine.errors import ConfigError
+from imagine.shards import open_records
+from tests.toy_pairs import built, contents, photo, toy_config
+
+
+def config(folder: Path, kind: str = "pictures", log: str = "", **values: Any) -> BuildConfig:
+    settings = {"log": log}
+    source = {
+        "backend": "files",
+        "source": str(folder),
+        "kind": kind,
+        "recogniser": "tests.toy_pairs:ToyRecogniser",
+        "recogniser_settings": settings,
+    }
+    return toy_config(settings, references=source, **values)
+
+
+def steps(log: Path) -> Counter[str]:
+    counted = Counter(line.split()[0] for line in log.read_text().splitlines())
+    log.write_text("")
+    return counted
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(photo(number, 0))
+    (folder / "copy of 2.jpg").write_bytes(photo(2, 0))
+    (folder / "broken.jpg").write_bytes(photo(5, 0)[:200])
+    (folder / "empty.png").write_bytes(b"")
+    return folder
+
+
+def test_what_cannot_be_used_is_counted_by_reason_and_stops_nothing(photos: Path, tmp_path: Path) -> None:
+    out = built(config(photos), tmp_path / "out")
+    assert (out.funnel.photos, out.funnel.references, out.funnel.targets) == (7, 4, 8)
+    reasons = out.funnel.as_json()["rejected"]["import"]
+    assert reasons == {importing.SAME: 1, importing.DAMAGED: 2}
+    told = [json.loads(line) for line in (tmp_path / "out" / "rejections.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in told[:3]} == {"import"} and "broken.jpg" in " ".join(
+        line["detail"] for line in told
+    )
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["rejected"]["import"] == reasons
+    assert out.manifest["counts"]["pairs"] > 0
+    reference = next(iter(open_records(tmp_path / "out", cache=tmp_path / "cache")))
+    assert reference.image and reference.read() in {photo(number, 0) for number in range(4)}, "the file as it came"
+    assert reference.box is not None
+
+
+def test_photos_are_looked_at_again_only_if_one_changed(photos: Path, tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "out"
+    same: dict[str, Any] = {"targets": {"distribution": {}}}
+    built(config(photos, log=str(log), **same), out)
+    first = steps(log)
+    assert first["recognise"] == 4 and first["caption"] == 4
+    before = contents(out)
+    assert built(config(photos, log=str(log), **same), out).made == {}
+    assert steps(log) == {} and contents(out) == before
+    (photos / "9.jpg").write_bytes(photo(4, 0))
+    grown = built(config(photos, log=str(log), **same), out)
+    again = steps(log)
+    assert again["recognise"] == 5 and again["caption"] == 1, "old captions hold"
+    assert grown.funnel.references == 5
+
+
+def test_pairs_are_mined_from_several_photos_of_one_person(tmp_path: Path) -> None:
+    folder = tmp_path / "people"
+    for person in range(2):
+        (folder / f"person {person}").mkdir(parents=True)
+        for number in range(4):
+            (folder / f"person {person}" / f"{number}.jpg").write_bytes(photo(person, number))
+    (folder / "person 0" / "stranger.jpg").write_bytes(photo(4, 0))
+    mined = config(folder, "people", generator=None, rewriter=None, refiner=None, rounds=0, mined_per_photo=2)
+    out = built(mined, tmp_path / "out")
+    assert out.funnel.as_json()["rejected"]["import"] == {importing.STRANGER: 1}
+    assert (out.funnel.references, out.funnel.targets) == (8, 16)
+    records = open_records(tmp_path / "out", cache=tmp_path / "cache")
+    pairs = [(records[one], records[two]) for one, two in records.pairs()]
+    assert len(pairs) == out.manifest["counts"]["pairs"] > 4
+    for reference, target in pairs:
+        assert reference.identity == target.identity and reference.read() != target.read()
+        assert target.source == "real" and target.caption == f"a face called {target.extra['photo']}"
+    assert built(mined, tmp_path / "out").made == {}
+
+
+def test_mining_without_photos_or_without_two_of_anybody_is_one_sentence(photos: Path, tmp_path: Path) -> None:
+    none: dict[str, Any] = {"generator": None, "rewriter": None, "refiner": None, "rounds": 0}
+    with pytest.raises(ConfigError, match="mined from photos only"):
+        built(toy_config(**none), tmp_path / "a")
+    with pytest.raises(ConfigError, match="no two photos of one person"):
+        built(config(photos, **none), tmp_path / "b")
+    with pytest.raises(ConfigError, match="no pictures at"):
+        built(config(tmp_path / "nowhere"), tmp_path / "c")
