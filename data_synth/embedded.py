@@ -10,6 +10,8 @@ Everything follows from seeds, so that each item is drawn alike in any company.
 """
 
 import io
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -52,6 +54,13 @@ class _Painting(BaseModel):
 
     size: int = Field(default=128, ge=16, le=1024)
     compiled: bool = False  # twice as fast, after up to a minute; needs a C++ compiler; differs in rounding
+
+
+def _check_compiler(settings: _Painting) -> None:
+    if settings.compiled and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
+        raise ConfigError(
+            "Compiled painters need a C++ compiler, and there is none: install g++, or set compiled to false."
+        )
 
 
 def _draw(people: People, contexts: Contexts, settings: _Painting) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -109,7 +118,8 @@ class WorldPeople:
         return self.settings.identities
 
     def load(self) -> None:
-        """Nothing to load."""
+        """Check that painters can be compiled, if they are to be; raises ConfigError."""
+        _check_compiler(self.settings)
 
     def draw(self, numbers: Sequence[int]) -> list[Reference]:
         """The references of these numbers, 0 to count - 1."""
@@ -271,7 +281,8 @@ class Renderer:
         return identity_of(self, VERSION, licence=LICENCE)
 
     def load(self) -> None:
-        """Nothing to load."""
+        """Check that painters can be compiled, if they are to be; raises ConfigError."""
+        _check_compiler(self.settings)
 
     def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
         """A picture for each (reference, ask, attempt); Failed for a person from elsewhere."""

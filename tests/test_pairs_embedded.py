@@ -175,3 +175,13 @@ def test_our_own_pipeline_draws_targets(people: list[Reference], tmp_path: Path)
             assert pixels[0].shape == (32, 32, 3) and np.abs(pixels[0] - pixels[1]).max() <= 1
     other = generator.generate([(some[0][0], some[0][1], 1)])[0]
     assert isinstance(other, Candidate) and isinstance(made[3][0], Candidate) and other.image != made[3][0].image
+
+
+def test_compiling_without_a_compiler_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    Renderer(Renderer.Settings(size=32)).load()
+    people = WorldPeople(WorldPeople.Settings(identities=1, compiled=True))
+    for backend in (Renderer(Renderer.Settings(compiled=True)), people):
+        with pytest.raises(ConfigError, match="install g\\+\\+"):
+            backend.load()
