@@ -144,7 +144,8 @@ class KeepingLoop(Loop):
         with self.clock.on("vision encoder"):
             vision = task.vision_tokens(batch.crops)
         with self.clock.on("denoiser"):
-            return task.errors_with(batch, vision, noise, t).mean()
+            guess = task.guess(batch, vision, noise, t)
+            return task.error(guess, velocity(batch.latents, noise), batch.faces).mean()
 
 
 class PlainLoop(Loop):
