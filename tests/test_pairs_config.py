@@ -65,7 +65,7 @@ def test_one_line_switches_a_backend(tmp_path: Path) -> None:
         (["filters.similarty=[0, 1]"], "did you mean similarity"),
         (["rounds=2"], "2 rounds of refinement need a refiner"),
         (["rewriter=null"], "a generator needs a rewriter"),
-        (["generator=null"], "nothing to rewrite"),
+        (["generator=null"], "nothing is rewritten"),
         (["attempts=0"], "attempts: Input should be greater than or equal to 1 \\(got 0\\)"),
         (["attempts"], "not of the form key=value"),
         (["generator.drift.x=1"], "drift is a single value"),
