@@ -35,7 +35,7 @@ from train.likeness import Likeness
 from train.stages import TASKS, run_stages
 from train.task import Start, Task
 from train.task_adapter import AdapterTask
-from train.task_autoencoder import AutoencoderTask, load_autoencoder
+from train.task_autoencoder import AutoencoderSettings, AutoencoderTask, load_autoencoder
 from train.task_base import BaseSettings, BaseTask
 from train.task_clip import ClipTask
 from train.task_finder import FinderTask
@@ -400,6 +400,26 @@ def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
         nowhere.prepare()
 
 
+def test_the_decoder_may_be_told_by_the_vision_encoder_whose_face_it_draws() -> None:
+    weights, plain = Path(__file__).parent.parent / "weights", built("autoencoder")
+    settings = AutoencoderSettings(faces=0.5, features=1.0)
+    with pytest.raises(ConfigError, match="name a folder of weights as its initial"):
+        AutoencoderTask(settings, plain.start)
+    task = AutoencoderTask(settings, dataclasses.replace(plain.start, initial=weights))
+    assert set(load_initial(task.modules, weights)) == {"vae", "image_encoder"}
+    task.pictures = plain.pictures
+    batch = task.batch(0, 8)
+    assert 0 < batch.on_face.sum() < 8
+    with torch.no_grad():
+        told = task.loss(batch, 0)
+        task.settings = settings.model_copy(update={"features": 0.0})
+        silent = task.loss(batch, 0).per_sample
+        assert torch.equal(told.per_sample > silent, batch.on_face)
+        faces = batch.crops[batch.on_face]
+        assert task._strangeness(faces, faces).max() < 1e-9
+        assert (task._strangeness(faces.roll(1, 0), faces) > task._strangeness(0.95 * faces, faces)).all()
+
+
 def test_a_chain_of_stages_trains_to_the_end() -> None:
     output = trained()
     for name in CHAIN:
@@ -468,6 +488,12 @@ def test_a_run_becomes_a_folder_of_weights(tmp_path: Path) -> None:
     assert pipe.adapter is not None
     for path, value in pipe.adapter.state_dict().items():
         assert torch.allclose(value.float(), wanted[f"adapter.{path}"], atol=1e-2, rtol=1e-2), path
+    run = tmp_path / "run"
+    shutil.copytree(trained(), run)
+    shutil.copytree(run / "autoencoder" / "export", run / "decoder" / "export")  # as if it had been trained on alone
+    (run / "decoder" / "export" / "latents.json").write_text(json.dumps({"mean": [0.5] * 32, "std": [2.0] * 32}))
+    assemble(run, tmp_path / "decoded")
+    assert ImaginePipeline.from_pretrained(tmp_path / "decoded").config.latents_mean == [0.5] * 32
     with pytest.raises(WeightsError, match="no export of the stage nobody"):
         assemble(trained(), tmp_path / "other", stage="nobody")
     with pytest.raises(WeightsError, match="holds no run"):

@@ -41,8 +41,7 @@ def assemble(
     from imagine.encoders import VisionEncoder
     from imagine.pipeline import ImaginePipeline
 
-    autoencoder = run / "autoencoder" / "export"  # a run that began with weights has none of its own
-    vae, mean, std = load_autoencoder(autoencoder if autoencoder.is_dir() else initial or _export(run, "autoencoder"))
+    vae, mean, std = load_autoencoder(_autoencoder(run, initial))
     drawing = _export(run, stage) if stage else _last_adapter(run)  # with the base that it was trained on
     unet = UNet2DConditionModel.from_pretrained(drawing / "unet", torch_dtype=torch.float32)
     text = load_text_encoders(drawing)
@@ -87,6 +86,14 @@ def _last_adapter(run: Path) -> Path:
     if not found:
         raise WeightsError(f"No adapter stage of {run} is trained yet: train it first with `make weights`.")
     return found[-1]
+
+
+def _autoencoder(run: Path, initial: Path | None) -> Path:
+    """Where the autoencoder lies: the decoder that was trained on alone, or both halves, or what the run began with."""
+    for stage in ("decoder", "autoencoder"):
+        if (run / stage / "export" / "vae").is_dir():
+            return run / stage / "export"
+    return initial or _export(run, "autoencoder")
 
 
 def _export(run: Path, stage: str) -> Path:

@@ -5,6 +5,7 @@ to map a neighbourhood of each latent to a clean picture, and small errors of th
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -14,6 +15,9 @@ from diffusers import AutoencoderDC
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from imagine.encoders import VisionEncoder
+from imagine.errors import ConfigError
+from imagine.faces import ellipse
 from imagine.models import build_autoencoder
 from imagine.weights import read_index
 from train.data import chance, normals, uniforms
@@ -33,6 +37,17 @@ class AutoencoderSettings(BaseModel):
     unit: float = 0.1  # weight of keeping each channel's mean at 0 and its spread at 1
     edges: float = 1.0  # weight of the loss on differences between neighbouring pixels
     faces: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the crops that lie on the face; the others lie anywhere
+    features: Annotated[float, Field(ge=0)] = (
+        0.0  # weight of what the vision encoder sees in crops that lie on the face
+    )
+
+
+@dataclass(frozen=True)
+class AutoencoderBatch:
+    """Squares of pictures, and which of them lie on the face."""
+
+    crops: Tensor  # (B, 3, crop, crop), -1 to 1
+    on_face: Tensor  # (B,) bool
 
 
 class AutoencoderTask:
@@ -48,6 +63,13 @@ class AutoencoderTask:
         self.settings, self.start = settings, start
         self.vae = build_autoencoder(settings.latent_channels, settings.widths)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        if settings.features:
+            if start.initial is None:
+                raise ConfigError(
+                    f"Stage {start.name} compares features, so it needs a vision encoder: name a folder of weights as "
+                    "its initial, or set features to 0."
+                )
+            self.modules["image_encoder"] = VisionEncoder()
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"encoder": list(self.vae.encoder.parameters()), "decoder": list(self.vae.decoder.parameters())}
@@ -55,7 +77,7 @@ class AutoencoderTask:
     def prepare(self) -> None:
         self.pictures = training_pictures(self.start.data)
 
-    def batch(self, images_seen: int, size: int) -> Tensor:
+    def batch(self, images_seen: int, size: int) -> AutoencoderBatch:
         rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
         images, boxes = self.pictures.take(rows)
         side, crop, seed = images.shape[-1], self.settings.crop, self.start.seed
@@ -65,24 +87,43 @@ class AutoencoderTask:
         which = chance(seed, "faces", images_seen, size, self.settings.faces)
         places = torch.where(which[:, None], on_face, anywhere).long() * 16
         cut = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, places.tolist(), strict=True)]
-        return torch.stack(cut) * 2 - 1
+        return AutoencoderBatch(torch.stack(cut) * 2 - 1, which)
 
-    def show(self, batch: Tensor, path: Path) -> None:
-        save_grid(batch / 2 + 0.5, path, columns=8)
+    def show(self, batch: AutoencoderBatch, path: Path) -> None:
+        save_grid(batch.crops / 2 + 0.5, path, columns=8)
 
-    def loss(self, batch: Tensor, images_seen: int) -> Loss:
-        latents = self.vae.encode(batch).latent
+    def loss(self, batch: AutoencoderBatch, images_seen: int) -> Loss:
+        crops = batch.crops
+        latents = self.vae.encode(crops).latent
         mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         unit = (mean.square() + (spread - 1).square()).mean()
-        count, device, seed = len(batch), latents.device, self.start.seed
+        count, device, seed = len(crops), latents.device, self.start.seed
         level = self.settings.noise * uniforms(seed, "level", images_seen, count, (1, 1, 1), device)
         noise = level * normals(seed, "noise", images_seen, count, latents.shape[1:], device)
         drawn = cast(Tensor, self.vae.decode(latents + noise).sample)
-        plain = (drawn - batch).abs().flatten(1).mean(1)
-        edges = sum((_edges(drawn, axis) - _edges(batch, axis)).abs().flatten(1).mean(1) for axis in (-1, -2))
-        square = F.mse_loss(drawn, batch, reduction="none").flatten(1).mean(1)
+        plain = (drawn - crops).abs().flatten(1).mean(1)
+        edges = sum((_edges(drawn, axis) - _edges(crops, axis)).abs().flatten(1).mean(1) for axis in (-1, -2))
+        square = F.mse_loss(drawn, crops, reduction="none").flatten(1).mean(1)
         per_sample = plain + self.settings.edges * edges + square + self.settings.unit * unit
-        return Loss(per_sample, {"l1": plain.mean(), "square": square.mean(), "spread": spread.mean()})
+        numbers = {"l1": plain.mean(), "square": square.mean(), "spread": spread.mean()}
+        if self.settings.features and batch.on_face.any():
+            strange = self._strangeness(drawn[batch.on_face], crops[batch.on_face])
+            per_sample = per_sample.index_add(0, batch.on_face.nonzero().squeeze(1), self.settings.features * strange)
+            numbers["features"] = strange.mean()
+        return Loss(per_sample, numbers)
+
+    def _strangeness(self, drawn: Tensor, crops: Tensor) -> Tensor:
+        """How unlike the vision encoder finds crops (B, 3, S, S), -1 to 1, to what they should be: (B,), 0 is alike.
+
+        A perceptual loss (arXiv 1603.08155) by what knows faces here: a face may be sharp and somebody else's.
+        """
+        encoder = cast(VisionEncoder, self.modules["image_encoder"])
+        size = int(encoder.config.image_size)
+        mask = ellipse(size, drawn.device) / 2  # as face crops are masked, brought to 0 to 1
+        both = F.interpolate(torch.cat((drawn, crops)), size=(size, size), mode="area") * mask + 0.5
+        seen, wanted = encoder(both).chunk(2)
+        wanted = wanted.detach()
+        return (seen - wanted).square().flatten(1).mean(1) / wanted.var()
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         count = len(self.pictures.gallery)
