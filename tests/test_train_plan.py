@@ -68,7 +68,7 @@ FOUR = ["real", "synthetic", "fine_real", "fine_synthetic"]  # the paper's stage
     ("recipe", "stages"),
     [
         ("weights", ["autoencoder", *JUDGE, "clip", "vision", "base", "together", *FOUR]),
-        ("continue", ["together", *FOUR]),
+        ("continue", ["decoder", "likeness", "together", *FOUR]),
     ],
 )
 def test_the_shipped_recipes_can_be_planned(
