@@ -8,18 +8,16 @@
 `key.key=value` on the command line replaces a value. A name that is not known is refused in one sentence.
 """
 
-import difflib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data_synth.filters import FilterSettings
 from data_synth.targets import TargetSettings
 from imagine.errors import ConfigError
+from imagine.settings import checked, read_settings, read_value
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -129,67 +127,12 @@ class BuildConfig(BaseModel):
         return {kind: choice for kind in _KINDS if (choice := getattr(self, kind)) is not None}
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as people expect and as YAML 1.2 says."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def load_config(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
     """The build file at `path` with `key.key=value` overrides put in; ConfigError says what is wrong."""
-    content = _read_yaml(path)
+    content = read_settings(path, "build", "keys such as `references:` and `generator:`")
     for text in overrides:
         _override(content, text)
     return checked(BuildConfig, content, str(path))
-
-
-def checked(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
-    """`values` as a `model`; what is wrong becomes one ConfigError sentence with `where` and the valid keys."""
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        # A misspelt key also leaves the right one missing: the misspelling is what to tell.
-        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    location = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        problem = unknown_name("key", location[-1], _keys_at(model, location[:-1]))
-    elif first["type"] == "missing":
-        problem = f"{'.'.join(location)} is missing"
-    else:
-        reason = first["msg"].removeprefix("Value error, ")
-        problem = f"{'.'.join(location)}: {reason} (got {first['input']!r})" if location else reason
-    raise ConfigError(f"{where}: {problem}.") from None
-
-
-def unknown_name(kind: str, name: str, valid: Sequence[str]) -> str:
-    """The sentence for a name that matches nothing, with the nearest one and all valid ones."""
-    near = difflib.get_close_matches(name, valid, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"there is no {kind} {name!r}{hint}; valid: {', '.join(valid) if valid else 'none'}"
-
-
-def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    for part in location:
-        inner = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        model = inner
-    return list(model.model_fields)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"The build file {path} cannot be read ({error.strerror}): name a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The build file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"The build file {path} must hold keys such as `references:` and `generator:`.")
-    return content
 
 
 def _override(content: dict[str, Any], text: str) -> None:
@@ -206,10 +149,7 @@ def _override(content: dict[str, Any], text: str) -> None:
             raise ConfigError(f"override {text}: {key} is a single value and holds no keys.")
         place[key] = inner
         place = inner
-    try:
-        given = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {text}: the value is not valid YAML; quote it.") from None
+    given = read_value(value, text)
     if keys[-1] == "backend" and place.get("backend") != given:
         place.clear()  # one backend's settings say nothing to another
     place[keys[-1]] = given

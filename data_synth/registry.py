@@ -8,8 +8,9 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from data_synth.config import Choice, checked, unknown_name
+from data_synth.config import Choice
 from imagine.errors import ConfigError
+from imagine.settings import checked, unknown_name
 
 BACKENDS: Mapping[str, Mapping[str, str]] = {
     "references": {

@@ -10,17 +10,16 @@ Progress is counted in images seen, so a stage's learning rate is a pure functio
 A name that is not known is refused in one sentence with the valid ones.
 """
 
-import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from imagine.errors import ConfigError
+from imagine.settings import checked, listed, read_settings, read_value, unknown_name
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -111,27 +110,18 @@ class Run(BaseModel):
                 raise ValueError(f"stage name {name!r} is not a plain word (letters, digits, - and _)")
             for source in stage.start_from:
                 if source not in earlier:
-                    raise ValueError(f"stage {name} starts from {source!r}; the stages before it: {_listed(earlier)}")
+                    raise ValueError(f"stage {name} starts from {source!r}; the stages before it: {listed(earlier)}")
             earlier.append(name)
         return self
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as people expect and as YAML 1.2 says."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     """The run file at `path` with `stage.key=value` overrides put in; ConfigError says what is wrong."""
-    content = _read_yaml(path)
+    content = read_settings(path, "run", "`stages:` and, if wanted, `data:` and `defaults:`")
     known = ["defaults", *Run.model_fields]
     unknown = sorted(set(content) - set(known))
     if unknown:
-        raise ConfigError(f"{path}: {_unknown(unknown[0], known)}.")
+        raise ConfigError(f"{path}: {unknown_name('key', unknown[0], known)}.")
     stages = content.get("stages")
     if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
         raise ConfigError(f"{path}: write `stages:` followed by one `name: {{task: ..., ...}}` per stage.")
@@ -143,59 +133,6 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
         merged[name] = checked(Stage, stage, f"stage {name}").model_dump()
     shared = {"trackers": content["trackers"]} if "trackers" in content else {}
     return checked(Run, {"data": content.get("data") or {}, "stages": merged, **shared}, str(path))
-
-
-def checked(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
-    """`values` as a `model`; what is wrong becomes one ConfigError sentence with `where` and the valid keys."""
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-    location = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        problem = _unknown(location[-1], _keys_at(model, location[:-1]))
-    elif first["type"] == "missing":
-        problem = f"{'.'.join(location)} is missing"
-    else:
-        reason = first["msg"].removeprefix("Value error, ")
-        problem = f"{'.'.join(location)}: {reason} (got {first['input']!r})" if location else reason
-    raise ConfigError(f"{where}: {problem}.") from None
-
-
-def unknown_name(kind: str, name: str, valid: Sequence[str]) -> str:
-    """The sentence for a name that matches nothing, with the nearest one and all valid ones."""
-    near = difflib.get_close_matches(name, valid, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"there is no {kind} {name!r}{hint}; valid: {_listed(valid)}"
-
-
-def _unknown(key: str, valid: Sequence[str]) -> str:
-    return unknown_name("key", key, valid)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "none"
-
-
-def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    for part in location:
-        inner = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        model = inner
-    return list(model.model_fields)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"The run file {path} cannot be read ({error.strerror}): name a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The run file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"The run file {path} must hold `stages:` and, if wanted, `data:` and `defaults:`.")
-    return content
 
 
 def _override(content: dict[str, Any], text: str) -> None:
@@ -217,7 +154,4 @@ def _override(content: dict[str, Any], text: str) -> None:
         if not isinstance(place.setdefault(key, {}), dict):
             raise ConfigError(f"override {text}: {key} is a single value and holds no keys.")
         place = place[key]
-    try:
-        place[keys[-1]] = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {text}: the value is not valid YAML; quote it.") from None
+    place[keys[-1]] = read_value(value, text)

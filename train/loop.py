@@ -26,9 +26,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from imagine.errors import BadRecordError, ConfigError, ImagineError
+from imagine.settings import unknown_name
 from train import checkpoint, parts
 from train.checkpoint import Progress, Saved, State
-from train.config import Stage, unknown_name
+from train.config import Stage
 from train.data import ahead, key, to_device
 from train.ema import Average
 from train.report import Report, faster_precision

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from imagine.errors import ConfigError
+from imagine.settings import unknown_name
 from train.checkpoint import is_sharded, sharded_like, whole
-from train.config import unknown_name
 from train.muon import MuonAdamW, orthogonal
 
 Parts = dict[str, list[nn.Parameter]]

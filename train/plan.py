@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from imagine.settings import checked
 from train import parts
-from train.config import Run, Stage, checked
+from train.config import Run, Stage
 from train.stages import TASKS, resolved, task_class
 from train.task import Start, Task
 

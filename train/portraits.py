@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from imagine.errors import ConfigError
+from imagine.settings import checked, unknown_name
 from imagine.world.seeds import HELD_OUT
-from train.config import checked, unknown_name
 from train.data import shuffled
 from train.pictures import AnyPictures, Gallery, Pictures, open_pictures
 from train.recorded import open_recorded

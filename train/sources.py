@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from imagine.errors import ConfigError
-from train.config import unknown_name
+from imagine.settings import unknown_name
 from train.data import choices, shuffled
 from train.pictures import AnyGallery
 

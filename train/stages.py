@@ -38,8 +38,9 @@ from accelerate.utils import (
 )
 
 from imagine.errors import ConfigError
+from imagine.settings import checked, unknown_name
 from train import checkpoint
-from train.config import Run, Stage, checked, unknown_name
+from train.config import Run, Stage
 from train.data import key
 from train.initial import load_initial
 from train.loop import Stopping, on_any, train_stage

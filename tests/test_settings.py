@@ -1,0 +1,50 @@
+"""Settings in YAML: numbers as people write them, and one sentence for what is wrong."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from imagine.errors import ConfigError
+from imagine.settings import checked, read_settings, read_value, unknown_name
+
+
+class Inner(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    rate: float
+
+
+class Outer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    inner: Inner
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("rate: 1e-4\nname: 1e-4x\n")
+    assert read_settings(tmp_path / "a.yaml", "run", "keys") == {"rate": 1e-4, "name": "1e-4x"}
+    assert read_value("3.5e2", "rate=3.5e2") == 350.0
+
+
+def test_a_misspelt_key_is_told_before_the_one_that_is_missing_for_it() -> None:
+    with pytest.raises(ConfigError, match=r"mine: there is no key 'rat' \(did you mean rate\?\); valid: rate"):
+        checked(Outer, {"inner": {"rat": 1}}, "mine")
+    with pytest.raises(ConfigError, match=r"mine: inner\.rate is missing"):
+        checked(Outer, {"inner": {}}, "mine")
+    with pytest.raises(ConfigError, match=r"mine: inner\.rate: .* \(got 'fast'\)"):
+        checked(Outer, {"inner": {"rate": "fast"}}, "mine")
+    assert unknown_name("stage", "x", []).endswith("valid: none")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(b"- 1\n", "must hold keys"), (b"a: [\n", "not valid YAML"), (b"\xff\xfe\x00", "not valid")],
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"The build file .* {sentence}") as caught:
+        read_settings(tmp_path / "a.yaml", "build", "keys")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"cannot be read \(No such file or directory\): name a YAML file"):
+        read_settings(tmp_path / "nowhere.yaml", "build", "keys")
+    with pytest.raises(ConfigError, match=r"override a=\[: the value is not valid YAML"):
+        read_value("[", "a=[")
