@@ -28,6 +28,7 @@ from data_synth.local_models import (
 )
 from data_synth.records import Ask, Candidate, Reference
 from imagine.errors import ImagineError, WeightsError
+from imagine.pipeline import ImaginePipeline
 from imagine.weights import dtype_word
 
 Work = tuple[Reference, Ask, int]
@@ -118,6 +119,18 @@ def load_pipeline(kind: Any, settings: ModelSettings, offload: bool = False) -> 
             pipe.enable_model_cpu_offload(device=device)
         elif "device_map" not in settings.options:
             pipe.to(device)
+    return pipe
+
+
+def load_imagine(settings: ModelSettings) -> ImaginePipeline:
+    """Our own pipeline, quiet, in the settings' precision, on their device; `model` "" is the shipped weights."""
+    device = choose_device(settings.device)
+    options = {**settings.options, "dtype": choose_dtype(settings.dtype, device)}
+    if settings.revision is not None:
+        options["revision"] = settings.revision
+    pipe = ImaginePipeline.from_pretrained(settings.model or None, **options)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
     return pipe
 
 

@@ -7,11 +7,10 @@ from typing import Any
 from pydantic import Field
 
 from data_synth.backends import Failed
-from data_synth.generators import candidate_of, noise_of
-from data_synth.local_models import ModelSettings, choose_device, choose_dtype, failure, identity_of, source_identity
+from data_synth.generators import candidate_of, load_imagine, noise_of
+from data_synth.local_models import ModelSettings, failure, identity_of, source_identity
 from data_synth.records import Ask, Candidate, Reference
 from imagine.errors import ImagineError
-from imagine.pipeline import ImaginePipeline
 from imagine.weights import default_folder
 
 VERSION = 1
@@ -44,14 +43,7 @@ class ImagineGenerator:
 
     def load(self) -> None:
         """Load the pipeline; WeightsError if there is none."""
-        settings = self.settings
-        device = choose_device(settings.device)
-        options = {**settings.options, "dtype": choose_dtype(settings.dtype, device)}
-        if settings.revision is not None:
-            options["revision"] = settings.revision
-        self.pipe = ImaginePipeline.from_pretrained(settings.model or None, **options)
-        self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.to(device)
+        self.pipe = load_imagine(self.settings)
 
     def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
         """A picture for each (reference, ask, attempt)."""

@@ -26,11 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data_synth.backends import Draft, Failed
-from data_synth.generators import BLOCKED, candidate_of, load_pipeline, noise_of
+from data_synth.generators import BLOCKED, candidate_of, load_imagine, load_pipeline, noise_of
 from data_synth.local_models import (
     ModelSettings,
-    choose_device,
-    choose_dtype,
     failure,
     identity_of,
     loading,
@@ -189,11 +187,7 @@ class ImagineRefiner:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         settings = self.settings
-        device = choose_device(settings.device)
-        options = {**settings.options, "dtype": choose_dtype(settings.dtype, device)}
-        if settings.revision is not None:
-            options["revision"] = settings.revision
-        self.pipe = ImaginePipeline.from_pretrained(settings.model or None, **options)
+        self.pipe = load_imagine(settings)
         if settings.adapter:
             self.pipe.load_adapter(Path(settings.adapter).expanduser())
         if self.pipe.adapter is None:
@@ -202,8 +196,6 @@ class ImagineRefiner:
             self.pipe.finder = InsightFaceFinder(settings.insightface)
         # Plain noise levels: what `sigmas` says is what is used, whatever schedule the weights draw from nothing with.
         self.pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-        self.pipe.set_progress_bar_config(disable=True)
-        self.pipe.to(device)
         self._personas.clear()
 
     def refine(self, drafts: Sequence[Draft]) -> list[Candidate | Failed]:

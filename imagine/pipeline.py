@@ -205,7 +205,8 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
 
     def load_adapter(self, source: "Adapter | str | os.PathLike[str]") -> None:
         """Put this identity adapter (an object, or a saved folder or file) in place of the present one."""
-        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.unet).to(self.unet.dtype)
+        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.unet)
+        adapter.to(self.unet.device, self.unet.dtype)
         _check_encoder(adapter, self.encoder_fingerprint)
         self.unload_adapter()
         if not _is_attached(self.unet, adapter):
