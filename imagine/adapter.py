@@ -14,9 +14,9 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from imagine.attention import (
     TEXT,
     Branch,
-    KeysValues,
     LayerWeights,
     LowRank,
     ParallelAttention,
@@ -37,7 +36,16 @@ from imagine.attention import (
     usable_mask,
 )
 from imagine.errors import ConfigError, WeightsError
-from imagine.records import Conditioning, Tokens
+from imagine.projections import (
+    LINEAR_TOKENS,
+    PLUS_HEAD,
+    PLUS_TOKENS,
+    FullProjection,
+    Kind,
+    LinearProjection,
+    PlusProjection,
+)
+from imagine.records import Conditioning, Scale, Tokens
 from imagine.weights import check_names
 
 FORMAT_VERSION = "1"
@@ -54,7 +62,11 @@ class BranchSpec:
 
     `scale` applies where a call names none. With `zero_init` the gate on the branch's output starts at zero, so that a
     fresh adapter changes nothing; without, it starts at one, for branches trained together with the base.
-    A `projection` maps features of `input_width` to tokens of `width`: "full" is IP-Adapter's per-token MLP.
+    A `projection` (projections.py) maps vision features of `input_width` to tokens of `width`: "full" and "plus" read
+    the encoder's penultimate tokens, "linear" its pooled embedding. "plus" and "linear" make `tokens` of them; "plus"
+    computes at `inner_width`, its heads together at `attention_width`.
+    `absent` says what the branch reads where nobody is shown, as in guidance's unconditional pass: nothing ("off"), or
+    what its encoder makes of nothing ("zeros": a black picture, or a zero embedding), as IP-Adapters were trained.
     `fusion` is "parallel", or "concatenated" for the paper's comparison: under the text's softmax. There a fresh
     branch takes attention from the text although its values are zero, so only strength 0 leaves the base as it is.
     """
@@ -63,23 +75,26 @@ class BranchSpec:
     width: int
     scale: float = 1.0
     zero_init: bool = True
-    projection: Literal["full"] | None = None
+    projection: Kind | None = None
     input_width: int | None = None
     fusion: Fusion = "parallel"
+    tokens: int | None = None
+    inner_width: int | None = None
+    attention_width: int | None = None
+    absent: Literal["off", "zeros"] = "off"
 
-
-class FullProjection(nn.Module):
-    """Per-token MLP from vision features to tokens, in the layout of IP-Adapter's MLPProjModel ("Full")."""
-
-    def __init__(self, input_width: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Sequential(
-            nn.Linear(input_width, input_width), nn.GELU(), nn.Linear(input_width, width), nn.LayerNorm(width)
+    def build_projection(self) -> nn.Module | None:
+        """The projection with its first, random weights; None if there is none."""
+        if self.projection is None or self.input_width is None:
+            return None
+        if self.projection == "full":
+            return FullProjection(self.input_width, self.width)
+        if self.projection == "linear":
+            return LinearProjection(self.input_width, self.width, self.tokens or LINEAR_TOKENS)
+        inner = self.inner_width or self.width
+        return PlusProjection(
+            self.input_width, self.width, inner, self.attention_width or inner, self.tokens or PLUS_TOKENS
         )
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map (batch, length, input width) to (batch, length, width)."""
-        return cast(Tensor, self.proj(features))
 
 
 class Adapter(nn.Module):
@@ -111,8 +126,8 @@ class Adapter(nn.Module):
             _place(self, name, self._layer_weights(attn, isinstance(block, BasicTransformerBlock)))
             self._layer_names.append(name)
         for spec in branches:
-            if spec.projection == "full":
-                _place(self, f"projections.{spec.name}", FullProjection(cast(int, spec.input_width), spec.width))
+            if (projection := spec.build_projection()) is not None:
+                _place(self, f"projections.{spec.name}", projection)
 
     def _layer_weights(self, attn: Attention, conditioned: bool) -> LayerWeights:
         specs = self.branch_specs
@@ -148,7 +163,7 @@ class Adapter(nn.Module):
         for name, processor in present.items():
             _check_can_join(processor, mine[name])
         for name, processor in present.items():
-            _install(targets[name], ParallelAttention(name, processor.stock, [*processor.layers, mine[name]]))
+            _install(targets[name], _with(processor, [*processor.layers, mine[name]]))
         on_exit = ExitStack()
         on_exit.callback(self.detach, denoiser)
         return on_exit
@@ -160,7 +175,7 @@ class Adapter(nn.Module):
         for name, attn in attention_layers(denoiser).items():
             processor = _ours(name, attn)
             rest = [layer for layer in processor.layers if layer is not mine[name]]
-            _install(attn, ParallelAttention(name, processor.stock, rest) if rest else processor.stock)
+            _install(attn, _with(processor, rest) if rest else processor.stock)
 
     def _check_fits(self, targets: Mapping[str, Attention]) -> None:
         if list(targets) != self._layer_names:
@@ -184,10 +199,17 @@ class Adapter(nn.Module):
     # --- what it computes outside the attention layers --------------------------------------------------------------
 
     def tokens(self, branch: str, features: Tensor, mask: Tensor | None = None) -> Tokens:
-        """Return a branch's tokens for features (batch, length, width), through its projection if it has one."""
+        """Return a branch's tokens for features (batch, length, width), through its projection if it has one.
+
+        Several pictures' features: (batch, pictures, length, width), whose tokens stand one after the other; "linear"
+        takes pooled embeddings (batch, pictures, width). The mask is one of the tokens that come out.
+        """
         if not any(spec.name == branch and spec.projection for spec in self.branch_specs):
             return Tokens(features, mask)
-        return Tokens(self.get_submodule(f"projections.{branch}")(features), mask)
+        projection = self.get_submodule(f"projections.{branch}")
+        if features.dim() == 4:  # each picture for itself
+            return Tokens(projection(features.flatten(0, 1)).unflatten(0, features.shape[:2]).flatten(1, 2), mask)
+        return Tokens(projection(features), mask)
 
     @property
     def device(self) -> torch.device:
@@ -281,47 +303,48 @@ def check_attached(denoiser: nn.Module, adapters: Iterable[Adapter]) -> None:
                 )
 
 
-def project(denoiser: nn.Module, conditioning: Conditioning, text: Tensor | None = None) -> Conditioning:
-    """Compute all keys and values once per picture instead of once per step; outputs stay the same, bit for bit.
+def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
+    """Make a conditioning ready for the many steps of one picture; outputs stay the same, bit for bit.
 
-    With `text`, the tokens (batch, length, width) that the call passes as encoder_hidden_states, the denoiser's own
-    keys and values (and the LoRA on them) are computed too; the call then has to pass the same tokens again, since a
-    stock denoiser wants them, but does not look at them. With LoRA on the keys or values, project again to change a
-    strength.
+    It gets a memory, where the keys and values of all branches (of the denoiser's own text too, as long as the very
+    same tensor is passed as encoder_hidden_states) are kept from the first step on. Absent tokens are folded into the
+    scales, branches that are off for everyone are dropped, and a mask under which every token counts costs nothing any
+    more. Where a LoRA acts on keys or values, a new strength needs a newly prepared conditioning.
     Raises WeightsError if a branch has tokens but nothing attached reads it.
     """
     targets = {name: attn for name, attn in attention_layers(denoiser).items() if attn.is_cross_attention}
-    processors = {name: _ours(name, attn) for name, attn in targets.items()}
-    conditioning = _fold_masks(conditioning, [layer for each in processors.values() for layer in each.layers])
-    keys_values: dict[tuple[str, str], KeysValues] = {}
-    if text is not None:
-        text = cast(Any, denoiser).process_encoder_hidden_states(text, added_cond_kwargs={})
-    for name, processor in processors.items():
-        if text is not None:
-            keys_values[name, TEXT] = processor.text_keys_values(targets[name], text, conditioning)
-        for layer in processor.layers:
-            for branch, weights in layer.branches().items():
-                if branch in conditioning.branches:
-                    tokens = conditioning.branches[branch].values
-                    keys_values[name, branch] = weights.keys_values(targets[name], tokens)
-    return replace(conditioning, keys_values=keys_values)
-
-
-def _fold_masks(conditioning: Conditioning, layers: Sequence[LayerWeights]) -> Conditioning:
-    """Put the effect of absent tokens into the scales, and drop the branches that are off for everyone."""
-    readers = {name: layer for layer in layers for name in layer.branches()}
+    readers = {
+        branch: layer
+        for name, attn in targets.items()
+        for layer in _ours(name, attn).layers
+        for branch in layer.branches()
+    }
     branches: dict[str, Tokens] = {}
-    scales: dict[str, float | Tensor] = {}
+    scales: dict[str, Scale | Mapping[str, Scale]] = {}
     for name, tokens in conditioning.branches.items():
         if name not in readers:
             raise WeightsError(
                 f"Nothing attached reads the branch {name!r}; attach its adapter, or leave its tokens out."
             )
-        strength = readers[name].strength(replace(conditioning, keys_values=None), name)
-        if strength is None or (isinstance(strength, Tensor) and not strength.any()):
-            continue
-        branches[name], scales[name] = Tokens(tokens.values, usable_mask(tokens)), strength
-    return Conditioning(branches, scales, keys_values={})
+        scale = _folded(conditioning.scales.get(name, readers[name].default_scales[name]), tokens)
+        if any(map(_acts, scale.values() if isinstance(scale, Mapping) else [scale])):
+            mask = None if tokens.mask is None or bool(tokens.mask.all()) else usable_mask(tokens)
+            branches[name], scales[name] = Tokens(tokens.values, mask), scale
+    return Conditioning(branches, scales, conditioning.regions, memory={})
+
+
+def _folded(scale: Scale | Mapping[str, Scale], tokens: Tokens) -> Scale | Mapping[str, Scale]:
+    """A scale with 0 for those batch items none of whose tokens count."""
+    if isinstance(scale, Mapping):
+        return {name: cast(Scale, _folded(each, tokens)) for name, each in scale.items()}
+    if tokens.mask is None:
+        return scale
+    there = tokens.mask.any(dim=1)
+    return scale if bool(there.all()) else scale * there.to(tokens.values.dtype)
+
+
+def _acts(scale: Scale) -> bool:
+    return bool(scale.any()) if isinstance(scale, Tensor) else scale != 0
 
 
 def _check_specs(branches: Sequence[BranchSpec]) -> None:
@@ -335,6 +358,12 @@ def _check_specs(branches: Sequence[BranchSpec]) -> None:
             raise ConfigError(f"A branch cannot be called {spec.name!r}, which torch uses itself; take another word.")
         if (spec.projection is None) != (spec.input_width is None):
             raise ConfigError(f"Branch {spec.name!r} must give both projection and input_width, or neither.")
+        if spec.projection == "plus" and any(
+            (each or spec.width) % PLUS_HEAD for each in (spec.inner_width, spec.attention_width)
+        ):
+            raise ConfigError(
+                f"Branch {spec.name!r}: the widths inside a plus projection must be multiples of {PLUS_HEAD}."
+            )
 
 
 def _ours(name: str, attn: Attention) -> ParallelAttention:
@@ -356,6 +385,13 @@ def _check_can_join(processor: ParallelAttention, layer: LayerWeights) -> None:
     taken = {branch for other in processor.layers for branch in other.default_scales}
     if shared := taken & set(layer.default_scales):
         raise WeightsError(f"Another attached adapter has a branch {min(shared)!r} too; detach that adapter first.")
+
+
+def _with(processor: ParallelAttention, layers: Sequence[LayerWeights]) -> ParallelAttention:
+    """The same processor for other layers of adapters, on the same attention backend."""
+    new = ParallelAttention(processor.name, processor.stock, layers)
+    new._attention_backend = processor._attention_backend
+    return new
 
 
 def _install(attn: Attention, processor: ParallelAttention | AttnProcessor2_0) -> None:

@@ -10,25 +10,36 @@ text's under one softmax.
 An `Adapter` (adapter.py) owns the weights, one `LayerWeights` per attention layer. The denoiser stays a stock diffusers
 model: `ParallelAttention` is an attention processor that only refers to those weights, so neither the denoiser's module
 tree nor its state dict changes. What a call attends to arrives with the call, as the `conditioning` argument; nothing
-is ever stored here between calls, so threads and batch items cannot mix.
+is ever stored here between calls, so threads and batch items cannot mix. What does not change between the steps of one
+picture is kept in that argument's own memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
+from diffusers.image_processor import IPAdapterMaskProcessor
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
-from imagine.records import Conditioning, Tokens
+from imagine.records import Conditioning, Scale, Tokens
 
-TEXT = "clip"  # the denoiser's own text branch, as a name in Conditioning.keys_values
+TEXT = "clip"  # the denoiser's own text branch, as a name in Conditioning.memory
 
 # A gate is GATE_GAIN times its parameter. Adam moves a parameter by about one learning rate per step, whatever its
 # gradient, so a plain gate at 1e-4 would need ten thousand steps to open; a power of two keeps a gate of 1 exact.
 GATE_GAIN = 8.0
+
+# Backends that take a mask; the others get the native one wherever tokens have padding.
+MASKED_BACKENDS = (
+    AttentionBackendName.NATIVE,
+    AttentionBackendName._NATIVE_EFFICIENT,
+    AttentionBackendName._NATIVE_MATH,
+    AttentionBackendName.XFORMERS,
+)
 
 KeysValues = tuple[Tensor, Tensor]  # each (batch, heads, tokens, head width)
 
@@ -96,8 +107,8 @@ class LayerWeights(nn.Module):
             module = None if module is None else module._modules.get(part)
         return module if isinstance(module, LowRank) else None
 
-    def strength(self, conditioning: Conditioning, branch: str) -> "float | Tensor | None":
-        """Return the factor on a branch in this call, a number or one per batch item; None: it is off altogether.
+    def strength(self, conditioning: Conditioning, branch: str, name: str) -> Scale | None:
+        """Return a branch's factor in this call and layer `name`, a number or one per batch item; None: it is off.
 
         A batch item none of whose tokens count has no such branch, so its factor is 0.
         """
@@ -105,19 +116,27 @@ class LayerWeights(nn.Module):
         if tokens is None:
             return None
         scale = conditioning.scales.get(branch, self.default_scales[branch])
+        if isinstance(scale, Mapping):
+            scale = scale.get(name, 0.0)
         if not isinstance(scale, Tensor) and scale == 0:
             return None
-        if tokens.mask is None or conditioning.keys_values is not None:  # `project` has folded the mask in already
+        if tokens.mask is None or conditioning.memory is not None:  # `prepare` has folded the mask in already
             return scale
         return scale * tokens.mask.any(dim=1).to(tokens.values.dtype)
 
 
 class ParallelAttention:
-    """The processor of one attention layer while at least one adapter is attached; immutable."""
+    """The processor of one attention layer while at least one adapter is attached.
+
+    Immutable but for the attention backend, which `denoiser.set_attention_backend` sets where diffusers keeps it.
+    """
+
+    _parallel_config = None
 
     def __init__(self, name: str, stock: AttnProcessor2_0, layers: Sequence[LayerWeights]) -> None:
         self.name = name
         self.stock = stock  # put back when the last adapter is detached
+        self._attention_backend: AttentionBackendName | None = None
         # A fixed order of summation: attaching the same adapters in another order must not change a single bit.
         self.layers = tuple(sorted(layers, key=lambda layer: layer.owner))
 
@@ -143,18 +162,16 @@ class ParallelAttention:
             query = attn.norm_q(query)
         if encoder_hidden_states is None:
             key, value = self._keys_values(attn, states, conditioning)
-            mixed = _attend(query, key, value, _stock_mask(attn, attention_mask, key))
+            mixed = self._attend(query, key, value, _stock_mask(attn, attention_mask, key))
         else:
-            ready = (conditioning.keys_values or {}).get((self.name, TEXT))
-            key, value = ready or self.text_keys_values(attn, encoder_hidden_states, conditioning)
+            key, value = self._text_keys_values(attn, encoder_hidden_states, conditioning)
             mask = _stock_mask(attn, attention_mask, key)
             beside = self._present(attn, query, conditioning, concatenated=True)
             if beside:
                 key, value, mask = _joined(key, value, mask, beside)
-            mixed = _attend(query, key, value, mask)
+            mixed = self._attend(query, key, value, mask)
             for each in self._present(attn, query, conditioning, concatenated=False):
-                attended = _attend(query, each.key, each.value, None if each.mask is None else each.mask[:, None, None])
-                mixed = _add(mixed, each.branch.gated(attended), each.strength)
+                mixed = self._add_branch(mixed, query, each)
         out = self._linear(attn, "to_out.0", mixed.to(query.dtype), conditioning)
         out = attn.to_out[1](out)  # dropout
         if hidden_states.dim() == 4:
@@ -163,11 +180,38 @@ class ParallelAttention:
             out = out + residual
         return cast(Tensor, out / attn.rescale_output_factor)
 
-    def text_keys_values(self, attn: Attention, text: Tensor, conditioning: Conditioning) -> KeysValues:
-        """Return the denoiser's own keys and values (LoRA included) of text tokens (batch, length, width)."""
-        if attn.norm_cross is not None:
-            text = attn.norm_encoder_hidden_states(text)
-        return self._keys_values(attn, text, conditioning)
+    def _add_branch(self, mixed: Tensor, query: Tensor, each: "_Present") -> Tensor:
+        """The outputs so far (batch, positions, inner) with a branch's added, where in the picture it acts."""
+        mask = None if each.mask is None else each.mask[:, None, None]
+        if each.regions is None:
+            attended = self._attend(query, each.key, each.value, mask)
+            return _add(mixed, each.branch.gated(attended), each.strength)
+        count = each.regions.shape[1]
+        masks: Sequence[Tensor | None] = [None] * count if mask is None else mask.chunk(count, -1)
+        alone = zip(each.key.chunk(count, 2), each.value.chunk(count, 2), masks, strict=True)
+        for number, (key, value, counted) in enumerate(alone):
+            attended = each.branch.gated(self._attend(query, key, value, counted))
+            mixed = _add(mixed, attended * each.regions[:, number, :, None], each.strength)
+        return mixed
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """One softmax attention; (batch, heads, length, head width) in, (batch, length, inner) out."""
+        backend = self._attention_backend
+        if mask is not None and backend is not None and backend not in MASKED_BACKENDS:
+            backend = AttentionBackendName.NATIVE
+        rows = [states.transpose(1, 2) for states in (query, key, value)]
+        return dispatch_attention_fn(*rows, attn_mask=mask, backend=backend).flatten(2)
+
+    def _text_keys_values(self, attn: Attention, text: Tensor, conditioning: Conditioning) -> KeysValues:
+        """The denoiser's own keys and values (LoRA included) of text tokens (batch, length, width)."""
+        known = (conditioning.memory or {}).get((self.name, TEXT))
+        if known is not None and known[0] is text:  # the same tensor, which the memory keeps alive
+            return cast(KeysValues, known[1])
+        read = text if attn.norm_cross is None else attn.norm_encoder_hidden_states(text)
+        found = self._keys_values(attn, read, conditioning)
+        if conditioning.memory is not None:
+            conditioning.memory[self.name, TEXT] = (text, found)
+        return found
 
     def _keys_values(self, attn: Attention, source: Tensor, conditioning: Conditioning) -> KeysValues:
         key = _keys(attn, self._linear(attn, "to_k", source, conditioning))
@@ -177,7 +221,7 @@ class ParallelAttention:
         out: Tensor = attn.get_submodule(target)(states)
         for layer in self.layers:
             low_rank = layer.low_rank(target)
-            strength = None if low_rank is None else layer.strength(conditioning, layer.owner)
+            strength = None if low_rank is None else layer.strength(conditioning, layer.owner, self.name)
             if low_rank is not None and strength is not None:
                 out = _add(out, low_rank(states), strength).to(out.dtype)
         return out
@@ -186,16 +230,19 @@ class ParallelAttention:
         self, attn: Attention, query: Tensor, conditioning: Conditioning, concatenated: bool
     ) -> "list[_Present]":
         """The branches of one kind that this call attends to, in a fixed order."""
-        ready, present = conditioning.keys_values, []
+        present = []
         for layer in self.layers:
             for name, branch in layer.branches().items():
-                strength = layer.strength(conditioning, name)
+                strength = layer.strength(conditioning, name, self.name)
                 if strength is None or (name in layer.concatenated) != concatenated:
                     continue
                 tokens = conditioning.branches[name]
-                key, value = (ready or {}).get((self.name, name)) or branch.keys_values(attn, tokens.values)
-                mask = tokens.mask if ready is not None else usable_mask(tokens)
-                present.append(_Present(branch, strength, key.to(query.dtype), value.to(query.dtype), mask))
+                key, value = _remembered(
+                    conditioning, (self.name, name), partial(branch.keys_values, attn, tokens.values)
+                )
+                mask = tokens.mask if conditioning.memory is not None else usable_mask(tokens)
+                regions = _regions_at(conditioning, name, query)
+                present.append(_Present(branch, strength, key.to(query.dtype), value.to(query.dtype), mask, regions))
         return present
 
 
@@ -204,10 +251,37 @@ class _Present:
     """A branch in one call: its keys and values (batch, heads, length, head width), and which tokens count."""
 
     branch: Branch
-    strength: "float | Tensor"
+    strength: Scale
     key: Tensor
     value: Tensor
     mask: Tensor | None  # (batch, length)
+    regions: Tensor | None  # (batch, references, positions)
+
+
+def _remembered(conditioning: Conditioning, key: tuple[str, str], compute: Callable[[], Any]) -> Any:
+    """What the call's memory holds under this key; computed, and kept if there is a memory, when it is missing."""
+    if conditioning.memory is None:
+        return compute()
+    if key not in conditioning.memory:
+        conditioning.memory[key] = compute()
+    return conditioning.memory[key]
+
+
+def _regions_at(conditioning: Conditioning, branch: str, query: Tensor) -> Tensor | None:
+    """A branch's regions (batch, references, positions) at the resolution of a layer's positions, as diffusers has it.
+
+    The work of diffusers' IPAdapterMaskProcessor (image_processor.py), which resizes bicubically.
+    """
+    regions = conditioning.regions.get(branch)
+    if regions is None:
+        return None
+    batch, _, positions, _ = query.shape
+
+    def resized() -> Tensor:
+        each = [IPAdapterMaskProcessor.downsample(one, batch, positions, 1)[..., 0] for one in regions.unbind(1)]
+        return torch.stack(each, 1).to(query.device, query.dtype)
+
+    return cast(Tensor, _remembered(conditioning, (f"regions of {branch}", str(positions)), resized))
 
 
 def _joined(
@@ -251,7 +325,7 @@ def usable_mask(tokens: Tokens) -> Tensor | None:
     return None if tokens.mask is None else tokens.mask | ~tokens.mask.any(dim=1, keepdim=True)
 
 
-def _add(base: Tensor, addition: Tensor, strength: "float | Tensor") -> Tensor:
+def _add(base: Tensor, addition: Tensor, strength: Scale) -> Tensor:
     """Return base + strength * addition; items whose strength is 0 keep the base bit for bit, whatever the addition."""
     if not isinstance(strength, Tensor):
         return base + strength * addition
@@ -276,8 +350,3 @@ def _stock_mask(attn: Attention, mask: Tensor | None, key: Tensor) -> Tensor | N
     batch, length = key.shape[0], key.shape[2]
     prepared = attn.prepare_attention_mask(mask, length, batch)
     return prepared.view(batch, attn.heads, -1, prepared.shape[-1])
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """One softmax attention; (batch, heads, length, head width) in, (batch, length, inner) out."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)

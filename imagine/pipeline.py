@@ -406,7 +406,7 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         start = self._noise(len(strength), size, generator, latents)
         token = _call.set(_Call(guidance, len(scheduler.timesteps)))
         try:
-            denoiser = GuidedDenoiser(self._unet_in_place(), inputs, cross_attention_kwargs or {})
+            denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
             drawn = self._denoise(denoiser, start, strength, scheduler, on_step)
         finally:
             _call.reset(token)
@@ -561,13 +561,6 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         # Drawn where the generator lives, in full precision: a seed means the same picture on every device.
         drawn = [torch.randn(shape, generator=each, device=each.device if each else "cpu") for each in generators]
         return torch.stack([each.to(device) for each in drawn])
-
-    def _unet_in_place(self) -> nn.Module:
-        """The denoiser, brought to its device if it is offloaded: projecting comes before its first forward."""
-        hook: Any = getattr(self.unet, "_hf_hook", None)
-        if type(hook).__name__ == "CpuOffload":
-            hook.pre_forward(self.unet)
-        return cast(nn.Module, self.unet)
 
     def _denoise(
         self, denoiser: GuidedDenoiser, latents: Tensor, strength: Tensor, scheduler: Any, on_step: "_OnStep | None"

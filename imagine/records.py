@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from PIL import Image
@@ -45,16 +46,27 @@ class Tokens:
     mask: torch.Tensor | None = None
 
 
+Scale = float | torch.Tensor  # one factor, or one per batch item (batch,)
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What one denoiser call attends to, one entry per branch beside the denoiser's own text branch.
 
     `branches` maps a branch name ("t5", "byt5", "vision") to its tokens. `scales` maps a branch name to a factor on
-    that branch's output: a number, or one number per batch item (batch,). A branch that is attached but absent here
-    contributes nothing; so does one whose scale is 0. `keys_values`, made once per picture by `adapter.project`, maps
-    (attention name, branch) to that branch's ready keys and values, so that denoising steps do not compute them again.
+    that branch's output: a number, one number per batch item (batch,), or a mapping from attention layers to either,
+    where a layer that is not named gets 0. A branch that is attached but absent here contributes nothing; so does one
+    whose scale is 0.
+
+    `regions` maps a branch to where in the picture its references act: weights (1 or batch, references, height, width),
+    0 to 1. The branch's tokens then are those of so many references, equally many of each, one after the other;
+    each is attended to alone, and its output multiplied by its weights.
+
+    `memory`, which `adapter.prepare` provides, keeps what does not change between the steps of one picture, keys and
+    values above all, from the first step that needs it on. None: nothing is kept, as in training.
     """
 
     branches: Mapping[str, Tokens] = field(default_factory=dict)
-    scales: Mapping[str, "float | torch.Tensor"] = field(default_factory=dict)
-    keys_values: Mapping[tuple[str, str], tuple[torch.Tensor, torch.Tensor]] | None = None
+    scales: Mapping[str, "Scale | Mapping[str, Scale]"] = field(default_factory=dict)
+    regions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    memory: "dict[tuple[str, str], Any] | None" = None

@@ -2,7 +2,7 @@
 
 Between the pipeline, which knows about prompts, photos and schedulers, and the denoiser with its adapters. A step needs
 one, two or three passes (diffusion.guide); they go through the denoiser as one batch. Keys and values of all branches
-are projected when a pass or a strength changes, which is usually once per call.
+are computed when a pass or a strength changes, which is usually once per call.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from imagine.adapter import project
+from imagine.adapter import prepare
 from imagine.diffusion import guide
 from imagine.encoders import pooled
 from imagine.errors import WeightsError
@@ -107,8 +107,8 @@ class GuidedDenoiser:
             return
         self._clip, conditioning = self.inputs.stacked(passes, strength)
         self._pooled = pooled_text(self.unet, self._clip, conditioning.branches)
-        # Kept under its own scales where the denoiser's LoRA depends on them, so a new strength means new projections.
-        self._conditioning = project(self.unet, conditioning, self._clip.values)
+        # Kept under its own scales where the denoiser's LoRA depends on them, so a new strength means a new memory.
+        self._conditioning = prepare(self.unet, conditioning)
         self._made_for = (passes, strength.clone())
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from imagine.adapter import Adapter, BranchSpec, check_attached, project, read_metadata
+from imagine.adapter import Adapter, BranchSpec, check_attached, prepare, read_metadata
 from imagine.attention import TEXT, attention_layers
 from imagine.errors import ConfigError, WeightsError
 from imagine.records import Conditioning, Tokens
@@ -142,7 +142,7 @@ def test_identity_scale_zero_gives_the_base_picture_bit_for_bit(unet, scale):
     with identity.attach(unet):
         conditioning = Conditioning({"vision": identity.tokens("vision", call.features)}, {"vision": scale})
         assert torch.equal(call(conditioning), base)
-        assert torch.equal(call(project(unet, conditioning, call.text)), base)
+        assert torch.equal(call(prepare(unet, conditioning)), base)
 
 
 @torch.no_grad()
@@ -268,7 +268,7 @@ def test_padding_has_no_influence_on_the_picture(unet):
 
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [0.8, torch.tensor([1.0, 0.0, 0.6])])
-def test_projected_conditioning_gives_the_same_picture_bit_for_bit(unet, scale):
+def test_prepared_conditioning_gives_the_same_picture_bit_for_bit(unet, scale):
     call, text, identity = Call(unet), opened(text_adapter(unet)), opened(identity_adapter(unet))
     with text.attach(unet), identity.attach(unet):
         plain = call.conditioning(identity, scale)
@@ -276,32 +276,74 @@ def test_projected_conditioning_gives_the_same_picture_bit_for_bit(unet, scale):
         mask[2] = False  # the third has no reference at all
         plain = replace(plain, branches={**plain.branches, "vision": Tokens(plain.branches["vision"].values, mask)})
         expected = call(plain)
-        assert torch.equal(call(project(unet, plain)), expected)
-        ready = project(unet, plain, call.text)
+        ready = prepare(unet, plain)
         assert torch.equal(call(ready), expected)
+        assert torch.equal(call(ready), expected)  # and again, out of its memory
     crossing = [name for name, attn in attention_layers(unet).items() if attn.is_cross_attention]
-    assert ready.keys_values is not None
-    assert set(ready.keys_values) == set(itertools.product(crossing, ["t5", "byt5", "vision", TEXT]))
+    assert ready.memory is not None
+    assert set(ready.memory) == set(itertools.product(crossing, ["t5", "byt5", "vision", TEXT]))
 
 
 @torch.no_grad()
-def test_projected_keys_are_really_what_is_used(tiny):
+def test_remembered_keys_are_really_what_is_used(tiny):
     call, text = Call(tiny), opened(text_adapter(tiny))
     with text.attach(tiny):
-        ready = project(tiny, Conditioning(call.branches), call.text)
+        ready = prepare(tiny, Conditioning(call.branches))
         expected = call(ready)
         emptied = {
             name: Tokens(torch.zeros_like(tokens.values), tokens.mask) for name, tokens in ready.branches.items()
         }
-        call.text = torch.zeros_like(call.text)
         assert torch.equal(call(replace(ready, branches=emptied)), expected)
         assert not torch.equal(call(Conditioning(emptied)), expected)
+
+
+@torch.no_grad()
+def test_other_text_than_the_remembered_one_is_read(tiny):
+    call, text = Call(tiny), opened(text_adapter(tiny))
+    with text.attach(tiny):
+        ready = prepare(tiny, Conditioning(call.branches))
+        before = call(ready)
+        call.text = torch.randn_like(call.text)
+        expected = call(Conditioning(call.branches))
+        assert torch.equal(call(ready), expected) and not torch.equal(expected, before)
+
+
+@torch.no_grad()
+def test_a_layer_that_a_scale_does_not_name_is_without_the_branch(unet):
+    call, identity = Call(unet), opened(identity_adapter(unet))
+    names = list(attention_layers(unet))
+    tokens = {"vision": identity.tokens("vision", call.features)}
+    base = call()
+    with identity.attach(unet):
+        everywhere = call(Conditioning(tokens, {"vision": 0.7}))
+        assert torch.equal(call(Conditioning(tokens, {"vision": dict.fromkeys(names, 0.7)})), everywhere)
+        assert torch.equal(call(Conditioning(tokens, {"vision": {}})), base)
+        half = Conditioning(tokens, {"vision": dict.fromkeys(names[::2], torch.full((3,), 0.7))})
+        assert torch.equal(call(prepare(unet, half)), call(half))
+        assert not torch.equal(call(half), everywhere) and not torch.equal(call(half), base)
+
+
+@torch.no_grad()
+def test_regions_keep_references_to_their_part_of_the_picture(unet):
+    call, identity = Call(unet), opened(identity_adapter(unet))
+    alone = identity.tokens("vision", call.features).values
+    with identity.attach(unet):
+        expected = call(Conditioning({"vision": Tokens(alone)}))
+        both = Tokens(torch.cat([alone, torch.randn_like(alone)], 1))
+        first_everywhere = torch.stack([torch.ones(8, 8), torch.zeros(8, 8)])[None]
+        conditioning = Conditioning({"vision": both}, regions={"vision": first_everywhere})
+        torch.testing.assert_close(call(conditioning), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(call(prepare(unet, conditioning)), call(conditioning))
+        halves = torch.zeros(1, 2, 8, 8)
+        halves[:, 0, :, :4], halves[:, 1, :, 4:] = 1, 1
+        divided = Conditioning({"vision": both}, regions={"vision": halves})
+        assert (call(divided) - expected).abs().max() > 1e-3
 
 
 def test_tokens_that_nothing_attached_reads_are_refused(tiny):
     call, identity = Call(tiny), identity_adapter(tiny)
     with identity.attach(tiny), pytest.raises(WeightsError, match="Nothing attached reads the branch 't5'"):
-        project(tiny, call.conditioning(identity))
+        prepare(tiny, call.conditioning(identity))
 
 
 # --- it trains --------------------------------------------------------------------------------------------------------
@@ -373,7 +415,7 @@ def test_mixed_precision_keeps_a_fresh_adapter_bitwise_neutral(tiny):
             conditioning = call.conditioning(identity)
             assert torch.equal(call(conditioning), base)
             opened(identity)
-            assert torch.equal(call(project(tiny, conditioning, call.text)), call(conditioning))
+            assert torch.equal(call(prepare(tiny, conditioning)), call(conditioning))
             assert torch.isfinite(call(conditioning)).all() and not torch.equal(call(conditioning), base)
 
 
@@ -442,7 +484,7 @@ def test_saved_and_loaded_adapter_gives_the_same_picture_bit_for_bit(unet, tmp_p
 
 
 @torch.no_grad()
-def test_a_concatenated_branch_is_saved_as_one_and_projected_once_a_picture(tiny, tmp_path):
+def test_a_concatenated_branch_is_saved_as_one_and_prepared_once_a_picture(tiny, tmp_path):
     call = Call(tiny)
     width = tiny.config.cross_attention_dim
     adapter = opened(Adapter(tiny, [BranchSpec("vision", width, zero_init=False, fusion="concatenated")]))
@@ -450,7 +492,7 @@ def test_a_concatenated_branch_is_saved_as_one_and_projected_once_a_picture(tiny
     with adapter.attach(tiny):
         conditioning = Conditioning({"vision": vision})
         expected = call(conditioning)
-        assert torch.equal(call(project(tiny, conditioning)), expected)
+        assert torch.equal(call(prepare(tiny, conditioning)), expected)
     adapter.save(tmp_path, METADATA)
     loaded = Adapter.load(tmp_path, tiny)
     assert loaded.branch_specs[0].fusion == "concatenated"

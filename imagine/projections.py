@@ -1,0 +1,105 @@
+"""From vision features to a branch's tokens: the three projections of IP-Adapter, under the names its files have.
+
+Their state dicts are the `image_proj` part of a standard file as it is, so that a branch goes in and out without a
+table of renamings (layouts: shared by https://github.com/tencent-ailab/IP-Adapter and diffusers' loaders/unet.py).
+
+    linear   one pooled embedding to a few tokens                  ("base", ImageProjModel)
+    full     every penultimate token through an MLP                (MLPProjModel), the paper's form
+    plus     a few learnt tokens look at the penultimate tokens    (Resampler; depth 4, heads of width 64)
+"""
+
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Kind = Literal["linear", "full", "plus"]
+
+LINEAR_TOKENS = 4  # diffusers takes no other number
+PLUS_TOKENS = 16
+PLUS_DEPTH = 4  # diffusers drops further layers without a word
+PLUS_HEAD = 64  # and takes every head for this wide
+
+
+class LinearProjection(nn.Module):
+    """A pooled embedding (batch, images, E) to `tokens` tokens each: (batch, images * tokens, width)."""
+
+    def __init__(self, input_width: int, width: int, tokens: int = LINEAR_TOKENS) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.proj = nn.Linear(input_width, width * tokens)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (batch, images, input width) to (batch, images * tokens, width)."""
+        found = self.proj(features).unflatten(-1, (self.tokens, -1)).flatten(1, 2)
+        return cast(Tensor, self.norm(found))
+
+
+class FullProjection(nn.Module):
+    """Per-token MLP from vision features to tokens, in the layout of IP-Adapter's MLPProjModel ("Full")."""
+
+    def __init__(self, input_width: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Linear(input_width, input_width), nn.GELU(), nn.Linear(input_width, width), nn.LayerNorm(width)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (batch, length, input width) to (batch, length, width)."""
+        return cast(Tensor, self.proj(features))
+
+
+class PlusProjection(nn.Module):
+    """Learnt tokens that attend to one picture's features and to themselves (a Perceiver resampler).
+
+    `inner_width` is that of its own tokens, `attention_width` that of all its heads together; both are multiples of 64.
+    """
+
+    def __init__(
+        self, input_width: int, width: int, inner_width: int, attention_width: int, tokens: int = PLUS_TOKENS
+    ) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, tokens, inner_width) / inner_width**0.5)
+        self.proj_in = nn.Linear(input_width, inner_width)
+        self.proj_out = nn.Linear(inner_width, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([_Look(inner_width, attention_width), _feed_forward(inner_width)]) for _ in range(PLUS_DEPTH)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map one picture's features (batch, length, input width) to (batch, tokens, width)."""
+        tokens = self.latents.expand(len(features), -1, -1)
+        features = self.proj_in(features)
+        for look, think in cast("list[tuple[nn.Module, nn.Module]]", self.layers):
+            tokens = look(features, tokens) + tokens
+            tokens = think(tokens) + tokens
+        return cast(Tensor, self.norm_out(self.proj_out(tokens)))
+
+
+class _Look(nn.Module):
+    """Attention of tokens to features and tokens."""
+
+    def __init__(self, width: int, attention_width: int) -> None:
+        super().__init__()
+        self.heads = attention_width // PLUS_HEAD
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, attention_width, bias=False)
+        self.to_kv = nn.Linear(width, 2 * attention_width, bias=False)
+        self.to_out = nn.Linear(attention_width, width, bias=False)
+
+    def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
+        tokens = self.norm2(tokens)
+        seen = torch.cat((self.norm1(features), tokens), dim=1)
+        parts = (self.to_q(tokens), *self.to_kv(seen).chunk(2, dim=-1))
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return cast(Tensor, self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)))
+
+
+def _feed_forward(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False)
+    )
