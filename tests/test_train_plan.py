@@ -28,6 +28,12 @@ def test_a_plan_counts_parameters_steps_and_memory(tmp_path: Path) -> None:
     assert one.bytes == 4 * (26 + 16 * 4)  # all weights; gradient, two moments and average of those that train
     (plain,) = plan(run(muon=["first"]), tmp_path / "run", TOY)
     assert plain.bytes == 4 * (26 + 12 * 2 + 4 * 3)  # Muon keeps one number for each of a matrix
+    (bytewise,) = plan(run(optimiser="adamw8bit", settings={"width": 2000}), tmp_path / "run", TOY)
+    large, small = 3 * 2000, 2000  # fewer than 4,096 numbers keep their moments in floats
+    assert (
+        bytewise.bytes
+        == 4 * (large + small + 2000 * 2 + 2) + 4 * (large + small) + int(large * 2 * (1 + 4 / 256)) + small * 8
+    )
     assert one.hours is None and "not known" in words([one])
     assert not (tmp_path / "run").exists()
 

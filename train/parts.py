@@ -18,6 +18,7 @@ from train.muon import MuonAdamW, orthogonal
 
 Parts = dict[str, list[nn.Parameter]]
 _LARGE_ENOUGH = 4096  # numbers in a parameter, for bitsandbytes to keep its moments in bytes
+_BLOCK = 256  # numbers that bitsandbytes scales together, by one float
 
 
 def choose(offered: Mapping[str, Sequence[nn.Parameter]], rates: Mapping[str, float], stage: str) -> Parts:
@@ -166,6 +167,11 @@ def _adamw8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torc
         ) from None
     optimiser: torch.optim.Optimizer = AdamW8bit(groups, betas=betas)
     return optimiser
+
+
+def bytes_per_moment(parameter: nn.Parameter, kind: str) -> float:
+    """How many bytes a number of this parameter costs for each moment that the optimiser keeps of it."""
+    return 1 + 4 / _BLOCK if kind == "adamw8bit" and parameter.numel() >= _LARGE_ENOUGH else 4
 
 
 def set_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:

@@ -21,7 +21,7 @@ from train.config import Run, Stage
 from train.stages import TASKS, resolved, task_class
 from train.task import Start, Task
 
-_FLOAT = 4  # bytes; weights, gradients and averages are float32 whatever a step computes in
+_FLOAT = 4  # bytes; what trains, its gradients and averages are float32 whatever a step computes in
 _LATEST = 20  # rows of metrics.jsonl that speed is taken from
 
 
@@ -78,12 +78,12 @@ def words(plans: list[StagePlan]) -> str:
 def _plan_stage(name: str, stage: Stage, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path) -> StagePlan:
     with _built(name, stage, run, output, tasks, folder) as task:
         chosen = parts.choose(task.parts(), stage.train, name)
-        everything = {id(p): p.numel() for module in task.modules.values() for p in module.parameters()}
+        everything = {id(p): p for module in task.modules.values() for p in module.parameters()}.values()
         trained = parts.sizes(chosen)
-        memory = _FLOAT * (sum(everything.values()) + _training_state(stage, chosen))
+        memory = sum(p.numel() * p.element_size() for p in everything) + _training_state(stage, chosen)
     seen, speed = _so_far(output / name / "metrics.jsonl")
     begins = ", ".join([*([str(stage.initial)] if stage.initial else []), *stage.start_from]) or "nothing"
-    frozen = sum(everything.values()) - sum(trained.values())
+    frozen = sum(p.numel() for p in everything) - sum(trained.values())
     return StagePlan(
         name, begins, trained, dict(stage.train), frozen, memory, stage.images, min(seen, stage.images),
         stage.batch_size, speed,
@@ -102,12 +102,13 @@ def _built(name: str, stage: Stage, run: Run, output: Path, tasks: Mapping[str, 
 
 
 def _training_state(stage: Stage, chosen: parts.Parts) -> int:
-    """Numbers kept for each trained parameter beside itself: gradient, optimiser state, average."""
+    """Bytes kept for each trained parameter beside itself: gradient, optimiser state, average."""
     total = 0
     for part, parameters in chosen.items():
         for parameter in parameters:
             moments = 1 if part in stage.muon and parameter.ndim >= 2 else 2
-            total += parameter.numel() * (1 + moments + bool(stage.ema))
+            each = parts.bytes_per_moment(parameter, stage.optimiser)
+            total += int(parameter.numel() * (_FLOAT * (1 + bool(stage.ema)) + moments * each))
     return total
 
 

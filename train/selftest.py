@@ -60,7 +60,9 @@ def _learn_by_heart(name: str, stage: Stage, task: Task, device: torch.device, s
     chosen = parts.choose(task.parts(), stage.train, name)
     training = parts.freeze_all_but(task.modules, chosen)
     parts.train_mode(task.modules, training)
-    optimiser = parts.optimiser(chosen, stage.train, stage.betas, stage.weight_decay, stage.muon)
+    optimiser = parts.optimiser(
+        chosen, stage.train, stage.betas, stage.weight_decay, stage.muon, stage.optimiser
+    )  # fmt: skip
     with torch.no_grad():
         batch = to_device(task.batch(0, IMAGES), device)
     first = last = math.nan
