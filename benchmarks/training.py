@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from imagine.diffusion import add_noise, logit_normal, normalise_latents, velocity
+from imagine.diffusion import add_noise, logit_normal, velocity
 from imagine.faces import crop_faces
 from imagine.records import Conditioning
 from imagine.sampling import pooled_text
@@ -154,7 +154,7 @@ class PlainLoop(Loop):
     def __init__(self, task: AdapterTask, batch: int, folder: Path) -> None:
         super().__init__(task, batch)
         self.folder, stock = folder, task.stocks["train"]
-        self.gallery, self.latents = stock.pictures.gallery, stock.latents
+        self.gallery = stock.pictures.gallery
         folder.mkdir(parents=True)
         rows = torch.arange(len(self.gallery))
         images, self.boxes = stock.pictures.take(rows)
@@ -174,8 +174,7 @@ class PlainLoop(Loop):
             crops = crop_faces(references, self.boxes[drawn.references], task.crop_side())
             captions = self.gallery.captions(drawn.targets, drawn.manners)
         with self.clock.on("autoencoder"), torch.no_grad():
-            raw = self.latents.vae.encode(targets * 2 - 1).latent
-            clean = normalise_latents(raw, self.latents.mean, self.latents.std)
+            clean = task.codec.encode(targets * 2 - 1)
         with self.clock.on("text encoders"), torch.no_grad():
             clip, branches = task.text.encode(captions)
         with self.clock.on("vision encoder"):

@@ -85,6 +85,10 @@ def test_wide_photos_are_cut_to_a_square_round_the_face(tmp_path: Path) -> None:
     middles = [boxes[:, 0] + boxes[:, 2] / 2 for _, boxes in (plain.take(rows), wide.take(rows))]
     assert (middles[1] - 64).abs().max() < 1  # in the middle, wherever it was
     assert torch.allclose(plain.take(rows)[1][:, 1:], wide.take(rows)[1][:, 1:], atol=1e-2)
+    assert plain.frames(rows).tolist() == [[128, 128, 0, 0]] * 2
+    assert wide.frames(rows)[:, [0, 1, 3]].tolist() == [[328, 128, 0]] * 2
+    shifts = wide.frames(rows)[:, 2] + wide.take(rows)[1][:, 0] - 100  # the box, where it was in the narrow picture
+    assert torch.allclose(shifts, plain.take(rows)[1][:, 0], atol=1e-2)
 
 
 def test_what_cannot_be_used_is_counted_and_never_drawn(tmp_path: Path) -> None:

@@ -17,13 +17,15 @@ from imagine.world.people import CONTINUOUS, DISCRETE
 from imagine.world.render import compiled_painters
 from imagine.world.seeds import JUDGE, TRAIN
 from train.kept import keep
-from train.latents import Latents, as_taken
+from train.latents import Latents, WorldCodec, as_taken
 from train.pictures import BLOCK, Gallery, Pictures, open_pictures
 from train.portraits import data_settings, draw_rows, judge_pictures, training_pictures
-from train.squares import MARGIN, Squares
+from train.squares import Squares, margin
 from train.task import Start
 
 SMALL = Gallery("train", 5, 2, size=32)
+CPU = torch.device("cpu")
+MARGIN = margin(32)
 
 
 def stored(pictures: Pictures, rows: int) -> Tensor:
@@ -230,13 +232,14 @@ def exported_autoencoder(folder: Path, seed: int = 0) -> Path:
 
 
 def test_latents_are_encoded_once_and_carried_on_after_a_kill(tmp_path: Path) -> None:
-    pictures, vae = open_pictures(SMALL, tmp_path / "data"), exported_autoencoder(tmp_path / "vae")
-    first = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu"))
+    pictures = open_pictures(SMALL, tmp_path / "data")
+    codec = WorldCodec(exported_autoencoder(tmp_path / "vae"), CPU)
+    first = Latents(pictures, codec, tmp_path / "latents")
     rows = torch.arange(10)
     whole = first.take(rows)
     with torch.no_grad():
-        raw = first.vae.encode(as_taken(pictures, rows)[0] * 2 - 1).latent
-    wanted = (raw - first.mean.view(1, -1, 1, 1)) / first.std.view(1, -1, 1, 1)
+        raw = codec.vae.encode(as_taken(pictures, rows)[0] * 2 - 1).latent
+    wanted = (raw - codec.mean.view(1, -1, 1, 1)) / codec.std.view(1, -1, 1, 1)
     assert whole.shape == (10, 4, 4, 4)
     assert torch.allclose(whole, wanted, atol=5e-3, rtol=1e-3)
     (state,) = (tmp_path / "latents").glob("*.json")
@@ -244,7 +247,7 @@ def test_latents_are_encoded_once_and_carried_on_after_a_kill(tmp_path: Path) ->
     forget(state, 7)
     values[6], values[7:] = 3.0, 0.0
     values.flush()
-    again = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu")).take(rows)
+    again = Latents(pictures, codec, tmp_path / "latents").take(rows)
     assert (again[6] == 3).all()
     assert torch.allclose(again[7:], whole[7:], atol=5e-3)
 
@@ -254,31 +257,33 @@ def test_another_autoencoder_has_latents_of_its_own(tmp_path: Path) -> None:
     taken = []
     for seed in (0, 1):
         vae = exported_autoencoder(tmp_path / f"vae-{seed}", seed)
-        taken.append(Latents(pictures, vae, tmp_path / "latents", torch.device("cpu")).take(torch.arange(10)))
+        taken.append(Latents(pictures, WorldCodec(vae, CPU), tmp_path / "latents").take(torch.arange(10)))
     assert not torch.allclose(taken[0], taken[1], atol=1e-2)
     assert len(list((tmp_path / "latents").glob("*.f16"))) == 2
 
 
 def test_a_stage_at_low_resolution_sees_the_same_pictures_smaller(tmp_path: Path) -> None:
-    pictures, vae = open_pictures(SMALL, tmp_path / "data"), exported_autoencoder(tmp_path / "vae")
-    small = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu"), 16)
+    pictures = open_pictures(SMALL, tmp_path / "data")
+    codec = WorldCodec(exported_autoencoder(tmp_path / "vae"), CPU)
+    small = Latents(pictures, codec, tmp_path / "latents", 16)
     assert small.values.shape == (10, 4, 2, 2)
-    full = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu"))
+    full = Latents(pictures, codec, tmp_path / "latents")
     assert full.values.shape == (10, 4, 4, 4)
     with torch.no_grad():
         shrunk = torch.nn.functional.avg_pool2d(as_taken(pictures, torch.tensor([3]))[0], 2)
-        wanted = small.vae.encode(shrunk * 2 - 1).latent[0]
-    got = small.take(torch.tensor([3]))[0] * small.std.view(-1, 1, 1) + small.mean.view(-1, 1, 1)
+        wanted = codec.vae.encode(shrunk * 2 - 1).latent[0]
+    got = small.take(torch.tensor([3]))[0] * codec.std.view(-1, 1, 1) + codec.mean.view(-1, 1, 1)
     assert torch.allclose(got, wanted, atol=2e-2)
 
 
 def test_decoding_undoes_the_normalisation(tmp_path: Path) -> None:
-    pictures, vae = open_pictures(SMALL, tmp_path / "data"), exported_autoencoder(tmp_path / "vae")
-    latents = Latents(pictures, vae, tmp_path / "latents", torch.device("cpu"))
+    pictures = open_pictures(SMALL, tmp_path / "data")
+    codec = WorldCodec(exported_autoencoder(tmp_path / "vae"), CPU)
+    latents = Latents(pictures, codec, tmp_path / "latents")
     images = pictures.take(torch.tensor([1, 3]))[0]
     with torch.no_grad():
-        straight = latents.vae.decode(latents.vae.encode(images * 2 - 1).latent).sample / 2 + 0.5
-    drawn = latents.decode(latents.take(torch.tensor([1, 3])))
+        straight = codec.vae.decode(codec.vae.encode(images * 2 - 1).latent).sample / 2 + 0.5
+    drawn = codec.decode(latents.take(torch.tensor([1, 3])))
     assert drawn.shape == (2, 3, 32, 32)
     assert torch.allclose(drawn, straight.clamp(0, 1), atol=2e-2)
 

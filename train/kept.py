@@ -15,6 +15,7 @@ from train.checkpoint import write_json
 from train.pictures import AnyGallery
 
 _BLOCK = 256  # rows worked out and stored at a time
+_PIXELS = 256 * 128**2  # or as many as hold this many pixels, so that large pictures fit into memory
 Rows = np.memmap[tuple[int, ...], Any]
 
 
@@ -32,8 +33,9 @@ def keep(
     if done:
         os.truncate(path, int(np.prod((count, *shape))) * np.dtype(kind).itemsize)
     values = np.memmap(path, kind, "r+" if done else "w+", shape=(count, *shape))
-    for start in track(range(done, count, _BLOCK), words, disable=done >= count):
-        rows = torch.arange(start, min(start + _BLOCK, count))
+    block = max(1, min(_BLOCK, _PIXELS // gallery.size**2))
+    for start in track(range(done, count, block), words, disable=done >= count):
+        rows = torch.arange(start, min(start + block, count))
         values[start : start + len(rows)] = make(rows).numpy()
         values.flush()
         write_json(state, {"gallery": gallery.mark, "rows": start + len(rows)})

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,22 +19,65 @@ from train.task import Start
 from train.task_autoencoder import load_autoencoder
 
 
+class Codec(Protocol):
+    """An autoencoder as a store of latents sees it: pictures to normalised latents, and back."""
+
+    @property
+    def mark(self) -> str:
+        """Digits for what latents depend on besides their picture."""
+        ...
+
+    def shape(self, side: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a picture of `side` pixels."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of images (B, 3, S, S), -1 to 1, on any device; without gradients."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S), 0 to 1; without gradients."""
+        ...
+
+
+class WorldCodec:
+    """The portrait world's autoencoder, from the folder that its stage exported, ready in memory."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.vae, self.mean, self.std = load_autoencoder(folder)
+        self.vae.to(device).eval().requires_grad_(False)
+        self.device = device
+
+    @property
+    def mark(self) -> str:
+        # Latents depend on the encoder and its statistics: a decoder that trained on leaves them valid.
+        facts = f"{fingerprint(self.vae.encoder)} {self.mean.tolist()} {self.std.tolist()}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+    def shape(self, side: int) -> tuple[int, int, int]:
+        cells = side // int(self.vae.spatial_compression_ratio)
+        return int(self.vae.config.latent_channels), cells, cells
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return normalise_latents(self.vae.encode(images.to(self.device)).latent, self.mean, self.std)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        std, mean = (v.to(latents.device).view(1, -1, 1, 1) for v in (self.std, self.mean))
+        drawn: Tensor = self.vae.decode(latents * std + mean).sample
+        return (drawn / 2 + 0.5).clamp(0, 1)
+
+
 class Latents:
     """Normalised latents (N, C, h, w) of every picture; each person's first, the real one, as cheap cameras take it."""
 
-    def __init__(
-        self, pictures: AnyPictures, autoencoder: Path, folder: Path, device: torch.device, side: int | None = None
-    ) -> None:
+    def __init__(self, pictures: AnyPictures, codec: Codec, folder: Path, side: int | None = None) -> None:
         """Of pictures scaled to `side` pixels if given; a stage at low resolution sees the same pictures smaller."""
-        self.vae, self.mean, self.std = load_autoencoder(autoencoder)
-        self.vae.to(device).eval().requires_grad_(False)
-        self.pictures, self.device, full = pictures, device, pictures.gallery.size
+        self.pictures, self.codec, full = pictures, codec, pictures.gallery.size
         self.side = side or full
-        # Latents depend on the encoder and its statistics: a decoder that trained on leaves them valid.
-        facts = f"{fingerprint(self.vae.encoder)} {self.mean.tolist()} {self.std.tolist()}"
-        mark = hashlib.sha256(facts.encode()).hexdigest()[:12] + ("" if self.side == full else f"-{self.side}px")
-        cells = self.side // int(self.vae.spatial_compression_ratio)
-        path, shape = folder / f"latents-{mark}.f16", (int(self.vae.config.latent_channels), cells, cells)
+        mark = codec.mark + ("" if self.side == full else f"-{self.side}px")
+        path, shape = folder / f"latents-{mark}.f16", codec.shape(self.side)
         self.values = keep(path, pictures.gallery, shape, np.float16, self._encode, "encoding pictures")
 
     def take(self, rows: Tensor) -> Tensor:
@@ -44,19 +88,11 @@ class Latents:
         boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
         return face_places(boxes, self.pictures.gallery.size, self.values.shape[-1])
 
-    @torch.no_grad()
     def _encode(self, rows: Tensor) -> Tensor:
-        images = as_taken(self.pictures, rows)[0].to(self.device) * 2 - 1
+        images = as_taken(self.pictures, rows)[0] * 2 - 1
         if self.side != images.shape[-1]:
             images = F.interpolate(images, size=(self.side, self.side), mode="area")
-        return normalise_latents(self.vae.encode(images).latent, self.mean, self.std).half().cpu()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S), 0 to 1."""
-        std, mean = (v.to(latents.device).view(1, -1, 1, 1) for v in (self.std, self.mean))
-        drawn: Tensor = self.vae.decode(latents * std + mean).sample
-        return (drawn / 2 + 0.5).clamp(0, 1)
+        return self.codec.encode(images).half().cpu()
 
 
 def as_taken(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +111,13 @@ def face_places(boxes: Tensor, side: int, cells: int) -> Tensor:
     across = (middle > boxes[:, :1] - half) & (middle < boxes[:, :1] + boxes[:, 2:3] + half)
     down = (middle > boxes[:, 1:2] - half) & (middle < boxes[:, 1:2] + boxes[:, 3:] + half)
     return (down.unsqueeze(2) & across.unsqueeze(1)).unsqueeze(1).float()
+
+
+def squared_error(guess: Tensor, wanted: Tensor, faces: Tensor, face_weight: float) -> Tensor:
+    """Mean squared error (B,) of latents (B, C, h, w) in float32, that much more where the faces (B, 1, h, w) are."""
+    weights = 1 + (face_weight - 1) * faces
+    square = (guess.float() - wanted.float()).square().mean(1, keepdim=True)
+    return (square * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
 
 
 def autoencoder_of(start: Start) -> Path:

@@ -135,6 +135,10 @@ class AnyPictures(Protocol):
         """Images (B, 3, S, S), 0 to 1, and face boxes (B, 4)."""
         ...
 
+    def frames(self, rows: Tensor) -> Tensor:
+        """Width and height of the picture that each square was cut from, and its left and top there, in pixels, (B, 4)."""
+        ...
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -148,6 +152,11 @@ class Pictures:
         """Images (B, 3, S, S), 0 to 1, and face boxes (B, 4)."""
         index = rows.numpy()
         return torch.from_numpy(self.images[index]).float().div_(255), torch.from_numpy(self.boxes[index])
+
+    def frames(self, rows: Tensor) -> Tensor:
+        """Rendered pictures are squares already: their size, and no corner cut off, (B, 4)."""
+        side = float(self.gallery.size)
+        return torch.tensor([side, side, 0.0, 0.0]).expand(len(rows), 4)
 
 
 def open_pictures(gallery: Gallery, folder: Path) -> Pictures:

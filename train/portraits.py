@@ -1,6 +1,7 @@
 """The portrait world as training material: the data settings all tasks share, and batches of rows by image number."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,18 @@ def data_settings(data: Mapping[str, Any]) -> DataSettings:
     return checked(DataSettings, data, "data")
 
 
-def pictures_of(data: Mapping[str, Any], name: str) -> AnyPictures:
-    """The pictures of one gallery, rendered if they are not there yet."""
+def pictures_of(data: Mapping[str, Any], name: str, side: int = SIDE) -> AnyPictures:
+    """The pictures of one gallery, `side` pixels wide and high, rendered if they are not there yet."""
     settings = data_settings(data)
-    named = settings.galleries.get(name)
+    named, folder = settings.galleries.get(name), gallery_folder(data, name, side)
     if named is not None and named.records is not None:
-        return open_recorded(named.records, SIDE, settings.folder / name)
-    return open_pictures(settings.gallery(name), settings.folder / name)
+        return open_recorded(named.records, side, folder)
+    return open_pictures(replace(settings.gallery(name), size=side), folder)
+
+
+def gallery_folder(data: Mapping[str, Any], name: str, side: int = SIDE) -> Path:
+    """Where what is made of a gallery's pictures of that size is kept."""
+    return data_settings(data).folder / (name if side == SIDE else f"{name}-{side}px")
 
 
 def training_pictures(data: Mapping[str, Any]) -> Pictures:

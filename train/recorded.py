@@ -67,8 +67,8 @@ class RecordPictures:
     def __init__(self, gallery: RecordGallery, folder: Path, finder: FaceFinder | None = None) -> None:
         self.gallery = gallery
         self._finder = finder
-        facts = keep(folder / "faces.f32", gallery, (5,), np.float32, self._look, "finding faces")
-        self.boxes, states = np.asarray(facts[:, :4]), facts[:, 4]
+        facts = keep(folder / "faces_and_frames.f32", gallery, (9,), np.float32, self._look, "finding faces")
+        self.boxes, states, self._frames = np.asarray(facts[:, :4]), facts[:, 4], np.asarray(facts[:, 5:])
         gallery.usable = torch.from_numpy(states == _USABLE)
         self._tell(Counter(states.tolist()), folder)
 
@@ -76,6 +76,10 @@ class RecordPictures:
         """Images (B, 3, S, S), 0 to 1, and face boxes (B, 4); grey where a record cannot be used."""
         boxes = torch.from_numpy(self.boxes[rows.numpy()])
         return torch.stack([self._image(row) for row in rows.tolist()]), boxes
+
+    def frames(self, rows: Tensor) -> Tensor:
+        """Width and height of the picture that each square was cut from, and its left and top there, in pixels, (B, 4)."""
+        return torch.from_numpy(self._frames[rows.numpy()])
 
     def _image(self, row: int) -> Tensor:
         if not self.gallery.usable[row]:
@@ -85,8 +89,8 @@ class RecordPictures:
         return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
 
     def _look(self, rows: Tensor) -> Tensor:
-        """Face boxes in the squares and whether the record can be used, (B, 5)."""
-        facts = torch.zeros(len(rows), 5)
+        """Face boxes in the squares, whether the record can be used, and what the square was cut from, (B, 9)."""
+        facts = torch.zeros(len(rows), 9)
         for i, row in enumerate(rows.tolist()):
             record = self.gallery.records[row]
             try:
@@ -99,6 +103,9 @@ class RecordPictures:
                 facts[i, 4] = _FACELESS
             else:
                 facts[i, :4] = torch.tensor(_square(picture, box, self.gallery.size)[1])
+                shrunk = picture.width / record.width if record.width else 1.0
+                frame = (picture.width, picture.height, *_corner(picture, box))
+                facts[i, 5:] = torch.tensor([value / shrunk for value in frame])
         return facts
 
     def _box(self, picture: Image.Image, known: Box | None, width: int | None) -> Box | None:
@@ -139,10 +146,15 @@ def _square(picture: Image.Image, box: Box | None, size: int) -> tuple[Image.Ima
     Pixels are averaged, so that small squares of large photos do not alias.
     """
     assert box is not None, "rows without a box are left out"
-    side = min(picture.size)
-    left, top, width, height = box
-    x = min(max(left + width / 2 - side / 2, 0), picture.width - side)
-    y = min(max(top + height / 2 - side / 2, 0), picture.height - side)
+    side, (x, y) = min(picture.size), _corner(picture, box)
     square = picture.resize((size, size), Image.Resampling.BOX, (x, y, x + side, y + side))
+    left, top, width, height = box
     scale = size / side
     return square, ((left - x) * scale, (top - y) * scale, width * scale, height * scale)
+
+
+def _corner(picture: Image.Image, box: Box) -> tuple[float, float]:
+    """Left and top of that square in the picture."""
+    side, (left, top, width, height) = min(picture.size), box
+    x = min(max(left + width / 2 - side / 2, 0), picture.width - side)
+    return x, min(max(top + height / 2 - side / 2, 0), picture.height - side)

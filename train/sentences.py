@@ -4,14 +4,11 @@ Each picture has one caption in each manner. The frozen encoders' tokens (CLIP, 
 when first asked for; what stands between quotes is handed on as text, because ByT5 trains.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +16,12 @@ from imagine.encoders import TextEncoders, quoted
 from imagine.records import Tokens
 from imagine.sampling import join
 from imagine.weights import fingerprint
+from train.kept_tokens import KeptTokens, cut
 from train.pictures import AnyGallery
 
 STYLES = ("terse", "dense", "rewritten")
 Encode = Callable[[Sequence[str]], Tokens]
 _T5_TOKENS = 128  # the longest dense captions take about 110
-_STEP = 16  # tokens are cut to the longest caption of a batch, rounded up to this
 
 
 @dataclass(frozen=True)
@@ -58,11 +55,8 @@ class SentenceStore:
         self.gallery, self.text = gallery, text
         window = int(text.clip.config.max_position_embeddings)
         count, mark = len(gallery) * len(STYLES), f"{fingerprint(text.clip)}-{fingerprint(text.t5)}-{gallery.mark}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.clip = _map(folder / f"clip-{mark}.f16", (count, window, text.clip.config.hidden_size))
-        self.t5 = _map(folder / f"t5-{mark}.f16", (count, _T5_TOKENS, text.t5.config.d_model))
-        # How many tokens count; written after the tokens, so that 0 means that they are not there yet.
-        self.lengths = _map(folder / f"lengths-{mark}.i16", (count, 2), np.int16)
+        self.clip = KeptTokens(folder / f"clip-{mark}", count, window, int(text.clip.config.hidden_size))
+        self.t5 = KeptTokens(folder / f"t5-{mark}", count, _T5_TOKENS, int(text.t5.config.d_model))
 
     def take(
         self, rows: Tensor, manners: Sequence[str], left_out: Mapping[str, Tensor] = MappingProxyType({})
@@ -72,15 +66,14 @@ class SentenceStore:
         `left_out` says for "clip", "t5" and "byt5" which pictures that branch is told nothing of, (B,) bool.
         """
         texts = self.gallery.captions(rows, manners)
-        places = rows.numpy() * len(STYLES) + np.array([STYLES.index(manner) for manner in manners])
-        self._read({int(place): text for place, text in zip(places, texts, strict=True) if not self.lengths[place, 0]})
-        lengths = torch.from_numpy(self.lengths[places].astype(np.int64))
-        clip, t5 = (_taken(kept, places, lengths[:, i]) for i, kept in enumerate((self.clip, self.t5)))
+        places = caption_places(rows, manners)
+        self._read(dict(zip(places, texts, strict=True)))
+        (clip, clip_lengths), (t5, t5_lengths) = self.clip.take(places), self.t5.take(places)
         gone = {name: left_out.get(name, torch.zeros(len(rows), dtype=torch.bool)) for name in ("clip", "t5", "byt5")}
-        self._leave_out(clip, lengths[:, 0], gone["clip"], self.text.encode_clip)
-        self._leave_out(t5, lengths[:, 1], gone["t5"], self.text.encode_t5)
+        self._leave_out(clip, clip_lengths, gone["clip"], self.text.encode_clip)
+        self._leave_out(t5, t5_lengths, gone["t5"], self.text.encode_t5)
         letters = ["" if silent else quoted(text) for text, silent in zip(texts, gone["byt5"].tolist(), strict=True)]
-        return Sentences(_cut(clip, lengths[:, 0]), _cut(t5, lengths[:, 1]), letters)
+        return Sentences(cut(clip, clip_lengths), cut(t5, t5_lengths), letters)
 
     def _leave_out(self, values: Tensor, lengths: Tensor, gone: Tensor, encode: Encode) -> None:
         """Put the tokens of the empty sentence where `gone` (B,), in place."""
@@ -90,45 +83,20 @@ class SentenceStore:
 
     @torch.no_grad()
     def _read(self, texts: Mapping[int, str]) -> None:
-        """Encode the captions that belong to these places, cut to what a place can hold."""
-        if not texts:
-            return
-        places, written = np.array(list(texts)), list(texts.values())
-        # CLIP's lengths come last: they say that a place is filled.
-        for column, kept, tokens in (
-            (1, self.t5, self.text.encode_t5(written)),
-            (0, self.clip, self.text.encode_clip(written)),
-        ):
-            assert tokens.mask is not None, "both encoders return masks"
-            length = min(kept.shape[1], tokens.values.shape[1])
-            kept[places, :length] = tokens.values[:, :length].half().cpu().numpy()
-            self.lengths[places, column] = tokens.mask[:, :length].sum(1).cpu().numpy()
+        """Encode the captions that belong to these places and are not there yet."""
+        for kept, encode in ((self.t5, self.text.encode_t5), (self.clip, self.text.encode_clip)):
+            if places := kept.missing(list(texts)):
+                kept.write(places, encode([texts[place] for place in places]))
 
 
-def _map(path: Path, shape: tuple[int, ...], kind: Any = np.float16) -> "np.memmap[tuple[int, ...], Any]":
-    mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
-    if mode == "r+":  # a gallery that grew keeps its rows
-        os.truncate(path, int(np.prod(shape)) * np.dtype(kind).itemsize)
-    return np.memmap(path, kind, mode, shape=shape)
-
-
-def _taken(kept: "np.memmap[tuple[int, ...], Any]", places: "np.ndarray[Any, Any]", lengths: Tensor) -> Tensor:
-    """The tokens (B, length, width) of these places, zero beyond their lengths (B,), of which nothing is read."""
-    values = torch.zeros(len(places), *kept.shape[1:])
-    for row, (place, length) in enumerate(zip(places.tolist(), lengths.tolist(), strict=True)):
-        values[row, :length] = torch.from_numpy(kept[place, :length].astype(np.float32))
-    return values
+def caption_places(rows: Tensor, manners: Sequence[str]) -> list[int]:
+    """Where the captions of these pictures stand in a store, each in the manner given for it."""
+    return [row * len(STYLES) + STYLES.index(manner) for row, manner in zip(rows.tolist(), manners, strict=True)]
 
 
 def _first(tokens: Tokens) -> Tensor:
     """The tokens (length, width) of the first sentence that count."""
     return tokens.values[0] if tokens.mask is None else tokens.values[0, tokens.mask[0]]
-
-
-def _cut(values: Tensor, lengths: Tensor) -> Tokens:
-    """Tokens with their mask, as long as the longest needs."""
-    longest = min(values.shape[1], -(-int(lengths.max()) // _STEP) * _STEP)
-    return Tokens(values[:, :longest].contiguous(), torch.arange(longest) < lengths[:, None])
 
 
 def _rows(tokens: Tokens, rows: Tensor) -> Tokens:

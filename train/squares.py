@@ -14,14 +14,18 @@ from train.kept import keep
 from train.latents import as_taken
 from train.pictures import AnyPictures
 
-MARGIN = 3  # pixels of a 64 px crop, on each side
+
+def margin(size: int) -> int:
+    """How many pixels a kept square of `size` pixels is too large on each side: 3 of a crop of 64 pixels."""
+    return max(3, round(3 * size / 64))
 
 
 class Squares:
-    """Masked face crops (B, 3, size, size) of any rows, from squares of `size + 2 * MARGIN` pixels kept on disk."""
+    """Masked face crops (B, 3, size, size) of any rows, from squares larger by a margin, which are kept on disk."""
 
     def __init__(self, pictures: AnyPictures, size: int, folder: Path, noisy: bool) -> None:
-        self.size, self.side = size, size + 2 * MARGIN
+        self.margin = margin(size)
+        self.size, self.side = size, size + 2 * self.margin
         self.pictures, self.noisy = pictures, noisy
         path, shape = folder / f"squares-{self.side}.u8", (3, self.side, self.side)
         self.values = keep(path, pictures.gallery, shape, np.uint8, self._cut, "cutting faces")
@@ -32,9 +36,9 @@ class Squares:
         return (squares.clamp(0, 1) * 255).round().byte()
 
     def take(self, rows: Tensor, shift: Tensor) -> Tensor:
-        """Crops of these rows, each shifted by up to MARGIN pixels either way (`shift` (B, 2), 0 to 1), masked."""
+        """Crops of these rows, each shifted by up to its margin either way (`shift` (B, 2), 0 to 1), masked."""
         squares = torch.from_numpy(self.values[rows.numpy()])
-        places = (shift * (2 * MARGIN + 1)).long().tolist()
+        places = (shift * (2 * self.margin + 1)).long().tolist()
         cut = [s[:, y : y + self.size, x : x + self.size] for s, (y, x) in zip(squares, places, strict=True)]
         whole = torch.stack(cut) if cut else squares[:, :, : self.size, : self.size]
         return (whole.float() / 255 - 0.5) * ellipse(self.size) + 0.5

@@ -1,42 +1,55 @@
 """What is kept of one gallery for the denoiser's stages: pictures, latents, captions as tokens, face crops."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 
-from imagine.encoders import TextEncoders
-from train.latents import Latents
+from train.latents import Codec, Latents
 from train.pictures import AnyPictures
-from train.sentences import SentenceStore
+from train.sources import Drawn, in_order
 from train.squares import Squares
+
+Captions = TypeVar("Captions")
 
 
 @dataclass(frozen=True)
-class Stock:
+class Stock(Generic[Captions]):
     """Everything behind the row numbers of one gallery; `squares` only where a stage needs references."""
 
     pictures: AnyPictures
     latents: Latents
-    sentences: SentenceStore
+    sentences: Captions  # the store of its captions' tokens
     squares: Squares | None = None
 
     def faces(self, rows: Tensor) -> Tensor:
         """Where the faces are in the latents of these rows, (B, 1, h, w), 1 or 0."""
         return self.latents.faces(rows)
 
+    def crops(self, rows: Tensor, shifts: Tensor) -> Tensor:
+        """Face crops (B, 3, S, S) of these rows, shifted a little: `Squares.take`."""
+        assert self.squares is not None, "this task keeps the face crops of all its galleries"
+        return self.squares.take(rows, shifts)
+
 
 def keep_stock(
     pictures: AnyPictures,
-    autoencoder: Path,
-    text: TextEncoders,
+    codec: Codec,
+    sentences: Captions,
     folder: Path,
-    device: torch.device,
     side: int | None = None,
     crop_side: int | None = None,
-) -> Stock:
+) -> Stock[Captions]:
     """Fill `folder` with what is missing of a gallery: latents at `side` pixels, face crops of `crop_side` if given."""
-    latents = Latents(pictures, autoencoder, folder, device, side)
+    latents = Latents(pictures, codec, folder, side)
     squares = None if crop_side is None else Squares(pictures, crop_side, folder, noisy=True)
-    return Stock(pictures, latents, SentenceStore(pictures.gallery, text, folder), squares)
+    return Stock(pictures, latents, sentences, squares)
+
+
+def references(stocks: Mapping[str, Stock[Any]], drawn: Drawn, shifts: Tensor) -> Tensor:
+    """Face crops (B, 3, S, S) of a batch's references, each shifted a little (B, 2)."""
+    by_gallery = drawn.by_gallery()
+    crops = [stocks[name].crops(drawn.references[here], shifts[here]) for name, here in by_gallery.items()]
+    return in_order(list(by_gallery.values()), crops)

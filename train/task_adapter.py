@@ -31,9 +31,7 @@ from train.judging import Examination
 from train.language import parameters
 from train.likeness import Likeness
 from train.sampling import sample
-from train.sources import Drawn, in_order
-from train.squares import Squares
-from train.stock import Stock
+from train.stock import references
 from train.task import Loss, Start
 from train.task_base import (
     ADAPTER_FACTS,
@@ -116,15 +114,9 @@ class AdapterTask(BaseTask):
             targets.latents,
             targets.sentences,
             targets.faces,
-            self._references(drawn, uniforms(seed, "crops", images_seen, size, (2,))),
+            references(self.stocks, drawn, uniforms(seed, "crops", images_seen, size, (2,))),
             1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),
         )
-
-    def _references(self, drawn: Drawn, shifts: Tensor) -> Tensor:
-        """Face crops (B, 3, S, S) of the references, each shifted a little."""
-        by_gallery = drawn.by_gallery()
-        crops = [_squares(self.stocks[name]).take(drawn.references[i], shifts[i]) for name, i in by_gallery.items()]
-        return in_order(list(by_gallery.values()), crops)
 
     def vision_tokens(self, crops: Tensor) -> Tokens:
         return self.adapter.tokens("vision", self.vision(crops))
@@ -162,7 +154,7 @@ class AdapterTask(BaseTask):
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         # Against two references, both another picture: of the same person, and of somebody else.
         targets, firsts = self.held_out_batch(), torch.arange(0, 2 * self.VALIDATION_PEOPLE, 2)
-        crops = _squares(self.held_out).take(firsts, _MIDDLE.expand(len(firsts), 2))
+        crops = self.held_out.crops(firsts, _MIDDLE.expand(len(firsts), 2))
         strength = torch.ones(len(firsts))
         batch = AdapterBatch(targets.latents, targets.sentences, targets.faces, crops, strength)
         batch = to_device(batch, self.start.device)
@@ -214,8 +206,3 @@ class AdapterTask(BaseTask):
         super().export(folder)
         self.vision.save_pretrained(folder / "image_encoder")
         self.adapter.save(folder / "adapter", {**ADAPTER_FACTS, "tokens": str(self.vision.tokens)})
-
-
-def _squares(stock: Stock) -> Squares:
-    assert stock.squares is not None, "this task keeps the face crops of all its galleries"
-    return stock.squares

@@ -17,11 +17,11 @@ from imagine.sampling import Guidance, Inputs, TextTokens, pooled_text
 from train.data import chance, generator, normals, to_device
 from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
-from train.latents import autoencoder_of
+from train.latents import WorldCodec, autoencoder_of, squared_error
 from train.pictures import AnyPictures
 from train.portraits import data_settings, held_out_pictures, pictures_of
 from train.sampling import sample
-from train.sentences import Sentences
+from train.sentences import Sentences, SentenceStore
 from train.sources import Drawn, Mixture, in_order
 from train.stock import Stock, keep_stock
 from train.task import Loss, Start
@@ -131,14 +131,15 @@ class BaseTask:
         pictures = {name: pictures_of(self.start.data, name) for name in sorted(names)}
         galleries = {name: some.gallery for name, some in pictures.items()}
         self.mixture = Mixture(settings.sources, data.sources, galleries, settings.alternate)
+        self.codec = WorldCodec(autoencoder_of(self.start), self.start.device)
         self.stocks = {name: self._stock(some, name) for name, some in pictures.items()}
         held_out = held_out_pictures(self.start.data, self.VALIDATION_PEOPLE)
         self.held_out = self._stock(held_out, f"held-out-{self.VALIDATION_PEOPLE}")
 
-    def _stock(self, pictures: AnyPictures, name: str) -> Stock:
+    def _stock(self, pictures: AnyPictures, name: str) -> Stock[SentenceStore]:
         folder = data_settings(self.start.data).folder / name
-        side, crop = self.settings.resolution, self.crop_side()
-        return keep_stock(pictures, autoencoder_of(self.start), self.text, folder, self.start.device, side, crop)
+        sentences = SentenceStore(pictures.gallery, self.text, folder)
+        return keep_stock(pictures, self.codec, sentences, folder, self.settings.resolution, self.crop_side())
 
     def crop_side(self) -> int | None:
         """Pixels of the face crops that this task needs, if it does."""
@@ -206,16 +207,14 @@ class BaseTask:
 
     def error(self, guess: Tensor, wanted: Tensor, faces: Tensor) -> Tensor:
         """Mean squared error, more so where the faces (B, 1, h, w) are: one number an item, in float32."""
-        weights = 1 + (self.settings.face_weight - 1) * faces
-        square = (guess.float() - wanted.float()).square().mean(1, keepdim=True)
-        return (square * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
+        return squared_error(guess, wanted, faces, self.settings.face_weight)
 
     def show(self, batch: BaseBatch, path: Path) -> None:
         save_grid(self.decode(batch.latents), path, columns=8)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, S, S), 0 to 1, on the CPU."""
-        return self.held_out.latents.decode(latents.to(self.start.device)).cpu()
+        return self.codec.decode(latents.to(self.start.device)).cpu()
 
     def loss(self, batch: BaseBatch, images_seen: int) -> Loss:
         noise, t = self.noise(batch.latents, self.start.seed, images_seen)

@@ -17,7 +17,7 @@ from train.contrast import Temperature, contrast
 from train.data import chance, normals, uniforms
 from train.grids import save_grid
 from train.language import parameters
-from train.latents import Latents, autoencoder_of
+from train.latents import Latents, WorldCodec, autoencoder_of
 from train.likeness import DIMENSIONS, Likeness
 from train.pictures import Pictures
 from train.portraits import data_settings, draw_rows, held_out_pictures, training_pictures
@@ -63,11 +63,12 @@ class LikenessTask:
 
     def prepare(self) -> None:
         self.pictures = training_pictures(self.start.data)
+        self.codec = WorldCodec(autoencoder_of(self.start), self.start.device)
         self.latents = self._latents(self.pictures, "train")
 
     def _latents(self, pictures: Pictures, name: str) -> Latents:
         folder = data_settings(self.start.data).folder / name
-        return Latents(pictures, autoencoder_of(self.start), folder, self.start.device)
+        return Latents(pictures, self.codec, folder)
 
     def batch(self, images_seen: int, size: int) -> LikenessBatch:
         gallery = self.pictures.gallery
@@ -81,7 +82,7 @@ class LikenessTask:
 
     def show(self, batch: LikenessBatch, path: Path) -> None:
         some = batch.latents[:16].flatten(0, 1).to(self.start.device)
-        save_grid(self.latents.decode(some).cpu(), path, columns=8)
+        save_grid(self.codec.decode(some).cpu(), path, columns=8)
 
     def loss(self, batch: LikenessBatch, images_seen: int) -> Loss:
         count, seed, device = len(batch.latents), self.start.seed, batch.latents.device

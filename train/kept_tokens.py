@@ -1,0 +1,62 @@
+"""Tokens of one frozen encoder for every sentence of a gallery, written once, behind the sentences' places."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagine.records import Tokens
+
+_STEP = 16  # tokens are cut to the longest sentence of a batch, rounded up to this
+
+
+class KeptTokens:
+    """`count` places for up to `length` tokens of `width` numbers, in half precision, and how many each holds.
+
+    A place that holds none is not written yet. What lies beyond a sentence's end is never written, so the file takes
+    the disk only what the sentences need.
+    """
+
+    def __init__(self, path: Path, count: int, length: int, width: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.values = _map(path.with_suffix(".f16"), (count, length, width), np.float16)
+        # Written after the tokens, so that 0 means that they are not there yet.
+        self.lengths = _map(path.with_suffix(".lengths"), (count,), np.int16)
+
+    def missing(self, places: Sequence[int]) -> list[int]:
+        """Those of the places that hold nothing yet, each once."""
+        return [place for place in dict.fromkeys(places) if not self.lengths[place]]
+
+    def write(self, places: Sequence[int], tokens: Tokens) -> None:
+        """Keep the tokens (B, L, width) that count, cut to what a place can hold."""
+        mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
+        values = tokens.values.to("cpu", torch.float16)
+        for place, row, counts in zip(places, values, mask, strict=True):
+            kept = row[counts][: self.values.shape[1]]
+            self.values[place, : len(kept)] = kept.numpy()
+            self.lengths[place] = len(kept)
+
+    def take(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Tokens (B, length, width) of these places, zero beyond their lengths (B,), of which nothing is read."""
+        lengths = self.lengths[np.asarray(places)].astype(np.int64)
+        values = torch.zeros(len(places), *self.values.shape[1:])
+        for row, (place, length) in enumerate(zip(places, lengths.tolist(), strict=True)):
+            values[row, :length] = torch.from_numpy(self.values[place, :length].astype(np.float32))
+        return values, torch.from_numpy(lengths)
+
+
+def cut(values: Tensor, lengths: Tensor) -> Tokens:
+    """Tokens with their mask, as long as the longest needs."""
+    longest = min(values.shape[1], -(-int(lengths.max()) // _STEP) * _STEP)
+    return Tokens(values[:, :longest].contiguous(), torch.arange(longest) < lengths[:, None])
+
+
+def _map(path: Path, shape: tuple[int, ...], kind: Any) -> "np.memmap[tuple[int, ...], Any]":
+    mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
+    if mode == "r+":  # a gallery that grew keeps its rows
+        os.truncate(path, int(np.prod(shape)) * np.dtype(kind).itemsize)
+    return np.memmap(path, kind, mode, shape=shape)
