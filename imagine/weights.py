@@ -15,7 +15,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,12 @@ if TYPE_CHECKING:  # headers and folders are looked at without torch, which take
 FORMAT_VERSION = "1"
 INDEX = "model_index.json"
 PIPELINE = "ImaginePipeline"
+STOCK_PIPELINES = tuple(  # diffusers' Stable Diffusion 1.5 and XL, which imagine.stock makes to know people
+    f"StableDiffusion{size}{control}{task}Pipeline"
+    for size in ("", "XL")
+    for control in ("", "ControlNet")
+    for task in ("", "Img2Img", "Inpaint")
+)
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png"]  # never a pickle
@@ -47,28 +53,36 @@ def default_folder() -> Path:
     )
 
 
-def resolve_folder(source: str | os.PathLike[str] | None = None, **hub: Any) -> Path:
+def resolve_folder(
+    source: str | os.PathLike[str] | None = None, also: Collection[str] = (), variant: str | None = None, **hub: Any
+) -> Path:
     """Return the folder that `source` means: None is the default, else a folder, else a hub repository owner/name.
 
-    `hub` are options of huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).
+    `also` names pipelines of others that are welcome too, `variant` which of their files. `hub` are options of
+    huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).
     Raises WeightsError if there are no weights there.
     """
     if source is None:
         return default_folder()
     folder = Path(source).expanduser()
     if folder.is_dir():
-        read_index(folder)
+        read_index(folder, also)
         return folder
     if folder.exists():
         raise WeightsError(f"{source} is a file; name the folder of weights that holds {INDEX}.")
-    # A mistyped path below a folder that exists must not turn into a question to the network.
-    if _HUB_ID.fullmatch(os.fspath(source)) and not Path(folder.parts[0]).is_dir():
-        return _fetch(os.fspath(source), hub)
+    if is_hub_id(source):
+        return _fetch(os.fspath(source), also, variant, hub)
     raise WeightsError(f"There is no folder {source}; name one that holds weights, or leave it out for the default.")
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """Return what model_index.json says. Raises WeightsError unless it is a pipeline of ours."""
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Whether a path that does not exist can be meant as a hub repository owner/name."""
+    # A mistyped path below a folder that exists must not turn into a question to the network.
+    return _HUB_ID.fullmatch(os.fspath(source)) is not None and not Path(source).parent.is_dir()
+
+
+def read_index(folder: Path, also: Collection[str] = ()) -> dict[str, Any]:
+    """Return what model_index.json says. Raises WeightsError unless the pipeline is ours, or one of `also`."""
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -78,8 +92,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise WeightsError(f"{folder / INDEX} cannot be read as JSON; copy or download the weights again.") from error
     name = index.get("_class_name") if isinstance(index, dict) else None
+    if name in also:
+        return index
     if name != PIPELINE:
-        raise WeightsError(f"{folder} holds a {name}, not an {PIPELINE}; name a folder that imagine saved.")
+        others = " or one of Stable Diffusion 1.5 or XL" if also else ""
+        raise WeightsError(f"{folder} holds a {name}, not an {PIPELINE}; name a folder that imagine saved{others}.")
     version = index.get("format_version")
     if version != FORMAT_VERSION:
         raise WeightsError(
@@ -168,18 +185,43 @@ def fingerprint(module: "nn.Module") -> str:
     return digest.hexdigest()[:16]
 
 
-def _fetch(repository: str, hub: dict[str, Any]) -> Path:
-    from huggingface_hub import snapshot_download
+def _fetch(repository: str, also: Collection[str], variant: str | None, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
 
+    with fetching(repository):
+        index = read_index(Path(hf_hub_download(repository, INDEX, **hub)).parent, also)
+        if index["_class_name"] == PIPELINE:
+            return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **hub))
+        from diffusers import DiffusionPipeline  # which knows what to leave out of such a repository
+
+        return Path(DiffusionPipeline.download(repository, variant=variant, use_safetensors=True, **hub))
+
+
+@contextmanager
+def fetching(repository: str) -> Iterator[None]:
+    """Turn whatever goes wrong while `repository` is fetched from the hub into a WeightsError that says what to do."""
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **hub))
+        yield
+    except WeightsError:
+        raise
     except Exception as error:  # no network, no such repository, no permission: all mean that it is not to be had
         raise WeightsError(
-            f"There is no folder {repository}, and a hub repository of that name could not be fetched; "
-            "check the path, or the name and your connection."
+            f"There is no folder {repository}, and a hub repository of that name could not be fetched; check the name "
+            "and your connection, or download it where there is one and give the path of its local folder."
         ) from error
-    read_index(folder)
-    return folder
+
+
+def fetch_component(source: str | os.PathLike[str], **hub: Any) -> Path:
+    """Return the folder of one model or tokenizer: a folder, or a hub repository owner/name, which is downloaded."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if not is_hub_id(source):
+        raise WeightsError(f"There is no folder {source}; check the path.")
+    from huggingface_hub import snapshot_download
+
+    with fetching(os.fspath(source)):
+        return Path(snapshot_download(os.fspath(source), allow_patterns=_HUB_FILES, **hub))
 
 
 def dtype_word(cls: type) -> str:
