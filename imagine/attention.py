@@ -308,6 +308,7 @@ def _joined(
 
 def attention_layers(denoiser: nn.Module) -> dict[str, Attention]:
     """Return the denoiser's attention layers by module path, in the order in which diffusers enumerates processors."""
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps a module in another, and its paths too
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, Attention)}
 
 

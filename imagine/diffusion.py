@@ -99,6 +99,7 @@ def guide(
     text_scale: float,
     identity_scale: float,
     rescale: float = 0.0,
+    balanced: Tensor | None = None,
 ) -> Tensor:
     """Combine three predictions (batch, ...) by classifier-free guidance on the sentence and on the person.
 
@@ -107,13 +108,34 @@ def guide(
     `text` has seen the sentence, `full` the sentence and the reference. Scales of 1 and 1 give `full`; identity_scale 0
     gives plain guidance on the sentence (the two-condition form of InstructPix2Pix, arXiv 2211.09800, equation 3).
     `rescale` in [0, 1] pulls each result's spread back to that of `full` (arXiv 2305.08891, equations 15 and 16).
+    The two differences of batch items marked in `balanced` (batch,) are first brought to one norm (see `balance`).
     """
-    guided = unconditional + text_scale * (text - unconditional) + identity_scale * (full - text)
+    towards_text, towards_person = text - unconditional, full - text
+    if balanced is not None:
+        towards_text, towards_person = balance(towards_text, towards_person, balanced)
+    guided = unconditional + text_scale * towards_text + identity_scale * towards_person
     if rescale == 0:
         return guided
     wanted = full.flatten(1).std(dim=1)
     actual = guided.flatten(1).std(dim=1).clamp_min(torch.finfo(guided.dtype).tiny)
     return torch.lerp(guided, guided * per_item(wanted / actual, guided), rescale)
+
+
+def balance(text: Tensor, identity: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale two guidance vectors (batch, ...) to the smaller of their norms, for the items marked in `where` (batch,).
+
+        g_text * m / |g_text|,   g_identity * m / |g_identity|   with m = min(|g_text|, |g_identity|)
+
+    SynCD's way of inference (arXiv 2502.01720; `normalized_guidance_image` in its code), so that neither the sentence
+    nor the person outweighs the other, whatever the adapter's own strength, and high scales do not overexpose. SynCD
+    adds the person first and the sentence second; here it is the other way round, as in `guide`. An item where one of
+    the two is zero has nothing to balance.
+    """
+    norms = [vector.float().flatten(1).norm(dim=1) for vector in (text, identity)]
+    smaller = torch.minimum(*norms)
+    where = where & (smaller > 0)
+    factors = [torch.where(where, smaller / norm, 1.0) for norm in norms]
+    return text * per_item(factors[0], text), identity * per_item(factors[1], identity)
 
 
 def normalise_latents(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,12 +26,14 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
 from imagine import weights
 from imagine.adapter import Adapter, check_attached
-from imagine.diffusion import denormalise_latents
+from imagine.controls import ALL, Blocks, Window, block_factors
+from imagine.diffusion import add_noise, denormalise_latents, normalise_latents
 from imagine.encoders import TextEncoders
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.faces import FaceChoice, FaceFinder, crop_face, default_finder
@@ -40,6 +42,7 @@ from imagine.photos import open_photo
 from imagine.records import Tokens
 from imagine.request import Person, Request, check_choice, finite, read_requests, whole
 from imagine.sampling import VISION, Guidance, GuidedDenoiser, Inputs, TextTokens, repeat
+from imagine.second_pass import RefineFaces, SecondPass, SmallFace, keep_outside, noise_after, shown_cells
 
 ADAPTERS = ("text_adapter", "adapter")  # our components that diffusers cannot save or load by itself
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
@@ -56,11 +59,18 @@ class ImagineOutput(BaseOutput):
     """What a call returns.
 
     `images` is a list of PIL pictures, an array (B, H, W, 3) or tensor (B, 3, H, W) in 0..1, or latents. `faces` says
-    which faces were used, one entry per photo: picture by picture, person by person.
+    which faces were used, one entry per photo: picture by picture, person by person. `refined` counts the small faces
+    that a second pass redrew (refine_faces), and `notes` says in a sentence each where it could not.
     """
 
     images: Any
     faces: list[Face]
+    refined: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The pair (images, faces), as return_dict=False gives it."""
+        return self.images, self.faces
 
 
 @dataclass
@@ -358,7 +368,11 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         guidance_scale: float | None = None,
         identity_guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        guidance_balance: bool = False,
         identity_scale: "float | Sequence[float] | Tensor" = 1.0,
+        identity_window: "Window | Sequence[float]" = (0.0, 1.0),
+        identity_blocks: Blocks = ALL,
+        refine_faces: "RefineFaces | bool" = False,
         negative_prompt: "str | Sequence[str] | None" = None,
         num_images_per_prompt: int = 1,
         generator: "torch.Generator | Sequence[torch.Generator] | None" = None,
@@ -380,8 +394,13 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             reference for each prompt.
         guidance_scale: how strictly the sentence is followed; 1 is off. identity_guidance_scale is the same for the
             person; by default both are one (two denoiser passes a step), otherwise each step takes three.
+        guidance_balance: bring both to one norm before their scales apply (diffusion.balance), in three passes a step.
         identity_scale: strength of the identity branch, one number or one per prompt; 0 gives the base's own picture,
             bit for bit. negative_prompt: what to steer away from.
+        identity_window: the steps in which the person acts, as shares of all: (0, 0.8) leaves out the last fifth.
+        identity_blocks: the denoiser's blocks in which the person acts: "all", a preset such as "coarse", or strengths
+            in diffusers' form, {"down": {"block_2": [0.0, 1.0]}}, where what is not named gets 0 (controls.presets).
+        refine_faces: True, or a RefineFaces with other settings: draw small faces once more, enlarged (second_pass).
         generator: one, from which pictures draw in turn, or one per picture.
         face, on_no_face: which face of a photo, and what to do without one (see `faces.crop_face`).
         callback_on_step_end: called as (pipe, step, timestep, tensors), may return changed "latents" or
@@ -391,29 +410,42 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         Raises ImagineError (PromptError, PictureError, FaceError, WeightsError, ConfigError) with one sentence.
         """
         size = self._latent_size(height, width)
-        guidance = self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale)
+        guidance = self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale, guidance_balance)
         scheduler = self._scheduler(num_inference_steps, sigmas, size)
         copies = whole("num_images_per_prompt", num_images_per_prompt)
         on_step = _OnStep.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        window, refining = Window.read(identity_window), RefineFaces.read(refine_faces, output_type)
+        factors = block_factors(self.unet, identity_blocks)
         check_attached(self.unet, self._adapters())
         requests, text, negative = self._read(
             prompt, reference, prompt_embeds, negative_prompt, negative_prompt_embeds, copies
         )
         personas = self._see(requests, face, on_no_face)
-        inputs = Inputs(text, negative, self._vision(personas, copies))
+        inputs = Inputs(text, negative, self._vision(personas, copies), factors)
         strength = self._strength(identity_scale, personas, copies)
         start = self._noise(len(strength), size, generator, latents)
-        token = _call.set(_Call(guidance, len(scheduler.timesteps)))
+        steps = len(scheduler.timesteps)
+        token = _call.set(_Call(guidance, steps))
+        refined, notes = 0, list[str]()
         try:
             denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
-            drawn = self._denoise(denoiser, start, strength, scheduler, on_step)
+            drawn = self._denoise(denoiser, start, strength, scheduler, window.steps(steps), on_step)
+            images = (
+                drawn if output_type == "latent" else self._decode(drawn, output_type if refining is None else "pt")
+            )
+            if refining is not None:
+                shown = [people for people in personas for _ in range(copies)]
+                again = SecondPass(refining, refining.levels(steps), window, start, strength, shown, denoiser)
+                if not self.interrupt:
+                    side = int(self.unet.config.sample_size) * self.vae_scale_factor
+                    refined, notes = again.refine(images, side, self.finder, self._redraw)
+                images = self.image_processor.postprocess(images, output_type, [False] * len(images))
         finally:
             _call.reset(token)
-        images = drawn if output_type == "latent" else self._decode(drawn, output_type)
         self.maybe_free_model_hooks()
         faces = [face for people in personas for persona in people for face in persona.faces]
-        return ImagineOutput(images, faces) if return_dict else cast(Any, (images, faces))
+        return ImagineOutput(images, faces, refined, notes) if return_dict else cast(Any, (images, faces))
 
     def _read(
         self,
@@ -511,13 +543,13 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         sides = [usual if side is None else side // self.vae_scale_factor for side in (height, width)]
         return sides[0], sides[1]
 
-    def _guidance(self, text: float | None, identity: float | None, rescale: float) -> Guidance:
+    def _guidance(self, text: float | None, identity: float | None, rescale: float, balanced: bool) -> Guidance:
         """The call's guidance; the weights' own where it names none at all."""
         if text is None and identity is None:
             identity = self.config.default_identity_guidance_scale
         text = finite("guidance_scale", self.config.default_guidance_scale if text is None else text)
         identity = None if identity is None else finite("identity_guidance_scale", identity)
-        return Guidance(text, identity, finite("guidance_rescale", rescale))
+        return Guidance(text, identity, finite("guidance_rescale", rescale), bool(balanced))
 
     def _scheduler(self, steps: int | None, sigmas: Sequence[float] | None, size: tuple[int, int]) -> Any:
         """A copy of the scheduler for this call alone, its timesteps set."""
@@ -563,9 +595,18 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         return torch.stack([each.to(device) for each in drawn])
 
     def _denoise(
-        self, denoiser: GuidedDenoiser, latents: Tensor, strength: Tensor, scheduler: Any, on_step: "_OnStep | None"
+        self,
+        denoiser: GuidedDenoiser,
+        latents: Tensor,
+        strength: Tensor,
+        scheduler: Any,
+        acts: Sequence[bool],
+        on_step: "_OnStep | None",
     ) -> Tensor:
-        """Take every step from noise to clean latents, in float32 whatever the denoiser's precision."""
+        """Take every step from noise to clean latents, in float32 whatever the denoiser's precision.
+
+        `acts` says for each step whether the people act in it, at a strength (pictures,) that a callback may change.
+        """
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         call = self._running()
         with self.progress_bar(total=len(scheduler.timesteps)) as bar:
@@ -573,7 +614,8 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 if call.interrupt:
                     break
                 scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)(latents, timestep)
-                velocity = denoiser.velocity(scaled.to(self.unet.dtype), timestep, strength, call.guidance)
+                acting = strength if acts[number] else torch.zeros_like(strength)
+                velocity = denoiser.velocity(scaled.to(self.unet.dtype), timestep, acting, call.guidance)
                 latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
                 if on_step is not None:
                     tensors = {"latents": latents, "identity_scale": strength}
@@ -583,6 +625,38 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                     latents, strength = tensors["latents"], tensors["identity_scale"]
                 bar.update()
         return latents
+
+    def _redraw(self, faces: Sequence[SmallFace], squares: Tensor, again: SecondPass) -> Tensor:
+        """Each face's square (faces, 3, S, S) in 0..1 drawn again as its person, with the same sentence."""
+        clean = self.encode_pictures(squares)
+        noise = torch.stack([noise_after(again.start[face.picture], clean.shape[1:]) for face in faces])
+        rows = torch.tensor([face.picture for face in faces], device=again.strength.device)
+        vision = self._vision([[again.people[face.picture][face.person]] for face in faces], 1)
+        # Plain noise levels: what `sigmas` says is what is used, whatever schedule the first pass took.
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=again.levels, device=clean.device)
+        keep = keep_outside(clean, noise, again.levels, shown_cells(faces, clean, again.settings))
+        latents = self._denoise(
+            GuidedDenoiser(self.unet, again.denoiser.inputs.rows(rows, vision), again.denoiser.arguments),
+            add_noise(clean, noise, torch.full((len(faces),), again.levels[0], device=clean.device)),
+            again.strength[rows],
+            scheduler,
+            again.acts,
+            _OnStep(keep, ("latents",)),
+        )
+        return cast(Tensor, self._decode(latents, "pt"))
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in 0..1 as normalised latents in float32: decoding backwards, without noise."""
+        pixels = (pictures * 2 - 1).to(self._execution_device, self.vae.dtype)
+        out = self.vae.encode(pixels)
+        latents = (out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent).float()
+        latents = latents * float(getattr(self.vae.config, "scaling_factor", 1.0) or 1.0)
+        if self.config.latents_mean is None or self.config.latents_std is None:
+            return latents
+        mean, std = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
+        return normalise_latents(latents, mean, std)
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
         """Turn normalised latents into pictures."""

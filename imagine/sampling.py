@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from imagine.adapter import prepare
+from imagine.controls import Factors, layer_scales
 from imagine.diffusion import guide
 from imagine.encoders import pooled
 from imagine.errors import WeightsError
@@ -28,29 +29,37 @@ NOTHING, SENTENCE, PEOPLE = (False, False), (True, False), (True, True)
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strictly sentence and person are followed; 1 or less is off. An identity of None follows the sentence's."""
+    """How strictly sentence and person are followed; 1 or less is off. An identity of None follows the sentence's.
+
+    With `balanced` both pull equally hard (diffusion.balance) before their scales apply, which takes a pass for each.
+    """
 
     text: float
     identity: float | None = None
     rescale: float = 0.0
+    balanced: bool = False
 
     def passes(self, people: bool) -> tuple[Pass, ...]:
         """Return the passes that a step takes, for pictures with or without people."""
         full = PEOPLE if people else SENTENCE
-        if self.identity is None or not people or self.identity == self.text:
+        together = self.identity in (None, self.text) and not (self.balanced and self.text > 1)
+        if together or not people:
             return (full,) if self.text <= 1 else (NOTHING, full)
         return NOTHING, SENTENCE, PEOPLE
 
-    def combine(self, predictions: Sequence[Tensor]) -> Tensor:
-        """Combine the predictions of `passes`, in their order."""
+    def combine(self, predictions: Sequence[Tensor], people: Tensor | None = None) -> Tensor:
+        """Combine the predictions of `passes`, in their order; people (pictures,): which show anybody (None: all)."""
         if len(predictions) == 1:
             return predictions[0]
         if len(predictions) == 2:
             unconditional, full = predictions
             return guide(unconditional, full, full, self.text, 1.0, self.rescale)
-        assert self.identity is not None
         unconditional, sentence, full = predictions
-        return guide(unconditional, sentence, full, self.text, self.identity, self.rescale)
+        identity = self.text if self.identity is None else self.identity
+        balanced = None
+        if self.balanced:
+            balanced = torch.ones(len(full), dtype=torch.bool, device=full.device) if people is None else people
+        return guide(unconditional, sentence, full, self.text, identity, self.rescale, balanced)
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,17 @@ class Inputs:
     """All pictures of one call: what to say, what to say instead where nothing is said, and whom to show.
 
     `vision` has a row per picture, without a token that counts where it shows nobody; None: no picture shows anybody.
+    `factors` multiply the person's strength by attention layer (controls.block_factors); None: everywhere by 1.
     """
 
     text: TextTokens
     negative: TextTokens
     vision: Tokens | None
+    factors: Factors | None = None
+
+    def rows(self, rows: Tensor, vision: Tokens | None) -> "Inputs":
+        """The same sentences for pictures by number (any, also repeatedly), with other people."""
+        return Inputs(_text_rows(self.text, rows), _text_rows(self.negative, rows), vision, self.factors)
 
     def stacked(self, passes: Sequence[Pass], strength: Tensor) -> tuple[Tokens, Conditioning]:
         """Return CLIP's tokens and the conditioning of one denoiser call over all passes; strength is (pictures,)."""
@@ -72,7 +87,8 @@ class Inputs:
         if self.vision is None or not any(with_people for _, with_people in passes):
             return clip, Conditioning(branches)
         scales = torch.cat([strength if with_people else torch.zeros_like(strength) for _, with_people in passes])
-        return clip, Conditioning({**branches, VISION: join([self.vision] * len(passes))}, {VISION: scales})
+        branches[VISION] = join([self.vision] * len(passes))
+        return clip, Conditioning(branches, {VISION: layer_scales(scales, self.factors)})
 
 
 class GuidedDenoiser:
@@ -99,7 +115,7 @@ class GuidedDenoiser:
             cross_attention_kwargs=options,
             return_dict=False,
         )[0]
-        return guidance.combine(predicted.chunk(len(passes)))
+        return guidance.combine(predicted.chunk(len(passes)), strength != 0)
 
     def _prepare(self, passes: tuple[Pass, ...], strength: Tensor) -> None:
         made = self._made_for
@@ -121,6 +137,15 @@ def pooled_text(unet: Any, clip: Tokens, branches: Mapping[str, Tokens]) -> Tens
             "This denoiser hears the sentence from T5 too, but no adapter reads T5: load its text_adapter."
         )
     return pooled(clip, branches["t5"])
+
+
+def _text_rows(text: TextTokens, rows: Tensor) -> TextTokens:
+    return take(text[0], rows), {name: take(tokens, rows) for name, tokens in text[1].items()}
+
+
+def take(tokens: Tokens, rows: Tensor) -> Tokens:
+    """Batch items by number."""
+    return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])
 
 
 def join(rows: Sequence[Tokens]) -> Tokens:

@@ -1,0 +1,196 @@
+"""Windows and blocks: what leaves a picture bit for bit as it is, what each does, and what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+
+from imagine.attention import attention_layers
+from imagine.controls import Window, block_factors, layer_scales, presets
+from imagine.diffusion import balance, guide
+from imagine.errors import ConfigError
+from imagine.pipeline import ImaginePipeline
+from tests import tiny
+
+PROMPT = "a person smiling on a beach"
+ONES = {"down": 1.0, "mid": 1.0, "up": 1.0}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ImaginePipeline:
+    return tiny.pipeline()
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Any:
+    """A random UNet with SDXL's blocks, narrow and with fewer layers in each."""
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16, 16), norm_num_groups=4, layers_per_block=2, cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2,
+    )  # fmt: skip
+
+
+def draw(pipe: ImaginePipeline, reference: Any = None, **options: Any) -> torch.Tensor:
+    call: dict[str, Any] = {"prompt": PROMPT, "generator": tiny.generator(7), "num_inference_steps": 2, **options}
+    pictures = pipe(reference=tiny.photo(1) if reference is None else reference, output_type="pt", **call).images
+    assert isinstance(pictures, torch.Tensor)
+    return pictures
+
+
+def base(pipe: ImaginePipeline, **options: Any) -> torch.Tensor:
+    return draw(pipe, identity_scale=0.0, **options)
+
+
+# --- the window -------------------------------------------------------------------------------------------------------
+def test_an_open_window_changes_nothing_and_a_closed_one_leaves_the_base(pipe: ImaginePipeline) -> None:
+    assert torch.equal(draw(pipe, identity_window=(0, 1)), draw(pipe))
+    for closed in ((0, 0), (1, 1), (0.5, 0.5)):
+        assert torch.equal(draw(pipe, identity_window=closed), base(pipe))
+
+
+def test_each_half_of_the_window_does_its_part(pipe: ImaginePipeline) -> None:
+    early, late = (draw(pipe, identity_window=window) for window in ((0, 0.5), (0.5, 1)))
+    pictures = [draw(pipe), base(pipe), early, late]
+    assert all((one - other).abs().max() > 1e-4 for place, one in enumerate(pictures) for other in pictures[:place])
+
+
+def test_steps_are_counted_by_what_is_done_when_they_begin() -> None:
+    assert Window(0, 0.5).steps(4) == [True, True, False, False]
+    assert Window(0.5, 1).steps(4) == [False, False, True, True]
+    assert Window(0, 0.8).steps(20) == [True] * 16 + [False] * 4  # shares of decimals meet exactly
+    assert Window(0.1, 0.2).steps(4) == [False] * 4
+
+
+def test_a_callback_and_the_window_multiply(pipe: ImaginePipeline) -> None:
+    seen: list[float] = []
+
+    def off(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(float(tensors["identity_scale"]))
+        return {"identity_scale": torch.zeros_like(tensors["identity_scale"])}
+
+    options = {"callback_on_step_end": off, "callback_on_step_end_tensor_inputs": ["identity_scale"]}
+    switched = draw(pipe, **options)
+    assert torch.equal(switched, draw(pipe, identity_window=(0, 0.5)))
+    assert seen == [1.0, 0.0]
+    assert torch.equal(draw(pipe, identity_window=(0.5, 1), **options), base(pipe))
+    assert seen[2:] == [1.0, 0.0]  # the callback sees the strength itself, whether or not the window is open
+
+
+@pytest.mark.parametrize("window", [(0.8, 0.2), (-0.1, 1), (0, 1.5), (0,), 0.5, "0:1", (0, float("nan")), (0, "1")])
+def test_windows_that_are_none_are_refused(window: Any) -> None:
+    with pytest.raises(ConfigError, match="identity_window"):
+        Window.read(window)
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("guidance", [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "identity_guidance_scale": 2.0}])
+def test_all_blocks_by_name_or_by_ones_change_nothing(pipe: ImaginePipeline, guidance: dict[str, float]) -> None:
+    plain = draw(pipe, **guidance)
+    assert torch.equal(draw(pipe, identity_blocks="all", **guidance), plain)
+    assert torch.equal(draw(pipe, identity_blocks=ONES, **guidance), plain)
+    assert torch.equal(draw(pipe, identity_blocks={}, **guidance), base(pipe, **guidance))
+    assert torch.equal(draw(pipe, identity_blocks={"down": 0, "mid": [0.0]}, **guidance), base(pipe, **guidance))
+
+
+def test_presets_draw_different_pictures_and_complete_each_other(pipe: ImaginePipeline) -> None:
+    known = presets(pipe.unet)
+    assert list(known) == ["coarse", "fine", "down", "mid", "up"]
+    assert sorted([*known["coarse"], *known["fine"]]) == sorted([*known["down"], *known["mid"], *known["up"]])
+    assert known["fine"][0] == "down_blocks.0.attentions.0" and "mid_block.attentions.0" in known["coarse"]
+    pictures = [draw(pipe), base(pipe), *(draw(pipe, identity_blocks=name) for name in ("coarse", "fine"))]
+    assert all((one - other).abs().max() > 1e-4 for place, one in enumerate(pictures) for other in pictures[:place])
+
+
+def test_blocks_and_strength_multiply_picture_by_picture(pipe: ImaginePipeline) -> None:
+    two = {"prompt": [PROMPT] * 2, "generator": [tiny.generator(7), tiny.generator(7)]}
+    halved = draw(pipe, **two, identity_scale=[1.0, 0.0], identity_blocks={side: 0.5 for side in ONES})
+    assert (halved[:1] - draw(pipe, identity_scale=0.5)).abs().max() < 1e-4
+    assert (halved[1:] - base(pipe)).abs().max() < 1e-4
+
+
+def test_the_lora_of_a_block_follows_its_branch(pipe: ImaginePipeline) -> None:
+    factors = block_factors(pipe.unet, "mid")
+    assert factors is not None
+    assert {name.rpartition(".")[2] for name in factors} == {"attn1", "attn2"}
+    assert all(name.startswith("mid_block.attentions.0.") for name in factors)
+    scales = layer_scales(torch.tensor([0.5, 2.0]), factors)
+    assert isinstance(scales, dict) and scales.keys() == factors.keys()
+    assert all(isinstance(each, torch.Tensor) and each.tolist() == [0.5, 2.0] for each in scales.values())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"down": {"block_2": [0.0, 1.0]}, "up": {"block_0": [0.0, 1.0, 0.0]}},
+        {"down": {"block_1": 0.3}, "mid": 2.0},
+        {"up": 0.5},
+        {"up": {"block_0": [0.1, 0.2, 0.3], "block_1": [0.4]}, "mid": [0.7]},
+    ],
+)
+def test_the_mapping_means_what_it_means_to_diffusers(sdxl: Any, given: dict[str, Any]) -> None:
+    theirs = _maybe_expand_lora_scales(sdxl, [given], default_scale=0.0)[0]
+    mine = block_factors(sdxl, given) or {}
+    for layer in attention_layers(sdxl):
+        (block,) = [block for block in theirs if layer.startswith(f"{block}.")]
+        assert mine.get(layer, 0.0) == theirs[block]
+
+
+def test_instant_style_is_for_sdxl_alone(sdxl: Any, pipe: ImaginePipeline) -> None:
+    known = presets(sdxl)
+    assert known["style"] == ("up_blocks.0.attentions.1",) and known["layout"] == ("down_blocks.2.attentions.1",)
+    style = block_factors(sdxl, "style")
+    assert style == block_factors(sdxl, {"up": {"block_0": [0, 1, 0]}}) and style
+    with pytest.raises(ConfigError, match="no identity_blocks 'style': choose all, coarse, fine, down, mid or up,"):
+        draw(pipe, identity_blocks="style")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("nonsense", "no identity_blocks 'nonsense': choose all, coarse"),
+        ({"sideways": 1.0}, "'sideways', where this denoiser does not attend: choose down, up or mid"),
+        ({"down": {"block_7": 1.0}}, "'block_7', where this denoiser does not attend: choose block_0 or block_1"),
+        ({"up": {"block_0": [1, 2, 3, 4]}}, "4 strengths for 2 attention blocks"),
+        ({"mid": "much"}, "'much' must be a number"),
+    ],
+)
+def test_blocks_that_are_none_are_refused(pipe: ImaginePipeline, given: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        draw(pipe, identity_blocks=given)
+
+
+# --- balanced guidance ------------------------------------------------------------------------------------------------
+def test_both_guidance_vectors_are_brought_to_the_smaller_norm() -> None:
+    text, identity = torch.randn(3, 4, 2, 2), 5 * torch.randn(3, 4, 2, 2)
+    identity[2] = 0
+    one, other = balance(text, identity, torch.tensor([True, False, True]))
+    assert torch.equal(one[1:], text[1:]) and torch.equal(other[1:], identity[1:])  # not asked for; nothing to balance
+    assert torch.allclose(one[0].norm(), other[0].norm()) and torch.equal(one[0], text[0])
+    assert torch.allclose(torch.nn.functional.cosine_similarity(other[0].flatten(), identity[0].flatten(), 0).abs(),
+                          torch.tensor(1.0))  # fmt: skip
+
+
+def test_balanced_guidance_is_guidance_with_balanced_vectors() -> None:
+    nothing, sentence, full = torch.randn(3, 2, 4, 2, 2)
+    everybody = torch.tensor([True, True])
+    text, identity = balance(sentence - nothing, full - sentence, everybody)
+    guided = guide(nothing, sentence, full, 3.0, 2.0, balanced=everybody)
+    assert torch.equal(guided, nothing + 3.0 * text + 2.0 * identity)
+    assert torch.equal(
+        guide(nothing, sentence, full, 3.0, 2.0, balanced=~everybody), guide(nothing, sentence, full, 3.0, 2.0)
+    )
+
+
+def test_balance_leaves_pictures_without_people_and_calls_without_guidance(pipe: ImaginePipeline) -> None:
+    balanced = draw(pipe, guidance_scale=3.0, guidance_balance=True)
+    assert (balanced - draw(pipe, guidance_scale=3.0, identity_guidance_scale=3.001)).abs().max() > 1e-3
+    assert torch.equal(draw(pipe, guidance_scale=1.0, guidance_balance=True), draw(pipe, guidance_scale=1.0))
+    both = pipe(
+        [PROMPT] * 2, reference=[tiny.photo(1), None], guidance_scale=3.0, guidance_balance=True, output_type="pt",
+        generator=[tiny.generator(7), tiny.generator(7)], num_inference_steps=2,
+    ).images  # fmt: skip
+    assert (both[:1] - balanced).abs().max() < 1e-4
+    assert (both[1:] - base(pipe, guidance_scale=3.0)).abs().max() < 1e-4
