@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
@@ -30,28 +29,25 @@ from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
-from imagine import weights
+from imagine import stock, weights
 from imagine.adapter import Adapter, check_attached
 from imagine.controls import ALL, Blocks, Window, block_factors
 from imagine.diffusion import add_noise, denormalise_latents, normalise_latents
 from imagine.encoders import TextEncoders
 from imagine.errors import ConfigError, PromptError, WeightsError
-from imagine.faces import FaceChoice, FaceFinder, crop_face, default_finder
-from imagine.persona import Face, Persona, concatenate
-from imagine.photos import open_photo
-from imagine.records import Tokens
-from imagine.request import Person, Request, check_choice, finite, read_requests, whole
-from imagine.sampling import VISION, Guidance, GuidedDenoiser, Inputs, TextTokens, repeat
+from imagine.faces import FaceChoice, FaceFinder
+from imagine.looking import FINDER, Looking, check_encoder, facts
+from imagine.persona import Face
+from imagine.request import Request, check_choice, finite, read_requests, whole
+from imagine.sampling import Guidance, GuidedDenoiser, Inputs, TextTokens, repeat
 from imagine.second_pass import RefineFaces, SecondPass, SmallFace, keep_outside, noise_after, shown_cells
+from imagine.stock_files import HUB_OPTIONS
 
 ADAPTERS = ("text_adapter", "adapter")  # our components that diffusers cannot save or load by itself
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-FINDER = "finder"
 
 Callback = Callable[..., Any]  # a function, or one of diffusers' PipelineCallback objects
-
-_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 
 @dataclass
@@ -85,7 +81,7 @@ class _Call:
 _call: ContextVar[_Call | None] = ContextVar("imagine_call", default=None)
 
 
-class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Makes pictures of a person from one photo and a sentence.
 
     `latents_mean` and `latents_std` (one number per latent channel) normalise the latents. The `default_*` values,
@@ -149,8 +145,6 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         )
         self.vae_scale_factor = int(self.vae.spatial_compression_ratio)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._finder: FaceFinder | None = None
-        self._finder_folder: Path | None = None
         for part in self._adapters():
             if not _is_attached(self.unet, part):
                 part.attach(self.unet)
@@ -169,12 +163,19 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     ) -> "ImaginePipeline":
         """Load the shipped weights (no argument), a folder, or a hub repository owner/name; only the last downloads.
 
+        A folder or repository of Stable Diffusion 1.5 or XL becomes the pipeline of `imagine.stock` that has its name,
+        and takes the arguments of its `from_pretrained`.
+
         Weights are brought to `dtype` (float32; torch_dtype is its older name). Components given by name replace those
         in the folder. Every tensor must fit: raises WeightsError, in one sentence, if something is missing or wrong.
         """
-        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        folder = weights.resolve_folder(source, **hub)
-        index = weights.read_index(folder)
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        folder = weights.resolve_folder(source, weights.STOCK_PIPELINES, kwargs.get("variant"), **hub)
+        index = weights.read_index(folder, weights.STOCK_PIPELINES)
+        if index["_class_name"] in weights.STOCK_PIPELINES:
+            precision = dtype or torch_dtype
+            more = {} if precision is None else {"dtype": precision}
+            return getattr(stock, index["_class_name"]).from_pretrained(folder, finder=finder, **more, **hub, **kwargs)
         chosen = dtype or torch_dtype or torch.float32
         for name in TOKENIZERS:
             if name not in kwargs:
@@ -192,6 +193,17 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         pipe._finder_folder = folder / FINDER
         return pipe
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Return a pipeline that knows people around the components of another one, which are shared, not copied.
+
+        diffusers' Stable Diffusion 1.5 and XL pipelines become those of `imagine.stock`; parts given by name are added
+        or replace others. Raises ConfigError for any other kind.
+        """
+        if isinstance(pipeline, ImaginePipeline):
+            return super().from_pipe(pipeline, **kwargs)
+        return stock.imagined(type(pipeline)).from_pipe(pipeline, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save every component in its present precision, our adapters and the face finder's files included."""
         folder = Path(save_directory)
@@ -202,7 +214,7 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             if part is None:
                 shutil.rmtree(folder / name, ignore_errors=True)  # not one that an earlier save left there
             else:
-                part.save(folder / name, {**_facts(part), "encoder_fingerprint": self.encoder_fingerprint})
+                part.save(folder / name, {**facts(part), "encoder_fingerprint": self.encoder_fingerprint})
         weights.forget_paths(folder)  # where the parts came from is nobody's business who gets them next
         source = self._finder_folder
         if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
@@ -217,7 +229,7 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         """Put this identity adapter (an object, or a saved folder or file) in place of the present one."""
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.unet)
         adapter.to(self.unet.device, self.unet.dtype)
-        _check_encoder(adapter, self.encoder_fingerprint)
+        check_encoder(adapter, self.encoder_fingerprint)
         self.unload_adapter()
         if not _is_attached(self.unet, adapter):
             adapter.attach(self.unet)
@@ -232,21 +244,9 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
         return adapter
 
     @property
-    def encoder_fingerprint(self) -> str:
-        """Tells this vision encoder from others: personas and adapters say which one they were made with."""
-        return weights.fingerprint(self.image_encoder)
-
-    @property
-    def finder(self) -> FaceFinder:
-        """What finds faces in photos; set it to use another. By default the weights' own finder and the cascade."""
-        if self._finder is None:
-            folder = self._finder_folder
-            self._finder = default_finder(folder if folder is not None and folder.is_dir() else _shipped_finder())
-        return self._finder
-
-    @finder.setter
-    def finder(self, finder: FaceFinder) -> None:
-        self._finder = finder
+    def reference_encoder(self) -> nn.Module:
+        """The encoder that looks at references."""
+        return cast(nn.Module, self.image_encoder)
 
     # --- what diffusers' callbacks and tools expect -----------------------------------------------------------------
 
@@ -297,45 +297,7 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
             raise RuntimeError("no call is running: set this from callback_on_step_end")
         return call
 
-    # --- looking and reading ----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def enroll(
-        self, photos: Any, face: FaceChoice = "largest", on_no_face: Literal["error", "whole"] = "error"
-    ) -> Persona:
-        """Look at one photo, or several of the same person, and return the persona.
-
-        Tokens of several photos are put one after the other: attention takes from each what it needs. Raises
-        PictureError or FaceError, naming the photo, if one cannot be used.
-        """
-        references = tuple(photos) if isinstance(photos, (list, tuple)) else (photos,)
-        if not references:
-            raise PromptError("There is no photo to enroll: give at least one.")
-        return self._look(Person("", references), face, on_no_face)
-
-    def _look(self, person: Person, face: FaceChoice, on_no_face: Literal["error", "whole"]) -> Persona:
-        """One person's photos and personas as one persona; faces are called after the photos."""
-        known = [
-            each if isinstance(each, Persona) else self._look_at(each, number, face, on_no_face)
-            for number, each in enumerate(person.references, 1)
-        ]
-        encoder = self.encoder_fingerprint
-        for each in known:
-            each.check_encoder(encoder)
-        faces = [one for each in known for one in each.faces]
-        if person.name:
-            faces = [replace(one, reference=f"{person.name}: {one.reference}") for one in faces]
-        return Persona(concatenate([each.features.to("cpu") for each in known]), encoder, tuple(faces))
-
-    def _look_at(self, photo: Any, number: int, face: FaceChoice, on_no_face: Literal["error", "whole"]) -> Persona:
-        if isinstance(photo, (str, os.PathLike)) and Path(photo).suffix == ".safetensors":
-            return Persona.load(photo)
-        size = int(self.image_encoder.config.image_size)
-        crop = crop_face(open_photo(photo), self.finder, size, face, on_no_face)
-        name = os.fspath(photo) if isinstance(photo, (str, os.PathLike)) else f"photo {number}"
-        pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].float() / 255
-        features = self.image_encoder(pixels.to(self._execution_device, self.image_encoder.dtype))[0]
-        return Persona(features.float().cpu(), self.encoder_fingerprint, (Face.of(crop, name),))
+    # --- reading ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_prompt(self, prompts: "str | Sequence[str]") -> TextTokens:
@@ -479,58 +441,6 @@ class ImaginePipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
                 )
             negative_embeds = self.encode_prompt(negatives)
         return requests, _copies(embeds, copies), _copies(negative_embeds, copies)
-
-    def _see(
-        self, requests: Sequence[Request], face: FaceChoice, on_no_face: Literal["error", "whole"]
-    ) -> list[list[Persona]]:
-        """Look at everybody once, however many pictures they are in; one list of people per request."""
-        seen: dict[tuple[Any, ...], Persona] = {}
-        people: list[list[Persona]] = []
-        for request in requests:
-            people.append([])
-            for person in request.people:
-                # Paths are equal by value; pictures and personas by identity, and the requests keep them alive.
-                key = (
-                    person.name,
-                    *(each if isinstance(each, (str, os.PathLike)) else id(each) for each in person.references),
-                )
-                if key not in seen:
-                    seen[key] = self._look(person, face, on_no_face)
-                people[-1].append(seen[key])
-        if seen and self.adapter is None:
-            raise WeightsError(
-                "This pipeline has no identity adapter: load one with load_adapter, or give no reference."
-            )
-        return people
-
-    def _vision(self, personas: Sequence[Sequence[Persona]], copies: int) -> Tokens | None:
-        """Vision tokens (pictures, longest, width) of everybody in each picture; None if there is nobody at all."""
-        if not any(personas):
-            return None
-        rows = [concatenate([persona.features for persona in people]) if people else None for people in personas]
-        longest = max(len(row) for row in rows if row is not None)
-        width = next(row.shape[1] for row in rows if row is not None)
-        features, mask = torch.zeros(len(rows), longest, width), torch.zeros(len(rows), longest, dtype=torch.bool)
-        for number, row in enumerate(rows):
-            if row is not None:
-                features[number, : len(row)] = row
-                mask[number, : len(row)] = True
-        device = self._execution_device
-        assert self.adapter is not None  # or `_see` would have raised
-        tokens = self.adapter.tokens(VISION, features.to(device, self.unet.dtype), mask.to(device))
-        return repeat(Tokens(tokens.values) if mask.all() else tokens, copies)
-
-    def _strength(
-        self, scale: "float | Sequence[float] | Tensor", personas: Sequence[Sequence[Persona]], copies: int
-    ) -> Tensor:
-        """The identity scale of every picture, (pictures,); 0 where it shows nobody."""
-        scales = torch.as_tensor(scale, dtype=torch.float32).flatten()
-        if len(scales) not in (1, len(personas)) or not scales.isfinite().all():
-            raise ConfigError(
-                f"identity_scale={scale!r} must be one number, or one for each of {len(personas)} prompts."
-            )
-        present = torch.tensor([bool(people) for people in personas], dtype=torch.float32)
-        return (scales * present).repeat_interleave(copies).to(self._execution_device)
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Latent height and width of pictures of this height and width in pixels."""
@@ -709,24 +619,8 @@ def _load_adapters(folder: Path, parts: Mapping[str, Any], dtype: torch.dtype) -
         if name in parts or not (folder / name).is_dir():
             continue
         found[name] = Adapter.load(folder / name, parts["unet"]).to(dtype).eval()
-        _check_encoder(found[name], weights.fingerprint(parts["image_encoder"]))
+        check_encoder(found[name], weights.fingerprint(parts["image_encoder"]))
     return found
-
-
-def _check_encoder(adapter: Adapter, encoder: str) -> None:
-    """Raise WeightsError if the adapter says that it was trained with another vision encoder."""
-    trained = adapter.metadata.get("encoder_fingerprint", encoder)
-    if VISION in (spec.name for spec in adapter.branch_specs) and trained != encoder:
-        raise WeightsError(
-            f"This adapter was trained with the vision encoder {trained}, but the pipeline has {encoder}: "
-            "take the image_encoder folder that belongs to the adapter."
-        )
-
-
-def _facts(part: Adapter) -> dict[str, str]:
-    """What a saved adapter must say of itself, from its own file if it came from one."""
-    unknown = {name: "unspecified" for name in ("base", "encoder", "feature_layer", "tokens", "licence")}
-    return {**unknown, **part.metadata}
 
 
 def _is_attached(unet: nn.Module, adapter: Adapter) -> bool:
@@ -735,15 +629,6 @@ def _is_attached(unet: nn.Module, adapter: Adapter) -> bool:
     except WeightsError:
         return False
     return True
-
-
-def _shipped_finder() -> Path | None:
-    """The finder among the shipped weights, for pipelines whose own folder has none."""
-    try:
-        folder = weights.default_folder() / FINDER
-    except WeightsError:
-        return None
-    return folder if folder.is_dir() else None
 
 
 def _copies(text: TextTokens, copies: int) -> TextTokens:

@@ -13,9 +13,13 @@ pipelines by it: what is saved here is a stock folder to every other tool, with 
 
 import functools
 import inspect
+import os
+import shutil
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -26,11 +30,12 @@ from imagine.adapter import Adapter, check_attached, prepare
 from imagine.encoders import TextEncoders
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.faces import FaceChoice
-from imagine.looking import Looking, OnNoFace, check_encoder, identity_spec
+from imagine.looking import FINDER, Looking, OnNoFace, check_encoder, identity_spec
 from imagine.records import Conditioning, Scale, Tokens
 from imagine.request import Request, read_requests
 from imagine.sampling import VISION, join, repeat
-from imagine.weights import STOCK_PIPELINES
+from imagine.stock_files import HUB_OPTIONS, load_parts, save_beside, saved_beside
+from imagine.weights import STOCK_PIPELINES, hushed, resolve_folder
 
 T5, BYT5 = "t5", "byt5"  # the text branches, as text adapters call them
 TEXT_BRANCHES = (T5, BYT5)
@@ -84,6 +89,55 @@ class Personal(Looking):
             made._finder, made._finder_folder, made._eyes = pipeline._finder, pipeline._finder_folder, pipeline._eyes
         return made if dtype is None else made.to(dtype=dtype)
 
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a stock folder, or a hub repository, through the stock loader; our adapters too, if they lie there.
+
+        Takes the stock arguments. Parts may be given as objects or by name (a folder or a hub id), among them
+        `vision_encoder`, `t5_encoder` and `byt5_encoder`, and a face finder as `finder`.
+        Raises WeightsError, in one sentence, if something is missing, wrong or out of reach.
+        """
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        finder = kwargs.pop("finder", None)
+        folder = resolve_folder(source, STOCK_PIPELINES, kwargs.get("variant"), **hub)
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        kwargs |= load_parts(kwargs, dtype if isinstance(dtype, torch.dtype) else None, **hub)
+        kwargs.setdefault("use_safetensors", True)
+        with hushed(), in_a_sentence(folder):
+            pipe = cast(Any, super()).from_pretrained(os.fspath(folder), **kwargs)
+        pipe._finder, pipe._finder_folder = finder, folder / FINDER
+        for path in saved_beside(folder):
+            pipe._add(Adapter.load(path, pipe._denoiser), path.name)
+        return pipe
+
+    @classmethod
+    def from_single_file(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As the stock loader; without a network, give `config`, a local folder of a pipeline of the same kind."""
+        kwargs |= load_parts({name: each for name, each in kwargs.items() if name in COMPONENTS}, kwargs.get("dtype"))
+        try:
+            with hushed():
+                return cast(Any, super()).from_single_file(os.fspath(source), **kwargs)
+        except (OSError, ValueError) as error:
+            raise WeightsError(
+                f"{os.fspath(source)} cannot be loaded ({_reason(error)}); without a network, also give config=FOLDER, "
+                "a local folder of a pipeline of the same kind, whose weights are not needed."
+            ) from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the stock components as diffusers does, and beside them our adapters and the face finder's files."""
+        folder = Path(save_directory)
+        with hushed():
+            cast(Any, super()).save_pretrained(os.fspath(folder), **kwargs)
+        adapters: dict[str, Adapter | None] = {"text_adapter": self.text_adapter, "adapter": self.adapter}
+        adapters |= {f"ip_{number}": each for number, each in enumerate(self.ip_adapters)}
+        seeing = self.reference_encoder is not None or self._eyes is not None
+        save_beside(folder, adapters, self.encoder_fingerprint if seeing else None, COMPONENTS)
+        source = self._finder_folder
+        if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
+            shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
+
     # --- adapters ---------------------------------------------------------------------------------------------------
 
     @property
@@ -109,12 +163,17 @@ class Personal(Looking):
         if self.reference_encoder is not None:
             check_encoder(adapter, self.encoder_fingerprint)
         place: Literal["adapter", "text_adapter"] = "adapter" if VISION in names else "text_adapter"
-        adapter.to(self.unet.device, self.unet.dtype)
-        if getattr(self, place) is adapter:
-            return
-        self.unload_adapter(place)
-        adapter.attach(self._denoiser)
-        setattr(self, place, adapter.eval())
+        if getattr(self, place) is not adapter:
+            self.unload_adapter(place)
+            self._add(adapter, place)
+
+    def _add(self, adapter: Adapter, place: str) -> None:
+        """Attach an adapter and remember it as `text_adapter`, `adapter` or one of `ip_adapters`."""
+        adapter.to(self.unet.device, self.unet.dtype).eval().attach(self._denoiser)
+        if place.startswith("ip_"):
+            self.ip_adapters.append(adapter)
+        else:
+            setattr(self, place, adapter)
 
     def unload_adapter(self, name: Literal["adapter", "text_adapter"] = "adapter") -> Adapter | None:
         """Take an adapter off the denoiser, leaving the base exactly as before it; return it, or None."""
@@ -374,6 +433,21 @@ def _last(record: Conditioning, count: int) -> Conditioning:
         for name, each in record.scales.items()
     }
     return Conditioning(branches, scales, {name: each[-count:] for name, each in record.regions.items()})
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+@contextmanager
+def in_a_sentence(folder: Path) -> Iterator[None]:
+    """Turn what the stock loader raises into a WeightsError: each library fails in its own way."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:
+        raise WeightsError(f"{folder} cannot be loaded ({_reason(error)}); copy or download it again.") from error
 
 
 def _at(tokens: Tokens, device: torch.device, dtype: torch.dtype) -> Tokens:

@@ -1,0 +1,106 @@
+"""Files of stock pipelines that know people: their parts by name, and our adapters beside them.
+
+A folder stays one that diffusers loads by itself; what it does not know lies in folders of its own, `adapter`,
+`text_adapter` and `ip_0`, `ip_1` ..., and in entries of model_index.json that it passes over.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imagine import weights
+from imagine.adapter import Adapter
+from imagine.errors import WeightsError
+from imagine.looking import facts
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+_CLASSES = {  # of parts that may be given by the name of a folder or a hub repository
+    "t5_encoder": ("transformers", "T5EncoderModel"),
+    "byt5_encoder": ("transformers", "T5EncoderModel"),
+    "vision_encoder": ("imagine.encoders", "VisionEncoder"),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
+    "controlnet": ("diffusers", "ControlNetModel"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+
+
+def load_parts(given: Mapping[str, Any], dtype: "torch.dtype | None", **hub: Any) -> dict[str, Any]:
+    """Those of a pipeline's parts that were given by name, loaded; an encoder's name also stands for its tokenizer.
+
+    Raises WeightsError, in one sentence that names the part, if a name is no folder and cannot be fetched.
+    """
+    named = {name: each for name, each in given.items() if isinstance(each, (str, os.PathLike))}
+    for name in ("t5", "byt5"):
+        if f"{name}_encoder" in named and given.get(f"{name}_tokenizer") is None:
+            named[f"{name}_tokenizer"] = named[f"{name}_encoder"]
+    return {name: _load_part(name, source, dtype, hub) for name, source in named.items()}
+
+
+def _load_part(name: str, source: Any, dtype: "torch.dtype | None", hub: Mapping[str, Any]) -> Any:
+    if name not in _CLASSES and name not in ("t5_tokenizer", "byt5_tokenizer"):
+        raise WeightsError(f"{name}={os.fspath(source)!r} cannot be loaded by name: load it, and give the object.")
+    try:
+        folder = weights.fetch_component(source, **hub)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{name}={os.fspath(source)!r} is no folder here and could not be fetched from the hub: download it where "
+            f"there is a network, and give the local folder, as in {name}='path/to/folder'."
+        ) from error
+    if name.endswith("tokenizer"):
+        return _load_tokenizer(folder)
+    library, class_name = _CLASSES[name]
+    if name == "vision_encoder" and _class_of(folder) != class_name:
+        library, class_name = _CLASSES["image_encoder"]
+    return weights.load_model(folder, library, class_name, dtype or torch.float32)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with weights.hushed():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{folder} holds no tokenizer that can be loaded; copy or download it again.") from error
+
+
+def _class_of(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name"))
+    except (OSError, ValueError):
+        return None  # which loading it then says in a sentence
+
+
+def save_beside(
+    folder: Path, adapters: Mapping[str, Adapter | None], encoder: str | None, ours: Collection[str]
+) -> None:
+    """Put adapters by name into a folder that diffusers has just saved, and take absent ones of earlier saves out.
+
+    `encoder` is the vision encoder's fingerprint; `ours` are components whose absence model_index.json need not tell.
+    """
+    for path in folder.glob("ip_*"):
+        if path.name not in adapters:
+            shutil.rmtree(path)
+    for name, adapter in adapters.items():
+        if adapter is None:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        else:
+            made_with = {} if encoder is None or name.startswith("ip_") else {"encoder_fingerprint": encoder}
+            adapter.save(folder / name, {**facts(adapter), **made_with})
+    weights.forget_paths(folder)  # where the parts came from is nobody's business who gets them next
+    index = json.loads((folder / weights.INDEX).read_text(encoding="utf-8"))
+    kept = {name: each for name, each in index.items() if name not in ours or each != [None, None]}
+    (folder / weights.INDEX).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def saved_beside(folder: Path) -> list[Path]:
+    """The adapters in a pipeline's folder, in the order in which they are attached."""
+    names = ["text_adapter", "adapter", *(f"ip_{number}" for number in range(len(list(folder.glob("ip_*")))))]
+    return [folder / name for name in names if (folder / name).is_dir()]
