@@ -28,6 +28,7 @@ from data_synth.recognisers import KnownFace, Recogniser
 from data_synth.records import Ask, Candidate, Reference, Rejection
 from imagine.errors import BadRecordError, ConfigError, PictureError
 from imagine.photos import Photo, read_photo
+from imagine.shard_writer import check_picture
 from imagine.shards import open_records
 
 UNREAD = "a file that cannot be read"
@@ -42,7 +43,6 @@ STRANGER = "a stranger among the photos of a person"
 FEW = "too few photos of a person"
 
 _PICTURES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|heif)$", re.IGNORECASE)
-_KEPT = ("JPEG", "MPO", "PNG", "WEBP")  # formats that shards hold; others become PNG files
 _TOGETHER = 16  # photos that are looked at at once
 _SPREAD = 0.05  # of similarities: photos of one person never agree more closely than this
 
@@ -243,8 +243,11 @@ def _opened_one(found: _Found, content: bytes, settings: ImportSettings, seen: "
     if before is not None:
         return _rejected(found.name, reason, f"{found.name} is like {before}.")
     facts = {**({"licence": settings.licence} if settings.licence else {}), **found.facts}
-    reference = Reference(key, _stored(content, photo), found.person, found.caption, facts)
-    return _Looked(reference, found.name, photo.image, max(photo.size) / max(photo.image.size))
+    stored, scale = _stored(content, photo), max(photo.size) / max(photo.image.size)
+    if stored is not content:  # it is `photo.image` now, and so are its pixels
+        facts |= {"box": [value / scale for value in facts["box"]]} if "box" in facts else {}
+        scale = 1.0
+    return _Looked(Reference(key, stored, found.person, found.caption, facts), found.name, photo.image, scale)
 
 
 def _shorter_side(content: bytes) -> int | None:
@@ -257,9 +260,12 @@ def _shorter_side(content: bytes) -> int | None:
 
 
 def _stored(content: bytes, photo: Photo) -> bytes:
-    """The photo as a file that shards can hold: its own where it is one."""
-    if photo.format in _KEPT:
+    """The photo as a file that shards can hold: its own where it is one, and whole: some open that were cut short."""
+    try:
+        check_picture(photo.name, content)
         return content
+    except BadRecordError:
+        pass
     file = io.BytesIO()
     photo.image.save(file, format="PNG")
     return file.getvalue()

@@ -21,7 +21,7 @@ from data_synth.steps import Recipe
 from data_synth.store import Result, Store
 from imagine.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
 _TOGETHER = 64  # results a transaction
 
 

@@ -99,7 +99,7 @@ class ShardWriter:
             raise BadRecordError(f"Record {record.key} has no caption: give it one.")
         if not _KEY.fullmatch(record.key) or record.key in self._keys:
             raise BadRecordError(f"{record.key!r} cannot be a key here: give one without dots, once a shard.")
-        width, height, ending = _looked_at(record.key, picture)
+        width, height, ending = check_picture(record.key, picture)
         record = replace(record, width=width, height=height)
         members = {ending: picture, "txt": record.caption.encode("utf-8", "replace"), "json": _json_of(record)}
         tar = self._tar or self._begin()
@@ -172,8 +172,8 @@ def _open_folder(address: str, about: About, records_per_shard: int) -> tuple[An
     return filesystem, folder
 
 
-def _looked_at(key: str, picture: bytes) -> tuple[int, int, str]:
-    """Width and height, held upright, and the file ending of a picture."""
+def check_picture(key: str, picture: bytes) -> tuple[int, int, str]:
+    """Width and height, held upright, and the file ending of a picture that shards can hold; else BadRecordError."""
     try:
         with Image.open(io.BytesIO(picture)) as image:
             ending = _ENDINGS[image.format or ""]

@@ -1,11 +1,13 @@
 """Builds from photos on disk: what is wrong with some stops nothing, and photos are read again only if one changed."""
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from data_synth import importing
 from data_synth.config import BuildConfig
@@ -32,6 +34,13 @@ def steps(log: Path) -> Counter[str]:
     return counted
 
 
+def as_png(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(content)) as image:
+        image.save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
@@ -45,8 +54,9 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_what_cannot_be_used_is_counted_by_reason_and_stops_nothing(photos: Path, tmp_path: Path) -> None:
+    (photos / "cut.png").write_bytes(as_png(photo(4, 0))[:-12])  # it opens, and no shard would take it as it is
     out = built(config(photos), tmp_path / "out")
-    assert (out.funnel.photos, out.funnel.references, out.funnel.targets) == (7, 4, 8)
+    assert (out.funnel.photos, out.funnel.references, out.funnel.targets) == (8, 5, 10)
     reasons = out.funnel.as_json()["rejected"]["import"]
     assert reasons == {importing.SAME: 1, importing.DAMAGED: 2}
     told = [json.loads(line) for line in (tmp_path / "out" / "rejections.jsonl").read_text().splitlines()]
@@ -55,9 +65,12 @@ def test_what_cannot_be_used_is_counted_by_reason_and_stops_nothing(photos: Path
     )
     assert json.loads((tmp_path / "out" / "card.json").read_text())["rejected"]["import"] == reasons
     assert out.manifest["counts"]["pairs"] > 0
-    reference = next(iter(open_records(tmp_path / "out", cache=tmp_path / "cache")))
-    assert reference.image and reference.read() in {photo(number, 0) for number in range(4)}, "the file as it came"
-    assert reference.box is not None
+    records = [one for one in open_records(tmp_path / "out", cache=tmp_path / "cache") if one.reference is None]
+    came = {f"{number}.jpg": photo(number, 0) for number in range(4)}
+    assert len(records) > 1 and all(one.box is not None for one in records)
+    files = {one.extra["file"]: one.read() for one in records}
+    assert files.pop("cut.png") == as_png(photo(4, 0)), "mended"
+    assert all(came[name] == content for name, content in files.items()), "as it came"
 
 
 def test_photos_are_looked_at_again_only_if_one_changed(photos: Path, tmp_path: Path) -> None:

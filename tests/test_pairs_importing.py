@@ -94,17 +94,20 @@ def test_broken_tiny_faceless_and_double_photos_are_told_apart(tmp_path: Path) -
         "h.png": as_file(first.resize((48, 48))),
         "i.png": as_file(Image.new("RGB", (128, 128), (90, 140, 200))),
         "j.png": as_file(group_photo()),
+        "k.png": as_file(photos()[1][0])[:-12],  # its last chunk is missing: all decoders open it, and no shard takes it
         "notes.txt": b"not a picture",
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     references, rejections = imported(tmp_path)
-    assert [one.facts["file"] for one in references] == ["a.png", "b.jpg"]
+    assert [one.facts["file"] for one in references] == ["a.png", "b.jpg", "k.png"]
+    with Image.open(io.BytesIO(references[2].image)) as mended:
+        mended.verify()
     assert reasons(rejections) == {
         "c.png": SAME, "d.jpg": NEAR, "e.png": DAMAGED, "f.png": DAMAGED, "g.jpg": DAMAGED,
         "h.png": SMALL, "i.png": NO_FACE, "j.png": SEVERAL,
     }  # fmt: skip
-    assert len(imported(tmp_path, duplicates=None)[0]) == 3  # but never the same file twice
+    assert len(imported(tmp_path, duplicates=None)[0]) == 4  # but never the same file twice
 
 
 def test_a_reference_is_as_it_was_imported(tmp_path: Path) -> None:
@@ -127,6 +130,15 @@ def test_other_formats_become_png(tmp_path: Path) -> None:
     with Image.open(io.BytesIO(only.image)) as image:
         assert image.format == "PNG"
         assert np.array_equal(np.asarray(image), np.asarray(photos()[1][0]))
+
+
+def test_a_box_follows_its_picture_into_another_format(tmp_path: Path) -> None:
+    photos()[1][0].resize((4096, 4096)).save(tmp_path / "large.bmp")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "large.bmp", "box": [400, 800, 2000, 2400]}')
+    (only,) = import_references(ImportSettings(source=str(tmp_path)))
+    assert isinstance(only, Reference)
+    with Image.open(io.BytesIO(only.image)) as image:
+        assert image.size == (2048, 2048) and only.facts["box"] == [200, 400, 1000, 1200]
 
 
 def test_small_faces_and_groups_as_the_settings_say(tmp_path: Path) -> None:
