@@ -358,9 +358,8 @@ def _check_specs(branches: Sequence[BranchSpec]) -> None:
             raise ConfigError(f"A branch cannot be called {spec.name!r}, which torch uses itself; take another word.")
         if (spec.projection is None) != (spec.input_width is None):
             raise ConfigError(f"Branch {spec.name!r} must give both projection and input_width, or neither.")
-        if spec.projection == "plus" and any(
-            (each or spec.width) % PLUS_HEAD for each in (spec.inner_width, spec.attention_width)
-        ):
+        inner = spec.inner_width or spec.width
+        if spec.projection == "plus" and (inner % PLUS_HEAD or (spec.attention_width or inner) % PLUS_HEAD):
             raise ConfigError(
                 f"Branch {spec.name!r}: the widths inside a plus projection must be multiples of {PLUS_HEAD}."
             )

@@ -49,6 +49,7 @@ class VisionEncoder(ModelMixin, ConfigMixin):
 
     Sizes are numbers, recorded in config.json. `embed_width` is the width of the contrastive embedding; at the default
     it equals the small CLIP text model's width, so that text's pooled output needs no projection of its own.
+    `quick_gelu` is the activation of OpenAI's own CLIP weights; those of OpenCLIP have the exact one.
     """
 
     @register_to_config
@@ -61,9 +62,10 @@ class VisionEncoder(ModelMixin, ConfigMixin):
         heads: int = 5,
         mlp_ratio: float = 4.0,
         embed_width: int = 192,
+        quick_gelu: bool = False,
     ) -> None:
         super().__init__()
-        from open_clip.transformer import VisionTransformer
+        from open_clip.transformer import QuickGELU, VisionTransformer
 
         if layers < 2:
             raise ValueError(f"features come from the penultimate layer, so {layers} layers are too few")
@@ -75,6 +77,7 @@ class VisionEncoder(ModelMixin, ConfigMixin):
             heads=heads,
             mlp_ratio=mlp_ratio,
             output_dim=embed_width,
+            act_layer=QuickGELU if quick_gelu else nn.GELU,
         )
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)

@@ -1,0 +1,257 @@
+"""What a standard IP-Adapter file holds, read off the names and shapes of its tensors; torch is not needed.
+
+Whoever reads such a file, writes one or only looks at it asks here, so that they agree. The layout is shared by
+https://github.com/tencent-ailab/IP-Adapter, diffusers (loaders/unet.py) and ComfyUI:
+
+    image_proj.*                       the projection from vision features to tokens; its names tell the variant
+    ip_adapter.{1,3,5,...}.to_k_ip.weight, .to_v_ip.weight
+                                       keys and values of the cross-attention layers, in the order down, up, middle
+
+diffusers is lenient where it should not be: it drops tensors that it does not know and layers beyond the fourth without
+a word, so that a file seems to load and draws something else. Whatever it would drop is a problem here.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+Shape = tuple[int, ...]
+
+PROJECTION, BRANCHES = "image_proj.", "ip_adapter."
+LINEAR_TOKENS = 4  # of a "base" file; diffusers takes no other number
+PLUS_DEPTH = 4  # diffusers drops further layers without a word
+PLUS_HEAD = 64  # and takes every head for this wide
+
+NAMES = {"linear": "base", "full": "full", "plus": "plus", "faceid": "FaceID", "faceid-plus": "FaceID Plus"}
+FAMILIES = {(70, 2048): "Stable Diffusion XL", (16, 768): "Stable Diffusion 1.5", (16, 1024): "Stable Diffusion 2"}
+ENCODERS = {  # width of the tokens and of the pooled embedding
+    "OpenCLIP ViT-H/14": (1280, 1024), "OpenCLIP ViT-bigG/14": (1664, 1280), "CLIP ViT-L/14": (1024, 768),
+}  # fmt: skip
+
+_BRANCH = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What kind of file it is, its sizes as far as they are known (else None), and what keeps it from being loaded."""
+
+    kind: str | None  # "linear", "full", "plus", "faceid", "faceid-plus"; None: none that we know
+    tokens: int | None  # of one picture; None: as many as the encoder has
+    input_width: int | None  # of the vision features that the projection reads
+    width: int | None  # of the tokens, which is that of the base's text
+    inner_width: int | None
+    attention_width: int | None
+    layer_widths: tuple[int, ...]  # of the base's cross-attention layers, in the file's order
+    problem: str  # the rest of a sentence that begins with the file's name, or ""
+
+    @property
+    def variant(self) -> str:
+        """The variant's usual name."""
+        return NAMES.get(self.kind or "", "without a projection we know")
+
+    @property
+    def family(self) -> str | None:
+        """The family of base models that has these layers, if it is a well-known one."""
+        return FAMILIES.get((len(self.layer_widths), self.width or 0))
+
+    @property
+    def encoder(self) -> str | None:
+        """The vision encoder that has features of this width, if it is a well-known one."""
+        return encoder_of(self.kind, self.input_width)
+
+    @property
+    def comfyui(self) -> str:
+        """Why ComfyUI_IPAdapter_plus will not load what diffusers loads, as the rest of a sentence; "" if it will."""
+        if self.kind == "full" and self.width == 2048:
+            return "has a Full projection, which ComfyUI's nodes take on Stable Diffusion 1.5 only: use Plus for SDXL"
+        wanted = 1280 if self.width == 2048 else self.width
+        if self.kind == "plus" and (self.tokens, self.inner_width) != (16, wanted):
+            return (
+                f"has a Plus projection of other sizes than the 16 tokens of width {wanted} that ComfyUI's nodes take"
+            )
+        heads = 20 if self.width == 2048 else 12
+        if self.kind == "plus" and self.attention_width != heads * PLUS_HEAD:
+            return f"has a Plus projection without the {heads} heads that ComfyUI's nodes take"
+        return ""
+
+
+def encoder_of(kind: str | None, width: int | None) -> str | None:
+    """Name the vision encoder whose tokens ("full", "plus") or pooled embedding ("linear") are this wide."""
+    pooled = kind == "linear"
+    return next((name for name, widths in ENCODERS.items() if widths[pooled] == width), None)
+
+
+def read_layout(shapes: Mapping[str, Shape]) -> Layout:
+    """Say what a file of tensors with these names and shapes is. Never fails: see `Layout.problem`."""
+    projection = {name.removeprefix(PROJECTION): shape for name, shape in _under(PROJECTION, shapes)}
+    branches = {name.removeprefix(BRANCHES): shape for name, shape in _under(BRANCHES, shapes)}
+    kind = _kind(projection, branches)
+    sizes = _sizes(kind, projection)
+    keys = sorted((int(found[1]), shape) for name, shape in branches.items() if (found := _keys(name)))
+    other = [name for name in shapes if not name.startswith((PROJECTION, BRANCHES))]
+    problem = _problem(kind, sizes, projection, branches, other)
+    widths = tuple(shape[0] for _, shape in keys if shape)
+    return Layout(kind, *sizes, widths, problem)
+
+
+def projection_shapes(
+    kind: str, tokens: int | None, input_width: int, width: int, inner: int | None, attention: int | None
+) -> dict[str, Shape]:
+    """The tensors of a projection of these sizes, without their prefix."""
+    if kind == "linear":
+        rows = width * (tokens or LINEAR_TOKENS)
+        return {"proj.weight": (rows, input_width), "proj.bias": (rows,), **_norm("norm", width)}
+    if kind == "full":
+        first, second = _linear("proj.0", input_width, input_width), _linear("proj.2", input_width, width)
+        return {**first, **second, **_norm("proj.3", width)}
+    assert tokens is not None and inner is not None and attention is not None
+    shapes = {
+        "latents": (1, tokens, inner), **_linear("proj_in", input_width, inner), **_linear("proj_out", inner, width),
+        **_norm("norm_out", width),
+    }  # fmt: skip
+    for layer in range(PLUS_DEPTH):
+        look, think = f"layers.{layer}.0", f"layers.{layer}.1"
+        shapes |= {**_norm(f"{look}.norm1", inner), **_norm(f"{look}.norm2", inner), **_norm(f"{think}.0", inner)}
+        shapes |= {f"{look}.to_q.weight": (attention, inner), f"{look}.to_kv.weight": (2 * attention, inner)}
+        shapes |= {f"{look}.to_out.weight": (inner, attention)}
+        shapes |= {f"{think}.1.weight": (4 * inner, inner), f"{think}.3.weight": (inner, 4 * inner)}
+    return shapes
+
+
+def licence_of(file: Path, metadata: Mapping[str, str]) -> str | None:
+    """A file's licence: what it says itself, or the front matter of a README.md beside it or one folder above."""
+    for name in ("licence", "license", "modelspec.license"):
+        if metadata.get(name):
+            return metadata[name]
+    folder = file.parent.absolute()
+    for readme in (folder / "README.md", folder.parent / "README.md"):
+        if readme.is_file():
+            head = readme.read_text(encoding="utf-8", errors="replace")[:4000]
+            front = re.match(r"---\s*\n(.*?)\n---", head, re.DOTALL)
+            found = front and re.search(r"^license:\s*(\S+)", front[1], re.MULTILINE)
+            return found[1].strip("\"'") if found else None
+    return None
+
+
+def _under(prefix: str, shapes: Mapping[str, Shape]) -> Iterable[tuple[str, Shape]]:
+    return ((name, shape) for name, shape in shapes.items() if name.startswith(prefix))
+
+
+def _keys(name: str) -> re.Match[str] | None:
+    found = _BRANCH.fullmatch(name)
+    return found if found and found[2] == "k" else None
+
+
+def _kind(projection: Mapping[str, Shape], branches: Mapping[str, Shape]) -> str | None:
+    """The variant, tested in diffusers' order."""
+    if "proj.weight" in projection:
+        return "faceid" if any("_lora." in name for name in branches) else "linear"
+    if "proj.3.weight" in projection:
+        return "full"
+    if "perceiver_resampler.proj_in.weight" in projection:
+        return "faceid-plus"
+    if "norm.weight" in projection:
+        return "faceid"
+    return "plus" if "latents" in projection else None
+
+
+def _sizes(
+    kind: str | None, projection: Mapping[str, Shape]
+) -> tuple[int | None, int | None, int | None, int | None, int | None]:
+    """Tokens, input width, width, inner width and attention width, as far as the tensors tell."""
+
+    def size(name: str, axis: int) -> int | None:
+        shape = projection.get(name, ())
+        return shape[axis] if len(shape) > axis else None
+
+    if kind == "linear":
+        rows, width = size("proj.weight", 0), size("norm.weight", 0)
+        return (rows // width if rows and width else LINEAR_TOKENS), size("proj.weight", 1), width, None, None
+    if kind == "full":
+        return None, size("proj.0.weight", 1), size("proj.3.weight", 0), None, None
+    if kind == "plus":
+        inner, attention = size("latents", 2), size("layers.0.0.to_q.weight", 0)
+        return size("latents", 1), size("proj_in.weight", 1), size("proj_out.weight", 0), inner, attention
+    if kind == "faceid":
+        rows, width = size("proj.2.weight", 0), size("norm.weight", 0)
+        return (rows // width if rows and width else None), None, width, None, None
+    return (4 if kind == "faceid-plus" else None), None, None, None, None
+
+
+def _problem(
+    kind: str | None,
+    sizes: tuple[int | None, ...],
+    projection: Mapping[str, Shape],
+    branches: Mapping[str, Shape],
+    other: list[str],
+) -> str:
+    if not projection or not branches:
+        lacking = PROJECTION if not projection else BRANCHES
+        return f"has no tensors named {lacking}*, so it is no IP-Adapter: name the file that holds both"
+    if kind in ("faceid", "faceid-plus"):
+        return (
+            "is a FaceID file, which reads a face recogniser instead of a CLIP encoder: take a base, Plus or Full file"
+        )
+    if kind is None:
+        return f"has an image projection of an unknown kind ({_some(projection)}): take a base, Plus or Full file"
+    if other:
+        return f"holds {_some(other)} beside {PROJECTION}* and {BRANCHES}*, which diffusers would silently drop"
+    return _projection_problem(kind, sizes, projection) or _branch_problem(sizes[2], branches)
+
+
+def _projection_problem(kind: str, sizes: tuple[int | None, ...], found: Mapping[str, Shape]) -> str:
+    tokens, input_width, width, inner, attention = sizes
+    depth = len({name.split(".")[1] for name in found if name.startswith("layers.")})
+    if kind == "plus" and depth != PLUS_DEPTH:
+        return f"has a Plus projection of {depth} layers, but diffusers computes exactly {PLUS_DEPTH} of them"
+    if kind == "linear" and tokens != LINEAR_TOKENS:
+        return f"makes {tokens} tokens of a picture, but diffusers takes a base file's for {LINEAR_TOKENS}"
+    if kind == "plus" and attention is not None and (attention < PLUS_HEAD or attention % PLUS_HEAD):
+        return f"has heads of another width than {PLUS_HEAD} in its Plus projection, which diffusers would misread"
+    needed = (input_width, width, *((tokens, inner, attention) if kind == "plus" else ()))
+    if None in needed:
+        return f"lacks tensors of its {NAMES[kind]} projection: download it again"
+    assert input_width is not None and width is not None
+    wanted = projection_shapes(kind, tokens, input_width, width, inner, attention)
+    return _difference(PROJECTION, wanted, found)
+
+
+def _branch_problem(width: int | None, branches: Mapping[str, Shape]) -> str:
+    names = [_BRANCH.fullmatch(name) for name in branches]
+    numbers = sorted({int(found[1]) for found in names if found})
+    if any(name.endswith("_ip.bias") for name in branches) or numbers == list(range(len(numbers))):
+        return "numbers its layers 0, 1, 2 or gives them biases, as Flux files do: take one for SDXL or SD 1.5"
+    if any("_lora." in name for name in branches):
+        return "carries LoRA among its layers, as FaceID files do: take a base, Plus or Full file"
+    wanted: dict[str, Shape] = {}
+    for number in range(1, 2 * max(len(numbers), 1), 2):
+        rows = branches.get(f"{number}.to_k_ip.weight", (0, 0))[:1]
+        for each in "kv":
+            wanted[f"{number}.to_{each}_ip.weight"] = (*rows, width or 0)
+    return _difference(BRANCHES, wanted, branches)
+
+
+def _difference(prefix: str, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
+    """What is missing, extra or misshapen, as the rest of a sentence."""
+    if missing := [prefix + name for name in wanted if name not in found]:
+        return f"lacks {_some(missing)}: download it again"
+    if extra := [prefix + name for name in found if name not in wanted]:
+        return f"holds the unknown {_some(extra)}, which diffusers would silently drop"
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            return f"holds {prefix}{name} of shape {list(found[name])} instead of {list(shape)}"
+    return ""
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, width: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
