@@ -55,6 +55,7 @@ def build(config: BuildConfig, output: str, backend: str = "local", report: Repo
     """
     executor = choose_executor(config, backend)
     work = _work_folder(config, output)
+    _check_output(output)
     with Store(work / store.FILE) as kept:
         prepared = prepare(config, kept, lambda done: report("photos", done, 0))
         total = prepared.recipe.total
@@ -70,13 +71,31 @@ def _work_folder(config: BuildConfig, output: str) -> Path:
     """Where the store and the review lie: on this machine, whatever the output is."""
     if config.work is not None:
         return config.work
-    try:
-        filesystem, path = url_to_fs(output)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"{output} cannot be used as the output folder ({error}): give another one.") from error
+    filesystem, path = _output(output)
     if not isinstance(filesystem, LocalFileSystem):
         raise ConfigError(f"{output} is not on this machine, but the store must be: name a local folder as work=DIR.")
     return Path(path)
+
+
+def _output(output: str) -> tuple[Any, str]:
+    try:
+        filesystem, path = url_to_fs(output)
+    except Exception as error:  # each filesystem has errors of its own, such as for credentials
+        raise ConfigError(f"{output} cannot be used as the output folder ({error}): give another one.") from error
+    return filesystem, str(path)
+
+
+def _check_output(output: str) -> None:
+    """Write a file there and take it away: what hinders it should be told before the work, not after it."""
+    filesystem, path = _output(output)
+    probe = f"{path.rstrip('/')}/build.probe"
+    try:
+        filesystem.makedirs(path, exist_ok=True)
+        filesystem.pipe_file(probe, b"written to see that it can be")
+        filesystem.rm_file(probe)
+    except Exception as error:  # and for rights and buckets
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{output} cannot be written ({reason}): correct the rights or the address.") from error
 
 
 # --- making -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ Each request has a key, the hash of all that its result follows from: backend, s
 
 import hashlib
 import json
+import traceback
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -307,7 +308,8 @@ def perform(backend: Any, step: str, arguments: Sequence[Any]) -> list[Result]:
     """The backend's results for these items, in order; what breaks it is found by itself and fails alone.
 
     An item that cannot be used (ImagineError) fails for good, unless settings or weights are wrong: that is raised. Any
-    other exception may be the machine's fault, so its item is parked. If every one of several does, it is raised.
+    other exception may be the machine's fault, so its item is parked. If every one of several ends so, the backend is
+    at fault, and ImagineError says with what and where.
     """
     call = getattr(backend, KINDS[step][1])
     try:
@@ -327,8 +329,18 @@ def perform(backend: Any, step: str, arguments: Sequence[Any]) -> list[Result]:
                 results.append(Failed(BROKE, f"{type(error).__name__}: {error}", for_now=True))
                 errors.append(error)
         if len(errors) == len(arguments) > 1:
-            raise
+            raise ImagineError(_broken(backend, step, errors)) from errors[-1]
         return results
+
+
+def _broken(backend: Any, step: str, errors: Sequence[Exception]) -> str:
+    last = errors[-1]
+    place = traceback.extract_tb(last.__traceback__)[-1]  # said here, since an error that travels loses its trace
+    what = f"{type(last).__name__}: {' '.join(str(last).split())[:300]}"
+    return (
+        f"{step}: {type(backend).__name__} failed at all {len(errors)} items ({what}; in {place.name}, "
+        f"{place.filename}:{place.lineno}): what was done before is kept; correct this, and build again."
+    )
 
 
 def _complete(results: list[Result], count: int, backend: Any) -> list[Result]:

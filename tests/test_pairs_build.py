@@ -15,7 +15,7 @@ from data_synth.config import BuildConfig
 from data_synth.filters import stage_of
 from data_synth.review import Opinion, Review
 from data_synth.steps import BROKE
-from imagine.errors import ConfigError
+from imagine.errors import ConfigError, ImagineError
 from imagine.shards import Records, open_records
 from tests.toy_pairs import built, contents, toy_config
 
@@ -210,7 +210,7 @@ def read_mark(config: BuildConfig, output: Path) -> str:
 
 
 def test_a_backend_that_breaks_at_everything_stops_the_build(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="broke at p"):
+    with pytest.raises(ImagineError, match=r"import: ToyPeople failed at all 2 items \(RuntimeError: broke at p1; in "):
         built(toy_config({"breaking": tuple(f"p{number}" for number in range(6))}), tmp_path / "out")
 
 
@@ -228,6 +228,19 @@ def test_shards_and_reports_go_to_any_filesystem(straight: Path, tmp_path: Path)
     assert there == contents(straight)
     build(toy_config(work=tmp_path / "work", records_per_shard=4), "memory://pairs")
     assert open_records("memory://pairs", cache=tmp_path / "cache").counts[0] == 4
+
+
+def test_an_output_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    log = tmp_path / "log"
+    config = toy_config({"log": str(log)}, work=tmp_path / "work")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        build(config, str(tmp_path / "file" / "pairs"))
+    with pytest.raises(ConfigError, match="cannot be used as the output folder"):
+        build(config, "no-such-protocol://pairs")
+    assert not log.exists(), "nothing was made"
+    build(config, "memory://probed")
+    assert not [name for name in fsspec.filesystem("memory").ls("/probed", detail=False) if "build." in name]
 
 
 def test_fewer_shards_take_the_place_of_more(tmp_path: Path) -> None:
