@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from data_synth.backends import Backend, Failed
 from data_synth.local_models import choose_device, failure, fingerprint, identity_of, loading, source_identity
@@ -32,6 +32,7 @@ from imagine.faces import (
 from imagine.judge import Recogniser as RecogniserNetwork
 from imagine.photos import PhotoSource, open_photo
 from imagine.records import FaceBox
+from imagine.settings import checked
 from imagine.weights import default_folder
 
 RECOGNISERS: Mapping[str, str] = {
@@ -74,12 +75,7 @@ def make_recogniser(name: str, settings: Mapping[str, Any] | None = None) -> Rec
         raise ConfigError(
             f"There is no recogniser {name!r}: choose {', '.join(RECOGNISERS)} or name a class as package.module:Class."
         ) from error
-    try:
-        recogniser: Recogniser = made(made.Settings(**(settings or {})))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"The recogniser {name} cannot have {where}: {first['msg']}.") from error
+    recogniser: Recogniser = made(checked(made.Settings, settings or {}, f"recogniser {name}"))
     return recogniser
 
 
