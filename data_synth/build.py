@@ -24,6 +24,7 @@ from data_synth.config import BuildConfig
 from data_synth.executors import Executor, choose_executor
 from data_synth.filters import FilterSettings, duplicate_rejections
 from data_synth.funnel import Funnel
+from data_synth.pair_shards import refuse_foreign
 from data_synth.preparing import prepare
 from data_synth.publishing import publish
 from data_synth.records import Pair, Rejection
@@ -57,6 +58,7 @@ def build(config: BuildConfig, output: str, backend: str = "local", report: Repo
     work = _work_folder(config, output)
     _check_output(output)
     with Store(work / store.FILE) as kept:
+        refuse_foreign(output, kept)
         prepared = prepare(config, kept, lambda done: report("photos", done, 0))
         total = prepared.recipe.total
         made = _make(prepared.recipe, kept, executor, report)
@@ -172,7 +174,8 @@ def _lasting(done: Task) -> list[tuple[bytes, str, Result]]:
 def _judged(recipe: Recipe, kept: Store, made: _Made, work: Path) -> Iterator[Verdict]:
     """Every verdict of the build, in order; the reviewers' queue is filled first, if there are reviewers."""
     filters, choice = recipe.config.filters, recipe.config.review
-    close = {one.key: one for one in duplicate_rejections(made.hashes, filters)}
+    mined = recipe.config.generator is None  # a photo is the target of several, and the import compared photos
+    close = {} if mined else {one.key: one for one in duplicate_rejections(made.hashes, filters)}
 
     def filtered() -> Iterator[Verdict]:
         outcomes = _outcomes(recipe, kept, made.parked)

@@ -6,6 +6,7 @@ one that differs on all are written anew: after a kill, after another threshold,
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from types import TracebackType
@@ -16,6 +17,7 @@ from fsspec.core import url_to_fs
 from data_synth.records import Pair, Reference
 from data_synth.store import Store
 from imagine.errors import ConfigError
+from imagine.shard_index import json_object
 from imagine.shard_writer import SETTINGS, About, ShardWriter
 from imagine.shards import Record
 
@@ -62,7 +64,7 @@ class PairShards:
 
     @property
     def _note(self) -> str:
-        return f"shards {self._address}"
+        return _note(self._address)
 
     def _add(self, record: Record) -> None:
         self._waiting.append(record)
@@ -100,6 +102,7 @@ class PairShards:
         """A writer that goes on at this shard; whatever lies there from here on is taken away."""
         if self._writer is not None:
             return
+        refuse_foreign(self._address, self._store)
         self._written = {number: mark for number, mark in self._written.items() if int(number) < self._number}
         self._store.take_note(self._note, self._written)
         for name in self._filesystem.glob(f"{self._folder}/[0-9]*.json"):  # first what says that a shard is whole
@@ -126,6 +129,27 @@ class PairShards:
         self._writer.__exit__(None, None, None)
         if short:
             self._remember(mark)
+
+
+def refuse_foreign(address: str, store: Store) -> None:
+    """Raise ConfigError if shards lie at `address` that no build of pairs wrote: they would be written over."""
+    filesystem, folder = url_to_fs(address.rstrip("/"))
+    filesystem.invalidate_cache()
+    there = [name for name in filesystem.glob(f"{folder}/[0-9]*") if re.search(r"/\d+\.(tar|json)$", name)]
+    if not there:
+        return
+    if filesystem.exists(f"{folder}/{SETTINGS}"):
+        ours = "pairs" in (json_object(filesystem.cat_file(f"{folder}/{SETTINGS}")) or {})
+    else:
+        ours = bool(store.note(_note(address.rstrip("/"))))  # killed between the old settings and the new
+    if not ours:
+        raise ConfigError(
+            f"{address} holds shards that are no build's ({there[0].rpartition('/')[2]}): give another output folder."
+        )
+
+
+def _note(address: str) -> str:
+    return f"shards {address}"
 
 
 def _reference_record(pair: Pair) -> Record:

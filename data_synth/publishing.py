@@ -3,14 +3,16 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from data_synth.card import Case, make_card, write_card
 from data_synth.funnel import Funnel, plot
@@ -33,14 +35,29 @@ def publish(
     prepared: Prepared,
     verdicts: Iterable[Verdict],
     output: str,
-    folder: Path,
+    work: Path,
     kept: Store,
     report: Callable[[int], None] = lambda done: None,
 ) -> tuple[Funnel, dict[str, Any]]:
-    """Write shards to `output` and reports to `folder`, a local one, and copy them to `output` if that is another.
+    """Write shards and reports to `output`, and the whole build file to `work`, a local folder.
 
     Returns the funnel and the manifest; `report` is told how many targets are through.
     """
+    with _reports(output) as folder:
+        funnel, manifest = _published(prepared, verdicts, output, folder, kept, report)
+    _put(work / SETTINGS, prepared.recipe.config.model_dump(mode="json"))
+    return funnel, manifest
+
+
+def _published(
+    prepared: Prepared,
+    verdicts: Iterable[Verdict],
+    output: str,
+    folder: Path,
+    kept: Store,
+    report: Callable[[int], None],
+) -> tuple[Funnel, dict[str, Any]]:
+    """Shards in `output`, and reports in `folder`."""
     funnel = Funnel(prepared.photos, prepared.recipe.references)
     licences: Counter[str] = Counter()
     with ExitStack() as stack:
@@ -59,8 +76,6 @@ def publish(
     (folder / "funnel.png").write_bytes(plot(funnel))
     manifest = _manifest(prepared, funnel, licences, output)
     _put(folder / "manifest.json", manifest)
-    _put(folder / SETTINGS, prepared.recipe.config.model_dump(mode="json"))
-    _copy(folder, output)
     return funnel, manifest
 
 
@@ -170,9 +185,18 @@ def _put(path: Path, facts: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-def _copy(folder: Path, output: str) -> None:
-    """The reports beside the shards, where those lie elsewhere."""
+@contextmanager
+def _reports(output: str) -> Iterator[Path]:
+    """A local folder for the reports: the output folder, or one whose files are copied there at the end.
+
+    Never the work folder, which builds into several outputs may share.
+    """
     filesystem, path = url_to_fs(output)
-    if Path(path).resolve() != folder.resolve() or "file" not in str(filesystem.protocol):
+    if isinstance(filesystem, LocalFileSystem):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        yield Path(path)
+        return
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
         for name in REPORTS:
-            filesystem.put_file(str(folder / name), f"{path.rstrip('/')}/{name}")
+            filesystem.put_file(f"{folder}/{name}", f"{path.rstrip('/')}/{name}")

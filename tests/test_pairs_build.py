@@ -243,6 +243,32 @@ def test_an_output_that_cannot_be_written_is_told_before_any_work(tmp_path: Path
     assert not [name for name in fsspec.filesystem("memory").ls("/probed", detail=False) if "build." in name]
 
 
+def test_two_outputs_with_one_work_folder_leave_each_other_alone(straight: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    built(toy_config(work=work), tmp_path / "one")
+    other = toy_config(work=work, filters={"similarity": [0.6, 1.0]}, title="Others")
+    built(other, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(straight)
+    assert contents(tmp_path / "two") == contents_of(other.model_copy(update={"work": None}), tmp_path / "fresh")
+    assert {path.name.split(".")[0] for path in work.iterdir()} == {"store", "build"}, "and no reports"
+
+
+@pytest.mark.parametrize("settings", [None, '{"version": 1, "seed": 0}'])
+def test_shards_that_no_build_wrote_are_left_alone(tmp_path: Path, settings: str | None) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    out.mkdir()
+    (out / "00007.tar").write_bytes(b"by img2dataset")
+    (out / "00007.json").write_text("{}")
+    if settings is not None:  # as `data_synth world --shards` leaves them
+        (out / "settings.json").write_text(settings)
+    before = contents(out)
+    with pytest.raises(ConfigError, match="holds shards that are no build's"):
+        built(toy_config({"log": str(log)}), out)
+    assert contents(out) == before and not log.exists(), "said before any work"
+    built(toy_config(work=out), tmp_path / "elsewhere")
+    assert contents(out) == before
+
+
 def test_fewer_shards_take_the_place_of_more(tmp_path: Path) -> None:
     built(toy_config(filters={"similarity": [0.0, 1.0]}), tmp_path / "out")
     many = len(list((tmp_path / "out").glob("*.tar")))

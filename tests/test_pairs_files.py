@@ -11,9 +11,12 @@ from PIL import Image
 
 from data_synth import importing
 from data_synth.config import BuildConfig
+from data_synth.filters import STAGES
 from imagine.errors import ConfigError
 from imagine.shards import open_records
 from tests.toy_pairs import built, contents, photo, toy_config
+
+SAME_POSE = STAGES["difference"][0]
 
 
 def config(folder: Path, kind: str = "pictures", log: str = "", **values: Any) -> BuildConfig:
@@ -103,6 +106,8 @@ def test_pairs_are_mined_from_several_photos_of_one_person(tmp_path: Path) -> No
     records = open_records(tmp_path / "out", cache=tmp_path / "cache")
     pairs = [(records[one], records[two]) for one, two in records.pairs()]
     assert len(pairs) == out.manifest["counts"]["pairs"] > 4
+    assert set(out.funnel.reasons) <= {("import", importing.STRANGER), ("filter", SAME_POSE)}, "no duplicates"
+    assert max(Counter(target.extra["photo"] for _, target in pairs).values()) == 2, "a photo may be a target again"
     for reference, target in pairs:
         assert reference.identity == target.identity and reference.read() != target.read()
         assert target.source == "real" and target.caption == f"a face called {target.extra['photo']}"

@@ -94,7 +94,7 @@ def test_broken_tiny_faceless_and_double_photos_are_told_apart(tmp_path: Path) -
         "h.png": as_file(first.resize((48, 48))),
         "i.png": as_file(Image.new("RGB", (128, 128), (90, 140, 200))),
         "j.png": as_file(group_photo()),
-        "k.png": as_file(photos()[1][0])[:-12],  # its last chunk is missing: all decoders open it, and no shard takes it
+        "k.png": as_file(photos()[1][0])[:-12],  # without its last chunk: it opens, and no shard takes it as it is
         "notes.txt": b"not a picture",
     }
     for name, content in files.items():

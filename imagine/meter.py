@@ -1,0 +1,143 @@
+"""How much memory and arithmetic a computation takes, read off its tensors: on torch's meta device nothing is computed.
+
+A `Meter` watches every operation below autograd, so that backward passes, recomputation and tensors that autograd keeps
+are seen as they are. What exists before it starts (weights, gradients) is not counted; what is made inside is, until
+nobody holds it any more. Counting bytes of tensors leaves out what kernels use inside one operation, and what an
+allocator loses between blocks; `cards.RESERVE` stands for those. `profiled_peak` measures real tensors independently,
+from the allocator's own events, and `imagine plan --check` holds one against the other.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+class Meter(TorchDispatchMode):
+    """Counts inside its `with` block: `live` and `peak` bytes of tensors made there, and `flops` (two a product)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self._known: dict[int, Any] = {}  # every storage seen and still alive, by its address
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        for tensor in _tensors((args, options)):
+            self._see(tensor, 0)  # whatever was not made in the block is not ours to count
+        out = func(*args, **options)
+        for tensor in _tensors(out):
+            self._see(tensor, tensor.untyped_storage().nbytes())
+        if (formula := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += int(formula(*args, **options, out_val=out))
+        return out
+
+    def _see(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known:
+            return
+        self._known[address] = weakref.ref(storage, partial(self._gone, address, size))
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def _gone(self, address: int, size: int, _: object) -> None:
+        del self._known[address]
+        self.live -= size
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+@contextmanager
+def planned_kernels(autocast: torch.dtype | None = None) -> Iterator[None]:
+    """Let tensors on the meta device go through the operations that run on a device.
+
+    There torch would take attention apart, with all scores in memory; devices have it as one operation. `autocast`
+    also casts as torch.autocast does on CUDA, which has no counterpart on the meta device: products in that precision,
+    normalisation and the loss in float32 (https://docs.pytorch.org/docs/stable/amp.html, "Autocast Op Reference").
+    """
+    replaced: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": _attention}
+    if autocast is not None:
+        for name in ("linear", "conv2d"):
+            replaced[name] = partial(_cast_first, getattr(F, name), autocast)
+        replaced["scaled_dot_product_attention"] = partial(_cast_first, _attention, autocast)
+        for name in ("group_norm", "layer_norm", "mse_loss"):
+            replaced[name] = partial(_cast_first, getattr(F, name), torch.float32)
+    with _replaced(replaced):
+        yield
+
+
+@contextmanager
+def _replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Let torch.nn.functional have other functions for a while: its own composite ones look them up there too."""
+    before = {name: getattr(F, name) for name in functions}
+    try:
+        for name, function in functions.items():
+            setattr(F, name, function)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(F, name, function)
+
+
+def _cast_first(function: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The fused attention, by the one of its names whose shapes torch knows on every device."""
+    if enable_gqa:
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out: Tensor = fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return out
+
+
+def profiled_peak(work: Callable[[], Any]) -> int:
+    """Run `work` on the CPU and return the most bytes that torch's allocator had given out for it at once.
+
+    From the events that the allocator itself reports to torch.profiler; what was there before does not count.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    recorded: Any = profile.profiler
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: int(event.start_ns())):
+        live += int(event.nbytes())
+        peak = max(peak, live)
+    return peak
+
+
+def weight_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def parameter_count(module: torch.nn.Module) -> int:
+    """How many numbers a module's parameters are."""
+    return sum(parameter.numel() for parameter in module.parameters())
