@@ -184,13 +184,14 @@ def same(one: Any, two: Any) -> bool:
 
 
 def test_the_small_tasks_are_the_ones_that_runs_use() -> None:
-    assert SMALL.keys() == TASKS.keys() == SETTINGS.keys()
-    for name, address in TASKS.items():
+    assert SMALL.keys() == SETTINGS.keys() == TASKS.keys() - {"diffusers_adapter"}  # see test_train_diffusers.py
+    for name in SMALL:
+        address = TASKS[name]
         module, _, class_name = address.partition(":")
         assert issubclass(SMALL[name], getattr(importlib.import_module(module), class_name))
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", list(SMALL))
 def test_batches_are_functions_of_images_seen(name: str) -> None:
     task = built(name)
     batch = task.batch(40, 4)
@@ -201,7 +202,7 @@ def test_batches_are_functions_of_images_seen(name: str) -> None:
     assert floats and all(leaf.isfinite().all() for leaf in floats)
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", list(SMALL))
 def test_every_image_is_a_function_of_its_own_number(name: str) -> None:
     """So that the pieces of a batch do not depend on accumulation, or on how many processes share it."""
     task = built(name)
@@ -220,7 +221,7 @@ def test_every_image_is_a_function_of_its_own_number(name: str) -> None:
             assert torch.equal(rows[:, width] if part.dim() > 1 else rows, part)
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", list(SMALL))
 def test_losses_are_finite_and_reach_every_part(name: str) -> None:
     task = built(name)
     parts = task.parts()
@@ -252,7 +253,7 @@ def test_losses_are_finite_and_reach_every_part(name: str) -> None:
                 parameter.requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", list(SMALL))
 def test_losses_are_functions_of_batch_and_images_seen(name: str) -> None:
     task = built(name)
     batch = task.batch(8, 2)

@@ -1,7 +1,8 @@
 """From a finished run to a weights folder: `python -m train.assemble runs/weights --output weights`.
 
 Takes what the stages exported, puts the pipeline together, and saves it in half precision beside judge and finder. Only
-files that the pipeline, judge and finder own are replaced; the model card and the examples stay.
+files that the pipeline, judge and finder own are replaced; the model card and the examples stay. Of a run on somebody
+else's base it leaves what was trained, the adapters and the vision encoder, for a pipeline around that base.
 """
 
 import argparse
@@ -14,10 +15,14 @@ from typing import Any
 
 import torch
 
+from imagine.adapter import FILE_NAME
 from imagine.errors import ImagineError, WeightsError
+from imagine.weights import fingerprint, forget_paths, load_model
+from train.checkpoint import read_tensors, write_tensors
 from train.language import load_text_encoders
 from train.task_autoencoder import load_autoencoder
 
+ADAPTERS = ("adapter", "diffusers_adapter")  # tasks whose stages leave something to draw with
 JUDGE = {"recogniser": "recogniser", "reader": "reader"}  # stage -> the folder it exports
 
 
@@ -41,8 +46,11 @@ def assemble(
     from imagine.encoders import VisionEncoder
     from imagine.pipeline import ImaginePipeline
 
-    vae, mean, std = load_autoencoder(_autoencoder(run, initial))
     drawing = _export(run, stage) if stage else _last_adapter(run)  # with the base that it was trained on
+    if not (drawing / "unet").is_dir():
+        _assemble_adapters(drawing, output, dtype)
+        return
+    vae, mean, std = load_autoencoder(_autoencoder(run, initial))
     unet = UNet2DConditionModel.from_pretrained(drawing / "unet", torch_dtype=torch.float32)
     text = load_text_encoders(drawing)
     pipe = ImaginePipeline(
@@ -73,6 +81,19 @@ def assemble(
             shutil.copytree(source, output / folder, dirs_exist_ok=True)
 
 
+def _assemble_adapters(drawing: Path, output: Path, dtype: torch.dtype) -> None:
+    """The vision encoder and the adapters that a stage on a public base left, in this precision."""
+    encoder = load_model(drawing / "image_encoder", "imagine.encoders", "VisionEncoder", dtype)
+    encoder.save_pretrained(output / "image_encoder")
+    forget_paths(output / "image_encoder")
+    for name in ("adapter", "text_adapter"):
+        if (drawing / name).is_dir():
+            tensors, facts = read_tensors(drawing / name / FILE_NAME)
+            (output / name).mkdir(parents=True, exist_ok=True)
+            cast = {key: value.to(dtype) for key, value in tensors.items()}
+            write_tensors(output / name / FILE_NAME, cast, {**facts, "encoder_fingerprint": fingerprint(encoder)})
+
+
 def _last_adapter(run: Path) -> Path:
     """What the last adapter stage that left anything exported: coarse to fine, the last is the best."""
     import yaml
@@ -81,7 +102,7 @@ def _last_adapter(run: Path) -> Path:
     if not described.is_file():
         raise WeightsError(f"{run} holds no run (there is no run.yaml): name the folder that a training left.")
     stages = yaml.safe_load(described.read_text(encoding="utf-8"))["stages"]
-    adapters = [name for name, stage in stages.items() if stage["task"] == "adapter"]
+    adapters = [name for name, stage in stages.items() if stage["task"] in ADAPTERS]
     found = [run / name / "export" for name in adapters if (run / name / "export").is_dir()]
     if not found:
         raise WeightsError(f"No adapter stage of {run} is trained yet: train it first with `make weights`.")

@@ -29,7 +29,9 @@ class KeptTokens:
 
     def missing(self, places: Sequence[int]) -> list[int]:
         """Those of the places that hold nothing yet, each once."""
-        return [place for place in dict.fromkeys(places) if not self.lengths[place]]
+        wanted = np.fromiter(dict.fromkeys(places), np.int64)
+        found: list[int] = wanted[self.lengths[wanted] == 0].tolist()
+        return found
 
     def write(self, places: Sequence[int], tokens: Tokens) -> None:
         """Keep the tokens (B, L, width) that count, cut to what a place can hold."""

@@ -136,7 +136,7 @@ class AnyPictures(Protocol):
         ...
 
     def frames(self, rows: Tensor) -> Tensor:
-        """Width and height of the picture that each square was cut from, and its left and top there, in pixels, (B, 4)."""
+        """Width and height of the picture each square was cut from, and its left and top there, in pixels, (B, 4)."""
         ...
 
 

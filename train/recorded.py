@@ -78,7 +78,7 @@ class RecordPictures:
         return torch.stack([self._image(row) for row in rows.tolist()]), boxes
 
     def frames(self, rows: Tensor) -> Tensor:
-        """Width and height of the picture that each square was cut from, and its left and top there, in pixels, (B, 4)."""
+        """Width and height of the picture each square was cut from, and its left and top there, in pixels, (B, 4)."""
         return torch.from_numpy(self._frames[rows.numpy()])
 
     def _image(self, row: int) -> Tensor:

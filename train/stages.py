@@ -57,6 +57,7 @@ TASKS: dict[str, str] = {  # name -> "module:Class", imported when a run uses it
     "base": "train.task_base:BaseTask",
     "likeness": "train.task_likeness:LikenessTask",
     "adapter": "train.task_adapter:AdapterTask",
+    "diffusers_adapter": "train.task_diffusers:DiffusersTask",
 }
 # settings that do not change what is learnt
 HARMLESS = {
