@@ -18,6 +18,7 @@ from torch import nn
 
 from imagine.adapter import FILE_NAME, LORA_TARGETS, Adapter, BranchSpec, read_metadata
 from imagine.errors import ConfigError, WeightsError
+from imagine.projections import PLUS_HEAD
 from imagine.weights import INDEX, default_folder
 
 PORTRAIT = "portrait"  # the shipped weights
@@ -47,7 +48,7 @@ class AdapterShape:
 
 
 @dataclass(frozen=True)
-class Base:
+class Blueprint:
     """A base's networks, and the adapters on its denoiser."""
 
     name: str
@@ -151,13 +152,13 @@ VIT_H = Component("VisionEncoder", {
 })  # fmt: skip
 
 
-def read_base(source: str) -> Base:
+def read_base(source: str) -> Blueprint:
     """Return what `source` means: a word of `KNOWN`, "portrait", a folder, or a hub id that is already on this machine.
 
     Raises ConfigError or WeightsError, in one sentence, for anything else; nothing is downloaded.
     """
     if source in KNOWN:
-        return Base(source, KNOWN[source])
+        return Blueprint(source, KNOWN[source])
     folder = default_folder() if source == PORTRAIT else Path(source).expanduser()
     if not folder.is_dir():
         folder = _cached(source)
@@ -165,10 +166,10 @@ def read_base(source: str) -> Base:
     for needed in ("unet", "vae"):
         if needed not in components:
             raise WeightsError(f"{folder} has no {needed} that could be planned for: name a Stable Diffusion folder.")
-    return Base(source, components, {name: _shape(folder / name) for name in ADAPTERS if (folder / name).is_dir()})
+    return Blueprint(source, components, {name: _shape(folder / name) for name in ADAPTERS if (folder / name).is_dir()})
 
 
-def add_branches(base: Base, readers: Sequence[str], projection: str, lora_rank: int) -> Base:
+def add_branches(base: Blueprint, readers: Sequence[str], projection: str, lora_rank: int) -> Blueprint:
     """The base with our encoders and adapters, unless it has adapters already.
 
     `readers` are names of `READERS`, each with a branch; "plus" or "full" is the vision branch's projection. Raises
@@ -193,14 +194,15 @@ def add_branches(base: Base, readers: Sequence[str], projection: str, lora_rank:
     seen = components[eyes].config
     width = int(seen.get("width") or seen["hidden_size"])
     across = _text_width(components["unet"])
-    inner = width if across >= width else across  # IP-Adapter Plus: 1280 for SDXL, 768 for SD 1.5
+    # IP-Adapter Plus has 1280 for SDXL and 768 for SD 1.5; heads are 64 wide.
+    inner = -(-min(width, across) // PLUS_HEAD) * PLUS_HEAD
     sizes = {"inner_width": inner, "attention_width": inner} if projection == "plus" else {}
     vision = BranchSpec(VISION, across, projection=projection, input_width=width, **sizes)  # type: ignore[arg-type]
     adapters = {"text_adapter": AdapterShape(tuple(text))} if text else {}
-    return Base(base.name, components, {**adapters, "adapter": AdapterShape((vision,), lora_rank)})
+    return Blueprint(base.name, components, {**adapters, "adapter": AdapterShape((vision,), lora_rank)})
 
 
-def usual_resolution(base: Base) -> int:
+def usual_resolution(base: Blueprint) -> int:
     """Pixels a side of the pictures that a base was made for."""
     latents = int(base.components["unet"].config.get("sample_size") or 64)
     vae = base.components["vae"].config
@@ -208,7 +210,7 @@ def usual_resolution(base: Base) -> int:
     return latents * 2**halvings
 
 
-def build(base: Base, device: str = "meta", leave_out: Sequence[str] = ()) -> Networks:
+def build(base: Blueprint, device: str = "meta", leave_out: Sequence[str] = ()) -> Networks:
     """Build every network of a base, and attach its adapters; on the meta device that takes no memory."""
     with torch.device(device):
         models = {

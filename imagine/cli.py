@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(verbs)
     _add_doctor(verbs)
     _add_evaluate(verbs)
+    _add_import_ip_adapter(verbs)
+    _add_export_ip_adapter(verbs)
+    _add_plan(verbs)
     return parser
 
 
@@ -300,6 +303,104 @@ def _evaluate(chosen: argparse.Namespace) -> dict[str, Any]:
     return {"lines": [*_told(report["metrics"]), str(chosen.output / "report.html")], **report}
 
 
+# --- plan -------------------------------------------------------------------------------------------------------------
+def _add_plan(verbs: Any) -> None:
+    verb = _verb(verbs, "plan", "say how much memory, arithmetic and time drawing or training takes", _plan)
+    what = verb.add_mutually_exclusive_group(required=True)
+    what.add_argument("--base", metavar="BASE", help="sdxl, sd15, portrait, a folder, or a hub id already downloaded")
+    what.add_argument("--check", action="store_true", help="hold plans against small networks at work here")
+    verb.add_argument("--resolution", type=_count, metavar="PX", help="pixels a side (default: the base's own)")
+    verb.add_argument("--batch", type=_count, default=1, metavar="N", help="pictures at once, or images a step")
+    verb.add_argument("--fit", metavar="SIZE", help="choose switches that fit into so much memory, such as 12GB")
+    verb.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
+    verb.add_argument("--readers", default="t5-xl,byt5-small", metavar="NAMES", help="text encoders beside the base's: "
+                      "t5-xl, t5-xxl or ul2, and byt5-small or byt5-base; none")  # fmt: skip
+    verb.add_argument("--projection", choices=["plus", "full"], default="plus", help="of the vision branch")
+    verb.add_argument("--lora-rank", type=_whole, default=64, metavar="N", help="0 for none (default: 64)")
+    verb.add_argument("--device", metavar="NAME", help="a card such as rtx4090 or a100, or here, to plan time for")
+    verb.add_argument("--flops", metavar="SPEED", help="FLOP a second that the device reaches, such as 300T")
+    verb.add_argument("--steps", type=_count, default=30, metavar="N", help="of drawing (default: 30)")
+    verb.add_argument("--references", type=_count, default=1, metavar="N", help="in each picture (default: 1)")
+    verb.add_argument("--no-guidance", action="store_true", help="one pass a step, as few-step models need")
+    verb.add_argument("--offload", choices=["none", "model", "sequential"], default="none")
+    verb.add_argument("--tiling", action="store_true", help="decode in tiles")
+    verb.add_argument("--train", action="store_true", help="plan a step of training instead")
+    verb.add_argument("--parts", default="", metavar="NAMES", help="what trains, such as vision_branch,lora (all)")
+    verb.add_argument("--checkpointing", action="store_true", help="compute activations anew in the backward pass")
+    verb.add_argument("--optimiser", choices=["adamw", "adamw8bit"], default="adamw")
+
+
+def _plan(chosen: argparse.Namespace) -> dict[str, Any]:
+    from imagine.cards import read_size, speeds
+
+    limit = None if chosen.fit is None else read_size(chosen.fit)
+    if chosen.train and chosen.precision == "fp16":
+        raise ConfigError("Training in fp16 needs a scaled loss, which our trainer has not: take bf16 or fp32.")
+    known = speeds(chosen.device, chosen.flops, chosen.precision != "fp32") if chosen.base else {}
+    from imagine import planning
+    from imagine.bases import add_branches, read_base, usual_resolution
+    from imagine.plan_inference import Choice, Picture
+    from imagine.plan_training import Lesson, Recipe
+
+    if chosen.check:
+        checked = planning.check()
+        return {"lines": planning.check_words(checked), **checked}
+    readers = [name for name in chosen.readers.split(",") if name and name != "none"]
+    base = add_branches(read_base(chosen.base), readers, chosen.projection, chosen.lora_rank)
+    resolution = chosen.resolution or usual_resolution(base)
+    if chosen.train:
+        lesson = Lesson(resolution, chosen.batch, tuple(filter(None, chosen.parts.split(","))))
+        recipe = Recipe(chosen.precision, chosen.checkpointing, chosen.optimiser)
+        report = planning.plan_training(base, lesson, recipe, limit, known)
+    else:
+        guided = not chosen.no_guidance
+        picture = Picture(resolution, chosen.batch, chosen.steps, chosen.references, guided)
+        choice = Choice(chosen.precision, chosen.offload, chosen.tiling)
+        report = planning.plan_drawing(base, picture, choice, limit, known)
+    return {"lines": planning.words(report), **report}
+
+
+# --- import-ip-adapter, export-ip-adapter -----------------------------------------------------------------------------
+def _add_import_ip_adapter(verbs: Any) -> None:
+    verb = _verb(verbs, "import-ip-adapter", "make an adapter folder of a standard IP-Adapter file", _import_ip_adapter)
+    verb.add_argument("source", metavar="SRC", help="file, folder, or hub id that was downloaded before")
+    verb.add_argument("--base", required=True, metavar="BASE", help="what it was made for: sdxl, sd15, or a folder")
+    verb.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    verb.add_argument("--subfolder", metavar="NAME", help="where in SRC the file lies")
+    verb.add_argument("--weight-name", metavar="FILE", help="the file's name, where SRC holds several")
+    verb.add_argument("--image-encoder", metavar="DIR", help="its image encoder (default: image_encoder beside it)")
+
+
+def _import_ip_adapter(chosen: argparse.Namespace) -> dict[str, Any]:
+    output = _writable_folder(chosen.output)
+    from imagine.ip_adapter_folders import import_folder
+
+    found = import_folder(
+        chosen.source, chosen.base, output, chosen.subfolder, chosen.weight_name, chosen.image_encoder
+    )
+    short = {name: value for name, value in found.items() if name not in ("used", "notes", "output")}
+    return {"lines": [str(output), *_told({**short, "tensors used": len(found["used"])}), *found["notes"]], **found}
+
+
+def _add_export_ip_adapter(verbs: Any) -> None:
+    verb = _verb(verbs, "export-ip-adapter", "write an adapter as a standard IP-Adapter file", _export_ip_adapter)
+    verb.add_argument("folder", type=Path, metavar="DIR", help="folder of weights, or of an imported IP-Adapter")
+    verb.add_argument("--output", required=True, type=Path, metavar="FILE", help="file to write: .safetensors; the "
+                      "image encoder and LoRA go beside it")  # fmt: skip
+    verb.add_argument(
+        "--base", metavar="BASE", help="what it was made for, where DIR does not say: sdxl, sd15, a folder"
+    )
+
+
+def _export_ip_adapter(chosen: argparse.Namespace) -> dict[str, Any]:
+    file = _writable(chosen.output, (".safetensors",))
+    from imagine.ip_adapter_folders import export_folder
+
+    found = export_folder(chosen.folder.expanduser(), file, chosen.base).as_dict()
+    short = {name: value for name, value in found.items() if name != "not_carried"}
+    return {"lines": [*_told(short), *found["not_carried"]], **found}
+
+
 # --- what the verbs share ---------------------------------------------------------------------------------------------
 def _folder(given: Path | None) -> Path:
     from imagine.weights import default_folder, read_index
@@ -339,6 +440,16 @@ def _writable(path: Path, suffixes: "Sequence[str] | Mapping[str, str]") -> Path
     return path
 
 
+def _writable_folder(path: Path) -> Path:
+    """A folder that may be written, and is empty if it is there; checked before anything slow begins."""
+    path = path.expanduser()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(f"--output {path} is there already: name a folder that is new or empty.")
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise ConfigError(f"Nothing can be written to {path.absolute().parent}: choose another place for --output.")
+    return path
+
+
 def _told(found: Mapping[str, Any], indent: str = "") -> list[str]:
     """Nested facts as lines of "name: value", for people."""
     lines = []
@@ -365,6 +476,10 @@ def _short(value: Any) -> str:
 
 def _count(text: str) -> int:
     return _checked(text, int, lambda value: value >= 1, "a whole number from 1 on")
+
+
+def _whole(text: str) -> int:
+    return _checked(text, int, lambda value: value >= 0, "a whole number from 0 on")
 
 
 def _seed(text: str) -> int:
@@ -397,6 +512,7 @@ def _quieten() -> None:
     """Keep the libraries below from talking to the user, and from looking for the network."""
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "NO_ALBUMENTATIONS_UPDATE"):
         os.environ.setdefault(name, "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, of which `plan --check` reads memory
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")

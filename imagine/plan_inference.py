@@ -7,7 +7,7 @@
 
 The parts take turns, so that memory depends on which weights lie beside the part at work: all of them, its own and the
 adapters', or (sequential) those of one layer. `Drawing.measure` runs each part once; `Drawing.choices` are what a plan
-may be made of, the fastest first.
+may be made of, the best first.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from imagine.adapter import Adapter, BranchSpec, prepare
-from imagine.bases import ADAPTERS, T5, VISION, Base, Networks, build
+from imagine.bases import ADAPTERS, T5, VISION, Blueprint, Networks, build
 from imagine.cards import BUS, with_reserve
 from imagine.errors import ConfigError
 from imagine.meter import Meter, parameter_count, planned_kernels, weight_bytes
@@ -185,7 +185,7 @@ def decode(vae: Any, batch: int, sides: tuple[int, int]) -> Tensor:
 class Drawing:
     """A base's networks without numbers, measured part by part; what was measured once is kept."""
 
-    def __init__(self, base: Base, picture: Picture) -> None:
+    def __init__(self, base: Blueprint, picture: Picture) -> None:
         self.base, self.picture = base, picture
         self.networks = build(base)
         self.side = latent_side(self.networks.models["vae"], self.networks.unet, picture.resolution)
@@ -196,7 +196,7 @@ class Drawing:
         return {name: parameter_count(module) for name, module in self.networks.modules().items()}
 
     def choices(self, precision: Precision) -> Iterator[Choice]:
-        """Every choice of switches, the fastest first."""
+        """Every choice of switches, the fastest first; tiles, whose seams may show, after doing without."""
         for offload in ("none", "model", "sequential"):
             for tiling in (False, True):
                 yield Choice(precision, offload, tiling)

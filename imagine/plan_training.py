@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from imagine.adapter import Adapter
-from imagine.bases import VISION, Base, Networks, build
+from imagine.bases import VISION, Blueprint, Networks, build
 from imagine.cards import with_reserve
 from imagine.errors import ConfigError
 from imagine.meter import Meter, planned_kernels
@@ -81,7 +81,7 @@ class TrainingPlan:
 class Training:
     """A base's networks without numbers, a step of them measured."""
 
-    def __init__(self, base: Base, lesson: Lesson) -> None:
+    def __init__(self, base: Blueprint, lesson: Lesson) -> None:
         self.base, self.lesson = base, lesson
         readers = [name for name in base.components if name.startswith("text_encoder") or name.endswith("t5_encoder")]
         self.side = _side(base, lesson.resolution)
@@ -218,7 +218,7 @@ def _features(networks: Networks, adapter: Adapter, branch: str, batch: int) -> 
     return found if spec.projection is None else found[:, None]
 
 
-def _side(base: Base, resolution: int) -> int:
+def _side(base: Blueprint, resolution: int) -> int:
     only = replace(base, components={name: base.components[name] for name in ("unet", "vae")}, adapters={})
     built = build(only)
     return latent_side(built.models["vae"], built.unet, resolution)

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from imagine.adapter import BranchSpec
-from imagine.bases import AdapterShape, Base, Component, Networks, build
+from imagine.bases import AdapterShape, Blueprint, Component, Networks, build
 from imagine.cards import GIB, Speed
 from imagine.errors import ConfigError
 from imagine.meter import Meter, parameter_count, planned_kernels, profiled_peak
@@ -27,7 +27,7 @@ TOLERANCE = 0.15  # how far planned and measured memory may lie apart
 
 
 def plan_drawing(
-    base: Base, picture: Picture, choice: Choice, limit: int | None, speeds: Mapping[str, Speed]
+    base: Blueprint, picture: Picture, choice: Choice, limit: int | None, speeds: Mapping[str, Speed]
 ) -> dict[str, Any]:
     """The plan of a call with these switches; with a `limit` in bytes, with the fastest that fit under it.
 
@@ -37,7 +37,7 @@ def plan_drawing(
     if limit is None:
         plan = drawing.plan(choice)
     else:
-        plan = _fitting(map(drawing.plan, drawing.choices(choice.precision)), limit, _words_of(base, picture))
+        plan = fitting(map(drawing.plan, drawing.choices(choice.precision)), limit, _words_of(base, picture))
     vae = drawing.networks.models["vae"]
     return {
         "base": base.name, "resolution": picture.resolution, "batch": picture.batch, "steps": picture.steps,
@@ -60,7 +60,7 @@ def plan_drawing(
 
 
 def plan_training(
-    base: Base, lesson: Lesson, recipe: Recipe, limit: int | None, speeds: Mapping[str, Speed]
+    base: Blueprint, lesson: Lesson, recipe: Recipe, limit: int | None, speeds: Mapping[str, Speed]
 ) -> dict[str, Any]:
     """The plan of a training step with these settings; with a `limit` in bytes, with the fastest that fit under it.
 
@@ -70,7 +70,7 @@ def plan_training(
     if limit is None:
         plan = training.plan(recipe)
     else:
-        plan = _fitting(map(training.plan, training.recipes(recipe)), limit, f"Training {_words_of(base, lesson)}")
+        plan = fitting(map(training.plan, training.recipes(recipe)), limit, f"Training {_words_of(base, lesson)}")
     return {
         "base": base.name, "resolution": lesson.resolution, "batch": lesson.batch, "trained": dict(plan.trained),
         "frozen": plan.frozen, "precision": plan.recipe.precision, "checkpointing": plan.recipe.checkpointing,
@@ -82,7 +82,8 @@ def plan_training(
     }  # fmt: skip
 
 
-def _fitting(plans: Iterable[Plan], limit: int, what: str) -> Plan:
+def fitting(plans: Iterable[Plan], limit: int, what: str) -> Plan:
+    """The first plan that needs no more than `limit` bytes. Raises ConfigError, naming the least, if none does."""
     tried: list[Plan] = []
     for plan in plans:
         if plan.peak <= limit:
@@ -97,7 +98,7 @@ def _fitting(plans: Iterable[Plan], limit: int, what: str) -> Plan:
     )
 
 
-def _words_of(base: Base, wish: Picture | Lesson) -> str:
+def _words_of(base: Blueprint, wish: Picture | Lesson) -> str:
     return f"{base.name} at {wish.resolution} px in batches of {wish.batch}"
 
 
@@ -161,7 +162,7 @@ def _card(size: int) -> int:
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def small_base() -> Base:
+def small_base() -> Blueprint:
     """A base like SDXL with two levels, and our four branches; small enough to be measured in a second or two."""
     unet = {
         "sample_size": 32, "block_out_channels": [64, 128], "layers_per_block": 1, "attention_head_dim": [2, 4],
@@ -177,7 +178,7 @@ def small_base() -> Base:
     eyes = {"image_size": 64, "patch_size": 8, "width": 64, "layers": 3, "heads": 2, "embed_width": 32}
     text = AdapterShape((BranchSpec("t5", 48), BranchSpec("byt5", 32)))
     vision = BranchSpec("vision", 64, projection="full", input_width=64)
-    return Base(
+    return Blueprint(
         "a small base",
         {
             "unet": Component("UNet2DConditionModel", unet),
