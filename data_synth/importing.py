@@ -2,8 +2,9 @@
 
 Four layouts, all at any fsspec address: a folder with a metadata.jsonl; webdataset shards, as img2dataset writes them;
 a folder of pictures, each perhaps with a NAME.txt beside it; a folder of people, which holds one folder of photos for
-each person. The last is cleaned as PhotoMaker's data were (arXiv 2312.04461, section 3.3): of each photo the face that
-is most like the person's other photos is taken, and photos in which nobody is like them are taken out.
+each person. Where it is known whose photos they are, from the last or from records that say so, they are cleaned as
+PhotoMaker's data were (arXiv 2312.04461, section 3.3): of each photo the face that is most like the person's other
+photos is taken, and photos in which nobody is like them are taken out.
 
 The order is fixed, and of duplicates the first stays, so that the same photos always give the same references.
 """
@@ -26,7 +27,7 @@ from data_synth.backends import Draft, Failed
 from data_synth.measuring import picture_hash
 from data_synth.recognisers import KnownFace, Recogniser
 from data_synth.records import Ask, Candidate, Reference, Rejection
-from imagine.errors import BadRecordError, ConfigError, PictureError
+from imagine.errors import BadRecordError, ConfigError, ImagineError, PictureError, WeightsError
 from imagine.photos import Photo, read_photo
 from imagine.shard_writer import check_picture
 from imagine.shards import open_records
@@ -39,6 +40,7 @@ NEAR = "nearly the same picture as another"
 NO_FACE = "no face"
 SEVERAL = "more than one face"
 SMALL_FACE = "a face that is too small"
+BREAKS = "a photo that breaks the recogniser"
 STRANGER = "a stranger among the photos of a person"
 FEW = "too few photos of a person"
 
@@ -63,7 +65,8 @@ class ImportSettings(BaseModel):
     duplicates: int | None = Field(default=2, ge=0, le=10)
     licence: str = ""  # of photos that do not bring their own
     least_photos: int = Field(default=2, ge=1)  # of a person, in a folder of people
-    outliers: float = Field(default=4.0, gt=0)  # spreads below the middle from which on a photo is a stranger's
+    # of a person's photos, in a folder or in records: spreads below the middle from which on one is a stranger's
+    outliers: float = Field(default=4.0, gt=0)
     least_similarity: float = Field(default=0.2, ge=-1, le=1)  # whatever the spread: less alike is another person
 
 
@@ -96,21 +99,25 @@ def import_references(
 
     A reference's facts are the import's own fields, its "file", its "licence", and the "box" of its face where one was
     found: left, top, width, height in pixels of the stored picture held upright. A rejection's key is the photo's name.
-    recogniser: loaded; None leaves faces unchecked. Photos of a folder of people follow each other. Nothing that is
-    wrong with one photo is raised. Raises ConfigError if there is nothing at the address, or if a folder of people is
-    to be cleaned without a recogniser.
+    recogniser: loaded; None leaves faces unchecked. Photos of a person follow each other, from a folder of people and
+    from records that name them; strangers among them are taken out where faces are checked. Nothing that is wrong with
+    one photo is raised. Raises ConfigError if there is nothing at the address, or if a folder of people is to be
+    cleaned without a recogniser; ImagineError if the recogniser breaks at everything.
     """
     kind = _kind(settings)
-    if kind == "people" and (recogniser is None or settings.faces == "unchecked"):
+    checked = recogniser is not None and settings.faces != "unchecked"
+    if kind == "people" and not checked:
         raise ConfigError("A folder of people is cleaned by their faces: give a recogniser and let it check them.")
-    found = _records(settings) if kind == "records" else _pictures(settings, people=kind == "people")
+    found = _persons_together(_records(settings)) if kind == "records" else _pictures(settings, kind == "people")
     looked = _looked(_opened(found, settings), settings, recogniser)
-    if kind != "people":
-        for one in looked:
-            yield one if isinstance(one, Rejection) else _referenced(one)
-        return
-    for person in _by_person(looked):
-        yield from [person] if isinstance(person, Rejection) else _cleaned(person, settings)
+    least = settings.least_photos if kind == "people" else 1  # a record is wanted for itself, not for a person's set
+    for some in _by_person(looked):
+        if isinstance(some, Rejection):
+            yield some
+        elif checked and some[0].reference.person is not None:
+            yield from _cleaned(some, settings, least)
+        else:
+            yield from map(_referenced, some)
 
 
 def mined_drafts(references: Iterable[Reference], most: int = 4) -> list[Draft]:
@@ -180,6 +187,17 @@ def _records(settings: ImportSettings) -> Iterator[_Found | Rejection]:
             yield from (_rejected(name, reason, f"{name}: {reason}.") for name in names)
 
 
+def _persons_together(found: Iterable[_Found | Rejection]) -> Iterator[_Found | Rejection]:
+    """The same, with all photos of a person where the first of them was; nothing is read for it."""
+    places: dict[str, int] = {}
+    waiting = list(found)
+    order = [
+        number if isinstance(one, Rejection) or one.person is None else places.setdefault(one.person, number)
+        for number, one in enumerate(waiting)
+    ]
+    return (waiting[number] for number in sorted(range(len(waiting)), key=order.__getitem__))
+
+
 def _pictures(settings: ImportSettings, people: bool) -> Iterator[_Found | Rejection]:
     """From a folder and those in it, by name; of people, the first folder below says who it is."""
     filesystem, root = url_to_fs(settings.source)
@@ -224,7 +242,7 @@ def _opened(found: Iterable[_Found | Rejection], settings: ImportSettings) -> It
             continue
         try:
             content = one.read()
-        except (OSError, BadRecordError) as error:
+        except Exception as error:  # each filesystem has errors of its own
             yield _rejected(one.name, UNREAD, f"{one.name}: {error}")
             continue
         yield _opened_one(one, content, settings, seen)
@@ -304,10 +322,38 @@ def _looked(
     """With their faces, some photos at a time; without those whose faces do not do."""
     opened = iter(opened)
     while some := list(islice(opened, _TOGETHER)):
-        photos = [one.image for one in some if isinstance(one, _Looked)]
-        found = iter(recogniser.recognise(photos) if recogniser is not None else [None] * len(photos))
+        photos = [one for one in some if isinstance(one, _Looked)]
+        found = iter(_recognised(photos, recogniser) if recogniser is not None else [None] * len(photos))
         for one in some:
             yield one if isinstance(one, Rejection) else _with_faces(one, next(found), settings)
+
+
+def _recognised(photos: Sequence[_Looked], recogniser: Recogniser) -> list[tuple[KnownFace, ...] | Failed]:
+    """The faces of each photo; one that breaks the recogniser is found by itself and fails alone.
+
+    Wrong settings and weights are raised, and if all of several photos break it, that too, as ImagineError.
+    """
+    try:
+        return recogniser.recognise([one.image for one in photos])
+    except (ConfigError, WeightsError):
+        raise
+    except Exception:  # whatever a network raises at odd pixels
+        found: list[tuple[KnownFace, ...] | Failed] = []
+        broken = 0
+        for one in photos:
+            try:
+                found += recogniser.recognise([one.image])
+            except (ConfigError, WeightsError):
+                raise
+            except Exception as error:
+                said, broken = f"{type(error).__name__}: {error}", broken + 1
+                found.append(Failed(BREAKS, said))
+        if broken == len(photos) > 1:
+            raise ImagineError(
+                f"The recogniser {type(recogniser).__name__} failed at all of {broken} photos ({said}): correct this, "
+                "or take another one."
+            ) from None
+        return found
 
 
 def _with_faces(
@@ -344,7 +390,7 @@ def _referenced(photo: _Looked, face: int = 0) -> Reference:
 
 # --- people -----------------------------------------------------------------------------------------------------------
 def _by_person(looked: Iterable[_Looked | Rejection]) -> Iterator[list[_Looked] | Rejection]:
-    """The photos of each person, who follow each other; rejections as they come, ahead of their person's photos."""
+    """The photos of each person, who follow each other, and of nobody, one at a time; rejections as they come."""
     photos: list[_Looked] = []
     for one in looked:
         if isinstance(one, Rejection):
@@ -353,20 +399,23 @@ def _by_person(looked: Iterable[_Looked | Rejection]) -> Iterator[list[_Looked] 
         if photos and photos[-1].reference.person != one.reference.person:
             yield photos
             photos = []
-        photos.append(one)
+        if one.reference.person is None:
+            yield [one]
+        else:
+            photos.append(one)
     if photos:
         yield photos
 
 
-def _cleaned(photos: Sequence[_Looked], settings: ImportSettings) -> Iterator[Reference | Rejection]:
-    """One person's photos without strangers; nothing of a person of whom too few are left."""
+def _cleaned(photos: Sequence[_Looked], settings: ImportSettings, least: int) -> Iterator[Reference | Rejection]:
+    """One person's photos without strangers; nothing of a person of whom fewer than `least` are left."""
     chosen, embeddings = _likest(photos)
     out = set(strangers(embeddings, settings.outliers, settings.least_similarity))
     kept = len(photos) - len(out)
     for number, (photo, face) in enumerate(zip(photos, chosen, strict=True)):
         if number in out:
-            yield _rejected(photo.name, STRANGER, f"The face in {photo.name} is unlike the others of its folder.")
-        elif kept < settings.least_photos:
+            yield _rejected(photo.name, STRANGER, f"The face in {photo.name} is unlike the others of its person.")
+        elif kept < least:
             yield _rejected(photo.name, FEW, f"Good photos of {photo.reference.person}: {kept}.")
         else:
             yield _referenced(photo, face)

@@ -4,15 +4,19 @@ import io
 import json
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_synth.backends import Failed
 from data_synth.importing import (
+    BREAKS,
     DAMAGED,
     FEW,
     NEAR,
@@ -22,14 +26,16 @@ from data_synth.importing import (
     SMALL,
     SMALL_FACE,
     STRANGER,
+    UNREAD,
     ImportSettings,
     import_references,
     mined_drafts,
     strangers,
 )
-from data_synth.recognisers import Recogniser, make_recogniser
+from data_synth.recognisers import JudgeRecogniser, KnownFace, Recogniser, make_recogniser
 from data_synth.records import Reference, Rejection
-from imagine.errors import ConfigError
+from imagine.errors import ConfigError, ImagineError
+from imagine.photos import PhotoSource
 from imagine.report import to_pil
 from imagine.shards import open_records
 from imagine.world import render, sample_contexts, sample_people
@@ -269,6 +275,55 @@ def test_people_need_somebody_who_looks(tmp_path: Path) -> None:
     settings = ImportSettings(source=str(people_folder(tmp_path)), kind="people")
     with pytest.raises(ConfigError, match="recogniser"):
         list(import_references(settings))
+
+
+def test_people_named_in_records_are_cleaned_too_wherever_their_photos_lie(tmp_path: Path) -> None:
+    rows = []
+    for number in range(5):  # their photos take turns
+        for person in (0, 1):
+            (tmp_path / f"{person}-{number}.png").write_bytes(as_file(photos()[person][number]))
+            rows.append({"file_name": f"{person}-{number}.png", "identity": f"person {person}"})
+    for name, person, image in (("wrong", "person 0", photos()[3][0]), ("alone", "person 2", photos()[2][0])):
+        (tmp_path / f"{name}.png").write_bytes(as_file(image))
+        rows.append({"file_name": f"{name}.png", "identity": person})
+    (tmp_path / "nobody.png").write_bytes(as_file(photos()[3][1]))
+    rows.insert(3, {"file_name": "nobody.png"})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    references, rejections = imported(tmp_path)
+    assert reasons(rejections) == {"wrong": STRANGER}
+    order = [one.person for one in references]
+    assert order == ["person 0"] * 5 + ["person 1"] * 5 + [None, "person 2"], "one photo of somebody does"
+    assert len(imported(tmp_path, faces="unchecked")[0]) == 13, "where nobody looks, all are believed"
+
+
+class Fragile:
+    """The judge, but photos of one size break it."""
+
+    Settings, identity = JudgeRecogniser.Settings, MappingProxyType({})
+
+    def load(self) -> None:
+        recogniser().load()
+
+    def recognise(self, pictures: Sequence[PhotoSource]) -> list[tuple[KnownFace, ...] | Failed]:
+        if any(isinstance(one, Image.Image) and one.size == (100, 100) for one in pictures):
+            raise RuntimeError("an odd number of windows")
+        return recogniser().recognise(pictures)
+
+
+def test_a_photo_that_breaks_the_recogniser_or_cannot_be_read_falls_out_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(as_file(photos()[0][0]))
+    (tmp_path / "b.png").write_bytes(as_file(photos()[1][0].resize((100, 100))))
+    (tmp_path / "c.png").write_bytes(as_file(photos()[2][0]))
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    found = list(import_references(ImportSettings(source=str(tmp_path)), Fragile()))
+    rejections = [one for one in found if isinstance(one, Rejection)]
+    assert reasons(rejections) == {"b.png": BREAKS, "gone.jpg": UNREAD}
+    assert "RuntimeError: an odd number of windows" in rejections[0].detail
+    assert [one.facts["file"] for one in found if isinstance(one, Reference)] == ["a.png", "c.png"]
+    for name in ("a.png", "c.png"):
+        (tmp_path / name).write_bytes(as_file(photos()[0 if name < "b" else 2][1].resize((100, 100))))
+    with pytest.raises(ImagineError, match="Fragile failed at all of 3 photos"):
+        list(import_references(ImportSettings(source=str(tmp_path)), Fragile()))
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
