@@ -94,7 +94,9 @@ class BuildConfig(BaseModel):
         default=4, ge=1
     )  # without a generator: how many photos of the person each is paired with
     keep_captions: bool = True  # the captioner is asked only where a reference brings no caption
-    attempts: int = Field(default=1, ge=1)  # candidates for a target: another is made while none passes the filters
+    attempts: int = Field(default=1, ge=1)  # candidates for a target: as many are made at most
+    # first: another candidate only while none passes the filters; best: all attempts, and the most similar that passes
+    choose: Literal["first", "best"] = "first"
     rounds: int = Field(default=0, ge=0)  # refinements of a candidate, while it is too unlike the reference
     filters: FilterSettings = FilterSettings()
     review: Literal["none", "optional", "required"] = "none"  # required: pairs that nobody decided on are held back

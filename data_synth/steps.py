@@ -5,7 +5,8 @@
     rewrite   the same person as the target should show them: a value for each attribute, dealt by targets.aims
     generate  a candidate, then
     measure   it; while it is too unlike the reference, up to `rounds` times:
-    refine    its identity, and measure again; while nothing passes the filters, up to `attempts` times from "generate"
+    refine    its identity, and measure again; up to `attempts` times from "generate": while nothing passes the filters,
+              or, where the best is to be chosen, each time
 
 A story is a generator: it asks for one result after the other and is given each; what it is given decides how it goes
 on. It does no work itself, so the same lines replay what the store holds, run in a worker, and say what is missing.
@@ -128,7 +129,8 @@ def _generated(recipe: Recipe, number: int, told: dict[str, Any]) -> Generator[R
         if _lost(made, f"{key}-{attempt}-0", "generate", told):
             continue
         yield from _refined(recipe, told, _named(made, ask, attempt, 0), request.key)
-        if any(rejection(one.key, measured, recipe.config.filters) is None for one, measured in told["tries"]):
+        passed = (rejection(one.key, measured, recipe.config.filters) is None for one, measured in told["tries"])
+        if recipe.config.choose == "first" and any(passed):
             return
 
 

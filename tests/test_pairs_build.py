@@ -12,7 +12,7 @@ from PIL import Image
 from data_synth import review
 from data_synth.build import build
 from data_synth.config import BuildConfig
-from data_synth.filters import stage_of
+from data_synth.filters import STAGES, stage_of
 from data_synth.review import Opinion, Review
 from data_synth.steps import BROKE
 from imagine.errors import ConfigError, ImagineError
@@ -71,6 +71,22 @@ def test_a_pair_is_the_first_candidate_that_passes_and_each_try_is_told(straight
             assert rejected[f"{ask}-{attempt}-0"], "an earlier attempt had a reason"
         for number in range(made["round"]):
             assert stage_of(rejected[f"{ask}-{made['attempt']}-{number}"]) in ("identity", "faces")
+
+
+def test_the_best_of_all_attempts_is_chosen_where_a_build_says_so(tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "out"
+    config = toy_config({"log": str(log)}, attempts=3, choose="best")
+    first = built(config.model_copy(update={"choose": "first"}), out)
+    made = logged(log)
+    best = built(config, out)
+    assert made["generate"] < 36 and logged(log)["generate"] == 36 - made["generate"], "all attempts, none twice"
+    better = [one for one in lines(out / "rejections.jsonl") if one["reason"] == STAGES["choice"][0]]
+    assert better and best.funnel.reasons["filter", STAGES["choice"][0]] == len(better)
+    assert first.funnel.reasons["filter", STAGES["choice"][0]] == 0
+    for one in better:
+        stayed = one["detail"].split()[0]
+        assert stayed != one["key"] and stayed.rsplit("-", 2)[0] == one["key"].rsplit("-", 2)[0]
+    assert best.funnel.kept.as_json()["similarity"] > first.funnel.kept.as_json()["similarity"]
 
 
 def test_the_funnel_adds_up_and_shows_every_round(straight: Path) -> None:
