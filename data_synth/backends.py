@@ -10,13 +10,13 @@ does not change results (batch size, device, address, timeouts) is marked `Field
 is left out of the hash, as pydantic leaves it out of `model_dump()`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel
 
-from data_synth.records import Ask, Candidate, Measures, Reference
+from data_synth.records import Ask, Candidate, Measures, Reference, Rejection
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Backend(Protocol):
     Settings: ClassVar[type[BaseModel]]
 
     @property
+    def settings(self) -> BaseModel:
+        """What it was made with."""
+        ...
+
+    @property
     def identity(self) -> Mapping[str, Any]:
         """What results depend on besides their inputs, for hashes and the manifest: class, model id, revision or
         fingerprint of the weights, licence ("" if unknown), version of this code."""
@@ -60,6 +65,27 @@ class Backend(Protocol):
 
     def load(self) -> None:
         """Load the models; raises ImagineError with one sentence that says what to install or which folder to give."""
+        ...
+
+
+class Numbered(Backend, Protocol):
+    """References that are drawn by their number, as any other step's results."""
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        ...
+
+    def draw(self, numbers: Sequence[int]) -> Sequence[Reference | Failed]:
+        """The references of these numbers, 0 to count - 1; the same whatever `count` is."""
+        ...
+
+
+class Collected(Backend, Protocol):
+    """References that only a look at all of them tells, read once and kept; `identity` must change when they do."""
+
+    def collect(self) -> Iterator[Reference | Rejection]:
+        """Every reference there is, in a fixed order, and why a photo is none."""
         ...
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data_synth.filters import FilterSettings
 from data_synth.targets import TargetSettings
@@ -43,6 +43,7 @@ class Choice(BaseModel):
 
 
 Chosen = Annotated[Choice, BeforeValidator(_by_name)]
+HomePath = Annotated[Path, AfterValidator(Path.expanduser)]  # no shell has seen the ~ in a file
 
 
 class Share(BaseModel):
@@ -105,7 +106,7 @@ class BuildConfig(BaseModel):
     chunk: int = Field(default=32, ge=1)  # references worked on together; models see batches of at most their targets
     workers: int = Field(default=0, ge=0)  # processes beside this one; 0: everything happens in this one
     ray: Cluster = Cluster()
-    work: Path | None = None  # a local folder for the store and the review; None: the output folder
+    work: HomePath | None = None  # a local folder for the store and the review; None: the output folder
 
     @model_validator(mode="after")
     def _fits_together(self) -> "BuildConfig":
@@ -146,12 +147,12 @@ def _override(content: dict[str, Any], text: str) -> None:
     place = content
     for key in keys[:-1]:
         inner = place.get(key) or {}
-        inner = _by_name(inner) if len(keys) == 2 and key in _KINDS else inner
+        inner = _by_name(inner) if place is content and key in _KINDS else inner
         if not isinstance(inner, dict):
             raise ConfigError(f"override {text}: {key} is a single value and holds no keys.")
         place[key] = inner
         place = inner
     given = read_value(value, text)
-    if keys[-1] == "backend" and place.get("backend") != given:
+    if len(keys) == 2 and keys[-1] == "backend" and place.get("backend") != given:
         place.clear()  # one backend's settings say nothing to another
     place[keys[-1]] = given

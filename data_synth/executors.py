@@ -21,7 +21,7 @@ from typing import Any
 
 from data_synth.config import BuildConfig, Cluster, Share
 from data_synth.steps import STEPS, Backends, Recipe, Task, advance, among, tellings
-from imagine.errors import ConfigError
+from imagine.errors import ConfigError, ImagineError
 
 Executor = Callable[[Recipe, Iterable[Task]], Iterator[Task]]
 
@@ -154,7 +154,14 @@ def _ray() -> Any:
 def _connect(ray: Any, cluster: Cluster, stages: Sequence[StagePlan]) -> None:
     """To the cluster, or start one on this machine. Raises ConfigError if that one cannot hold all stages at once."""
     if not ray.is_initialized():
-        ray.init(address=cluster.address, log_to_driver=False, include_dashboard=False)
+        try:
+            ray.init(address=cluster.address, log_to_driver=False, include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = "by RAY_ADDRESS or on this machine" if cluster.address is None else f"at {cluster.address}"
+            raise ConfigError(
+                f"There is no Ray cluster {where} ({' '.join(str(error).split())}): start one with `ray start --head`, "
+                "or leave ray.address out for one on this machine."
+            ) from error
     there = ray.cluster_resources()
     for name, kind in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
         wanted = sum(getattr(stage.share, name) * stage.share.concurrency for stage in stages)
@@ -186,7 +193,12 @@ def _passed(recipe: Recipe, tasks: Mapping[int, Task], stages: Sequence[StagePla
             num_gpus=stage.share.num_gpus,
             batch_size=1,
         )
-    passed = {int(row["place"]): pickle.loads(row["task"]) for row in dataset.iter_rows()}
+    passed = {}
+    for row in dataset.iter_rows():
+        task = pickle.loads(row["task"])
+        if isinstance(task, ImagineError):
+            raise task
+        passed[int(row["place"])] = task
     if missing := tasks.keys() - passed.keys():
         raise RuntimeError(f"Ray Data lost {len(missing)} of {len(tasks)} tasks")
     return passed
@@ -200,7 +212,14 @@ class Stage:
         self.backends = Backends(recipe.config)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Tasks on their way, as Ray Data's batches of pickled rows."""
-        tasks = [pickle.loads(task) for task in batch["task"]]
-        done = [pickle.dumps(advance(self.recipe, task, self.backends, self.steps)) for task in tasks]
-        return {"place": batch["place"], "task": done}
+        """Tasks on their way, as Ray Data's batches of pickled rows; an ImagineError takes its task's place."""
+        return {"place": batch["place"], "task": [self._advanced(task) for task in batch["task"]]}
+
+    def _advanced(self, row: bytes) -> bytes:
+        task = pickle.loads(row)
+        if isinstance(task, ImagineError):  # of a stage before
+            return row
+        try:
+            return pickle.dumps(advance(self.recipe, task, self.backends, self.steps))
+        except ImagineError as error:  # raised here, Ray would wrap it in errors of its own, trace and all
+            return pickle.dumps(error)

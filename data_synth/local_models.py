@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from data_synth.backends import Failed
 from imagine.errors import FaceError, ImagineError, PictureError, PromptError, WeightsError
@@ -30,12 +30,20 @@ _REASONS: dict[type[Exception], str] = {
 }
 
 
+def _at_home(source: str) -> str:
+    return str(Path(source).expanduser()) if source.startswith("~") else source
+
+
+# A folder, a file or a hub repository owner/name; ~ means what it means to a shell, which has not seen it in a file.
+ModelSource = Annotated[str, AfterValidator(_at_home)]
+
+
 class ModelSettings(BaseModel):
     """Which model, and how it runs. Where it lies and on what it runs leave results as they are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(min_length=1, exclude=True)  # a folder, or a hub repository owner/name; `identity` knows it
+    model: ModelSource = Field(min_length=1, exclude=True)  # a folder, or a hub repository; `identity` knows it
     revision: str | None = Field(default=None, exclude=True)  # of a hub repository: best a commit
     device: str = Field(default="auto", exclude=True)  # "cuda:1", "cpu", ...; auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU

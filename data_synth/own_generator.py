@@ -8,7 +8,7 @@ from pydantic import Field
 
 from data_synth.backends import Failed
 from data_synth.generators import candidate_of, load_imagine, noise_of
-from data_synth.local_models import ModelSettings, failure, identity_of, source_identity
+from data_synth.local_models import ModelSettings, ModelSource, failure, identity_of, source_identity
 from data_synth.records import Ask, Candidate, Reference
 from imagine.errors import ImagineError
 from imagine.weights import default_folder
@@ -22,7 +22,7 @@ class ImagineGenerator:
     class Settings(ModelSettings):
         """The weights, and how they draw; what is None is the weights' own."""
 
-        model: str = Field(default="", exclude=True)  # "": the shipped weights
+        model: ModelSource = Field(default="", exclude=True)  # "": the shipped weights
         # 0: by the sentence alone, as in the paper, for refiners to bring the person in; 1: with all of the reference
         identity_scale: float = Field(default=0.0, ge=0)
         steps: int | None = Field(default=None, ge=1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_synth.config import BuildConfig, Choice
-from data_synth.importing import mined_drafts
+from data_synth.importing import NO_FACE, mined_drafts
 from data_synth.records import Reference, Rejection
 from data_synth.references import collect, people_of
 from data_synth.registry import make_backend
@@ -46,8 +46,18 @@ def prepare(config: BuildConfig, kept: Store, report: Callable[[int], None] = la
         what = "no two photos of one person" if count else "no photo that can be used"
         most = Counter(one.reason for one in rejections).most_common(3)
         reasons = f" ({', '.join(f'{reason}: {number}' for reason, number in most)})" if most else ""
-        raise ConfigError(f"There is {what} to make pairs of{reasons}: check the references.")
+        advice = _advice(source.settings, [reason for reason, _ in most], count)
+        raise ConfigError(f"There is {what} to make pairs of{reasons}: {advice}.")
     return Prepared(recipe, count + len(rejections), rejections, models)
+
+
+def _advice(settings: Any, reasons: Sequence[str], count: int) -> str:
+    """What may be wrong with references of which nothing, or nobody twice, is left."""
+    if NO_FACE in reasons[:1] and getattr(settings, "recogniser", "") == "judge":
+        return "the judge sees faces of the portrait world only; for photographs set recogniser: insightface"
+    if count and getattr(settings, "kind", "people") != "people":
+        return "if each person has a folder of photos, set kind: people; records say it as identity"
+    return "check the references"
 
 
 def _described(choice: Choice, backend: Any) -> dict[str, Any]:

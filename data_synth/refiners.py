@@ -29,6 +29,7 @@ from data_synth.backends import Draft, Failed
 from data_synth.generators import BLOCKED, candidate_of, load_imagine, load_pipeline, noise_of
 from data_synth.local_models import (
     ModelSettings,
+    ModelSource,
     failure,
     identity_of,
     loading,
@@ -159,9 +160,9 @@ class ImagineRefiner:
     class Settings(ModelSettings):
         """The weights, and how much they may change."""
 
-        model: str = Field(default="", exclude=True)  # "": the shipped weights
+        model: ModelSource = Field(default="", exclude=True)  # "": the shipped weights
         # an identity adapter in place of the weights' own: a folder or a file
-        adapter: str = Field(default="", exclude=True)
+        adapter: ModelSource = Field(default="", exclude=True)
         strength: float = Field(default=0.5, gt=0, le=1)  # the noise level that redrawing begins at
         steps: int = Field(default=10, ge=1)
         guidance_scale: float | None = None  # None: the weights' own
@@ -189,7 +190,7 @@ class ImagineRefiner:
         settings = self.settings
         self.pipe = load_imagine(settings)
         if settings.adapter:
-            self.pipe.load_adapter(Path(settings.adapter).expanduser())
+            self.pipe.load_adapter(settings.adapter)
         if self.pipe.adapter is None:
             raise WeightsError(f"{settings.model} holds no identity adapter to refine with: name one as adapter.")
         if settings.insightface:
@@ -312,7 +313,7 @@ class IPAdapterRefiner:
     class Settings(ModelSettings):
         """The pipeline, its adapter, and how much they may change."""
 
-        adapter: str = Field(min_length=1, exclude=True)  # a folder or hub repository, such as h94/IP-Adapter
+        adapter: ModelSource = Field(min_length=1, exclude=True)  # a folder or hub repository, such as h94/IP-Adapter
         subfolder: str = ""  # in it, such as sdxl_models
         weight_name: str = Field(min_length=1)  # in that, such as ip-adapter-plus-face_sdxl_vit-h.safetensors
         image_encoder_folder: str = "image_encoder"  # with a slash in it: from the top of the repository

@@ -5,7 +5,7 @@ beside its name. Your own backend is named by its place, "package.module:Class" 
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_synth.config import Choice
@@ -44,10 +44,21 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
 }
 
 
+CALLS: Mapping[str, Sequence[str]] = {  # what a backend of each kind must have besides what all have (backends.py)
+    "references": ("count", "draw"),  # or "collect"
+    "captioner": ("caption",),
+    "rewriter": ("rewrite",),
+    "generator": ("generate",),
+    "refiner": ("refine",),
+    "measurer": ("measure",),
+}
+
+
 def make_backend(kind: str, choice: Choice) -> Any:
     """The backend of that kind that a build file chose, its settings checked and nothing loaded.
 
-    Raises ConfigError, naming the valid ones, for a name or a setting that there is not.
+    Raises ConfigError, naming the valid ones, for a name or a setting that there is not, and for a class that lacks
+    something that every build asks for.
     """
     place = BACKENDS[kind].get(choice.backend, choice.backend)
     module, colon, name = place.partition(":")
@@ -57,4 +68,15 @@ def make_backend(kind: str, choice: Choice) -> Any:
         made = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{kind}: {place} cannot be imported ({error}): install it, or correct its name.") from error
-    return made(checked(made.Settings, choice.settings, f"{kind} {choice.backend}"))
+    if not hasattr(made, "Settings"):
+        raise ConfigError(_lacking(kind, place, ["Settings"]))
+    backend = made(checked(made.Settings, choice.settings, f"{kind} {choice.backend}"))
+    there = dir(backend)  # nothing is asked for: `identity` may read a whole model
+    calls = ("collect",) if kind == "references" and "collect" in there else CALLS[kind]
+    if missing := [name for name in ("settings", "identity", "load", *calls) if name not in there]:
+        raise ConfigError(_lacking(kind, place, missing))
+    return backend
+
+
+def _lacking(kind: str, place: str, missing: Sequence[str]) -> str:
+    return f"{kind}: {place} has no {' and no '.join(missing)}: data_synth/backends.py says what a backend must have."

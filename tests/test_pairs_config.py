@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from data_synth.__main__ import main
 from data_synth.config import BuildConfig, Choice, load_config
-from data_synth.registry import BACKENDS, make_backend
+from data_synth.registry import BACKENDS, CALLS, make_backend
 from imagine.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -34,16 +35,13 @@ def test_the_shipped_build_files_name_backends_and_settings_that_there_are(path:
 def test_every_name_in_the_registry_is_a_class_with_settings_and_the_call_of_its_kind() -> None:
     import importlib
 
-    calls = {
-        "references": ("draw", "collect"), "captioner": ("caption",), "rewriter": ("rewrite",),
-        "generator": ("generate",), "refiner": ("refine",), "measurer": ("measure",),
-    }  # fmt: skip
     for kind, names in BACKENDS.items():
         for place in names.values():
             module, _, name = place.partition(":")
             made = getattr(importlib.import_module(module), name)
             assert made.Settings.model_config["extra"] == "forbid" and made.Settings.model_config["frozen"], place
-            assert any(callable(getattr(made, call, None)) for call in calls[kind]), place
+            calls = ("collect",) if hasattr(made, "collect") else CALLS[kind]
+            assert all(hasattr(made, name) for name in ("identity", "load", *calls)), place
 
 
 def test_one_line_switches_a_backend(tmp_path: Path) -> None:
@@ -56,6 +54,28 @@ def test_one_line_switches_a_backend(tmp_path: Path) -> None:
     )
     assert loaded(tmp_path, "filters.similarity=[0.1, 0.9]").filters.similarity == (0.1, 0.9)
     assert loaded(tmp_path, "attempts=3").attempts == 3
+
+
+def test_a_setting_within_a_setting_opens_up_a_backend_written_as_its_name(tmp_path: Path) -> None:
+    refined = loaded(tmp_path, "refiner.region.reach=1.2", refiner="inpaint").refiner
+    assert refined == Choice.model_validate({"backend": "inpaint", "region": {"reach": 1.2}})
+    assert make_backend("refiner", refined).settings.region.reach == 1.2
+
+
+def test_a_tilde_in_a_build_file_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert loaded(tmp_path, "work=~/scratch").work == tmp_path / "scratch"
+    for kind, name, more in (
+        ("captioner", "transformers", {}), ("rewriter", "transformers", {}), ("generator", "diffusers", {}),
+        ("generator", "imagine", {}), ("refiner", "inpaint", {"adapter": "~/b"}),
+        ("refiner", "ip_adapter", {"adapter": "~/b", "weight_name": "c.safetensors"}),
+    ):  # fmt: skip
+        choice = Choice.model_validate({"backend": name, "model": "~/a", **more})
+        settings = make_backend(kind, choice).settings
+        assert settings.model == str(tmp_path / "a"), name
+        assert getattr(settings, "adapter", str(tmp_path / "b")) == str(tmp_path / "b"), name
+    hub = Choice.model_validate({"backend": "diffusers", "model": "owner/name"})
+    assert make_backend("generator", hub).settings.model == "owner/name"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +110,40 @@ def test_mistakes_are_one_sentence(tmp_path: Path, overrides: list[str], sentenc
 def test_a_wrong_backend_is_one_sentence(choice: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         make_backend("captioner", Choice.model_validate(choice))
+
+
+class _Half:
+    """A backend as somebody may write it at first."""
+
+    class Settings(BaseModel):
+        size: int = 1
+
+    def __init__(self, settings: Any) -> None:
+        self.size = settings.size
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+
+class _Bare:
+    """Not even settings."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "sentence"),
+    [
+        (
+            "captioner",
+            "_Half",
+            ":_Half has no settings and no identity and no caption: data_synth/backends.py",
+        ),
+        ("references", "_Half", "no identity and no count and no draw: data_synth/backends.py"),
+        ("generator", "_Bare", "_Bare has no Settings: data_synth/backends.py"),
+    ],
+)
+def test_a_class_of_ones_own_that_lacks_something_is_one_sentence(kind: str, name: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        make_backend(kind, Choice(backend=f"tests.test_pairs_config:{name}"))
 
 
 def test_the_command_line_takes_overrides_on_both_sides_of_its_options(

@@ -1,19 +1,51 @@
 """Builds on Ray Data: the same shards as in a single process, with stages of their own for steps that want them."""
 
-from collections.abc import Iterator
+import importlib
+import pickle
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_synth.build import build
-from data_synth.config import BuildConfig
-from data_synth.executors import choose_executor, on_ray, stages_of
-from data_synth.steps import STEPS, Recipe
-from imagine.errors import ConfigError
-from tests.toy_pairs import built, contents, toy_config
+from data_synth.config import BuildConfig, Cluster
+from data_synth.executors import Stage, _connect, choose_executor, stages_of
+from data_synth.steps import STEPS, Recipe, Task
+from imagine.errors import ConfigError, WeightsError
+from tests.toy_pairs import ToyCaptioner, ToyGenerator, ToySettings, built, contents, toy_config
 
 ROOT = Path(__file__).parent.parent
 FEW = {"num_cpus": 0.5, "concurrency": 1}
+
+
+class PlacedGenerator(ToyGenerator):
+    """Also notes which GPUs Ray gave to the process that it runs in."""
+
+    def generate(self, work: Sequence[Any]) -> list[Any]:
+        note_place(self.settings, "generate")
+        return super().generate(work)
+
+
+class PlacedCaptioner(ToyCaptioner):
+    """The same."""
+
+    def caption(self, references: Sequence[Any]) -> list[Any]:
+        note_place(self.settings, "caption")
+        return super().caption(references)
+
+
+def note_place(settings: ToySettings, step: str) -> None:
+    if settings.log:
+        with open(settings.log, "a", encoding="utf-8") as notes:
+            notes.write(f"{step} {importlib.import_module('ray').get_gpu_ids()}\n")
+
+
+class AbsentCaptioner(ToyCaptioner):
+    """A model that is not on this node."""
+
+    def load(self) -> None:
+        raise WeightsError("The model nowhere cannot be loaded.")
 
 
 def recipe(config: BuildConfig) -> Recipe:
@@ -30,13 +62,24 @@ def test_steps_with_a_share_of_their_own_are_stages() -> None:
     assert stages[1].share.num_gpus == 1 and stages[3].share.concurrency == 4 and stages[4].share.num_gpus == 0
 
 
+def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="pip install 'imagine-yourself-open[ray]'")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match=r"no Ray cluster at nowhere .*ray start --head"):
+        _connect(ray, Cluster(address="nowhere"), [])
+    services = importlib.import_module("ray._private.services")
+    if services.find_bootstrap_address(None) is None and not services.find_gcs_addresses():
+        with pytest.raises(ConfigError, match=r"no Ray cluster at auto .*leave ray.address out"):
+            _connect(ray, Cluster(address="auto"), [])
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Two workers on this machine."""
+    """Two workers on this machine, and a GPU that Ray takes for granted."""
     ray = pytest.importorskip("ray", reason="pip install 'imagine-yourself-open[ray]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+        ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
         yield
         ray.shutdown()
 
@@ -55,11 +98,19 @@ def test_two_workers_build_the_same_shards_as_one_process(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore")
 def test_a_stage_of_its_own_and_attempts_that_lead_back_to_it_build_the_same_shards(tmp_path: Path) -> None:
-    toy = {"count": 3}
-    built(toy_config(toy), tmp_path / "alone")
-    config = toy_config(toy, ray={**FEW, "steps": {"generate": FEW}})
-    assert build(config, str(tmp_path / "ray"), "ray").made["generate"] > 6, "some need a second attempt"
+    notes = tmp_path / "notes"
+
+    def config(log: str, **values: Any) -> BuildConfig:
+        kinds = {"generator": "PlacedGenerator", "captioner": "PlacedCaptioner"}
+        placed = {kind: {"backend": f"tests.test_pairs_ray:{name}", "log": log} for kind, name in kinds.items()}
+        return toy_config({"count": 3}, **placed, **values)
+
+    built(config(""), tmp_path / "alone")
+    spread = config(str(notes), ray={**FEW, "steps": {"generate": {**FEW, "num_gpus": 1}}})
+    assert build(spread, str(tmp_path / "ray"), "ray").made["generate"] > 6, "some need a second attempt"
     assert contents(tmp_path / "ray") == contents(tmp_path / "alone")
+    placed = {line for line in notes.read_text().splitlines() if "[" in line}
+    assert placed == {"generate [0]", "caption []"}, "each step has the GPUs that it asked for"
 
 
 @pytest.mark.usefixtures("cluster")
@@ -67,8 +118,25 @@ def test_a_stage_of_its_own_and_attempts_that_lead_back_to_it_build_the_same_sha
 def test_more_than_there_is_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="want 3 CPUs and Ray has 2"):
         build(toy_config(ray={"concurrency": 3}), str(tmp_path / "ray"), "ray")
-    with pytest.raises(ConfigError, match="want 1 GPUs and Ray has 0"):
-        build(toy_config(ray={"steps": {"generate": {"num_gpus": 1, "num_cpus": 0}}}), str(tmp_path / "ray"), "ray")
+    with pytest.raises(ConfigError, match="want 2 GPUs and Ray has 1"):
+        build(toy_config(ray={"steps": {"generate": {"num_gpus": 2, "num_cpus": 0}}}), str(tmp_path / "ray"), "ray")
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_worker_cannot_load_is_the_same_sentence_as_at_home(tmp_path: Path) -> None:
+    config = toy_config(captioner="tests.test_pairs_ray:AbsentCaptioner", ray=FEW)
+    with pytest.raises(WeightsError, match=r"^The model nowhere cannot be loaded\.$"):
+        build(config, str(tmp_path / "ray"), "ray")
+
+
+def test_what_went_wrong_in_one_stage_passes_through_the_next_ones() -> None:
+    one = recipe(toy_config(captioner="tests.test_pairs_ray:AbsentCaptioner"))
+    row: dict[str, Any] = {"place": [0], "task": [pickle.dumps(Task([0], {}))]}
+    for steps in (("import",), ("caption",), ("rewrite", "generate")):
+        row = Stage(one, steps)(row)
+    error = pickle.loads(row["task"][0])
+    assert isinstance(error, WeightsError) and str(error) == "The model nowhere cannot be loaded."
 
 
 def test_an_unknown_backend_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,4 +145,3 @@ def test_an_unknown_backend_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(__import__("sys").modules, "ray.data", None)
     with pytest.raises(ConfigError, match="Ray is not installed"):
         choose_executor(toy_config(), "ray")
-    assert callable(on_ray)
