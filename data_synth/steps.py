@@ -117,7 +117,7 @@ def _generated(recipe: Recipe, number: int, told: dict[str, Any]) -> Generator[R
     reference = told["reference"] = yield from _reference(recipe, place)
     key, known = f"{reference.key}-{turn}", digest(reference)
     caption = yield from _caption(recipe, reference)
-    wish = aims(number, recipe.total, recipe.config.targets)
+    wish = aims(place, turn, recipe.references, recipe.config.targets)
     seed = _seed(recipe.config.seed, key)
     target = Target(reference, caption, wish, seed)
     prompt = _good(key, "rewrite", (yield recipe.request("rewrite", target, known, caption, wish, seed)))

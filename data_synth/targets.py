@@ -1,8 +1,11 @@
 """What each target is to show: values drawn so that a wished distribution is met exactly over a build.
 
-Random draws would miss the wish by chance and by another amount each time. Here each attribute's values are dealt in
-blocks: a block holds each value as often as its share says, in an order shuffled by the seed. So the aims of ask
-number n follow from n, the number of asks and the settings, whoever draws them and in whatever order.
+Random draws would miss the wish by chance and by another amount each time. Here each attribute's values are dealt to
+blocks of references, turn by turn: one turn gives each reference of a block one target. A full block holds each value
+as often as its share says, in an order shuffled by the seed. The last block may be too short for that; what it gets
+turn after turn is cut from one sequence in which the shares are met at every place (`_sequence`). So what a target
+should show follows from its reference's number, its turn, the number of references and the settings, whoever asks; more
+turns change nothing, and more references change the last block only.
 """
 
 import math
@@ -12,9 +15,10 @@ from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-BLOCK = 100  # about so many asks to a block: few enough that a part of a build has nearly the wished shares
+BLOCK = 100  # about so many references: few enough that a part of a build has nearly the wished shares
 LARGEST_BLOCK = 10_000
 
 # What the world's captions can say; any other words do for rewriters that are language models.
@@ -55,17 +59,16 @@ class TargetSettings(BaseModel):
         return wished
 
 
-def aims(number: int, total: int, settings: TargetSettings) -> dict[str, str]:
-    """What ask `number` of `total` should show: attribute -> value, in the order of the settings.
+def aims(place: int, turn: int, references: int, settings: TargetSettings) -> dict[str, str]:
+    """What target `turn` of reference `place` should show: attribute -> value, in the order of the settings.
 
-    number: 0 to total - 1; asks are numbered in the order of the references, as often as each has targets.
-    Over all `total` asks, each value comes up as often as its share says, rounded up or down to a whole number. A build
-    that grows changes the aims of its last block only. Raises ValueError if the number is out of range.
+    place: 0 to references - 1; turn: 0 or more. Over all references and the first T turns, each value comes up as often
+    as its share says, rounded up or down to a whole number, whatever T is. Raises ValueError for a place out of range.
     """
-    if not 0 <= number < total:
-        raise ValueError(f"ask {number} of {total} is out of range")
+    if not 0 <= place < references or turn < 0:
+        raise ValueError(f"target {turn} of reference {place} of {references} is out of range")
     return {
-        name: _dealt(name, tuple(shares.items()), number, total, settings.seed)
+        name: _dealt(name, tuple(shares.items()), place, turn, references, settings.seed)
         for name, shares in settings.distribution.items()
     }
 
@@ -93,25 +96,49 @@ def _shape(shares: tuple[tuple[str, float], ...]) -> tuple[int, ...]:
     return tuple(_counts(dict(shares)))
 
 
-def _dealt(name: str, shares: tuple[tuple[str, float], ...], number: int, total: int, seed: int) -> str:
+def _dealt(name: str, shares: tuple[tuple[str, float], ...], place: int, turn: int, references: int, seed: int) -> str:
     counts = _shape(shares)
     size = sum(counts) * max(1, round(BLOCK / sum(counts)))
-    block = number // size
-    here = min(size, total - block * size)
+    block = place // size
+    here = min(size, references - block * size)
     values = [value for value, _ in shares]
-    return values[_block(name, counts, here, block, seed)[number - block * size]]
+    return values[_block(name, counts, here, block, turn, seed)[place - block * size]]
 
 
 @lru_cache(maxsize=256)
-def _block(name: str, counts: tuple[int, ...], size: int, block: int, seed: int) -> list[int]:
-    """Which value each place of a block has: as many as the shares say, by largest remainder, and shuffled."""
-    ideal = [Fraction(count * size, sum(counts)) for count in counts]
-    number = [int(one) for one in ideal]
-    order = sorted(range(len(counts)), key=lambda value: (number[value] - ideal[value], value))
-    for value in order[: size - sum(number)]:
-        number[value] += 1
-    dealt = np.repeat(np.arange(len(counts)), number)
-    # Raw bits, which numpy promises never to change; each attribute by itself, so that no two go hand in hand.
-    bits = np.random.Philox(np.random.SeedSequence((seed, zlib.crc32(name.encode()), block))).random_raw(size)
-    places: list[int] = dealt[np.argsort(bits, kind="stable")].tolist()
+def _block(name: str, counts: tuple[int, ...], size: int, block: int, turn: int, seed: int) -> list[int]:
+    """Which value each place of a block has in one turn: as many as the shares say so far, and shuffled."""
+    if size % sum(counts):
+        length = 1 << (size * (turn + 1) - 1).bit_length()  # powers of two, so that few lengths are worked out
+        dealt = np.sort(_sequence(name, counts, length, block, seed)[size * turn : size * (turn + 1)])
+    else:
+        dealt = np.repeat(np.arange(len(counts)), np.array(counts) * (size // sum(counts)))
+    places: list[int] = dealt[np.argsort(_bits(name, seed, size, block, turn), kind="stable")].tolist()
     return places
+
+
+@lru_cache(maxsize=64)
+def _sequence(name: str, counts: tuple[int, ...], length: int, block: int, seed: int) -> NDArray[np.int64]:
+    """Values in an order of which every beginning has each of them as often as its share says, rounded up or down.
+
+    Number n of a value with share c / s may come from place floor((n - 1) s / c) on and must have come before place
+    ceil(n s / c). Of those that may come, the one that must come first does: a schedule by earliest deadline, which
+    meets all deadlines where any schedule does (Baruah et al., "Proportionate progress", Algorithmica 15, 1996). Ties
+    are broken by the seed, so that no two attributes go hand in hand. A longer sequence begins with the shorter one.
+    """
+    total, used = sum(counts), [0] * len(counts)
+    ties = _bits(name, seed, length, block, 1 << 32).tolist()
+    found = np.empty(length, np.int64)
+    for place in range(length):
+        may = [value for value, count in enumerate(counts) if count and used[value] * total // count <= place]
+        ends = [-(-(used[value] + 1) * total // counts[value]) for value in may]
+        first = [value for value, end in zip(may, ends, strict=True) if end == min(ends)]
+        found[place] = first[ties[place] % len(first)]
+        used[found[place]] += 1
+    return found
+
+
+def _bits(name: str, seed: int, count: int, *which: int) -> NDArray[np.uint64]:
+    """Raw bits, which numpy promises never to change; each attribute has its own."""
+    entropy = (seed, zlib.crc32(name.encode()), *which)
+    return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)

@@ -179,12 +179,24 @@ def test_another_generator_keeps_captions_and_prompts(tmp_path: Path) -> None:
 
 def test_more_references_keep_what_is_there(tmp_path: Path) -> None:
     log, toy = tmp_path / "log", {"log": str(tmp_path / "log")}
-    same: dict[str, Any] = {"targets": {"distribution": {}}}  # aims depend on how many targets there are
-    built(toy_config({**toy, "count": 4}, **same), tmp_path / "out")
+    whole: dict[str, Any] = {"targets": {"distribution": {"gaze": {"left": 1, "right": 1}}}, "attempts": 1, "rounds": 0}
+    built(toy_config({**toy, "count": 100}, **whole), tmp_path / "out")
     first = logged(log)
-    built(toy_config({**toy, "count": 6}, **same), tmp_path / "out")
-    assert first["import"] == 4 and logged(log)["import"] == 2
-    assert contents(tmp_path / "out") == contents_of(toy_config({"count": 6}, **same), tmp_path / "fresh")
+    built(toy_config({**toy, "count": 104}, **whole), tmp_path / "out")
+    assert first == {"import": 100, "caption": 100, "rewrite": 200, "generate": 200, "measure": 200}
+    assert logged(log) == {"import": 4, "caption": 4, "rewrite": 8, "generate": 8, "measure": 8}, "blocks of 100"
+    assert contents(tmp_path / "out") == contents_of(toy_config({"count": 104}, **whole), tmp_path / "fresh")
+
+
+def test_more_targets_keep_what_is_there(tmp_path: Path) -> None:
+    log, toy = tmp_path / "log", {"log": str(tmp_path / "log")}
+    usual: dict[str, Any] = {"attempts": 1, "rounds": 0, "filters": {"duplicates": None}}
+    built(toy_config(toy, **usual), tmp_path / "out")
+    logged(log)
+    built(toy_config(toy, targets_per_reference=3, **usual), tmp_path / "out")
+    assert logged(log) == {"rewrite": 6, "generate": 6, "measure": 6}, "one more for each, by the usual distribution"
+    fresh = toy_config(targets_per_reference=3, **usual)
+    assert contents(tmp_path / "out") == contents_of(fresh, tmp_path / "fresh")
 
 
 def test_what_cannot_be_done_is_rejected_with_its_reason_and_stays_so(tmp_path: Path) -> None:
