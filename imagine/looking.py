@@ -71,6 +71,7 @@ class Looking:
     _finder: FaceFinder | None = None
     _finder_folder: Path | None = None
     _eyes: "tuple[nn.Module | None, int, Eyes] | None" = None
+    _empty: "tuple[str, Tensor] | None" = None
 
     @property
     def reference_encoder(self) -> nn.Module | None:
@@ -113,7 +114,7 @@ class Looking:
         """What is to be known of the encoder, worked out again only when its weights have changed."""
         encoder = self.reference_encoder
         known = self._eyes
-        if encoder is None and known is not None:  # freed, but personas made by it are still good
+        if encoder is None and known is not None and known[0] is None:  # freed, but personas made by it are still good
             return known[2]
         if encoder is None:
             raise WeightsError(
@@ -206,17 +207,25 @@ class Looking:
 
         As in IP-Adapters: the features of a picture that is zero after normalisation, or a zero embedding.
         """
-        spec, encoder = identity_spec(self.adapter), self.reference_encoder
+        spec = identity_spec(self.adapter)
         assert spec is not None
-        if spec.projection == "linear":
-            row = torch.zeros(1, spec.input_width or spec.width)
-        else:
-            if encoder is None:
-                raise WeightsError("The vision encoder was freed, but this adapter needs it: leave it in place.")
-            side = self._known_eyes().image_size
-            grey = torch.tensor(CLIP_MEAN, device=cast(Any, self)._execution_device).view(3, 1, 1)
-            row = vision_features(encoder, grey.expand(1, 3, side, side))[0].float().cpu()
+        row = torch.zeros(1, spec.input_width or spec.width) if spec.projection == "linear" else self._empty_sight()
         return repeat(self._projected([row]), count)
+
+    def _empty_sight(self) -> Tensor:
+        """What the encoder sees in a picture of zeros, (tokens, width), worked out once."""
+        eyes, encoder = self._known_eyes(), self.reference_encoder
+        if self._empty is None or self._empty[0] != eyes.fingerprint:
+            assert encoder is not None  # or `_remember_eyes` would have been called before it was freed
+            grey = torch.tensor(CLIP_MEAN, device=cast(Any, self)._execution_device).view(3, 1, 1)
+            crops = grey.expand(1, 3, eyes.image_size, eyes.image_size)
+            self._empty = (eyes.fingerprint, vision_features(encoder, crops)[0].float().cpu())
+        return self._empty[1]
+
+    def _remember_eyes(self) -> None:
+        """Keep what has to be known of the encoder when it is gone."""
+        self._empty_sight()
+        self._eyes = (None, 0, self._known_eyes())
 
     def _projected(self, rows: Sequence[Tensor | None]) -> Tokens:
         """The identity branch's tokens of features (length, width), row by row; a missing row has none that counts."""

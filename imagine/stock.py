@@ -12,28 +12,30 @@ pipelines by it: what is saved here is a stock folder to every other tool, with 
 """
 
 import functools
+import gc
 import inspect
 import os
 import shutil
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
-from imagine.adapter import Adapter, check_attached, prepare
+from imagine.adapter import Adapter, check_attached
 from imagine.encoders import TextEncoders
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.faces import FaceChoice
+from imagine.ip_adapter_loading import IPAdapters
 from imagine.looking import FINDER, Looking, OnNoFace, check_encoder, identity_spec
-from imagine.records import Conditioning, Scale, Tokens
-from imagine.request import Request, read_requests
-from imagine.sampling import VISION, join, repeat
+from imagine.persona import Persona
+from imagine.records import Tokens
+from imagine.sampling import VISION
+from imagine.stock_attention import GuardedAttention
+from imagine.stock_call import Batch, Parts, Running, by_name, merged, placed, read_call
 from imagine.stock_files import HUB_OPTIONS, load_parts, save_beside, saved_beside
 from imagine.weights import STOCK_PIPELINES, hushed, resolve_folder
 
@@ -42,10 +44,8 @@ TEXT_BRANCHES = (T5, BYT5)
 ENCODERS = ("t5_encoder", "byt5_encoder", "vision_encoder")  # what we add to a stock pipeline's models
 COMPONENTS = (*ENCODERS, "t5_tokenizer", "byt5_tokenizer")
 
-Scales = dict[str, "Scale | Mapping[str, Scale]"]
 
-
-class Personal(Looking):
+class Personal(GuardedAttention, IPAdapters, Looking):
     """What a stock pipeline gains: adapters on its denoiser, and arguments that say who is in the picture.
 
     `vision_encoder` looks at references; without one, the stock pipeline's own `image_encoder` does. `t5_encoder` and
@@ -60,9 +60,8 @@ class Personal(Looking):
     ip_adapters: list[Adapter]
 
     def _begin(self) -> None:
-        self.text_adapter = None
-        self.adapter = None
-        self.ip_adapters = []
+        self.text_adapter, self.adapter = None, None
+        self.ip_adapters, self._ip_scales = [], []
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
@@ -85,7 +84,7 @@ class Personal(Looking):
         made = cast(Any, cls)(**given)
         if isinstance(pipeline, Personal) and made.unet is pipeline.unet:
             made.text_adapter, made.adapter = pipeline.text_adapter, pipeline.adapter
-            made.ip_adapters = list(pipeline.ip_adapters)
+            made.ip_adapters, made._ip_scales = list(pipeline.ip_adapters), pipeline._ip_scales
             made._finder, made._finder_folder, made._eyes = pipeline._finder, pipeline._finder_folder, pipeline._eyes
         return made if dtype is None else made.to(dtype=dtype)
 
@@ -109,7 +108,7 @@ class Personal(Looking):
             pipe = cast(Any, super()).from_pretrained(os.fspath(folder), **kwargs)
         pipe._finder, pipe._finder_folder = finder, folder / FINDER
         for path in saved_beside(folder):
-            pipe._add(Adapter.load(path, pipe._denoiser), path.name)
+            pipe._add(Adapter.load(path, pipe.denoiser), path.name)
         return pipe
 
     @classmethod
@@ -141,7 +140,7 @@ class Personal(Looking):
     # --- adapters ---------------------------------------------------------------------------------------------------
 
     @property
-    def _denoiser(self) -> nn.Module:
+    def denoiser(self) -> nn.Module:
         """The denoiser itself, which torch.compile may have wrapped."""
         return cast(nn.Module, getattr(self.unet, "_orig_mod", self.unet))
 
@@ -153,7 +152,9 @@ class Personal(Looking):
 
         One with the branch "vision" becomes `adapter`; one with text branches only becomes `text_adapter`.
         """
-        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self._denoiser)
+        if self.unet.device.type == "meta":
+            raise ConfigError("The denoiser's weights are away: load adapters before enable_sequential_cpu_offload.")
+        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.denoiser)
         names = {spec.name for spec in adapter.branch_specs}
         if unknown := names - {VISION, *TEXT_BRANCHES}:
             raise WeightsError(
@@ -169,9 +170,9 @@ class Personal(Looking):
 
     def _add(self, adapter: Adapter, place: str) -> None:
         """Attach an adapter and remember it as `text_adapter`, `adapter` or one of `ip_adapters`."""
-        adapter.to(self.unet.device, self.unet.dtype).eval().attach(self._denoiser)
+        adapter.to(self.unet.dtype).eval().attach(self.denoiser)
         if place.startswith("ip_"):
-            self.ip_adapters.append(adapter)
+            self.ip_adapters, self._ip_scales = [*self.ip_adapters, adapter], [*self._ip_scales, 1.0]
         else:
             setattr(self, place, adapter)
 
@@ -179,14 +180,25 @@ class Personal(Looking):
         """Take an adapter off the denoiser, leaving the base exactly as before it; return it, or None."""
         adapter: Adapter | None = getattr(self, name)
         if adapter is not None:
-            adapter.detach(self._denoiser)
+            adapter.detach(self.denoiser)
             setattr(self, name, None)
         return adapter
+
+    @property
+    def ip_scales(self) -> Sequence[Any]:
+        """The scales of IP-Adapters, another object after every set_ip_adapter_scale."""
+        return self._ip_scales
 
     @property
     def reference_encoder(self) -> nn.Module | None:
         """The encoder that looks at references: `vision_encoder`, else the stock `image_encoder`."""
         return cast("nn.Module | None", self.vision_encoder or getattr(self, "image_encoder", None))
+
+    def enable_group_offload(self, onload_device: Any, **options: Any) -> None:
+        """As in diffusers. Our vision encoder stays on the device, since it is not run through `forward` alone."""
+        spared = options.pop("exclude_modules", None) or []
+        spared = [spared] if isinstance(spared, str) else list(spared)
+        cast(Any, super()).enable_group_offload(onload_device, exclude_modules=[*spared, "vision_encoder"], **options)
 
     def _settle(self) -> None:
         """Bring the adapters to where the denoiser will run, and in its precision."""
@@ -224,32 +236,27 @@ class Personal(Looking):
         Raises ImagineError with one sentence where what we add is used wrongly.
         """
         draw = cast(Any, super()).__call__
-        given = _by_name(draw, arguments, options)
-        images, embeds = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
-        kwargs = dict(given.get("cross_attention_kwargs") or {})
-        masks = kwargs.pop("ip_adapter_masks", None) if self.ip_adapters else None
+        given = by_name(draw, arguments, options)
+        pictured = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
         if not self._adapters():
-            if reference is not None or images is not None or embeds is not None:
+            if reference is not None or pictured != (None, None):
                 raise WeightsError(
                     "Nothing on the denoiser can show a reference: load_adapter or load_ip_adapter first, or leave the "
                     "reference out."
                 )
             return draw(**given)
-        check_attached(self._denoiser, self._adapters())
+        check_attached(self.denoiser, self._adapters())
         self._settle()
         try:
-            shape, requests = self._read(draw, given, reference)
+            batch, requests = read_call(self, draw, given, reference)
             personas = self._see(requests, face, on_no_face)
-            record = Conditioning(
-                *self._merged(
-                    self._text(given, shape, branch_embeds, negative_branch_embeds),
-                    self._identity(personas, identity_scale, shape),
-                    self._ip(images, embeds, masks, shape),
-                )
+            given["cross_attention_kwargs"] = kwargs = dict(given.get("cross_attention_kwargs") or {})
+            mine = (
+                self._text(given, batch, branch_embeds, negative_branch_embeds),
+                self._identity(personas, identity_scale, batch),
             )
-            call = _Call(self, kwargs, record, shape)
-            given["cross_attention_kwargs"] = kwargs
-            call.follow_callbacks(given)
+            theirs = self._pictured(*pictured, kwargs.pop("ip_adapter_masks", None), batch)
+            Running(self, batch, kwargs, lambda: merged(*mine, theirs())).follow(given)
             out = draw(**given)
         finally:
             self._rest()
@@ -257,75 +264,40 @@ class Personal(Looking):
             out.faces = [one for people in personas for persona in people for one in persona.faces]
         return out
 
-    def _read(self, draw: Any, given: dict[str, Any], reference: Any) -> "tuple[_Shape, list[Request]]":
-        """Say who is in which picture, write the people's words into `given`, and find the batch that will be drawn."""
-        signature = inspect.signature(draw).parameters
-        prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [""] * (0 if embeds is None else len(embeds)))
-        if reference is None:
-            requests = [Request(each) for each in prompts]
-        else:
-            # An empty prompt is one to the stock pipeline; to us it names nobody.
-            shown = [each if each.strip() else "-" for each in prompts]
-            requests = read_requests(shown[0] if isinstance(prompt, str) else shown, reference)
-            words = [
-                request.sentence if each.strip() else each for each, request in zip(prompts, requests, strict=True)
-            ]
-            if prompt is not None:
-                given["prompt"] = words[0] if isinstance(prompt, str) else words
-        # The stock rule whether guidance is on is a property that reads what the stock call is about to set.
-        cast(Any, self)._guidance_scale = given.get("guidance_scale", signature["guidance_scale"].default)
-        copies = given.get("num_images_per_prompt", 1) or 1
-        return _Shape(len(prompts), copies, bool(cast(Any, self).do_classifier_free_guidance)), requests
-
-    def _identity(self, personas: Any, scale: Any, shape: "_Shape") -> "_Parts":
+    def _identity(self, personas: Sequence[Sequence[Persona]], scale: Any, batch: Batch) -> Parts:
         """The identity branch of all rows; nothing if nobody is shown."""
-        shown = self._vision(personas, shape.copies)
-        if shown is None:
-            return _Parts()
-        spec = identity_spec(self.adapter)
-        assert spec is not None
+        spec, shown = identity_spec(self.adapter), self._vision(personas, 1)
+        if spec is None or shown is None:
+            return Parts()
         absent = spec.absent == "zeros"
 
         def rows(each: Any) -> Tensor:
-            strength = self._strength(each, personas, shape.copies)
-            return torch.cat([strength * absent, strength]) if shape.guided else strength
+            strength = self._strength(each, personas, batch.copies)
+            return torch.cat([strength * absent, strength]) if batch.guided else strength
 
         strength = {name: rows(each) for name, each in scale.items()} if isinstance(scale, Mapping) else rows(scale)
-        if shape.guided:
-            shown = join([self._nobody(shape.pictures) if absent else shown, shown])
-        return _Parts({VISION: shown}, {VISION: strength})
+        nobody = self._nobody(batch.prompts) if absent and batch.guided else None
+        return Parts({VISION: batch.rows(shown, nobody)}, {VISION: strength})
 
-    def _ip(self, images: Any, embeds: Any, masks: Any, shape: "_Shape") -> "_Parts":
-        """The branches of IP-Adapters."""
+    def _pictured(self, images: Any, embeds: Any, masks: Any, batch: Batch) -> Callable[[], Parts]:
+        """What makes the branches of IP-Adapters: anew, from features seen once, when a callback sets their scales."""
         if images is None and embeds is None:
-            return _Parts()
-        made = cast(Any, self).ip_conditioning(images, embeds, masks, shape.prompts, shape.copies, shape.guided)
-        return _Parts(*made)
-
-    @staticmethod
-    def _merged(*parts: "_Parts") -> tuple[dict[str, Tokens], Scales, dict[str, Tensor]]:
-        branches: dict[str, Tokens] = {}
-        scales: Scales = {}
-        regions: dict[str, Tensor] = {}
-        for each in parts:
-            branches.update(each.branches)
-            scales.update(each.scales)
-            regions.update(each.regions)
-        return branches, scales, regions
+            return Parts
+        features = self._ip_features(images, embeds, batch.guided)
+        return lambda: Parts(*self.ip_conditioning(None, features, masks, batch.prompts, batch.copies, batch.guided))
 
     # --- the sentence's further readers -----------------------------------------------------------------------------
 
     def _text(
         self,
         given: Mapping[str, Any],
-        shape: "_Shape",
+        batch: Batch,
         positive: Mapping[str, Tokens] | None,
         negative: Mapping[str, Tokens] | None,
-    ) -> "_Parts":
+    ) -> Parts:
         """The text branches of all rows that the text adapter reads."""
         if self.text_adapter is None:
-            return _Parts()
+            return Parts()
         if positive is None:
             if given.get("prompt") is None:
                 raise PromptError(
@@ -333,106 +305,44 @@ class Personal(Looking):
                     "encode_branches makes of it."
                 )
             positive = self.encode_branches(given["prompt"])
-        if not shape.guided:
-            return _Parts({name: repeat(each, shape.copies) for name, each in positive.items()})
-        if negative is None:
+        if negative is None and batch.guided:
             words = given.get("negative_prompt") or ""
-            negatives = [words] * shape.prompts if isinstance(words, str) else list(words)
-            negatives = negatives * shape.prompts if len(negatives) == 1 else negatives
-            negative = self.encode_branches(negatives)
-        sides = (negative, positive)
-        return _Parts({name: join([repeat(side[name], shape.copies) for side in sides]) for name in positive})
+            negatives = [words] if isinstance(words, str) else list(words)
+            negative = self.encode_branches(negatives * batch.prompts if len(negatives) == 1 else negatives)
+        return Parts(
+            {name: batch.rows(each, None if negative is None else negative[name]) for name, each in positive.items()}
+        )
 
     @torch.no_grad()
     def encode_branches(self, prompts: "str | Sequence[str]") -> dict[str, Tokens]:
         """Read prompts with those of T5 and ByT5 that the text adapter has branches for, one row per prompt."""
         names = [spec.name for spec in self.text_adapter.branch_specs] if self.text_adapter is not None else []
+        mine = cast(Any, self)
         for name in names:
             if getattr(self, f"{name}_encoder") is None or getattr(self, f"{name}_tokenizer") is None:
                 raise WeightsError(
                     f"The text adapter reads {name}, but the pipeline has no {name}_encoder with its {name}_tokenizer: "
                     "give both, as in ImaginePipeline.from_pipe(pipe, ...), or unload_adapter('text_adapter')."
                 )
-        sentences = [prompts] if isinstance(prompts, str) else list(prompts)
-        mine = cast(Any, self)
         readers = TextEncoders(
             None, None, mine.t5_encoder, mine.t5_tokenizer, mine.byt5_encoder, mine.byt5_tokenizer,
             mine._execution_device,
         )  # fmt: skip
         read = {T5: readers.encode_t5, BYT5: readers.encode_byt5}
-        return {name: _at(read[name](sentences), mine._execution_device, self.unet.dtype) for name in names}
+        sentences = [prompts] if isinstance(prompts, str) else list(prompts)
+        return {name: placed(read[name](sentences), mine._execution_device, self.unet.dtype) for name in names}
 
-
-@dataclass(frozen=True)
-class _Shape:
-    """The batch of one call: how many prompts, how many pictures of each, and whether the negative side is drawn."""
-
-    prompts: int
-    copies: int
-    guided: bool
-
-    @property
-    def pictures(self) -> int:
-        return self.prompts * self.copies
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Some branches of a Conditioning."""
-
-    branches: Mapping[str, Tokens] = field(default_factory=dict)
-    scales: Mapping[str, "Scale | Mapping[str, Scale]"] = field(default_factory=dict)
-    regions: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class _Call:
-    """What a running call attends to, in the very dict that the stock pipeline hands to the denoiser at every step."""
-
-    def __init__(self, pipe: Personal, kwargs: dict[str, Any], record: Conditioning, shape: _Shape) -> None:
-        self.pipe, self.kwargs, self.record, self.shape = pipe, kwargs, record, shape
-        self._prepare()
-
-    def _prepare(self) -> None:
-        self.kwargs["conditioning"] = prepare(self.pipe._denoiser, self.record)
-
-    def follow_callbacks(self, given: dict[str, Any]) -> None:
-        """Put ourselves behind the caller's callback, if there is one, to see what it has changed."""
-        callback: Callable[..., Any] | None = given.get("callback_on_step_end")
-        if callback is None:
-            return
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            given["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
-
-        def after(*arguments: Any, **options: Any) -> Any:
-            changed = callback(*arguments, **options)
-            self._follow()
-            return changed
-
-        given["callback_on_step_end"] = after
-
-    def _follow(self) -> None:
-        """Where a callback has ended guidance, as diffusers' cutoffs do, only the positive rows are drawn from here."""
-        if self.shape.guided and not cast(Any, self.pipe).do_classifier_free_guidance:
-            self.shape = replace(self.shape, guided=False)
-            self.record = _last(self.record, self.shape.pictures)
-            self._prepare()
-
-
-def _last(record: Conditioning, count: int) -> Conditioning:
-    """The last `count` rows of a conditioning."""
-
-    def scale(each: Any) -> Any:
-        return each[-count:] if isinstance(each, Tensor) and each.dim() else each
-
-    branches = {
-        name: Tokens(each.values[-count:], None if each.mask is None else each.mask[-count:])
-        for name, each in record.branches.items()
-    }
-    scales = {
-        name: {layer: scale(one) for layer, one in each.items()} if isinstance(each, Mapping) else scale(each)
-        for name, each in record.scales.items()
-    }
-    return Conditioning(branches, scales, {name: each[-count:] for name, each in record.regions.items()})
+    def free_encoders(self) -> None:
+        """Drop every encoder for good, to make room: from then on give personas, prompt_embeds and branch_embeds."""
+        if self.reference_encoder is not None and self.adapter is not None:
+            self._remember_eyes()
+        for name in (*ENCODERS, "text_encoder", "text_encoder_2", "image_encoder"):
+            if getattr(self, name, None) is not None:
+                setattr(self, name, None)
+        cast(Any, self).maybe_free_model_hooks()  # which else would still hold them
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _reason(error: Exception) -> str:
@@ -448,21 +358,6 @@ def in_a_sentence(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise WeightsError(f"{folder} cannot be loaded ({_reason(error)}); copy or download it again.") from error
-
-
-def _at(tokens: Tokens, device: torch.device, dtype: torch.dtype) -> Tokens:
-    mask = None if tokens.mask is None else tokens.mask.to(device)
-    return Tokens(tokens.values.to(device, dtype), mask)
-
-
-def _by_name(call: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
-    """A stock call's arguments by name, however they were given."""
-    signature = inspect.signature(call)
-    named = dict(signature.bind(*arguments, **options).arguments)
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named |= named.pop(parameter.name, {})
-    return named
 
 
 # --- the classes ------------------------------------------------------------------------------------------------------

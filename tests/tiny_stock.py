@@ -20,12 +20,12 @@ def unet(xl: bool, channels: int = 4) -> Any:
     if xl:
         more = {
             "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "use_linear_projection": True,
-            "projection_class_embeddings_input_dim": 6 * 4 + 16, "transformer_layers_per_block": (1, 2),
+            "projection_class_embeddings_input_dim": 6 * 4 + 24, "transformer_layers_per_block": (1, 2),
         }  # fmt: skip
     return UNet2DConditionModel(
         sample_size=8, in_channels=channels, out_channels=4, block_out_channels=(8, 16), norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1, cross_attention_dim=32 if xl else 16, attention_head_dim=2, **more,
+        layers_per_block=1, cross_attention_dim=40 if xl else 16, attention_head_dim=2, **more,
     ).eval()  # fmt: skip
 
 
@@ -50,7 +50,8 @@ def components(xl: bool, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
     if not xl:
         return {**parts, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    config = CLIPTextConfig(**{**parts["text_encoder"].config.to_dict(), "projection_dim": 16})
+    wider = {"hidden_size": 24, "intermediate_size": 96, "projection_dim": 24, "hidden_act": "gelu"}
+    config = CLIPTextConfig(**{**parts["text_encoder"].config.to_dict(), **wider})
     return {**parts, "tokenizer_2": clip, "text_encoder_2": CLIPTextModelWithProjection(config).eval()}
 
 
