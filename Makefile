@@ -11,10 +11,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format weights bench bench-train bench-pairs clean
+.PHONY: help setup demo test check format weights bench bench-train bench-pairs bench-inference clean
 
 help:  ## list the verbs
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## make .venv with the pinned versions (does nothing when it is up to date)
 
@@ -53,6 +53,9 @@ bench-train: $(READY)  ## images per second of the trainer and of a loop that ke
 
 bench-pairs: $(READY)  ## pairs per second of the world's build, and of Ray with ARGS=--ray
 	$(PY) benchmarks/pairs.py $(ARGS)
+
+bench-inference: $(READY)  ## what identity costs while drawing, against the bare denoiser and diffusers' IP-Adapter; SDXL with ARGS="--size full"
+	$(PY) benchmarks/inference.py $(ARGS)
 
 clean:  ## remove what the verbs made, except .venv and runs/
 	rm -rf build dist out .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

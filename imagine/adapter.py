@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -31,8 +31,10 @@ from imagine.attention import (
     LayerWeights,
     LowRank,
     ParallelAttention,
+    acting,
     attention_layers,
     processor_of,
+    strength_key,
     usable_mask,
 )
 from imagine.errors import ConfigError, WeightsError
@@ -265,6 +267,8 @@ class Adapter(nn.Module):
     ) -> "Adapter":
         """Read an adapter for this denoiser, bit for bit as saved and in the saved precision, on the denoiser's device.
 
+        For a denoiser on the meta device, whose layers alone are of interest, the adapter is on the CPU.
+
         `expected` holds metadata that must agree, such as {"encoder": ...}. Raises WeightsError, naming what is wrong.
         """
         file = _file(path)
@@ -284,7 +288,8 @@ class Adapter(nn.Module):
         _check_tensors(file, tensors, adapter.state_dict())
         adapter.load_state_dict(tensors, assign=True)
         adapter.metadata = metadata
-        return adapter.to(next(denoiser.parameters()).device)
+        device = next(denoiser.parameters()).device
+        return adapter if device.type == "meta" else adapter.to(device)
 
 
 def check_attached(denoiser: nn.Module, adapters: Iterable[Adapter]) -> None:
@@ -308,8 +313,9 @@ def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
 
     It gets a memory, where the keys and values of all branches (of the denoiser's own text too, as long as the very
     same tensor is passed as encoder_hidden_states) are kept from the first step on. Absent tokens are folded into the
-    scales, branches that are off for everyone are dropped, and a mask under which every token counts costs nothing any
-    more. Where a LoRA acts on keys or values, a new strength needs a newly prepared conditioning.
+    scales, branches that are off for everyone are dropped, rows at either end in which a branch is off (guidance's
+    unconditional ones) are left out of it, and a mask under which every token counts costs nothing any more. Where a
+    LoRA acts on keys or values, a new strength needs a newly prepared conditioning.
     Raises WeightsError if a branch has tokens but nothing attached reads it.
     """
     targets = {name: attn for name, attn in attention_layers(denoiser).items() if attn.is_cross_attention}
@@ -330,7 +336,17 @@ def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
         if any(map(_acts, scale.values() if isinstance(scale, Mapping) else [scale])):
             mask = None if tokens.mask is None or bool(tokens.mask.all()) else usable_mask(tokens)
             branches[name], scales[name] = Tokens(tokens.values, mask), scale
-    return Conditioning(branches, scales, conditioning.regions, memory={})
+    return Conditioning(branches, scales, conditioning.regions, memory=_strengths(scales))
+
+
+def _strengths(scales: Mapping[str, Scale | Mapping[str, Scale]]) -> dict[tuple[str, str], Any]:
+    """A call's memory that knows of every strength in which rows it acts, beside the tensor for which that is so."""
+    named = {
+        strength_key(branch, layer): each
+        for branch, scale in scales.items()
+        for layer, each in (scale.items() if isinstance(scale, Mapping) else [("", scale)])
+    }
+    return {key: (each, acting(each)) for key, each in named.items() if isinstance(each, Tensor)}
 
 
 def _folded(scale: Scale | Mapping[str, Scale], tokens: Tokens) -> Scale | Mapping[str, Scale]:

@@ -56,12 +56,16 @@ class Branch(nn.Module):
         self.gate = nn.Parameter(torch.full((inner_width,), 0.0 if zero_init else 1.0 / GATE_GAIN))
 
     def keys_values(self, attn: Attention, tokens: Tensor) -> KeysValues:
-        """Return the keys and values of tokens (batch, length, token width)."""
-        tokens = tokens.to(self.to_k.weight.dtype)
-        return _keys(attn, self.to_k(tokens)), _heads(attn, self.to_v(tokens))
+        """Return the keys and gated values of tokens (batch, length, token width).
 
-    def gated(self, attended: Tensor) -> Tensor:
-        return attended * (self.gate * GATE_GAIN)
+        A gate on values is one on what attention makes of them, but there are far fewer tokens than positions.
+        """
+        tokens = tokens.to(self.to_k.weight.dtype)
+        return _keys(attn, self.to_k(tokens)), _heads(attn, self.gated(self.to_v(tokens)))
+
+    def gated(self, values: Tensor) -> Tensor:
+        """Values, or outputs, (batch, length, inner) behind the gate."""
+        return values * (self.gate * GATE_GAIN)
 
 
 class LowRank(nn.Module):
@@ -79,6 +83,31 @@ class LowRank(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         return cast(Tensor, self.lora_B(self.lora_A(states.to(self.lora_A.weight.dtype))))
+
+
+@dataclass(frozen=True)
+class Acting:
+    """How strongly a branch acts in a batch: in all rows, or (faster) in a slice of them, the others having none."""
+
+    everywhere: Scale
+    rows: slice | None = None
+    there: Scale = 1.0  # the strength within `rows`
+
+
+def acting(strength: Scale) -> Acting:
+    """Find the rows that a strength (batch,) leaves out at either end, as guidance's unconditional ones are.
+
+    It reads the numbers, which waits for the device: once a picture rather than in every step.
+    """
+    if not isinstance(strength, Tensor):
+        return Acting(strength)
+    numbers = strength.tolist()
+    acts = [row for row, number in enumerate(numbers) if number != 0]
+    if not acts:
+        return Acting(0.0)
+    rows = slice(acts[0], acts[-1] + 1)
+    there = 1.0 if all(number == 1 for number in numbers[rows]) else strength[rows]
+    return Acting(strength, rows, there)
 
 
 class LayerWeights(nn.Module):
@@ -107,8 +136,8 @@ class LayerWeights(nn.Module):
             module = None if module is None else module._modules.get(part)
         return module if isinstance(module, LowRank) else None
 
-    def strength(self, conditioning: Conditioning, branch: str, name: str) -> Scale | None:
-        """Return a branch's factor in this call and layer `name`, a number or one per batch item; None: it is off.
+    def strength(self, conditioning: Conditioning, branch: str, name: str) -> Acting | None:
+        """Return how strongly a branch acts in this call and layer `name`; None: it is off.
 
         A batch item none of whose tokens count has no such branch, so its factor is 0.
         """
@@ -116,13 +145,20 @@ class LayerWeights(nn.Module):
         if tokens is None:
             return None
         scale = conditioning.scales.get(branch, self.default_scales[branch])
+        key = strength_key(branch, name if isinstance(scale, Mapping) else "")
         if isinstance(scale, Mapping):
             scale = scale.get(name, 0.0)
-        if not isinstance(scale, Tensor) and scale == 0:
+        if not isinstance(scale, Tensor):
+            found = Acting(scale)
+        elif (known := (conditioning.memory or {}).get(key)) is not None and known[0] is scale:
+            found = known[1]
+        else:
+            found = Acting(scale)
+        if not isinstance(found.everywhere, Tensor) and found.everywhere == 0:
             return None
         if tokens.mask is None or conditioning.memory is not None:  # `prepare` has folded the mask in already
-            return scale
-        return scale * tokens.mask.any(dim=1).to(tokens.values.dtype)
+            return found
+        return Acting(scale * tokens.mask.any(dim=1).to(tokens.values.dtype))
 
 
 class ParallelAttention:
@@ -184,15 +220,17 @@ class ParallelAttention:
         """The outputs so far (batch, positions, inner) with a branch's added, where in the picture it acts."""
         mask = None if each.mask is None else each.mask[:, None, None]
         if each.regions is None:
-            attended = self._attend(query, each.key, each.value, mask)
-            return _add(mixed, each.branch.gated(attended), each.strength)
+            return _add_where(mixed, each.acting, self._attend, query, each.key, each.value, mask)
         count = each.regions.shape[1]
         masks: Sequence[Tensor | None] = [None] * count if mask is None else mask.chunk(count, -1)
         alone = zip(each.key.chunk(count, 2), each.value.chunk(count, 2), masks, strict=True)
         for number, (key, value, counted) in enumerate(alone):
-            attended = each.branch.gated(self._attend(query, key, value, counted))
-            mixed = _add(mixed, attended * each.regions[:, number, :, None], each.strength)
+            region = each.regions[:, number, :, None]
+            mixed = _add_where(mixed, each.acting, self._attend_in, query, key, value, counted, region)
         return mixed
+
+    def _attend_in(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, region: Tensor) -> Tensor:
+        return self._attend(query, key, value, mask) * region
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """One softmax attention; (batch, heads, length, head width) in, (batch, length, inner) out."""
@@ -221,9 +259,10 @@ class ParallelAttention:
         out: Tensor = attn.get_submodule(target)(states)
         for layer in self.layers:
             low_rank = layer.low_rank(target)
-            strength = None if low_rank is None else layer.strength(conditioning, layer.owner, self.name)
-            if low_rank is not None and strength is not None:
-                out = _add(out, low_rank(states), strength).to(out.dtype)
+            acts = None if low_rank is None else layer.strength(conditioning, layer.owner, self.name)
+            if low_rank is not None and acts is not None:
+                # In all rows: a product of other rows alone would be rounded otherwise.
+                out = _add(out, low_rank(states), acts.everywhere).to(out.dtype)
         return out
 
     def _present(
@@ -233,8 +272,8 @@ class ParallelAttention:
         present = []
         for layer in self.layers:
             for name, branch in layer.branches().items():
-                strength = layer.strength(conditioning, name, self.name)
-                if strength is None or (name in layer.concatenated) != concatenated:
+                acts = layer.strength(conditioning, name, self.name)
+                if acts is None or (name in layer.concatenated) != concatenated:
                     continue
                 tokens = conditioning.branches[name]
                 key, value = _remembered(
@@ -242,7 +281,7 @@ class ParallelAttention:
                 )
                 mask = tokens.mask if conditioning.memory is not None else usable_mask(tokens)
                 regions = _regions_at(conditioning, name, query)
-                present.append(_Present(branch, strength, key.to(query.dtype), value.to(query.dtype), mask, regions))
+                present.append(_Present(acts, key.to(query.dtype), value.to(query.dtype), mask, regions))
         return present
 
 
@@ -250,8 +289,7 @@ class ParallelAttention:
 class _Present:
     """A branch in one call: its keys and values (batch, heads, length, head width), and which tokens count."""
 
-    branch: Branch
-    strength: Scale
+    acting: Acting
     key: Tensor
     value: Tensor
     mask: Tensor | None  # (batch, length)
@@ -289,16 +327,16 @@ def _joined(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The text's keys, values and additive mask with those of other branches beside them.
 
-    Gate and strength act on a branch's values; where the strength is 0 its tokens do not count, so the text is alone.
+    Strength acts on a branch's values, as its gate did already; where it is 0 its tokens do not count, so that the text
+    is alone.
     """
     batch, heads = key.shape[:2]
     text = key.new_zeros(batch, 1, 1, key.shape[2]) if mask is None else mask
     keys, values, masks = [key], [value], [text.expand(batch, heads, 1, -1)]
     for each in beside:
-        strength = torch.as_tensor(each.strength, dtype=key.dtype, device=key.device).expand(batch)
-        gate = (each.branch.gate * GATE_GAIN).view(heads, 1, -1)
+        strength = torch.as_tensor(each.acting.everywhere, dtype=key.dtype, device=key.device).expand(batch)
         keys.append(each.key)
-        values.append(each.value * (gate * strength.view(-1, 1, 1, 1)).to(key.dtype))
+        values.append(each.value * strength.view(-1, 1, 1, 1))
         counts = (strength != 0)[:, None] & (each.mask if each.mask is not None else each.key.new_ones(()).bool())
         away = torch.zeros(batch, each.key.shape[2], dtype=key.dtype, device=key.device)
         away = away.masked_fill(~counts, -torch.inf)
@@ -326,10 +364,34 @@ def usable_mask(tokens: Tokens) -> Tensor | None:
     return None if tokens.mask is None else tokens.mask | ~tokens.mask.any(dim=1, keepdim=True)
 
 
+def strength_key(branch: str, layer: str = "") -> tuple[str, str]:
+    """Where a call's memory keeps what `acting` found of a branch's strength, which may differ by layer."""
+    return f"strength of {branch}", layer
+
+
+def _add_where(base: Tensor, acts: Acting, addition: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+    """Return base with strength times addition(*inputs), which is not even computed for rows in which it does not act.
+
+    `base` must be the caller's own: without gradients it is changed in place.
+    """
+    rows = acts.rows
+    if rows is None:
+        return _add(base, addition(*inputs), acts.everywhere)
+    part = base[rows]
+    added = addition(*(each if each is None or len(each) == 1 else each[rows] for each in inputs))
+    summed = _add(part, added, acts.there)
+    if len(part) == len(base):
+        return summed
+    if torch.is_grad_enabled():
+        return torch.cat((base[: rows.start], summed.to(base.dtype), base[rows.stop :]))
+    part.copy_(summed)
+    return base
+
+
 def _add(base: Tensor, addition: Tensor, strength: Scale) -> Tensor:
     """Return base + strength * addition; items whose strength is 0 keep the base bit for bit, whatever the addition."""
     if not isinstance(strength, Tensor):
-        return base + strength * addition
+        return base + (addition if strength == 1 else strength * addition)
     strength = strength.to(addition.device).view(-1, *[1] * (addition.dim() - 1))
     return base + torch.where(strength != 0, strength * addition, 0)
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from imagine.adapter import Adapter, BranchSpec, check_attached, prepare, read_metadata
 from imagine.attention import TEXT, attention_layers
 from imagine.errors import ConfigError, WeightsError
+from imagine.meter import Meter
 from imagine.records import Conditioning, Tokens
 
 TEXT_WIDTH, FEATURES = 24, 20
@@ -281,7 +282,27 @@ def test_prepared_conditioning_gives_the_same_picture_bit_for_bit(unet, scale):
         assert torch.equal(call(ready), expected)  # and again, out of its memory
     crossing = [name for name, attn in attention_layers(unet).items() if attn.is_cross_attention]
     assert ready.memory is not None
-    assert set(ready.memory) == set(itertools.product(crossing, ["t5", "byt5", "vision", TEXT]))
+    kept = {key for key in ready.memory if not key[0].startswith("strength")}
+    assert kept == set(itertools.product(crossing, ["t5", "byt5", "vision", TEXT]))
+
+
+def test_rows_in_which_the_identity_is_off_cost_nothing_once_prepared(unet):
+    call, identity = Call(unet), opened(identity_adapter(unet))
+    spent, pictures = {}, {}
+    with identity.attach(unet):
+        for name, scale in {"all": [1.0] * 3, "two": [0.0, 1.0, 1.0], "one": [0.0, 0.0, 0.6]}.items():
+            plain = call.conditioning(identity, torch.tensor(scale))
+            ready = prepare(unet, replace(plain, branches={"vision": plain.branches["vision"]}))
+            with torch.no_grad():
+                pictures[name] = call(ready)
+                with Meter() as meter:
+                    assert torch.equal(call(ready), pictures[name])
+            spent[name] = meter.flops
+            assert torch.equal(call(ready).detach(), pictures[name])  # with gradients nothing is changed in place
+            assert torch.equal(call(replace(ready, memory=None)).detach(), pictures[name])
+        other = replace(ready, scales={"vision": torch.tensor([1.0, 1.0, 1.0])})  # another strength, the same memory
+        torch.testing.assert_close(call(other), call(replace(other, memory=None)), atol=1e-5, rtol=1e-5)
+    assert spent["all"] - spent["two"] == spent["two"] - spent["one"] > 0
 
 
 @torch.no_grad()

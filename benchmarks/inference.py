@@ -1,0 +1,376 @@
+"""What identity costs while drawing, against the bare denoiser and diffusers' IP-Adapter: `make bench-inference`.
+
+Weights are random, which changes no time. Two sizes: `full` is SDXL with ViT-H/14, in bf16; `middle` is a pipeline of
+the same classes a tenth of that, in float32, on which growth and a profile are measured too.
+
+    steps      one guided step with four branches / the same denoiser without adapters
+    pictures   photo and sentence to picture: ours / diffusers with the same IP-Adapter Plus, on the same weights
+    growth     a step with more references, more tokens, more people
+    profile    where a step's additional time goes
+
+What is compared takes turns in one process, so that a busy machine slows all alike; medians, and the quartiles beside
+them. Times say something about one machine only, so they are measured here and never asserted in tests.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from imagine.adapter import prepare
+from imagine.attention import attention_layers
+from imagine.bases import Blueprint, Component, Networks, add_branches, build, read_base
+from imagine.encoders import CLIP_MEAN, CLIP_STD, trim_clip_vocabulary
+from imagine.ip_adapter_layout import projection_shapes
+from imagine.plan_inference import conditioned, seen_tokens, unet_inputs
+from imagine.records import Conditioning, Tokens
+from imagine.stock import imagined
+
+PROMPT = "a person smiling on a beach, wearing a red hat, as a pencil sketch"
+VISION, T5 = "vision", "t5"
+SIDES = (32, 32)  # of latents: pictures of 256 px
+GROWTH = (1, 2, 4, 8)
+PLUS_TOKENS = 16
+_EYES = {"projection_dim": 1024, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"}
+
+Times = dict[str, list[float]]
+Work = Callable[[], object]
+
+
+def main() -> int:
+    """Measure what is asked for and print it; returns the exit code."""
+    options = _options()
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if options.size == "full" else torch.float32
+    report: dict[str, Any] = {"threads": torch.get_num_threads(), "size": options.size, "dtype": str(dtype)}
+    report["GFLOP a second"] = {str(each): round(product_speed(each)) for each in (torch.float32, torch.bfloat16)}
+    blueprint = full_size() if options.size == "full" else middle_size()
+    networks = filled(add_branches(blueprint, ["t5-xl", "byt5-small"], "plus", 0), dtype)
+    parts = options.parts or (["steps", "pictures"] if options.size == "full" else list(PARTS))
+    with torch.no_grad():
+        for name in sorted(parts, key=list(PARTS).index):
+            began = time.perf_counter()
+            report[name] = PARTS[name](networks, options)
+            report[name]["seconds in all"] = round(time.perf_counter() - began)
+            print(f"{name}: {json.dumps(report[name], indent=1)}", file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        print(json.dumps(report))
+    else:
+        print({key: value for key, value in report.items() if key not in PARTS})
+    return 0
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def full_size() -> Blueprint:
+    """SDXL, with the vision encoder that IP-Adapters come with."""
+    base = read_base("sdxl")
+    sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+    eyes = Component("CLIPVisionModelWithProjection", {**_EYES, **sizes})
+    return replace(base, components={**base.components, "image_encoder": eyes})
+
+
+def middle_size() -> Blueprint:
+    """The same classes and shape, a tenth of it."""
+    base = read_base("sdxl")
+    unet = dict(base.components["unet"].config) | {
+        "block_out_channels": [128, 256, 512], "attention_head_dim": [2, 4, 8], "cross_attention_dim": 1024,
+        "transformer_layers_per_block": [1, 2, 6], "projection_class_embeddings_input_dim": 6 * 256 + 512,
+    }  # fmt: skip
+    vae = dict(base.components["vae"].config) | {"block_out_channels": [64, 128, 256, 256]}
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512}
+    eyes = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 12, "num_attention_heads": 8}
+    changed = {
+        "unet": Component("UNet2DConditionModel", unet),
+        "vae": Component("AutoencoderKL", vae),
+        "image_encoder": Component("CLIPVisionModelWithProjection", {**_EYES, **eyes}),
+    }
+    for name in ("text_encoder", "text_encoder_2"):
+        old = base.components[name]
+        changed[name] = Component(old.kind, {**old.config, **text, "num_hidden_layers": 12})
+    return Blueprint("middle", changed)
+
+
+def filled(blueprint: Blueprint, dtype: torch.dtype) -> Networks:
+    """Networks with random weights, without those that read for T5 and ByT5, whose tokens are made up."""
+    networks = build(blueprint, leave_out=("t5_encoder", "byt5_encoder"))
+    for module in networks.modules().values():
+        fill(nn.Module.to(module, dtype).to_empty(device="cpu"))
+    return networks
+
+
+def fill(module: nn.Module) -> None:
+    """Give a network that has none random weights, by copying one random block: drawing billions would take minutes."""
+    block = torch.randn(2**20)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            spread = parameter[0].numel() ** -0.5
+            flat = parameter.data.view(-1)
+            for start in range(0, flat.numel(), len(block)):
+                part = flat[start : start + len(block)]
+                part.copy_(block[: len(part)] * spread)
+        else:
+            parameter.data.fill_(1 / 8 if name.endswith("gate") else float(name.endswith("weight")))
+    for name, buffer in module.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
+        elif name in ("mean", "std"):
+            buffer.copy_(torch.tensor(CLIP_MEAN if name == "mean" else CLIP_STD).view(3, 1, 1))
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def steps(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
+    """A guided step with four branches against the bare denoiser's, vision off in the unconditional half."""
+    guided = conditioning_of(networks)
+    works = {"bare": bare(networks), "four branches": attached(networks, guided)}
+    if options.size == "middle":
+        works["CLIP alone, adapters on"] = attached(networks, Conditioning())
+    return compared(in_turns(works, options.rounds), "four branches", "bare")
+
+
+def pictures(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
+    """Photo and sentence to picture, in all: ours and diffusers' pipeline on the same weights and IP-Adapter."""
+    for adapter in networks.adapters.values():
+        adapter.detach(networks.unet)
+    try:
+        ours, theirs = pipelines(networks)
+        photo = Image.fromarray((np.random.default_rng(0).random((256, 256, 3)) * 255).astype(np.uint8))
+        drawn: dict[str, Tensor] = {}
+
+        def draw(name: str, pipe: Any) -> Work:
+            def work() -> None:
+                drawn[name] = torch.from_numpy(
+                    pipe(
+                        PROMPT, ip_adapter_image=photo, num_inference_steps=options.steps, height=256, width=256,
+                        guidance_scale=5.0, generator=torch.Generator().manual_seed(0), output_type="np",
+                    ).images
+                )  # fmt: skip
+
+            return work
+
+        times = in_turns({"diffusers": draw("diffusers", theirs), "ours": draw("ours", ours)}, options.pictures)
+    finally:
+        for adapter in networks.adapters.values():
+            adapter.attach(networks.unet)
+    apart = (drawn["ours"] - drawn["diffusers"]).abs()
+    found = compared(times, "ours", "diffusers")
+    return {**found, "steps": options.steps, "pixels differ by at most": float(apart.max())}
+
+
+def growth(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
+    """A step with more references, more of the sentence, more people in regions of their own, against one of each."""
+    works: dict[str, Work] = {"1 reference": attached(networks, conditioning_of(networks))}
+    for count in GROWTH[1:]:
+        works[f"{count} references"] = attached(networks, conditioning_of(networks, count))
+    for length in (256, 512):
+        plain = conditioning_of(networks)
+        longer = Tokens(plain.branches[T5].values.repeat(1, length // 128, 1))
+        works[f"{length} T5 tokens"] = attached(networks, replace(plain, branches={**plain.branches, T5: longer}))
+    for count in GROWTH[1:3]:
+        many = conditioning_of(networks, count)
+        regions = torch.zeros(1, count, *SIDES)
+        for number, columns in enumerate(torch.arange(SIDES[1]).chunk(count)):
+            regions[0, number, :, columns] = 1
+        works[f"{count} people in regions"] = attached(networks, replace(many, regions={VISION: regions}))
+    works["a full projection's 257 tokens"] = attached(networks, full_projection(networks))
+    times = in_turns(works, max(3, options.rounds // 2))
+    medians = {name: statistics.median(some) for name, some in times.items()}
+    return {name: _spread(times[name]) | {"ratio": round(medians[name] / medians["1 reference"], 3)} for name in times}
+
+
+def profile(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds by operation, with four branches and bare, where they differ most; and where rows are skipped."""
+    works = {"bare": bare(networks), "four branches": attached(networks, conditioning_of(networks))}
+    spent: dict[str, dict[str, tuple[float, int]]] = {}
+    for name, work in works.items():
+        work()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+            for _ in range(options.rounds):
+                work()
+        spent[name] = {
+            event.key: (event.self_cpu_time_total / 1000 / options.rounds, event.count // options.rounds)
+            for event in recorded.key_averages()
+        }
+    zero = (0.0, 0)
+    rows = [
+        (ours[0] - spent["bare"].get(key, zero)[0], key, ours, spent["bare"].get(key, zero))
+        for key, ours in spent["four branches"].items()
+    ]
+    rows.sort(key=lambda row: -abs(row[0]))
+    return {
+        key: {"more": round(more, 2), "ms": round(ours[0], 2), "calls": ours[1], "bare ms": round(theirs[0], 2),
+              "bare calls": theirs[1]}
+        for more, key, ours, theirs in rows[:12]
+    }  # fmt: skip
+
+
+PARTS: dict[str, Callable[[Networks, argparse.Namespace], dict[str, Any]]] = {
+    "steps": steps, "growth": growth, "profile": profile, "pictures": pictures,
+}  # fmt: skip
+
+
+# --- how --------------------------------------------------------------------------------------------------------------
+
+
+def bare(networks: Networks) -> Work:
+    """A guided step of the denoiser without any adapter."""
+    inputs = unet_inputs(networks.unet, 2, SIDES)
+
+    def work() -> None:
+        for adapter in networks.adapters.values():
+            adapter.detach(networks.unet)
+        _clocked(lambda: networks.unet(**inputs, return_dict=False))
+        for adapter in networks.adapters.values():
+            adapter.attach(networks.unet)
+
+    return work
+
+
+def attached(networks: Networks, conditioning: Conditioning) -> Work:
+    """A guided step that attends to this; what a picture computes once is there from the second one on."""
+    inputs = unet_inputs(networks.unet, 2, SIDES)
+    ready = prepare(networks.unet, conditioning)
+    return lambda: _clocked(
+        lambda: networks.unet(**inputs, cross_attention_kwargs={"conditioning": ready}, return_dict=False)
+    )
+
+
+def conditioning_of(networks: Networks, references: int = 1) -> Conditioning:
+    """All branches of a guided step: the unconditional row shows nobody."""
+    found = conditioned(networks, 2, references, seen_tokens(networks.models[networks.eyes or ""]))
+    return replace(found, scales={VISION: torch.tensor([0.0, 1.0])})
+
+
+def full_projection(networks: Networks) -> Conditioning:
+    """The same with as many vision tokens as the paper's projection makes: one global, and one a patch."""
+    found = conditioning_of(networks)
+    values = found.branches[VISION].values
+    seen = seen_tokens(networks.models[networks.eyes or ""])
+    many = torch.randn(2, seen, values.shape[2], dtype=values.dtype)
+    return replace(found, branches={**found.branches, VISION: Tokens(many)})
+
+
+def pipelines(networks: Networks) -> tuple[Any, Any]:
+    """Ours and diffusers' pipeline around one base, with the same IP-Adapter Plus in each."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPImageProcessor
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = trim_clip_vocabulary([PROMPT], folder, max_tokens=77)
+    parts = {name: networks.models[name] for name in ("vae", "text_encoder", "text_encoder_2", "image_encoder")}
+    parts |= {"tokenizer": tokenizer, "tokenizer_2": tokenizer, "feature_extractor": CLIPImageProcessor()}
+    twin = twin_of(networks.unet)
+    tensors = ip_adapter_plus(networks)
+    made = []
+    for kind, unet in ((imagined(StableDiffusionXLPipeline), networks.unet), (StableDiffusionXLPipeline, twin)):
+        pipe = kind(**parts, unet=unet, scheduler=EulerDiscreteScheduler(), add_watermarker=False)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.load_ip_adapter([tensors], subfolder=[""], weight_name=[""], image_encoder_folder=None)
+        made.append(pipe)
+    return made[0], made[1]
+
+
+def twin_of(unet: Any) -> Any:
+    """Another denoiser on the same weights, so that two pipelines may put their own processors on."""
+    with torch.device("meta"):
+        twin = type(unet).from_config(unet.config)
+    twin.load_state_dict(unet.state_dict(), assign=True)
+    return twin.eval()
+
+
+def ip_adapter_plus(networks: Networks) -> dict[str, dict[str, Tensor]]:
+    """A random IP-Adapter Plus for the denoiser, as diffusers takes it from memory."""
+    unet = networks.unet
+    width, seen = int(unet.config.cross_attention_dim), int(networks.models["image_encoder"].config.hidden_size)
+    dtype = next(unet.parameters()).dtype
+    inner = min(width, seen) // 64 * 64
+    block = torch.randn(2**20)
+
+    def random(shape: Sequence[int]) -> Tensor:
+        count = int(np.prod(shape))
+        values = block.repeat(-(-count // len(block)))[:count].view(*shape)
+        return (values * (shape[-1] ** -0.5 if len(shape) > 1 else 1.0)).to(dtype)
+
+    shapes = projection_shapes("plus", PLUS_TOKENS, seen, width, inner, inner)
+    keys = {}
+    cross = [attn for attn in attention_layers(unet).values() if attn.is_cross_attention]
+    for number, attn in enumerate(cross):
+        for name in ("to_k_ip", "to_v_ip"):
+            keys[f"{2 * number + 1}.{name}.weight"] = random((attn.inner_dim, width))
+    return {"image_proj": {name: random(shape) for name, shape in shapes.items()}, "ip_adapter": keys}
+
+
+_clock: list[float] = []  # what the work that ran last took; only what is inside `_clocked` counts
+
+
+def _clocked(work: Work) -> None:
+    began = time.perf_counter()
+    work()
+    _clock.append(time.perf_counter() - began)
+
+
+def in_turns(works: Mapping[str, Work], rounds: int) -> Times:
+    """Seconds of each work in turns, after one round that does not count; every other round goes backwards."""
+    times: Times = {name: [] for name in works}
+    for number in range(rounds + 1):
+        order = list(works.items())
+        for name, work in order if number % 2 else reversed(order):
+            _clock.clear()
+            began = time.perf_counter()
+            work()
+            seconds = _clock[-1] if _clock else time.perf_counter() - began
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def compared(times: Times, ours: str, theirs: str) -> dict[str, Any]:
+    """Medians and quartiles, the ratio of medians, and the quartiles of the rounds' own ratios."""
+    ratios = [first / second for first, second in zip(times[ours], times[theirs], strict=True)]
+    medians = {name: statistics.median(some) for name, some in times.items()}
+    found: dict[str, Any] = {name: _spread(some) for name, some in times.items()}
+    return {**found, "ratio": round(medians[ours] / medians[theirs], 3), "ratios of rounds": _spread(ratios)}
+
+
+def _spread(some: Sequence[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(some, n=4) if len(some) > 1 else [*some * 3]
+    return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
+
+
+def product_speed(dtype: torch.dtype, side: int = 1024) -> float:
+    """GFLOP a second in a product of two matrices, the best of three."""
+    left = torch.ones(side, side, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best / 1e9
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What identity costs while drawing.")
+    parser.add_argument("--size", choices=["middle", "full"], default="middle")
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), help="default: all; steps and pictures at full size")
+    parser.add_argument("--rounds", type=int, default=9, help="of steps (default: 9)")
+    parser.add_argument("--pictures", type=int, default=5, help="rounds of whole pictures (default: 5)")
+    parser.add_argument("--steps", type=int, default=6, help="in each picture (default: 6)")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
