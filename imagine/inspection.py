@@ -2,7 +2,10 @@
 
 Beside the library, for `imagine inspect`: people collect safetensors files whose names say little, and a wrong pairing
 of encoder, adapter and base shows only as a bad picture. Our own files describe themselves in their metadata; standard
-IP-Adapter files are recognised by their keys, as diffusers recognises them.
+IP-Adapter files are recognised by their keys, as diffusers recognises them. "problems" says what will not load and why.
+
+A pickle may run code when it is read. Only .bin, in which older IP-Adapters came, is looked into, by torch's reader of
+weights alone, which runs nothing; that costs the second that torch takes to import.
 """
 
 import json
@@ -16,10 +19,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from imagine.errors import WeightsError
+from imagine.ip_adapter_layout import KOHYA_FILE, LORA_FILE, encoder_of, licence_of, projection_shapes, read_layout
 from imagine.weights import INDEX, read_index
 
-_BASES = {(70, 2048): "Stable Diffusion XL", (16, 768): "Stable Diffusion 1.5", (16, 1024): "Stable Diffusion 2"}
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_PICKLES = (".ckpt", ".pt", ".pth", ".pkl")
+_ADAPTER_VERSION = "1"  # that Adapter.load reads
+_BRANCH = ("to_k.weight", "to_v.weight", "gate")  # what a branch has in each of its layers
+_PRECISIONS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class _Header:
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Say what a file or folder is, as plain numbers, words and lists; "kind" is always among them.
 
-    Kinds: "weights" (a whole pipeline), "adapter", "persona", "face finder", "IP-Adapter", "model" (one component) and
-    "tensors" (a safetensors file that says nothing of itself). Raises WeightsError if it is none of them.
+    Kinds: "weights" (a whole pipeline), "adapter", "persona", "face finder", "IP-Adapter", "LoRA", "model" (one
+    component) and "tensors" (a file that says nothing of itself). Raises WeightsError if it is none of them.
     """
     path = Path(path)
     if path.is_dir():
@@ -60,7 +66,10 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _folder(folder: Path) -> dict[str, Any]:
     if (folder / INDEX).is_file():
         return _weights(folder)
-    files = sorted(folder.glob("*.safetensors"))
+    if (folder / "adapter" / "adapter.safetensors").is_file():  # an imported IP-Adapter
+        return _file(folder / "adapter" / "adapter.safetensors")
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in (LORA_FILE, KOHYA_FILE)]
+    files = files or sorted(folder.glob("*.bin")) or sorted(folder.glob("*.safetensors"))
     if not files:
         raise WeightsError(f"{folder} holds neither {INDEX} nor a safetensors file: name a folder of weights.")
     if not (folder / "config.json").is_file():
@@ -102,7 +111,7 @@ def _weights(folder: Path) -> dict[str, Any]:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    header = _read(path)
+    header = _read_pickle(path) if path.suffix == ".bin" else _read(path)
     metadata = header.metadata
     if metadata.get("kind") == "persona":
         return {"kind": "persona", **_persona(header), **header.summary()}
@@ -111,7 +120,9 @@ def _file(path: Path) -> dict[str, Any]:
     if metadata.get("kind") == "face finder":
         return {"kind": "face finder", "format_version": metadata.get("format_version"), **header.summary()}
     if any(name.startswith(("image_proj.", "ip_adapter.")) for name in header.shapes):
-        return {"kind": "IP-Adapter", **_ip_adapter(header.shapes), **header.summary()}
+        return {"kind": "IP-Adapter", **_ip_adapter(path, header), **header.summary()}
+    if header.shapes and all(".lora" in name or name.endswith(".alpha") for name in header.shapes):
+        return {"kind": "LoRA", "licence": licence_of(path, metadata), **header.summary()}
     return {"kind": "tensors", "metadata": dict(metadata), **header.summary()}
 
 
@@ -133,36 +144,102 @@ def _adapter(path: Path, header: _Header) -> dict[str, Any]:
     names = [branch["name"] for branch in branches]
     variant = "identity" if "vision" in names else "text"
     projections = [branch.get("projection") for branch in branches if branch.get("projection")]
-    return {
+    found = {
         "variant": f"{variant}, {projections[0]} projection" if projections else variant,
         "branches": names,
         "lora_rank": int(metadata.pop("lora_rank")),
         "lora_targets": _json(metadata.pop("lora_targets", "[]")),
         **metadata,
     }
+    if found.get("licence") in (None, "unspecified"):
+        found["licence"] = licence_of(path, {}) or found.get("licence")
+    return {**found, "problems": _adapter_problems(metadata.get("format_version"), branches, header.shapes)}
 
 
-def _ip_adapter(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Variant and size of a standard file, tested in diffusers' order (loaders/unet.py)."""
-    projection = {name.removeprefix("image_proj."): shape for name, shape in shapes.items() if "image_proj." in name}
-    keys = [shape for name, shape in shapes.items() if name.endswith("to_k_ip.weight")]
-    width = keys[0][1] if keys else None
-    tokens: int | str | None
-    if "proj.weight" in projection:
-        variant, tokens = "base", 4
-    elif "proj.3.weight" in projection:
-        variant, tokens = "full", "one per token of the vision encoder"
-    elif "perceiver_resampler.proj_in.weight" in projection:
-        variant, tokens = "FaceID Plus", 4
-    elif "norm.weight" in projection:
-        rows, norm = projection.get("proj.2.weight", (0,))[0], projection["norm.weight"][0]
-        variant, tokens = "FaceID", rows // norm
-    elif "latents" in projection:
-        variant, tokens = "plus", projection["latents"][1]
-    else:
-        variant, tokens = "without a projection we know", None
-    base = _BASES.get((len(keys), width)) if width is not None else None
-    return {"variant": variant, "tokens": tokens, "base": base, "layers": len(keys), "text_width": width}
+def _adapter_problems(
+    version: str | None, branches: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What Adapter.load would refuse whatever the denoiser, a sentence each."""
+    problems = []
+    if version != _ADAPTER_VERSION:
+        problems.append(f"It has format version {version}, and this imagine reads {_ADAPTER_VERSION}: save it again.")
+    wanted: dict[str, tuple[int, ...] | None] = {}
+    for branch in branches:
+        layers = {name.rpartition(f".{branch['name']}.")[0] for name in shapes if f".{branch['name']}.to_k." in name}
+        wanted |= {f"{layer}.{branch['name']}.{each}": None for layer in layers for each in _BRANCH}
+        wanted |= _projection(branch)
+    low_rank = {name for name in shapes if ".lora_A." in name or ".lora_B." in name}
+    wanted |= {
+        name.replace(f".lora_{one}.", f".lora_{other}."): None for name in low_rank for one, other in ("AB", "BA")
+    }
+    if missing := sorted(wanted.keys() - shapes.keys()):
+        problems.append(f"It lacks {_some(missing)}: download it again.")
+    if extra := sorted(shapes.keys() - wanted.keys()):
+        problems.append(f"It holds the unknown {_some(extra)}, and will not load: take the file as it was saved.")
+    for name, shape in wanted.items():
+        if shape is not None and name in shapes and shapes[name] != shape:
+            problems.append(f"It holds {name} of shape {list(shapes[name])} instead of {list(shape)}.")
+    return problems
+
+
+def _projection(branch: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """The tensors of a branch's projection, by its description."""
+    kind, input_width = branch.get("projection"), branch.get("input_width")
+    if kind not in ("linear", "full", "plus") or not input_width:
+        return {}
+    inner = branch.get("inner_width") or branch["width"]
+    tokens = branch.get("tokens") or (16 if kind == "plus" else 4)
+    attention = branch.get("attention_width") or inner
+    shapes = projection_shapes(kind, tokens, input_width, branch["width"], inner, attention)
+    return {f"projections.{branch['name']}.{name}": shape for name, shape in shapes.items()}
+
+
+def _ip_adapter(path: Path, header: _Header) -> dict[str, Any]:
+    """Variant, sizes and problems of a standard file; its image encoder too, if one lies beside it."""
+    layout, metadata = read_layout(header.shapes), header.metadata
+    problems = [f"It {layout.problem}."] if layout.problem else []
+    if not layout.problem and layout.comfyui:
+        problems.append(f"ComfyUI_IPAdapter_plus cannot load it: it {layout.comfyui}.")
+    beside = path.parent / "image_encoder" / "config.json"
+    config = _json(beside.read_text(encoding="utf-8")) if beside.is_file() else None
+    if isinstance(config, dict) and layout.input_width is not None:
+        found = config.get("projection_dim" if layout.kind == "linear" else "hidden_size")
+        if found != layout.input_width:
+            needed, known = (encoder_of(layout.kind, each) or "no public one" for each in (layout.input_width, found))
+            problems.append(
+                f"It reads features of width {layout.input_width} ({needed}), but the image_encoder beside it gives "
+                f"{found} ({known}): take the one that it was made with."
+            )
+    every = "one per token of the vision encoder"
+    return {
+        "variant": layout.variant,
+        "tokens": every if layout.kind == "full" else layout.tokens,
+        "encoder": metadata.get("encoder") or layout.encoder,
+        "base": layout.family or metadata.get("base"),
+        "format_version": metadata.get("format_version"),
+        "licence": licence_of(path, metadata),
+        "layers": len(layout.layer_widths),
+        "text_width": layout.text_width,
+        "features_width": layout.input_width,
+        "problems": problems,
+    }
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _read_pickle(path: Path) -> _Header:
+    """The header of a .bin file, which torch reads without running anything in it."""
+    from imagine.ip_adapter import read_pickle
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    types: Counter[str] = Counter()
+    for name, tensor in read_pickle(path).items():
+        shapes[name] = tuple(tensor.shape)
+        kind = str(tensor.dtype).removeprefix("torch.")
+        types[_PRECISIONS.get(kind, kind)] += tensor.numel()
+    return _Header(shapes, types, {}, path.stat().st_size)
 
 
 def _read(path: Path) -> _Header:

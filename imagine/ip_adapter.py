@@ -1,16 +1,15 @@
-"""Standard IP-Adapter files in and out: from a file to an adapter with one branch, and from an adapter to a file.
+"""Standard IP-Adapter files in: from a file to an adapter with one branch, for one denoiser.
 
     read_ip_adapter    a file, a folder, a hub id or a state dict, strictly (ip_adapter_layout.py says what fits)
-    import_adapter     ... to an adapter for one denoiser, whose output is diffusers' own
-    export_adapter     an adapter's branch, its vision encoder beside it, and its LoRA as a file of its own
+    import_adapter     ... to an adapter whose pictures are diffusers' own
+    load_encoder       the image encoder beside it
 
 A file numbers the cross-attention layers in the order down, up, middle, which is that in which a UNet2DConditionModel
-registers them. Our gate has no place in the standard, so it is folded into the values; an imported branch has a gate of
-exactly one, so that files come out as they went in.
+registers them. An imported branch has a gate of exactly one, so that files come out as they went in.
 """
 
 import os
-import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,23 +17,25 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from imagine import __version__
+from imagine import weights
 from imagine.adapter import Adapter, BranchSpec
 from imagine.attention import GATE_GAIN, attention_layers
 from imagine.encoders import VisionEncoder
 from imagine.errors import WeightsError
-from imagine.ip_adapter_layout import BRANCHES, FAMILIES, LINEAR_TOKENS, PROJECTION, Layout, encoder_of, licence_of
-from imagine.ip_adapter_layout import read_layout as read_layout_of
+from imagine.ip_adapter_layout import (
+    BRANCHES,
+    FAMILIES,
+    PROJECTION,
+    Layout,
+    encoder_of,
+    licence_of,
+    read_layout,
+)
 from imagine.projections import Kind
-from imagine.vision_conversion import to_transformers
-from imagine.weights import forget_paths, hushed, is_hub_id
 
-PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 ENCODER_FOLDER = "image_encoder"
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,30 +65,6 @@ class ImportReport:
     def as_dict(self) -> dict[str, Any]:
         """The report as plain words, numbers and mappings."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written, and what the standard cannot carry, a sentence each."""
-
-    file: Path
-    encoder: Path | None
-    lora: Path | None
-    layout: Layout
-    not_carried: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as plain words and numbers."""
-        written = {name: None if path is None else str(path) for name, path in self._written().items()}
-        layout = self.layout
-        facts = {"variant": layout.variant, "tokens": layout.tokens, "base": layout.family, "encoder": layout.encoder}
-        return {"written": written, **facts, "not_carried": list(self.not_carried)}
-
-    def _written(self) -> dict[str, Path | None]:
-        return {"file": self.file, "image_encoder": self.encoder, "lora": self.lora}
-
-
-# --- in ---------------------------------------------------------------------------------------------------------------
 
 
 def read_ip_adapter(
@@ -121,7 +98,7 @@ def locate(
     if path.is_file():
         return path
     if not path.is_dir():
-        if not is_hub_id(source):
+        if not weights.is_hub_id(source):
             raise WeightsError(f"There is no file or folder {source}: name an IP-Adapter file, or a folder or hub id.")
         if weight_name is None:
             raise WeightsError(f"{source} is a hub id: say which of its files with weight_name (and subfolder).")
@@ -153,7 +130,7 @@ def import_adapter(file: IPAdapterFile, denoiser: nn.Module, name: str = "vision
 
     The denoiser may be on the meta device. Raises WeightsError if the file was made for another base.
     """
-    layers = _cross_attention(denoiser)
+    layers = cross_attention(denoiser)
     _check_base(file, {layer: attn.to_k.in_features for layer, attn in layers.items()},
                 [attn.inner_dim for attn in layers.values()])  # fmt: skip
     layout = file.layout
@@ -165,7 +142,7 @@ def import_adapter(file: IPAdapterFile, denoiser: nn.Module, name: str = "vision
     with torch.device("meta"):
         adapter = Adapter(denoiser, [spec])
     used = {f"{PROJECTION}{key}": f"projections.{name}.{key}" for key in _below(PROJECTION, file.tensors)}
-    for number, layer in _numbered(layers):
+    for number, layer in numbered(layers):
         for each in ("to_k", "to_v"):
             used[f"{BRANCHES}{number}.{each}_ip.weight"] = f"{layer}.{name}.{each}.weight"
     tensors = {ours: file.tensors[theirs] for theirs, ours in used.items()}
@@ -176,6 +153,38 @@ def import_adapter(file: IPAdapterFile, denoiser: nn.Module, name: str = "vision
     adapter.metadata = _described(report, layout)
     device = next(denoiser.parameters()).device
     return (adapter if device.type == "meta" else adapter.to(device)), report
+
+
+def load_encoder(source: "str | os.PathLike[str]", place: str, dtype: torch.dtype, hub: Mapping[str, Any]) -> Any:
+    """Load the transformers image encoder in folder `place` of a local folder or hub repository, strictly."""
+    root = Path(source).expanduser()
+    root = root.parent if root.is_file() else root
+    if not root.is_dir():
+        root = fetch(os.fspath(source), [f"{place}/*.json", f"{place}/*.safetensors"], hub)
+    if not (root / place).is_dir():
+        raise WeightsError(
+            f"There is no image encoder in {root / place}: name its folder with image_encoder_folder, or pass "
+            "image_encoder_folder=None to go without."
+        )
+    return weights.load_model(root / place, "transformers", "CLIPVisionModelWithProjection", dtype)
+
+
+def check_encoder(layout: Layout, image_encoder: Any) -> None:
+    """Raise WeightsError unless the projection reads features as wide as this encoder's."""
+    config = image_encoder.config
+    ours = isinstance(image_encoder, VisionEncoder)
+    tokens, pooled = (config.width, config.embed_width) if ours else (config.hidden_size, config.projection_dim)
+    found = pooled if layout.kind == "linear" else tokens
+    if found != layout.input_width:
+        what = "pooled embeddings" if layout.kind == "linear" else "penultimate tokens"
+        raise WeightsError(
+            f"This IP-Adapter reads {what} of width {layout.input_width}{_of(layout.encoder)}, but the image encoder's "
+            f"are {found} wide{_of(encoder_of(layout.kind, found))}: pass the image_encoder_folder that belongs to it."
+        )
+
+
+def _of(encoder: str | None) -> str:
+    return f" ({encoder})" if encoder else ""
 
 
 def _described(report: ImportReport, layout: Layout) -> dict[str, str]:
@@ -231,14 +240,18 @@ def _check_base(file: IPAdapterFile, text_widths: Mapping[str, int], widths: Seq
     )
 
 
-def _cross_attention(denoiser: nn.Module) -> dict[str, Any]:
-    """The denoiser's cross-attention layers by module path, in the standard's order."""
+def cross_attention(denoiser: nn.Module) -> dict[str, Any]:
+    """Return the denoiser's cross-attention layers by module path, in the standard's order.
+
+    Raises WeightsError while diffusers' own IP-Adapter is loaded, since its projection has attention layers as well.
+    """
     if getattr(getattr(denoiser, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
         raise WeightsError("diffusers has loaded an IP-Adapter into this denoiser: call unload_ip_adapter() first.")
     return {name: attn for name, attn in attention_layers(denoiser).items() if attn.is_cross_attention}
 
 
-def _numbered(layers: Mapping[str, Any]) -> list[tuple[int, str]]:
+def numbered(layers: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """The layers with their numbers in the standard."""
     return [(2 * place + 1, layer) for place, layer in enumerate(layers)]
 
 
@@ -249,7 +262,7 @@ def _below(prefix: str, names: Mapping[str, Any]) -> list[str]:
 def _checked(
     origin: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], licence: str | None
 ) -> IPAdapterFile:
-    layout = read_layout_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    layout = read_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if layout.problem:
         raise WeightsError(f"{origin} {layout.problem}.")
     # Cloned, as in `Adapter.load`: a file's tensors start at odd addresses, where kernels sum in another order.
@@ -281,11 +294,12 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return read_pickle(file), {}
 
 
-def read_pickle(file: Path, device: str = "cpu") -> dict[str, Tensor]:
+def read_pickle(file: Path) -> dict[str, Tensor]:
     """Read the tensors of a .bin file, under their flat names, without running anything that is in it."""
     try:
-        state = torch.load(file, map_location=device, weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        # Mapped where it can be: who only looks at shapes reads next to nothing. Older files are no zip archives.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # every broken pickle breaks in its own way
         raise WeightsError(
             f"{file} is a pickle that holds more than tensors or is cut off, and reading it could run code: take the "
             ".safetensors file instead."
@@ -301,160 +315,3 @@ def _only_file(folder: Path) -> Path:
         return files[0]
     found = f"{len(files)} weights files" if files else "no weights file"
     raise WeightsError(f"{folder} holds {found}: say which with weight_name (and subfolder).")
-
-
-# --- out --------------------------------------------------------------------------------------------------------------
-
-
-def ip_adapter_tensors(adapter: Adapter, denoiser: nn.Module, name: str = "vision") -> dict[str, Tensor]:
-    """Return an adapter's branch under the standard's names, its gate folded into the values.
-
-    Raises WeightsError if the standard has no place for this branch.
-    """
-    spec = _exportable(adapter, name)
-    assert spec.projection is not None
-    mine, layers = adapter.layers(), _cross_attention(denoiser)
-    if list(mine) != list(attention_layers(denoiser)):
-        raise WeightsError("This adapter was built for another denoiser: pass the one that it belongs to.")
-    projection = adapter.get_submodule(f"projections.{name}").state_dict()
-    tensors = {f"{PROJECTION}{key}": tensor.detach().contiguous() for key, tensor in projection.items()}
-    for number, layer in _numbered(layers):
-        branch = mine[layer].branches()[name]
-        key, value, gate = (each.detach() for each in (branch.to_k.weight, branch.to_v.weight, branch.gate))
-        folded = (value.float() * (gate.float() * GATE_GAIN)[:, None]).to(value.dtype)
-        tensors[f"{BRANCHES}{number}.to_k_ip.weight"] = key.contiguous()
-        tensors[f"{BRANCHES}{number}.to_v_ip.weight"] = folded.contiguous()
-    if wrong := next((str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in PRECISIONS), None):
-        raise WeightsError(f"The adapter is in {wrong}: bring it to float32, float16 or bfloat16 first.")
-    return tensors
-
-
-def export_adapter(
-    adapter: Adapter,
-    denoiser: nn.Module,
-    path: str | os.PathLike[str],
-    image_encoder: Any = None,
-    name: str = "vision",
-    metadata: Mapping[str, str] | None = None,
-) -> ExportReport:
-    """Write branch `name` as a standard file (.safetensors), `image_encoder/` beside it, and LoRA as a file of its own.
-
-    `image_encoder` is the encoder that the adapter was trained with, ours or transformers'; an adapter is worth nothing
-    with another one. The folder is what diffusers' load_ip_adapter takes:
-    load_ip_adapter(FOLDER, subfolder="", weight_name=FILE). `metadata` is added to what the adapter says of itself.
-    Raises WeightsError if the branch cannot be carried.
-    """
-    file = Path(path)
-    if file.suffix != ".safetensors":
-        raise WeightsError(f"{file} must end in .safetensors: choose another name.")
-    tensors = ip_adapter_tensors(adapter, denoiser, name)
-    layout = read_layout_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    assert not layout.problem, layout.problem
-    if image_encoder is not None:
-        check_encoder(layout, image_encoder)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.partial")
-    save_file(tensors, unfinished, {"format": "pt", **_facts(adapter, layout), **(metadata or {})})
-    unfinished.replace(file)
-    encoder = None if image_encoder is None else _save_encoder(image_encoder, file.parent / ENCODER_FOLDER)
-    lora = _save_lora(adapter, file.parent) if adapter.lora_rank else None
-    return ExportReport(file, encoder, lora, layout, tuple(_not_carried(adapter, layout, name, encoder is None)))
-
-
-def check_encoder(layout: Layout, image_encoder: Any) -> None:
-    """Raise WeightsError unless the projection reads features as wide as this encoder's."""
-    config = image_encoder.config
-    ours = isinstance(image_encoder, VisionEncoder)
-    tokens, pooled = (config.width, config.embed_width) if ours else (config.hidden_size, config.projection_dim)
-    found = pooled if layout.kind == "linear" else tokens
-    if found != layout.input_width:
-        what = "pooled embeddings" if layout.kind == "linear" else "penultimate tokens"
-        raise WeightsError(
-            f"This IP-Adapter reads {what} of width {layout.input_width}{_of(layout.encoder)}, but the image encoder's "
-            f"are {found} wide{_of(encoder_of(layout.kind, found))}: pass the image_encoder_folder that belongs to it."
-        )
-
-
-def _of(encoder: str | None) -> str:
-    return f" ({encoder})" if encoder else ""
-
-
-def _exportable(adapter: Adapter, name: str) -> BranchSpec:
-    specs = {spec.name: spec for spec in adapter.branch_specs}
-    if name not in specs:
-        raise WeightsError(f"The adapter has no branch {name!r}, only {', '.join(specs)}: name the vision branch.")
-    spec = specs[name]
-    if spec.projection is None:
-        raise WeightsError(
-            f"Branch {name!r} has no projection, and an IP-Adapter file needs one: export a vision branch."
-        )
-    if spec.fusion != "parallel":
-        raise WeightsError(
-            f"Branch {name!r} shares the text's softmax, which no IP-Adapter does: it cannot be exported."
-        )
-    if spec.projection == "linear" and (spec.tokens or LINEAR_TOKENS) != LINEAR_TOKENS:
-        raise WeightsError(
-            f"Branch {name!r} makes {spec.tokens} tokens, and a base file holds 4: it cannot be exported."
-        )
-    return spec
-
-
-def _not_carried(adapter: Adapter, layout: Layout, name: str, without_encoder: bool) -> list[str]:
-    """What the standard has no place for, and what to do about it, a sentence each."""
-    specs = {spec.name: spec for spec in adapter.branch_specs}
-    notes = [f"The branch {other!r} stays behind: the standard knows one branch." for other in specs if other != name]
-    if adapter.lora_rank:
-        notes.append(f"LoRA lies beside the file, for load_lora_weights ({LORA_FILE}); its strength is now its own.")
-    if specs[name].scale != 1:
-        notes.append(
-            f"The default strength {specs[name].scale:g} is lost: call set_ip_adapter_scale({specs[name].scale:g})."
-        )
-    if specs[name].absent == "off":
-        notes.append(
-            "This branch is off where nobody is shown, but others read an empty picture there: with guidance their "
-            "pictures differ from ours, without guidance they do not."
-        )
-    if layout.family is None:
-        notes.append("The base is none of the well-known ones: the file fits that denoiser alone.")
-    if without_encoder:
-        notes.append(
-            "No image encoder lies beside the file: it is worth nothing without the one that it was trained with."
-        )
-    if layout.comfyui:
-        notes.append(f"ComfyUI_IPAdapter_plus cannot load it: it {layout.comfyui}.")
-    return [*notes, "Masks, time windows and other settings of a call are given to the other program again."]
-
-
-def _facts(adapter: Adapter, layout: Layout) -> dict[str, str]:
-    said = {str(key): adapter.metadata[key] for key in ("base", "encoder", "licence") if key in adapter.metadata}
-    facts = {
-        "variant": layout.variant,
-        "tokens": "all" if layout.tokens is None else str(layout.tokens),
-        "feature_layer": "pooled embedding" if layout.kind == "linear" else "penultimate",
-        "exported_by": f"imagine {__version__}",
-    }
-    family = {"base": layout.family} if layout.family else {}
-    return {**facts, **family, **said}
-
-
-def _save_encoder(image_encoder: Any, folder: Path) -> Path:
-    model = to_transformers(image_encoder) if isinstance(image_encoder, VisionEncoder) else image_encoder
-    with hushed():
-        model.save_pretrained(folder)
-    forget_paths(folder)
-    return folder
-
-
-def _save_lora(adapter: Adapter, folder: Path) -> Path:
-    """LoRA of all attention layers in diffusers' own file; without an alpha in it the scale is one, as it is here."""
-    from diffusers.loaders import StableDiffusionLoraLoaderMixin
-
-    layers = {
-        f"{layer}.{target}.{key}": tensor.detach().contiguous()
-        for layer, weights in adapter.layers().items()
-        for target in adapter.lora_targets
-        if (low_rank := weights.low_rank(target)) is not None
-        for key, tensor in low_rank.state_dict().items()
-    }
-    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers)
-    return folder / LORA_FILE

@@ -22,6 +22,8 @@ PROJECTION, BRANCHES = "image_proj.", "ip_adapter."
 LINEAR_TOKENS = 4  # of a "base" file; diffusers takes no other number
 PLUS_DEPTH = 4  # diffusers drops further layers without a word
 PLUS_HEAD = 64  # and takes every head for this wide
+LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for, beside the file
+KOHYA_FILE = "lora_kohya.safetensors"  # the same under the names that ComfyUI reads
 
 NAMES = {"linear": "base", "full": "full", "plus": "plus", "faceid": "FaceID", "faceid-plus": "FaceID Plus"}
 FAMILIES = {(70, 2048): "Stable Diffusion XL", (16, 768): "Stable Diffusion 1.5", (16, 1024): "Stable Diffusion 2"}
@@ -39,9 +41,10 @@ class Layout:
     kind: str | None  # "linear", "full", "plus", "faceid", "faceid-plus"; None: none that we know
     tokens: int | None  # of one picture; None: as many as the encoder has
     input_width: int | None  # of the vision features that the projection reads
-    width: int | None  # of the tokens, which is that of the base's text
+    width: int | None  # of the tokens
     inner_width: int | None
     attention_width: int | None
+    text_width: int | None  # of the base's text, by its keys
     layer_widths: tuple[int, ...]  # of the base's cross-attention layers, in the file's order
     problem: str  # the rest of a sentence that begins with the file's name, or ""
 
@@ -53,7 +56,7 @@ class Layout:
     @property
     def family(self) -> str | None:
         """The family of base models that has these layers, if it is a well-known one."""
-        return FAMILIES.get((len(self.layer_widths), self.width or 0))
+        return FAMILIES.get((len(self.layer_widths), self.text_width or 0))
 
     @property
     def encoder(self) -> str | None:
@@ -91,8 +94,8 @@ def read_layout(shapes: Mapping[str, Shape]) -> Layout:
     keys = sorted((int(found[1]), shape) for name, shape in branches.items() if (found := _keys(name)))
     other = [name for name in shapes if not name.startswith((PROJECTION, BRANCHES))]
     problem = _problem(kind, sizes, projection, branches, other)
-    widths = tuple(shape[0] for _, shape in keys if shape)
-    return Layout(kind, *sizes, widths, problem)
+    text_width = next((shape[1] for _, shape in keys if len(shape) == 2), None)
+    return Layout(kind, *sizes, text_width, tuple(shape[0] for _, shape in keys if shape), problem)
 
 
 def projection_shapes(

@@ -9,23 +9,20 @@ values are computed once per picture instead of at every step, scales and masks 
 stand beside our own adapters on one denoiser.
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from imagine import weights
 from imagine.adapter import Adapter
 from imagine.errors import ConfigError, WeightsError
 from imagine.ip_adapter import (
     ENCODER_FOLDER,
     ImportReport,
     check_encoder,
-    fetch,
     import_adapter,
+    load_encoder,
     read_ip_adapter,
 )
 from imagine.records import Scale, Tokens
@@ -205,20 +202,6 @@ class IPAdapters:
         hidden = adapter.branch_specs[0].projection != "linear"
         positive, negative = pipe.encode_image(image, pipe._execution_device, 1, hidden)
         return torch.stack([negative, positive] if guided else [positive])
-
-
-def load_encoder(source: "str | os.PathLike[str]", place: str, dtype: torch.dtype, hub: Mapping[str, Any]) -> Any:
-    """Load the transformers image encoder in folder `place` of a local folder or hub repository, strictly."""
-    root = Path(source).expanduser()
-    root = root.parent if root.is_file() else root
-    if not root.is_dir():
-        root = fetch(os.fspath(source), [f"{place}/*.json", f"{place}/*.safetensors"], hub)
-    if not (root / place).is_dir():
-        raise WeightsError(
-            f"There is no image encoder in {root / place}: name its folder with image_encoder_folder, or pass "
-            "image_encoder_folder=None to go without."
-        )
-    return weights.load_model(root / place, "transformers", "CLIPVisionModelWithProjection", dtype)
 
 
 def _lists(source: Any, subfolder: Any, weight_name: Any) -> tuple[list[Any], list[Any], list[Any]]:

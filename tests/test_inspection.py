@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from imagine.errors import WeightsError
 from imagine.finder import Finder, save_finder
 from imagine.inspection import inspect
+from imagine.ip_adapter_layout import projection_shapes, read_layout
 from imagine.pipeline import ImaginePipeline
-from tests import tiny
+from tests import tiny, tiny_ip
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +96,87 @@ def test_what_is_no_weights_is_refused_in_a_sentence(tmp_path: Path) -> None:
     for name, says in (("a.txt", "safetensors"), ("b.bin", "pickle"), ("empty", "holds neither"), ("no", "no file")):
         with pytest.raises(WeightsError, match=says):
             inspect(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An IP-Adapter's folder: a file, LoRA and an image encoder beside it, and a README one folder above."""
+    root = tmp_path_factory.mktemp("repository")
+    folder = root / "models"
+    folder.mkdir()
+    (root / "README.md").write_text("---\nlicense: openrail\nlanguage: en\n---\nAn adapter.\n")
+    save_file(tiny_ip.tensors("plus", tiny_ip.unet()), folder / "ip.safetensors")
+    save_file({"unet.a.to_q.lora_A.weight": torch.zeros(2, 8)}, folder / "pytorch_lora_weights.safetensors")
+    tiny_ip.encoder().save_pretrained(folder / "image_encoder")
+    return folder
+
+
+def test_an_ip_adapters_folder_with_its_licence(repository: Path) -> None:
+    found = inspect(repository)
+    assert (found["kind"], found["variant"], found["tokens"], found["licence"]) == ("IP-Adapter", "plus", 3, "openrail")
+    assert (found["layers"], found["text_width"], found["features_width"], found["base"]) == (7, 16, 24, None)
+    assert found["problems"][:-1] == [] and "ComfyUI_IPAdapter_plus" in found["problems"][-1]
+    assert inspect(repository / "pytorch_lora_weights.safetensors")["kind"] == "LoRA"
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "encoder"),
+    [
+        ("linear", 1024, "OpenCLIP ViT-H/14"), ("linear", 1280, "OpenCLIP ViT-bigG/14"),
+        ("linear", 768, "CLIP ViT-L/14"),
+        ("plus", 1280, "OpenCLIP ViT-H/14"), ("full", 1664, "OpenCLIP ViT-bigG/14"), ("full", 1024, "CLIP ViT-L/14"),
+    ],
+)  # fmt: skip
+def test_the_encoder_follows_from_the_width_of_its_features(kind: str, width: int, encoder: str) -> None:
+    shapes = projection_shapes(kind, 4, width, 16, 64, 64)
+    assert read_layout({f"image_proj.{name}": shape for name, shape in shapes.items()}).encoder == encoder
+
+
+def test_what_will_not_load_is_said(repository: Path, tmp_path: Path) -> None:
+    file = tiny_ip.tensors("plus", tiny_ip.unet())
+    deeper = {name.replace(".layers.3.", ".layers.5."): each.clone() for name, each in file.items()}
+    save_file({**deeper, **file}, tmp_path / "deeper.safetensors")
+    assert "5 layers, but diffusers computes exactly 4" in inspect(tmp_path / "deeper.safetensors")["problems"][0]
+    tiny_ip.encoder(tokens=26).save_pretrained(tmp_path / "image_encoder")
+    save_file(file, tmp_path / "ip.safetensors")
+    assert "of width 24 (no public one), but the image_encoder beside it gives 26" in " ".join(
+        inspect(tmp_path / "ip.safetensors")["problems"]
+    )
+
+
+def test_bin_files_are_looked_into_without_running_anything(tmp_path: Path) -> None:
+    file = tiny_ip.tensors("full", tiny_ip.unet())
+    torch.save(tiny_ip.nested(file), tmp_path / "ip.bin")
+    found = inspect(tmp_path / "ip.bin")
+    assert (found["kind"], found["variant"], found["problems"], found["precision"]) == (
+        "IP-Adapter",
+        "full",
+        [],
+        ["F32"],
+    )
+    assert found["parameters"] == sum(each.numel() for each in file.values())
+    torch.save({"x": torch.zeros(1)}, tmp_path / "ip.pt")
+    with pytest.raises(WeightsError, match="is a pickle"):
+        inspect(tmp_path / "ip.pt")
+
+
+def test_our_own_adapters_say_what_will_not_load(folder: Path, tmp_path: Path) -> None:
+    source = folder / "adapter" / "adapter.safetensors"
+    assert inspect(source)["problems"] == []
+    with safe_open(source, framework="pt") as opened:
+        metadata = opened.metadata()
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+    gate = next(name for name in tensors if name.endswith("gate"))
+    low_rank = next(name for name in tensors if name.endswith("lora_B.weight"))
+    for change, says in (
+        ({gate: None}, f"lacks {gate}"),
+        ({low_rank: None}, f"lacks {low_rank}"),
+        ({"projections.vision.proj.3.bias": None}, "lacks projections.vision.proj.3.bias"),
+        ({"projections.vision.proj.9.bias": torch.zeros(1)}, "holds the unknown projections.vision.proj.9.bias"),
+        ({"projections.vision.proj.3.bias": torch.zeros(2)}, "shape [2] instead of [16]"),
+    ):
+        changed = {name: each for name, each in {**tensors, **change}.items() if each is not None}
+        save_file(changed, tmp_path / "x.safetensors", metadata)
+        assert says in " ".join(inspect(tmp_path / "x.safetensors")["problems"])
+    save_file(tensors, tmp_path / "x.safetensors", {**metadata, "format_version": "7"})
+    assert "format version 7" in inspect(tmp_path / "x.safetensors")["problems"][0]

@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from imagine.adapter import Adapter, BranchSpec, prepare
 from imagine.errors import WeightsError
-from imagine.ip_adapter import ExportReport, check_encoder, export_adapter, import_adapter, read_ip_adapter
-from imagine.ip_adapter_layout import PLUS_DEPTH, PLUS_HEAD, Layout, projection_shapes, read_layout
+from imagine.ip_adapter import check_encoder, import_adapter, read_ip_adapter
+from imagine.ip_adapter_export import ExportReport, export_adapter
+from imagine.ip_adapter_layout import KOHYA_FILE, PLUS_DEPTH, PLUS_HEAD, Layout, projection_shapes, read_layout
+from imagine.projections import Kind
 from imagine.records import Conditioning, Tokens
 from tests import tiny, tiny_ip
 
@@ -42,7 +44,7 @@ def inputs(unet: Any, rows: int = 2) -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(rows, 7, unet.config.cross_attention_dim, generator=random),
     }
     if unet.config.addition_embed_type == "text_time":
-        pooled = torch.randn(rows, 16, generator=random)
+        pooled = torch.randn(rows, unet.config.projection_class_embeddings_input_dim - 6 * 4, generator=random)
         call["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": torch.rand(rows, 6, generator=random)}
     return call
 
@@ -236,7 +238,7 @@ def test_another_base_is_a_sentence(tmp_path: Path) -> None:
     for each in ("to_k_ip", "to_v_ip"):
         name = f"ip_adapter.3.{each}.weight"
         file[name] = torch.cat([file[name], file[name]])
-    with pytest.raises(WeightsError, match="gives layer 3 the width 32, but .* has 16"):
+    with pytest.raises(WeightsError, match=r"gives layer 3 the width 32, but .* has 16"):
         import_adapter(read_ip_adapter(file), small)
     taken = copy.deepcopy(small)
     taken._load_ip_adapter_weights([tiny_ip.nested(tiny_ip.tensors("plus", small))])
@@ -258,7 +260,7 @@ def test_another_encoder_is_a_sentence(kind: str, width: int, tokens: int, poole
     with torch.device("meta"):
         config = CLIPVisionConfig(hidden_size=tokens, projection_dim=pooled, num_hidden_layers=1, num_attention_heads=8)
         other = CLIPVisionModelWithProjection(config)
-    layout = Layout(kind, 16, width, 2048, 1280, 1280, (), "")
+    layout = Layout(kind, 16, width, 2048, 1280, 1280, 2048, (), "")
     with pytest.raises(WeightsError, match=says):
         check_encoder(layout, other)
 
@@ -313,7 +315,7 @@ def test_production_bases_are_numbered_as_published() -> None:
 
 
 def test_tensors_are_named_and_shaped_as_the_projections_are() -> None:
-    for kind in tiny_ip.KINDS:
+    for kind in get_args(Kind):
         spec = BranchSpec("v", 16, projection=kind, input_width=10, tokens=4, inner_width=64, attention_width=128)
         projection = spec.build_projection()
         assert projection is not None
@@ -358,14 +360,17 @@ def test_lora_goes_out_as_a_file_of_its_own(xl: bool, tmp_path: Path) -> None:
     report = export_adapter(adapter, unet, tmp_path / "ip.safetensors", tiny_ip.encoder())
     assert report.lora is not None and report.lora.is_file()
     expected, plain = ours(unet, adapter, seen), ours(unet, trained(unet, "full"), seen)
-    pipe: Any = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline)(**parts)
-    pipe.load_lora_weights(tmp_path, weight_name=report.lora.name)
-    pipe.load_ip_adapter(tmp_path, subfolder="", weight_name="ip.safetensors")
-    with torch.no_grad():
-        call = inputs(unet)
-        added = {**call.pop("added_cond_kwargs", {}), "image_embeds": [seen]}
-        found = pipe.unet(**call, added_cond_kwargs=added, return_dict=False)[0]
-    assert near(found, expected) and not near(plain, expected)
+    assert not near(plain, expected)
+    for name in (report.lora.name, KOHYA_FILE):  # peft's names, and those that ComfyUI reads
+        pipe: Any = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline)(
+            **{**parts, "unet": copy.deepcopy(unet)}
+        )
+        pipe.load_lora_weights(tmp_path, weight_name=name)
+        pipe.load_ip_adapter(tmp_path, subfolder="", weight_name="ip.safetensors")
+        with torch.no_grad():
+            call = inputs(unet)
+            added = {**call.pop("added_cond_kwargs", {}), "image_embeds": [seen]}
+            assert near(pipe.unet(**call, added_cond_kwargs=added, return_dict=False)[0], expected)
 
 
 def test_what_the_standard_cannot_carry_is_listed(base: Any, tmp_path: Path) -> None:

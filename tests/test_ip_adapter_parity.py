@@ -194,14 +194,15 @@ def test_a_folder_is_loaded_as_diffusers_loads_it(repository: Path) -> None:
     assert [report.variant for report in reports] == ["full"] and len(ours.ip_adapters) == 1
     safe = fresh()[1]
     safe.load_ip_adapter(str(repository), "models", "full.safetensors", image_encoder_folder="models/image_encoder")
-    image = {"ip_adapter_image": tiny.photo(1)}
+    image: dict[str, Any] = {"ip_adapter_image": tiny.photo(1)}
     assert torch.equal(draw(safe, **image), draw(ours, **image))
 
 
 def test_what_cannot_be_loaded_leaves_everything_as_it_was(repository: Path) -> None:
     _, ours = fresh()
     ours.load_ip_adapter(repository, subfolder="models", weight_name="full.safetensors")
-    before, image = ours.ip_adapters[0], {"ip_adapter_image": tiny.photo(1)}
+    before = ours.ip_adapters[0]
+    image: dict[str, Any] = {"ip_adapter_image": tiny.photo(1)}
     picture = draw(ours, **image)
     sdxl = tiny_ip.tensors("full", tiny_ip.unet(xl=True))
     wrong: list[tuple[Any, dict[str, Any], str]] = [

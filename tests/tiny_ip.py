@@ -18,18 +18,20 @@ def unet(xl: bool = False, seed: int = 0) -> Any:
     """A UNet2DConditionModel with cross-attention of three widths, those of SDXL with addition embeddings."""
     from diffusers import UNet2DConditionModel
 
+    known = tiny_stock.unet(xl).config  # whose text encoders it goes with
     torch.manual_seed(seed)
     more: dict[str, Any] = {}
     if xl:
         more = {
             "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "use_linear_projection": True,
-            "projection_class_embeddings_input_dim": 6 * 4 + 16, "transformer_layers_per_block": (1, 2, 1),
+            "projection_class_embeddings_input_dim": known.projection_class_embeddings_input_dim,
+            "transformer_layers_per_block": (1, 2, 1),
         }  # fmt: skip
     return UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16, 24), norm_num_groups=4,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1, cross_attention_dim=32 if xl else 16, attention_head_dim=2, **more,
+        layers_per_block=1, cross_attention_dim=known.cross_attention_dim, attention_head_dim=2, **more,
     ).eval()  # fmt: skip
 
 
