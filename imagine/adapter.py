@@ -269,8 +269,6 @@ class Adapter(nn.Module):
 
         For a denoiser on the meta device, whose layers alone are of interest, the adapter is on the CPU.
 
-        For a denoiser on the meta device, whose layers alone are of interest, the adapter is on the CPU.
-
         `expected` holds metadata that must agree, such as {"encoder": ...}. Raises WeightsError, naming what is wrong.
         """
         file = _file(path)
