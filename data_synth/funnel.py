@@ -31,13 +31,19 @@ class Funnel:
     photos: int = 0  # found by the import
     references: int = 0
     targets: int = 0
-    parked: int = 0
+    waiting: Counter[tuple[str, str]] = field(default_factory=Counter)  # (step, reason) of targets that are parked
+    said: dict[tuple[str, str], str] = field(default_factory=dict)  # of each of those, the first one's sentence
     reached: Counter[str] = field(default_factory=Counter)  # how far targets got: step or filter
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  # (step, reason) of everything that fell out
     refined: dict[int, "_Effect"] = field(default_factory=dict)  # by round
     measured: "_Means" = field(default_factory=lambda: _Means())  # all candidates
     kept: "_Means" = field(default_factory=lambda: _Means())  # pairs
     seen: set[str] = field(default_factory=set)  # keys of what several targets lost together
+
+    @property
+    def parked(self) -> int:
+        """How many targets wait for the next build."""
+        return self.waiting.total()
 
     def watch(self, verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
         """Count verdicts as they pass by."""
@@ -48,7 +54,9 @@ class Funnel:
     def add(self, verdict: Verdict) -> None:
         """Count one target."""
         self.targets += 1
-        self.parked += verdict.outcome.parked is not None
+        if (parked := verdict.outcome.parked) is not None:
+            self.waiting[parked.step, parked.reason] += 1
+            self.said.setdefault((parked.step, parked.reason), parked.detail)
         for name in _passed(verdict):
             self.reached[name] += 1
         for rejection in verdict.rejections:
@@ -78,13 +86,10 @@ class Funnel:
 
     def as_json(self) -> dict[str, Any]:
         """The content of funnel.json."""
-        reasons: dict[str, dict[str, int]] = {}
-        for (step, reason), count in sorted(self.reasons.items()):
-            reasons.setdefault(step, {})[reason] = count
         return {
             "rows": [{"name": name, "count": count} for name, count in self.rows()],
-            "rejected": reasons,
-            "parked": self.parked,
+            "rejected": _by_step(self.reasons),
+            "parked": _by_step(self.waiting),
             "rounds": {str(number): self.refined[number].as_json() for number in sorted(self.refined)},
             "candidates": self.measured.as_json(),
             "pairs": self.kept.as_json(),
@@ -130,6 +135,14 @@ class _Effect:
         return {"before": self.before.as_json(), "after": self.after.as_json(), "better": self.better}
 
 
+def _by_step(counted: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Step -> reason -> how many."""
+    table: dict[str, dict[str, int]] = {}
+    for (step, reason), count in sorted(counted.items()):
+        table.setdefault(step, {})[reason] = count
+    return table
+
+
 def _passed(verdict: Verdict) -> list[str]:
     """The steps and filters that a target's best try got past."""
     lost = {rejection.step for rejection in verdict.outcome.losses}
@@ -173,6 +186,10 @@ def show(funnel: Funnel, console: Console) -> None:
         )
     if funnel.parked:
         console.print(f"{funnel.parked:,} targets are parked (parked.jsonl): the same command tries them again.")
+        table = Table(title="Parked", title_justify="left", box=None, show_header=False)
+        for (step, reason), count in funnel.waiting.most_common():
+            table.add_row(step, reason, f"{count:,}", f"such as: {funnel.said[step, reason]}")
+        console.print(table)
 
 
 def plot(funnel: Funnel) -> bytes:

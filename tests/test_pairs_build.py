@@ -1,5 +1,6 @@
 """Builds from end to end by toy backends: what is asked for, what is asked for again, and what comes out."""
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 import fsspec
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from data_synth import review
 from data_synth.build import build
 from data_synth.config import BuildConfig
 from data_synth.filters import STAGES, stage_of
+from data_synth.funnel import show
 from data_synth.review import Opinion, Review
 from data_synth.steps import BROKE
 from imagine.errors import ConfigError, ImagineError
@@ -225,6 +228,11 @@ def test_an_endpoint_that_is_down_parks_its_items_and_the_build_goes_on(tmp_path
     (tmp_path / "down").write_text("p0 p5")
     config = toy_config({"down": str(tmp_path / "down")})
     out = built(config, tmp_path / "out")
+    assert out.funnel.as_json()["parked"] == {"import": {"the endpoint is down": 4}}
+    console = Console(file=io.StringIO(), width=200)
+    show(out.funnel, console)
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "4 targets are parked" in said and "import the endpoint is down 4 such as: p0 was not answered." in said
     assert out.funnel.parked == 4 and out.manifest["counts"]["parked"] == 4 and out.manifest["counts"]["pairs"] > 0
     assert {line["reason"] for line in lines(tmp_path / "out" / "parked.jsonl")} == {"the endpoint is down"}
     (tmp_path / "down").unlink()
