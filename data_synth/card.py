@@ -45,6 +45,14 @@ class Case:
     rejection: Rejection | None = None
 
 
+@dataclass(frozen=True)
+class Loss:
+    """One target of which no candidate could be measured, for good: to its person's group it is one that failed."""
+
+    reference: Reference
+    ask: Ask | None = None  # None: it could not even be asked for
+
+
 class CardSettings(BaseModel):
     """How much is shown, and when a group is said to fall behind."""
 
@@ -68,7 +76,7 @@ class Card:
 
 
 def make_card(
-    cases: Iterable[Case],
+    cases: Iterable[Case | Loss],
     others: Iterable[Rejection] = (),
     about: Mapping[str, Any] | None = None,
     wished: Mapping[str, Mapping[str, float]] | None = None,
@@ -76,13 +84,17 @@ def make_card(
 ) -> Card:
     """Count everything once. The same cases give the same card, in whatever order they come.
 
-    others: rejections of what was never measured, from import to refinement. about: what cannot be counted, shown as it
+    cases: measured candidates, and targets that were lost before. others: rejections of what was never measured, from
+    import to refinement. about: what cannot be counted, shown as it
     is: title, licence, seeds, model ids. wished: the distribution of the targets, as `targets.wished` gives it.
     """
     settings = settings or CardSettings()
     tally = _Tally(settings)
     for case in cases:
-        tally.add(case)
+        if isinstance(case, Loss):
+            tally.add_loss(case)
+        else:
+            tally.add(case)
     for rejection in others:
         tally.rejected[rejection.step, rejection.reason] += 1
     return Card(tally.facts(about or {}, wished or {}), tuple(tally.pairs.items()), tally.examples_by_reason())
@@ -147,16 +159,28 @@ class _Tally:
         self.rejected[case.rejection.step, reason] += 1
         self.examples.setdefault(reason, _Sample(self.settings.examples)).add(case.candidate.key, case)
 
+    def add_loss(self, loss: Loss) -> None:
+        """Count a target that came to nothing."""
+        self._person(loss.reference).sums.lost += 1
+        if loss.ask is not None:
+            self._add_ask(loss.ask)
+            for aim in loss.ask.aims.items():
+                self.aims.setdefault(aim, _Sums()).lost += 1
+
     def _add_groups(self, case: Case, passed: bool) -> None:
-        person = case.reference.person or case.reference.key
-        sums = self.people.setdefault(person, _Person(groups_of(case.reference))).sums
-        sums.add(case.measures, passed)
+        self._person(case.reference).sums.add(case.measures, passed)
         self.rounds.setdefault(case.candidate.round, _Sums()).add(case.measures, passed)
-        fresh = case.ask.key not in self.asks
-        self.asks.add(case.ask.key)
+        self._add_ask(case.ask)
         for aim in case.ask.aims.items():
             self.aims.setdefault(aim, _Sums()).add(case.measures, passed)
-            self.asked[aim] += fresh
+
+    def _person(self, reference: Reference) -> "_Person":
+        return self.people.setdefault(reference.person or reference.key, _Person(groups_of(reference)))
+
+    def _add_ask(self, ask: Ask) -> None:
+        if ask.key not in self.asks:
+            self.asks.add(ask.key)
+            self.asked.update(ask.aims.items())
 
     def _add_pair(self, case: Case) -> None:
         self.kept += 1
@@ -222,12 +246,17 @@ class _Tally:
         return dict(sorted(self.aims.items()))
 
     def _people(self) -> dict[str, Any]:
-        """Group -> value -> how many people, candidates and pairs, and their means."""
+        """Group -> value -> how many people, candidates, pairs and lost targets, and their means."""
         table: dict[str, Any] = {}
         for (name, value), people in self._groups().items():
             sums = _Sums.of([person.sums for person in people])
             pairs = sum(person.pairs for person in people)
-            table.setdefault(name, {})[value] = {"people": len(people), "pairs": pairs, **sums.as_json()}
+            table.setdefault(name, {})[value] = {
+                "people": len(people),
+                "pairs": pairs,
+                "lost": sums.lost,
+                **sums.as_json(),
+            }
         return table
 
 
@@ -244,6 +273,7 @@ class _Sums:
 
     candidates: int = 0
     passed: int = 0
+    lost: int = 0  # targets without a candidate
     similarities: list[float] = field(default_factory=lambda: [0, 0.0, 0.0])  # how many, sum, sum of squares
     differences: list[float] = field(default_factory=lambda: [0, 0.0, 0.0])
 
@@ -256,12 +286,18 @@ class _Sums:
                 sums[1] += value
                 sums[2] += value * value
 
+    @property
+    def tried(self) -> int:
+        """What could have passed."""
+        return self.candidates + self.lost
+
     @staticmethod
     def of(parts: Iterable["_Sums"]) -> "_Sums":
         whole = _Sums()
         for part in parts:
             whole.candidates += part.candidates
             whole.passed += part.passed
+            whole.lost += part.lost
             for mine, theirs in ((whole.similarities, part.similarities), (whole.differences, part.differences)):
                 mine[:] = [a + b for a, b in zip(mine, theirs, strict=True)]
         return whole
@@ -269,7 +305,7 @@ class _Sums:
     def as_json(self) -> dict[str, Any]:
         return {
             "candidates": self.candidates,
-            "pass_rate": _ratio(self.passed, self.candidates),
+            "pass_rate": _ratio(self.passed, self.tried),
             "similarity": _ratio(self.similarities[1], self.similarities[0]),
             "difference": _ratio(self.differences[1], self.differences[0]),
         }
@@ -380,7 +416,7 @@ def _people_means(groups: Mapping[tuple[str, str], list[_Person]]) -> dict[tuple
             continue
         others = [p for (n, v), people in groups.items() if n == name and v not in (value, UNKNOWN) for p in people]
         both = (groups[name, value], others)
-        rates = [[p.sums.passed / p.sums.candidates for p in people] for people in both]
+        rates = [[p.sums.passed / p.sums.tried for p in people] for people in both]
         sums = [[person.sums.similarities for person in people] for people in both]
         likeness = [[total / count for count, total, _ in some if count] for some in sums]
         table[name, value] = {"pass_rate": _means(*rates), "similarity": _means(*likeness)}
@@ -395,7 +431,7 @@ def _aim_means(aims: Mapping[tuple[str, str], _Sums]) -> dict[tuple[str, str], M
     table: dict[tuple[str, str], Means] = {}
     for name, value in aims:
         both = aims[name, value], _Sums.of(sums for (n, v), sums in aims.items() if n == name and v != value)
-        rates = [_from_sums(s.candidates, s.passed, s.passed) for s in both]
+        rates = [_from_sums(s.tried, s.passed, s.passed) for s in both]
         likeness = [_from_sums(*s.similarities) for s in both]
         table[name, value] = {
             "pass_rate": (rates[0], rates[1]) if rates[0] and rates[1] else None,
@@ -431,5 +467,6 @@ def _how(settings: CardSettings) -> str:
         f"lies below the others' by {settings.pass_rate:g} of the pass rate or {settings.similarity:g} of the "
         f"similarity or more, and Welch's one-sided test gives p below {settings.level:g} divided by the number of "
         "tests. People count once, with the mean of their candidates. The pass rate is the share of candidates that "
-        "pass the filters by themselves, the best try or not, before duplicates and reviewers."
+        "pass the filters by themselves, the best try or not, before duplicates and reviewers; a target of which no "
+        "candidate could be measured counts as one that did not."
     )

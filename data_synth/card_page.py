@@ -27,6 +27,7 @@ figcaption{font-size:13px;color:#555;max-width:330px}.behind{border-left:4px sol
 .even{border-left:4px solid #1a7f37;padding:.2em 1em}svg text{font:11px system-ui,sans-serif;fill:#333}
 """
 _BEFORE, _AFTER = "#c9ced6", "#2f6fb0"
+_COLUMNS = ("people", "candidates", "lost", "pairs", "pass_rate", "similarity")  # of a group of people
 _ACROSS = 3  # pairs in a row of the contact sheet
 _TITLES = {"yaw": "head turn", "pitch": "chin", "roll": "head tilt"}
 
@@ -54,6 +55,7 @@ _LIMITS = (
     "Similarity is one recogniser's opinion, and it sees some people better than others: a group that falls behind may "
     "be drawn worse, or only recognised worse. Attributes are what the build was told or what a reader saw, not what "
     "people saw. Skin tone and age are known only where the import says them; they are never guessed from a photo. "
+    "What the import took out is told by reason and not by group. "
     "Pictures are examples chosen by hash, not the best ones."
 )
 
@@ -99,11 +101,8 @@ def _people(people: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         if set(table) == {UNKNOWN}:
             parts.append(f"<p>{_title(name).capitalize()}: {UNKNOWN}.</p>")
             continue
-        rows = [
-            [value, *(_number(line[key]) for key in ("people", "candidates", "pairs", "pass_rate", "similarity"))]
-            for value, line in table.items()
-        ]
-        parts.append(_table([name, "people", "candidates", "pairs", "pass rate", "similarity"], rows))
+        rows = [[value, *(_number(line[key]) for key in _COLUMNS)] for value, line in table.items()]
+        parts.append(_table([name, *(key.replace("_", " ") for key in _COLUMNS)], rows))
     return "".join(parts)
 
 

@@ -260,7 +260,8 @@ def _opened_one(found: _Found, content: bytes, settings: ImportSettings, seen: "
     before, reason = seen.add(key, picture_hash(photo.image), found.name)
     if before is not None:
         return _rejected(found.name, reason, f"{found.name} is like {before}.")
-    facts = {**({"licence": settings.licence} if settings.licence else {}), **found.facts}
+    licence = found.facts.get("licence") or found.facts.get("license") or settings.licence  # img2dataset's, American
+    facts = {**found.facts, **({"licence": str(licence)} if licence else {})}
     stored, scale = _stored(content, photo), max(photo.size) / max(photo.image.size)
     if stored is not content:  # it is `photo.image` now, and so are its pixels
         facts |= {"box": [value / scale for value in facts["box"]]} if "box" in facts else {}

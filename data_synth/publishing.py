@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from data_synth.card import Case, make_card, write_card
+from data_synth.card import Case, Loss, make_card, write_card
 from data_synth.funnel import Funnel, plot
 from data_synth.pair_shards import PairShards
 from data_synth.preparing import Prepared
@@ -107,8 +107,8 @@ def _passed(
         report(number)
 
 
-def _cases(verdicts: Iterable[Verdict], lost: list[Rejection]) -> Iterator[Case]:
-    """All measured candidates; what was lost before is put into `lost`, once."""
+def _cases(verdicts: Iterable[Verdict], lost: list[Rejection]) -> Iterator[Case | Loss]:
+    """All measured candidates, and targets without any; what was lost before is put into `lost`, once."""
     seen: set[tuple[str, str]] = set()
     for one in verdicts:
         for loss in one.outcome.losses:
@@ -116,6 +116,9 @@ def _cases(verdicts: Iterable[Verdict], lost: list[Rejection]) -> Iterator[Case]
                 seen.add((loss.step, loss.key))
                 lost.append(loss)
         yield from one.cases
+        out = one.outcome
+        if out.reference is not None and out.parked is None and not out.tries:
+            yield Loss(out.reference, out.ask)
 
 
 def _wished(prepared: Prepared) -> dict[str, dict[str, float]]:
@@ -144,7 +147,10 @@ def _about(prepared: Prepared) -> About:
 def _manifest(prepared: Prepared, funnel: Funnel, licences: Mapping[str, int], output: str) -> dict[str, Any]:
     """All that tells this data set from another, and whether a copy of it is whole."""
     config, about = prepared.recipe.config, _about(prepared)
-    stated = {kind: model["identity"].get("licence") or "not stated" for kind, model in prepared.models.items()}
+    stated = {
+        kind: ", ".join(dict.fromkeys(_licences(model["identity"]))) or "not stated"
+        for kind, model in prepared.models.items()
+    }
     return {
         "format_version": FORMAT_VERSION,
         "title": config.title,
@@ -156,6 +162,15 @@ def _manifest(prepared: Prepared, funnel: Funnel, licences: Mapping[str, int], o
         "shards": _shards(output),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _licences(identity: Mapping[str, Any]) -> Iterator[str]:
+    """What a backend states of itself and of the models inside it, such as the recogniser of an import."""
+    if identity.get("licence"):
+        yield str(identity["licence"])
+    for part in identity.values():
+        if isinstance(part, Mapping):
+            yield from _licences(part)
 
 
 def _shards(output: str) -> list[dict[str, Any]]:

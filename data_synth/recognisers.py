@@ -105,7 +105,8 @@ class JudgeRecogniser:
         """Class, version and the weights of the judge and of the finder beside it."""
         beside = self._folder.parent / "finder"
         finder = fingerprint(beside) if beside.is_dir() else ""
-        return identity_of(self, 1, **source_identity(str(self._folder / "recogniser")), finder=finder)
+        licence = "" if self.settings.judge else "Apache-2.0"  # of the shipped weights
+        return identity_of(self, 1, **source_identity(str(self._folder / "recogniser"), licence=licence), finder=finder)
 
     def load(self) -> None:
         """Load the recogniser and the face finder beside it; WeightsError if there is none."""

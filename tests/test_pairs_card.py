@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_synth.card import UNKNOWN, Card, CardSettings, Case, groups_of, make_card, world_groups, write_card
+from data_synth.card import UNKNOWN, Card, CardSettings, Case, Loss, groups_of, make_card, world_groups, write_card
 from data_synth.records import Ask, Candidate, Measures, Reference, Rejection
 from imagine.world import captions, sample_contexts, sample_people
 
@@ -163,13 +163,35 @@ def test_only_some_pictures_are_kept() -> None:
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
-def named(cases: Sequence[Case], **settings: Any) -> list[tuple[str, str, str]]:
+def named(cases: Sequence[Case | Loss], **settings: Any) -> list[tuple[str, str, str]]:
     behind = make_card(cases, settings=CardSettings(**settings)).facts["behind"]
     return [(line["group"], line["value"], line["measure"]) for line in behind["named"]]
 
 
 def test_a_group_that_falls_behind_is_named_and_no_other() -> None:
     assert named(crowd(0, 150, worse=["dark"])) == [("skin tone", "dark", "pass_rate")]
+
+
+def test_a_group_whose_targets_are_lost_early_is_named() -> None:
+    """What a generator refuses, or draws without a measurable face, is no candidate, and still a failure."""
+    cases: list[Case | Loss] = list(crowd(0, 150))
+    dark = [number for number in range(4, 750, 5) if number // 10 % 2]  # half of them, young and old
+    for number in dark:
+        one = cases[number]
+        cases[number] = Loss(one.reference, one.ask if number % 3 else None)
+    assert named(cases) == [("skin tone", "dark", "pass_rate")]
+    facts = make_card(cases).facts
+    line = facts["people"]["skin tone"]["dark"]
+    assert (line["people"], line["candidates"], line["lost"]) == (150, 150 - len(dark), len(dark))
+    asked = 750 - sum(number % 3 == 0 for number in dark)
+    assert facts["counts"]["asks"] == facts["attributes"]["expression"]["smiling"]["asked"] == asked < 750
+    assert facts["counts"]["people"] == 750 and facts["counts"]["candidates"] == 750 - len(dark)
+
+
+def test_an_aim_whose_targets_are_lost_early_is_named() -> None:
+    cases: list[Case | Loss] = [case(n, aims={"gaze": ("left", "ahead", "right")[n % 3]}) for n in range(300)]
+    cases = [Loss(one.reference, one.ask) if n % 6 == 0 else one for n, one in enumerate(cases)]
+    assert named(cases) == [("gaze", "left", "pass_rate")]
 
 
 def test_a_group_that_is_less_like_itself_is_named() -> None:

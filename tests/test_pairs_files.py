@@ -76,6 +76,18 @@ def test_what_cannot_be_used_is_counted_by_reason_and_stops_nothing(photos: Path
     assert all(came[name] == content for name, content in files.items()), "as it came"
 
 
+def test_licences_of_photos_and_of_who_looks_at_them_are_in_the_manifest(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(photo(number, 0))
+    rows: list[dict[str, str]] = [{"file_name": f"{number}.jpg"} for number in range(3)]
+    rows[1]["license"] = "CC-BY-2.0"  # as img2dataset writes it
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    loose: dict[str, Any] = {"filters": {"similarity": None, "faces": None, "difference": None, "duplicates": None}}
+    licences = built(config(tmp_path, "records", **loose), tmp_path / "out").manifest["licences"]
+    assert licences["references"] == {"not stated": 2, "CC-BY-2.0": 1}
+    assert licences["models"]["references"] == "CC0-1.0", "its recogniser's"
+
+
 def test_photos_are_looked_at_again_only_if_one_changed(photos: Path, tmp_path: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "out"
     same: dict[str, Any] = {"targets": {"distribution": {}}}

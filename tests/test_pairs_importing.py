@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -214,6 +213,7 @@ def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
         references = [one for one in found if isinstance(one, Reference)]
         assert [one.caption for one in references] == ["a person", ""]
         assert references[0].facts["url"] == "https://example.org/a"
+        assert [one.facts.get("licence") for one in references] == ["CC0", "CC-BY-4.0"], "its own, else the folder's"
         assert reasons([one for one in found if isinstance(one, Rejection)]) == {
             "000000001": DAMAGED, "00000.tar: 000000003": "a record without a picture",
         }  # fmt: skip
@@ -223,7 +223,8 @@ def imported_cached(folder: Path) -> list[Reference | Rejection]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         assert len(open_records(folder)) == 1  # with captions; its cache must not serve the import
-        return list(import_references(ImportSettings(source=str(folder)), recogniser()))
+        settings = ImportSettings(source=str(folder), licence="CC-BY-4.0")
+        return list(import_references(settings, recogniser()))
 
 
 # --- people -----------------------------------------------------------------------------------------------------------
@@ -283,9 +284,9 @@ def test_people_named_in_records_are_cleaned_too_wherever_their_photos_lie(tmp_p
         for person in (0, 1):
             (tmp_path / f"{person}-{number}.png").write_bytes(as_file(photos()[person][number]))
             rows.append({"file_name": f"{person}-{number}.png", "identity": f"person {person}"})
-    for name, person, image in (("wrong", "person 0", photos()[3][0]), ("alone", "person 2", photos()[2][0])):
+    for name, who, image in (("wrong", "person 0", photos()[3][0]), ("alone", "person 2", photos()[2][0])):
         (tmp_path / f"{name}.png").write_bytes(as_file(image))
-        rows.append({"file_name": f"{name}.png", "identity": person})
+        rows.append({"file_name": f"{name}.png", "identity": who})
     (tmp_path / "nobody.png").write_bytes(as_file(photos()[3][1]))
     rows.insert(3, {"file_name": "nobody.png"})
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -296,18 +297,13 @@ def test_people_named_in_records_are_cleaned_too_wherever_their_photos_lie(tmp_p
     assert len(imported(tmp_path, faces="unchecked")[0]) == 13, "where nobody looks, all are believed"
 
 
-class Fragile:
+class Fragile(JudgeRecogniser):
     """The judge, but photos of one size break it."""
-
-    Settings, identity = JudgeRecogniser.Settings, MappingProxyType({})
-
-    def load(self) -> None:
-        recogniser().load()
 
     def recognise(self, pictures: Sequence[PhotoSource]) -> list[tuple[KnownFace, ...] | Failed]:
         if any(isinstance(one, Image.Image) and one.size == (100, 100) for one in pictures):
             raise RuntimeError("an odd number of windows")
-        return recogniser().recognise(pictures)
+        return super().recognise(pictures)
 
 
 def test_a_photo_that_breaks_the_recogniser_or_cannot_be_read_falls_out_alone(tmp_path: Path) -> None:
@@ -315,7 +311,9 @@ def test_a_photo_that_breaks_the_recogniser_or_cannot_be_read_falls_out_alone(tm
     (tmp_path / "b.png").write_bytes(as_file(photos()[1][0].resize((100, 100))))
     (tmp_path / "c.png").write_bytes(as_file(photos()[2][0]))
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    found = list(import_references(ImportSettings(source=str(tmp_path)), Fragile()))
+    fragile = Fragile(Fragile.Settings())
+    fragile.load()
+    found = list(import_references(ImportSettings(source=str(tmp_path)), fragile))
     rejections = [one for one in found if isinstance(one, Rejection)]
     assert reasons(rejections) == {"b.png": BREAKS, "gone.jpg": UNREAD}
     assert "RuntimeError: an odd number of windows" in rejections[0].detail
@@ -323,7 +321,7 @@ def test_a_photo_that_breaks_the_recogniser_or_cannot_be_read_falls_out_alone(tm
     for name in ("a.png", "c.png"):
         (tmp_path / name).write_bytes(as_file(photos()[0 if name < "b" else 2][1].resize((100, 100))))
     with pytest.raises(ImagineError, match="Fragile failed at all of 3 photos"):
-        list(import_references(ImportSettings(source=str(tmp_path)), Fragile()))
+        list(import_references(ImportSettings(source=str(tmp_path)), fragile))
 
 
 def unit(rows: np.ndarray) -> np.ndarray:

@@ -93,6 +93,7 @@ def test_which_judge_is_in_its_identity(judge: JudgeRecogniser, tmp_path: Path) 
     assert judge.identity["model"] == "recogniser" and judge.identity["finder"]
     Recogniser(32, (8, 8, 8, 8), 1, 16).save(tmp_path / "judge" / "recogniser")
     other = make_recogniser("judge", {"judge": str(tmp_path / "judge")})
+    assert (judge.identity["licence"], other.identity["licence"]) == ("Apache-2.0", "")
     assert other.identity["weights"] != judge.identity["weights"] and other.identity["finder"] == ""
     with pytest.raises(WeightsError, match="recogniser"):
         make_recogniser("judge", {"judge": str(tmp_path)}).load()
