@@ -27,7 +27,9 @@ from train.assemble import assemble
 from train.checkpoint import read_tensors
 from train.config import load_run
 from train.diffusers_base import BaseCodec, BaseReader, T5Reader, open_base, time_ids
+from train.initial import load_initial
 from train.kept_tokens import KeptTokens
+from train.selftest import self_test
 from train.stages import run_stages
 from train.task import Start
 from train.task_diffusers import DiffusersBatch, DiffusersSettings, DiffusersTask
@@ -190,6 +192,8 @@ def test_what_was_trained_draws_in_a_pipeline_around_the_same_base(home: Path, t
         assert np.abs(with_person - without).max() > 1e-4
         pictures[name] = with_person
     assert np.abs(pictures["export"] - pictures["assembled"]).max() < 1e-5
+    begun = load_initial(Watched.made[0].modules, tmp_path / "out")  # and from there training goes on
+    assert begun == ["image_encoder", "adapter", "text_adapter"]
     facts = Adapter.load(exported / "adapter", open_base(str(home / "xl")).denoiser(CPU, torch.float32)).metadata
     assert facts["base_name"] == "xl" and facts["tokens"] == "5" and facts["feature_layer"] == "penultimate"
     assert str(home) not in "".join(file.read_text() for file in exported.rglob("*.json"))
@@ -329,6 +333,13 @@ def test_a_dry_run_plans_from_configurations_alone(
     assert main([config, "--output", str(tmp_path / "run"), "--dry-run"]) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert "There is no folder runs/models/stable-diffusion-xl-base-1.0" in sentence and "hf download" in sentence
+
+
+def test_a_self_test_computes_as_the_stage_does_and_reaches_every_part(home: Path, tmp_path: Path) -> None:
+    more = {"settings.base_precision": "bf16", "precision": "bf16", "settings.drop_vision": 0.0}
+    run = load_run(CONFIGS / "sdxl_8gpu.yaml", overrides(home, "sdxl_8gpu", **more))
+    (outcome,) = self_test(run, tmp_path, only=("real",), tasks={"diffusers_adapter": Watched}, steps=12)
+    assert "falls on one batch" in outcome.sentence  # a random base leaves an adapter little to learn
 
 
 def test_a_base_that_cannot_be_used_is_a_sentence(home: Path, tmp_path: Path) -> None:

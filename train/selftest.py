@@ -70,7 +70,8 @@ def _learn_by_heart(name: str, stage: Stage, task: Task, device: torch.device, s
     began = time.monotonic()
     for step in range(steps):
         optimiser.zero_grad(set_to_none=True)
-        loss = task.loss(batch, 0).per_sample.float().mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
+            loss = task.loss(batch, 0).per_sample.float().mean()
         last = float(loss.detach())
         first = last if step == 0 else first
         if not math.isfinite(last):

@@ -64,7 +64,7 @@ class DiffusersSettings(BaseModel):
     drop_vision: Share = 0.1  # share of images that are shown nobody
     face_weight: float = 1.0  # how much more the loss counts inside the face's box
     min_snr_gamma: float | None = None  # weigh errors by min-SNR (arXiv 2303.09556), with this gamma
-    gradient_checkpointing: bool = False  # the denoiser's inside is computed twice, and takes far less memory
+    gradient_checkpointing: bool = False  # denoiser and vision encoder are computed twice, in far less memory
     base_precision: Literal["fp32", "bf16"] = "fp32"  # of the frozen denoiser's weights
     held_out: str | None = None  # a source to validate on; none: pictures that it trains on
     validation_images: Annotated[int, Field(ge=2)] = 32
@@ -103,6 +103,7 @@ class DiffusersTask:
         if settings.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.vision = load_vision(settings.vision or self.base.folder / "image_encoder", start.device)
+        self.vision.tower.set_grad_checkpointing(settings.gradient_checkpointing)
         self.adapter = self._identity()
         self.adapter.attach(self.unet)
         self.modules: dict[str, nn.Module] = {
