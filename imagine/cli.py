@@ -129,6 +129,14 @@ def _add_generate(verbs: Any) -> None:
     verb.add_argument(
         "--identity-scale", type=_number, default=1.0, metavar="X", help="strength of the person; 0 is off"
     )
+    verb.add_argument(
+        "--identity-window", type=_window, default=(0.0, 1.0), metavar="START:END",
+        help="steps in which the person acts, as shares of all, such as 0:0.8",
+    )  # fmt: skip
+    verb.add_argument(
+        "--identity-blocks", default="all", metavar="NAME", help="all, or only coarse, fine, down, mid or up blocks"
+    )
+    verb.add_argument("--refine-faces", action="store_true", help="draw small faces once more, enlarged")
     _add_face_choice(verb)
 
 
@@ -147,6 +155,9 @@ def _generate(chosen: argparse.Namespace) -> dict[str, Any]:
         num_inference_steps=chosen.steps,
         guidance_scale=chosen.guidance_scale,
         identity_scale=chosen.identity_scale,
+        identity_window=chosen.identity_window,
+        identity_blocks=chosen.identity_blocks,
+        refine_faces=chosen.refine_faces,
         face=chosen.face,
         on_no_face=chosen.on_no_face,
     )
@@ -155,12 +166,16 @@ def _generate(chosen: argparse.Namespace) -> dict[str, Any]:
         _save_whole(image, path)
     faces = [face.as_dict() for face in drawn.faces]
     notes = [f"{face['reference']}: {face['quality']}" for face in faces if face["quality"] != "good"]
+    if chosen.refine_faces:
+        notes += [f"Small faces refined: {drawn.refined}.", *drawn.notes]
     return {
         "lines": [f"{', '.join(map(str, paths))} (seed {seed}, {seconds} s)", *notes],
         "images": [str(path) for path in paths],
         "prompt": chosen.prompt,
         "seeds": [seed + number for number in range(chosen.num_images)],
         "faces": faces,
+        "refined": drawn.refined,
+        "notes": drawn.notes,
         "seconds": seconds,
     }
 
@@ -496,6 +511,14 @@ def _face(text: str) -> "str | int":
         if text in ("largest", "centre")
         else _checked(text, int, lambda value: value >= 0, "largest, centre or 0, 1, ...")
     )
+
+
+def _window(text: str) -> Any:
+    wanted = "START:END, two shares of the steps such as 0:0.8"
+    shares = [_checked(share, float, lambda value: 0 <= value <= 1, wanted) for share in text.split(":")]
+    if len(shares) != 2 or shares[0] > shares[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return tuple(shares)
 
 
 def _checked(text: str, kind: Callable[[str], Any], fits: Callable[[Any], bool], wanted: str) -> Any:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from imagine.adapter import Adapter, check_attached
+from imagine.controls import ALL, Blocks, Factors, Window, block_factors
 from imagine.encoders import TextEncoders
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.faces import FaceChoice
@@ -219,6 +220,8 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         *arguments: Any,
         reference: Any = None,
         identity_scale: Any = 1.0,
+        identity_window: "Window | Sequence[float]" = (0.0, 1.0),
+        identity_blocks: Blocks = ALL,
         face: FaceChoice = "largest",
         on_no_face: OnNoFace = "error",
         branch_embeds: Mapping[str, Tokens] | None = None,
@@ -230,12 +233,13 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         reference, face, on_no_face: as in `ImaginePipeline`: photos, Personas, lists of them, or a dict of names.
         identity_scale: strength of the identity branch, one number or one per prompt, or a mapping from attention
             layers to these; 0, like no reference, gives the stock pipeline's picture, bit for bit.
+        identity_window, identity_blocks: the steps and the blocks in which the reference acts, as in `ImaginePipeline`.
         branch_embeds, negative_branch_embeds: what `encode_branches` gave for the prompts, instead of encoding them.
 
         The result is the stock one; its attribute `faces` says which faces were used.
         Raises ImagineError with one sentence where what we add is used wrongly.
         """
-        draw = cast(Any, super()).__call__
+        draw, window = cast(Any, super()).__call__, Window.read(identity_window)
         given = by_name(draw, arguments, options)
         pictured = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
         if not self._adapters():
@@ -251,12 +255,13 @@ class Personal(GuardedAttention, IPAdapters, Looking):
             batch, requests = read_call(self, draw, given, reference)
             personas = self._see(requests, face, on_no_face)
             given["cross_attention_kwargs"] = kwargs = dict(given.get("cross_attention_kwargs") or {})
-            mine = (
+            text, person = (
                 self._text(given, batch, branch_embeds, negative_branch_embeds),
-                self._identity(personas, identity_scale, batch),
+                self._identity(personas, identity_scale, block_factors(self.denoiser, identity_blocks), batch),
             )
             theirs = self._pictured(*pictured, kwargs.pop("ip_adapter_masks", None), batch)
-            Running(self, batch, kwargs, lambda: merged(*mine, theirs())).follow(given)
+            parts = {True: (text, person), False: (text,)}  # with and without the person
+            Running(self, batch, kwargs, lambda acts: merged(*parts[acts], theirs()), window).follow(given)
             out = draw(**given)
         finally:
             self._rest()
@@ -264,7 +269,9 @@ class Personal(GuardedAttention, IPAdapters, Looking):
             out.faces = [one for people in personas for persona in people for one in persona.faces]
         return out
 
-    def _identity(self, personas: Sequence[Sequence[Persona]], scale: Any, batch: Batch) -> Parts:
+    def _identity(
+        self, personas: Sequence[Sequence[Persona]], scale: Any, factors: Factors | None, batch: Batch
+    ) -> Parts:
         """The identity branch of all rows; nothing if nobody is shown."""
         spec, shown = identity_spec(self.adapter), self._vision(personas, 1)
         if spec is None or shown is None:
@@ -276,6 +283,9 @@ class Personal(GuardedAttention, IPAdapters, Looking):
             return torch.cat([strength * absent, strength]) if batch.guided else strength
 
         strength = {name: rows(each) for name, each in scale.items()} if isinstance(scale, Mapping) else rows(scale)
+        if factors is not None:
+            by_layer: Mapping[str, Any] = strength if isinstance(strength, dict) else dict.fromkeys(factors, strength)
+            strength = {name: by_layer[name] * factor for name, factor in factors.items() if name in by_layer}
         nobody = self._nobody(batch.prompts) if absent and batch.guided else None
         return Parts({VISION: batch.rows(shown, nobody)}, {VISION: strength})
 

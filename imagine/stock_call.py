@@ -15,6 +15,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from imagine.adapter import prepare
+from imagine.controls import Window
 from imagine.records import Conditioning, Scale, Tokens
 from imagine.request import Request, read_requests
 from imagine.sampling import join, repeat
@@ -109,16 +110,25 @@ def _requests(prompt: Any, reference: Any) -> list[Request]:
 class Running:
     """What a running call attends to, kept in the dict that the stock pipeline hands to the denoiser at every step.
 
-    `record` makes its Conditioning, for all rows of the batch as it began.
+    `record` makes its Conditioning, for all rows of the batch as it began, with the person or (False) without, as the
+    `window` of steps says.
     """
 
-    def __init__(self, pipe: Any, batch: Batch, kwargs: dict[str, Any], record: Callable[[], Conditioning]) -> None:
-        self.pipe, self.batch, self.kwargs, self.record = pipe, batch, kwargs, record
+    def __init__(
+        self,
+        pipe: Any,
+        batch: Batch,
+        kwargs: dict[str, Any],
+        record: Callable[[bool], Conditioning],
+        window: Window = Window(),  # noqa: B008  (it cannot change)
+    ) -> None:
+        self.pipe, self.batch, self.kwargs, self.record, self.window = pipe, batch, kwargs, record, window
         self._scales = pipe.ip_scales
+        self._acts = window.holds(0.0)
         self._prepare()
 
     def _prepare(self) -> None:
-        record = self.record()
+        record = self.record(self._acts)
         if self.ended:
             record = last_rows(record, self.batch.pictures)
         self.kwargs["conditioning"] = prepare(self.pipe.denoiser, record)
@@ -129,17 +139,18 @@ class Running:
         return self.batch.guided and not self.pipe.do_classifier_free_guidance
 
     def follow(self, given: dict[str, Any]) -> None:
-        """Put ourselves behind the call's callback, if it has one, to see what it changes."""
+        """Put ourselves behind the call's callback, if it has one, to see what it changes; and to count its steps."""
         callback: Callable[..., Any] | None = given.get("callback_on_step_end")
-        if callback is None:
+        if callback is None and self.window == Window():
             return
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             given["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
 
-        def after(*arguments: Any, **options: Any) -> Any:
-            before = self.ended
-            changed = callback(*arguments, **options)
-            if self.ended != before or self.pipe.ip_scales is not self._scales:
+        def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+            before = self.ended, self._acts
+            changed = {} if callback is None else callback(pipe, step, timestep, tensors)
+            self._acts = self.window.holds((step + 1) / self.pipe.num_timesteps)
+            if (self.ended, self._acts) != before or self.pipe.ip_scales is not self._scales:
                 self._scales = self.pipe.ip_scales
                 self._prepare()
             return changed

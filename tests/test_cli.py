@@ -51,6 +51,18 @@ def generate(weights: Path, photo: Path, output: Path, *more: Any) -> list[Any]:
     return [*usual, "--reference", photo, "--output", output, *more]
 
 
+# --- controls ---------------------------------------------------------------------------------------------------------
+def test_generate_takes_the_controls_of_a_call(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    more = ["--identity-window", "0:0.5", "--identity-blocks", "up", "--refine-faces", "--json"]
+    code, out, err = run(*generate(weights, photo, tmp_path / "a.png", *more))
+    assert (code, err) == (0, "") and {"refined", "notes"} <= json.loads(out).keys()
+    code, _, err = run(*generate(weights, photo, tmp_path / "a.png", "--identity-blocks", "style"))
+    assert code == 2 and "choose all, coarse, fine, down, mid or up" in err and err.count("\n") == 1
+    for window in ("0.8:0.2", "0.5", "0:2", "a:b"):
+        code, _, err = run(*generate(weights, photo, tmp_path / "a.png", "--identity-window", window))
+        assert code == 2 and "START:END, two shares of the steps such as 0:0.8" in err and err.count("\n") == 1
+
+
 # --- what is written and said -----------------------------------------------------------------------------------------
 def test_generate_writes_a_picture_that_its_seed_repeats(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
     code, out, err = run(*generate(weights, photo, tmp_path / "a.png"))

@@ -8,13 +8,20 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
 from imagine.attention import attention_layers
+from imagine.cases import Cases, Real, look, look_at_real, make_cases
 from imagine.controls import Window, block_factors, layer_scales, presets
 from imagine.diffusion import balance, guide
 from imagine.errors import ConfigError
+from imagine.judge import Judge
 from imagine.pipeline import ImaginePipeline
-from tests import tiny
+from imagine.report import to_pil
+from imagine.scores import score
+from imagine.suites import PORTRAITS
+from imagine.world import render
+from tests import tiny, tiny_stock
 
 PROMPT = "a person smiling on a beach"
+NOBODY = object()
 ONES = {"down": 1.0, "mid": 1.0, "up": 1.0}
 
 
@@ -35,7 +42,9 @@ def sdxl() -> Any:
 
 def draw(pipe: ImaginePipeline, reference: Any = None, **options: Any) -> torch.Tensor:
     call: dict[str, Any] = {"prompt": PROMPT, "generator": tiny.generator(7), "num_inference_steps": 2, **options}
-    pictures = pipe(reference=tiny.photo(1) if reference is None else reference, output_type="pt", **call).images
+    if reference is not NOBODY:
+        call["reference"] = tiny.photo(1) if reference is None else reference
+    pictures = pipe(output_type="pt", **call).images
     assert isinstance(pictures, torch.Tensor)
     return pictures
 
@@ -194,3 +203,103 @@ def test_balance_leaves_pictures_without_people_and_calls_without_guidance(pipe:
     ).images  # fmt: skip
     assert (both[:1] - balanced).abs().max() < 1e-4
     assert (both[1:] - base(pipe, guidance_scale=3.0)).abs().max() < 1e-4
+
+
+# --- the same on stock pipelines --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
+def test_stock_pipelines_have_windows_and_blocks_too(xl: bool) -> None:
+    stock = tiny_stock.stock(xl)
+    alone = draw(stock, reference=NOBODY)
+    known = tiny_stock.personal(stock)
+    plain = draw(known)
+    assert torch.equal(draw(known, identity_window=(0, 1)), plain) and torch.equal(
+        draw(known, identity_blocks=ONES), plain
+    )
+    for nobody in ({"identity_window": (0, 0)}, {"identity_window": (1, 1)}, {"identity_blocks": {}}):
+        assert torch.equal(draw(known, **nobody), alone)
+    steps: list[int] = []
+
+    def count(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        return tensors
+
+    early = draw(known, identity_window=(0, 0.5))
+    pictures = [plain, alone, early, draw(known, identity_window=(0.5, 1)), draw(known, identity_blocks="up")]
+    assert all((one - other).abs().max() > 1e-4 for place, one in enumerate(pictures) for other in pictures[:place])
+    assert torch.equal(draw(known, identity_window=(0, 0.5), callback_on_step_end=count), early) and steps == [0, 1]
+    assert torch.equal(draw(known, identity_blocks="up"), draw(known, identity_scale=block_factors(known.unet, "up")))
+
+
+# --- what each does on the shipped weights (docs/controls.md has more people) -----------------------------------------
+PEOPLE = 3
+
+
+class Studio:
+    """The shipped pipeline and judge, with people whom nothing was trained on."""
+
+    def __init__(self) -> None:
+        self.pipe = ImaginePipeline.from_pretrained()
+        self.pipe.set_progress_bar_config(disable=True)
+        self.judge = Judge.from_pretrained()
+        self.cases = self.meet(0)  # laughing
+        photos = render(self.cases.people[:PEOPLE], self.cases.references).images
+        self.people = [self.pipe.enroll([to_pil(photo)], on_no_face="whole") for photo in photos]
+
+    def meet(self, number: int) -> Cases:
+        """The people, asked for one of the suite's sentences."""
+        return make_cases(PORTRAITS[number : number + 1], PEOPLE, seed=5, gallery=PEOPLE)
+
+    def draw(self, cases: Cases, **options: Any) -> Any:
+        call: dict[str, Any] = {"num_inference_steps": 8, "output_type": "pt", **options}
+        generators = [tiny.generator(100 + number) for number in range(PEOPLE)]
+        return self.pipe([cases.prompt(0).text] * PEOPLE, reference=self.people, generator=generators, **call)
+
+    def likeness(self, cases: Cases, real: Real, pictures: torch.Tensor) -> float:
+        """The mean similarity to another picture of each person."""
+        seen = look(self.judge, len(cases), lambda start, stop: (pictures[start:stop], None))
+        return float(score(cases, seen, real)["sim_gt"].mean())
+
+
+@pytest.fixture(scope="module")
+def studio() -> Studio:
+    return Studio()
+
+
+def test_likeness_follows_from_the_first_steps_and_the_fine_blocks(studio: Studio) -> None:
+    real = look_at_real(studio.cases, studio.judge)
+
+    def likeness(**options: Any) -> float:
+        return studio.likeness(studio.cases, real, studio.draw(studio.cases, **options).images)
+
+    plain, early, late = likeness(), likeness(identity_window=(0, 0.5)), likeness(identity_window=(0.5, 1))
+    coarse, fine = (likeness(identity_blocks=name) for name in ("coarse", "fine"))
+    assert plain > 0.4  # of unknown people about 0
+    assert plain > early > late + 0.1
+    assert coarse < fine - 0.05 < plain - 0.05
+
+
+def test_balanced_guidance_pulls_equally_hard_on_the_shipped_weights(studio: Studio) -> None:
+    start = torch.randn(PEOPLE, 32, 8, 8, generator=tiny.generator(1))
+
+    def velocity(**options: Any) -> torch.Tensor:
+        step = {"latents": start, "num_inference_steps": 1, "output_type": "latent", **options}
+        return start - studio.draw(studio.cases, **step).images
+
+    full, sentence = velocity(guidance_scale=1.0), velocity(guidance_scale=1.0, identity_scale=0.0)
+    nothing = (3 * sentence - velocity(guidance_scale=3.0, identity_scale=0.0)) / 2
+    text, person = sentence - nothing, full - sentence
+    norms = [vector.flatten(1).norm(dim=1) for vector in (text, person)]
+    assert ((norms[0] / norms[1]).log().abs() > 0.1).all()  # they are not equal by themselves
+    one, other = balance(text, person, torch.ones(PEOPLE, dtype=torch.bool))
+    balanced = velocity(guidance_scale=5.0, identity_guidance_scale=8.0, guidance_balance=True)
+    torch.testing.assert_close(balanced, nothing + 5 * one + 8 * other, atol=5e-3, rtol=1e-3)
+    plain = velocity(guidance_scale=5.0, identity_guidance_scale=8.0)
+    assert ((balanced - nothing).flatten(1).norm(dim=1) < 0.97 * (plain - nothing).flatten(1).norm(dim=1)).all()
+
+
+def test_a_second_pass_makes_small_faces_more_like_the_person(studio: Studio) -> None:
+    cases = studio.meet(next(n for n, prompt in enumerate(PORTRAITS) if prompt.asked.get("framing") == "half body"))
+    real = look_at_real(cases, studio.judge)
+    plain, refined = (studio.draw(cases, refine_faces=refine) for refine in (False, True))
+    assert plain.refined == 0 and refined.refined + len(refined.notes) == PEOPLE and refined.refined >= 2
+    assert studio.likeness(cases, real, refined.images) > studio.likeness(cases, real, plain.images) + 0.02
