@@ -31,20 +31,21 @@ from torch import Tensor, nn
 
 from imagine import stock, weights
 from imagine.adapter import Adapter, check_attached
-from imagine.controls import ALL, Blocks, Window, block_factors
+from imagine.controls import ALL, Blocks, Factors, Window, block_factors
 from imagine.diffusion import add_noise, denormalise_latents, normalise_latents
 from imagine.encoders import TextEncoders
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.faces import FaceChoice, FaceFinder
 from imagine.looking import FINDER, Looking, check_encoder, facts
-from imagine.persona import Face
+from imagine.persona import Face, Persona
 from imagine.request import Request, check_choice, finite, read_requests, whole
-from imagine.sampling import Guidance, GuidedDenoiser, Inputs, TextTokens, repeat
+from imagine.sampling import Guidance, GuidedDenoiser, Inputs, TextTokens, repeat, text_rows
 from imagine.second_pass import RefineFaces, SecondPass, SmallFace, keep_outside, noise_after, shown_cells
 from imagine.stock_files import HUB_OPTIONS
 
 ADAPTERS = ("text_adapter", "adapter")  # our components that diffusers cannot save or load by itself
-MODELS = ("unet", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+MODELS = ("unet", "vae", *ENCODERS)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 Callback = Callable[..., Any]  # a function, or one of diffusers' PipelineCallback objects
@@ -305,15 +306,28 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
 
         The result is CLIP's tokens and a dict of the others' that an adapter reads, one batch item per prompt; "" means
         no sentence.
-        Raises PromptError if a prompt is too long.
+        Raises PromptError if a prompt is too long, or the encoders were freed.
         """
+        if self.text_encoder is None:
+            raise PromptError("The text encoders were freed: give prompt_embeds and negative_prompt_embeds instead.")
         encoders = TextEncoders(
             self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
             self.text_encoder_3, self.tokenizer_3, self._execution_device,
         )  # fmt: skip
-        clip, others = encoders.encode([prompts] if isinstance(prompts, str) else list(prompts))
+        sentences = [prompts] if isinstance(prompts, str) else list(prompts)
+        each = list(dict.fromkeys(sentences))  # the negative of a batch, above all, is usually one sentence
+        clip, others = encoders.encode(each)
         read = {spec.name for part in self._adapters() for spec in part.branch_specs}
-        return clip, {name: tokens for name, tokens in others.items() if name in read}
+        text = clip, {name: tokens for name, tokens in others.items() if name in read}
+        return text if len(each) == len(sentences) else text_rows(text, [each.index(one) for one in sentences])
+
+    def free_encoders(self) -> None:
+        """Drop every encoder for good, to make room: from then on give personas and both kinds of prompt_embeds."""
+        if self.image_encoder is not None:
+            self._remember_eyes()
+        for name in ENCODERS:
+            setattr(self, name, None)
+        self.maybe_free_model_hooks()  # which else would still hold them
 
     # --- drawing ----------------------------------------------------------------------------------------------------
 
@@ -352,18 +366,16 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         """Draw one picture, or `num_images_per_prompt`, for each prompt.
 
         reference: who is in it: a photo (path, bytes, PIL, array), a Persona or its file, a list of them for one
-            person, or a dict of names for a prompt such as "{a} hugs {b}". With a list of prompts, a list holds one
-            reference for each prompt.
+            person, or a dict of names for a prompt such as "{a} hugs {b}"; for a list of prompts, a list with one each.
         guidance_scale: how strictly the sentence is followed; 1 is off. identity_guidance_scale is the same for the
             person; by default both are one (two denoiser passes a step), otherwise each step takes three.
         guidance_balance: bring both to one norm before their scales apply (diffusion.balance), in three passes a step.
-        identity_scale: strength of the identity branch, one number or one per prompt; 0 gives the base's own picture,
-            bit for bit. negative_prompt: what to steer away from.
+        identity_scale: strength of the person, one number or one per prompt; 0 gives the base's own picture exactly.
         identity_window: the steps in which the person acts, as shares of all: (0, 0.8) leaves out the last fifth.
         identity_blocks: the denoiser's blocks in which the person acts: "all", a preset such as "coarse", or strengths
             in diffusers' form, {"down": {"block_2": [0.0, 1.0]}}, where what is not named gets 0 (controls.presets).
         refine_faces: True, or a RefineFaces with other settings: draw small faces once more, enlarged (second_pass).
-        generator: one, from which pictures draw in turn, or one per picture.
+        negative_prompt: what to steer away from. generator: one, from which pictures draw in turn, or one per picture.
         face, on_no_face: which face of a photo, and what to do without one (see `faces.crop_face`).
         callback_on_step_end: called as (pipe, step, timestep, tensors), may return changed "latents" or
             "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
@@ -371,43 +383,52 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         With return_dict=False the result is the tuple (images, faces), as everywhere in diffusers.
         Raises ImagineError (PromptError, PictureError, FaceError, WeightsError, ConfigError) with one sentence.
         """
-        size = self._latent_size(height, width)
-        guidance = self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale, guidance_balance)
-        scheduler = self._scheduler(num_inference_steps, sigmas, size)
-        copies = whole("num_images_per_prompt", num_images_per_prompt)
-        on_step = _OnStep.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        window, refining = Window.read(identity_window), RefineFaces.read(refine_faces, output_type)
-        factors = block_factors(self.unet, identity_blocks)
+        size, copies = self._latent_size(height, width), whole("num_images_per_prompt", num_images_per_prompt)
+        plan = _Plan(
+            self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale, guidance_balance),
+            self._scheduler(num_inference_steps, sigmas, size), Window.read(identity_window), output_type,
+            block_factors(self.unet, identity_blocks), RefineFaces.read(refine_faces, output_type),
+            _OnStep.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs),
+        )  # fmt: skip
         check_attached(self.unet, self._adapters())
         requests, text, negative = self._read(
             prompt, reference, prompt_embeds, negative_prompt, negative_prompt_embeds, copies
         )
         personas = self._see(requests, face, on_no_face)
-        inputs = Inputs(text, negative, self._vision(personas, copies), factors)
         strength = self._strength(identity_scale, personas, copies)
+        inputs = Inputs(text, negative, self._vision(personas, copies), plan.factors)
         start = self._noise(len(strength), size, generator, latents)
-        steps = len(scheduler.timesteps)
-        token = _call.set(_Call(guidance, steps))
+        denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
+        out = self._draw(plan, denoiser, start, strength, personas)
+        return out if return_dict else cast(Any, out.to_tuple())
+
+    def _draw(
+        self, plan: "_Plan", denoiser: GuidedDenoiser, start: Tensor, strength: Tensor, people: list[list[Persona]]
+    ) -> ImagineOutput:
+        """All pictures of a call from their start latents on, people (one list a prompt) at a strength (pictures,)."""
+        steps = len(plan.scheduler.timesteps)
         refined, notes = 0, list[str]()
+        token = _call.set(_Call(plan.guidance, steps))
         try:
-            denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
-            drawn = self._denoise(denoiser, start, strength, scheduler, window.steps(steps), on_step)
-            images = (
-                drawn if output_type == "latent" else self._decode(drawn, output_type if refining is None else "pt")
-            )
-            if refining is not None:
-                shown = [people for people in personas for _ in range(copies)]
-                again = SecondPass(refining, refining.levels(steps), window, start, strength, shown, denoiser)
+            images = self._denoise(denoiser, start, strength, plan.scheduler, plan.window.steps(steps), plan.on_step)
+            if plan.refining is not None:
+                images = self._decode(images, "pt")
+                shown = [each for each in people for _ in range(len(start) // len(people))]
+                again = SecondPass(
+                    plan.refining, plan.refining.levels(steps), plan.window, start, strength, shown, denoiser
+                )
                 if not self.interrupt:
                     side = int(self.unet.config.sample_size) * self.vae_scale_factor
                     refined, notes = again.refine(images, side, self.finder, self._redraw)
-                images = self.image_processor.postprocess(images, output_type, [False] * len(images))
+                images = self.image_processor.postprocess(images, plan.output_type, [False] * len(images))
+            elif plan.output_type != "latent":
+                images = self._decode(images, plan.output_type)
         finally:
             _call.reset(token)
         self.maybe_free_model_hooks()
-        faces = [face for people in personas for persona in people for face in persona.faces]
-        return ImagineOutput(images, faces, refined, notes) if return_dict else cast(Any, (images, faces))
+        faces = [face for shown in people for persona in shown for face in persona.faces]
+        return ImagineOutput(images, faces, refined, notes)
 
     def _read(
         self,
@@ -513,10 +534,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         acts: Sequence[bool],
         on_step: "_OnStep | None",
     ) -> Tensor:
-        """Take every step from noise to clean latents, in float32 whatever the denoiser's precision.
-
-        `acts` says for each step whether the people act in it, at a strength (pictures,) that a callback may change.
-        """
+        """Take every step from noise to clean latents, in float32; `acts`: whether the people act in each step."""
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         call = self._running()
         with self.progress_bar(total=len(scheduler.timesteps)) as bar:
@@ -576,6 +594,19 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         latents = latents / float(getattr(self.vae.config, "scaling_factor", 1.0) or 1.0)
         pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return self.image_processor.postprocess(pictures.float(), output_type=output_type)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a call draws, whatever it draws: its arguments, checked."""
+
+    guidance: Guidance
+    scheduler: Any
+    window: Window
+    output_type: str
+    factors: Factors | None
+    refining: RefineFaces | None
+    on_step: "_OnStep | None"
 
 
 @dataclass(frozen=True)

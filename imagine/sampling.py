@@ -77,7 +77,7 @@ class Inputs:
 
     def rows(self, rows: Tensor, vision: Tokens | None) -> "Inputs":
         """The same sentences for pictures by number (any, also repeatedly), with other people."""
-        return Inputs(_text_rows(self.text, rows), _text_rows(self.negative, rows), vision, self.factors)
+        return Inputs(text_rows(self.text, rows), text_rows(self.negative, rows), vision, self.factors)
 
     def stacked(self, passes: Sequence[Pass], strength: Tensor) -> tuple[Tokens, Conditioning]:
         """Return CLIP's tokens and the conditioning of one denoiser call over all passes; strength is (pictures,)."""
@@ -139,12 +139,14 @@ def pooled_text(unet: Any, clip: Tokens, branches: Mapping[str, Tokens]) -> Tens
     return pooled(clip, branches["t5"])
 
 
-def _text_rows(text: TextTokens, rows: Tensor) -> TextTokens:
+def text_rows(text: TextTokens, rows: "Tensor | Sequence[int]") -> TextTokens:
+    """Batch items of all text branches by number, any of them also repeatedly."""
     return take(text[0], rows), {name: take(tokens, rows) for name, tokens in text[1].items()}
 
 
-def take(tokens: Tokens, rows: Tensor) -> Tokens:
+def take(tokens: Tokens, rows: "Tensor | Sequence[int]") -> Tokens:
     """Batch items by number."""
+    rows = rows if isinstance(rows, Tensor) else list(rows)
     return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])
 
 

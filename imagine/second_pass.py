@@ -31,7 +31,7 @@ class RefineFaces:
     """Which faces a second pass redraws, and how; lengths are in units of the face box (brow to chin, ear to ear)."""
 
     below: float = 0.35  # faces whose longer side is less than this share of the picture's shorter one
-    strength: float = 0.5  # the noise level that redrawing begins at: more is more of the person and less of the pose
+    strength: float = 0.6  # the noise level that redrawing begins at: more is more of the person and less of the pose
     steps: int | None = None  # None: as many as the first pass took from that level on
     around: float = 2.4  # side of the square that is redrawn, by the box's longer side
     reach: float = 1.4  # the ellipse that is put back, by the box's sides: with forehead and jaw

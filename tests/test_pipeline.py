@@ -13,11 +13,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchHeunD
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
-from imagine.adapter import Adapter, BranchSpec
+from imagine.adapter import Adapter, BranchSpec, prepare
 from imagine.errors import ConfigError, FaceError, ImagineError, PictureError, PromptError, WeightsError
 from imagine.faces import KnownGeometry
+from imagine.models import build_denoiser
+from imagine.persona import Persona
 from imagine.pipeline import ImaginePipeline
-from imagine.records import FaceBox
+from imagine.records import Conditioning, FaceBox, Tokens
 from tests import tiny
 
 PROMPT = "a person smiling on a beach"
@@ -386,6 +388,92 @@ def test_model_offload_gives_the_same_picture() -> None:
     pipe.enable_model_cpu_offload(device="cpu")
     assert torch.equal(draw(pipe, reference=tiny.photo(1)), wanted)
     assert torch.equal(draw(pipe, reference=tiny.photo(1)), wanted)
+
+
+def calls_of(module: Any) -> list[int]:
+    """A list that grows by the batch size whenever the module runs."""
+    rows: list[int] = []
+    module.register_forward_hook(lambda _module, inputs, keywords, _out: rows.append(
+        len(inputs[0] if inputs else next(iter(keywords.values())))), with_kwargs=True)  # fmt: skip
+    return rows
+
+
+def test_what_does_not_change_is_encoded_once(tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    seen, read = calls_of(pipe.image_encoder), calls_of(pipe.text_encoder)
+    tiny.photo(1).save(tmp_path / "me.png")
+    pipe.enroll(tmp_path / "me.png").save(tmp_path / "me.safetensors")
+    assert len(seen) == 1
+    for reference in (tmp_path / "me.safetensors", tmp_path / "me.png", Persona.load(tmp_path / "me.safetensors")):
+        draw(pipe, [PROMPT, OTHER, PROMPT], [reference] * 3, generator=[tiny.generator(n) for n in range(3)])
+    assert len(seen) == 1  # a file is looked at once, whoever asks for it
+    assert read == [2, 1] * 3  # each sentence once, the negative ones as one, and nothing between steps
+
+
+def test_pictures_come_out_the_same_when_the_encoders_are_gone() -> None:
+    pipe = tiny.pipeline()
+    wanted, persona = draw(pipe, reference=tiny.photo(1)), pipe.enroll(tiny.photo(1))
+    embeds = {"prompt_embeds": pipe.encode_prompt(PROMPT), "negative_prompt_embeds": pipe.encode_prompt("")}
+    pipe.free_encoders()
+    assert not [name for name, part in pipe.components.items() if "encoder" in name and part is not None]
+    assert torch.equal(draw(pipe, None, persona, **embeds), wanted)
+    for prompt, reference, error in ((PROMPT, persona, PromptError), (None, tiny.photo(1), WeightsError)):
+        with pytest.raises(error, match="freed"):
+            draw(pipe, prompt, reference, **(embeds if prompt is None else {}))
+
+
+def test_a_wrapper_of_torch_compile_keeps_the_adapters() -> None:
+    pipe = tiny.pipeline()
+    base, wanted = draw(pipe), draw(pipe, reference=tiny.photo(1))
+    pipe.unet = torch.compile(pipe.unet, disable=True)  # the wrapper and its paths, without the compiler's time
+    assert torch.equal(draw(pipe, reference=tiny.photo(1)), wanted)
+    adapter = pipe.unload_adapter()
+    assert adapter is not None and torch.equal(draw(pipe), base)
+    pipe.load_adapter(adapter)
+    assert torch.equal(draw(pipe, reference=tiny.photo(1)), wanted)
+
+
+def test_a_compiled_denoiser_predicts_the_same_in_one_graph_a_state_of_memory() -> None:
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    unet = build_denoiser(sample_size=4, latent_channels=4, widths=(32,), text_width=16, head_width=16).eval()
+    adapter = tiny.identity_adapter(unet)
+    adapter.attach(unet)
+    latents, text = torch.randn(1, 4, 4, 4), torch.randn(1, 3, 16)
+    vision = Tokens(adapter.tokens("vision", torch.randn(1, 5, 24)).values.detach())
+
+    times = torch.tensor([900.0, 500.0, 100.0])
+
+    def steps() -> list[torch.Tensor]:
+        ready = prepare(unet, Conditioning({"vision": vision}, {"vision": torch.ones(1)}))
+        options = {"cross_attention_kwargs": {"conditioning": ready}, "return_dict": False}
+        return [unet(latents, time, encoder_hidden_states=text, **options)[0] for time in times]
+
+    with torch.no_grad():
+        wanted = steps()
+        reset()
+        counters.clear()
+        unet.compile(backend="eager")
+        for _ in range(2):  # the second picture finds both graphs: that of a first step, and that of later ones
+            assert all(same(one, other) for one, other in zip(steps(), wanted, strict=True))
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    reset()
+
+
+def test_another_attention_backend_keeps_the_adapters() -> None:
+    pipe = tiny.pipeline()
+    wanted, base = draw(pipe, reference=tiny.photo(1)), draw(pipe)
+    try:
+        for backend in ("_native_math", "native"):
+            pipe.unet.set_attention_backend(backend)
+            assert same(draw(pipe, reference=tiny.photo(1)), wanted) and same(draw(pipe), base)
+        adapter = pipe.unload_adapter()
+        assert adapter is not None and same(draw(pipe), base)
+        pipe.load_adapter(adapter)
+        assert same(draw(pipe, reference=tiny.photo(1)), wanted)
+    finally:
+        pipe.unet.set_attention_backend("native")  # diffusers also remembers the last one for every other model
 
 
 def test_a_lora_for_the_denoiser_loads_and_unloads(tmp_path: Path) -> None:
