@@ -388,7 +388,7 @@ def test_what_the_standard_cannot_carry_is_listed(base: Any, tmp_path: Path) -> 
     told = " ".join(report.not_carried)
     for part in (
         "'t5'",
-        "load_lora_weights",
+        "LoRA lies beside",
         "set_ip_adapter_scale(0.7)",
         "off where nobody",
         "image encoder",

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from imagine.adapter import Adapter, BranchSpec
 from imagine.errors import ConfigError, ImagineError, WeightsError
+from imagine.faces import KnownGeometry
+from imagine.ip_adapter import import_adapter, read_ip_adapter
 from imagine.stock import imagined
 from tests import tiny, tiny_ip
 
@@ -156,6 +158,26 @@ def test_beside_our_own_text_adapter(pipes: tuple[Any, Any]) -> None:
     with text.attach(ours.unet):
         assert torch.equal(draw(ours, ip_adapter_image=tiny.photo(1)), before)
     assert torch.equal(draw(ours, ip_adapter_image=tiny.photo(1)), before)
+
+
+@pytest.mark.parametrize("kind", tiny_ip.KINDS)
+def test_an_imported_branch_shows_a_reference_as_diffusers_would(kind: str) -> None:
+    """As identity adapter: the same features, and the same nobody in guidance's unconditional pass."""
+    theirs, ours = pair(False)
+    file = tiny_ip.tensors(kind, ours.unet)
+    adapter, _ = import_adapter(read_ip_adapter(file), ours.unet)
+    before = draw(ours)
+    ours.load_adapter(adapter)
+    ours.finder = KnownGeometry([tiny.BOX])
+    persona = ours.enroll(tiny.photo(1))
+    shown = draw(ours, reference=persona, identity_scale=0.8)
+    theirs.load_ip_adapter(tiny_ip.nested(file), subfolder="", weight_name="", image_encoder_folder=None)
+    theirs.set_ip_adapter_scale(0.8)
+    nobody = theirs.prepare_ip_adapter_image_embeds(tiny.photo(2), None, torch.device("cpu"), 1, True)[0][:1]
+    features = persona.features[None] if kind == "linear" else persona.features[None, None]
+    expected = draw(theirs, ip_adapter_image_embeds=[torch.cat([nobody, features])])
+    assert (shown - expected).abs().max() <= CLOSE and (shown - before).abs().max() > 1e-3
+    assert torch.equal(draw(ours, reference=persona, identity_scale=0.0), before)
 
 
 # --- files and components --------------------------------------------------------------------------------------------
