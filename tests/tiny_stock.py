@@ -11,6 +11,8 @@ from imagine.stock import imagined
 from tests import tiny
 
 SIDE = 16  # pixels
+PROMPT = "a person smiling on a beach"
+OTHER = 'an old woman in a blue shirt with the letters "OK"'
 
 
 def unet(xl: bool, channels: int = 4) -> Any:
@@ -110,3 +112,17 @@ def personal(pipe: Any, **more: Any) -> Any:
     made.load_adapter(identity(made.unet))
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def draw(pipe: Any, prompt: Any = PROMPT, seed: int = 7, **options: Any) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in 0..1, after two steps if nothing else is said."""
+    generator = options.pop("generator", None) or tiny.generator(seed)
+    steps = options.pop("num_inference_steps", 2)
+    pictures = pipe(prompt, generator=generator, num_inference_steps=steps, output_type="pt", **options).images
+    assert isinstance(pictures, torch.Tensor) and pictures.isfinite().all()
+    return pictures
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal up to the last bits of floating point, in which a batch may differ from a single picture."""
+    return one.shape == other.shape and bool((one - other).abs().max() < 1e-4)
