@@ -61,7 +61,8 @@ class DiffusersBase:
         if self.config("unet")["in_channels"] != self.config("vae")["latent_channels"]:
             raise ConfigError(f"{self.folder} paints into given pictures: name a base that draws from noise alone.")
         if device.type == "meta":
-            return UNet2DConditionModel.from_config(self.config("unet")).to(dtype)
+            with hushed():
+                return UNet2DConditionModel.from_config(self.config("unet")).to(dtype)
         folder = self.folder / "unet"
         return load_model(folder, "diffusers", "UNet2DConditionModel", dtype, variant=_variant(folder))
 
