@@ -1,5 +1,7 @@
 """Build files: what they may say, how a line or an override changes them, and how mistakes are told."""
 
+import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,14 @@ import yaml
 from pydantic import BaseModel
 
 from data_synth.__main__ import main
-from data_synth.config import BuildConfig, Choice, load_config
+from data_synth.config import BuildConfig, Choice, Cluster, _by_name, load_config
+from data_synth.filters import FilterSettings
+from data_synth.recognisers import RECOGNISERS
 from data_synth.registry import BACKENDS, CALLS, make_backend
+from data_synth.targets import TargetSettings
 from imagine.errors import ConfigError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS, DOCS = (Path(__file__).parent.parent / name for name in ("configs", "docs"))
 SMALL: dict[str, Any] = {
     "references": {"backend": "world", "identities": 3}, "captioner": "grammar", "rewriter": "grammar",
     "generator": {"backend": "renderer", "drift": 0.1}, "measurer": "truth",
@@ -33,8 +38,6 @@ def test_the_shipped_build_files_name_backends_and_settings_that_there_are(path:
 
 
 def test_every_name_in_the_registry_is_a_class_with_settings_and_the_call_of_its_kind() -> None:
-    import importlib
-
     for kind, names in BACKENDS.items():
         for place in names.values():
             module, _, name = place.partition(":")
@@ -42,6 +45,43 @@ def test_every_name_in_the_registry_is_a_class_with_settings_and_the_call_of_its
             assert made.Settings.model_config["extra"] == "forbid" and made.Settings.model_config["frozen"], place
             calls = ("collect",) if hasattr(made, "collect") else CALLS[kind]
             assert all(hasattr(made, name) for name in ("identity", "load", *calls)), place
+
+
+@pytest.mark.parametrize("page", ["pairs", "pairs_backends", "pairs_card"])
+def test_what_the_documents_show_can_be_built(page: str) -> None:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    files = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    kinds = "|".join(BACKENDS)
+    lines = [yaml.safe_load(line) for line in re.findall(rf"`((?:{kinds}): [^`]+)`", text)]
+    assert len(files) >= {"pairs": 3}.get(page, 0) and len(lines) >= {"pairs_backends": 15}.get(page, 0)
+    for content in files:
+        BuildConfig.model_validate(content if "references" in content else {**SMALL, **content})
+    for content in (*files, *lines):
+        for kind in BACKENDS.keys() & content.keys():
+            choice = content[kind]
+            if isinstance(choice, str) or not {"ADDRESS", "my_package.flux:Generator"} & {*map(str, choice.values())}:
+                made = make_backend(kind, Choice.model_validate(_by_name(choice)))
+                assert made.settings is not None
+
+
+def test_every_setting_of_a_backend_is_explained() -> None:
+    text = (DOCS / "pairs_backends.md").read_text(encoding="utf-8").partition("## All settings")[2]
+    sections = dict(section.split("\n", 1) for section in text.split("\n### ")[1:])
+    everything = {**BACKENDS, "recogniser": RECOGNISERS}
+    assert sections.keys() == everything.keys()
+    for kind, names in everything.items():
+        words = set(re.findall(r"`([^`]+)`", sections[kind]))
+        for place in names.values():
+            module, _, name = place.partition(":")
+            fields = getattr(importlib.import_module(module), name).Settings.model_fields
+            assert fields.keys() <= words, (kind, place)
+
+
+def test_every_key_of_a_build_file_is_explained() -> None:
+    text = (DOCS / "pairs.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"`([^`]+)`", text.partition("## The build file\n")[2].partition("\n## ")[0]))
+    for model in (BuildConfig, FilterSettings, TargetSettings, Cluster):
+        assert model.model_fields.keys() <= words, model
 
 
 def test_one_line_switches_a_backend(tmp_path: Path) -> None:
