@@ -1,9 +1,9 @@
 """How many SynPairs of the portrait world are built in a second, end to end into shards: `python benchmarks/pairs.py`.
 
-With --ray the same pairs are built by Ray with as many workers, and the two are compared. A build of a fifth of the
-people comes first, and the speed is that of the people which the second one has more: starting workers, loading models
-and compiling painters cost both the same and drop out, the writing of shards, manifest and card does not. Times say
-something about one machine only, and are never asserted in tests.
+With --ray the same pairs are built by Ray with as many workers and by a single process, and all are compared. A build
+of a fifth of the people comes first, and the speed is that of the people which the second one has more: starting
+workers, loading models and compiling painters cost both the same and drop out, the writing of shards, manifest and card
+does not. Times say something about one machine only, and are never asserted in tests.
 """
 
 import argparse
@@ -21,23 +21,25 @@ ROOT = Path(__file__).parent.parent
 def main() -> int:
     """Build in a fresh folder, with each executor; returns the exit code."""
     options = _options()
-    backends = ("local", "ray") if options.ray else ("local",)
-    report: dict[str, Any] = {name: measured(name, options) for name in backends}
+    ways = ("single", "local", "ray") if options.ray else ("local",)
+    report: dict[str, Any] = {name: measured(name, options) for name in ways}
+    records = [report[name].pop("records") for name in ways]
     if options.ray:
-        speeds = [report[name]["pairs_per_second"] for name in ("ray", "local")]
-        report["ratio"] = round(speeds[0] / speeds[1], 2)
-        report["same_records"] = report["ray"].pop("records") == report["local"].pop("records")
+        speeds = {name: report[name]["pairs_per_second"] for name in ways}
+        report["ratio"] = round(speeds["ray"] / speeds["local"], 2)
+        report["ratio_to_single"] = round(speeds["ray"] / speeds["single"], 2)
+        report["same_records"] = all(each == records[0] for each in records)
     print(json.dumps(report) if options.json else _words(report))
     return 0
 
 
-def measured(backend: str, options: argparse.Namespace) -> dict[str, Any]:
+def measured(way: str, options: argparse.Namespace) -> dict[str, Any]:
     """Pairs per second beyond what starting costs, and what starting costs."""
-    if backend == "ray":  # a cluster is started once, whoever builds on it how often
+    if way == "ray":  # a cluster is started once, whoever builds on it how often
         import ray
 
         ray.init(log_to_driver=False, include_dashboard=False)
-    small, large = (_built(backend, count, options) for count in (options.identities // 5, options.identities))
+    small, large = (_built(way, count, options) for count in (options.identities // 5, options.identities))
     more = {name: large[name] - small[name] for name in ("seconds", "targets", "pairs")}
     return {
         "pairs": large["pairs"],
@@ -49,15 +51,18 @@ def measured(backend: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _built(backend: str, identities: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Build the pairs of so many people in a fresh folder."""
+def _built(way: str, identities: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Build the pairs of so many people in a fresh folder: in this process alone, in `workers` beside it, or by Ray."""
     from data_synth.build import build
     from data_synth.config import load_config
 
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config(ROOT / "configs" / "pairs_world.yaml", _overrides(identities, options))
+        config = load_config(
+            ROOT / "configs" / "pairs_world.yaml",
+            _overrides(identities, options, 0 if way == "single" else options.workers),
+        )
         begun = time.perf_counter()
-        built = build(config, folder, backend, lambda *_: None)
+        built = build(config, folder, "ray" if way == "ray" else "local", lambda *_: None)
         seconds = time.perf_counter() - begun
     return {
         "seconds": seconds,
@@ -67,13 +72,13 @@ def _built(backend: str, identities: int, options: argparse.Namespace) -> dict[s
     }
 
 
-def _overrides(identities: int, options: argparse.Namespace) -> list[str]:
+def _overrides(identities: int, options: argparse.Namespace, workers: int) -> list[str]:
     compiled = str(options.compiled).lower()
     return [
         f"references.identities={identities}",
         f"references.compiled={compiled}",
         f"generator.compiled={compiled}",
-        f"workers={options.workers}",
+        f"workers={workers}",
         f"ray.concurrency={max(options.workers, 1)}",
     ]
 
@@ -87,7 +92,8 @@ def _words(report: dict[str, Any]) -> str:
                 f"{numbers['seconds_to_start']} s to start; {numbers['pairs']} pairs in {numbers['seconds']} s"
             )
     if "ratio" in report:
-        lines.append(f"ray / local: {report['ratio']}, the same shards: {report['same_records']}")
+        lines.append(f"ray / local: {report['ratio']}, ray / single: {report['ratio_to_single']}")
+        lines.append(f"the same shards: {report['same_records']}")
     return "\n".join(lines)
 
 
