@@ -18,7 +18,17 @@ from data_synth.review_server import ReviewServer
 from imagine.world import render, sample_contexts, sample_people
 from tests.review_pairs import pair
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+def chromium() -> str | None:
+    """The browser of this machine, or else the one that `playwright install chromium` put there."""
+    if found := shutil.which("chromium") or shutil.which("chromium-browser"):
+        return found
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    return own if Path(own).is_file() else None
+
+
+CHROMIUM = chromium()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
