@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from fsspec.core import url_to_fs
@@ -70,6 +70,18 @@ class ImportSettings(BaseModel):
     least_similarity: float = Field(default=0.2, ge=-1, le=1)  # whatever the spread: less alike is another person
 
 
+class Faces(Protocol):
+    """Faces that a recogniser found before, by the keys of their photos, so that it sees each photo once."""
+
+    def find(self, keys: Sequence[str]) -> Mapping[str, tuple[KnownFace, ...]]:
+        """Those of photos that it saw."""
+        ...
+
+    def save(self, found: Mapping[str, tuple[KnownFace, ...]]) -> None:
+        """Keep what it sees now."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Found:
     """A photo that was found, and what it became so far."""
@@ -93,23 +105,24 @@ class _Looked:
 
 
 def import_references(
-    settings: ImportSettings, recogniser: Recogniser | None = None
+    settings: ImportSettings, recogniser: Recogniser | None = None, known: Faces | None = None
 ) -> Iterator[Reference | Rejection]:
     """Every usable photo as a Reference, in a fixed order, and a Rejection (step "import") for every other.
 
     A reference's facts are the import's own fields, its "file", its "licence", and the "box" of its face where one was
     found: left, top, width, height in pixels of the stored picture held upright. A rejection's key is the photo's name.
-    recogniser: loaded; None leaves faces unchecked. Photos of a person follow each other, from a folder of people and
-    from records that name them; strangers among them are taken out where faces are checked. Nothing that is wrong with
-    one photo is raised. Raises ConfigError if there is nothing at the address, or if a folder of people is to be
-    cleaned without a recogniser; ImagineError if the recogniser breaks at everything.
+    recogniser: loaded; None leaves faces unchecked. known: what it saw before.
+    Photos of a person follow each other, from a folder of people and from records that name them; strangers among them
+    are taken out where faces are checked. Nothing that is wrong with one photo is raised.
+    Raises ConfigError if there is nothing at the address, or if a folder of people is to be cleaned without a
+    recogniser; ImagineError if the recogniser breaks at everything.
     """
     kind = _kind(settings)
     checked = recogniser is not None and settings.faces != "unchecked"
     if kind == "people" and not checked:
         raise ConfigError("A folder of people is cleaned by their faces: give a recogniser and let it check them.")
     found = _persons_together(_records(settings)) if kind == "records" else _pictures(settings, kind == "people")
-    looked = _looked(_opened(found, settings), settings, recogniser)
+    looked = _looked(_opened(found, settings), settings, recogniser, known)
     least = settings.least_photos if kind == "people" else 1  # a record is wanted for itself, not for a person's set
     for some in _by_person(looked):
         if isinstance(some, Rejection):
@@ -318,15 +331,31 @@ class _Seen:
 
 
 def _looked(
-    opened: Iterable[_Looked | Rejection], settings: ImportSettings, recogniser: Recogniser | None
+    opened: Iterable[_Looked | Rejection],
+    settings: ImportSettings,
+    recogniser: Recogniser | None,
+    known: Faces | None,
 ) -> Iterator[_Looked | Rejection]:
     """With their faces, some photos at a time; without those whose faces do not do."""
     opened = iter(opened)
     while some := list(islice(opened, _TOGETHER)):
         photos = [one for one in some if isinstance(one, _Looked)]
-        found = iter(_recognised(photos, recogniser) if recogniser is not None else [None] * len(photos))
+        found = iter([None] * len(photos) if recogniser is None else _faces(photos, recogniser, known))
         for one in some:
             yield one if isinstance(one, Rejection) else _with_faces(one, next(found), settings)
+
+
+def _faces(
+    photos: Sequence[_Looked], recogniser: Recogniser, known: Faces | None
+) -> list[tuple[KnownFace, ...] | Failed]:
+    """The faces of each photo; those that are known are not looked for, and those that were not are by now."""
+    before = {} if known is None else known.find([one.reference.key for one in photos])
+    new = [one for one in photos if one.reference.key not in before]
+    found = dict(zip((one.reference.key for one in new), _recognised(new, recogniser) if new else (), strict=True))
+    if known is not None:
+        known.save({key: faces for key, faces in found.items() if not isinstance(faces, Failed)})
+    found.update(before)
+    return [found[one.reference.key] for one in photos]
 
 
 def _recognised(photos: Sequence[_Looked], recogniser: Recogniser) -> list[tuple[KnownFace, ...] | Failed]:

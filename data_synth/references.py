@@ -3,23 +3,28 @@
 There are two kinds of sources. One that has a `count` draws any reference by its number, and its work is done like any
 other step's (embedded.WorldPeople). One that can `collect` photos is read once from its first to its last, since
 duplicates and strangers are found only by looking at all of them (Files); what it found is kept until a file changes.
+Then all are read again, but only new ones are looked at: the faces of each photo are kept by themselves.
 """
 
+import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from fsspec.core import url_to_fs
 from pydantic import Field
 
 from data_synth.importing import ImportSettings, import_references
 from data_synth.local_models import identity_of
-from data_synth.recognisers import make_recogniser
+from data_synth.recognisers import KnownFace, Recogniser, make_recogniser
 from data_synth.records import Reference, Rejection
 from data_synth.steps import Recipe
 from data_synth.store import Result, Store
 from imagine.errors import ConfigError
+from imagine.records import FaceBox
 
 VERSION = 2
 _TOGETHER = 64  # results a transaction
@@ -32,7 +37,7 @@ class Files:
         """Where they are, which can be used, and who finds their faces."""
 
         recogniser: str = "judge"  # a name or module:Class, see recognisers.py; "none": faces are not looked for
-        recogniser_settings: dict[str, Any] = Field(default_factory=dict)
+        recogniser_settings: dict[str, Any] = Field(default_factory=dict, exclude=True)  # `identity` knows them
 
     def __init__(self, settings: "Files.Settings") -> None:
         self.settings = settings
@@ -42,19 +47,58 @@ class Files:
     @property
     def identity(self) -> Mapping[str, Any]:
         """Class, version, what is there, and who looks at it."""
-        looked = {} if self._recogniser is None else dict(self._recogniser.identity)
-        return identity_of(self, VERSION, files=_listing(self.settings.source), recogniser=looked)
+        looks = {} if self._recogniser is None else _looks(self._recogniser)
+        return identity_of(self, VERSION, files=_listing(self.settings.source), recogniser=looks)
 
     def load(self) -> None:
         """Load the recogniser."""
         if self._recogniser is not None:
             self._recogniser.load()
 
-    def collect(self) -> Iterator[Reference | Rejection]:
-        """Every photo there, in a fixed order."""
+    def collect(self, kept: Store | None = None) -> Iterator[Reference | Rejection]:
+        """Every photo there, in a fixed order; kept: where faces are found that were looked for before."""
         names = ImportSettings.model_fields
         wanted = {name: value for name, value in self.settings.model_dump().items() if name in names}
-        return import_references(ImportSettings(**wanted), self._recogniser)
+        known = None if kept is None or self._recogniser is None else _KnownFaces(kept, self._recogniser)
+        return import_references(ImportSettings(**wanted), self._recogniser, known)
+
+
+def _looks(recogniser: Recogniser) -> dict[str, Any]:
+    """What faces follow from, besides the photos."""
+    return {**recogniser.identity, "settings": recogniser.settings.model_dump(mode="json")}
+
+
+class _KnownFaces:
+    """The faces of photos, in the store, under who looked for them."""
+
+    def __init__(self, kept: Store, recogniser: Recogniser) -> None:
+        self._kept = kept
+        self._identity = json.dumps(_looks(recogniser), sort_keys=True, default=dict)
+
+    def find(self, keys: Sequence[str]) -> dict[str, tuple[KnownFace, ...]]:
+        """Those of photos that were looked at."""
+        found = self._kept.find([self._key(key) for key in keys])
+        return {key: _faces_of(str(found[mark])) for key in keys if (mark := self._key(key)) in found}
+
+    def save(self, found: Mapping[str, tuple[KnownFace, ...]]) -> None:
+        """Keep the faces of these photos."""
+        self._kept.save((self._key(key), "look", _as_text(faces)) for key, faces in found.items())
+
+    def _key(self, key: str) -> bytes:
+        return Recipe.key("look", self._identity, key)
+
+
+def _as_text(faces: Sequence[KnownFace]) -> str:
+    """Boxes as they are, and embeddings as the bytes of little-endian float32 numbers."""
+    rows = [[asdict(face.box), base64.b64encode(face.embedding.astype("<f4").tobytes()).decode()] for face in faces]
+    return json.dumps(rows, default=float)
+
+
+def _faces_of(text: str) -> tuple[KnownFace, ...]:
+    return tuple(
+        KnownFace(FaceBox(**box), np.frombuffer(base64.b64decode(code), "<f4").astype(np.float32))
+        for box, code in json.loads(text)
+    )
 
 
 def _listing(source: str) -> str:
@@ -74,23 +118,24 @@ def _listing(source: str) -> str:
 def collect(source: Any, identity: str, store: Store, report: Callable[[int], None]) -> tuple[int, list[Rejection]]:
     """Read a source that collects into the store, unless this very content is there; (references, rejections).
 
-    Reference number n lies under the key of Recipe.request("import", ...). `report` is told how many there are so far.
+    If it is killed, the next one reads all again, and has the faces that were found from the store. Reference number n
+    lies under the key of Recipe.request("import", ...). `report` is told how many there are so far.
     """
     noted = store.note(f"import {identity}")
     if noted is None:
         source.load()
         rejections, waiting, count = [], [], 0
-        for found in source.collect():
+        for found in source.collect(store) if isinstance(source, Files) else source.collect():
             if isinstance(found, Rejection):
                 rejections.append(found)
                 continue
             waiting.append((import_key(identity, count), "import", found))
             count += 1
             if len(waiting) == _TOGETHER:
-                store.save(waiting)
+                store.save(waiting, anew=True)  # a kill before may have left others, under numbers that do not hold
                 report(count)
                 waiting = []
-        store.save(waiting)
+        store.save(waiting, anew=True)
         noted = {"count": count, "rejections": [vars(one) for one in rejections]}
         store.take_note(f"import {identity}", noted)
     return noted["count"], [Rejection(**one) for one in noted["rejections"]]

@@ -72,11 +72,15 @@ class Store:
             found |= {key: _decode(body, picture) for key, body, picture in rows}
         return found
 
-    def save(self, results: Iterable[tuple[bytes, str, Result]]) -> None:
-        """Keep (key, step, result) rows: all of them, or none if this is killed. A key that is there stays as it is."""
+    def save(self, results: Iterable[tuple[bytes, str, Result]], anew: bool = False) -> None:
+        """Keep (key, step, result) rows: all of them, or none if this is killed.
+
+        A key that is there stays as it is; anew: its result is replaced.
+        """
         rows = [(key, step, *_encode(result)) for key, step, result in results]
+        how = "REPLACE" if anew else "IGNORE"
         with _transaction(self._connection):
-            self._connection.executemany("INSERT OR IGNORE INTO results VALUES (?, ?, ?, ?)", rows)
+            self._connection.executemany(f"INSERT OR {how} INTO results VALUES (?, ?, ?, ?)", rows)
 
     def note(self, name: str) -> Any:
         """What is noted under that name; None if nothing is."""

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_synth import importing
-from data_synth.config import BuildConfig
+from data_synth.config import BuildConfig, Choice
 from data_synth.filters import STAGES
 from imagine.errors import ConfigError
 from imagine.shards import open_records
@@ -100,8 +100,28 @@ def test_photos_are_looked_at_again_only_if_one_changed(photos: Path, tmp_path: 
     (photos / "9.jpg").write_bytes(photo(4, 0))
     grown = built(config(photos, log=str(log), **same), out)
     again = steps(log)
-    assert again["recognise"] == 5 and again["caption"] == 1, "old captions hold"
+    assert again["recognise"] == 1 and again["caption"] == 1, "what was seen of the others holds"
     assert grown.funnel.references == 5
+    built(config(photos, **same), tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_an_import_that_was_stopped_looks_only_at_photos_it_had_not_seen(tmp_path: Path) -> None:
+    folder, log, down = tmp_path / "photos", tmp_path / "log", tmp_path / "down"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number:02}.jpg").write_bytes(photo(number % 7, number))
+    down.write_text("")
+    whole = config(folder, log=str(log))
+    settings = {**whole.references.settings, "recogniser": "tests.toy_pairs:StoppedRecogniser"}
+    settings["recogniser_settings"] = {"log": str(log), "down": str(down)}
+    stopped = whole.model_copy(update={"references": Choice(backend="files", **settings)})
+    with pytest.raises(KeyboardInterrupt):
+        built(stopped, tmp_path / "out")
+    assert steps(log) == {"recognise": 16}
+    down.unlink()
+    assert built(stopped, tmp_path / "out").funnel.references == 20
+    assert steps(log)["recognise"] == 4
 
 
 def test_pairs_are_mined_from_several_photos_of_one_person(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,7 +312,7 @@ def test_a_photo_that_breaks_the_recogniser_or_cannot_be_read_falls_out_alone(tm
     (tmp_path / "b.png").write_bytes(as_file(photos()[1][0].resize((100, 100))))
     (tmp_path / "c.png").write_bytes(as_file(photos()[2][0]))
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    fragile = Fragile(Fragile.Settings())
+    fragile: Any = Fragile(Fragile.Settings())
     fragile.load()
     found = list(import_references(ImportSettings(source=str(tmp_path)), fragile))
     rejections = [one for one in found if isinstance(one, Rejection)]

@@ -44,6 +44,13 @@ def test_many_keys_are_found_at_once_and_a_key_keeps_its_first_result(tmp_path: 
     assert found == {key(number): f"caption {number}" for number in range(0, 3000, 2)}
 
 
+def test_a_result_may_be_replaced_on_purpose(tmp_path: Path) -> None:
+    with Store(tmp_path / "store.sqlite") as store:
+        store.save([(key(1), "import", "one"), (key(2), "import", "two")])
+        store.save([(key(1), "import", "another")], anew=True)
+        assert store.find([key(1), key(2)]) == {key(1): "another", key(2): "two"}
+
+
 def test_rows_of_one_call_are_there_all_or_none(tmp_path: Path) -> None:
     with Store(tmp_path / "store.sqlite") as store:
         with pytest.raises(TypeError):
