@@ -341,12 +341,13 @@ def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
 
 def _strengths(scales: Mapping[str, Scale | Mapping[str, Scale]]) -> dict[tuple[str, str], Any]:
     """A call's memory that knows of every strength in which rows it acts, beside the tensor for which that is so."""
-    named = {
-        strength_key(branch, layer): each
-        for branch, scale in scales.items()
-        for layer, each in (scale.items() if isinstance(scale, Mapping) else [("", scale)])
-    }
-    return {key: (each, acting(each)) for key, each in named.items() if isinstance(each, Tensor)}
+    memory: dict[tuple[str, str], Any] = {}
+    for branch, scale in scales.items():
+        layers: Mapping[str, Scale] = scale if isinstance(scale, Mapping) else {"": scale}
+        for layer, each in layers.items():
+            if isinstance(each, Tensor):
+                memory[strength_key(branch, layer)] = (each, acting(each))
+    return memory
 
 
 def _folded(scale: Scale | Mapping[str, Scale], tokens: Tokens) -> Scale | Mapping[str, Scale]:

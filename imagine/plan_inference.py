@@ -26,6 +26,7 @@ from imagine.meter import Meter, parameter_count, planned_kernels, weight_bytes
 from imagine.records import Conditioning, Tokens
 
 Offload = Literal["none", "model", "sequential"]
+OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")  # the fastest first
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SENTENCE = {T5: 128, "byt5": 32}  # tokens that T5 and ByT5 are planned with; CLIP always reads a whole window
@@ -197,7 +198,7 @@ class Drawing:
 
     def choices(self, precision: Precision) -> Iterator[Choice]:
         """Every choice of switches, the fastest first; tiles, whose seams may show, after doing without."""
-        for offload in ("none", "model", "sequential"):
+        for offload in OFFLOADS:
             for tiling in (False, True):
                 yield Choice(precision, offload, tiling)
 

@@ -18,7 +18,7 @@ from imagine.cards import CARDS, GIB, HERE, UTILISATION, read_flops, read_size, 
 from imagine.cli import main
 from imagine.errors import ConfigError, WeightsError
 from imagine.meter import Meter, parameter_count, planned_kernels, profiled_peak
-from imagine.plan_inference import Choice, Drawing, Picture
+from imagine.plan_inference import OFFLOADS, Choice, Drawing, Picture
 from imagine.plan_training import Lesson, Recipe, Training
 from tests import tiny, tiny_models
 
@@ -139,7 +139,7 @@ def test_the_fastest_switches_that_fit_are_chosen(drawing: Drawing) -> None:
 
 
 def test_what_lies_on_the_device_follows_from_the_offload(drawing: Drawing) -> None:
-    plans = {offload: drawing.plan(Choice("bf16", offload)) for offload in ("none", "model", "sequential")}
+    plans = {offload: drawing.plan(Choice("bf16", offload)) for offload in OFFLOADS}
     parts = plans["none"].parts
     weights = {name: part.weights for name, part in parts.items()}
     assert weights["unet"] == 2 * parts["unet"].parameters  # bf16
@@ -285,5 +285,9 @@ def test_the_published_plan_is_what_the_command_says(run: Run, mark: str) -> Non
     assert command is not None
     code, out, _ = run(*command[1].split(), "--json")
     said = json.loads(out)
-    assert code == 0 and f"{said['peak'] / GIB:.1f} GiB" in row
+    published = re.search(r"\| (\d+\.\d) GiB \|", row)
+    assert code == 0 and published is not None
+    assert said["peak"] / GIB == pytest.approx(
+        float(published[1]), rel=0.03
+    )  # versions of the libraries differ a little
     assert f"{said['flops_step'] / 1e12:.1f}" in row
