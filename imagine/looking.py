@@ -168,7 +168,7 @@ class Looking:
         persona = Persona(features.float().cpu(), sight, (Face.of(crop, name),))
         if key is not None:
             while len(seen) >= MOST_KEPT:
-                seen.pop(next(iter(seen)))
+                seen.pop(next(iter(list(seen))), None)  # threads may draw at once
             seen[key] = persona
         return persona
 

@@ -68,20 +68,24 @@ class Personal(GuardedAttention, IPAdapters, Looking):
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """Return this pipeline around another one's components, not copied, nor cast unless `dtype` says so.
 
-        What is given by name replaces them. Adapters that are on the other pipeline's denoiser come along.
+        Parts given by keyword, as objects or as names of folders, replace them. Adapters on the other pipeline's
+        denoiser come along.
         """
         older = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", older)
         modules, options = cast(Any, cls)._get_signature_keys(cls)
         given = {name: part for name, part in pipeline.components.items() if name in modules}
         given |= {name: pipeline.config[name] for name in options if name in pipeline.config}
-        given |= kwargs
+        given |= {**kwargs, **load_parts(kwargs, dtype or pipeline.unet.dtype)}
         parameters = inspect.signature(cls.__init__).parameters
         lacking = [
             name for name in modules if name not in given and parameters[name].default is inspect.Parameter.empty
         ]
         if lacking:
             raise ConfigError(f"A {cls.__name__} also needs {lacking[0]}: give it, as in {lacking[0]}=...")
+        for part in (given[name] for name in modules if name in kwargs):
+            if isinstance(part, nn.Module) and pipeline.device.type != "meta" and not hasattr(part, "_hf_hook"):
+                part.to(pipeline.device)  # where the other components are, since diffusers asks only one of them
         made = cast(Any, cls)(**given)
         if isinstance(pipeline, Personal) and made.unet is pipeline.unet:
             made.text_adapter, made.adapter = pipeline.text_adapter, pipeline.adapter

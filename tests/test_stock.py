@@ -186,13 +186,15 @@ def test_keys_and_values_are_computed_once_per_picture(pipe: Any):
     assert watched and branches and counts == dict.fromkeys([*watched, *branches], 1)
 
 
-def test_from_pipe_shares_everything_and_casts_nothing():
+def test_from_pipe_shares_everything_and_casts_nothing(tmp_path: Path):
     stock = tiny_stock.stock()
     stock.unet.to(torch.bfloat16)
     pipe = ImaginePipeline.from_pipe(stock)
     assert all(getattr(pipe, name) is part for name, part in stock.components.items())
     assert pipe.unet.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
-    assert ImaginePipeline.from_pipe(pipe, vision_encoder=tiny_stock.encoder()).unet is stock.unet
+    tiny_stock.encoder().save_pretrained(tmp_path)
+    again = ImaginePipeline.from_pipe(pipe, vision_encoder=tmp_path)
+    assert again.unet is stock.unet and again.vision_encoder.dtype == torch.bfloat16
 
 
 def test_what_cannot_be_shown_is_one_sentence():
