@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -296,7 +296,10 @@ def twin_of(unet: Any) -> Any:
 def ip_adapter_plus(networks: Networks) -> dict[str, dict[str, Tensor]]:
     """A random IP-Adapter Plus for the denoiser, as diffusers takes it from memory."""
     unet = networks.unet
-    width, seen = int(unet.config.cross_attention_dim), int(networks.models["image_encoder"].config.hidden_size)
+    width, seen = (
+        int(unet.config.cross_attention_dim),
+        int(cast(Any, networks.models["image_encoder"]).config.hidden_size),
+    )
     dtype = next(unet.parameters()).dtype
     inner = min(width, seen) // 64 * 64
     block = torch.randn(2**20)

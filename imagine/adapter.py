@@ -68,7 +68,8 @@ class BranchSpec:
     the encoder's penultimate tokens, "linear" its pooled embedding. "plus" and "linear" make `tokens` of them; "plus"
     computes at `inner_width`, its heads together at `attention_width`.
     `absent` says what the branch reads where nobody is shown, as in guidance's unconditional pass: nothing ("off"), or
-    what its encoder makes of nothing ("zeros": a black picture, or a zero embedding), as IP-Adapters were trained.
+    what its encoder makes of nothing ("zeros": a normalised picture of zeros, which is grey, or a zero embedding), as
+    IP-Adapters were trained.
     `fusion` is "parallel", or "concatenated" for the paper's comparison: under the text's softmax. There a fresh
     branch takes attention from the text although its values are zero, so only strength 0 leaves the base as it is.
     """

@@ -215,7 +215,10 @@ def test_stock_pipelines_have_windows_and_blocks_too(xl: bool) -> None:
     assert torch.equal(draw(known, identity_window=(0, 1)), plain) and torch.equal(
         draw(known, identity_blocks=ONES), plain
     )
-    for nobody in ({"identity_window": (0, 0)}, {"identity_window": (1, 1)}, {"identity_blocks": {}}):
+    outside: list[dict[str, Any]] = [
+        {"identity_window": (0, 0)}, {"identity_window": (1, 1)}, {"identity_blocks": {}},
+    ]  # fmt: skip
+    for nobody in outside:
         assert torch.equal(draw(known, **nobody), alone)
     steps: list[int] = []
 

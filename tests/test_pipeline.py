@@ -413,7 +413,10 @@ def test_what_does_not_change_is_encoded_once(tmp_path: Path) -> None:
 def test_pictures_come_out_the_same_when_the_encoders_are_gone() -> None:
     pipe = tiny.pipeline()
     wanted, persona = draw(pipe, reference=tiny.photo(1)), pipe.enroll(tiny.photo(1))
-    embeds = {"prompt_embeds": pipe.encode_prompt(PROMPT), "negative_prompt_embeds": pipe.encode_prompt("")}
+    embeds: dict[str, Any] = {
+        "prompt_embeds": pipe.encode_prompt(PROMPT),
+        "negative_prompt_embeds": pipe.encode_prompt(""),
+    }
     pipe.free_encoders()
     assert not [name for name, part in pipe.components.items() if "encoder" in name and part is not None]
     assert torch.equal(draw(pipe, None, persona, **embeds), wanted)
