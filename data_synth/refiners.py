@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from data_synth.backends import Draft, Failed
 from data_synth.generators import BLOCKED, candidate_of, load_imagine, load_pipeline, noise_of
@@ -38,13 +37,14 @@ from data_synth.local_models import (
 )
 from data_synth.recognisers import make_finder
 from data_synth.records import Candidate, Reference
-from imagine.diffusion import add_noise, normalise_latents
+from imagine.diffusion import add_noise
 from imagine.errors import FaceError, PictureError, PromptError, WeightsError
 from imagine.faces import CROP_SIDE, FaceFinder, InsightFaceFinder
 from imagine.persona import Persona
 from imagine.photos import open_photo
 from imagine.pipeline import ImaginePipeline
 from imagine.records import FaceBox
+from imagine.second_pass import cells, ellipse_around, keep_outside, square_around
 from imagine.weights import default_folder
 
 NO_FACE = "no face to refine"
@@ -97,20 +97,7 @@ def whole_picture(image: Image.Image) -> Patch:
 def face_patch(image: Image.Image, box: FaceBox, region: Region) -> Patch:
     """The square round a face, and the ellipse in it that is put back."""
     place = square_around(box, image.size, region.around)
-    rows = torch.arange(place[1], place[3]) + 0.5 - box.centre[1]
-    columns = torch.arange(place[0], place[2]) + 0.5 - box.centre[0]
-    down, across = rows / (region.reach * box.height / 2), columns / (region.reach * box.width / 2)
-    radius = (down[:, None].square() + across[None, :].square()).sqrt()
-    return Patch(image, place, ((1 - radius) / region.edge).clamp(0, 1))
-
-
-def square_around(box: FaceBox, size: tuple[int, int], around: float) -> tuple[int, int, int, int]:
-    """The square round a face as left, top, right, bottom, moved and if need be shrunk to lie within the picture."""
-    side = max(1, min(round(around * max(box.width, box.height)), *size))
-    left, top = (
-        min(max(round(centre - side / 2), 0), longest - side) for centre, longest in zip(box.centre, size, strict=True)
-    )
-    return left, top, left + side, top + side
+    return Patch(image, place, ellipse_around(box, place, region.reach, region.edge))
 
 
 def fitted(size: tuple[int, int], usual: int, step: int) -> tuple[int, int]:
@@ -208,12 +195,12 @@ class ImagineRefiner:
         settings, pipe = self.settings, self.pipe
         persona = self._persona(draft.reference)
         size = fitted(patch.part.size, int(pipe.unet.config.sample_size) * pipe.vae_scale_factor, _step(pipe))
-        clean = encode(pipe, patch.part.resize(size, Image.Resampling.LANCZOS))
+        clean = encoded(pipe, patch.part.resize(size, Image.Resampling.LANCZOS))
         noise = torch.randn(clean.shape, generator=_noise(draft)).to(clean.device)
         levels = [settings.strength * (settings.steps - number) / settings.steps for number in range(settings.steps)]
         keep = None
         if patch.opacity is not None:
-            keep = keep_outside(clean, noise, levels, _cells(patch.opacity, clean))
+            keep = keep_outside(clean, noise, levels, cells(patch.opacity, clean))
         out = pipe(
             draft.ask.prompt,
             persona,
@@ -262,37 +249,9 @@ class InpaintRefiner(ImagineRefiner):
         return [refined(draft, cut, self._draw) for draft in drafts]
 
 
-def encode(pipe: ImaginePipeline, image: Image.Image) -> Tensor:
-    """A picture as normalised latents (1, channels, height, width) in float32: what the pipeline decodes, backwards."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    out = pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype))
-    latents = (out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent).float()
-    latents = latents * float(getattr(pipe.vae.config, "scaling_factor", 1.0) or 1.0)
-    mean, std = pipe.config.latents_mean, pipe.config.latents_std
-    if mean is None or std is None:
-        return latents
-    return normalise_latents(latents, torch.tensor(mean), torch.tensor(std))
-
-
-def keep_outside(
-    clean: Tensor, noise: Tensor, levels: Sequence[float], redrawn: Tensor
-) -> Callable[..., dict[str, Tensor]]:
-    """A callback that after every step puts back the clean latents, noised to the step's level, where not `redrawn`.
-
-    clean, noise: (1, channels, h, w). levels: at which each step begins. redrawn: (1, 1, h, w), bool.
-    """
-    ends = [*levels[1:], 0.0]
-
-    def put_back(pipe: Any, number: int, timestep: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = add_noise(clean, noise, torch.tensor([ends[number]], device=clean.device))
-        return {"latents": torch.where(redrawn, tensors["latents"], kept)}
-
-    return put_back
-
-
-def _cells(opacity: Tensor, latents: Tensor) -> Tensor:
-    """Which latents (1, 1, h, w) some of the shown pixels hang on."""
-    return F.adaptive_max_pool2d(opacity[None, None], latents.shape[-2:]).to(latents.device) > 0
+def encoded(pipe: ImaginePipeline, image: Image.Image) -> Tensor:
+    """A picture as normalised latents (1, channels, height, width) in float32."""
+    return pipe.encode_pictures(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255)
 
 
 def _step(pipe: Any) -> int:

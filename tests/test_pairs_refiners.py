@@ -18,16 +18,15 @@ from data_synth.refiners import (
     InpaintRefiner,
     IPAdapterRefiner,
     Region,
-    encode,
+    encoded,
     face_patch,
     fitted,
-    keep_outside,
-    square_around,
     whole_picture,
 )
 from imagine.errors import WeightsError
 from imagine.faces import KnownGeometry
 from imagine.records import FaceBox
+from imagine.second_pass import keep_outside, square_around
 from tests import tiny, tiny_models
 from tests.tiny_models import pixels
 
@@ -127,7 +126,7 @@ def test_little_strength_changes_little(ours: Path) -> None:
     faint = refiner(ours, strength=1e-4, steps=1)
     pipe = faint.pipe
     with torch.no_grad():
-        latents = encode(pipe, image.resize((32, 32), Image.Resampling.LANCZOS))
+        latents = encoded(pipe, image.resize((32, 32), Image.Resampling.LANCZOS))
         coded = pipe._decode(latents, "pil")[0].resize((64, 64), Image.Resampling.LANCZOS)
     (after,) = refined(faint, one)
     assert np.abs(pixels(after).astype(int) - np.asarray(coded)).max() <= 3
