@@ -21,7 +21,11 @@ from typing import Any, cast
 
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
@@ -235,8 +239,9 @@ class ParallelAttention:
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """One softmax attention; (batch, heads, length, head width) in, (batch, length, inner) out."""
         backend = self._attention_backend
-        if mask is not None and backend is not None and backend not in MASKED_BACKENDS:
-            backend = AttentionBackendName.NATIVE
+        if mask is not None:  # None is the active one: the environment's, or that of diffusers' attention_backend()
+            acts = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
+            backend = backend if acts in MASKED_BACKENDS else AttentionBackendName.NATIVE
         rows = [states.transpose(1, 2) for states in (query, key, value)]
         return dispatch_attention_fn(*rows, attn_mask=mask, backend=backend).flatten(2)
 

@@ -34,9 +34,14 @@ class GuardedAttention:
             ) from error
 
     def reset_attention_backend(self) -> None:
-        """Go back to the default backend."""
+        """Go back to the default backend: the environment's, or PyTorch's own."""
+        from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+        from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
+
         with hushed():
             self.unet.reset_attention_backend()
+        # Setting one for the denoiser made it the active one, which processors without one of their own use.
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName(DIFFUSERS_ATTN_BACKEND))
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
         """What enable_ and disable_xformers_memory_efficient_attention call: xformers, as a backend beside adapters."""

@@ -4,7 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 
+from imagine import attention
 from imagine.attention import attention_layers
 from imagine.errors import ConfigError, WeightsError
 from tests import tiny, tiny_stock
@@ -19,8 +25,6 @@ def xl(request: Any) -> bool:
 @pytest.fixture
 def _own_backend() -> Iterator[None]:
     """Backends are also global to diffusers; put the default back."""
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
     yield
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
@@ -36,6 +40,25 @@ def test_another_backend_keeps_the_adapter(xl: bool, backend: str):
     pipe.load_adapter(tiny_stock.identity(pipe.unet, seed=9))
     assert not same(draw(pipe, reference=tiny.photo(1)), before)
     pipe.reset_attention_backend()
+
+
+@pytest.mark.usefixtures("_own_backend")
+def test_padding_is_never_left_to_a_backend_without_masks(monkeypatch: pytest.MonkeyPatch):
+    """The active backend counts too: the environment's, or that of diffusers' own context."""
+    pipe = tiny_stock.personal(tiny_stock.stock())
+    plain: Any = dispatch_attention_fn
+    seen = []
+
+    def watched(*rows: Any, attn_mask: Any, backend: Any) -> Any:
+        seen.append((attn_mask is not None, backend))
+        return plain(*rows, attn_mask=attn_mask, backend=AttentionBackendName.NATIVE)  # there is no flash here
+
+    monkeypatch.setattr(attention, "dispatch_attention_fn", watched)
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.FLASH)
+    draw(pipe, ["a person"] * 2, reference=[tiny.photo(1), [tiny.photo(2), tiny.photo(3)]], num_inference_steps=1)
+    assert set(seen) == {(True, AttentionBackendName.NATIVE), (False, None)}
+    pipe.reset_attention_backend()
+    assert _AttentionBackendRegistry.get_active_backend()[0] == AttentionBackendName.NATIVE
 
 
 def test_nothing_takes_the_adapter_off_unseen():
