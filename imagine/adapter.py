@@ -392,7 +392,8 @@ def _ours(name: str, attn: Attention) -> ParallelAttention:
         return ParallelAttention(name, processor, ())
     raise WeightsError(
         f"The denoiser's layer {name} uses {type(processor).__name__} instead of the stock AttnProcessor2_0; undo "
-        "attention slicing, xformers or an IP-Adapter with set_attn_processor(AttnProcessor2_0()), then attach."
+        "attention slicing or xformers with set_attn_processor(AttnProcessor2_0()), an IP-Adapter with "
+        "unload_ip_adapter(), then attach."
     )
 
 

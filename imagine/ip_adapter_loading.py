@@ -20,6 +20,7 @@ from imagine.errors import ConfigError, WeightsError
 from imagine.ip_adapter import (
     ENCODER_FOLDER,
     ImportReport,
+    IPAdapterFile,
     check_encoder,
     import_adapter,
     load_encoder,
@@ -62,13 +63,15 @@ class IPAdapters:
         Arguments are those of diffusers' load_ip_adapter: a hub id or folder with subfolder and weight_name, or a state
         dict, and lists of these; a file's own path will do too. The image encoder is loaded if the pipeline has none,
         from image_encoder_folder (below subfolder, unless it has a slash in it); None loads none.
+        An image encoder that an adapter does not fit is replaced by the one that lies there.
         Raises WeightsError or ConfigError, in one sentence, and then leaves everything as it was.
         """
+        self._check_at_hand()
         sources, subfolders, names = _lists(pretrained_model_name_or_path_or_dict, subfolder, weight_name)
         hub = _hub_options(kwargs)
         files = [read_ip_adapter(*each, **hub) for each in zip(sources, subfolders, names, strict=True)]
         made = [import_adapter(file, self._bare_unet(), f"ip_{number}") for number, file in enumerate(files)]
-        encoder = self._encoder_for(sources, subfolders, image_encoder_folder, hub)
+        encoder = self._encoder_for(files, sources, subfolders, image_encoder_folder, hub)
         if encoder is not None:
             for file in files:
                 check_encoder(file.layout, encoder)
@@ -105,6 +108,8 @@ class IPAdapters:
     def unload_ip_adapter(self) -> None:
         """Take all IP-Adapters off the denoiser, and the image encoder off the pipeline, as diffusers does."""
         pipe = cast(Any, self)
+        if self._has_stock_ip_adapter:
+            cast(Any, super()).unload_ip_adapter()
         self._detach_ip_adapters()
         if getattr(self, "image_encoder", None) is not None:
             self.image_encoder = None
@@ -112,6 +117,15 @@ class IPAdapters:
         if not hasattr(self, "safety_checker") and getattr(self, "feature_extractor", None) is not None:
             self.feature_extractor = None  # the safety checker would need it
             pipe.register_to_config(feature_extractor=[None, None])
+
+    @property
+    def _has_stock_ip_adapter(self) -> bool:
+        """Whether diffusers' own IP-Adapter is on the denoiser, from before the pipeline was made to know people."""
+        return getattr(self.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+
+    def _check_at_hand(self) -> None:
+        if self.unet.device.type == "meta":
+            raise ConfigError("The denoiser's weights are away: load adapters before enable_sequential_cpu_offload.")
 
     def _detach_ip_adapters(self) -> None:
         for adapter in self.ip_adapters:
@@ -123,11 +137,19 @@ class IPAdapters:
         return cast(nn.Module, getattr(self.unet, "_orig_mod", self.unet))
 
     def _encoder_for(
-        self, sources: Sequence[Any], subfolders: Sequence[str | None], folder: str | None, hub: Mapping[str, Any]
+        self,
+        files: Sequence[IPAdapterFile],
+        sources: Sequence[Any],
+        subfolders: Sequence[str | None],
+        folder: str | None,
+        hub: Mapping[str, Any],
     ) -> Any:
-        """The pipeline's image encoder, or the one that lies beside the first file; None if none is wanted."""
-        if not hasattr(self, "image_encoder") or self.image_encoder is not None or folder is None:
-            return getattr(self, "image_encoder", None)
+        """The pipeline's image encoder if it fits, else the one beside the first file; None if none is wanted."""
+        present = getattr(self, "image_encoder", None)
+        if not hasattr(self, "image_encoder") or folder is None:
+            return present
+        if present is not None and (isinstance(sources[0], Mapping) or _fits(files, present)):
+            return present
         if isinstance(sources[0], Mapping):
             raise ConfigError(
                 "No image encoder lies beside a state dict: pass image_encoder_folder=None, and give the pipeline an "
@@ -139,8 +161,9 @@ class IPAdapters:
     def _register(self, encoder: Any) -> None:
         """Make encoder and feature extractor components of the pipeline, where it has none."""
         pipe = cast(Any, self)
-        if encoder is not None and self.image_encoder is None:
+        if encoder is not None and self.image_encoder is not encoder:
             pipe.register_modules(image_encoder=encoder.to(pipe.device))
+            pipe.maybe_free_model_hooks()  # if models are offloaded, the new one is too from now on
         if hasattr(self, "feature_extractor") and self.feature_extractor is None:
             from transformers import CLIPImageProcessor
 
@@ -212,6 +235,15 @@ def _lists(source: Any, subfolder: Any, weight_name: Any) -> tuple[list[Any], li
         raise ConfigError("Sources, subfolder and weight_name must be lists of one length, an entry per IP-Adapter.")
     sources, subfolders, names = (each * count if len(each) == 1 else each for each in given)
     return sources, subfolders, names
+
+
+def _fits(files: Sequence[IPAdapterFile], encoder: Any) -> bool:
+    try:
+        for file in files:
+            check_encoder(file.layout, encoder)
+    except WeightsError:
+        return False
+    return True
 
 
 def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:

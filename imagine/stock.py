@@ -36,13 +36,14 @@ from imagine.persona import Persona
 from imagine.records import Tokens
 from imagine.sampling import VISION
 from imagine.stock_attention import GuardedAttention
-from imagine.stock_call import Batch, Parts, Running, by_name, merged, placed, read_call
+from imagine.stock_call import Batch, Parts, Running, by_name, merged, picked, placed, read_call
 from imagine.stock_files import HUB_OPTIONS, load_parts, save_beside, saved_beside
-from imagine.weights import STOCK_PIPELINES, hushed, resolve_folder
+from imagine.weights import STOCK_PIPELINES, dtype_word, hushed, resolve_folder
 
 T5, BYT5 = "t5", "byt5"  # the text branches, as text adapters call them
 TEXT_BRANCHES = (T5, BYT5)
-ENCODERS = ("t5_encoder", "byt5_encoder", "vision_encoder")  # what we add to a stock pipeline's models
+# What we add to a stock pipeline's models, in the order in which a call runs them: offloading relies on it.
+ENCODERS = ("vision_encoder", "t5_encoder", "byt5_encoder")
 COMPONENTS = (*ENCODERS, "t5_tokenizer", "byt5_tokenizer")
 
 
@@ -106,8 +107,10 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         finder = kwargs.pop("finder", None)
         folder = resolve_folder(source, STOCK_PIPELINES, kwargs.get("variant"), **hub)
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        kwargs |= load_parts(kwargs, dtype if isinstance(dtype, torch.dtype) else None, **hub)
+        dtype = _name_dtype(kwargs)
+        modules = cast(Any, cls)._get_signature_keys(cls)[0]  # the other arguments are the loader's
+        parts = {name: each for name, each in kwargs.items() if name in modules or name in COMPONENTS}
+        kwargs |= load_parts(parts, dtype, **hub)
         kwargs.setdefault("use_safetensors", True)
         with hushed(), in_a_sentence(folder):
             pipe = cast(Any, super()).from_pretrained(os.fspath(folder), **kwargs)
@@ -119,7 +122,8 @@ class Personal(GuardedAttention, IPAdapters, Looking):
     @classmethod
     def from_single_file(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As the stock loader; without a network, give `config`, a local folder of a pipeline of the same kind."""
-        kwargs |= load_parts({name: each for name, each in kwargs.items() if name in COMPONENTS}, kwargs.get("dtype"))
+        dtype = _name_dtype(kwargs)
+        kwargs |= load_parts({name: each for name, each in kwargs.items() if name in COMPONENTS}, dtype)
         try:
             with hushed():
                 return cast(Any, super()).from_single_file(os.fspath(source), **kwargs)
@@ -157,8 +161,7 @@ class Personal(GuardedAttention, IPAdapters, Looking):
 
         One with the branch "vision" becomes `adapter`; one with text branches only becomes `text_adapter`.
         """
-        if self.unet.device.type == "meta":
-            raise ConfigError("The denoiser's weights are away: load adapters before enable_sequential_cpu_offload.")
+        self._check_at_hand()
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.denoiser)
         names = {spec.name for spec in adapter.branch_specs}
         if unknown := names - {VISION, *TEXT_BRANCHES}:
@@ -244,10 +247,10 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         Raises ImagineError with one sentence where what we add is used wrongly.
         """
         draw, window = cast(Any, super()).__call__, Window.read(identity_window)
-        given = by_name(draw, arguments, options)
-        pictured = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
+        given = by_name(draw, arguments, options, _OURS)
         if not self._adapters():
-            if reference is not None or pictured != (None, None):
+            pictured = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
+            if reference is not None or (pictured and not self._has_stock_ip_adapter):
                 raise WeightsError(
                     "Nothing on the denoiser can show a reference: load_adapter or load_ip_adapter first, or leave the "
                     "reference out."
@@ -255,10 +258,11 @@ class Personal(GuardedAttention, IPAdapters, Looking):
             return draw(**given)
         check_attached(self.denoiser, self._adapters())
         self._settle()
+        pictured = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
+        given["cross_attention_kwargs"] = kwargs = dict(given.get("cross_attention_kwargs") or {})
         try:
             batch, requests = read_call(self, draw, given, reference)
             personas = self._see(requests, face, on_no_face)
-            given["cross_attention_kwargs"] = kwargs = dict(given.get("cross_attention_kwargs") or {})
             text, person = (
                 self._text(given, batch, branch_embeds, negative_branch_embeds),
                 self._identity(personas, identity_scale, block_factors(self.denoiser, identity_blocks), batch),
@@ -268,6 +272,7 @@ class Personal(GuardedAttention, IPAdapters, Looking):
             Running(self, batch, kwargs, lambda acts: merged(*parts[acts], theirs()), window).follow(given)
             out = draw(**given)
         finally:
+            kwargs.pop("conditioning", None)  # the stock pipeline keeps this dict until its next call
             self._rest()
         if hasattr(out, "images"):
             out.faces = [one for people in personas for persona in people for one in persona.faces]
@@ -312,20 +317,43 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         """The text branches of all rows that the text adapter reads."""
         if self.text_adapter is None:
             return Parts()
+        words: list[str] = []
         if positive is None:
             if given.get("prompt") is None:
                 raise PromptError(
                     "The text adapter reads the sentence too: with prompt_embeds, also give branch_embeds, which "
                     "encode_branches makes of it."
                 )
-            positive = self.encode_branches(given["prompt"])
+            words = [given["prompt"]] if isinstance(given["prompt"], str) else list(given["prompt"])
+        count = len(words)
         if negative is None and batch.guided:
-            words = given.get("negative_prompt") or ""
-            negatives = [words] if isinstance(words, str) else list(words)
-            negative = self.encode_branches(negatives * batch.prompts if len(negatives) == 1 else negatives)
-        return Parts(
-            {name: batch.rows(each, None if negative is None else negative[name]) for name, each in positive.items()}
-        )
+            unwanted = given.get("negative_prompt") or ""
+            negatives = [unwanted] if isinstance(unwanted, str) else list(unwanted)
+            words += negatives * batch.prompts if len(negatives) == 1 else negatives
+        # All at once: an encoder that is offloaded comes to the device once a call, and leaves when the next one comes.
+        read = self.encode_branches(words) if words else {}
+        wanted = {name: picked(each, slice(count)) for name, each in read.items()}
+        unread = {name: picked(each, slice(count, None)) for name, each in read.items()}
+        if positive is not None:
+            wanted = self._branches("branch_embeds", positive, batch.prompts)
+        if negative is not None and batch.guided:
+            unread = self._branches("negative_branch_embeds", negative, batch.prompts)
+        return Parts({name: batch.rows(each, unread[name] if batch.guided else None) for name, each in wanted.items()})
+
+    def _branches(self, argument: str, given: Mapping[str, Tokens], count: int) -> dict[str, Tokens]:
+        """Text branches given as an argument, where the denoiser will run. Raises PromptError if they do not fit."""
+        assert self.text_adapter is not None
+        names = [spec.name for spec in self.text_adapter.branch_specs]
+        if missing := [name for name in names if name not in given]:
+            raise PromptError(
+                f"{argument} lacks {missing[0]}, which the text adapter reads: give all that encode_branches made."
+            )
+        if wrong := [name for name in names if len(given[name].values) != count]:
+            raise PromptError(
+                f"{argument} has {len(given[wrong[0]].values)} rows of {wrong[0]} for {count} prompts: give one each."
+            )
+        device = cast(Any, self)._execution_device
+        return {name: placed(given[name], device, self.unet.dtype) for name in names}
 
     @torch.no_grad()
     def encode_branches(self, prompts: "str | Sequence[str]") -> dict[str, Tokens]:
@@ -344,7 +372,9 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         )  # fmt: skip
         read = {T5: readers.encode_t5, BYT5: readers.encode_byt5}
         sentences = [prompts] if isinstance(prompts, str) else list(prompts)
-        return {name: placed(read[name](sentences), mine._execution_device, self.unet.dtype) for name in names}
+        each = list(dict.fromkeys(sentences))  # the negative of a batch, above all, is usually one sentence
+        rows = [each.index(sentence) for sentence in sentences]
+        return {name: picked(placed(read[name](each), mine._execution_device, self.unet.dtype), rows) for name in names}
 
     def free_encoders(self) -> None:
         """Drop every encoder for good, to make room: from then on give personas, prompt_embeds and branch_embeds."""
@@ -357,6 +387,24 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+_OURS = tuple(
+    name
+    for name, each in inspect.signature(Personal.__call__).parameters.items()
+    if each.kind is inspect.Parameter.KEYWORD_ONLY
+)
+
+
+def _name_dtype(kwargs: dict[str, Any]) -> "torch.dtype | None":
+    """Call the precision in a loader's arguments as this diffusers does; return it, unless it is "auto" or so."""
+    older = kwargs.pop("torch_dtype", None)
+    dtype = kwargs.pop("dtype", older)
+    if dtype is not None:
+        from diffusers import DiffusionPipeline
+
+        kwargs[dtype_word(DiffusionPipeline)] = dtype
+    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _reason(error: Exception) -> str:

@@ -5,8 +5,9 @@ add must have its rows in that order. It also hands one dict, `cross_attention_k
 so a call that a callback changes on its way (diffusers' cutoffs of guidance and of IP-Adapters) changes that dict.
 """
 
+import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -16,11 +17,15 @@ from torch import Tensor
 
 from imagine.adapter import prepare
 from imagine.controls import Window
+from imagine.errors import ConfigError
 from imagine.records import Conditioning, Scale, Tokens
 from imagine.request import Request, read_requests
 from imagine.sampling import join, repeat
 
 Scales = Mapping[str, "Scale | Mapping[str, Scale]"]
+
+DEPRECATED = ("callback", "callback_steps")  # which some stock calls still read from their **kwargs
+ELSEWHERE = ("refine_faces", "identity_guidance_scale", "guidance_balance")  # what ImaginePipeline's own loop takes
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,26 @@ def merged(*parts: Parts) -> Conditioning:
     )
 
 
-def by_name(call: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
-    """A stock call's arguments by name, however they were given."""
+def by_name(
+    call: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], ours: Collection[str] = ()
+) -> dict[str, Any]:
+    """A stock call's arguments by name, however they were given.
+
+    `ours` are further arguments that the user may have meant. Raises ConfigError if there is no such argument.
+    """
     signature = inspect.signature(call)
-    named = dict(signature.bind(*arguments, **options).arguments)
+    known = [name for name, each in signature.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    taken = {*known, *(DEPRECATED if len(known) < len(signature.parameters) else ())}
+    for name in options:
+        if name in ELSEWHERE:
+            raise ConfigError(f"Pipelines of stock Stable Diffusion take no {name}, which is ImaginePipeline's own.")
+        if name not in taken:  # where a stock call takes any name, it would overlook this one
+            near = difflib.get_close_matches(name, [*known, *ours], n=1)
+            raise ConfigError(f"This pipeline takes no {name!r}{f'; is it {near[0]}?' if near else ': leave it out.'}")
+    try:
+        named = dict(signature.bind(*arguments, **options).arguments)
+    except TypeError as error:
+        raise ConfigError(f"These arguments do not fit the pipeline's call: {error}.") from error
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named |= named.pop(parameter.name, {})
@@ -179,3 +200,8 @@ def placed(tokens: Tokens, device: torch.device, dtype: torch.dtype) -> Tokens:
     """Tokens on a device, in a precision."""
     mask = None if tokens.mask is None else tokens.mask.to(device)
     return Tokens(tokens.values.to(device, dtype), mask)
+
+
+def picked(tokens: Tokens, rows: "slice | Sequence[int]") -> Tokens:
+    """Some rows of tokens, in the order asked for."""
+    return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from diffusers.image_processor import IPAdapterMaskProcessor
 from safetensors.torch import save_file
 
@@ -238,6 +240,10 @@ def test_what_cannot_be_loaded_leaves_everything_as_it_was(repository: Path) -> 
         with pytest.raises(ImagineError, match=says):
             ours.load_ip_adapter(source, **options)
     ours.register_modules(image_encoder=None)
+    cpu_offload(ours.unet, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="before enable_sequential_cpu_offload"):
+        ours.load_ip_adapter(repository, subfolder="models", weight_name="full.safetensors")
+    remove_hook_from_submodules(ours.unet)
     with pytest.raises(WeightsError, match="of width 24, but the image encoder's are 26 wide"):
         ours.load_ip_adapter(
             repository, subfolder="models", weight_name="plus.safetensors", image_encoder_folder="other/image_encoder"
@@ -253,6 +259,19 @@ def test_what_cannot_be_loaded_leaves_everything_as_it_was(repository: Path) -> 
         draw(ours, **image)
     ours.register_modules(image_encoder=tiny_ip.encoder())
     assert torch.equal(draw(ours, **image), picture)
+
+
+def test_an_encoder_that_does_not_fit_is_replaced_and_offloaded_as_the_others_are(repository: Path) -> None:
+    _, ours = fresh()
+    wrong = tiny_ip.encoder(tokens=26, pooled=14)
+    ours.register_modules(image_encoder=wrong)
+    ours.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(WeightsError, match="of width 24, but the image encoder's are 26 wide"):
+        ours.load_ip_adapter(repository, "models", "plus.safetensors", image_encoder_folder=None)
+    assert ours.image_encoder is wrong
+    ours.load_ip_adapter(repository, "models", "plus.safetensors")
+    assert ours.image_encoder is not wrong and hasattr(ours.image_encoder, "_hf_hook")
+    draw(ours, ip_adapter_image=tiny.photo(1))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from imagine.adapter import Adapter, BranchSpec
-from imagine.errors import ConfigError, WeightsError
+from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.pipeline import ImaginePipeline
+from imagine.records import Tokens
 from imagine.stock import Personal, imagined
-from tests import tiny, tiny_stock
+from tests import tiny, tiny_ip, tiny_stock
 from tests.tiny_stock import OTHER, PROMPT, draw, same
 
 
@@ -168,6 +169,56 @@ def test_letters_and_sentence_reach_the_text_branches(stock: Any):
     assert same(copies[:1], read)
     pipe.unload_adapter("text_adapter")
     assert torch.equal(draw(pipe, OTHER), draw(stock, OTHER))
+
+
+def test_encoders_run_once_each_in_the_order_of_offloading(xl: bool):
+    pipe = tiny_stock.personal(tiny_stock.stock(xl), **tiny_stock.readers())
+    pipe.load_adapter(tiny.text_adapter(pipe.unet))
+    order: list[str] = []
+    names = ("t5_encoder", "byt5_encoder", "vision_encoder", "text_encoder", "unet")
+    for name in names:
+        getattr(pipe, name).register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    draw(pipe, [OTHER, PROMPT], reference=tiny.photo(1), guidance_scale=3.0, num_inference_steps=1)
+    ran = list(dict.fromkeys(order))
+    assert ran == [name for name in type(pipe).model_cpu_offload_seq.split("->") if name in names]
+    assert all(order.count(name) == 1 for name in ran[:3])
+
+
+def test_branch_embeds_are_brought_to_the_denoiser_or_refused():
+    pipe = tiny_stock.personal(tiny_stock.stock(), **tiny_stock.readers())
+    pipe.load_adapter(tiny.text_adapter(pipe.unet))
+    wanted, embeds = draw(pipe, OTHER), pipe.encode_branches(OTHER)
+    double = {name: Tokens(each.values.double(), each.mask) for name, each in embeds.items()}
+    assert same(draw(pipe, OTHER, branch_embeds=double), wanted)
+    for given, says in (
+        ({"branch_embeds": {"t5": embeds["t5"]}}, "branch_embeds lacks byt5"),
+        ({"negative_branch_embeds": {"byt5": embeds["byt5"]}}, "negative_branch_embeds lacks t5"),
+        ({"branch_embeds": pipe.encode_branches([OTHER, PROMPT])}, "2 rows of t5 for 1 prompts"),
+    ):
+        with pytest.raises(PromptError, match=says):
+            draw(pipe, OTHER, **given)
+
+
+def test_a_pipeline_with_diffusers_own_ip_adapter_draws_on_and_lets_go_of_it():
+    parts = tiny_ip.components(False)
+    stock = diffusers.StableDiffusionPipeline(**parts)
+    stock.set_progress_bar_config(disable=True)
+    size = {"height": 16, "width": 16}
+    plain = draw(stock, **size)
+    file = tiny_ip.nested(tiny_ip.tensors("plus", stock.unet, 0))
+    stock.load_ip_adapter(file, subfolder="", weight_name="", image_encoder_folder=None)
+    eyes, shown = stock.image_encoder, draw(stock, ip_adapter_image=tiny.photo(1), **size)
+    pipe = ImaginePipeline.from_pipe(stock)
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(pipe, ip_adapter_image=tiny.photo(1), **size), shown)
+    for load in (lambda: pipe.load_ip_adapter(file), lambda: pipe.load_adapter(tiny_stock.identity(pipe.unet))):
+        with pytest.raises(WeightsError, match="unload_ip_adapter"):
+            load()
+    pipe.unload_ip_adapter()
+    assert torch.equal(draw(pipe, **size), plain)
+    pipe.register_modules(image_encoder=eyes)
+    pipe.load_ip_adapter(file)
+    assert same(draw(pipe, ip_adapter_image=tiny.photo(1), **size), shown)
 
 
 def test_keys_and_values_are_computed_once_per_picture(pipe: Any):

@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 
+from imagine.errors import ConfigError
 from imagine.records import Conditioning, Tokens
 from imagine.stock import imagined
 from imagine.stock_call import Batch, by_name, last_rows, read_call
@@ -32,13 +33,35 @@ def pipe(xl: bool) -> Any:
 def test_a_calls_arguments_by_name_and_the_batch_that_it_draws():
     def stock(prompt: Any, height: int = 0, guidance_scale: float = 7.5, **kwargs: Any) -> None: ...
 
-    assert by_name(stock, ("a", 8), {"eta": 1.0}) == {"prompt": "a", "height": 8, "eta": 1.0}
+    assert by_name(stock, ("a", 8), {"callback_steps": 1}) == {"prompt": "a", "height": 8, "callback_steps": 1}
     pipe = tiny_stock.stock()
     assert read_call(pipe, stock, {"prompt": "a"}, None)[0] == Batch(1, 1, True)
     given = {"prompt": ["a", "b"], "num_images_per_prompt": 3, "guidance_scale": 1.0}
     assert read_call(pipe, stock, given, None)[0] == Batch(2, 3, False)
     pipe.unet.register_to_config(time_cond_proj_dim=8)  # as LCM's own denoisers have: they are never guided
     assert read_call(pipe, stock, {"prompt_embeds": torch.zeros(2, 3, 4)}, None)[0] == Batch(2, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"refine_faces": True}, "ImaginePipeline's own"),
+        ({"identity_guidance_scale": 3.0}, "ImaginePipeline's own"),
+        ({"guidance_balance": True}, "ImaginePipeline's own"),
+        ({"identity_scales": 0.5}, "is it identity_scale[?]"),
+        ({"num_inference_step": 2}, "is it num_inference_steps[?]"),
+        ({"prompt": "twice"}, "multiple values"),
+    ],
+)
+def test_an_argument_that_there_is_not_is_a_sentence(pipe: Any, options: dict[str, Any], says: str):
+    with pytest.raises(ConfigError, match=says) as caught:
+        pipe("a person", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_of_a_call_is_kept_when_it_has_ended(pipe: Any):
+    draw(pipe, reference=tiny.photo(1), cross_attention_kwargs={"scale": 1.0})
+    assert pipe.cross_attention_kwargs == {"scale": 1.0}
 
 
 def test_words_for_people_are_put_into_every_prompt():

@@ -224,6 +224,13 @@ def test_identity_acts_from_a_single_file(base: str, tmp_path: Path):
     pipe = imagined(type(stock)).from_single_file(
         tmp_path / "model.safetensors", config=str(tmp_path / "config"), **parts
     )
+    if not xl:
+        tiny_stock.encoder().save_pretrained(tmp_path / "encoder")
+        given: dict[str, Any] = {"vision_encoder": tmp_path / "encoder", "torch_dtype": torch.bfloat16}
+        half = type(pipe).from_single_file(
+            tmp_path / "model.safetensors", config=str(tmp_path / "config"), **parts, **given
+        )
+        assert half.vision_encoder.dtype == half.unet.dtype == torch.bfloat16
     for part in ("unet", "text_encoder", *(["text_encoder_2"] if xl else [])):
         read = getattr(pipe, part).state_dict()
         assert all(torch.equal(each, read[name]) for name, each in getattr(stock, part).state_dict().items())

@@ -41,9 +41,12 @@ def test_saved_and_loaded_it_draws_the_same_and_the_folder_stays_a_stock_one(xl:
 
 def test_a_stock_folder_becomes_a_pipeline_that_knows_people(xl: bool, tmp_path: Path):
     stock = tiny_stock.stock(xl)
-    stock.save_pretrained(tmp_path / "stock")
+    stock.save_pretrained(tmp_path / "stock", variant="fp16")
     tiny_stock.encoder().save_pretrained(tmp_path / "encoder")
-    pipe = ImaginePipeline.from_pretrained(tmp_path / "stock", vision_encoder=tmp_path / "encoder", dtype=torch.float32)
+    assert (tmp_path / "stock" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    pipe = ImaginePipeline.from_pretrained(
+        tmp_path / "stock", vision_encoder=tmp_path / "encoder", dtype=torch.float32, variant="fp16"
+    )
     pipe.set_progress_bar_config(disable=True)
     assert type(pipe) is imagined(type(stock)) and torch.equal(draw(pipe), draw(stock))
     assert pipe.encoder_fingerprint == fingerprint(tiny_stock.encoder())
