@@ -1,4 +1,4 @@
-"""Devices to plan for: how fast they are, how much memory they have, and what people write for both.
+"""Devices to plan for: how fast they are, what they hold beside tensors, and how people write speeds and sizes.
 
 Speeds of cards are the makers' figures for dense half-precision products summed in float32; the sources are NVIDIA's
 data sheets and its white papers on the Ampere and Ada architectures. A network never reaches them: `UTILISATION` is the
@@ -20,31 +20,19 @@ RESERVE = 0.6 * GIB
 SLACK = 0.03  # of everything else
 
 
-@dataclass(frozen=True)
-class Card:
-    """A graphics card: FLOP a second in half precision, and memory in GiB (which boxes call GB)."""
-
-    name: str
-    flops: float
-    memory: int
-
-
-CARDS = {
-    card.name: card
-    for card in (
-        Card("t4", 65e12, 16),
-        Card("v100", 125e12, 32),
-        Card("rtx3060", 25.5e12, 12),
-        Card("rtx3090", 71e12, 24),
-        Card("rtx4060ti", 44e12, 16),
-        Card("rtx4090", 165e12, 24),
-        Card("l4", 121e12, 24),
-        Card("l40s", 362e12, 48),
-        Card("a100", 312e12, 80),
-        Card("h100", 989e12, 80),
-    )
+CARDS = {  # FLOP a second in half precision
+    "t4": 65e12,
+    "v100": 125e12,
+    "rtx3060": 25.5e12,
+    "rtx3090": 71e12,
+    "rtx4060ti": 44e12,
+    "rtx4090": 165e12,
+    "l4": 121e12,
+    "l40s": 362e12,
+    "a100": 312e12,
+    "h100": 989e12,
 }
-SHOWN = ("rtx3060", "rtx4090", "a100", "h100")  # what times are given for where nobody names a device
+SHOWN = ("rtx3060", "rtx3090", "rtx4090", "a100", "h100")  # what times are given for where nobody names a device
 HERE = "here"
 
 
@@ -69,7 +57,7 @@ def speeds(device: str | None, flops: str | None, half: bool) -> dict[str, Speed
         raise ConfigError(f"There is no device {device!r}: choose from {', '.join(CARDS)}, {HERE}, or give --flops.")
     share = UTILISATION * (1 if half else 0.25)
     how = f"{share:.0%} of the card's published half-precision speed, an assumption"
-    return {name: Speed(CARDS[name].flops * share, how) for name in ([device] if device else SHOWN)}
+    return {name: Speed(CARDS[name] * share, how) for name in ([device] if device else SHOWN)}
 
 
 def measured_speed(half: bool, side: int = 1536) -> Speed:
@@ -98,7 +86,7 @@ def read_flops(text: str) -> float:
 
 
 def read_size(text: str) -> int:
-    """Read an amount of memory such as "12GB" in bytes; GB means 2**30, as on a card's box. ConfigError otherwise."""
+    """Read an amount of memory such as "12GB" or "23034MiB" in bytes: GB are 2**30, MB 2**20. ConfigError otherwise."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(G|GB|GiB|M|MB|MiB)", text.strip(), re.IGNORECASE)
     if found is None or float(found[1]) == 0:
         raise ConfigError(f"--fit {text} is not an amount of memory: write it as in 12GB.")

@@ -27,6 +27,7 @@ from imagine.request import read_requests
 if TYPE_CHECKING:
     from PIL import Image
 
+    from imagine.bases import Blueprint
     from imagine.pipeline import ImaginePipeline
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -325,54 +326,99 @@ def _add_plan(verbs: Any) -> None:
     what.add_argument("--base", metavar="BASE", help="sdxl, sd15, portrait, a folder, or a hub id already downloaded")
     what.add_argument("--check", action="store_true", help="hold plans against small networks at work here")
     verb.add_argument("--resolution", type=_count, metavar="PX", help="pixels a side (default: the base's own)")
-    verb.add_argument("--batch", type=_count, default=1, metavar="N", help="pictures at once, or images a step")
-    verb.add_argument("--fit", metavar="SIZE", help="choose switches that fit into so much memory, such as 12GB")
-    verb.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
-    verb.add_argument("--readers", default="t5-xl,byt5-small", metavar="NAMES", help="text encoders beside the base's: "
-                      "t5-xl, t5-xxl or ul2, and byt5-small or byt5-base; none")  # fmt: skip
-    verb.add_argument("--projection", choices=["plus", "full"], default="plus", help="of the vision branch")
-    verb.add_argument("--lora-rank", type=_whole, default=64, metavar="N", help="0 for none (default: 64)")
-    verb.add_argument("--device", metavar="NAME", help="a card such as rtx4090 or a100, or here, to plan time for")
-    verb.add_argument("--flops", metavar="SPEED", help="FLOP a second that the device reaches, such as 300T")
-    verb.add_argument("--steps", type=_count, default=30, metavar="N", help="of drawing (default: 30)")
-    verb.add_argument("--references", type=_count, default=1, metavar="N", help="in each picture (default: 1)")
+    verb.add_argument("--batch", type=_count, metavar="N", help="pictures at once, or images a step (default: 1)")
+    verb.add_argument("--fit", metavar="SIZE", help="choose switches that fit into so much memory, such as 12GB; those "
+                      "that are given stay")  # fmt: skip
+    verb.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16, and --fit keeps to it")
+    verb.add_argument("--readers", metavar="NAMES", help="text encoders beside the base's: t5-xl, t5-xxl or ul2, and "
+                      "byt5-small or byt5-base; none (default: t5-xl,byt5-small)")  # fmt: skip
+    verb.add_argument("--projection", choices=["plus", "full"], help="of the vision branch (default: plus)")
+    verb.add_argument("--lora-rank", type=_whole, metavar="N", help="0 for none (default: 64)")
+    speed = verb.add_mutually_exclusive_group()
+    speed.add_argument("--device", metavar="NAME", help="a card such as rtx4090 or a100, or here, to plan time for")
+    speed.add_argument("--flops", metavar="SPEED", help="FLOP a second that the device reaches, such as 300T")
+    verb.add_argument("--steps", type=_count, metavar="N", help="of drawing (default: 30)")
+    verb.add_argument("--references", type=_count, metavar="N", help="in each picture (default: 1)")
     verb.add_argument("--no-guidance", action="store_true", help="one pass a step, as few-step models need")
-    verb.add_argument("--offload", choices=["none", "model", "sequential"], default="none")
+    verb.add_argument("--offload", choices=["none", "model", "sequential"], help="default: none, or what --fit needs")
     verb.add_argument("--tiling", action="store_true", help="decode in tiles")
     verb.add_argument("--train", action="store_true", help="plan a step of training instead")
-    verb.add_argument("--parts", default="", metavar="NAMES", help="what trains, such as vision_branch,lora (all)")
+    verb.add_argument("--parts", metavar="NAMES", help="what trains, such as vision_branch,lora (default: all)")
     verb.add_argument("--checkpointing", action="store_true", help="compute activations anew in the backward pass")
-    verb.add_argument("--optimiser", choices=["adamw", "adamw8bit"], default="adamw")
+    verb.add_argument("--optimiser", choices=["adamw", "adamw8bit"], help="default: adamw, or what --fit needs")
+    verb.add_argument("--accumulation", type=_count, metavar="N", help="pieces of a step (default: 1, or what --fit "
+                      "needs)")  # fmt: skip
+    verb.add_argument("--no-average", action="store_true", help="keep no average of the weights")
+
+
+_CHOICE = ("precision", "offload", "tiling")
+_RECIPE = ("precision", "checkpointing", "optimiser", "accumulation")
+_OF_BRANCHES = ("readers", "projection", "lora_rank")
+_OF_DRAWING = ("steps", "references", "no_guidance", "offload", "tiling")
+_OF_TRAINING = ("parts", "checkpointing", "optimiser", "accumulation", "no_average")
+_OF_BOTH = ("train", "resolution", "batch", "fit", "precision", "device", "flops", *_OF_BRANCHES)
 
 
 def _plan(chosen: argparse.Namespace) -> dict[str, Any]:
     from imagine.cards import read_size, speeds
 
+    _refuse_unused(chosen)
     limit = None if chosen.fit is None else read_size(chosen.fit)
     if chosen.train and chosen.precision == "fp16":
         raise ConfigError("Training in fp16 needs a scaled loss, which our trainer has not: take bf16 or fp32.")
     known = speeds(chosen.device, chosen.flops, chosen.precision != "fp32") if chosen.base else {}
     from imagine import planning
-    from imagine.bases import add_branches, read_base, usual_resolution
+    from imagine.bases import usual_resolution
     from imagine.plan_inference import Choice, Picture
     from imagine.plan_training import Lesson, Recipe
 
     if chosen.check:
         checked = planning.check()
         return {"lines": planning.check_words(checked), **checked}
-    readers = [name for name in chosen.readers.split(",") if name and name != "none"]
-    base = add_branches(read_base(chosen.base), readers, chosen.projection, chosen.lora_rank)
-    resolution = chosen.resolution or usual_resolution(base)
+    base = _planned_base(chosen)
+    resolution, batch = chosen.resolution or usual_resolution(base), chosen.batch or 1
     if chosen.train:
-        lesson = Lesson(resolution, chosen.batch, tuple(filter(None, chosen.parts.split(","))))
-        recipe = Recipe(chosen.precision, chosen.checkpointing, chosen.optimiser)
-        report = planning.plan_training(base, lesson, recipe, limit, known)
+        lesson = Lesson(resolution, batch, tuple(filter(None, (chosen.parts or "").split(","))))
+        named = {name: getattr(chosen, name) for name in _given(chosen, _RECIPE)}
+        recipe = Recipe(**named, average=not chosen.no_average)
+        kept = [*named, *["average"] * chosen.no_average]
+        report = planning.plan_training(base, lesson, recipe, limit, known, kept)
     else:
-        guided = not chosen.no_guidance
-        picture = Picture(resolution, chosen.batch, chosen.steps, chosen.references, guided)
-        choice = Choice(chosen.precision, chosen.offload, chosen.tiling)
-        report = planning.plan_drawing(base, picture, choice, limit, known)
+        named = {name: getattr(chosen, name) for name in _given(chosen, ("steps", "references"))}
+        picture = Picture(resolution, batch, **named, guided=not chosen.no_guidance)
+        choice = Choice(**{name: getattr(chosen, name) for name in _given(chosen, _CHOICE)})
+        report = planning.plan_drawing(base, picture, choice, limit, known, _given(chosen, _CHOICE))
     return {"lines": planning.words(report), **report}
+
+
+def _planned_base(chosen: argparse.Namespace) -> "Blueprint":
+    from imagine.bases import add_branches, read_base
+
+    base = read_base(chosen.base)
+    if base.adapters and (unused := _given(chosen, _OF_BRANCHES)):
+        raise ConfigError(f"{chosen.base} has adapters of its own: leave {_flags(unused)} out.")
+    readers = (chosen.readers or "t5-xl,byt5-small").split(",")
+    rank = 64 if chosen.lora_rank is None else chosen.lora_rank
+    return add_branches(base, [n for n in readers if n and n != "none"], chosen.projection or "plus", rank)
+
+
+def _refuse_unused(chosen: argparse.Namespace) -> None:
+    """Raise ConfigError for arguments that say nothing of what is planned."""
+    if chosen.check:
+        if unused := _given(chosen, (*_OF_BOTH, *_OF_DRAWING, *_OF_TRAINING)):
+            raise ConfigError(f"--check is always the same: leave {_flags(unused)} out.")
+    elif chosen.train and (unused := _given(chosen, _OF_DRAWING)):
+        raise ConfigError(f"Training does not depend on {_flags(unused)}: leave that out, or leave out --train.")
+    elif not chosen.train and (unused := _given(chosen, _OF_TRAINING)):
+        raise ConfigError(f"Drawing does not depend on {_flags(unused)}: leave that out, or add --train.")
+
+
+def _given(chosen: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(chosen, name) is not None and getattr(chosen, name) is not False]
+
+
+def _flags(names: Sequence[str]) -> str:
+    return " and ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 # --- import-ip-adapter, export-ip-adapter -----------------------------------------------------------------------------

@@ -6,11 +6,11 @@
     decoding   the autoencoder
 
 The parts take turns, so that memory depends on which weights lie beside the part at work: all of them, its own and the
-adapters', or (sequential) those of one layer. `Drawing.measure` runs each part once; `Drawing.choices` are what a plan
-may be made of, the best first.
+adapters', or (sequential) those of one layer. `Drawing.plan` measures each part once and keeps what it found;
+`Drawing.choices` are what a plan may be made of, the best first.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -196,10 +196,14 @@ class Drawing:
     def parameters(self) -> dict[str, int]:
         return {name: parameter_count(module) for name, module in self.networks.modules().items()}
 
-    def choices(self, precision: Precision) -> Iterator[Choice]:
-        """Every choice of switches, the fastest first; tiles, whose seams may show, after doing without."""
-        for offload in OFFLOADS:
-            for tiling in (False, True):
+    def choices(self, first: Choice, kept: Collection[str] = ()) -> Iterator[Choice]:
+        """Every choice of switches, the fastest first; tiles, whose seams may show, after doing without.
+
+        What `kept` names of `first` stays as it is there. A precision that is not kept is bf16: fp16 takes no less.
+        """
+        precision = first.precision if "precision" in kept else "bf16"
+        for offload in (first.offload,) if "offload" in kept else OFFLOADS:
+            for tiling in (first.tiling,) if "tiling" in kept else (False, True):
                 yield Choice(precision, offload, tiling)
 
     def plan(self, choice: Choice) -> DrawingPlan:

@@ -3,12 +3,13 @@
 As our trainer does it, and the paper (*Imagine yourself*, section 3.2): the vision encoder, the vision branch with its
 projection, the text branches and LoRA train; the base is frozen. Latents and the text encoders' states were made once
 and lie on disk, so neither the autoencoder nor a text encoder is there. What trains is kept in float32, with gradient,
-optimiser state and average beside it; what is frozen is kept in the precision that a step computes in.
+optimiser state and average beside it. The frozen denoiser is kept in the precision that a step computes in; whatever
+else is frozen stays in float32, as our trainer leaves it.
 
 One step is run as it is, forward and backward; its activations and gradients are what the meter counts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from imagine.records import Conditioning
 VISION_ENCODER = "vision_encoder"
 FLOAT = 4  # bytes
 _BLOCK = 256  # bitsandbytes keeps one float32 a block of its one-byte states
+_HALF_LIFE = 1000  # steps, of the average that a plan proposes; how long it is takes no memory
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,6 @@ class Recipe:
     optimiser: Literal["adamw", "adamw8bit"] = "adamw"
     accumulation: int = 1
     average: bool = True
-
-    def switches(self, batch: int) -> list[str]:
-        """The same as settings of a stage of our trainer, or of any that is built on diffusers and accelerate."""
-        lines = [f"batch_size: {batch}", f"precision: {self.precision}"]
-        lines += [f"accumulation: {self.accumulation}"] if self.accumulation > 1 else []
-        lines += ["unet.enable_gradient_checkpointing()", "vision_encoder.tower.set_grad_checkpointing()"] * (
-            self.checkpointing
-        )
-        lines += [f"optimiser: {self.optimiser}"]
-        return lines if self.average else [*lines, "ema: 0"]
 
 
 @dataclass(frozen=True)
@@ -84,25 +76,53 @@ class Training:
     def __init__(self, base: Blueprint, lesson: Lesson) -> None:
         self.base, self.lesson = base, lesson
         readers = [name for name in base.components if name.startswith("text_encoder") or name.endswith("t5_encoder")]
-        self.side = _side(base, lesson.resolution)
         self.networks = build(base, leave_out=["vae", *readers])
+        self.side = _side(base, self.networks.unet, lesson.resolution)
+        # Stock bases are for the task diffusers_adapter, which has settings for them; our own world's task has none.
+        self.stock = base.components["vae"].kind == "AutoencoderKL"
         self.parts = choose_parts(self.networks, lesson.parts)
         self._kept: dict[tuple[Precision, bool, int, bool], tuple[int, int, int]] = {}
 
-    def recipes(self, first: Recipe) -> Iterator[Recipe]:
-        """`first`, then ever less hungry ones: recomputation, small optimiser states, smaller pieces, no average."""
-        yield first
-        first = replace(first, checkpointing=True)
-        yield first
-        first = replace(first, optimiser="adamw8bit")
-        yield first
-        pieces = [count for count in range(2, self.lesson.batch + 1) if self.lesson.batch % count == 0]
-        for count in pieces:
-            yield replace(first, accumulation=count)
-        yield replace(first, accumulation=self.lesson.batch, average=False)
+    def recipes(self, first: Recipe, kept: Collection[str] = ()) -> Iterator[Recipe]:
+        """`first`, then ever less hungry ones: recomputation, small optimiser states, smaller pieces, no average.
+
+        What `kept` names of `first` stays as it is there. A precision that is not kept is bf16.
+        """
+        now = first if "precision" in kept else replace(first, precision="bf16")
+        yield now
+        batch = self.lesson.batch
+        pieces = [count for count in range(now.accumulation + 1, batch + 1) if batch % count == 0]
+        steps: list[tuple[str, Any]] = [("checkpointing", True)] if self.stock else []
+        steps += [("optimiser", "adamw8bit"), *(("accumulation", count) for count in pieces), ("average", False)]
+        for name, value in steps:
+            if name not in kept and getattr(now, name) != value:
+                now = replace(now, **{name: value})
+                yield now
+
+    def switches(self, recipe: Recipe) -> list[str]:
+        """The same as lines of a stage of our trainer's config; whatever it is not told there it would do otherwise."""
+        batch, shape = self.lesson.batch, self.base.adapters.get("adapter")
+        settings: dict[str, Any] = {}
+        if self.stock:
+            settings = {"resolution": self.lesson.resolution, "base_precision": recipe.precision}
+            settings["gradient_checkpointing"] = str(recipe.checkpointing).lower()
+        if shape:
+            settings["lora_rank"] = shape.lora_rank
+        for spec in shape.branches if shape and self.stock else ():
+            if spec.projection in ("full", "plus"):  # the trainer's forms
+                settings["projection"] = spec.projection
+        lines = [f"batch_size: {batch}", f"accumulation: {recipe.accumulation}", f"precision: {recipe.precision}"]
+        lines += [f"optimiser: {recipe.optimiser}", f"ema: {_HALF_LIFE * batch if recipe.average else 0}"]
+        return [*lines, "settings:", *(f"  {name}: {value}" for name, value in settings.items())]
 
     def plan(self, recipe: Recipe) -> TrainingPlan:
-        """What a step takes under this recipe."""
+        """What a step takes under this recipe. Raises ConfigError if the trainer would not follow it."""
+        if self.lesson.batch % recipe.accumulation:
+            raise ConfigError(
+                f"A batch of {self.lesson.batch} does not divide into {recipe.accumulation} pieces: choose a divisor."
+            )
+        if recipe.checkpointing and not self.stock:
+            raise ConfigError(f"Our trainer recomputes no activations of {self.base.name}: leave --checkpointing out.")
         piece = self.lesson.batch // recipe.accumulation
         accumulates = recipe.accumulation > 1
         working, learning, flops = self._measured(recipe.precision, recipe.checkpointing, piece, accumulates)
@@ -129,19 +149,19 @@ class Training:
         """Bytes of one forward and backward, how many numbers got a gradient, and the arithmetic."""
         key = (precision, checkpointing, piece, accumulates)
         if key not in self._kept:
-            settle(self.networks, self.parts, DTYPES[precision])
+            settle(self.networks, self.parts, DTYPES[precision] if self.stock else torch.float32)
             checkpoint(self.networks, checkpointing)
-            parameters = [p for part in self.parts.values() for p in part]
-            for parameter in parameters:
-                parameter.grad = None
-            autocast = None if precision == "fp32" else DTYPES[precision]
-            if accumulates:  # the gradients of earlier pieces are there already
-                with planned_kernels(autocast):
-                    backward(self.networks, 1, self.side)
-            with planned_kernels(autocast), Meter() as meter:
+            learnt: dict[int, int] = {}
+            hooks = []
+            for parameter in {id(p): p for part in self.parts.values() for p in part}.values():
+                # The gradients of earlier pieces are there already; one that none will be added to is not counted.
+                parameter.grad = torch.zeros_like(parameter) if accumulates else None
+                hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: learnt.update({id(p): p.numel()})))
+            with planned_kernels(None if precision == "fp32" else DTYPES[precision]), Meter() as meter:
                 backward(self.networks, piece, self.side)
-            learning = sum(p.numel() for p in parameters if p.grad is not None)
-            self._kept[key] = (meter.peak, learning, meter.flops)
+            for hook in hooks:
+                hook.remove()
+            self._kept[key] = (meter.peak, sum(learnt.values()), meter.flops)
         return self._kept[key]
 
 
@@ -158,16 +178,20 @@ def choose_parts(networks: Networks, names: Sequence[str]) -> dict[str, list[nn.
 
 
 def settle(networks: Networks, parts: Mapping[str, Sequence[nn.Parameter]], frozen: torch.dtype) -> None:
-    """Let these parts train, in float32, and freeze everything else in that precision."""
+    """Let these parts train, in float32, and freeze everything else: the denoiser in that precision, others in float32.
+
+    That is how our trainer does it: a frozen vision encoder or branch is what it was loaded as.
+    """
     trained = {id(p) for parameters in parts.values() for p in parameters}
-    for module in networks.modules().values():
+    for name, module in networks.modules().items():
+        dtype = frozen if name == "unet" else torch.float32
         for parameter in module.parameters():
             trains = id(parameter) in trained
             parameter.requires_grad_(trains)
-            parameter.data = parameter.data.to(torch.float32 if trains else frozen)
-        for name, buffer in module.named_buffers():
+            parameter.data = parameter.data.to(torch.float32 if trains else dtype)
+        for key, buffer in module.named_buffers():
             if buffer.is_floating_point():
-                module.get_buffer(name).data = buffer.data.to(frozen)
+                module.get_buffer(key).data = buffer.data.to(dtype)
 
 
 def checkpoint(networks: Networks, on: bool) -> None:
@@ -218,7 +242,6 @@ def _features(networks: Networks, adapter: Adapter, branch: str, batch: int) -> 
     return found if spec.projection is None else found[:, None]
 
 
-def _side(base: Blueprint, resolution: int) -> int:
-    only = replace(base, components={name: base.components[name] for name in ("unet", "vae")}, adapters={})
-    built = build(only)
-    return latent_side(built.models["vae"], built.unet, resolution)
+def _side(base: Blueprint, unet: Any, resolution: int) -> int:
+    alone = build(replace(base, components={"vae": base.components["vae"]}, adapters={}))
+    return latent_side(alone.models["vae"], unet, resolution)

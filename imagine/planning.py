@@ -8,7 +8,7 @@ A plan is a dict that says it all (`--json`), and `words` are its lines. `check`
 this machine's CPU and holds them against what is planned for the same networks without numbers.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -27,17 +27,23 @@ TOLERANCE = 0.15  # how far planned and measured memory may lie apart
 
 
 def plan_drawing(
-    base: Blueprint, picture: Picture, choice: Choice, limit: int | None, speeds: Mapping[str, Speed]
+    base: Blueprint,
+    picture: Picture,
+    choice: Choice,
+    limit: int | None,
+    speeds: Mapping[str, Speed],
+    kept: Collection[str] = (),
 ) -> dict[str, Any]:
     """The plan of a call with these switches; with a `limit` in bytes, with the fastest that fit under it.
 
-    Raises ConfigError, naming the least that would do, if none fit.
+    Whatever `kept` names of `choice` ("precision", "offload", "tiling") stays under a limit, too. Raises ConfigError,
+    naming the least that would do, if none fit.
     """
     drawing = Drawing(base, picture)
     if limit is None:
         plan = drawing.plan(choice)
     else:
-        plan = fitting(map(drawing.plan, drawing.choices(choice.precision)), limit, _words_of(base, picture))
+        plan = fitting(map(drawing.plan, drawing.choices(choice, kept)), limit, _words_of(base, picture), kept)
     vae = drawing.networks.models["vae"]
     return {
         "base": base.name, "resolution": picture.resolution, "batch": picture.batch, "steps": picture.steps,
@@ -60,17 +66,24 @@ def plan_drawing(
 
 
 def plan_training(
-    base: Blueprint, lesson: Lesson, recipe: Recipe, limit: int | None, speeds: Mapping[str, Speed]
+    base: Blueprint,
+    lesson: Lesson,
+    recipe: Recipe,
+    limit: int | None,
+    speeds: Mapping[str, Speed],
+    kept: Collection[str] = (),
 ) -> dict[str, Any]:
     """The plan of a training step with these settings; with a `limit` in bytes, with the fastest that fit under it.
 
-    Raises ConfigError, naming the least that would do, if none fit.
+    Whatever `kept` names of `recipe` (any of its fields) stays under a limit, too. Raises ConfigError, naming the least
+    that would do, if none fit.
     """
     training = Training(base, lesson)
     if limit is None:
         plan = training.plan(recipe)
     else:
-        plan = fitting(map(training.plan, training.recipes(recipe)), limit, f"Training {_words_of(base, lesson)}")
+        what = f"Training {_words_of(base, lesson)}"
+        plan = fitting(map(training.plan, training.recipes(recipe, kept)), limit, what, kept)
     return {
         "base": base.name, "resolution": lesson.resolution, "batch": lesson.batch, "trained": dict(plan.trained),
         "frozen": plan.frozen, "precision": plan.recipe.precision, "checkpointing": plan.recipe.checkpointing,
@@ -78,12 +91,15 @@ def plan_training(
         "memory": dict(plan.memory), "peak": plan.peak, "limit": limit, "flops_step": plan.flops,
         "seconds": {name: plan.seconds(speed.flops) for name, speed in speeds.items()},
         "speeds": {name: speed.how for name, speed in speeds.items()},
-        "switches": plan.recipe.switches(lesson.batch),
+        "switches": training.switches(plan.recipe),
     }  # fmt: skip
 
 
-def fitting(plans: Iterable[Plan], limit: int, what: str) -> Plan:
-    """The first plan that needs no more than `limit` bytes. Raises ConfigError, naming the least, if none does."""
+def fitting(plans: Iterable[Plan], limit: int, what: str, kept: Collection[str] = ()) -> Plan:
+    """The first plan that needs no more than `limit` bytes. Raises ConfigError, naming the least, if none does.
+
+    `kept` are the switches that were given, for the sentence.
+    """
     tried: list[Plan] = []
     for plan in plans:
         if plan.peak <= limit:
@@ -92,10 +108,14 @@ def fitting(plans: Iterable[Plan], limit: int, what: str) -> Plan:
     least = min(tried, key=lambda plan: plan.peak)
     most = least.busiest if isinstance(least, DrawingPlan) else max(least.memory, key=lambda name: least.memory[name])
     raise ConfigError(
-        f"{what} does not fit into {_gib(limit)}: with every switch it still takes {_gib(least.peak)}, most of it for "
-        f"{most.replace('_', ' ')}; take a card with {_card(least.peak)} GB, a lower resolution or a smaller batch"
-        + ("." if isinstance(least, DrawingPlan) else ", or train fewer parts.")
+        f"{what} does not fit into {_gib(limit)}: with every switch{_but(kept)} it still takes {_gib(least.peak)}, "
+        f"most of it for {most.replace('_', ' ')}; take a card with {_card(least.peak)} GB, a lower resolution or a "
+        + ("smaller batch." if isinstance(least, DrawingPlan) else "smaller batch, or train fewer parts.")
     )
+
+
+def _but(kept: Collection[str]) -> str:
+    return f" but the given {' and '.join(sorted(kept))}" if kept else ""
 
 
 def _words_of(base: Blueprint, wish: Picture | Lesson) -> str:
@@ -136,7 +156,8 @@ def _training_words(report: Mapping[str, Any]) -> list[str]:
         f"arithmetic: {report['flops_step'] / 1e12:.1f} TFLOP a step",
         f"memory: {_gib(report['peak'])} (tensors, and what a card holds beside them)",
     ]
-    return [*lines, *_time_words(report, "a step"), "with:", *(f"  {line}" for line in report["switches"])]
+    lines += _time_words(report, "a step")
+    return [*lines, "with, in a stage of a config:", *(f"  {line}" for line in report["switches"])]
 
 
 def _time_words(report: Mapping[str, Any], of: str) -> list[str]:
