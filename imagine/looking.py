@@ -274,7 +274,7 @@ def identity_spec(adapter: Adapter | None) -> BranchSpec | None:
 def check_encoder(adapter: Adapter, encoder: str) -> None:
     """Raise WeightsError if the adapter says that it was trained with another vision encoder."""
     trained = adapter.metadata.get("encoder_fingerprint", encoder)
-    if identity_spec(adapter) is not None and trained != encoder:
+    if identity_spec(adapter) is not None and not weights.same_encoder(trained, encoder):
         raise WeightsError(
             f"This adapter was trained with the vision encoder {trained}, but the pipeline has {encoder}: "
             "take the image_encoder folder that belongs to the adapter."

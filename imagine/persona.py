@@ -21,6 +21,7 @@ from torch import Tensor
 
 from imagine.errors import WeightsError
 from imagine.records import FaceBox, FaceCrop
+from imagine.weights import same_encoder
 
 FORMAT_VERSION = "1"
 KIND = "persona"
@@ -107,7 +108,7 @@ class Persona:
 
     def check_encoder(self, encoder: str) -> None:
         """Raise WeightsError unless the persona was made by the encoder with this fingerprint."""
-        if self.encoder != encoder:
+        if not same_encoder(self.encoder, encoder):
             raise WeightsError(
                 f"This persona was made by the vision encoder {self.encoder}, but the pipeline has {encoder}; "
                 "enroll the person again with these weights."

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from imagine.encoders import VisionEncoder
 from imagine.errors import WeightsError
+from imagine.vision_names import PROJECTION, as_ours, their_names
 
 EPSILON = 1e-5  # of every normalisation in open_clip
 
@@ -51,13 +52,11 @@ def to_transformers(encoder: VisionEncoder) -> Any:
         layer_norm_eps=EPSILON,
     )
     ours = {name.removeprefix("tower."): tensor for name, tensor in encoder.state_dict().items()}
-    theirs = {there: ours[here].clone() for here, there in _names(sizes.layers).items()}
-    for layer in range(sizes.layers):
-        for kind in ("weight", "bias"):
-            parts = ours[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"].chunk(3)
-            for part, tensor in zip("qkv", parts, strict=True):
-                theirs[f"vision_model.encoder.layers.{layer}.self_attn.{part}_proj.{kind}"] = tensor.clone()
-    theirs["visual_projection.weight"] = ours["proj"].T.contiguous()
+    theirs: dict[str, Tensor] = {}
+    for here, names in their_names(sizes.layers).items():
+        tensor = ours[here].T if here == PROJECTION else ours[here]
+        for name, part in zip(names, tensor.chunk(len(names)), strict=True):
+            theirs[name] = part.clone(memory_format=torch.contiguous_format)
     return _filled(CLIPVisionModelWithProjection(config), theirs)
 
 
@@ -79,14 +78,11 @@ def from_transformers(model: Any) -> VisionEncoder:
         quick_gelu=config.hidden_act == "quick_gelu",
     )
     theirs = model.state_dict()
-    ours = {here: theirs[there].clone() for here, there in _names(config.num_hidden_layers).items()}
-    for layer in range(config.num_hidden_layers):
-        for kind in ("weight", "bias"):
-            attention = f"vision_model.encoder.layers.{layer}.self_attn"
-            parts = [theirs[f"{attention}.{part}_proj.{kind}"] for part in "qkv"]
-            ours[f"transformer.resblocks.{layer}.attn.in_proj_{kind}"] = torch.cat(parts)
-    ours["proj"] = theirs["visual_projection.weight"].T.contiguous()
-    return _filled(encoder, {f"tower.{name}": tensor for name, tensor in ours.items()})
+    ours = {
+        f"tower.{here}": as_ours(theirs, names).clone(memory_format=torch.contiguous_format)
+        for here, names in their_names(config.num_hidden_layers).items()
+    }
+    return _filled(encoder, ours)
 
 
 def _check(config: Any) -> None:
@@ -104,27 +100,6 @@ def _ratio(width: int, inner: int) -> float:
     """A ratio of which open_clip, which cuts off decimals, makes exactly this inner width."""
     ratio = inner / width
     return ratio if int(width * ratio) == inner else (inner + 0.5) / width
-
-
-def _names(layers: int) -> dict[str, str]:
-    """Tensors that are the same in both layouts, by our name: all but queries, keys, values and proj."""
-    embeddings = "vision_model.embeddings"
-    names = {
-        "class_embedding": f"{embeddings}.class_embedding",
-        "positional_embedding": f"{embeddings}.position_embedding.weight",
-        "conv1.weight": f"{embeddings}.patch_embedding.weight",
-    }
-    pairs = {"ln_pre": "vision_model.pre_layrnorm", "ln_post": "vision_model.post_layernorm"}
-    inside = {
-        "ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-        "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-    }  # fmt: skip
-    for layer in range(layers):
-        for ours, theirs in inside.items():
-            pairs[f"transformer.resblocks.{layer}.{ours}"] = f"vision_model.encoder.layers.{layer}.{theirs}"
-    for ours, theirs in pairs.items():
-        names |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
-    return names
 
 
 def _filled(model: Any, tensors: dict[str, Tensor]) -> Any:

@@ -15,12 +15,13 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagine.errors import WeightsError
+from imagine.vision_names import as_ours, names_in
 
 if TYPE_CHECKING:  # headers and folders are looked at without torch, which takes a second to import
     import torch
@@ -168,21 +169,41 @@ def forget_paths(folder: Path) -> None:
 
 
 def fingerprint(module: "nn.Module") -> str:
-    """Return 16 hexadecimal digits that tell one encoder's weights from another's.
+    """Return hexadecimal digits that tell one encoder's weights from another's, to be compared by `same_encoder`.
 
     Names, shapes and up to 4,096 evenly spaced entries of every tensor are hashed. Training a network changes all its
-    entries, so a sample tells, and the largest encoders take no time. Entries are rounded to bfloat16: the same
-    weights count as the same whether stored in half or in full precision.
+    entries, so a sample tells, and the largest encoders take no time. Entries are rounded to bfloat16, in both ways
+    that lead there, directly and through float16: weights in full precision have two hashes of 16 digits, "a-b", if
+    these differ, of which each half precision has one. A vision tower of transformers is hashed as ours.
     """
+    return fingerprint_of(module.state_dict())
+
+
+def fingerprint_of(tensors: "Mapping[str, Tensor]") -> str:
+    """The `fingerprint` of a module with these tensors, such as a file holds."""
     import torch
 
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+    names = names_in(tensors)
+    ours = {name: (name,) for name in tensors} if names is None else {f"tower.{n}": each for n, each in names.items()}
+    digests = hashlib.sha256(), hashlib.sha256()
+    for name, parts in sorted(ours.items()):
+        tensor = tensors[name] if names is None else as_ours(tensors, parts)
         flat = tensor.detach().reshape(-1)
-        sample: Tensor = flat[:: max(1, -(-flat.numel() // _SAMPLES))].to("cpu", torch.bfloat16)
-        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        sample: Tensor = flat[:: max(1, -(-flat.numel() // _SAMPLES))].cpu()
+        halved = sample.half() if sample.is_floating_point() else sample
+        for digest, each in zip(digests, (sample, halved), strict=True):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(each.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return "-".join(dict.fromkeys(digest.hexdigest()[:16] for digest in digests))
+
+
+def same_encoder(one: str, other: str) -> bool:
+    """Whether two fingerprints mean the same encoder, whatever its precision and its layout.
+
+    What follows a colon says which of its outputs was taken, and has to be the same too.
+    """
+    (first, _, output), (second, _, other_output) = one.partition(":"), other.partition(":")
+    return output == other_output and not set(first.split("-")).isdisjoint(second.split("-"))
 
 
 def _fetch(repository: str, also: Collection[str], variant: str | None, hub: dict[str, Any]) -> Path:

@@ -1,5 +1,6 @@
 """Weights that do not fit are refused, each in one sentence that names what is wrong."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -8,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from imagine import weights
 from imagine.encoders import VisionEncoder
 from imagine.errors import WeightsError
 from imagine.pipeline import ImaginePipeline
+from imagine.vision_conversion import to_transformers
 from tests import tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -191,16 +194,42 @@ def test_half_precision_files_come_up_in_full_precision(folder: Path) -> None:
     assert torch.equal(weight, next(iter(pipe.unet.parameters())).float())
 
 
-def test_fingerprint_tells_encoders_apart_and_survives_half_precision() -> None:
+def test_fingerprints_tell_encoders_apart_and_know_them_in_half_precision() -> None:
     encoder = VisionEncoder(16, 8, 24, 2, 2)
     fingerprint = weights.fingerprint(encoder)
-    assert fingerprint == weights.fingerprint(encoder) and len(fingerprint) == 16
+    assert fingerprint == weights.fingerprint(encoder) and len(fingerprint) == 16 + 1 + 16
     assert fingerprint != weights.fingerprint(VisionEncoder(16, 8, 24, 2, 2))
-    rounded = encoder.to(torch.bfloat16)
-    assert weights.fingerprint(rounded) == fingerprint == weights.fingerprint(rounded.float())
+    for precision in (torch.float16, torch.bfloat16):
+        rounded = weights.fingerprint(copy.deepcopy(encoder).to(precision))
+        assert weights.same_encoder(fingerprint, rounded) and weights.same_encoder(rounded, fingerprint)
+        again = weights.fingerprint(copy.deepcopy(encoder).to(precision).float())
+        assert again == rounded
     with torch.no_grad():
         encoder.tower.proj += 0.1
-    assert weights.fingerprint(encoder) != fingerprint
+    assert not weights.same_encoder(weights.fingerprint(encoder), fingerprint)
+    assert not weights.same_encoder(fingerprint + ":pooled", fingerprint)
+
+
+def test_half_precision_has_one_fingerprint_which_stays_what_it_was() -> None:
+    shipped = weights.default_folder() / "image_encoder"
+    encoder = weights.load_model(shipped, "imagine.encoders", "VisionEncoder", torch.float32)
+    with safe_open(shipped.parent / "adapter" / "adapter.safetensors", framework="pt") as file:
+        assert weights.fingerprint(encoder) == file.metadata()["encoder_fingerprint"]
+
+
+def test_an_encoder_is_the_same_one_in_either_layout(tmp_path: Path) -> None:
+    encoder = VisionEncoder(16, 8, 24, 2, 2)
+    theirs = to_transformers(encoder)
+    assert weights.fingerprint(theirs) == weights.fingerprint(encoder)
+    theirs.half().save_pretrained(tmp_path)
+    assert weights.same_encoder(
+        weights.fingerprint_of(load_file(tmp_path / "model.safetensors")), weights.fingerprint(encoder)
+    )
+    with torch.no_grad():
+        theirs.vision_model.encoder.layers[1].self_attn.k_proj.bias += 0.1
+    assert not weights.same_encoder(weights.fingerprint(theirs), weights.fingerprint(encoder))
+    unlike = {"visual_projection.weight": torch.zeros(2, 2), "vision_model.embeddings.class_embedding": torch.zeros(2)}
+    assert weights.fingerprint_of(unlike)  # no tower: hashed as it is
 
 
 def test_default_folder_is_the_checkouts_or_says_how_to_get_weights() -> None:

@@ -54,7 +54,8 @@ class SentenceStore:
     def __init__(self, gallery: AnyGallery, text: TextEncoders, folder: Path) -> None:
         self.gallery, self.text = gallery, text
         window = int(text.clip.config.max_position_embeddings)
-        count, mark = len(gallery) * len(STYLES), f"{fingerprint(text.clip)}-{fingerprint(text.t5)}-{gallery.mark}"
+        made_by = "-".join(fingerprint(encoder)[:16] for encoder in (text.clip, text.t5))
+        count, mark = len(gallery) * len(STYLES), f"{made_by}-{gallery.mark}"
         self.clip = KeptTokens(folder / f"clip-{mark}", count, window, int(text.clip.config.hidden_size))
         self.t5 = KeptTokens(folder / f"t5-{mark}", count, _T5_TOKENS, int(text.t5.config.d_model))
 
