@@ -121,6 +121,8 @@ class Looking:
                 "This pipeline has no encoder that could look at a reference: give it one, as in "
                 "vision_encoder=VisionEncoder.from_pretrained(FOLDER), the one that the adapter was trained with."
             )
+        if known is not None and known[0] is encoder and any(each.is_meta for each in encoder.parameters()):
+            return known[2]  # offloaded piece by piece: there are no weights to look at
         version = hash(tuple((id(each), 0 if each.is_inference() else each._version) for each in encoder.parameters()))
         if known is None or known[0] is not encoder or known[1] != version:
             known = self._eyes = (encoder, version, Eyes.of(encoder))

@@ -37,8 +37,8 @@ from imagine.records import Tokens
 from imagine.sampling import VISION
 from imagine.stock_attention import GuardedAttention
 from imagine.stock_call import Batch, Parts, Running, by_name, merged, picked, placed, read_call
-from imagine.stock_files import HUB_OPTIONS, load_parts, save_beside, saved_beside
-from imagine.weights import STOCK_PIPELINES, dtype_word, hushed, resolve_folder
+from imagine.stock_files import HUB_OPTIONS, load_parts, name_dtype, save_beside, saved_beside, saved_scale
+from imagine.weights import STOCK_PIPELINES, hushed, resolve_folder
 
 T5, BYT5 = "t5", "byt5"  # the text branches, as text adapters call them
 TEXT_BRANCHES = (T5, BYT5)
@@ -107,7 +107,7 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         finder = kwargs.pop("finder", None)
         folder = resolve_folder(source, STOCK_PIPELINES, kwargs.get("variant"), **hub)
-        dtype = _name_dtype(kwargs)
+        dtype = name_dtype(kwargs)
         modules = cast(Any, cls)._get_signature_keys(cls)[0]  # the other arguments are the loader's
         parts = {name: each for name, each in kwargs.items() if name in modules or name in COMPONENTS}
         kwargs |= load_parts(parts, dtype, **hub)
@@ -122,7 +122,7 @@ class Personal(GuardedAttention, IPAdapters, Looking):
     @classmethod
     def from_single_file(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As the stock loader; without a network, give `config`, a local folder of a pipeline of the same kind."""
-        dtype = _name_dtype(kwargs)
+        dtype = name_dtype(kwargs)
         kwargs |= load_parts({name: each for name, each in kwargs.items() if name in COMPONENTS}, dtype)
         try:
             with hushed():
@@ -141,7 +141,8 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         adapters: dict[str, Adapter | None] = {"text_adapter": self.text_adapter, "adapter": self.adapter}
         adapters |= {f"ip_{number}": each for number, each in enumerate(self.ip_adapters)}
         seeing = self.reference_encoder is not None or self._eyes is not None
-        save_beside(folder, adapters, self.encoder_fingerprint if seeing else None, COMPONENTS)
+        scales = {f"ip_{number}": self._ip_scale(number) for number in range(len(self.ip_adapters))}
+        save_beside(folder, adapters, scales, self.encoder_fingerprint if seeing else None, COMPONENTS)
         source = self._finder_folder
         if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
             shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
@@ -180,7 +181,7 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         """Attach an adapter and remember it as `text_adapter`, `adapter` or one of `ip_adapters`."""
         adapter.to(self.unet.dtype).eval().attach(self.denoiser)
         if place.startswith("ip_"):
-            self.ip_adapters, self._ip_scales = [*self.ip_adapters, adapter], [*self._ip_scales, 1.0]
+            self.ip_adapters, self._ip_scales = [*self.ip_adapters, adapter], [*self._ip_scales, saved_scale(adapter)]
         else:
             setattr(self, place, adapter)
 
@@ -207,6 +208,12 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         spared = options.pop("exclude_modules", None) or []
         spared = [spared] if isinstance(spared, str) else list(spared)
         cast(Any, super()).enable_group_offload(onload_device, exclude_modules=[*spared, "vision_encoder"], **options)
+
+    def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
+        """As in diffusers, once it is known which encoder looks at references: its weights cannot be read then."""
+        if self.reference_encoder is not None:
+            self._known_eyes()
+        cast(Any, super()).enable_sequential_cpu_offload(*arguments, **options)
 
     def _settle(self) -> None:
         """Bring the adapters to where the denoiser will run, and in its precision."""
@@ -249,8 +256,8 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         draw, window = cast(Any, super()).__call__, Window.read(identity_window)
         given = by_name(draw, arguments, options, _OURS)
         if not self._adapters():
-            pictured = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
-            if reference is not None or (pictured and not self._has_stock_ip_adapter):
+            asked = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
+            if reference is not None or (asked and not self._has_stock_ip_adapter):
                 raise WeightsError(
                     "Nothing on the denoiser can show a reference: load_adapter or load_ip_adapter first, or leave the "
                     "reference out."
@@ -263,6 +270,8 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         try:
             batch, requests = read_call(self, draw, given, reference)
             personas = self._see(requests, face, on_no_face)
+            if self.adapter is not None and any(personas):
+                check_encoder(self.adapter, self.encoder_fingerprint)  # which may have come after the adapter
             text, person = (
                 self._text(given, batch, branch_embeds, negative_branch_embeds),
                 self._identity(personas, identity_scale, block_factors(self.denoiser, identity_blocks), batch),
@@ -394,17 +403,6 @@ _OURS = tuple(
     for name, each in inspect.signature(Personal.__call__).parameters.items()
     if each.kind is inspect.Parameter.KEYWORD_ONLY
 )
-
-
-def _name_dtype(kwargs: dict[str, Any]) -> "torch.dtype | None":
-    """Call the precision in a loader's arguments as this diffusers does; return it, unless it is "auto" or so."""
-    older = kwargs.pop("torch_dtype", None)
-    dtype = kwargs.pop("dtype", older)
-    if dtype is not None:
-        from diffusers import DiffusionPipeline
-
-        kwargs[dtype_word(DiffusionPipeline)] = dtype
-    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _reason(error: Exception) -> str:

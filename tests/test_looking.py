@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers import DiffusionPipeline
 
 from imagine.encoders import CLIP_MEAN, CLIP_STD
 from imagine.errors import WeightsError
 from imagine.faces import KnownGeometry
 from imagine.looking import Eyes, vision_features
-from tests import tiny, tiny_stock
+from tests import tiny, tiny_ip, tiny_stock
 
 
 @pytest.fixture
@@ -58,6 +60,22 @@ def test_a_persona_of_another_encoder_or_layer_is_refused(pipe: Any):
     with torch.no_grad():
         next(pipe.vision_encoder.parameters()).add_(1)
     assert pipe.encoder_fingerprint != before
+
+
+def test_an_encoder_is_known_while_its_weights_are_away(pipe: Any, monkeypatch: pytest.MonkeyPatch):
+    def offload(pipe: Any) -> None:
+        """The loop of diffusers' method, which itself cannot run on the processor."""
+        for name, model in pipe.components.items():
+            if isinstance(model, torch.nn.Module) and name not in pipe._exclude_from_cpu_offload:
+                cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+
+    monkeypatch.setattr(DiffusionPipeline, "enable_sequential_cpu_offload", offload)
+    pipe.vision_encoder = None
+    pipe.register_modules(image_encoder=tiny_ip.encoder())
+    seen = Eyes.of(tiny_ip.encoder())
+    pipe.enable_sequential_cpu_offload()
+    assert pipe.image_encoder.device.type == "meta" and pipe.encoder_fingerprint == seen.fingerprint
+    assert pipe.enroll(tiny.photo(1)).features.shape == (5, 24)
 
 
 def test_both_kinds_of_encoder_see_the_penultimate_layer_and_the_pooled_embedding():
