@@ -361,6 +361,12 @@ def test_lora_goes_out_as_a_file_of_its_own(xl: bool, tmp_path: Path) -> None:
     assert report.lora is not None and report.lora.is_file()
     expected, plain = ours(unet, adapter, seen), ours(unet, trained(unet, "full"), seen)
     assert not near(plain, expected)
+    assert set(load_file(tmp_path / KOHYA_FILE)) == {
+        f"lora_unet_{f'{layer}.{target}'.replace('.', '_')}.{part}"
+        for layer in adapter.layers()
+        for target in adapter.lora_targets
+        for part in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
     for name in (report.lora.name, KOHYA_FILE):  # peft's names, and those that ComfyUI reads
         pipe: Any = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline)(
             **{**parts, "unet": copy.deepcopy(unet)}

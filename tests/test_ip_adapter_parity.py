@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 
 from imagine.adapter import Adapter, BranchSpec
 from imagine.errors import ConfigError, ImagineError, WeightsError
-from imagine.faces import KnownGeometry
+from imagine.faces import KnownGeometry, crop_face
 from imagine.ip_adapter import import_adapter, read_ip_adapter
+from imagine.ip_adapter_export import export_adapter
 from imagine.stock import imagined
-from tests import tiny, tiny_ip
+from tests import tiny, tiny_ip, tiny_stock
 
 CLOSE = 1e-5
 PROMPT = tiny.SENTENCES[0]
@@ -48,10 +49,10 @@ def load(pipes: tuple[Any, Any], *kinds: str) -> None:
 
 def draw(pipe: Any, guidance: float = 3.0, seed: int = 5, prompt: Any = PROMPT, **options: Any) -> torch.Tensor:
     size = {"height": 16, "width": 16}
-    return torch.from_numpy(
+    options = {"output_type": "np", **size, **options}
+    return torch.as_tensor(
         pipe(
-            prompt, num_inference_steps=2, guidance_scale=guidance, generator=tiny.generator(seed), output_type="np",
-            **size, **options,
+            prompt, num_inference_steps=2, guidance_scale=guidance, generator=tiny.generator(seed), **options
         ).images
     )  # fmt: skip
 
@@ -152,14 +153,47 @@ def test_a_batch_of_prompts_and_pictures(pipes: tuple[Any, Any]) -> None:
 
 
 def test_beside_our_own_text_adapter(pipes: tuple[Any, Any]) -> None:
-    """IP-Adapter and a fresh text adapter on one denoiser: the picture stays, and each leaves without the other."""
+    """IP-Adapter and a text adapter on one denoiser: fresh it changes nothing, and each leaves without the other."""
     _, ours = pipes
     load(pipes, "full")
     before = draw(ours, ip_adapter_image=tiny.photo(1))
-    text = Adapter(ours.unet, [BranchSpec("t5", 12)])
-    with text.attach(ours.unet):
-        assert torch.equal(draw(ours, ip_adapter_image=tiny.photo(1)), before)
+    ours.register_modules(**{name: each for name, each in tiny_stock.readers().items() if name.startswith("t5")})
+    ours.load_adapter(Adapter(ours.unet, [BranchSpec("t5", 16)]))
     assert torch.equal(draw(ours, ip_adapter_image=tiny.photo(1)), before)
+    ours.load_adapter(Adapter(ours.unet, [BranchSpec("t5", 16, zero_init=False)]))
+    assert (draw(ours, ip_adapter_image=tiny.photo(1)) - before).abs().max() > 1e-3
+    ours.unload_adapter("text_adapter")
+    assert torch.equal(draw(ours, ip_adapter_image=tiny.photo(1)), before)
+    ours.register_modules(t5_encoder=None, t5_tokenizer=None)
+
+
+def test_latents_and_half_precision(pipes: tuple[Any, Any]) -> None:
+    load(pipes, "plus")
+    options: dict[str, Any] = {"ip_adapter_image": tiny.photo(1), "output_type": "latent"}
+    assert assert_same(pipes, **options).shape == (1, 4, 8, 8)
+    half = pair(hasattr(pipes[0], "text_encoder_2"))
+    for pipe in half:
+        pipe.to(torch.bfloat16)
+    load(half, "plus")
+    first, second = (draw(pipe, ip_adapter_image=tiny.photo(1)) for pipe in half)
+    assert (first - second).abs().max() < 0.02 < (draw(half[1]) - second).abs().max()
+
+
+@pytest.mark.parametrize("low", [True, False])
+def test_what_goes_out_draws_from_a_photo_in_diffusers_as_here(low: bool, tmp_path: Path) -> None:
+    """File, image encoder and LoRA as docs/ip_adapter.md loads them, on the crop that our finder would cut out."""
+    theirs, ours = pair(False)
+    ours.register_modules(vision_encoder=tiny_stock.encoder())
+    ours.finder = KnownGeometry([tiny.BOX])
+    plain = draw(ours, 1.0)
+    ours.load_adapter(tiny_stock.identity(ours.unet))
+    export_adapter(ours.adapter, ours.denoiser, tmp_path / "ip.safetensors", ours.vision_encoder)
+    crop = crop_face(tiny.photo(1), ours.finder, tiny.CROP).image
+    theirs.register_modules(image_encoder=None, feature_extractor=None)
+    theirs.load_lora_weights(tmp_path)
+    theirs.load_ip_adapter(tmp_path, subfolder="", weight_name="ip.safetensors", low_cpu_mem_usage=low)
+    shown = draw(ours, 1.0, reference=tiny.photo(1))
+    assert (draw(theirs, 1.0, ip_adapter_image=crop) - shown).abs().max() < 1e-4 < (plain - shown).abs().max()
 
 
 @pytest.mark.parametrize("kind", tiny_ip.KINDS)

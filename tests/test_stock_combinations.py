@@ -149,6 +149,7 @@ COMBINATIONS = {
     "sequential-offload": Combination(arrange=sequential_offload),
     "group-offload": Combination(arrange=leaf_offload),
     "vae-tiling": Combination(arrange=tiled),
+    "bfloat16": Combination(arrange=lambda pipe, _: pipe.to(torch.bfloat16)),
 }
 NOT_STOCK = ("sd15-clip-skip",)  # diffusers 0.42 looks for text_encoder.text_model, which transformers 5.6 took away
 CASES = [case for base in BASES for name in COMBINATIONS if (case := f"{base}-{name}") not in NOT_STOCK]
