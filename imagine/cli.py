@@ -128,6 +128,10 @@ def _add_generate(verbs: Any) -> None:
     verb.add_argument("--steps", type=_count, metavar="N", help="more are slower and finer")
     verb.add_argument("--guidance-scale", type=_number, metavar="X", help="how strictly the sentence is followed")
     verb.add_argument(
+        "--identity-guidance-scale", type=_number, metavar="X", help="the same for the person (default: as above)"
+    )
+    verb.add_argument("--guidance-balance", action="store_true", help="bring both to one norm before their scales")
+    verb.add_argument(
         "--identity-scale", type=_number, default=1.0, metavar="X", help="strength of the person; 0 is off"
     )
     verb.add_argument(
@@ -155,6 +159,8 @@ def _generate(chosen: argparse.Namespace) -> dict[str, Any]:
         generator=_generators(seed, chosen.num_images),
         num_inference_steps=chosen.steps,
         guidance_scale=chosen.guidance_scale,
+        identity_guidance_scale=chosen.identity_guidance_scale,
+        guidance_balance=chosen.guidance_balance,
         identity_scale=chosen.identity_scale,
         identity_window=chosen.identity_window,
         identity_blocks=chosen.identity_blocks,

@@ -56,6 +56,11 @@ def test_generate_takes_the_controls_of_a_call(run: Run, weights: Path, photo: P
     more = ["--identity-window", "0:0.5", "--identity-blocks", "up", "--refine-faces", "--json"]
     code, out, err = run(*generate(weights, photo, tmp_path / "a.png", *more))
     assert (code, err) == (0, "") and {"refined", "notes"} <= json.loads(out).keys()
+    drawn = []
+    for more in ([], ["--identity-guidance-scale", "5"], ["--identity-guidance-scale", "5", "--guidance-balance"]):
+        assert run(*generate(weights, photo, tmp_path / "b.png", *more))[0] == 0
+        drawn.append(np.asarray(Image.open(tmp_path / "b.png")))
+    assert (drawn[0] != drawn[1]).any() and (drawn[1] != drawn[2]).any()
     code, _, err = run(*generate(weights, photo, tmp_path / "a.png", "--identity-blocks", "style"))
     assert code == 2 and "choose all, coarse, fine, down, mid or up" in err and err.count("\n") == 1
     for window in ("0.8:0.2", "0.5", "0:2", "a:b"):
