@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -351,6 +352,58 @@ def test_a_base_that_cannot_be_used_is_a_sentence(home: Path, tmp_path: Path) ->
         built(home, vision=home / "t5")
     with pytest.raises(ConfigError, match="has no config"):
         built(home, t5=tmp_path)
+
+
+def test_what_is_kept_depends_on_configuration_and_vocabulary_too(home: Path, tmp_path: Path) -> None:
+    base = open_base(str(shutil.copytree(home / "xl", tmp_path / "xl")))
+    t5 = Path(shutil.copytree(home / "t5", tmp_path / "t5"))
+
+    def marks() -> tuple[str, str, str]:
+        return BaseCodec(base, CPU).mark, BaseReader(base, CPU).mark, T5Reader("t5", t5, 256, CPU).mark
+
+    before = marks()
+    assert T5Reader("t5", t5, 128, CPU).mark != before[2]
+    write_config(base.folder / "vae", _name_or_path="elsewhere")
+    assert marks() == before
+    write_config(base.folder / "vae", scaling_factor=0.5)
+    for file in (base.folder / "tokenizer_2" / "tokenizer_config.json", t5 / "tokenizer_config.json"):
+        file.write_text(file.read_text() + "\n")
+    assert not set(marks()) & set(before)
+
+
+def write_config(folder: Path, **more: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+
+
+def test_a_validation_never_takes_the_right_reference_for_a_wrong_one(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = built(home, validation_images=5, drawings=0)
+    seen: list[Tensor] = []
+
+    def errors(batch: DiffusersBatch, vision: Tokens, *_: Any) -> Tensor:
+        seen.append(vision.values)
+        return torch.zeros(len(vision.values)) + len(seen)
+
+    monkeypatch.setattr(task, "errors", errors)
+    task.validate(tmp_path, 0)
+    right, wrong = torch.cat(seen[::2]), torch.cat(seen[1::2])
+    assert len(right) == len(wrong) == 5 and (right != wrong).flatten(1).any(1).all()
+
+
+def test_tokens_are_on_disk_before_their_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, lengths = KeptTokens(tmp_path / "t5", 4, 6, 3), []
+    flush = np.memmap.flush
+
+    def watched(values: Any) -> None:
+        lengths.append(kept.lengths.tolist())
+        assert values is kept.values and values[2].any()
+        flush(values)
+
+    monkeypatch.setattr(np.memmap, "flush", watched)
+    kept.write([2], Tokens(torch.ones(1, 5, 3)))
+    assert lengths == [[0, 0, 0, 0]] and kept.lengths.tolist() == [0, 0, 5, 0]
 
 
 def test_kept_tokens_take_only_what_counts(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from imagine.weights import INDEX, dtype_word, fetching, hushed, is_hub_id, load
 Encode = Callable[[Sequence[str]], dict[str, Tokens]]
 _KINDS = {2048: "Stable Diffusion XL", 1024: "Stable Diffusion 2", 768: "Stable Diffusion 1.5"}  # by text width
 _LOOKS, _LOOK = 1024, 512  # how often, and how many bytes at a time, a file is looked into to tell it from others
+_READ = (".json", ".model", ".safetensors", ".txt")  # endings of files that say what a component makes
 _SHORTER = 0.75
 
 
@@ -90,8 +91,8 @@ def open_base(name: str, shapes_only: bool = False) -> DiffusersBase:
     if not folder.is_dir():
         if folder.exists() or not is_hub_id(name):
             raise ConfigError(
-                f"There is no folder {name} with the base to train on: save one there, such as `hf download "
-                f"stabilityai/stable-diffusion-xl-base-1.0 --local-dir {name}`, or set `base` to a folder that holds a "
+                f"There is no folder {name} with the base to train on: save one there, as by the `hf download` of "
+                "docs/training.md, which takes what training needs alone, or set `base` to a folder that holds a "
                 "Stable Diffusion 1.5 or XL pipeline."
             )
         folder = _fetched(name, shapes_only)
@@ -182,8 +183,8 @@ class BaseReader:
     @property
     def mark(self) -> str:
         """Digits for what tokens depend on besides their sentence."""
-        marks = [_mark(self.base.folder / name) for name in ("text_encoder", "text_encoder_2")[: 1 + self.base.xl]]
-        return "-".join([*marks, *(["zeros"] if self.base.empty_is_zeros else [])])
+        parts = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if self.base.xl else ()))
+        return _mark(*(self.base.folder / name for name in parts)) + ("-zeros" if self.base.empty_is_zeros else "")
 
     def load(self) -> Encode:
         """The encoders in memory, behind a function, by the stock pipeline's own reading of prompts."""
@@ -234,7 +235,7 @@ class T5Reader:
 
     @property
     def mark(self) -> str:
-        return _mark(self.folder)
+        return f"{_mark(self.folder)}-{self.tokens}"
 
     def load(self) -> Encode:
         from transformers import AutoTokenizer
@@ -316,14 +317,27 @@ def _variant(folder: Path) -> str | None:
     return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
-def _mark(folder: Path) -> str:
-    """Twelve hexadecimal digits that tell a component's files from others, looked into here and there."""
+def _mark(*folders: Path) -> str:
+    """Twelve hexadecimal digits that tell these components from others: weights, configuration and vocabulary.
+
+    Weights are looked into here and there. Of a config.json counts what it says of the network, not who saved it.
+    """
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in (file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in _READ):
         size = file.stat().st_size
+        if file.suffix != ".safetensors":
+            content = _stated(file) if file.name == "config.json" else file.read_bytes()
+            digest.update(f"{file.name} {len(content)}".encode() + content)
+            continue
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as opened:
             for place in range(0, size, max(_LOOK, size // _LOOKS)):
                 opened.seek(place)
                 digest.update(opened.read(_LOOK))
     return digest.hexdigest()[:12]
+
+
+def _stated(config: Path) -> bytes:
+    """What a config.json says of its network."""
+    said = {name: value for name, value in read_config(config.parent).items() if not name.startswith("_")}
+    return json.dumps({**said, "transformers_version": None}, sort_keys=True).encode()

@@ -37,10 +37,11 @@ class KeptTokens:
         """Keep the tokens (B, L, width) that count, cut to what a place can hold."""
         mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
         values = tokens.values.to("cpu", torch.float16)
-        for place, row, counts in zip(places, values, mask, strict=True):
-            kept = row[counts][: self.values.shape[1]]
-            self.values[place, : len(kept)] = kept.numpy()
-            self.lengths[place] = len(kept)
+        kept = [row[counts][: self.values.shape[1]].numpy() for row, counts in zip(values, mask, strict=True)]
+        for place, row in zip(places, kept, strict=True):
+            self.values[place, : len(row)] = row
+        self.values.flush()  # or a machine that stops could keep the lengths and lose the tokens
+        self.lengths[list(places)] = [len(row) for row in kept]
 
     def take(self, places: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Tokens (B, length, width) of these places, zero beyond their lengths (B,), of which nothing is read."""

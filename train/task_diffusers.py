@@ -286,8 +286,10 @@ class DiffusersTask:
         """Errors with each reference, and with another's; some people drawn."""
         count = self.settings.validation_images
         right, wrong = torch.zeros(count), torch.zeros(count)
-        for first in range(0, count, 4):
-            batch = self._validation_batch(first, min(4, count - first))
+        # About four at a time and never one alone, which would have nobody else's reference.
+        for numbers in torch.arange(count).tensor_split(-(-count // 4)):
+            first = int(numbers[0])
+            batch = self._validation_batch(first, len(numbers))
             noise, steps = self.noise(batch.latents, VALIDATION_SEED, first)
             seen = self.vision_tokens(batch.crops)
             here = slice(first, first + len(steps))
