@@ -470,13 +470,17 @@ def _export_ip_adapter(chosen: argparse.Namespace) -> dict[str, Any]:
 
 # --- what the verbs share ---------------------------------------------------------------------------------------------
 def _folder(given: Path | None) -> Path:
-    from imagine.weights import default_folder, read_index
+    from imagine.weights import PIPELINE, STOCK_PIPELINES, default_folder, read_index
 
     if given is None:
         return default_folder()
     if not given.expanduser().is_dir():
         raise WeightsError(f"There is no folder {given}: name one that holds weights, or leave --weights out.")
-    read_index(given.expanduser())
+    if (kind := read_index(given.expanduser(), STOCK_PIPELINES)["_class_name"]) != PIPELINE:
+        raise WeightsError(
+            f"{given} holds a {kind}, and this command takes imagine's own weights only: draw with it from Python, by "
+            f"ImaginePipeline.from_pretrained({os.fspath(given)!r}) as docs/backbones.md says."
+        )
     return given.expanduser()
 
 

@@ -1,11 +1,12 @@
-"""What a file or folder of weights is, read from headers alone: no network is built, nothing heavy is imported.
+"""What a file or folder of weights is, read from headers: no network is built.
 
 Beside the library, for `imagine inspect`: people collect safetensors files whose names say little, and a wrong pairing
 of encoder, adapter and base shows only as a bad picture. Our own files describe themselves in their metadata; standard
 IP-Adapter files are recognised by their keys, as diffusers recognises them. "problems" says what will not load and why.
 
-A pickle may run code when it is read. Only .bin, in which older IP-Adapters came, is looked into, by torch's reader of
-weights alone, which runs nothing; that costs the second that torch takes to import.
+Two things take more than headers, and the second in which torch is imported: whether an encoder beside our own adapter
+is the one that it was trained with, and .bin files, in which older IP-Adapters came. A pickle may run code when it is
+read; these are read by torch's reader of weights alone, which runs nothing.
 """
 
 import json
@@ -20,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 
 from imagine.errors import WeightsError
 from imagine.ip_adapter_layout import KOHYA_FILE, LORA_FILE, encoder_of, licence_of, projection_shapes, read_layout
-from imagine.weights import INDEX, read_index
+from imagine.weights import INDEX, STOCK_PIPELINES, fingerprint_of, read_index, same_encoder
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".pkl")
 _ADAPTER_VERSION = "1"  # that Adapter.load reads
 _BRANCH = ("to_k.weight", "to_v.weight", "gate")  # what a branch has in each of its layers
+_ENCODERS = ("vision_encoder", "image_encoder")  # who looks at references, in order of preference
+_RECOGNISER = "face recogniser (InsightFace)"  # what FaceID files read instead
 _PRECISIONS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
@@ -80,7 +83,7 @@ def _folder(folder: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> dict[str, Any]:
-    index = read_index(folder)
+    index = read_index(folder, STOCK_PIPELINES)
     components: dict[str, Any] = {}
     for part in sorted(folder.iterdir()):
         if part.is_dir() and (files := sorted(part.rglob("*.safetensors"))):
@@ -88,13 +91,15 @@ def _weights(folder: Path) -> dict[str, Any]:
             known = entry[1] if isinstance(entry, list) and entry[1] else None
             components[part.name] = {"class": known, **_sum([_read(file) for file in files])}
     described: dict[str, Any] = {}
-    for name in ("text_adapter", "adapter"):
+    imported = sorted(path.name for path in folder.glob("ip_*"))  # IP-Adapters on a stock pipeline
+    for name in ("text_adapter", "adapter", *imported):
         if (folder / name).is_dir() and (files := sorted((folder / name).glob("*.safetensors"))):
             described[name] = _file(files[0])
     identity = described.get("adapter", {})
     return {
         "kind": "weights",
-        "format_version": index["format_version"],
+        "pipeline": index["_class_name"],
+        "format_version": index.get("format_version"),
         "encoder": identity.get("encoder"),
         "encoder_fingerprint": identity.get("encoder_fingerprint"),
         "base": identity.get("base"),
@@ -153,7 +158,48 @@ def _adapter(path: Path, header: _Header) -> dict[str, Any]:
     }
     if found.get("licence") in (None, "unspecified"):
         found["licence"] = licence_of(path, {}) or found.get("licence")
-    return {**found, "problems": _adapter_problems(metadata.get("format_version"), branches, header.shapes)}
+    problems = _adapter_problems(metadata.get("format_version"), branches, header.shapes)
+    vision = next((branch for branch in branches if branch["name"] == "vision"), None)
+    folder = next((path.parent.parent / each for each in _ENCODERS if (path.parent.parent / each).is_dir()), None)
+    if vision is not None and folder is not None and path.parent.name == "adapter":
+        problems += _encoder_problems(vision, metadata.get("encoder_fingerprint"), folder)
+    return {**found, "problems": problems}
+
+
+def _encoder_problems(branch: Mapping[str, Any], fingerprint: str | None, folder: Path) -> list[str]:
+    """Why the encoder in `folder` cannot be the one whose features our adapter reads, in a sentence or none."""
+    pooled = branch.get("projection") == "linear"
+    wanted, given = branch.get("input_width") or branch.get("width"), _features(folder, pooled)
+    if given is not None and wanted != given:
+        return [
+            f"It reads features of width {wanted}, but the {folder.name} beside it gives {given}: take the one that it "
+            "was trained with."
+        ]
+    files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in files if ".fp16" not in file.name] or files
+    if fingerprint is None or not files:
+        return []
+    from safetensors.torch import load_file
+
+    for file in files:
+        _read(file)  # which says in a sentence if it is cut
+    found = fingerprint_of({name: each for file in files for name, each in load_file(file).items()})
+    if same_encoder(fingerprint, found):
+        return []
+    return [
+        f"It was trained with the vision encoder {fingerprint}, but the {folder.name} beside it is {found}: take the "
+        "one that belongs to it."
+    ]
+
+
+def _features(folder: Path, pooled: bool) -> int | None:
+    """How wide the pooled embedding or else the tokens of an encoder are, ours or transformers'; None if unknown."""
+    file = folder / "config.json"
+    config = _json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not isinstance(config, dict):
+        return None
+    names = ("embed_width", "projection_dim") if pooled else ("width", "hidden_size")
+    return next((config[name] for name in names if name in config), None)
 
 
 def _adapter_problems(
@@ -200,21 +246,19 @@ def _ip_adapter(path: Path, header: _Header) -> dict[str, Any]:
     problems = [f"It {layout.problem}."] if layout.problem else []
     if not layout.problem and layout.comfyui:
         problems.append(f"ComfyUI_IPAdapter_plus cannot load it: it {layout.comfyui}.")
-    beside = path.parent / "image_encoder" / "config.json"
-    config = _json(beside.read_text(encoding="utf-8")) if beside.is_file() else None
-    if isinstance(config, dict) and layout.input_width is not None:
-        found = config.get("projection_dim" if layout.kind == "linear" else "hidden_size")
-        if found != layout.input_width:
-            needed, known = (encoder_of(layout.kind, each) or "no public one" for each in (layout.input_width, found))
-            problems.append(
-                f"It reads features of width {layout.input_width} ({needed}), but the image_encoder beside it gives "
-                f"{found} ({known}): take the one that it was made with."
-            )
+    found = _features(path.parent / "image_encoder", layout.kind == "linear")
+    faces = (layout.kind or "").startswith("faceid")
+    if not faces and layout.input_width is not None and found not in (None, layout.input_width):
+        needed, known = (encoder_of(layout.kind, each) or "no public one" for each in (layout.input_width, found))
+        problems.append(
+            f"It reads features of width {layout.input_width} ({needed}), but the image_encoder beside it gives "
+            f"{found} ({known}): take the one that it was made with."
+        )
     every = "one per token of the vision encoder"
     return {
         "variant": layout.variant,
         "tokens": every if layout.kind == "full" else layout.tokens,
-        "encoder": metadata.get("encoder") or layout.encoder,
+        "encoder": metadata.get("encoder") or (_RECOGNISER if faces else layout.encoder),
         "base": layout.family or metadata.get("base"),
         "format_version": metadata.get("format_version"),
         "licence": licence_of(path, metadata),

@@ -54,7 +54,9 @@ def import_folder(
     adapter, report = import_adapter(file, denoiser)
     place = Path(image_encoder).expanduser() if image_encoder else path.parent / ENCODER_FOLDER
     encoder = None
-    if image_encoder or place.is_dir():
+    if image_encoder and not place.is_dir():
+        raise WeightsError(f"There is no folder {image_encoder}: name the one that holds the image encoder.")
+    if place.is_dir():
         theirs = load_encoder(place.parent, place.name, stored_precision(place), {})
         check_encoder(file.layout, theirs)
         encoder = from_transformers(theirs)

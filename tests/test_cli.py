@@ -79,6 +79,12 @@ def test_generate_writes_a_picture_that_its_seed_repeats(run: Run, weights: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
 
 
+def test_generate_says_how_to_draw_with_a_stock_folder(run: Run, photo: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    code, _, err = run(*generate(tmp_path, photo, tmp_path / "a.png"))
+    assert code == 2 and "holds a StableDiffusionXLPipeline" in err and "docs/backbones.md" in err
+
+
 def test_generate_agrees_with_the_library(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
     from imagine import ImaginePipeline
 

@@ -1,6 +1,8 @@
 """What files say of themselves, and what keys say of files that do not."""
 
+import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from imagine.finder import Finder, save_finder
 from imagine.inspection import inspect
 from imagine.ip_adapter_layout import projection_shapes, read_layout
 from imagine.pipeline import ImaginePipeline
-from tests import tiny, tiny_ip
+from imagine.vision_conversion import to_transformers
+from tests import tiny, tiny_ip, tiny_stock
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,34 @@ def test_an_adapter_as_file_and_as_folder(pipe: ImaginePipeline, folder: Path) -
     assert {**inspect(folder / "adapter"), "path": ""} == {**found, "path": ""}
 
 
+def test_a_stock_folder_with_adapters_beside_it(tmp_path: Path) -> None:
+    pipe = tiny_stock.personal(tiny_stock.stock())
+    pipe.save_pretrained(tmp_path)
+    shutil.copytree(tmp_path / "adapter", tmp_path / "ip_0")
+    found = inspect(tmp_path)
+    assert (found["kind"], found["pipeline"]) == ("weights", "StableDiffusionPipeline")
+    assert found["encoder_fingerprint"] == pipe.encoder_fingerprint
+    assert found["adapters"].keys() == {"adapter", "ip_0"} and found["adapters"]["adapter"]["problems"] == []
+    assert found["components"]["unet"]["parameters"] == parameters(pipe.denoiser)
+
+
+def test_our_adapter_is_held_against_the_encoder_beside_it(folder: Path, pipe: ImaginePipeline, tmp_path: Path) -> None:
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    eyes = pipe.image_encoder
+    to_transformers(copy.deepcopy(eyes).half()).save_pretrained(tmp_path / "image_encoder")
+    assert inspect(tmp_path)["problems"] == []
+    other = copy.deepcopy(eyes)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    shutil.rmtree(tmp_path / "image_encoder")
+    other.save_pretrained(tmp_path / "image_encoder")
+    (problem,) = inspect(tmp_path)["problems"]
+    assert pipe.encoder_fingerprint in problem and "the image_encoder beside it is" in problem
+    config = {**json.loads((tmp_path / "image_encoder" / "config.json").read_text()), "width": 7}
+    (tmp_path / "image_encoder" / "config.json").write_text(json.dumps(config))
+    assert "but the image_encoder beside it gives 7" in inspect(tmp_path)["problems"][0]
+
+
 def test_a_component_a_persona_and_a_finder(pipe: ImaginePipeline, folder: Path, tmp_path: Path) -> None:
     assert inspect(folder / "vae")["class"] == "AutoencoderDC"
     pipe.enroll([tiny.photo(1), tiny.photo(2)]).save(tmp_path / "me.safetensors")
@@ -80,6 +111,7 @@ def test_ip_adapters_are_recognised_by_their_keys(
     found = inspect(tmp_path / "x.safetensors")
     assert (found["kind"], found["variant"], found["tokens"]) == ("IP-Adapter", variant, tokens)
     assert (found["base"], found["layers"]) == ("Stable Diffusion 1.5", 16)
+    assert (found["encoder"] == "face recogniser (InsightFace)") == variant.startswith("FaceID")
 
 
 def test_any_other_safetensors_file_is_described(tmp_path: Path) -> None:

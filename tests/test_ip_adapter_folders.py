@@ -105,3 +105,12 @@ def test_what_is_wrong_is_one_sentence(base: Path, repository: Path, tmp_path: P
         assert_refused(code, out, err)
         assert says in err
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_mistyped_image_encoder_is_no_question_to_the_hub(
+    base: Path, repository: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub is asked"))
+    arguments = ["import-ip-adapter", repository, "--base", base, "--output", tmp_path / "x"]
+    code, _, err = run(capsys, *arguments, "--image-encoder", "models/image_encodr")
+    assert code == 2 and "There is no folder models/image_encodr" in err and err.count("\n") == 1
