@@ -536,13 +536,13 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
     ) -> Tensor:
         """Take every step from noise to clean latents, in float32; `acts`: whether the people act in each step."""
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        call = self._running()
+        call, nobody = self._running(), torch.zeros_like(strength)
         with self.progress_bar(total=len(scheduler.timesteps)) as bar:
             for number, timestep in enumerate(scheduler.timesteps):
                 if call.interrupt:
                     break
                 scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)(latents, timestep)
-                acting = strength if acts[number] else torch.zeros_like(strength)
+                acting = strength if acts[number] else nobody
                 velocity = denoiser.velocity(scaled.to(self.unet.dtype), timestep, acting, call.guidance)
                 latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
                 if on_step is not None:

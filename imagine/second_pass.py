@@ -103,8 +103,11 @@ class SecondPass:
         faces, notes = find_small_faces(pictures, shown, finder, self.settings)
         if faces:
             squares = torch.cat([cut(pictures, face, (side, side)) for face in faces])
-            for face, drawn in zip(faces, redraw(faces, squares, self), strict=True):
-                put_back(pictures, face, drawn, self.settings)
+            most = len(self.start)  # at once: as many as the first pass drew, which had the memory for it
+            for first in range(0, len(faces), most):
+                some = faces[first : first + most]
+                for face, drawn in zip(some, redraw(some, squares[first : first + most], self), strict=True):
+                    put_back(pictures, face, drawn, self.settings)
         return len(faces), notes
 
 

@@ -178,8 +178,8 @@ def test_both_guidance_vectors_are_brought_to_the_smaller_norm() -> None:
     one, other = balance(text, identity, torch.tensor([True, False, True]))
     assert torch.equal(one[1:], text[1:]) and torch.equal(other[1:], identity[1:])  # not asked for; nothing to balance
     assert torch.allclose(one[0].norm(), other[0].norm()) and torch.equal(one[0], text[0])
-    assert torch.allclose(torch.nn.functional.cosine_similarity(other[0].flatten(), identity[0].flatten(), 0).abs(),
-                          torch.tensor(1.0))  # fmt: skip
+    cosine = torch.nn.functional.cosine_similarity(other[0].flatten(), identity[0].flatten(), 0)
+    assert torch.allclose(cosine, torch.tensor(1.0))
 
 
 def test_balanced_guidance_is_guidance_with_balanced_vectors() -> None:

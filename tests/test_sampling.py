@@ -1,10 +1,14 @@
 """Guidance as passes and sums, and batches of tokens of unequal length."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from imagine.records import Tokens
-from imagine.sampling import NOTHING, PEOPLE, SENTENCE, Guidance, Inputs, join, repeat
+from imagine.sampling import NOTHING, PEOPLE, SENTENCE, Guidance, GuidedDenoiser, Inputs, join, repeat
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -59,3 +63,38 @@ def test_people_are_off_in_every_pass_without_them() -> None:
     scales = conditioning.scales["vision"]
     assert isinstance(scales, torch.Tensor) and scales.tolist() == [0, 0, 0, 0, 0.5, 1.0]
     assert "vision" not in inputs.stacked((NOTHING, SENTENCE), torch.ones(2))[1].branches
+
+
+class Asked(TorchFunctionMode):
+    """Counts how often the numbers of one tensor are asked for, which waits for the device that holds them."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.tensor, self.count = tensor, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asks = func in (torch.equal, torch.Tensor.equal, torch.Tensor.any)
+        self.count += asks and any(each is self.tensor for each in args)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_strengths_are_looked_at_only_when_they_may_have_changed() -> None:
+    pipe = tiny.pipeline()
+    text, vision = pipe.encode_prompt(["a person"]), pipe._vision([[pipe.enroll(tiny.photo(1))]], 1)
+    denoiser = GuidedDenoiser(pipe.unet, Inputs(text, text, vision), {})
+    strength, latents = torch.ones(1), torch.randn(1, 4, 4, 4, generator=tiny.generator(1))
+
+    def velocity() -> torch.Tensor:
+        return denoiser.velocity(latents, torch.tensor(500.0), strength, Guidance(2.0))
+
+    first = velocity()
+    with Asked(strength) as asked:
+        assert torch.equal(velocity(), first) and asked.count == 0
+        strength *= 0.5
+        weaker = velocity()
+        assert asked.count == 2 and not torch.allclose(weaker, first)
+    strength *= 0
+    nobody = GuidedDenoiser(pipe.unet, Inputs(text, text, None), {})
+    wanted = nobody.velocity(latents, torch.tensor(500.0), strength, Guidance(2.0))
+    assert torch.allclose(velocity(), wanted, atol=1e-5)

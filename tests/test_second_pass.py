@@ -97,6 +97,16 @@ def test_several_people_are_taken_from_left_to_right(pipe: ImaginePipeline, peop
     ]
 
 
+def test_no_more_faces_are_redrawn_at_once_than_pictures_were_drawn(pipe: ImaginePipeline, people: list[Any]) -> None:
+    sizes: list[int] = []
+    watch = pipe.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    both = {"ann": people[0], "bob": people[1]}
+    out = draw(pipe, both, [SMALL, OTHER], prompt="{ann} in a red hat, looking to {bob}", refine_faces=True)
+    watch.remove()
+    again = len(RefineFaces().levels(4))
+    assert out.refined == 2 and sizes == [sizes[0]] * (4 + 2 * again)
+
+
 def test_a_batch_is_refined_as_its_pictures_are_alone(pipe: ImaginePipeline, people: list[Any]) -> None:
     together = draw(
         pipe, [*people, None], [SMALL], prompt=[PROMPT] * 3, refine_faces=True,
@@ -116,13 +126,16 @@ def test_the_pair_of_images_and_faces_stays_a_pair(pipe: ImaginePipeline, people
     assert torch.equal(images, out.images) and len(faces) == 1
 
 
-def test_encoding_undoes_decoding_of_smooth_latents() -> None:
+def test_encoding_and_decoding_normalise_alike() -> None:
     pipe = tiny.pipeline()
     pictures = torch.rand(2, 3, 32, 32)
     latents = pipe.encode_pictures(pictures)
     raw = pipe.vae.encode(pictures * 2 - 1).latent
     mean, std = (torch.tensor(pipe.config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
     torch.testing.assert_close(latents * std + mean, raw)
+    with torch.no_grad():
+        wanted = (pipe.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(pipe._decode(latents, "pt"), wanted)
 
 
 def test_squares_stay_in_the_picture_and_ellipses_in_their_squares() -> None:
