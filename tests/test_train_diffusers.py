@@ -253,6 +253,27 @@ def test_states_are_what_the_stock_pipeline_says_and_what_is_left_out_is_its_not
         assert states["t5"].mask is not None and states["t5"].mask[1].sum() == 1  # its end alone
 
 
+@pytest.mark.parametrize("alone", ["clip", "t5", "byt5"])
+def test_each_branch_can_be_left_out_alone(readers_task: Watched, alone: str) -> None:
+    task, told = readers_task, {"drop_text": 0.0, "drop_clip": 0.0, "drop_t5": 0.0, "drop_byt5": 0.0}
+    task.settings = task.settings.model_copy(update=told)
+    said = task.batch(0, 3).states
+    task.settings = task.settings.model_copy(update={f"drop_{alone}": 1.0})
+    left, nothing = task.batch(0, 3).states, task.stocks["photos"].sentences.nothing(3)
+    assert left.keys() == {"clip", "pooled", "t5", "byt5"}
+    for name, tokens in left.items():
+        gone = name == alone or (name, alone) == ("pooled", "clip")
+        assert torch.equal(tokens.values, (nothing if gone else said)[name].values), name
+    assert said[alone].values.shape != nothing[alone].values.shape or not torch.equal(
+        said[alone].values, nothing[alone].values
+    )
+
+
+@pytest.fixture(scope="module")
+def readers_task(home: Path) -> Watched:
+    return built(home, t5=home / "t5", byt5=home / "byt5")
+
+
 def test_latents_are_the_autoencoders_scaled_as_the_base_wants_them(home: Path) -> None:
     task = built(home)
     stock, rows = task.stocks["photos"], torch.tensor([1, 3])
@@ -303,15 +324,23 @@ def test_every_image_is_a_function_of_its_own_number(home: Path) -> None:
 
 
 def test_checkpointing_changes_no_gradient_and_bf16_trains(home: Path) -> None:
-    gradients = []
+    gradients, blocks = [], list[list[str]]()
     for checkpointing in (False, True):
         task = built(home, gradient_checkpointing=checkpointing, t5=home / "t5")
+        blocks.append([])
+        for name, module in (("unet", task.unet), ("vision", task.vision)):
+            for block in module.modules():
+                if type(block).__name__ in ("BasicTransformerBlock", "ResidualAttentionBlock"):
+                    # Before rather than after: computing again stops as soon as all that is needed is there.
+                    block.register_forward_pre_hook(lambda *_, name=name, seen=blocks[-1]: seen.append(name))
         for parameters in task.parts().values():
             for parameter in parameters:
                 torch.nn.init.normal_(parameter, std=0.1, generator=tiny.generator(len(parameter)))
                 parameter.requires_grad_(True)
         task.loss(task.batch(0, 2), 0).per_sample.mean().backward()
         gradients.append([p.grad for own in task.parts().values() for p in own])
+    for name in ("unet", "vision"):  # computed again in the backward pass, or nothing would be saved
+        assert blocks[1].count(name) > blocks[0].count(name) > 0, name
     for one, other in zip(*gradients, strict=True):
         assert (one is None) == (other is None)
         assert one is None or torch.allclose(one, other, atol=1e-6)
