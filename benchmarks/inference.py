@@ -38,7 +38,6 @@ from imagine.stock import imagined
 
 PROMPT = "a person smiling on a beach, wearing a red hat, as a pencil sketch"
 VISION, T5 = "vision", "t5"
-SIDES = (32, 32)  # of latents: pictures of 256 px
 GROWTH = (1, 2, 4, 8)
 PLUS_TOKENS = 16
 _EYES = {"projection_dim": 1024, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"}
@@ -51,11 +50,13 @@ def main() -> int:
     """Measure what is asked for and print it; returns the exit code."""
     options = _options()
     torch.manual_seed(0)
+    torch.set_default_device(options.device)
     dtype = torch.bfloat16 if options.size == "full" else torch.float32
     report: dict[str, Any] = {"threads": torch.get_num_threads(), "size": options.size, "dtype": str(dtype)}
+    report |= {"device": options.device, "resolution": options.resolution, "LoRA rank": options.lora_rank}
     report["GFLOP a second"] = {str(each): round(product_speed(each)) for each in (torch.float32, torch.bfloat16)}
     blueprint = full_size() if options.size == "full" else middle_size()
-    networks = filled(add_branches(blueprint, ["t5-xl", "byt5-small"], "plus", 0), dtype)
+    networks = filled(add_branches(blueprint, ["t5-xl", "byt5-small"], "plus", options.lora_rank), dtype)
     parts = options.parts or (["steps", "pictures"] if options.size == "full" else list(PARTS))
     with torch.no_grad():
         for name in parts:
@@ -106,7 +107,7 @@ def filled(blueprint: Blueprint, dtype: torch.dtype) -> Networks:
     """Networks with random weights, without those that read for T5 and ByT5, whose tokens are made up."""
     networks = build(blueprint, leave_out=("t5_encoder", "byt5_encoder"))
     for module in networks.modules().values():
-        fill(nn.Module.to(module, dtype).to_empty(device="cpu"))
+        fill(nn.Module.to(module, dtype).to_empty(device=torch.get_default_device()))
     return networks
 
 
@@ -135,9 +136,9 @@ def fill(module: nn.Module) -> None:
 def steps(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
     """A guided step with four branches against the bare denoiser's, vision off in the unconditional half."""
     guided = conditioning_of(networks)
-    works = {"bare": bare(networks), "four branches": attached(networks, guided)}
+    works = {"bare": bare(networks, options), "four branches": attached(networks, guided, options)}
     if options.size == "middle":
-        works["CLIP alone, adapters on"] = attached(networks, Conditioning())
+        works["CLIP alone, adapters on"] = attached(networks, Conditioning(), options)
     return compared(in_turns(works, options.rounds), "four branches", "bare")
 
 
@@ -157,7 +158,8 @@ def pictures(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
 
             def work() -> None:
                 pipe(
-                    PROMPT, ip_adapter_image=photo, num_inference_steps=options.steps, height=256, width=256,
+                    PROMPT, ip_adapter_image=photo, num_inference_steps=options.steps,
+                    height=options.resolution, width=options.resolution,
                     guidance_scale=5.0, generator=torch.Generator().manual_seed(0), callback_on_step_end=keep,
                 )  # fmt: skip
 
@@ -174,20 +176,23 @@ def pictures(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
 
 def growth(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
     """A step with more references, more of the sentence, more people in regions of their own, against one of each."""
-    works: dict[str, Work] = {"1 reference": attached(networks, conditioning_of(networks))}
+    works: dict[str, Work] = {"1 reference": attached(networks, conditioning_of(networks), options)}
     for count in GROWTH[1:]:
-        works[f"{count} references"] = attached(networks, conditioning_of(networks, count))
+        works[f"{count} references"] = attached(networks, conditioning_of(networks, count), options)
     for length in (256, 512):
         plain = conditioning_of(networks)
         longer = Tokens(plain.branches[T5].values.repeat(1, length // 128, 1))
-        works[f"{length} T5 tokens"] = attached(networks, replace(plain, branches={**plain.branches, T5: longer}))
+        works[f"{length} T5 tokens"] = attached(
+            networks, replace(plain, branches={**plain.branches, T5: longer}), options
+        )
     for count in GROWTH[1:3]:
         many = conditioning_of(networks, count)
-        regions = torch.zeros(1, count, *SIDES)
-        for number, columns in enumerate(torch.arange(SIDES[1]).chunk(count)):
+        sides = _sides(options)
+        regions = torch.zeros(1, count, *sides)
+        for number, columns in enumerate(torch.arange(sides[1]).chunk(count)):
             regions[0, number, :, columns] = 1
-        works[f"{count} people in regions"] = attached(networks, replace(many, regions={VISION: regions}))
-    works["a full projection's 257 tokens"] = attached(networks, full_projection(networks))
+        works[f"{count} people in regions"] = attached(networks, replace(many, regions={VISION: regions}), options)
+    works["a full projection's 257 tokens"] = attached(networks, full_projection(networks), options)
     times = in_turns(works, options.rounds)
     medians = {name: statistics.median(some) for name, some in times.items()}
     return {name: _spread(times[name]) | {"ratio": round(medians[name] / medians["1 reference"], 3)} for name in times}
@@ -195,7 +200,10 @@ def growth(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
 
 def profile(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds by operation, with four branches and bare, where they differ most; and where rows are skipped."""
-    works = {"bare": bare(networks), "four branches": attached(networks, conditioning_of(networks))}
+    works = {
+        "bare": bare(networks, options),
+        "four branches": attached(networks, conditioning_of(networks), options),
+    }
     spent: dict[str, dict[str, tuple[float, int]]] = {}
     for name, work in works.items():
         work()
@@ -227,9 +235,9 @@ PARTS: dict[str, Callable[[Networks, argparse.Namespace], dict[str, Any]]] = {
 # --- how --------------------------------------------------------------------------------------------------------------
 
 
-def bare(networks: Networks) -> Work:
+def bare(networks: Networks, options: argparse.Namespace) -> Work:
     """A guided step of the denoiser without any adapter."""
-    inputs = unet_inputs(networks.unet, 2, SIDES)
+    inputs = unet_inputs(networks.unet, 2, _sides(options))
 
     def work() -> None:
         for adapter in networks.adapters.values():
@@ -241,13 +249,18 @@ def bare(networks: Networks) -> Work:
     return work
 
 
-def attached(networks: Networks, conditioning: Conditioning) -> Work:
+def attached(networks: Networks, conditioning: Conditioning, options: argparse.Namespace) -> Work:
     """A guided step that attends to this; what a picture computes once is there from the second one on."""
-    inputs = unet_inputs(networks.unet, 2, SIDES)
+    inputs = unet_inputs(networks.unet, 2, _sides(options))
     ready = prepare(networks.unet, conditioning)
     return lambda: _clocked(
         lambda: networks.unet(**inputs, cross_attention_kwargs={"conditioning": ready}, return_dict=False)
     )
+
+
+def _sides(options: argparse.Namespace) -> tuple[int, int]:
+    """Height and width of the latents: SDXL's autoencoder makes one of 8 x 8 pixels."""
+    return options.resolution // 8, options.resolution // 8
 
 
 def conditioning_of(networks: Networks, references: int = 1) -> Conditioning:
@@ -322,9 +335,17 @@ _clock: list[float] = []  # what the work that ran last took; only what is insid
 
 
 def _clocked(work: Work) -> None:
+    _wait()
     began = time.perf_counter()
     work()
+    _wait()
     _clock.append(time.perf_counter() - began)
+
+
+def _wait() -> None:
+    """Let an accelerator come to the end of what it was given."""
+    if torch.get_default_device().type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def in_turns(works: Mapping[str, Work], rounds: int) -> Times:
@@ -336,8 +357,10 @@ def in_turns(works: Mapping[str, Work], rounds: int) -> Times:
             order.reverse()
         for name, work in order:
             _clock.clear()
+            _wait()
             began = time.perf_counter()
             work()
+            _wait()
             seconds = _clock[-1] if _clock else time.perf_counter() - began
             if number:
                 times[name].append(seconds)
@@ -353,7 +376,7 @@ def compared(times: Times, ours: str, theirs: str) -> dict[str, Any]:
 
 
 def _spread(some: Sequence[float]) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(some, n=4) if len(some) > 1 else [some[0]] * 3
+    low, middle, high = statistics.quantiles(some, n=4, method="inclusive") if len(some) > 1 else [some[0]] * 3
     return {"median": round(middle, 4), "quartiles": [round(low, 4), round(high, 4)]}
 
 
@@ -375,6 +398,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="of steps (default: 9)")
     parser.add_argument("--pictures", type=int, default=5, help="rounds of whole pictures (default: 5)")
     parser.add_argument("--steps", type=int, default=6, help="in each picture (default: 6)")
+    parser.add_argument("--resolution", type=int, default=256, help="pixels a side (default: 256)")
+    parser.add_argument("--lora-rank", type=int, default=64, help="of the identity adapter in a step (default: 64)")
+    parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
