@@ -43,7 +43,7 @@ format: $(READY)  ## put the code in its standard form
 
 weights: $(READY)  ## train the shipped weights from nothing into runs/weights/final (stop and repeat at will: it carries on)
 	$(PY) -m train configs/weights.yaml --output runs/weights $(ARGS)
-	$(PY) -m train.assemble runs/weights --output runs/weights/final --guidance-scale 5
+	$(PY) -m train.assemble runs/weights --output runs/weights/final --guidance-scale 5 --refine-faces
 
 bench: $(READY)  ## seconds per picture, cold start, rendered pictures per second
 	$(PY) benchmarks/bench.py $(ARGS)

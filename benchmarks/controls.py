@@ -81,7 +81,7 @@ def _draw(pipe: ImaginePipeline, cases: Cases, personas: list[Any], setting: Map
             reference=[personas[case // len(cases.prompts)] for case in some],
             generator=[torch.Generator().manual_seed(SEED * 1_000_003 + case) for case in some],
             output_type="pt",
-            **setting,
+            **{"refine_faces": False, **setting},
         )
         parts.append(out.images)
         refined += out.refined

@@ -211,6 +211,7 @@ class ImagineRefiner:
             guidance_scale=settings.guidance_scale,
             identity_guidance_scale=settings.identity_guidance_scale,
             identity_scale=settings.identity_scale,
+            refine_faces=False,  # this is one already
             callback_on_step_end=keep,
         )
         image: Image.Image = out.images[0]

@@ -141,7 +141,9 @@ def _add_generate(verbs: Any) -> None:
     verb.add_argument(
         "--identity-blocks", default="all", metavar="NAME", help="all, or only coarse, fine, down, mid or up blocks"
     )
-    verb.add_argument("--refine-faces", action="store_true", help="draw small faces once more, enlarged")
+    verb.add_argument(
+        "--refine-faces", action=argparse.BooleanOptionalAction, help="draw small faces once more, enlarged, or not"
+    )
     _add_face_choice(verb)
 
 

@@ -117,6 +117,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         default_steps: int = 20,
         default_guidance_scale: float = 2.0,
         default_identity_guidance_scale: float | None = None,
+        default_refine_faces: bool = False,
         format_version: str = weights.FORMAT_VERSION,
     ) -> None:
         super().__init__()
@@ -142,6 +143,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
             default_steps=default_steps,
             default_guidance_scale=default_guidance_scale,
             default_identity_guidance_scale=default_identity_guidance_scale,
+            default_refine_faces=default_refine_faces,
             format_version=format_version,
         )
         self.vae_scale_factor = int(self.vae.spatial_compression_ratio)
@@ -348,7 +350,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         identity_scale: "float | Sequence[float] | Tensor" = 1.0,
         identity_window: "Window | Sequence[float]" = (0.0, 1.0),
         identity_blocks: Blocks = ALL,
-        refine_faces: "RefineFaces | bool" = False,
+        refine_faces: "RefineFaces | bool | None" = None,
         negative_prompt: "str | Sequence[str] | None" = None,
         num_images_per_prompt: int = 1,
         generator: "torch.Generator | Sequence[torch.Generator] | None" = None,
@@ -374,7 +376,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         identity_window: the steps in which the person acts, as shares of all: (0, 0.8) leaves out the last fifth.
         identity_blocks: the denoiser's blocks in which the person acts: "all", a preset such as "coarse", or strengths
             in diffusers' form, {"down": {"block_2": [0.0, 1.0]}}, where what is not named gets 0 (controls.presets).
-        refine_faces: True, or a RefineFaces with other settings: draw small faces once more, enlarged (second_pass).
+        refine_faces: whether to draw small faces once more, enlarged; a RefineFaces has other settings (second_pass).
         negative_prompt: what to steer away from. generator: one, from which pictures draw in turn, or one per picture.
         face, on_no_face: which face of a photo, and what to do without one (see `faces.crop_face`).
         callback_on_step_end: called as (pipe, step, timestep, tensors), may return changed "latents" or
@@ -388,7 +390,8 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         plan = _Plan(
             self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale, guidance_balance),
             self._scheduler(num_inference_steps, sigmas, size), Window.read(identity_window), output_type,
-            block_factors(self.unet, identity_blocks), RefineFaces.read(refine_faces, output_type),
+            block_factors(self.unet, identity_blocks),
+            RefineFaces.read(refine_faces, output_type, bool(self.config.default_refine_faces)),
             _OnStep.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs),
         )  # fmt: skip
         check_attached(self.unet, self._adapters())

@@ -38,9 +38,14 @@ class RefineFaces:
     edge: float = 0.3  # it fades over this part of its radius
 
     @classmethod
-    def read(cls, given: "RefineFaces | bool", output_type: str) -> "RefineFaces | None":
-        """What a call gave as refine_faces; None: no second pass. Raises ConfigError, naming the setting."""
-        if given is False or given is None:
+    def read(cls, given: "RefineFaces | bool | None", output_type: str, usual: bool) -> "RefineFaces | None":
+        """What a call gave as refine_faces, or what is `usual` with these weights; None: no second pass.
+
+        Raises ConfigError, naming the setting.
+        """
+        if given is None:
+            given = usual and output_type != "latent"
+        if given is False:
             return None
         chosen = cls() if given is True else given
         if not isinstance(chosen, RefineFaces):

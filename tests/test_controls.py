@@ -240,22 +240,23 @@ PEOPLE = 3
 class Studio:
     """The shipped pipeline and judge, with people whom nothing was trained on."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         self.pipe = ImaginePipeline.from_pretrained()
         self.pipe.set_progress_bar_config(disable=True)
         self.judge = Judge.from_pretrained()
-        self.cases = self.meet(0)  # laughing
-        photos = render(self.cases.people[:PEOPLE], self.cases.references).images
+        self.cases = make_cases(PORTRAITS[:1], count, seed=5, gallery=count)  # laughing
+        photos = render(self.cases.people[:count], self.cases.references).images
         self.people = [self.pipe.enroll([to_pil(photo)], on_no_face="whole") for photo in photos]
 
     def meet(self, number: int) -> Cases:
         """The people, asked for one of the suite's sentences."""
-        return make_cases(PORTRAITS[number : number + 1], PEOPLE, seed=5, gallery=PEOPLE)
+        return make_cases(PORTRAITS[number : number + 1], len(self.people), seed=5, gallery=len(self.people))
 
     def draw(self, cases: Cases, **options: Any) -> Any:
-        call: dict[str, Any] = {"num_inference_steps": 8, "output_type": "pt", **options}
-        generators = [tiny.generator(100 + number) for number in range(PEOPLE)]
-        return self.pipe([cases.prompt(0).text] * PEOPLE, reference=self.people, generator=generators, **call)
+        call: dict[str, Any] = {"num_inference_steps": 8, "output_type": "pt", "refine_faces": False, **options}
+        count = len(self.people)
+        generators = [tiny.generator(100 + number) for number in range(count)]
+        return self.pipe([cases.prompt(0).text] * count, reference=self.people, generator=generators, **call)
 
     def likeness(self, cases: Cases, real: Real, pictures: torch.Tensor) -> float:
         """The mean similarity to another picture of each person."""
@@ -265,7 +266,7 @@ class Studio:
 
 @pytest.fixture(scope="module")
 def studio() -> Studio:
-    return Studio()
+    return Studio(PEOPLE)
 
 
 def test_likeness_follows_from_the_first_steps_and_the_fine_blocks(studio: Studio) -> None:
@@ -300,9 +301,10 @@ def test_balanced_guidance_pulls_equally_hard_on_the_shipped_weights(studio: Stu
     assert ((balanced - nothing).flatten(1).norm(dim=1) < 0.97 * (plain - nothing).flatten(1).norm(dim=1)).all()
 
 
-def test_a_second_pass_makes_small_faces_more_like_the_person(studio: Studio) -> None:
+def test_a_second_pass_makes_small_faces_more_like_the_person() -> None:
+    studio = Studio(12)  # among three people chance would decide
     cases = studio.meet(next(n for n, prompt in enumerate(PORTRAITS) if prompt.asked.get("framing") == "half body"))
     real = look_at_real(cases, studio.judge)
     plain, refined = (studio.draw(cases, refine_faces=refine) for refine in (False, True))
-    assert plain.refined == 0 and refined.refined + len(refined.notes) == PEOPLE and refined.refined >= 2
-    assert studio.likeness(cases, real, refined.images) > studio.likeness(cases, real, plain.images) + 0.02
+    assert plain.refined == 0 and refined.refined + len(refined.notes) == 12 and refined.refined >= 10
+    assert studio.likeness(cases, real, refined.images) > studio.likeness(cases, real, plain.images) + 0.01

@@ -1,5 +1,6 @@
 """The second pass: which faces it takes, what it may change, and what it must not."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,18 @@ def test_it_follows_from_the_generator_and_from_the_person(pipe: ImaginePipeline
     plain = tiny.generator(7)
     draw(pipe, people[0], [SMALL], generator=plain)
     assert torch.equal(generator.get_state(), plain.get_state())  # the next picture is the same either way
+
+
+def test_weights_say_whether_small_faces_are_refined_where_a_call_does_not(people: list[Any], tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    plain, refined = (draw(pipe, people[0], [SMALL], refine_faces=refine) for refine in (False, True))
+    assert torch.equal(draw(pipe, people[0], [SMALL]).images, plain.images)
+    pipe.register_to_config(default_refine_faces=True)
+    pipe.save_pretrained(tmp_path)
+    for each in (pipe, ImaginePipeline.from_pretrained(tmp_path)):
+        assert torch.equal(draw(each, people[0], [SMALL]).images, refined.images)
+        assert torch.equal(draw(each, people[0], [SMALL], refine_faces=False).images, plain.images)
+        assert draw(each, people[0], [SMALL], output_type="latent").refined == 0
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])

@@ -134,11 +134,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="the pipeline's default")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="the pipeline's default")
     parser.add_argument("--identity-guidance-scale", type=float, help="the pipeline's default; none: as the text's")
+    parser.add_argument("--refine-faces", action="store_true", help="small faces are drawn once more by default")
     options = parser.parse_args(arguments)
     defaults = {
         "default_steps": options.steps,
         "default_guidance_scale": options.guidance_scale,
         "default_identity_guidance_scale": options.identity_guidance_scale,
+        "default_refine_faces": options.refine_faces,
     }
     try:
         assemble(options.run, options.output, defaults=defaults, initial=options.initial, stage=options.stage)
