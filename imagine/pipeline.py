@@ -390,8 +390,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         plan = _Plan(
             self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale, guidance_balance),
             self._scheduler(num_inference_steps, sigmas, size), Window.read(identity_window), output_type,
-            block_factors(self.unet, identity_blocks),
-            RefineFaces.read(refine_faces, output_type, bool(self.config.default_refine_faces)),
+            block_factors(self.unet, identity_blocks), self._refining(refine_faces, output_type),
             _OnStep.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs),
         )  # fmt: skip
         check_attached(self.unet, self._adapters())
@@ -484,6 +483,10 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         text = finite("guidance_scale", self.config.default_guidance_scale if text is None else text)
         identity = None if identity is None else finite("identity_guidance_scale", identity)
         return Guidance(text, identity, finite("guidance_rescale", rescale), bool(balanced))
+
+    def _refining(self, given: "RefineFaces | bool | None", output_type: str) -> RefineFaces | None:
+        """Which small faces are drawn once more, as the call says or, where it says nothing, the weights."""
+        return RefineFaces.read(given, output_type, bool(self.config.default_refine_faces))
 
     def _scheduler(self, steps: int | None, sigmas: Sequence[float] | None, size: tuple[int, int]) -> Any:
         """A copy of the scheduler for this call alone, its timesteps set."""
