@@ -6,6 +6,7 @@ pictures are made. The encoder is our `VisionEncoder`, or the transformers one t
 """
 
 import os
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,9 +75,9 @@ class Looking:
     _empty: "tuple[str, Tensor] | None" = None
 
     @property
+    @abstractmethod
     def reference_encoder(self) -> nn.Module | None:
-        """The encoder that looks at references."""
-        raise NotImplementedError
+        """The encoder that looks at references; each pipeline has its own."""
 
     @property
     def encoder_fingerprint(self) -> str:

@@ -5,6 +5,7 @@ silently undoes IP-Adapters and ours alike. Here they either become a backend, w
 sentence why not. What is done to the denoiser itself, `check_attached` finds before anything is drawn.
 """
 
+from abc import abstractmethod
 from typing import Any, cast
 
 from imagine.adapter import Adapter
@@ -17,8 +18,9 @@ class GuardedAttention:
 
     unet: Any
 
+    @abstractmethod
     def _adapters(self) -> list[Adapter]:
-        raise NotImplementedError
+        """All adapters on the denoiser; the pipeline knows them."""
 
     def set_attention_backend(self, backend: str) -> None:
         """Compute all attention of the denoiser by another of diffusers' backends, adapters included.
