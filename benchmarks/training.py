@@ -2,7 +2,9 @@
 
 Both loops train the same parts of the same networks on the same pairs with the same optimiser. The plain loop works as
 IP-Adapter's training script does: each picture is read from its file and encoded, and each caption tokenised and read
-by the frozen text encoders, at every step. They take turns in one process, so that a busy machine slows both alike.
+by the frozen text encoders, at every step. Both compute in the precision that the trainer would choose here (or in
+`--precision`); what the trainer does about it (attention as products in bf16 on a CPU, `compile: true` with
+`--compile`) only ours does. They take turns in one process, so that a busy machine slows both alike.
 Times say something about one machine only, so they are measured here and never asserted in tests.
 """
 
@@ -13,8 +15,8 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from imagine.weights import default_folder
 from train import parts
 from train.ema import Average
 from train.initial import load_initial
+from train.loop import plain_attention
+from train.report import faster_precision
 from train.task import Start
 from train.task_adapter import AdapterSettings, AdapterTask
 
@@ -41,23 +45,19 @@ PEOPLE = 128
 def main() -> int:
     """Measure both loops in turns and one step in parts; returns the exit code."""
     options = _options()
+    precision = faster_precision(torch.device("cpu"))[0] if options.precision == "auto" else options.precision
     with tempfile.TemporaryDirectory() as folder:
         task = build_task(Path(folder), options.widths)
-        ours, plain = KeepingLoop(task, options.batch), PlainLoop(task, options.batch, Path(folder) / "files")
+        ours = KeepingLoop(task, options.batch, precision == "bf16", options.compile)
+        plain = PlainLoop(task, options.batch, precision == "bf16", Path(folder) / "files")
         for number in range(0, PEOPLE, options.batch):  # every caption once, as after a run's first minutes
             task.batch(number, options.batch)
-        for loop in (ours, plain):
-            loop.step(0)
-        times: dict[str, list[float]] = {"ours": [], "plain": []}
-        for number in range(1, options.steps + 1):
-            for name, loop in (("ours", ours), ("plain", plain)):
-                began = time.perf_counter()
-                loop.step(number * options.batch)
-                times[name].append(time.perf_counter() - began)
+        times = take_turns({"ours": ours, "plain": plain}, options)
         shares = {"ours": ours.shares(), "plain": plain.shares()}
     speeds = {name: [options.batch / seconds for seconds in some] for name, some in times.items()}
     report = {
-        "threads": torch.get_num_threads(), "batch": options.batch, "steps": options.steps,
+        "threads": torch.get_num_threads(), "precision": precision, "compiled": options.compile,
+        "batch": options.batch, "steps": options.steps,
         "images_per_second": {name: round(statistics.median(some), 1) for name, some in speeds.items()},
         "spread": {name: [round(min(some), 1), round(max(some), 1)] for name, some in speeds.items()},
         "ratio": round(statistics.median(times["plain"]) / statistics.median(times["ours"]), 2),
@@ -65,6 +65,20 @@ def main() -> int:
     }  # fmt: skip
     print(json.dumps(report) if options.json else _words(report))
     return 0
+
+
+def take_turns(loops: Mapping[str, "Loop"], options: Any) -> dict[str, list[float]]:
+    """Seconds of each loop's steps, after some that do not count."""
+    unmeasured = 4 if options.compile else 1  # sentences of other lengths are compiled for again
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(unmeasured + options.steps):
+        for name, loop in loops.items():
+            if number == unmeasured:
+                loop.clock.seconds.clear()
+            began = time.perf_counter()
+            loop.step(number * options.batch)
+            times[name].append(time.perf_counter() - began)
+    return {name: some[unmeasured:] for name, some in times.items()}
 
 
 def build_task(folder: Path, widths: tuple[int, ...]) -> AdapterTask:
@@ -104,8 +118,8 @@ class Clock:
 class Loop(ABC):
     """What both loops do alike: gradients, optimiser and average of the same parts."""
 
-    def __init__(self, task: AdapterTask, batch: int) -> None:
-        self.task, self.batch, self.clock = task, batch, Clock()
+    def __init__(self, task: AdapterTask, batch: int, half: bool) -> None:
+        self.task, self.batch, self.half, self.clock = task, batch, half, Clock()
         chosen = parts.choose(task.parts(), TRAIN, "adapter")
         self.training = parts.freeze_all_but(task.modules, chosen)
         self.parameters = parts.named(task.modules, chosen)
@@ -119,7 +133,8 @@ class Loop(ABC):
 
     def step(self, number: int) -> None:
         """One optimiser step on `batch` images."""
-        loss = self.loss(number)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.half):
+            loss = self.loss(number)
         with self.clock.on("backward"):
             torch.autograd.backward(loss)
         with self.clock.on("optimiser and average"):
@@ -134,13 +149,23 @@ class Loop(ABC):
 
 
 class KeepingLoop(Loop):
-    """Ours: latents, face squares and caption tokens come from disk, made once."""
+    """Ours: latents, face squares and caption tokens come from disk, made once; attention as the trainer has it."""
+
+    def __init__(self, task: AdapterTask, batch: int, half: bool, compiled: bool) -> None:
+        super().__init__(task, batch, half)
+        if compiled:
+            task.unet.compile()
 
     def loss(self, number: int) -> Tensor:
         task = self.task
         with self.clock.on("data"), torch.no_grad():
             batch = task.batch(number, self.batch)
             noise, t = task.noise(batch.latents, 0, number)
+        with plain_attention() if self.half else ExitStack():
+            return self._learn(batch, noise, t)
+
+    def _learn(self, batch: Any, noise: Tensor, t: Tensor) -> Tensor:
+        task = self.task
         with self.clock.on("vision encoder"):
             vision = task.vision_tokens(batch.crops)
         with self.clock.on("denoiser"):
@@ -151,8 +176,8 @@ class KeepingLoop(Loop):
 class PlainLoop(Loop):
     """As IP-Adapter's script: files are opened, pictures and captions encoded, at every step."""
 
-    def __init__(self, task: AdapterTask, batch: int, folder: Path) -> None:
-        super().__init__(task, batch)
+    def __init__(self, task: AdapterTask, batch: int, half: bool, folder: Path) -> None:
+        super().__init__(task, batch, half)
         self.folder, stock = folder, task.stocks["train"]
         self.gallery = stock.pictures.gallery
         folder.mkdir(parents=True)
@@ -179,7 +204,7 @@ class PlainLoop(Loop):
             clip, branches = task.text.encode(captions)
         with self.clock.on("vision encoder"):
             vision = task.vision_tokens(crops)
-        with self.clock.on("denoiser"):
+        with self.clock.on("denoiser"), torch.compiler.set_stance("force_eager"):
             noise, t = torch.randn_like(clean), logit_normal(torch.randn(size))
             guess = task.unet(
                 add_noise(clean, noise, t), t * 1000, encoder_hidden_states=clip.values,
@@ -191,8 +216,9 @@ class PlainLoop(Loop):
 
 
 def _words(report: dict[str, Any]) -> str:
+    how = f"{report['precision']}{', ours compiled' if report['compiled'] else ''}"
     lines = [
-        f"{report['threads']} threads, batches of {report['batch']}, median of {report['steps']} steps each, in turns"
+        f"{report['threads']} threads, batches of {report['batch']}, {how}, median of {report['steps']} steps each"
     ]
     for name in ("ours", "plain"):
         low, high = report["spread"][name]
@@ -205,6 +231,8 @@ def _options() -> Any:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as the trainer")
+    parser.add_argument("--compile", action="store_true", help="ours with `compile: true`, as a long stage would have")
     parser.add_argument("--widths", type=int, nargs="+", default=(128, 192))
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()

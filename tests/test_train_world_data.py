@@ -113,6 +113,7 @@ def test_a_run_may_name_galleries_of_its_own() -> None:
     settings = data_settings({"identities": 3, "galleries": {"fine": fine}})
     assert settings.gallery("fine") == Gallery("train", 4, 2, drift=0.02, first=100, camera=False)
     assert settings.gallery("train") == Gallery("train", 3, 2)
+    assert data_settings({"identities": 3, "first": 50}).gallery("train") == Gallery("train", 3, 2, first=50)
     with pytest.raises(ConfigError, match=r"no gallery 'fin' \(did you mean fine\?\); valid: train, fine"):
         settings.gallery("fin")
 

@@ -10,6 +10,8 @@ a record that cannot be read, the validation's numbers) they tell each other bef
 import json
 import logging
 import math
+import os
+import shutil
 import signal
 import threading
 import time
@@ -24,6 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imagine.errors import BadRecordError, ConfigError, ImagineError
 from imagine.settings import unknown_name
@@ -235,7 +238,7 @@ class Course:
         for number, (first, batch) in enumerate(batches):
             torch.manual_seed(key(self.stage.seed, "step", first))  # for dropout and the like inside the networks
             batch = to_device(batch, self.accelerator.device)
-            with self._without_sync(number + 1 < count), self._autocast():
+            with self._without_sync(number + 1 < count), self._autocast(), self._attention():
                 per_sample, measured = self.model(batch, first)
             mean = per_sample.float().mean()
             with self._without_sync(number + 1 < count):
@@ -265,7 +268,8 @@ class Course:
     def _measure(self) -> dict[str, float]:
         samples = self.folder / "samples"
         samples.mkdir(exist_ok=True)
-        with self._autocast():
+        # compiled code knows training's shapes only; validation's would be compiled again, for minutes
+        with self._autocast(), torch.compiler.set_stance("force_eager"):
             numbers = self.task.validate(samples, self.state.progress.images_seen)
         return {name: float(value) for name, value in numbers.items()}
 
@@ -371,6 +375,11 @@ class Course:
         log.info("%s: %s of %s images, training %s", self.name, begins, f"{self.stage.images:,}", sizes)
 
     def _shape_up(self) -> None:
+        if self.stage.compile and self.accelerator.device.type == "cpu" and not _cpp_compiler():
+            raise ConfigError(
+                f"stage {self.name}: compile: true needs a C++ compiler on a CPU: install g++ or clang++ (or name "
+                "one in CXX), or leave it out."
+            )
         for name in self.training:
             if self.stage.channels_last:
                 self.task.modules[name].to(memory_format=torch.channels_last)
@@ -393,9 +402,26 @@ class Course:
         device = self.accelerator.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.state.precision == "bf16")
 
+    def _attention(self) -> AbstractContextManager[Any]:
+        """On a CPU in bf16 attention as plain products: PyTorch's fused kernel takes six times as long backwards."""
+        on_cpu = self.accelerator.device.type == "cpu"
+        return plain_attention() if on_cpu and self.state.precision == "bf16" else ExitStack()
+
     def _without_sync(self, hold: bool) -> AbstractContextManager[Any]:
         """Gradients travel between processes once per step, with its last piece."""
         return self.accelerator.no_sync(self.model) if hold else ExitStack()
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as products and a softmax, all in the precision of its inputs."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 class _Losses(nn.Module):
@@ -413,6 +439,11 @@ class _Losses(nn.Module):
         loss = self.loss(batch, images_seen)
         measured = {k: v.detach() if isinstance(v, Tensor) else v for k, v in loss.metrics.items()}
         return loss.per_sample, measured
+
+
+def _cpp_compiler() -> str | None:
+    """The compiler that torch.compile would call on a CPU, if there is one."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))), None)
 
 
 def _crossed(every: int, before: int, after: int, end: int) -> bool:

@@ -39,11 +39,12 @@ class GallerySettings(BaseModel):
 class DataSettings(BaseModel):
     """The run's `data` section: how many people are rendered, how often, and where the pictures are kept.
 
-    `identities`, `pictures` and `drift` describe the gallery called "train"; `galleries` adds others.
+    `first`, `identities`, `pictures` and `drift` describe the gallery called "train"; `galleries` adds others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     folder: Path = Path("runs/data")
+    first: int = Field(0, ge=0)  # a run that trains on can meet people whom the one before did not
     identities: int = 20_000
     pictures: int = 2
     drift: float = 0.06
@@ -55,7 +56,7 @@ class DataSettings(BaseModel):
     def gallery(self, name: str) -> Gallery:
         """The gallery of that name; ConfigError with the valid names if there is none."""
         if name == "train":
-            return Gallery("train", self.identities, self.pictures, drift=self.drift)
+            return Gallery("train", self.identities, self.pictures, drift=self.drift, first=self.first)
         if name not in self.galleries:
             raise ConfigError(f"data: {unknown_name('gallery', name, ['train', *self.galleries])}.")
         it = self.galleries[name]

@@ -1,0 +1,72 @@
+"""What the loop does for speed: attention as products in bf16 on a CPU, and compiled code that validation avoids."""
+
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from imagine.errors import ConfigError
+from tests.toy_training import ToyBatch, ToyTask
+from train import loop
+from train.config import Run, Stage
+from train.stages import run_stages
+from train.task import Loss
+
+
+def train(output: Path, task: type[ToyTask], **settings: Any) -> None:
+    given = {"task": "toy", "train": {"both": 1e-2}, "images": 16, "batch_size": 8, "precision": "fp32", **settings}
+    run_stages(Run(stages={"one": Stage.model_validate(given)}, trackers=()), output, tasks={"toy": task})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_attention_is_plain_where_the_fused_kernel_is_slow(tmp_path: Path, precision: str) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Watching(ToyTask):
+        def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
+            half = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+            seen.append((torch.backends.cuda.flash_sdp_enabled(), half))
+            return super().loss(batch, images_seen)
+
+    train(tmp_path, Watching, precision=precision)
+    assert seen == [(False, True) if precision == "bf16" else (True, False)] * 2
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+
+def test_plain_attention_is_attention() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    fused = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    with loop.plain_attention():
+        plain = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(plain, fused)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch looking itself
+def test_validation_goes_round_compiled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[bool] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+
+    class Eager(nn.Module):
+        compile = partialmethod(nn.Module.compile, backend=keep)
+
+    monkeypatch.setattr(nn.Module, "compile", Eager.compile)
+    monkeypatch.setattr(loop, "_cpp_compiler", lambda: "one that this test does not need")
+    torch.compiler.reset()
+    train(tmp_path, ToyTask, compile=True, validate_every=8)
+    assert graphs and all(graphs)  # body and head for training; none for the validations, which take no gradients
+
+
+def test_compiling_without_a_compiler_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"stage one: compile: true needs a C\+\+ compiler .* install g\+\+"):
+        train(tmp_path, ToyTask, compile=True)
