@@ -41,7 +41,7 @@ format: $(READY)  ## put the code in its standard form
 	$(PY) -m ruff check --fix --quiet . || true
 	$(PY) -m ruff format .
 
-weights: $(READY)  ## train the shipped weights from nothing into runs/weights/final (stop and repeat at will: it carries on)
+weights: $(READY)  ## train the shipped weights from nothing into runs/weights/final (stop and repeat at will: it carries on, and exits with 3 when stopped)
 	$(PY) -m train configs/weights.yaml --output runs/weights $(ARGS)
 	$(PY) -m train.assemble runs/weights --output runs/weights/final --guidance-scale 5 --refine-faces
 

@@ -6,7 +6,7 @@ import pytest
 
 from imagine.errors import ConfigError
 from tests.toy_training import ToyTask
-from train.__main__ import main
+from train.__main__ import DONE, STOPPED, main
 from train.config import Stage, load_run
 from train.stages import _check_shares, resolved, run_stages
 
@@ -104,6 +104,14 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(
     command = [str(run_file), "--output", str(tmp_path / "out"), "one.imagse=5", "--max-minutes", "1", "two.images=3"]
     assert main(command, {"toy": ToyTask}) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_that_was_stopped_exits_with_3_and_one_that_was_carried_on_with_0(run_file: Path, tmp_path: Path) -> None:
+    smaller = ["one.images=16", "two.images=16", "two.settings.width=4"]
+    command = [str(run_file), "--output", str(tmp_path / "out"), *smaller]
+    assert main([*command, "--max-minutes", "0"], {"toy": ToyTask}) == STOPPED == 3
+    assert not (tmp_path / "out" / "one" / "done.json").exists()
+    assert main(command, {"toy": ToyTask}) == DONE == 0
 
 
 def test_trackers_are_named_for_the_whole_run(run_file: Path) -> None:

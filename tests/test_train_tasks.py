@@ -481,8 +481,9 @@ def test_exports_load_through_the_public_loaders_as_they_were_averaged() -> None
     assert clip.values.isfinite().all() and set(branches) == {"t5", "byt5"}
 
 
-def test_a_run_becomes_a_folder_of_weights(tmp_path: Path) -> None:
+def test_a_run_becomes_a_folder_of_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assemble(trained(), tmp_path / "weights", defaults={"default_steps": 3})
+    assert "not trained to its end" not in caplog.text
     pipe = ImaginePipeline.from_pretrained(tmp_path / "weights")
     assert pipe.config.default_steps == 3
     wanted = read_tensors(trained() / "adapter" / "weights.safetensors")[0]
@@ -493,7 +494,9 @@ def test_a_run_becomes_a_folder_of_weights(tmp_path: Path) -> None:
     shutil.copytree(trained(), run)
     shutil.copytree(run / "autoencoder" / "export", run / "decoder" / "export")  # as if it had been trained on alone
     (run / "decoder" / "export" / "latents.json").write_text(json.dumps({"mean": [0.5] * 32, "std": [2.0] * 32}))
+    (run / "adapter" / "done.json").unlink()  # as if its last stage had been stopped
     assemble(run, tmp_path / "decoded")
+    assert "not trained to its end: these are the weights of its stage adapter" in caplog.text
     assert ImaginePipeline.from_pretrained(tmp_path / "decoded").config.latents_mean == [0.5] * 32
     with pytest.raises(WeightsError, match="no export of the stage nobody"):
         assemble(trained(), tmp_path / "other", stage="nobody")

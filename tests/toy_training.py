@@ -21,12 +21,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from imagine.errors import BadRecordError, ImagineError
+from train.__main__ import DONE, STOPPED, WRONG
 from train.config import Run
 from train.data import normals
 from train.stages import run_stages
 from train.task import Loss, Start
-
-DONE, WRONG, STOPPED = 0, 2, 3  # how a process of `started` ends
 
 
 class ToySettings(BaseModel):

@@ -1,6 +1,7 @@
 """`python -m train CONFIG.yaml --output DIR`: read the run file, run its stages.
 
-Exit codes: 0 done, or stopped cleanly before the end (the last line says so); 2 the input is wrong; 1 our fault.
+Exit codes: 0 done; 3 stopped cleanly before the end, to be carried on by the same command; 2 the input is wrong; 1 our
+fault.
 """
 
 import argparse
@@ -12,6 +13,8 @@ from typing import Any
 
 from imagine.errors import ImagineError
 from train.config import load_run
+
+DONE, WRONG, STOPPED = 0, 2, 3  # a script that goes on after training must be able to tell the first from the last
 
 
 def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None = None) -> int:
@@ -28,17 +31,17 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None
             from train.plan import plan, words
 
             print(words(plan(run, options.output, chosen)))
-            return 0
+            return DONE
         if options.self_test:
             from train.selftest import self_test
 
             return 0 if all(each.passed for each in self_test(run, options.output, only, chosen)) else 1
         output, minutes = options.output, options.max_minutes
-        run_stages(run, output, resume=options.resume, only=only, max_minutes=minutes, tasks=chosen)
+        finished = run_stages(run, output, resume=options.resume, only=only, max_minutes=minutes, tasks=chosen)
     except ImagineError as error:
         sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+        return WRONG
+    return DONE if finished else STOPPED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ else's base it leaves what was trained, the adapters and the vision encoder, for
 """
 
 import argparse
+import logging
 import shutil
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from train.checkpoint import read_tensors, write_tensors
 from train.language import load_text_encoders
 from train.task_autoencoder import load_autoencoder
 
+log = logging.getLogger("train")
 ADAPTERS = ("adapter", "diffusers_adapter")  # tasks whose stages leave something to draw with
 JUDGE = {"recogniser": "recogniser", "reader": "reader"}  # stage -> the folder it exports
 
@@ -37,7 +39,7 @@ def assemble(
     """Write the pipeline of `run` to `output`; stages that are not there yet (judge, finder) are left as they are.
 
     `initial` is the folder of weights that the run began with, for what it did not train. The pipeline draws with the
-    adapter of `stage`, or of the last adapter stage that left one.
+    adapter of `stage`, or of the last adapter stage that left one; a warning says so if that is not the end of the run.
     `defaults` go to the pipeline: what a call uses that names no steps or guidance (`benchmarks/guidance.py` measures).
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
@@ -103,10 +105,12 @@ def _last_adapter(run: Path) -> Path:
         raise WeightsError(f"{run} holds no run (there is no run.yaml): name the folder that a training left.")
     stages = yaml.safe_load(described.read_text(encoding="utf-8"))["stages"]
     adapters = [name for name, stage in stages.items() if stage["task"] in ADAPTERS]
-    found = [run / name / "export" for name in adapters if (run / name / "export").is_dir()]
+    found = [name for name in adapters if (run / name / "export").is_dir()]
     if not found:
         raise WeightsError(f"No adapter stage of {run} is trained yet: train it first with `make weights`.")
-    return found[-1]
+    if found[-1] != adapters[-1] or not (run / found[-1] / "done.json").is_file():
+        log.warning("%s is not trained to its end: these are the weights of its stage %s, so far.", run, found[-1])
+    return run / found[-1] / "export"
 
 
 def _autoencoder(run: Path, initial: Path | None) -> Path:
