@@ -444,3 +444,11 @@ def test_kept_tokens_take_only_what_counts(tmp_path: Path) -> None:
     taken, lengths = again.take([1, 3])
     assert lengths.tolist() == [2, 6] and again.missing([0, 1, 3, 5]) == [0, 5]
     assert torch.allclose(taken[1], values[0, :6], atol=2e-3) and not taken[0, 2:].any()
+
+
+def test_kept_tokens_never_shrink_under_another_run(tmp_path: Path) -> None:
+    kept = KeptTokens(tmp_path / "t5", 2000, 6, 3)
+    kept.write([1999], Tokens(torch.ones(1, 6, 3)))
+    few = KeptTokens(tmp_path / "t5", 2, 6, 3)
+    assert few.lengths.shape == (2,) and kept.take([1999])[0].all()
+    assert KeptTokens(tmp_path / "t5", 2000, 6, 3).missing([1998, 1999]) == [1998]

@@ -1,7 +1,12 @@
 """What training reads from disk: made once, carried on after a kill, and the same for everybody who asks for a row."""
 
+import dataclasses
 import functools
 import json
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +65,7 @@ def test_pictures_are_the_renders_of_their_rows(tmp_path: Path) -> None:
     images, boxes = pictures.take(rows)
     assert torch.allclose(images, out.images, atol=0.51 / 255)
     assert torch.allclose(boxes, out.boxes, atol=1e-4)
-    assert json.loads((tmp_path / "done.json").read_text())["blocks"] == [0]
+    assert json.loads((tmp_path / f"images-{SMALL.mark}.json").read_text()) == {"rows": 10}
 
 
 def test_blocks_that_a_killed_run_finished_are_kept(tmp_path: Path) -> None:
@@ -69,27 +74,43 @@ def test_blocks_that_a_killed_run_finished_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     open_pictures(gallery, folder)
     # As a run leaves it that was killed in the second block: files of full size, the first block noted as done.
-    state = json.loads((folder / "done.json").read_text())
-    assert state["blocks"] == [0, BLOCK]
-    state["blocks"] = [0]
-    (folder / "done.json").write_text(json.dumps(state))
-    images = np.memmap(folder / "images.u8", np.uint8, "r+", shape=(len(gallery), 3, 16, 16))
+    state = folder / f"images-{gallery.mark}.json"
+    assert json.loads(state.read_text()) == {"rows": BLOCK + 8}
+    state.write_text(json.dumps({"rows": BLOCK}))
+    images = np.memmap(state.with_suffix(".u8"), np.uint8, "r+", shape=(len(gallery), 3, 16, 16))
     images[3] = 77  # a mark: the first block must not be rendered again
     images[BLOCK:] = 0
     images.flush()
     again = open_pictures(gallery, folder)
     assert (again.images[3] == 77).all()
     assert np.array_equal(again.images[BLOCK:], whole.images[BLOCK:])
-    assert json.loads((folder / "done.json").read_text())["blocks"] == [0, BLOCK]
+    assert json.loads(state.read_text()) == {"rows": BLOCK + 8}
 
 
-def test_another_gallery_in_the_folder_is_rendered_anew(tmp_path: Path) -> None:
-    before = stored(open_pictures(SMALL, tmp_path), 10)
+def test_another_gallery_in_the_folder_lies_beside_the_first(tmp_path: Path) -> None:
+    opened = open_pictures(SMALL, tmp_path)
+    before = stored(opened, 10)
     after = stored(open_pictures(Gallery("train", 5, 2, size=32, drift=0.3), tmp_path), 10)
     assert torch.equal(before[::2], after[::2])  # the real ones
     assert not torch.equal(before[1::2], after[1::2])
     more = open_pictures(Gallery("train", 6, 2, size=32), tmp_path)
     assert len(more.images) == 12 and torch.equal(stored(more, 10), before)
+    assert torch.equal(stored(opened, 10), before)  # a run that has them mapped sees nothing of all that
+
+
+def test_pictures_of_an_earlier_version_are_taken_over(tmp_path: Path) -> None:
+    wanted = stored(open_pictures(SMALL, tmp_path), 10)
+    for name in ("images.u8", "boxes.f32"):
+        path = tmp_path / name
+        path.with_name(f"{path.stem}-{SMALL.mark}{path.suffix}").rename(path)
+    (tmp_path / f"images-{SMALL.mark}.json").unlink()
+    (tmp_path / "done.json").write_text(json.dumps({"gallery": dataclasses.asdict(SMALL), "blocks": [0]}))
+    images = np.memmap(tmp_path / "images.u8", np.uint8, "r+", shape=(10, 3, 32, 32))
+    images[3] = 77  # a mark: it must not be rendered again
+    images.flush()
+    taken = open_pictures(dataclasses.replace(SMALL, identities=6), tmp_path)
+    assert (taken.images[3] == 77).all() and torch.equal(stored(taken, 10)[4:], wanted[4:])
+    assert taken.images[10:].any() and not (tmp_path / "images.u8").exists() and not (tmp_path / "done.json").exists()
 
 
 def test_few_missing_pictures_are_painted_without_compiling(tmp_path: Path) -> None:
@@ -103,7 +124,7 @@ def test_data_settings_choose_the_galleries(tmp_path: Path) -> None:
     mine, judges = training_pictures(data), judge_pictures(data)
     assert mine.gallery == Gallery("train", 2, 2, drift=0.1)
     assert judges.gallery == Gallery("judge", 1, 3, drift=0.0)
-    assert (tmp_path / "train" / "images.u8").exists() and (tmp_path / "judge" / "images.u8").exists()
+    assert all(list((tmp_path / split).glob("images-*.u8")) for split in ("train", "judge"))
     with pytest.raises(ConfigError, match=r"no key 'identitys' \(did you mean identities\?\)"):
         training_pictures({"folder": str(tmp_path), "identitys": 2})
 
@@ -168,7 +189,7 @@ def test_squares_are_shifted_within_their_margin_and_masked(tmp_path: Path) -> N
 def test_squares_are_carried_on_after_a_kill(tmp_path: Path) -> None:
     pictures = open_pictures(gallery_128(), tmp_path)
     whole = np.array(Squares(pictures, 32, tmp_path, noisy=True).values)
-    state = tmp_path / f"squares-{32 + 2 * MARGIN}.json"
+    state = tmp_path / f"squares-{32 + 2 * MARGIN}-{gallery_128().mark}.json"
     values = np.memmap(state.with_suffix(".u8"), np.uint8, "r+", shape=whole.shape)
     assert json.loads(state.read_text())["rows"] == 8
     forget(state, 6)
@@ -181,24 +202,71 @@ def test_squares_are_carried_on_after_a_kill(tmp_path: Path) -> None:
 
 def forget(state: Path, rows: int) -> None:
     """As a kill would leave it: only the first `rows` are done."""
-    state.write_text(json.dumps({**json.loads(state.read_text()), "rows": rows}))
+    state.write_text(json.dumps({"rows": rows}))
 
 
-def test_rows_are_kept_when_a_gallery_grows_and_made_anew_when_it_changes(tmp_path: Path) -> None:
-    asked: list[int] = []
+class Doubles:
+    """Makes rows of three times twice their number, and remembers which it was asked for."""
 
-    def make(rows: Tensor) -> Tensor:
-        asked.extend(rows.tolist())
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        self.asked.extend(rows.tolist())
         return (rows * 2).to(torch.uint8)[:, None].expand(-1, 3)
 
-    path = tmp_path / "rows.u8"
-    keep(path, Gallery("train", 3, 2), (3,), np.uint8, make, "")
-    grown = keep(path, Gallery("train", 5, 2), (3,), np.uint8, make, "")
-    assert asked == list(range(10))
-    assert np.array_equal(grown, np.arange(0, 20, 2, dtype=np.uint8)[:, None].repeat(3, 1))
-    assert len(keep(path, Gallery("train", 2, 2), (3,), np.uint8, make, "")) == 4 and len(asked) == 10
-    keep(path, Gallery("train", 2, 2, drift=0.5), (3,), np.uint8, make, "")
-    assert asked[10:] == [0, 1, 2, 3]
+    def keep(self, path: Path, gallery: Gallery) -> list[list[int]]:
+        rows: list[list[int]] = keep(path, gallery, (3,), np.uint8, self, "").tolist()
+        assert rows == [[2 * row] * 3 for row in range(len(gallery))]
+        return rows
+
+
+def test_rows_are_kept_whether_a_gallery_grows_or_shrinks(tmp_path: Path) -> None:
+    make, path = Doubles(), tmp_path / "rows.u8"
+    for identities in (3, 5, 2, 6, 1, 6):
+        make.keep(path, Gallery("train", identities, 2))
+    assert make.asked == list(range(12))
+    first = keep(path, Gallery("train", 6, 2), (3,), np.uint8, make, "")
+    make.keep(path, Gallery("train", 2, 2, drift=0.5))  # another gallery of the same name
+    assert make.asked[12:] == [0, 1, 2, 3] and first[11, 0] == 22
+
+
+def test_a_file_that_was_cut_short_is_filled_again(tmp_path: Path) -> None:
+    make, path, gallery = Doubles(), tmp_path / "rows.u8", Gallery("train", 3, 2)
+    make.keep(path, gallery)
+    os.truncate(tmp_path / f"rows-{gallery.mark}.u8", 3 * 4)
+    make.keep(path, gallery)
+    assert make.asked == [0, 1, 2, 3, 4, 5, 4, 5]
+
+
+def test_rows_of_an_earlier_version_are_taken_over(tmp_path: Path) -> None:
+    make, path, gallery = Doubles(), tmp_path / "rows.u8", Gallery("train", 3, 2)
+    path.write_bytes(bytes([0, 0, 0, 2, 2, 2]))
+    path.with_suffix(".json").write_text(json.dumps({"gallery": gallery.mark, "rows": 2}))
+    make.keep(path, Gallery("train", 3, 2, drift=0.5))
+    make.keep(path, gallery)
+    assert make.asked == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5] and not path.exists()
+
+
+def test_of_two_runs_one_fills_a_file_and_the_other_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, two, path, gallery = Doubles(), Doubles(), tmp_path / "rows.u8", Gallery("train", 3, 2)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(rows: Tensor) -> Tensor:
+        begun.set()
+        assert go_on.wait(20)
+        return one(rows)
+
+    caplog.set_level("INFO", "train")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(keep, path, gallery, (3,), np.uint8, slowly, "filling")
+        assert begun.wait(20)
+        second = pool.submit(two.keep, path, gallery)
+        deadline = time.monotonic() + 20
+        while "another run is at it" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        go_on.set()
+        assert second.result() == first.result().tolist() and two.asked == []
 
 
 def test_a_gallerys_mark_is_what_its_rows_depend_on() -> None:

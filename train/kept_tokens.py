@@ -1,15 +1,14 @@
 """Tokens of one frozen encoder for every sentence of a gallery, written once, behind the sentences' places."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from imagine.records import Tokens
+from train.kept import mapped
 
 _STEP = 16  # tokens are cut to the longest sentence of a batch, rounded up to this
 
@@ -23,9 +22,9 @@ class KeptTokens:
 
     def __init__(self, path: Path, count: int, length: int, width: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.values = _map(path.with_suffix(".f16"), (count, length, width), np.float16)
+        self.values = mapped(path.with_suffix(".f16"), (count, length, width), np.float16)
         # Written after the tokens, so that 0 means that they are not there yet.
-        self.lengths = _map(path.with_suffix(".lengths"), (count,), np.int16)
+        self.lengths = mapped(path.with_suffix(".lengths"), (count,), np.int16)
 
     def missing(self, places: Sequence[int]) -> list[int]:
         """Those of the places that hold nothing yet, each once."""
@@ -56,10 +55,3 @@ def cut(values: Tensor, lengths: Tensor) -> Tokens:
     """Tokens with their mask, as long as the longest needs."""
     longest = min(values.shape[1], -(-int(lengths.max()) // _STEP) * _STEP)
     return Tokens(values[:, :longest].contiguous(), torch.arange(longest) < lengths[:, None])
-
-
-def _map(path: Path, shape: tuple[int, ...], kind: Any) -> "np.memmap[tuple[int, ...], Any]":
-    mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
-    if mode == "r+":  # a gallery that grew keeps its rows
-        os.truncate(path, int(np.prod(shape)) * np.dtype(kind).itemsize)
-    return np.memmap(path, kind, mode, shape=shape)

@@ -6,26 +6,25 @@ and how is not stored: both are pure functions of the row number.
 """
 
 import hashlib
+import itertools
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from imagine.world import Contexts, People, captions, drift, render, sample_contexts, sample_people
 from imagine.world.render import Painters, compiled_painters
 from imagine.world.seeds import HELD_OUT, JUDGE, TRAIN
+from train.checkpoint import write_json
+from train.kept import Form, keep_together
 
 BLOCK = 512  # pictures rendered and stored at a time
 _WORTH_COMPILING = 2_000  # pictures; for fewer, compiling takes longer than it saves
-
-Kind = TypeVar("Kind", np.uint8, np.float32)
 
 
 @dataclass(frozen=True)
@@ -161,51 +160,35 @@ class Pictures:
 
 def open_pictures(gallery: Gallery, folder: Path) -> Pictures:
     """Map the gallery's files in `folder`, rendering what is missing first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    count, size = len(gallery), gallery.size
-    state = folder / "done.json"
-    done = _done_blocks(state, gallery)
-    images = _map(folder / "images.u8", np.uint8, (count, 3, size, size))
-    boxes = _map(folder / "boxes.f32", np.float32, (count, 4))
-    todo = [start for start in range(0, count, BLOCK) if start not in done]
-    missing = sum(min(BLOCK, count - start) for start in todo)
-    painters = compiled_painters() if missing >= _WORTH_COMPILING else Painters()
-    for start in track(todo, description=f"rendering {gallery.split}", disable=not todo):
-        rows = torch.arange(start, min(start + BLOCK, count))
-        out = render(gallery.people(rows), gallery.contexts(rows), size, painters)
-        images[start : start + len(rows)] = (out.images * 255).round().byte().numpy()
-        boxes[start : start + len(rows)] = out.boxes.numpy()
-        done.add(start)
-        images.flush()
-        boxes.flush()
-        _write(state, {"gallery": asdict(gallery), "blocks": sorted(done)})
-    return Pictures(gallery, images, boxes)
+    size, images, boxes = gallery.size, folder / "images.u8", folder / "boxes.f32"
+    _renew_state(folder / "done.json", images.with_suffix(".json"))
+    forms: dict[Path, Form] = {images: ((3, size, size), np.uint8), boxes: ((4,), np.float32)}
+    rows = keep_together(forms, gallery, _Painting(gallery), f"rendering {gallery.split}", BLOCK)
+    return Pictures(gallery, *rows)
 
 
-def _done_blocks(state: Path, gallery: Gallery) -> set[int]:
-    """Which blocks are on disk; none if the folder holds another gallery.
+class _Painting:
+    """Renders rows of a gallery; with compiled painters if many are missing when it begins."""
 
-    A row's picture does not depend on how many people there are, so a gallery that only grew keeps its full blocks.
-    """
-    if not state.exists():
-        return set()
-    known = json.loads(state.read_text())
-    before = Gallery(**known["gallery"])
-    if replace(before, identities=gallery.identities) != gallery:
-        return set()
-    kept = min(len(before), len(gallery))
-    return {start for start in known["blocks"] if start + BLOCK <= kept or before == gallery}
+    def __init__(self, gallery: Gallery) -> None:
+        self.gallery = gallery
+        self.painters: Painters | None = None
 
-
-def _map(path: Path, kind: type[Kind], shape: tuple[int, ...]) -> "np.memmap[tuple[int, ...], np.dtype[Kind]]":
-    size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    if path.exists():
-        os.truncate(path, size)  # longer or shorter: rows keep their place
-    mode: Literal["r+", "w+"] = "r+" if path.exists() else "w+"
-    return np.memmap(path, dtype=kind, mode=mode, shape=shape)
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) in bytes, and boxes (B, 4)."""
+        if self.painters is None:
+            many = len(self.gallery) - int(rows[0]) >= _WORTH_COMPILING
+            self.painters = compiled_painters() if many else Painters()
+        out = render(self.gallery.people(rows), self.gallery.contexts(rows), self.gallery.size, self.painters)
+        return (out.images * 255).round().byte(), out.boxes
 
 
-def _write(path: Path, record: object) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record))
-    os.replace(temporary, path)
+def _renew_state(old: Path, new: Path) -> None:
+    """Say as `train.kept` does what an earlier version left of a gallery."""
+    if not old.exists():
+        return
+    known = json.loads(old.read_text(encoding="utf-8"))
+    gallery, blocks = Gallery(**known["gallery"]), set(known["blocks"])
+    rows = next(start for start in itertools.count(0, BLOCK) if start not in blocks)
+    write_json(new, {"gallery": gallery.mark, "rows": min(rows, len(gallery))})
+    old.unlink()
