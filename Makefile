@@ -4,9 +4,9 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-# The first Python that is new enough; override with `make setup PYTHON=/path/to/python3`.
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
-	"$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' 2>/dev/null && echo "$$p" && break; done)
+# The first Python that constraints.txt is made for, else a newer one; override with `make setup PYTHON=/path/to/python3`.
+PYTHON ?= $(shell for newest in 13 99; do for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	"$$p" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $$newest))" 2>/dev/null && echo "$$p" && break 2; done; done)
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -20,8 +20,9 @@ setup: $(READY)  ## make .venv with the pinned versions (does nothing when it is
 
 $(READY): pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "Python 3.10 or newer is needed: install it, or name it with PYTHON=/path/to/python3." >&2; exit 2; fi
-	@test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
-	@test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet --constraint constraints.txt uv
+	@# One that was left half made (no python3-venv, an interrupt, a Python that is gone) is made anew.
+	@{ $(PY) -c pass && { $(VENV)/bin/uv --version || $(PY) -m pip --version; }; } >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	@$(VENV)/bin/uv --version >/dev/null 2>&1 || $(PY) -m pip install --quiet --constraint constraints.txt uv
 	$(VENV)/bin/uv pip install --quiet --python $(PY) --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 

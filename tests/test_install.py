@@ -1,7 +1,9 @@
 """What people install and type: the verbs of the Makefile, and the wheel."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 
 
 def make(verb: str, *variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", verb, *variables], cwd=ROOT, capture_output=True, text=True)
+    mine = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", verb, *variables], cwd=ROOT, env=mine, capture_output=True, text=True)
 
 
 def script(path: Path, *lines: str) -> Path:
@@ -29,3 +32,43 @@ def test_weights_are_put_together_only_after_the_last_image(tmp_path: Path, code
     ran = make("weights", f"PY={python}", f"READY={tmp_path / 'ready'}")
     assert (ran.returncode == 0) == (code == 0), ran.stderr
     assert [line.split()[1] for line in (tmp_path / "asked").read_text().splitlines()] == asked
+
+
+def python_of_version(path: Path, minor: int) -> None:
+    """A command that is this Python and says that it is another."""
+    answer = f"import sys; sys.version_info = (3, {minor}, 0); exec(sys.argv[1])"
+    script(path, f'exec {sys.executable} -c "{answer}" "$2"')
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("found", "taken"),
+    [
+        ({"python3": 12, "python3.13": 13}, "python3"),
+        ({"python3": 14, "python3.11": 11}, "python3.11"),
+        ({"python3": 14}, "python3"),
+        ({"python3": 9}, ""),
+    ],
+)
+def test_setup_takes_a_python_that_the_pinned_versions_are_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, int], taken: str
+) -> None:
+    for name, minor in found.items():
+        python_of_version(tmp_path / name, minor)
+    for name in {"python3", "python3.13", "python3.12", "python3.11", "python3.10"} - found.keys():
+        script(tmp_path / name, "exit 127")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    ran = make("setup", "--dry-run", f"VENV={tmp_path / 'venv'}")
+    assert f'"{taken}" -m venv' in ran.stdout
+
+
+@needs_make
+def test_setup_makes_a_half_made_venv_anew_and_leaves_a_whole_one(tmp_path: Path) -> None:
+    python = script(tmp_path / "python3", "exit 7")
+    setting = (f"VENV={tmp_path / 'venv'}", f"PYTHON={python}")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    assert make("setup", *setting).returncode != 0
+    assert (tmp_path / "asked").read_text() == f"-m venv --clear {tmp_path / 'venv'}\n"
+    script(tmp_path / "venv" / "bin" / "uv")  # a venv that uv can fill needs no pip
+    assert make("setup", *setting).returncode == 0
+    assert (tmp_path / "asked").read_text().count("\n") == 1 and (tmp_path / "venv" / ".ready").exists()
