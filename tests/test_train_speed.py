@@ -62,7 +62,25 @@ def test_validation_goes_round_compiled_code(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(loop, "_cpp_compiler", lambda: "one that this test does not need")
     torch.compiler.reset()
     train(tmp_path, ToyTask, compile=True, validate_every=8)
-    assert graphs and all(graphs)  # body and head for training; none for the validations, which take no gradients
+    assert len(graphs) == 2 and all(graphs)  # body and head for training; none for validation, which takes no gradients
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_frozen_networks_are_compiled_and_laid_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(loop, "_cpp_compiler", lambda: "one that this test does not need")
+    tasks: list[ToyTask] = []
+
+    class Kept(ToyTask):
+        def prepare(self) -> None:
+            tasks.append(self)
+
+    frozen = {"train": {"second": 1e-2}, "settings": {"image": True}}
+    train(tmp_path, Kept, compile=True, channels_last=True, **frozen)
+    assert compiled == list(tasks[0].modules.values())
+    kernel = next(p for p in tasks[0].modules["body"].parameters() if p.ndim == 4)
+    assert not kernel.requires_grad and kernel.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_compiling_without_a_compiler_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

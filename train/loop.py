@@ -236,12 +236,12 @@ class Course:
         count, total = len(batches), torch.zeros((), device=self.accelerator.device)
         metrics: list[Metrics] = []
         for number, (first, batch) in enumerate(batches):
-            torch.manual_seed(key(self.stage.seed, "step", first))  # for dropout and the like inside the networks
+            torch.manual_seed(key(self.task.start.seed, "step", first))  # for dropout and the like inside the networks
             batch = to_device(batch, self.accelerator.device)
             with self._without_sync(number + 1 < count), self._autocast(), self._attention():
                 per_sample, measured = self.model(batch, first)
             mean = per_sample.float().mean()
-            with self._without_sync(number + 1 < count):
+            with self._without_sync(number + 1 < count), self._attention():  # checkpoints compute it again
                 self.accelerator.backward(mean / count)
             total = total + mean.detach() / count
             metrics.append(measured)
@@ -341,16 +341,30 @@ class Course:
         return State(modules, trained, optimiser, average, Progress(), described, self._precision(saved))
 
     def _precision(self, saved: Saved | None) -> str:
-        precision: str = self.stage.precision
-        if precision == "auto":
-            measured, words = faster_precision(self.accelerator.device)
-            # a resumed run stays with what it began with, and all processes with what the main one measured
-            precision = saved.precision if saved else from_main(self.accelerator, measured)
-            log.info("%s: trains in %s (%s)", self.name, precision, words)
+        """What the stage says, or what its checkpoint began with, or what the run found to be faster."""
+        if self.stage.precision != "auto":
+            return self.stage.precision
+        if saved is not None:
+            return saved.precision
+        main = self.accelerator.is_main_process  # which measures for all
+        precision, words = from_main(self.accelerator, self._faster() if main else ("", ""))
+        log.info("%s: trains in %s (%s)", self.name, precision, words)
         return precision
 
+    def _faster(self) -> tuple[str, str]:
+        """The faster precision on this kind of device, and the measurement, which is taken once for the whole run.
+
+        On a busy machine it may come out otherwise, and a run that starts again must go on with the same numbers.
+        """
+        path, device = self.folder.parent / "precision.json", self.accelerator.device
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if device.type not in known:
+            known[device.type] = dict(zip(("precision", "measured"), faster_precision(device), strict=True))
+            checkpoint.write_json(path, known)
+        return known[device.type]["precision"], known[device.type]["measured"]
+
     def _prepare_task(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             parts.train_mode(self.task.modules, ())
             self.task.prepare()
             self._show_first_batch()
@@ -380,11 +394,11 @@ class Course:
                 f"stage {self.name}: compile: true needs a C++ compiler on a CPU: install g++ or clang++ (or name "
                 "one in CXX), or leave it out."
             )
-        for name in self.training:
+        for module in self.task.modules.values():  # frozen ones too: most of a step may be theirs
             if self.stage.channels_last:
-                self.task.modules[name].to(memory_format=torch.channels_last)
+                module.to(memory_format=torch.channels_last)
             if self.stage.compile:
-                self.task.modules[name].compile()
+                module.compile()
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
