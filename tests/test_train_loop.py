@@ -17,6 +17,7 @@ from imagine.errors import ConfigError
 from tests.toy_training import ToyBatch, ToyTask
 from train.checkpoint import load, read_note, read_tensors
 from train.config import Run, Stage
+from train.data import normals
 from train.loop import TrainingError
 from train.stages import run_stages
 
@@ -374,3 +375,52 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path, caplog: pytest.Log
     assert "carries on with train.both 0.001 instead of None" in caplog.text
     assert train(tmp_path / "run", one_stage(images=32, seed=9, train={"both": 1e-3}), resume=True)
     assert "is done and stays as it is, trained with seed 0" in caplog.text
+
+
+def first_batch(output: Path, stage: str = "one") -> list[list[float]]:
+    batch: list[list[float]] = json.loads((output / stage / "first_batch.png").read_text())
+    return batch
+
+
+def test_every_stage_draws_numbers_of_its_own(tmp_path: Path) -> None:
+    one = one_stage(images=8).stages["one"]
+    assert train(tmp_path / "two", Run(stages={"one": one, "two": one}, trackers=()))
+    assert first_batch(tmp_path / "two", "one") != first_batch(tmp_path / "two", "two")
+    left, right = (state(tmp_path / "two", stage) for stage in ("one", "two"))
+    assert not torch.equal(left["weights/head.weight"], right["weights/head.weight"])
+    assert train(tmp_path / "again", Run(stages={"one": one, "two": one}, trackers=()))
+    assert_same(state(tmp_path / "two", "two"), state(tmp_path / "again", "two"))
+
+
+def test_a_stage_that_an_earlier_version_began_goes_on_with_its_numbers(tmp_path: Path) -> None:
+    import yaml
+
+    run, path = one_stage(settings={"dropout": 0.2}, checkpoint_every_seconds=0), Path("one") / "stage.yaml"
+    for name, crashes in (("straight", (0,)), ("resumed", (0, 80))):
+        for crash in crashes:
+            with pytest.raises(RuntimeError, match="gone"):
+                train(tmp_path / name, run, crashing_at(crash))
+            described = yaml.safe_load((tmp_path / name / path).read_text())
+            assert described.pop("numbering") == (1 if crash else 2)
+            (tmp_path / name / path).write_text(yaml.safe_dump(described))
+        assert train(tmp_path / name, run)
+    assert first_batch(tmp_path / "straight") == normals(0, "x", 0, 8, (3,)).tolist()
+    assert_same(state(tmp_path / "straight"), state(tmp_path / "resumed"))
+
+
+def test_the_faster_precision_is_measured_once_for_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = ["bf16", "fp32", "fp32", "fp32"]  # as a machine that is busy at times would have it
+    monkeypatch.setattr("train.loop.faster_precision", lambda _: (answers.pop(0), "measured"))
+    one = one_stage(images=16, precision="auto").stages["one"]
+    run = Run(stages={"one": one, "two": one}, trackers=())
+    with pytest.raises(RuntimeError, match="gone"):
+        train(tmp_path, run, crashing_at(8))  # no checkpoint yet
+    assert train(tmp_path, run)
+    for stage in ("one", "two"):
+        saved = load(tmp_path / stage / "checkpoints", lambda _: True)
+        assert saved is not None and saved.precision == "bf16"
+    assert json.loads((tmp_path / "precision.json").read_text()) == {
+        "cpu": {"precision": "bf16", "measured": "measured"}
+    }

@@ -5,6 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from imagine.errors import ConfigError
+from train.data import shuffled
 from train.pictures import Gallery
 from train.sources import SOURCES, Mixture, Source, in_order
 
@@ -40,6 +41,28 @@ def test_every_pair_comes_once_a_round() -> None:
     wanted = sorted(map(tuple, GALLERIES["fine"].pairs("other").tolist()))
     assert sorted(pairs[:8]) == sorted(pairs[8:]) == wanted and pairs[:8] != pairs[8:]
     assert set(drawn.galleries) == {"fine"} and set(drawn.manners) == {"dense"}
+
+
+def test_every_pair_of_a_mixture_comes_once_a_round_of_its_source() -> None:
+    mixed = mixture(real=1, synthetic=2, fine=1)
+    drawn, which = mixed.draw(3, 0, 400), mixed.which(0, 400)
+    for number, source in enumerate(mixed.sources):
+        here = which == number
+        pairs = list(zip(drawn.references[here].tolist(), drawn.targets[here].tolist(), strict=True))
+        wanted = sorted(map(tuple, GALLERIES[source.gallery].pairs(source.target).tolist()))
+        rounds = [sorted(pairs[i : i + len(wanted)]) for i in range(0, len(pairs) - len(wanted) + 1, len(wanted))]
+        assert len(rounds) > 5 and all(found == wanted for found in rounds)
+    far = mixture(real=1, synthetic=2, fine=1).draw(3, 20_000, 8)  # as a run that is resumed sees it
+    assert far.targets.tolist() == mixed.draw(3, 19_990, 20).targets[10:18].tolist()
+    assert mixed.draw(3, 8, 8).targets.tolist() == drawn.targets[8:16].tolist()
+
+
+def test_a_stage_of_an_earlier_version_goes_on_with_its_pairs() -> None:
+    old = Mixture({"real": 1, "synthetic": 2}, MIXED, GALLERIES, own_counts=False)
+    drawn, which = old.draw(3, 16, 40), old.which(16, 40)
+    for number, (name, pairs) in enumerate(zip(old.names, old.pairs, strict=True)):
+        turns = shuffled(3, f"pairs of {name}", 16, 40, len(pairs))[which == number]
+        assert torch.equal(drawn.targets[which == number], pairs[turns, 1])
 
 
 def test_every_image_is_a_function_of_its_number() -> None:

@@ -21,6 +21,7 @@ from train.pictures import AnyGallery
 
 Manner = Literal["terse", "dense", "rewritten"]
 _GOLDEN = 0.6180339887498949  # turns by this share of a circle spread most evenly, however many there are
+_STRIDE = 8192  # images after which it is noted how many of each source there were
 
 
 class Source(BaseModel):
@@ -66,8 +67,11 @@ class Mixture:
     """Draws batches from sources by weight; `block` images in a row come from the same source.
 
     A block of one mixes sources within a batch; one of the batch's size alternates whole batches. Either way the order
-    is regular, not random: weights of 1 and 1 take turns. Raises ConfigError for a weight of a source that is unknown,
-    for weights that are not positive, and for a gallery that is missing or too small to make pairs.
+    is regular, not random: weights of 1 and 1 take turns. Each source counts its own images, so that every pair of it
+    comes once a round; without `own_counts`, as in stages that an earlier version began, it counts all of them.
+
+    Raises ConfigError for a weight of a source that is unknown, for weights that are not positive, and for a gallery
+    that is missing or too small to make pairs.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Mixture:
         sources: Mapping[str, Source],
         galleries: Mapping[str, AnyGallery],
         block: int = 1,
+        own_counts: bool = True,
     ) -> None:
         for name, weight in weights.items():
             if name not in sources:
@@ -88,6 +93,7 @@ class Mixture:
         self.sources, self.block = [sources[name] for name in self.names], block
         edges = torch.tensor([weights[name] for name in self.names], dtype=torch.float64).cumsum(0)
         self.edges = (edges / edges[-1])[:-1].contiguous()
+        self.own_counts, self._counts = own_counts, [torch.zeros(len(self.names), dtype=torch.long)]
         self.pairs = [
             self._pairs(name, source, galleries) for name, source in zip(self.names, self.sources, strict=True)
         ]
@@ -111,16 +117,31 @@ class Mixture:
 
     def draw(self, seed: int, first: int, size: int) -> Drawn:
         """Images number `first` to `first + size`; every pair of a source comes once a round, in a new order each."""
-        which = self.which(first, size)
+        which, before = self.which(first, size), self._before(first).tolist() if self.own_counts else []
         rows, manners = torch.zeros(size, 2, dtype=torch.long), [""] * size
         for number, (name, source, pairs) in enumerate(zip(self.names, self.sources, self.pairs, strict=True)):
             here = (which == number).nonzero().squeeze(1)
             if len(here):
-                rows[here] = pairs[shuffled(seed, f"pairs of {name}", first, size, len(pairs))[here]]
+                purpose = f"pairs of {name}"
+                if self.own_counts:
+                    turns = shuffled(seed, purpose, before[number], len(here), len(pairs))
+                else:
+                    turns = shuffled(seed, purpose, first, size, len(pairs))[here]
+                rows[here] = pairs[turns]
                 for i, manner in zip(here.tolist(), _manners(source, seed, first, size)[here].tolist(), strict=True):
                     manners[i] = list(source.captions)[manner]
         galleries = [self.sources[number].gallery for number in which.tolist()]
         return Drawn(galleries, rows[:, 0], rows[:, 1], manners)
+
+    def _before(self, first: int) -> Tensor:
+        """How many images of each source come before image number `first`, (sources,)."""
+        strides, rest = divmod(first, _STRIDE)
+        for stride in range(len(self._counts) - 1, strides):
+            self._counts.append(self._counts[-1] + self._among(stride * _STRIDE, _STRIDE))
+        return self._counts[strides] + self._among(strides * _STRIDE, rest)
+
+    def _among(self, first: int, size: int) -> Tensor:
+        return torch.bincount(self.which(first, size), minlength=len(self.names))
 
 
 def _manners(source: Source, seed: int, first: int, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
     DIR/run.yaml                    the resolved run
     DIR/tracking/                   what the trackers write
+    DIR/precision.json              what `precision: auto` chose, on which kind of device
     DIR/STAGE/stage.yaml            the resolved stage
     DIR/STAGE/checkpoints/          to carry on from
     DIR/STAGE/metrics.jsonl         numbers; DIR/STAGE/samples/ pictures
@@ -65,6 +66,8 @@ HARMLESS = {
 }  # fmt: skip
 # How long processes wait for the main one, which may render pictures or validate; one that dies is noticed at once.
 PATIENCE = timedelta(hours=24)
+# How a stage's random numbers are keyed; stage.yaml says it, so that a stage keeps the numbers that it began with.
+NUMBERING = 2  # by seed and stage; 1: by the seed alone, all stages alike, and sources count each other's images
 
 
 def run_stages(
@@ -201,7 +204,7 @@ def _run_stage(
     check_start(name, run, output)
     folder.mkdir(exist_ok=True)
     if accelerator.is_main_process:
-        _write_yaml(folder / "stage.yaml", _described(run, name))
+        _write_yaml(folder / "stage.yaml", _described(run, name, output))
     with accelerator.main_process_first():  # tasks may write what they build from, such as tokenizers
         task = build(name, run, output, accelerator.device, tasks)
     numbers = train_stage(name, stage, task, folder, accelerator, stopping)
@@ -229,8 +232,10 @@ def build(name: str, run: Run, output: Path, device: torch.device, tasks: Mappin
     kind = task_class(stage.task, tasks, name)
     settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
     earlier = {source: output / source / "export" for source in stage.start_from}
-    torch.manual_seed(key(stage.seed, "build"))
-    start = Start(name, stage.seed, device, output / name, run.data, stage.initial, earlier)
+    current = _numbering(output / name) == NUMBERING
+    seed = key(stage.seed, f"stage {name}") if current else stage.seed
+    torch.manual_seed(key(seed, "build"))
+    start = Start(name, seed, device, output / name, run.data, stage.initial, earlier, own_counts=current)
     task: Task = kind(settings, start)
     for module in stage.fresh:
         if module not in task.modules:
@@ -290,7 +295,7 @@ def _changes(run: Run, name: str, output: Path) -> list[tuple[str, Any, Any]]:
     path = output / name / "stage.yaml"
     if not path.exists():
         return []
-    before, now = _flat(_before(path)), _flat(_described(run, name))
+    before, now = _flat(_before(path)), _flat(_described(run, name, output))
     names = [setting for setting in {**before, **now} if setting not in HARMLESS]
     return [(n, before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)]
 
@@ -298,7 +303,7 @@ def _changes(run: Run, name: str, output: Path) -> list[tuple[str, Any, Any]]:
 def _before(path: Path) -> dict[str, Any]:
     """The stage as it was described then; what could not be said yet was as it is now by default."""
     defaults = Stage.model_validate({"task": "", "train": {"": 0}, "images": 1}).model_dump(mode="json")
-    return {**defaults, **yaml.safe_load(path.read_text(encoding="utf-8"))}
+    return {**defaults, "numbering": 1, **yaml.safe_load(path.read_text(encoding="utf-8"))}
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,8 +313,15 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _described(run: Run, name: str) -> dict[str, Any]:
-    return {**run.stages[name].model_dump(mode="json"), "data": run.data}
+def _described(run: Run, name: str, output: Path) -> dict[str, Any]:
+    numbering = _numbering(output / name)
+    return {**run.stages[name].model_dump(mode="json"), "data": run.data, "numbering": numbering}
+
+
+def _numbering(folder: Path) -> int:
+    """How the stage in this folder keys its random numbers: as it began, or the current way if it is yet to begin."""
+    path = folder / "stage.yaml"
+    return int(_before(path)["numbering"]) if path.exists() else NUMBERING
 
 
 def _warn_if_stale(name: str, stage: Stage, output: Path) -> None:

@@ -21,12 +21,13 @@ class Start:
     """What a task is told beside its own settings."""
 
     name: str  # the stage's name
-    seed: int
+    seed: int  # of everything the task draws: the stage's own, whatever other stages of the run have
     device: torch.device  # where the modules will be once built, and where batches should be made
     folder: Path  # the stage's own folder; caches may live in folder / "cache"
     data: Mapping[str, Any] = field(default_factory=dict)  # the run's shared data settings, not yet checked
     initial: Path | None = None  # a folder of weights whose modules were loaded, if the stage begins with one
     earlier: Mapping[str, Path] = field(default_factory=dict)  # stage in start_from -> the folder it exported to
+    own_counts: bool = True  # see train.sources.Mixture
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Task(Protocol):
     """One kind of training. Classes need not inherit from this; they are `Task(settings: Settings, start: Start)`.
 
     Settings: the pydantic model (frozen, extra="forbid") of the stage's `settings`, checked before any stage starts.
+    start: what the task was told.
     PARTS: every part name this task can offer, so that a typo in a stage's `train` is refused in the first second.
     modules: all networks by name, trained and frozen. A module has the same name and keys in every stage that uses it:
         what an earlier stage in `start_from` trained under that name is loaded here, strictly. The constructor only
@@ -49,6 +51,7 @@ class Task(Protocol):
 
     Settings: ClassVar[type[BaseModel]]
     PARTS: ClassVar[tuple[str, ...]]
+    start: Start
     modules: dict[str, nn.Module]
 
     def parts(self) -> dict[str, list[nn.Parameter]]:

@@ -130,7 +130,7 @@ class BaseTask:
         names = {data.sources[name].gallery for name in settings.sources if name in data.sources}
         pictures = {name: pictures_of(self.start.data, name) for name in sorted(names)}
         galleries = {name: some.gallery for name, some in pictures.items()}
-        self.mixture = Mixture(settings.sources, data.sources, galleries, settings.alternate)
+        self.mixture = Mixture(settings.sources, data.sources, galleries, settings.alternate, self.start.own_counts)
         self.codec = WorldCodec(autoencoder_of(self.start), self.start.device)
         self.stocks = {name: self._stock(some, name) for name, some in pictures.items()}
         held_out = held_out_pictures(self.start.data, self.VALIDATION_PEOPLE)

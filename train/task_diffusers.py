@@ -161,9 +161,10 @@ class DiffusersTask:
         side = self.settings.resolution
         pictures = {name: pictures_of(self.start.data, name, side) for name in names}
         galleries = {name: some.gallery for name, some in pictures.items()}
-        self.mixture = Mixture(wanted, data.sources, galleries, self.settings.alternate)
+        own_counts = self.start.own_counts
+        self.mixture = Mixture(wanted, data.sources, galleries, self.settings.alternate, own_counts)
         # A validation never trains, so what it draws may be drawn from the same sources with another seed.
-        self.watched = Mixture(dict.fromkeys(watched, 1.0) or wanted, data.sources, galleries)
+        self.watched = Mixture(dict.fromkeys(watched, 1.0) or wanted, data.sources, galleries, own_counts=own_counts)
         self.codec = BaseCodec(self.base, self.start.device)
         self.stocks = {name: self._stock(some, name) for name, some in pictures.items()}
         for mixture in (self.mixture, self.watched):
