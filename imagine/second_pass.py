@@ -3,11 +3,11 @@
 A face of a few latents cannot look like anybody. So it is cut out with its surroundings, enlarged, noised to a level
 and drawn again as its person (SDEdit, arXiv 2108.01073), while what lies round it is put back after every step
 (RePaint, arXiv 2201.09865, without its jumps), and laid over the picture with a soft edge. Only geometry and tensors
-live here; the pipeline looks for the faces and draws.
+live here; who calls brings the finder and draws: the pipeline, or for stock ones `stock_second_pass`.
 """
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,14 @@ class RefineFaces:
         count = self.steps or max(1, round(self.strength * steps))
         return [self.strength * (count - number) / count for number in range(count)]
 
+    def window(self, whole: Window) -> Window:
+        """A window of the whole way from noise to picture, in shares of the part that is walked again."""
+        if whole == Window():
+            return whole
+        # A step that begins just at an edge must fall on the same side of it, whatever division makes of both.
+        start, end = ((share - 1 + self.strength) / self.strength - 1e-9 for share in (whole.start, whole.end))
+        return Window(max(start, 0.0), max(end, 0.0))
+
 
 @dataclass(frozen=True)
 class SmallFace:
@@ -77,7 +85,8 @@ class SmallFace:
     place: tuple[int, int, int, int]
 
 
-Redraw = Callable[[Sequence[SmallFace], Tensor, "SecondPass"], Tensor]  # squares (faces, 3, S, S) in 0..1, in and out
+# Squares (faces, 3, S, S) in 0..1, in and out; None in place of one that is not to be shown.
+Redraw = Callable[[Sequence[SmallFace], Tensor], Iterable[Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,13 @@ class SecondPass:
         """Whether the person acts, step by step: at noise level s of a straight schedule a share 1 - s is done."""
         return [self.window.holds(1 - level) for level in self.levels]
 
-    def refine(self, pictures: Tensor, side: int, finder: FaceFinder, redraw: Redraw) -> tuple[int, list[str]]:
+    def refine(
+        self,
+        pictures: Tensor,
+        side: int,
+        finder: FaceFinder,
+        redraw: Callable[[Sequence[SmallFace], Tensor, "SecondPass"], Tensor],
+    ) -> tuple[int, list[str]]:
         """Redraw the small faces of pictures (B, 3, H, W) in 0..1, in place, as squares of `side` pixels.
 
         Return how many there were, and a sentence for each picture where it is unclear which face is whose.
@@ -105,32 +120,70 @@ class SecondPass:
         if not any(self.acts):
             return 0, []
         shown = [len(people) if strength else 0 for people, strength in zip(self.people, self.strength, strict=True)]
-        faces, notes = find_small_faces(pictures, shown, finder, self.settings)
-        if faces:
-            squares = torch.cat([cut(pictures, face, (side, side)) for face in faces])
-            most = len(self.start)  # at once: as many as the first pass drew, which had the memory for it
-            for first in range(0, len(faces), most):
-                some = faces[first : first + most]
-                for face, drawn in zip(some, redraw(some, squares[first : first + most], self), strict=True):
-                    put_back(pictures, face, drawn, self.settings)
-        return len(faces), notes
+        faces, notes = find_small_faces(pictures, shown, finder, self.settings, side)
+        most = len(self.start)  # at once: as many as the first pass drew, which had the memory for it
+        drawn = redraw_faces(
+            pictures, faces, side, self.settings, lambda some, squares: redraw(some, squares, self), most
+        )
+        return len(drawn), notes
+
+
+def redraw_faces(
+    pictures: Tensor,
+    faces: Sequence[SmallFace],
+    side: int,
+    chosen: RefineFaces,
+    redraw: Redraw,
+    most: int,
+    within: Tensor | None = None,
+) -> list[SmallFace]:
+    """Cut faces out of pictures (B, 3, H, W) in 0..1 as squares of `side` pixels, redraw them, and put them back.
+
+    In place, `most` at a time, and only so far as `within` (B, 1, H, W) lets them show. Return those put back.
+    """
+    squares = [cut(pictures, face, (side, side)) for face in faces]  # all before any is put back
+    shown = list[SmallFace]()
+    for first in range(0, len(faces), most):
+        some = faces[first : first + most]
+        for face, drawn in zip(some, redraw(some, torch.cat(squares[first : first + most])), strict=True):
+            if drawn is not None:
+                put_back(pictures, face, drawn, chosen, within)
+                shown.append(face)
+    return shown
 
 
 def find_small_faces(
-    pictures: Tensor, people: Sequence[int], finder: FaceFinder, chosen: RefineFaces
+    pictures: Tensor,
+    people: Sequence[int],
+    finder: FaceFinder,
+    chosen: RefineFaces,
+    side: int,
+    within: Tensor | None = None,
 ) -> tuple[list[SmallFace], list[str]]:
     """The faces of pictures (B, 3, H, W) in 0..1 that are small, and a sentence for each picture where it is unclear
     which face is whose; `people` says how many each shows.
+
+    One whose square has `side` pixels or more is not small: redrawn at that size it would lose. Where `within`
+    (B, 1, H, W) is 0, nothing is looked for.
     """
     faces, notes = list[SmallFace](), list[str]()
     for picture, count in enumerate(people):
         if count:
             pixels = (pictures[picture].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
             image = Image.fromarray(pixels)
-            small, note = small_faces(finder.find(image), count, picture, image.size, chosen)
-            faces += small
+            found = [box for box in finder.find(image) if within is None or _lies_in(box, within[picture, 0])]
+            small, note = small_faces(found, count, picture, image.size, chosen)
+            faces += [face for face in small if face.place[2] - face.place[0] < side]
             notes += [note] if note else []
     return faces, notes
+
+
+def _lies_in(box: FaceBox, region: Tensor) -> bool:
+    """Whether a face's middle lies where the region (H, W) is more than half."""
+    column, row = (
+        min(max(int(centre), 0), longest - 1) for centre, longest in zip(box.centre, region.shape[::-1], strict=True)
+    )
+    return bool(region[row, column] > 0.5)
 
 
 def small_faces(
@@ -179,12 +232,16 @@ def cut(pictures: Tensor, face: SmallFace, size: tuple[int, int]) -> Tensor:
     return _resized(pictures[face.picture : face.picture + 1, :, top:bottom, left:right], size)
 
 
-def put_back(pictures: Tensor, face: SmallFace, drawn: Tensor, chosen: RefineFaces) -> None:
+def put_back(
+    pictures: Tensor, face: SmallFace, drawn: Tensor, chosen: RefineFaces, within: Tensor | None = None
+) -> None:
     """Lay a redrawn square (3, height, width) over its picture, in place; pixels where none of it shows stay as is."""
     left, top, right, bottom = face.place
     old = pictures[face.picture, :, top:bottom, left:right]
     new = _resized(drawn[None], (bottom - top, right - left))[0]
     shown = ellipse_around(face.box, face.place, chosen.reach, chosen.edge).to(old.device)
+    if within is not None:
+        shown = shown * within[face.picture, 0, top:bottom, left:right].to(old.device)
     pictures[face.picture, :, top:bottom, left:right] = old + shown * (new - old)
 
 
@@ -222,8 +279,12 @@ def noise_after(start: Tensor, shape: Sequence[int]) -> Tensor:
     So it follows from the call's generator without drawing from it: neither a picture's neighbours nor what a generator
     is used for afterwards depend on whether a face was refined.
     """
-    seed = zlib.crc32(start.detach().float().cpu().contiguous().numpy().tobytes())
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed)).to(start.device)
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed_of(start))).to(start.device)
+
+
+def seed_of(values: Tensor) -> int:
+    """A seed that follows from numbers: start latents, or a generator's state."""
+    return zlib.crc32(values.detach().float().cpu().contiguous().numpy().tobytes())
 
 
 def _resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:

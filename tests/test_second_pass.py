@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from imagine.controls import Window
 from imagine.errors import ConfigError
 from imagine.faces import KnownGeometry
 from imagine.pipeline import ImaginePipeline
 from imagine.records import FaceBox
-from imagine.second_pass import RefineFaces, ellipse_around, noise_after, small_faces, square_around
+from imagine.second_pass import RefineFaces, ellipse_around, find_small_faces, noise_after, small_faces, square_around
 from tests import tiny
 
 PROMPT = "a person smiling on a beach"
@@ -171,6 +172,24 @@ def test_levels_begin_at_the_strength_and_take_its_share_of_the_steps() -> None:
     assert RefineFaces(strength=0.5).levels(8) == [0.5, 0.375, 0.25, 0.125]
     assert RefineFaces(strength=0.6, steps=2).levels(8) == [0.6, 0.3]
     assert RefineFaces(strength=0.1).levels(3) == [0.1]
+
+
+def test_a_window_of_the_whole_way_holds_where_it_is_walked_again() -> None:
+    for window in (Window(), Window(0.0, 0.5), Window(0.55, 1.0), Window(0.0, 0.4), Window(0.7, 0.75)):
+        settings = RefineFaces(strength=0.6, steps=12)
+        again = settings.window(window).steps(12)
+        assert again == [window.holds(round(1 - level, 6)) for level in settings.levels(20)]
+    assert settings.window(Window(0.0, 0.3)) == Window(0.0, 0.0)
+
+
+def test_a_face_whose_square_is_as_large_as_what_is_drawn_is_not_small() -> None:
+    pictures, chosen = torch.zeros(1, 3, 64, 64), RefineFaces()
+    finder = KnownGeometry([FaceBox(20.0, 20.0, 15.0, 15.0, 1.0)])
+    assert [len(find_small_faces(pictures, [1], finder, chosen, side)[0]) for side in (36, 37)] == [0, 1]
+    region = torch.zeros(1, 1, 64, 64)
+    assert find_small_faces(pictures, [1], finder, chosen, 64, region)[0] == []
+    region[..., 27, 27] = 1
+    assert len(find_small_faces(pictures, [1], finder, chosen, 64, region)[0]) == 1
 
 
 @pytest.mark.parametrize(
