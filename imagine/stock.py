@@ -35,9 +35,11 @@ from imagine.looking import FINDER, Looking, OnNoFace, check_encoder, identity_s
 from imagine.persona import Persona
 from imagine.records import Tokens
 from imagine.sampling import VISION
+from imagine.second_pass import RefineFaces
 from imagine.stock_attention import GuardedAttention
 from imagine.stock_call import Batch, Parts, Running, by_name, merged, picked, placed, read_call
 from imagine.stock_files import HUB_OPTIONS, load_parts, name_dtype, save_beside, saved_beside, saved_scale
+from imagine.stock_second_pass import SecondCall, inpainting
 from imagine.weights import STOCK_PIPELINES, hushed, resolve_folder
 
 T5, BYT5 = "t5", "byt5"  # the text branches, as text adapters call them
@@ -91,7 +93,8 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         if isinstance(pipeline, Personal) and made.unet is pipeline.unet:
             made.text_adapter, made.adapter = pipeline.text_adapter, pipeline.adapter
             made.ip_adapters, made._ip_scales = list(pipeline.ip_adapters), pipeline._ip_scales
-            made._finder, made._finder_folder, made._eyes = pipeline._finder, pipeline._finder_folder, pipeline._eyes
+            made._finder, made._finder_folder = pipeline._finder, pipeline._finder_folder
+            made._eyes, made._empty = pipeline._eyes, pipeline._empty
         return made if dtype is None else made.to(dtype=dtype)
 
     # --- files ------------------------------------------------------------------------------------------------------
@@ -236,6 +239,7 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         identity_scale: Any = 1.0,
         identity_window: "Window | Sequence[float]" = (0.0, 1.0),
         identity_blocks: Blocks = ALL,
+        refine_faces: "RefineFaces | bool | None" = None,
         face: FaceChoice = "largest",
         on_no_face: OnNoFace = "error",
         branch_embeds: Mapping[str, Tokens] | None = None,
@@ -248,44 +252,101 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         identity_scale: strength of the identity branch, one number or one per prompt, or a mapping from attention
             layers to these; 0, like no reference, gives the stock pipeline's picture, bit for bit.
         identity_window, identity_blocks: the steps and the blocks in which the reference acts, as in `ImaginePipeline`.
+        refine_faces: whether to draw small faces once more, by the inpainting sibling of this pipeline; a RefineFaces
+            has other settings. They are those of whom a reference or an IP-Adapter shows. Callbacks see the first pass.
         branch_embeds, negative_branch_embeds: what `encode_branches` gave for the prompts, instead of encoding them.
 
-        The result is the stock one; its attribute `faces` says which faces were used.
+        The result is the stock one; its attribute `faces` says which faces were used, `refined` how many small ones
+        were redrawn, and `notes` in a sentence each why others were not.
         Raises ImagineError with one sentence where what we add is used wrongly.
         """
-        draw, window = cast(Any, super()).__call__, Window.read(identity_window)
+        draw = cast(Any, super()).__call__
         given = by_name(draw, arguments, options, _OURS)
+        chosen = RefineFaces.read(refine_faces, given.get("output_type", "pil"), usual=False)
+        ours: dict[str, Any] = {
+            "identity_scale": identity_scale, "identity_window": Window.read(identity_window),
+            "identity_blocks": identity_blocks,
+            "branch_embeds": branch_embeds, "negative_branch_embeds": negative_branch_embeds,
+        }  # fmt: skip
         if not self._adapters():
-            asked = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
-            if reference is not None or (asked and not self._has_stock_ip_adapter):
-                raise WeightsError(
-                    "Nothing on the denoiser can show a reference: load_adapter or load_ip_adapter first, or leave the "
-                    "reference out."
-                )
-            return draw(**given)
+            self._check_unasked(given, reference)
+            if chosen is None:
+                return draw(**given)
+            batch = read_call(self, draw, given, None)[0]
+            again = SecondCall.plan(self, draw, chosen, batch, given, [()] * batch.prompts, ours)
+            return self._refined(draw(**given), again)
         check_attached(self.denoiser, self._adapters())
         self._settle()
-        pictured = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
-        given["cross_attention_kwargs"] = kwargs = dict(given.get("cross_attention_kwargs") or {})
         try:
             batch, requests = read_call(self, draw, given, reference)
             personas = self._see(requests, face, on_no_face)
             if self.adapter is not None and any(personas):
                 check_encoder(self.adapter, self.encoder_fingerprint)  # which may have come after the adapter
-            text, person = (
-                self._text(given, batch, branch_embeds, negative_branch_embeds),
-                self._identity(personas, identity_scale, block_factors(self.denoiser, identity_blocks), batch),
-            )
-            theirs = self._pictured(*pictured, kwargs.pop("ip_adapter_masks", None), batch)
-            parts = {True: (text, person), False: (text,)}  # with and without the person
-            Running(self, batch, kwargs, lambda acts: merged(*parts[acts], theirs()), window).follow(given)
-            out = draw(**given)
+            again = SecondCall.plan(self, draw, chosen, batch, given, personas, ours)
+            out = self._refined(self._drawn(draw, given, batch, personas, ours), again)
         finally:
-            kwargs.pop("conditioning", None)  # the stock pipeline keeps this dict until its next call
             self._rest()
         if hasattr(out, "images"):
             out.faces = [one for people in personas for persona in people for one in persona.faces]
         return out
+
+    def _check_unasked(self, given: Mapping[str, Any], reference: Any) -> None:
+        """Raise WeightsError if somebody is to be shown though we have no adapter that could."""
+        asked = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
+        if reference is not None or (asked and not self._has_stock_ip_adapter):
+            raise WeightsError(
+                "Nothing on the denoiser can show a reference: load_adapter or load_ip_adapter first, or leave the "
+                "reference out."
+            )
+
+    def _drawn(
+        self,
+        draw: Any,
+        given: dict[str, Any],
+        batch: Batch,
+        personas: Sequence[Sequence[Persona]],
+        ours: Mapping[str, Any],
+    ) -> Any:
+        """What the stock call gives while all branches of the batch act."""
+        pictured = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
+        given["cross_attention_kwargs"] = kwargs = dict(given.get("cross_attention_kwargs") or {})
+        try:
+            text, person = (
+                self._text(given, batch, ours["branch_embeds"], ours["negative_branch_embeds"]),
+                self._identity(
+                    personas, ours["identity_scale"], block_factors(self.denoiser, ours["identity_blocks"]), batch
+                ),
+            )
+            theirs = self._pictured(*pictured, kwargs.pop("ip_adapter_masks", None), batch)
+            parts = {True: (text, person), False: (text,)}  # with and without the person
+            running = Running(self, batch, kwargs, lambda acts: merged(*parts[acts], theirs()), ours["identity_window"])
+            running.follow(given)
+            return draw(**given)
+        finally:
+            kwargs.pop("conditioning", None)  # the stock pipeline keeps this dict until its next call
+
+    def _refined(self, out: Any, again: SecondCall | None) -> Any:
+        """The stock call's result, its small faces drawn once more if that is wanted."""
+        refined, notes = 0, list[str]()
+        if again is not None:
+            refined, notes = again.refine(self, out, lambda: self._painter(again.ip_scales))
+            cast(Any, self).maybe_free_model_hooks()  # the sibling has our models, but does not take them away again
+        if hasattr(out, "images"):
+            out.refined, out.notes = refined, notes
+        return out
+
+    def _painter(self, ip_scales: Sequence[Any]) -> Any:
+        """The inpainting pipeline around the same components, with its own scheduler and strengths of IP-Adapters."""
+        mine = cast(Any, self)
+        with hushed():
+            made = imagined(inpainting(self)).from_pipe(
+                self, scheduler=type(mine.scheduler).from_config(mine.scheduler.config)
+            )
+        made._ip_scales = ip_scales
+        made.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        if hasattr(made, "watermark"):
+            made.watermark = None  # the picture has one
+        return made
 
     def _identity(
         self, personas: Sequence[Sequence[Persona]], scale: Any, factors: Factors | None, batch: Batch

@@ -25,7 +25,7 @@ from imagine.sampling import join, repeat
 Scales = Mapping[str, "Scale | Mapping[str, Scale]"]
 
 DEPRECATED = ("callback", "callback_steps")  # which some stock calls still read from their **kwargs
-ELSEWHERE = ("refine_faces", "identity_guidance_scale", "guidance_balance")  # what ImaginePipeline's own loop takes
+ELSEWHERE = ("identity_guidance_scale", "guidance_balance")  # what ImaginePipeline's own loop takes
 
 
 @dataclass(frozen=True)

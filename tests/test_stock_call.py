@@ -45,7 +45,6 @@ def test_a_calls_arguments_by_name_and_the_batch_that_it_draws():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"refine_faces": True}, "ImaginePipeline's own"),
         ({"identity_guidance_scale": 3.0}, "ImaginePipeline's own"),
         ({"guidance_balance": True}, "ImaginePipeline's own"),
         ({"identity_scales": 0.5}, "is it identity_scale[?]"),
