@@ -101,12 +101,15 @@ def load_picture(record: Record) -> Image.Image:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-def open_records(address: str | os.PathLike[str], cache: Path | None = None, captions: bool = True) -> "Records":
+def open_records(
+    address: str | os.PathLike[str], cache: Path | None = None, captions: bool = True, shards: int | None = None
+) -> "Records":
     """Open a data set of shards, or a folder of pictures with a metadata.jsonl.
 
     address: on any fsspec filesystem, a folder, one .tar, a glob, or braces as in `s3://bucket/{00000..00012}.tar`.
     cache: a local folder that keeps what was found in each shard; None is ~/.cache/imagine/shards.
     captions: leave out records without one, which cannot be trained on; False for whoever will write them.
+    shards: open so many of the first ones, for a trial; None is all.
     Raises ConfigError if nothing of the kind is there. What is broken inside is left out: see `Records.problems`.
     """
     name = os.fspath(address)
@@ -116,7 +119,7 @@ def open_records(address: str | os.PathLike[str], cache: Path | None = None, cap
         filesystem.invalidate_cache()
         if not path.endswith(".tar") and filesystem.exists(f"{path}/{METADATA}"):
             return Records([_Part(filesystem, path, index_folder(filesystem, path, captions))])
-        tars = [tar for one in _expanded(name) for tar in _tars(one)]
+        tars = [tar for one in _expanded(name) for tar in _tars(one)][:shards]
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             parts = list(pool.map(lambda tar: _Part(tar[0], tar[1], open_index(tar[0], tar[1], cache, captions)), tars))
     except (OSError, ValueError, ImportError) as error:  # no rights, no such protocol, its package not installed

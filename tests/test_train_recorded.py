@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from imagine.faces import KnownGeometry
 from imagine.records import FaceBox
 from imagine.report import to_pil
 from imagine.shard_writer import About, ShardWriter
-from imagine.shards import Record
+from imagine.shards import Record, open_records
 from imagine.world import captions, render, sample_contexts, sample_people
 from train.portraits import pictures_of
 from train.recorded import RecordPictures, open_recorded
@@ -131,3 +132,15 @@ def test_a_run_names_a_data_set_as_one_of_its_galleries(tmp_path: Path) -> None:
     mixture = Mixture({"mine": 1}, {"mine": Source(gallery="mine")}, {"mine": pictures.gallery})
     drawn = mixture.draw(0, 0, 6)
     assert sorted(drawn.targets.tolist()) == [1, 1, 3, 3, 5, 5] and torch.equal(drawn.references + 1, drawn.targets)
+
+
+def test_a_trial_takes_the_first_pairs_of_the_first_shards(tmp_path: Path) -> None:
+    loose = [replace(record, key=f"loose{i}", reference=None, identity=None) for i, record in enumerate(records()[:4])]
+    address = written(tmp_path / "shards", [*loose, *records()])  # four to a shard
+    few = open_recorded(address, 64, tmp_path / "few", most=5)
+    assert [record.key for record in few.gallery.records] == ["0000", "0001", "0002", "0003", "0004"]
+    assert few.gallery.pairs("other").tolist() == [[0, 1], [2, 3]] and len(few.gallery.pairs("self")) == 3
+    whole = open_recorded(address, 64, tmp_path / "whole")
+    assert torch.equal(few.take(torch.tensor([1]))[0], whole.take(torch.tensor([5]))[0])
+    assert few.gallery.mark != whole.gallery.mark
+    assert len(open_records(address, tmp_path / "index", shards=1)) == 4

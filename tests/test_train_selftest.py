@@ -1,18 +1,22 @@
 """`--self-test`: a stage that can learn passes; one that cannot says why, and the exit code is not 0."""
 
+import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from imagine.errors import ConfigError
+from tests.test_train_tasks import ADAPTER_PARTS, SETTINGS, SMALL
 from tests.toy_training import ToyBatch, ToySettings, ToyTask
 from train.__main__ import main
+from train.checkpoint import read_tensors
 from train.config import Run, Stage
+from train.language import make_tokenizers
 from train.selftest import self_test
+from train.stages import run_stages
 from train.task import Loss, Start
 
 
@@ -56,9 +60,11 @@ def run(**settings: Any) -> Run:
 
 @pytest.mark.parametrize("task", [ToyTask, Shy])
 def test_a_stage_that_can_learn_passes_and_leaves_nothing(tmp_path: Path, task: type[ToyTask]) -> None:
-    (outcome,) = self_test(run(), tmp_path / "run", tasks={"toy": task})
+    settings = {"careful": True}  # it writes while it is built and prepared
+    (outcome,) = self_test(run(settings=settings), tmp_path / "run", tasks={"toy": task})
     assert outcome.passed and "learns 8 images by heart" in outcome.sentence
     assert not (tmp_path / "run").exists()
+    assert run_stages(run(settings=settings), tmp_path / "run", tasks={"toy": task})  # the folder is as good as new
 
 
 @pytest.mark.parametrize(
@@ -76,11 +82,84 @@ def test_a_stage_that_cannot_learn_says_why(tmp_path: Path, task: Any, settings:
     assert not outcome.passed and says in outcome.sentence
 
 
-def test_a_stage_whose_start_is_missing_is_refused(tmp_path: Path) -> None:
-    stages = {name: dict(run().stages["one"]) for name in ("one", "two")}
-    stages["two"]["start_from"] = ["one"]
-    with pytest.raises(ConfigError, match="starts from one, which is not done"):
-        self_test(Run.model_validate({"stages": stages}), tmp_path, only=["two"], tasks={"toy": ToyTask})
+class Reading(ToyTask):
+    """Reads what an earlier stage exported, and keeps what it began with."""
+
+    heads: ClassVar[list[Any]] = []
+    began: ClassVar[list[Tensor]] = []
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.began.append(self.modules["head"].get_parameter("weight").detach().clone())
+        if "one" in self.start.earlier:
+            self.heads.append(json.loads((self.start.earlier["one"] / "head.json").read_text()))
+
+
+def test_a_stage_begins_from_what_is_trained_and_else_from_what_is_not(tmp_path: Path) -> None:
+    one = run().stages["one"]
+    both = Run(stages={"one": one, "two": one.model_copy(update={"start_from": ("one",), "seed": 5})}, trackers=())
+    tasks = {"toy": Reading}
+    Reading.heads.clear()
+    assert [each.passed for each in self_test(both, tmp_path, tasks=tasks)] == [True, True]  # one after the other, new
+    (outcome,) = self_test(both, tmp_path, only=["two"], tasks=tasks)
+    assert outcome.passed and len(Reading.heads) == 2 and list(tmp_path.iterdir()) == []
+    run_stages(both, tmp_path, only=["one"], tasks=tasks)
+    Reading.began.clear()
+    self_test(both, tmp_path, only=["two"], tasks=tasks)
+    trained = read_tensors(tmp_path / "one" / "weights.safetensors")[0]["head.weight"]
+    assert torch.equal(Reading.began[-1], trained) and Reading.heads[-1] == trained.tolist()
+
+
+def test_all_stages_share_one_budget_of_time(tmp_path: Path) -> None:
+    """With none left, each takes a few steps all the same."""
+    slow = run(train={"both": 1e-7}).stages["one"]
+    outcomes = self_test(Run(stages={"a": slow, "b": slow}), tmp_path, tasks={"toy": ToyTask}, steps=10**9, seconds=0)
+    assert [each.stage for each in outcomes] == ["a", "b"] and all("in 30 steps" in each.sentence for each in outcomes)
+
+
+def test_a_stage_is_tested_in_its_own_pieces_precision_and_few_people(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, Any]] = []
+
+    class Watched(ToyTask):
+        def batch(self, images_seen: int, size: int) -> ToyBatch:
+            asked.append((size, self.start.data["most"]))
+            return super().batch(images_seen, size)
+
+        def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
+            assert torch.is_autocast_enabled("cpu")
+            return super().loss(batch, images_seen)
+
+    monkeypatch.setattr("train.selftest.faster_precision", lambda _: ("bf16", "as measured"))
+    (outcome,) = self_test(run(accumulation=4, precision="auto"), tmp_path, tasks={"toy": Watched})
+    assert asked == [(2, 32)] and "2 images" in outcome.sentence and "in bf16" in outcome.sentence
+
+
+def test_a_first_record_that_cannot_be_read_is_an_outcome(tmp_path: Path) -> None:
+    (outcome,) = self_test(run(settings={"broken": [3]}), tmp_path, tasks={"toy": ToyTask})
+    assert not outcome.passed and "Record 3 cannot be used" in outcome.sentence
+
+
+def test_every_task_of_the_world_passes_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user tests a recipe: no run, no pictures, and networks that nobody trained before an adapter's."""
+    for module in ("train.task_base", "train.task_clip"):
+        few = lambda folder: make_tokenizers(folder, sentences=150)  # noqa: E731
+        monkeypatch.setattr(f"{module}.make_tokenizers", few)
+    monkeypatch.setattr("train.selftest._PEOPLE", 4)
+    starts = {"likeness": ["autoencoder"], "base": ["autoencoder", "clip"], "adapter": ["autoencoder", "clip", "base"]}
+    trains = {name: dict.fromkeys(ADAPTER_PARTS if name == "adapter" else SMALL[name].PARTS, 1e-3) for name in SMALL}
+    stages = {
+        name: Stage(
+            task=name, train=trains[name], start_from=starts.get(name, ()), images=100_000, batch_size=4,
+            precision="fp32", settings=SETTINGS[name],
+        )
+        for name in SMALL
+    }  # fmt: skip
+    data = {"folder": str(tmp_path / "data"), "identities": 100_000, "judge_identities": 50_000}
+    outcomes = self_test(Run(data=data, stages=stages), tmp_path / "run", tasks=SMALL, steps=40)
+    assert [(each.stage, each.sentence) for each in outcomes if not each.passed] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_says_how_it_went(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -52,15 +52,21 @@ class DataSettings(BaseModel):
     sources: dict[str, Source] = Field(default_factory=lambda: dict(SOURCES))
     judge_identities: int = 12_000
     judge_pictures: int = 3
+    most: int | None = Field(None, ge=2)  # people, or records, that a trial takes of each gallery; none: all
+
+    def few(self, count: int) -> int:
+        """So many, or as many as a trial takes."""
+        return count if self.most is None else min(count, self.most)
 
     def gallery(self, name: str) -> Gallery:
         """The gallery of that name; ConfigError with the valid names if there is none."""
         if name == "train":
-            return Gallery("train", self.identities, self.pictures, drift=self.drift, first=self.first)
+            return Gallery("train", self.few(self.identities), self.pictures, drift=self.drift, first=self.first)
         if name not in self.galleries:
             raise ConfigError(f"data: {unknown_name('gallery', name, ['train', *self.galleries])}.")
         it = self.galleries[name]
-        return Gallery("train", it.identities, it.pictures, drift=it.drift, first=it.first, camera=it.camera)
+        count = self.few(it.identities)
+        return Gallery("train", count, it.pictures, drift=it.drift, first=it.first, camera=it.camera)
 
 
 def data_settings(data: Mapping[str, Any]) -> DataSettings:
@@ -73,7 +79,7 @@ def pictures_of(data: Mapping[str, Any], name: str, side: int = SIDE) -> AnyPict
     settings = data_settings(data)
     named, folder = settings.galleries.get(name), gallery_folder(data, name, side)
     if named is not None and named.records is not None:
-        return open_recorded(named.records, side, folder)
+        return open_recorded(named.records, side, folder, most=settings.most)
     return open_pictures(replace(settings.gallery(name), size=side), folder)
 
 
@@ -91,7 +97,7 @@ def training_pictures(data: Mapping[str, Any]) -> Pictures:
 def judge_pictures(data: Mapping[str, Any]) -> Pictures:
     """Pictures of the people that the judge learns from: exact identities, several pictures each."""
     settings = data_settings(data)
-    gallery = Gallery("judge", settings.judge_identities, settings.judge_pictures, drift=0.0)
+    gallery = Gallery("judge", settings.few(settings.judge_identities), settings.judge_pictures, drift=0.0)
     return open_pictures(gallery, settings.folder / "judge")
 
 

@@ -8,7 +8,7 @@ be read, or whose face nobody finds, is counted by reason and never drawn.
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,14 +19,47 @@ from torch import Tensor
 
 from imagine.errors import BadRecordError, ConfigError
 from imagine.faces import FaceFinder, default_finder
-from imagine.shards import Records, open_records
+from imagine.shards import Record, Records, open_records
 from imagine.weights import default_folder
 from train.kept import keep
 
 log = logging.getLogger("train")
 Box = tuple[float, float, float, float]  # left, top, width, height
 _USABLE, _BROKEN, _FACELESS = 0.0, 1.0, 2.0
+_SHARDS = 8  # that a trial looks into: a shard is read through once before its first picture
 _REASONS = {_BROKEN: "cannot be read", _FACELESS: "show no face"}
+
+
+class FewRecords:
+    """So many records of a data set, behind numbers of their own: those of the first pairs, then the first ones."""
+
+    def __init__(self, records: Records, most: int) -> None:
+        self._records, self.mark = records, f"{records.mark}-{most}-of-it"
+        paired = [row for pair in records.pairs() for row in pair]
+        self._rows = list(dict.fromkeys([*paired, *range(min(most, len(records)))]))[:most]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records[self._rows[index]]
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+    def picture(self, index: int) -> Image.Image:
+        """As `Records.picture`."""
+        return self._records.picture(self._rows[index])
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """As `Records.pairs`, of those whose reference and target are both here."""
+        here = {row: index for index, row in enumerate(self._rows)}
+        return [(here[one], here[other]) for one, other in self._records.pairs() if one in here and other in here]
+
+    @property
+    def problems(self) -> dict[str, list[str]]:
+        """As `Records.problems`."""
+        return self._records.problems
 
 
 class RecordGallery:
@@ -34,7 +67,7 @@ class RecordGallery:
 
     camera, pictures = False, 1
 
-    def __init__(self, records: Records, size: int) -> None:
+    def __init__(self, records: Records | FewRecords, size: int) -> None:
         self.records, self.size = records, size
         self.usable = torch.ones(len(records), dtype=torch.bool)
 
@@ -128,13 +161,19 @@ class RecordPictures:
             log.warning("%s: of %s records %s; they are left out.", folder.name, f"{len(self.gallery):,}", words)
 
 
-def open_recorded(address: str, size: int, folder: Path, finder: FaceFinder | None = None) -> RecordPictures:
+def open_recorded(
+    address: str, size: int, folder: Path, finder: FaceFinder | None = None, most: int | None = None
+) -> RecordPictures:
     """The pictures of a data set at `address` (`imagine.shards.open_records`) as squares of `size` pixels.
 
-    Raises ConfigError if there is no data set, or nothing in it can be used.
+    With `most` only so many of them, from the first shards. Raises ConfigError if there is no data set, or nothing in
+    it can be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = RecordPictures(RecordGallery(open_records(address, folder / "index"), size), folder, finder)
+    records: Records | FewRecords = open_records(address, folder / "index", shards=None if most is None else _SHARDS)
+    if most is not None:
+        records = FewRecords(records, most)
+    pictures = RecordPictures(RecordGallery(records, size), folder, finder)
     if not bool(pictures.gallery.usable.any()):
         raise ConfigError(f"No record of {address} can be used; {folder / 'left_out.json'} says why.")
     return pictures

@@ -1,32 +1,45 @@
 """`--self-test`: can each stage learn one batch by heart? A stage that cannot will not learn a million of them either.
 
-The same few images, with the same noise, are shown again and again at the stage's own learning rates. If the loss does
-not fall, the sentence says what is most likely wrong: numbers that are not finite, a part that the loss never reaches,
-or rates that are far off.
+The same few images, with the same noise, are shown again and again at the stage's own learning rates, in pieces of its
+own size and in its own precision. If the loss does not fall, the sentence says what is most likely wrong: numbers that
+are not finite, a part that the loss never reaches, or rates that are far off.
+
+It needs no run: a stage begins with the weights of earlier ones where the run's folder has them, with untrained ones
+elsewhere. Data are made of few people, or of a few records of the first shards, in a folder that is gone afterwards.
 """
 
+import gc
 import logging
 import math
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from imagine.errors import BadRecordError
 from train import parts
 from train.config import Run, Stage
 from train.data import to_device
-from train.stages import TASKS, build, check_start, resolved, wanted_stages
+from train.loop import plain_attention
+from train.report import faster_precision
+from train.stages import TASKS, begun, resolved, start_of, wanted_stages
 from train.task import Task
 
 log = logging.getLogger("train")
 STEPS = 200
-SECONDS = 40.0  # for one stage, building and data not counted
+SECONDS = 100.0  # for all stages together, whatever they spend them on
 IMAGES = 8
-ENOUGH = 0.7  # the loss must fall to this share of its first value
+ENOUGH = 0.7  # a loss at this share of its first value is learnt by heart
+FALLING = 0.98  # and at this one it falls, if there is no time for more
+WILD = 10.0  # unless it rose to so many times its first value on the way
+_PEOPLE = 32  # of each gallery, or records
 _SETTLED = 10  # steps after which every part must have felt the loss: gates and LoRA begin at zero
+_FEWEST = 30  # steps that a stage takes even if its time is over
 
 
 @dataclass(frozen=True)
@@ -39,56 +52,162 @@ class Outcome:
 
 
 def self_test(
-    run: Run, output: Path, only: Sequence[str] = (), tasks: Mapping[str, Any] = TASKS, steps: int = STEPS
+    run: Run,
+    output: Path,
+    only: Sequence[str] = (),
+    tasks: Mapping[str, Any] = TASKS,
+    steps: int = STEPS,
+    seconds: float = SECONDS,
 ) -> list[Outcome]:
-    """Every wanted stage's outcome; nothing is kept. ConfigError if a stage starts from one that is not done."""
-    run = Run(data=run.data, stages={name: resolved(name, stage, tasks) for name, stage in run.stages.items()})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Every wanted stage's outcome; nothing is kept, and nothing need have been trained.
+
+    `seconds` are shared out among the stages; each takes a few steps even if they are over.
+    """
+    stages = {name: resolved(name, stage, tasks) for name, stage in run.stages.items()}
+    wanted, end = wanted_stages(run, only), time.monotonic() + seconds
     outcomes = []
-    for name in wanted_stages(run, only):
-        check_start(name, run, output)
-        task = build(name, run, output, device, tasks)
-        parts.train_mode(task.modules, ())
-        with torch.no_grad():
-            task.prepare()
-        outcomes.append(_learn_by_heart(name, run.stages[name], task, device, steps))
-        log.info("%s: %s", name, outcomes[-1].sentence)
+    with tempfile.TemporaryDirectory(prefix="imagine-self-test-") as place:
+        data = {**run.data, "folder": str(Path(place) / "data"), "most": _PEOPLE}
+        bench = _Bench(Run(data=data, stages=stages), output, Path(place), tasks)
+        for left, name in zip(range(len(wanted), 0, -1), wanted, strict=True):
+            now = time.monotonic()
+            outcomes.append(bench.outcome(name, steps, now + (end - now) / left))
+            log.info("%s: %s", name, outcomes[-1].sentence)
     return outcomes
 
 
-def _learn_by_heart(name: str, stage: Stage, task: Task, device: torch.device, steps: int) -> Outcome:
-    chosen = parts.choose(task.parts(), stage.train, name)
-    training = parts.freeze_all_but(task.modules, chosen)
-    parts.train_mode(task.modules, training)
-    optimiser = parts.optimiser(
-        chosen, stage.train, stage.betas, stage.weight_decay, stage.muon, stage.optimiser
-    )  # fmt: skip
-    with torch.no_grad():
-        batch = to_device(task.batch(0, IMAGES), device)
-    first = last = math.nan
-    felt: set[str] = set()
-    began = time.monotonic()
-    for step in range(steps):
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
-            loss = task.loss(batch, 0).per_sample.float().mean()
-        last = float(loss.detach())
-        first = last if step == 0 else first
-        if not math.isfinite(last):
-            return Outcome(name, False, _not_finite(step))
-        loss.backward()
-        felt |= {part for part, own in chosen.items() if any(p.grad is not None and p.grad.any() for p in own)}
-        if step >= _SETTLED and felt != set(chosen):
-            return Outcome(name, False, _unreached(sorted(set(chosen) - felt)))
-        if step >= _SETTLED and last <= ENOUGH * first:
-            return Outcome(
-                name, True, f"learns {IMAGES} images by heart: loss {first:.4g} to {last:.4g} in {step} steps."
-            )
-        if time.monotonic() - began > SECONDS:
+class _Bench:
+    """Builds stages in a folder of its own, whatever the run's folder holds."""
+
+    def __init__(self, run: Run, output: Path, place: Path, tasks: Mapping[str, Any]) -> None:
+        self.run, self.output, self.place, self.tasks = run, output, place, tasks
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def outcome(self, name: str, steps: int, until: float) -> Outcome:
+        """How the stage does in so many steps at most, and up to that moment."""
+        try:
+            passed, sentence = _taught(_Pupil(name, self.run.stages[name], self.ready(name)), steps, until)
+        except BadRecordError as error:
+            passed, sentence = False, f"its first batch cannot be made: {error}"
+        gc.collect()  # the next stage needs the memory
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return Outcome(name, passed, sentence)
+
+    def ready(self, name: str) -> Task:
+        """The stage's task with its data, from what was trained so far."""
+        stage = self.run.stages[name]
+        trained = [self.output / source for source in stage.start_from if self._is_trained(source)]
+        start = start_of(name, self.run, self.output, self.device, self.place / "stages")
+        task = begun(stage, replace(start, earlier=_Exports(self, stage.start_from)), trained, self.tasks)
+        parts.train_mode(task.modules, ())
+        with torch.no_grad():
+            task.prepare()
+        return task
+
+    def export(self, name: str) -> Path:
+        """What the run's stage exported, or what it would export untrained."""
+        if self._is_trained(name):
+            return self.output / name / "export"
+        folder = self.place / "exports" / name
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            with torch.no_grad():
+                self.ready(name).export(folder)
+        return folder
+
+    def _is_trained(self, name: str) -> bool:
+        return (self.output / name / "weights.safetensors").exists()
+
+
+class _Exports(Mapping[str, Path]):
+    """Earlier stages and their exports, made when one is asked for: few stages ask, and networks may be large."""
+
+    def __init__(self, bench: _Bench, names: Sequence[str]) -> None:
+        self._bench, self._names = bench, names
+
+    def __getitem__(self, name: str) -> Path:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._bench.export(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Pupil:
+    """A stage with one piece of its first batch, as the loop would train it."""
+
+    def __init__(self, name: str, stage: Stage, task: Task) -> None:
+        self.stage, self.task = stage, task
+        self.chosen = parts.choose(task.parts(), stage.train, name)
+        parts.train_mode(task.modules, parts.freeze_all_but(task.modules, self.chosen))
+        self.parameters = [parameter for own in self.chosen.values() for parameter in own]
+        self.device = self.parameters[0].device
+        self.optimiser = parts.optimiser(
+            self.chosen, stage.train, stage.betas, stage.weight_decay, stage.muon, stage.optimiser
+        )  # fmt: skip
+        self.images = min(IMAGES, stage.batch_size // stage.accumulation)
+        self.precision = faster_precision(self.device)[0] if stage.precision == "auto" else stage.precision
+        with torch.no_grad():
+            self.batch = to_device(task.batch(0, self.images), self.device)
+        self.felt: set[str] = set()
+
+    def loss(self) -> float:
+        """The batch's loss, and its gradients in place."""
+        self.optimiser.zero_grad(set_to_none=True)
+        bf16 = self.precision == "bf16"
+        with plain_attention() if bf16 and self.device.type == "cpu" else ExitStack():  # checkpoints compute it again
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                loss = self.task.loss(self.batch, 0).per_sample.float().mean()
+            if math.isfinite(value := float(loss.detach())):
+                loss.backward()
+        if math.isfinite(value):
+            self.felt |= {part for part, own in self.chosen.items() if any(_is_felt(p) for p in own)}
+        return value
+
+    def learn(self) -> None:
+        """One step down those gradients."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.stage.clip or math.inf)
+        self.optimiser.step()
+
+    @property
+    def unreached(self) -> list[str]:
+        """Parts that trained and that no gradient came to."""
+        return sorted(set(self.chosen) - self.felt)
+
+
+def _taught(pupil: _Pupil, steps: int, until: float) -> tuple[bool, str]:
+    """Show the batch until it is learnt, or steps or time are over: whether the stage passes, and why."""
+    first = last = highest = pupil.loss()
+    step = 0
+    while math.isfinite(last) and step < steps and not (step >= _SETTLED and last <= ENOUGH * first):
+        if (step >= _SETTLED and pupil.unreached) or (step >= _FEWEST and time.monotonic() > until):
             break
-        torch.nn.utils.clip_grad_norm_([p for own in chosen.values() for p in own], stage.clip or math.inf)
-        optimiser.step()
-    return Outcome(name, False, _stuck(first, last, step))
+        pupil.learn()
+        last, step = pupil.loss(), step + 1
+        highest = max(highest, last)
+    if not math.isfinite(last):
+        return False, _not_finite(step)
+    if pupil.unreached:
+        return False, _unreached(pupil.unreached)
+    numbers = f"{first:.4g} to {last:.4g} in {step} steps"
+    if last <= ENOUGH * first:
+        return True, f"learns {pupil.images} images by heart: loss {numbers}, in {pupil.precision}."
+    wild = highest > WILD * first
+    if last <= FALLING * first and not wild:
+        return True, f"begins to learn {pupil.images} images by heart: loss {numbers}, in {pupil.precision}."
+    return False, _stuck(numbers, wild or last > first)
+
+
+def _is_felt(parameter: torch.nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 def _not_finite(step: int) -> str:
@@ -104,10 +223,9 @@ def _unreached(names: Sequence[str]) -> str:
     )
 
 
-def _stuck(first: float, last: float, step: int) -> str:
-    way = "rises" if last > first else "hardly falls"
-    advice = "lower" if last > first else "raise"
+def _stuck(numbers: str, rises: bool) -> str:
+    way, advice = ("rises", "lower") if rises else ("hardly falls", "raise")
     return (
-        f"the loss {way} on one batch, {first:.4g} to {last:.4g} in {step + 1} steps: {advice} the learning rates, or "
-        "check that inputs and targets belong together."
+        f"the loss {way} on one batch, {numbers}: {advice} the learning rates, or check that inputs and targets belong "
+        "together."
     )

@@ -229,13 +229,25 @@ def check_start(name: str, run: Run, output: Path) -> None:
 def build(name: str, run: Run, output: Path, device: torch.device, tasks: Mapping[str, Any]) -> Task:
     """The task on its device, with every module that an earlier stage in `start_from` trained under the same name."""
     stage = run.stages[name]
-    kind = task_class(stage.task, tasks, name)
-    settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
+    start = start_of(name, run, output, device, output / name)
+    return begun(stage, start, [output / source for source in stage.start_from], tasks)
+
+
+def start_of(name: str, run: Run, output: Path, device: torch.device, folder: Path) -> Start:
+    """What the stage's task is told, with `folder` as its own."""
+    stage = run.stages[name]
     earlier = {source: output / source / "export" for source in stage.start_from}
     current = _numbering(output / name) == NUMBERING
     seed = key(stage.seed, f"stage {name}") if current else stage.seed
-    torch.manual_seed(key(seed, "build"))
-    start = Start(name, seed, device, output / name, run.data, stage.initial, earlier, own_counts=current)
+    return Start(name, seed, device, folder, run.data, stage.initial, earlier, own_counts=current)
+
+
+def begun(stage: Stage, start: Start, sources: Sequence[Path], tasks: Mapping[str, Any]) -> Task:
+    """The task on its device, from `stage.initial` and then from the weights in the folders of these stages."""
+    name = start.name
+    kind = task_class(stage.task, tasks, name)
+    settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
+    torch.manual_seed(key(start.seed, "build"))
     task: Task = kind(settings, start)
     for module in stage.fresh:
         if module not in task.modules:
@@ -243,12 +255,12 @@ def build(name: str, run: Run, output: Path, device: torch.device, tasks: Mappin
     inherits = {module: network for module, network in task.modules.items() if module not in stage.fresh}
     if stage.initial is not None:
         log.info("%s: from %s: %s", name, stage.initial, ", ".join(load_initial(inherits, stage.initial)))
-    for source in stage.start_from:
-        path = output / source / "weights.safetensors"
+    for source in sources:
+        path = source / "weights.safetensors"
         loaded = checkpoint.load_weights(inherits, checkpoint.read_tensors(path)[0], str(path))
-        log.info("%s: from %s: %s", name, source, ", ".join(loaded) or "no module of the same name")
+        log.info("%s: from %s: %s", name, source.name, ", ".join(loaded) or "no module of the same name")
     for network in task.modules.values():
-        network.to(device)
+        network.to(start.device)
     return task
 
 

@@ -153,7 +153,7 @@ class AdapterTask(BaseTask):
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         # Against two references, both another picture: of the same person, and of somebody else.
-        targets, firsts = self.held_out_batch(), torch.arange(0, 2 * self.VALIDATION_PEOPLE, 2)
+        targets, firsts = self.held_out_batch(), torch.arange(0, 2 * self.watched, 2)
         crops = self.held_out.crops(firsts, _MIDDLE.expand(len(firsts), 2))
         strength = torch.ones(len(firsts))
         batch = AdapterBatch(targets.latents, targets.sentences, targets.faces, crops, strength)

@@ -133,8 +133,8 @@ class BaseTask:
         self.mixture = Mixture(settings.sources, data.sources, galleries, settings.alternate, self.start.own_counts)
         self.codec = WorldCodec(autoencoder_of(self.start), self.start.device)
         self.stocks = {name: self._stock(some, name) for name, some in pictures.items()}
-        held_out = held_out_pictures(self.start.data, self.VALIDATION_PEOPLE)
-        self.held_out = self._stock(held_out, f"held-out-{self.VALIDATION_PEOPLE}")
+        self.watched = data.few(self.VALIDATION_PEOPLE)
+        self.held_out = self._stock(held_out_pictures(self.start.data, self.watched), f"held-out-{self.watched}")
 
     def _stock(self, pictures: AnyPictures, name: str) -> Stock[SentenceStore]:
         folder = data_settings(self.start.data).folder / name
@@ -234,7 +234,7 @@ class BaseTask:
 
     def held_out_batch(self) -> BaseBatch:
         """One picture each of people whom nobody was trained on, with its caption."""
-        stock, rows = self.held_out, torch.arange(1, 2 * self.VALIDATION_PEOPLE, 2)
+        stock, rows = self.held_out, torch.arange(1, 2 * self.watched, 2)
         sentences = stock.sentences.take(rows, ["rewritten"] * len(rows))
         return BaseBatch(stock.latents.take(rows), sentences, stock.faces(rows))
 

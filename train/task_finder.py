@@ -14,7 +14,7 @@ from imagine.world.scenes import paint_scenes
 from imagine.world.seeds import HELD_OUT, JUDGE
 from train.data import chance, uniforms
 from train.grids import save_grid
-from train.portraits import draw_rows, judge_pictures
+from train.portraits import data_settings, draw_rows, judge_pictures
 from train.task import Loss, Start
 
 
@@ -44,9 +44,11 @@ class FinderTask:
 
     def prepare(self) -> None:
         self.pictures = judge_pictures(self.start.data)
-        self.groups = [_groups(JUDGE.start + 5_000_000, count, self.GROUPS) for count in (2, 3)]
-        self.scenes = paint_scenes(sample_contexts(range(JUDGE.start, JUDGE.start + self.GROUPS)), 128)
-        self.held_out = [_groups(HELD_OUT.stop - 1_000, count, self.HELD_OUT_PICTURES) for count in (1, 2, 3)]
+        few = data_settings(self.start.data).few
+        groups, held_out = few(self.GROUPS), few(self.HELD_OUT_PICTURES)
+        self.groups = [_groups(JUDGE.start + 5_000_000, count, groups) for count in (2, 3)]
+        self.scenes = paint_scenes(sample_contexts(range(JUDGE.start, JUDGE.start + groups)), 128)
+        self.held_out = [_groups(HELD_OUT.stop - 1_000, count, held_out) for count in (1, 2, 3)]
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures (B, 3, S, S), boxes (B, 3, 4) and which of them count (B, 3)."""
@@ -58,7 +60,7 @@ class FinderTask:
         valid = torch.zeros(size, 3, dtype=torch.bool)
         valid[:, 0] = True
         kind, pick = uniforms(seed, "kinds", images_seen, size, (2,)).unbind(1)
-        pick = (pick * self.GROUPS).long()
+        pick = (pick * len(self.scenes)).long()
         for i in range(size):
             if kind[i] < self.settings.empty_share:
                 images[i] = self.scenes[pick[i]]

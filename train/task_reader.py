@@ -13,7 +13,7 @@ from imagine.world.seeds import HELD_OUT
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS
 from train.data import normals, uniforms
 from train.grids import save_grid
-from train.portraits import draw_rows, judge_pictures
+from train.portraits import data_settings, draw_rows, judge_pictures
 from train.task import Loss, Start
 
 
@@ -44,7 +44,7 @@ class ReaderTask:
         gallery = self.pictures.gallery
         rows = torch.arange(len(gallery))
         self.targets = self.reader.targets(attributes(gallery.people(rows), gallery.contexts(rows)))
-        seeds = range(HELD_OUT.stop - self.HELD_OUT_PICTURES, HELD_OUT.stop)
+        seeds = range(HELD_OUT.stop - data_settings(self.start.data).few(self.HELD_OUT_PICTURES), HELD_OUT.stop)
         people, contexts = sample_people(seeds), sample_contexts(seeds)
         self.held_out = render(people, contexts).images, attributes(people, contexts)
 
