@@ -38,6 +38,7 @@ from imagine.attention import (
     usable_mask,
 )
 from imagine.errors import ConfigError, WeightsError
+from imagine.paths import as_path, kind_of, shown
 from imagine.projections import (
     LINEAR_TOKENS,
     PLUS_HEAD,
@@ -433,7 +434,7 @@ def _place(root: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
+    path = as_path(path)
     return path if path.suffix == ".safetensors" else path / FILE_NAME
 
 
@@ -443,15 +444,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not file.is_file():
-        raise WeightsError(f"There is no adapter file {file}; give the folder or file of a saved adapter.")
+    if kind_of(file, WeightsError) != "file":
+        raise WeightsError(f"There is no adapter file {shown(file)}; give the folder or file of a saved adapter.")
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             # Cloned, because a file's tensors start at odd addresses, where CPU kernels sum in another order: the
             # loaded adapter would differ from the saved one in the last bit of the picture, with equal weights.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} is not a complete safetensors file; download or save it again.") from error
     if metadata.get("format_version") != FORMAT_VERSION:
         raise WeightsError(

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from imagine.errors import WeightsError
 from imagine.ip_adapter_layout import KOHYA_FILE, LORA_FILE, encoder_of, licence_of, projection_shapes, read_layout
+from imagine.paths import as_path, kind_of, shown
 from imagine.weights import INDEX, STOCK_PIPELINES, fingerprint_of, read_index, same_encoder
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".pkl")
@@ -56,8 +57,9 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     Kinds: "weights" (a whole pipeline), "adapter", "persona", "face finder", "IP-Adapter", "LoRA", "model" (one
     component) and "tensors" (a file that says nothing of itself). Raises WeightsError if it is none of them.
     """
-    path = Path(path)
-    if path.is_dir():
+    path = as_path(path)
+    kind = kind_of(path, WeightsError)
+    if kind == "folder":
         return {"path": str(path), **_folder(path)}
     if not path.exists():
         raise WeightsError(f"There is no file or folder {path}: check the path.")

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from imagine import weights
 from imagine.adapter import Adapter, BranchSpec
 from imagine.encoders import CLIP_MEAN, CLIP_STD, VisionEncoder
-from imagine.errors import ConfigError, PromptError, WeightsError
+from imagine.errors import ConfigError, PictureError, PromptError, WeightsError
 from imagine.faces import FaceChoice, FaceFinder, crop_face, default_finder
+from imagine.paths import as_path, kind_of
 from imagine.persona import Face, Persona, concatenate
 from imagine.photos import open_photo
 from imagine.records import Tokens
@@ -153,11 +154,12 @@ class Looking:
         return Persona(concatenate([each.features.to("cpu") for each in known]), sight, tuple(faces))
 
     def _look_at(self, photo: Any, number: int, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
-        file = Path(photo) if isinstance(photo, (str, os.PathLike)) else None
+        file = as_path(photo) if isinstance(photo, (str, os.PathLike)) else None
         if file is not None and file.suffix == ".safetensors":
             return Persona.load(file)
         sight = self._sight()
-        key = (_state(file), face, on_no_face, sight) if file is not None and file.is_file() else None
+        there = file is not None and kind_of(file, PictureError) == "file"
+        key = (_state(cast(Path, file)), face, on_no_face, sight) if there else None
         seen: dict[Any, Persona] = self.__dict__.setdefault("_seen", {})
         if key is not None and key in seen:
             return seen[key]

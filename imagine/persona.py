@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imagine.errors import WeightsError
+from imagine.paths import as_path, kind_of, shown
 from imagine.records import FaceBox, FaceCrop
 from imagine.weights import same_encoder
 
@@ -70,7 +70,7 @@ class Persona:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one small safetensors file, whole or not at all. Photo names and pictures are left out."""
-        path = Path(path)
+        path = as_path(path)
         faces = [{**face.as_dict(), "reference": f"photo {number}"} for number, face in enumerate(self.faces, 1)]
         metadata = {
             "format_version": FORMAT_VERSION,
@@ -89,13 +89,16 @@ class Persona:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Persona":
         """Read a saved persona, bit for bit. Raises WeightsError if the file is not one."""
-        if not Path(path).is_file():
-            raise WeightsError(f"There is no persona file {path}; check the path, or make one with `imagine enroll`.")
+        file_path = as_path(path)
+        if kind_of(file_path, WeightsError) != "file":
+            raise WeightsError(
+                f"There is no persona file {shown(path)}; check the path, or make one with `imagine enroll`."
+            )
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(file_path, framework="pt") as file:
                 metadata: Mapping[str, str] = file.metadata() or {}
                 features = file.get_tensor(TENSOR) if TENSOR in file.keys() else None  # noqa: SIM118  (not a dict)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path} is not a complete safetensors file; enroll the person again.") from error
         if metadata.get("kind") != KIND or features is None or features.dim() != 2 or "encoder" not in metadata:
             raise WeightsError(f"{path} is not a persona; give a file made by `imagine enroll`.")

@@ -25,7 +25,6 @@ import os
 import threading
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from imagine.errors import PictureError
+from imagine.paths import as_path, kind_of, shown
 
 MAX_PIXELS = 128_000_000
 MAX_BYTES = 512 << 20
@@ -97,23 +97,22 @@ def read_photo(source: PhotoSource) -> Photo:
 
 
 def _read_file(source: "str | os.PathLike[str]") -> tuple[str, io.BytesIO]:
-    name = os.fspath(source)
-    if isinstance(name, str) and name.startswith(("http://", "https://")):
+    name = os.fsdecode(source)
+    if name.startswith(("http://", "https://")):
         raise PictureError(f"{name} is an address and nothing is downloaded: save the picture and give its path.")
-    path = Path(name).expanduser()
+    path = as_path(name)
+    kind = kind_of(path, PictureError)
+    if kind == "folder":
+        raise PictureError(f"{name} is a folder: give the path of one picture in it.")
+    if kind == "nothing":
+        raise PictureError(f"There is no file {shown(name)}: check the path.")
+    if kind == "other":
+        raise PictureError(f"{name} is not an ordinary file: give the path of a picture.")
     try:
-        if path.is_dir():
-            raise PictureError(f"{name} is a folder: give the path of one picture in it.")
-        if not path.exists():
-            raise PictureError(f"There is no file {name}: check the path.")
-        if not path.is_file():
-            raise PictureError(f"{name} is not an ordinary file: give the path of a picture.")
         if path.stat().st_size > MAX_BYTES:
             raise PictureError(f"{name} is larger than {MAX_BYTES >> 20} MB: save it as a smaller JPEG first.")
         return name, io.BytesIO(path.read_bytes())
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
-        if isinstance(error, PictureError):
-            raise
+    except OSError as error:
         raise PictureError(f"{name} cannot be read ({error}): check its permissions and the path.") from error
 
 

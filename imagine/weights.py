@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagine.errors import WeightsError
+from imagine.paths import as_path, kind_of, shown
 from imagine.vision_names import as_ours, names_in
 
 if TYPE_CHECKING:  # headers and folders are looked at without torch, which takes a second to import
@@ -66,21 +67,24 @@ def resolve_folder(
     """
     if source is None:
         return default_folder()
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = as_path(source)
+    kind = kind_of(folder, WeightsError)
+    if kind == "folder":
         read_index(folder, also)
         return folder
     if folder.exists():
         raise WeightsError(f"{source} is a file; name the folder of weights that holds {INDEX}.")
     if is_hub_id(source):
         return _fetch(os.fspath(source), also, variant, hub)
-    raise WeightsError(f"There is no folder {source}; name one that holds weights, or leave it out for the default.")
+    raise WeightsError(
+        f"There is no folder {shown(source)}; name one that holds weights, or leave it out for the default."
+    )
 
 
 def is_hub_id(source: str | os.PathLike[str]) -> bool:
     """Whether a path that does not exist can be meant as a hub repository owner/name."""
     # A mistyped path below a folder that exists must not turn into a question to the network.
-    return _HUB_ID.fullmatch(os.fspath(source)) is not None and not Path(source).parent.is_dir()
+    return _HUB_ID.fullmatch(os.fspath(source)) is not None and kind_of(Path(source).parent, WeightsError) != "folder"
 
 
 def read_index(folder: Path, also: Collection[str] = ()) -> dict[str, Any]:
@@ -247,11 +251,11 @@ def fetching(repository: str) -> Iterator[None]:
 
 def fetch_component(source: str | os.PathLike[str], **hub: Any) -> Path:
     """Return the folder of one model or tokenizer: a folder, or a hub repository owner/name, which is downloaded."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = as_path(source)
+    if kind_of(folder, WeightsError) == "folder":
         return folder
     if not is_hub_id(source):
-        raise WeightsError(f"There is no folder {source}; check the path.")
+        raise WeightsError(f"There is no folder {shown(source)}; check the path.")
     from huggingface_hub import snapshot_download
 
     with fetching(os.fspath(source)):
