@@ -283,10 +283,12 @@ class Adapter(nn.Module):
         try:
             specs = [BranchSpec(**spec) for spec in json.loads(metadata["branches"])]
             rank, targets = int(metadata["lora_rank"]), json.loads(metadata["lora_targets"])
-        except (KeyError, TypeError, ValueError) as error:
+            with torch.device("meta"):  # nothing is initialised in vain, and no random number is drawn
+                adapter = cls(denoiser, specs, rank, targets)
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise WeightsError(f"{file} does not describe its branches and LoRA properly; save it again.") from error
-        with torch.device("meta"):  # nothing is initialised in vain, and no random number is drawn
-            adapter = cls(denoiser, specs, rank, targets)
         _check_tensors(file, tensors, adapter.state_dict())
         adapter.load_state_dict(tensors, assign=True)
         adapter.metadata = metadata

@@ -19,12 +19,11 @@ from torch import nn
 from imagine.adapter import FILE_NAME, LORA_TARGETS, Adapter, BranchSpec, read_metadata
 from imagine.errors import ConfigError, WeightsError
 from imagine.projections import PLUS_HEAD
-from imagine.weights import INDEX, default_folder
+from imagine.weights import ADAPTERS, INDEX, default_folder
 
 PORTRAIT = "portrait"  # the shipped weights
 VISION, T5, BYT5 = "vision", "t5", "byt5"  # our branches
 SEEING = ("vision_encoder", "image_encoder")  # who looks at references, in order of preference
-ADAPTERS = ("text_adapter", "adapter")
 _OURS = ("VisionEncoder",)
 _DIFFUSERS = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderDC")
 _TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "CLIPVisionModelWithProjection")

@@ -194,7 +194,10 @@ def load_finder(folder: Path) -> Finder:
         raise WeightsError(f"{path} is damaged: copy or train it again.") from error
     if metadata.get("kind") != "face finder" or metadata.get("format_version") != FORMAT_VERSION:
         raise WeightsError(f"{path} is not a face finder of format {FORMAT_VERSION}: train it again.")
-    finder = Finder(int(metadata["side"]), int(metadata["width"]))
+    try:
+        finder = Finder(int(metadata["side"]), int(metadata["width"]))
+    except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise WeightsError(f"{path} does not say its sizes properly: copy or train it again.") from error
     missing, unexpected = set(finder.state_dict()) - set(state), set(state) - set(finder.state_dict())
     if missing or unexpected:
         raise WeightsError(

@@ -61,8 +61,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     kind = kind_of(path, WeightsError)
     if kind == "folder":
         return {"path": str(path), **_folder(path)}
-    if not path.exists():
-        raise WeightsError(f"There is no file or folder {path}: check the path.")
+    if kind == "nothing":
+        raise WeightsError(f"There is no file or folder {shown(path)}: check the path.")
     if path.suffix in _PICKLES:
         raise WeightsError(f"{path} is a pickle, which can run code when it is read: convert it to safetensors first.")
     return {"path": str(path), **_file(path)}
@@ -90,7 +90,7 @@ def _weights(folder: Path) -> dict[str, Any]:
     for part in sorted(folder.iterdir()):
         if part.is_dir() and (files := sorted(part.rglob("*.safetensors"))):
             entry = index.get(part.name)
-            known = entry[1] if isinstance(entry, list) and entry[1] else None
+            known = entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
             components[part.name] = {"class": known, **_sum([_read(file) for file in files])}
     described: dict[str, Any] = {}
     imported = sorted(path.name for path in folder.glob("ip_*"))  # IP-Adapters on a stock pipeline
@@ -138,23 +138,23 @@ def _persona(header: _Header) -> dict[str, Any]:
     return {
         "format_version": metadata.get("format_version"),
         "encoder_fingerprint": metadata.get("encoder"),
-        "tokens": int(metadata.get("tokens", "0")),
+        "tokens": _whole(metadata.get("tokens")),
         "faces": _json(metadata.get("faces", "[]")),
     }
 
 
 def _adapter(path: Path, header: _Header) -> dict[str, Any]:
     metadata = dict(header.metadata)
-    branches = _json(metadata.pop("branches"))
-    if not isinstance(branches, list) or not all(isinstance(each, dict) and "name" in each for each in branches):
-        raise WeightsError(f"{path} does not describe its branches properly; save the adapter again.")
+    branches, rank = _json(metadata.pop("branches")), _whole(metadata.pop("lora_rank"))
+    if rank is None or not isinstance(branches, list) or not all(map(_is_branch, branches)):
+        raise WeightsError(f"{path} does not describe its branches and LoRA properly; save the adapter again.")
     names = [branch["name"] for branch in branches]
     variant = "identity" if "vision" in names else "text"
     projections = [branch.get("projection") for branch in branches if branch.get("projection")]
     found = {
         "variant": f"{variant}, {projections[0]} projection" if projections else variant,
         "branches": names,
-        "lora_rank": int(metadata.pop("lora_rank")),
+        "lora_rank": rank,
         "lora_targets": _json(metadata.pop("lora_targets", "[]")),
         **metadata,
     }
@@ -166,6 +166,14 @@ def _adapter(path: Path, header: _Header) -> dict[str, Any]:
     if vision is not None and folder is not None and path.parent.name == "adapter":
         problems += _encoder_problems(vision, metadata.get("encoder_fingerprint"), folder)
     return {**found, "problems": problems}
+
+
+def _is_branch(entry: Any) -> bool:
+    """Whether this describes a branch: a name, and sizes that are whole numbers."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not isinstance(entry.get("width"), int):
+        return False
+    sizes = (entry.get(name) for name in ("input_width", "inner_width", "attention_width", "tokens"))
+    return all(size is None or isinstance(size, int) for size in sizes)
 
 
 def _encoder_problems(branch: Mapping[str, Any], fingerprint: str | None, folder: Path) -> list[str]:
@@ -319,7 +327,11 @@ def _class(config: Path) -> str | None:
         read = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{config} cannot be read as JSON; copy or download it again.") from error
-    name = read.get("_class_name") or read.get("network") or (read.get("architectures") or [None])[0]
+    if not isinstance(read, dict):
+        raise WeightsError(f"{config} describes no model; copy or download it again.")
+    architectures = read.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    name = read.get("_class_name") or read.get("network") or first
     return str(name) if name else None
 
 
@@ -328,3 +340,7 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isascii() and text.isdigit() else None

@@ -346,14 +346,19 @@ def _load(cls: type[Network], folder: str | Path) -> Network:
                            "is missing; train one with `make weights` or name another folder.") from error  # fmt: skip
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
         raise WeightsError(f"The files in {folder} are damaged ({error}); fetch or train them again.") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"The config.json in {folder} describes no network; fetch or train it again.")
     found = (config.pop("format_version", None), config.pop("network", None))
     if found != (FORMAT_VERSION, cls.__name__):
         raise WeightsError(f"{folder} holds a {found[1]} in format {found[0]}, but a {cls.__name__} in format "
                            f"{FORMAT_VERSION} is wanted; name the right folder.")  # fmt: skip
     try:
         network = cls(**config)
-    except TypeError as error:
-        raise WeightsError(f"The config.json in {folder} does not fit a {cls.__name__} ({error}).") from error
+    except Exception as error:  # every wrong value fails in its own way; the user can do only one thing
+        reason = " ".join(f"{error}".split())[:200]
+        raise WeightsError(
+            f"The config.json in {folder} does not fit a {cls.__name__} ({reason}); fetch or train it again."
+        ) from error
     _fill(network, tensors, folder)
     return network.eval()
 

@@ -43,7 +43,7 @@ from imagine.sampling import Guidance, GuidedDenoiser, Inputs, TextTokens, repea
 from imagine.second_pass import RefineFaces, SecondPass, SmallFace, keep_outside, noise_after, shown_cells
 from imagine.stock_files import HUB_OPTIONS
 
-ADAPTERS = ("text_adapter", "adapter")  # our components that diffusers cannot save or load by itself
+ADAPTERS = weights.ADAPTERS
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 MODELS = ("unet", "vae", *ENCODERS)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -146,6 +146,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
             default_refine_faces=default_refine_faces,
             format_version=format_version,
         )
+        weights.check_statistics(int(self.unet.config.in_channels), latents_mean=latents_mean, latents_std=latents_std)
         self.vae_scale_factor = int(self.vae.spatial_compression_ratio)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         for part in self._adapters():
@@ -180,9 +181,10 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
             more = {} if precision is None else {"dtype": precision}
             return getattr(stock, index["_class_name"]).from_pretrained(folder, finder=finder, **more, **hub, **kwargs)
         chosen = dtype or torch_dtype or torch.float32
+        weights.check_components(folder, index, kwargs)
         for name in TOKENIZERS:
             if name not in kwargs:
-                weights.check_tokenizer(folder / name, str((index.get(name) or ("", ""))[1]))
+                weights.check_tokenizer(folder / name, index[name][1])
         given = {name: kwargs.pop(name) for name in (*MODELS, *ADAPTERS) if name in kwargs}
         parts = {**_load_models(folder, index, given, chosen, kwargs.get("variant")), **given}
         parts |= {name: part for name, part in _load_adapters(folder, parts, chosen).items() if name not in given}
@@ -190,7 +192,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
             with weights.hushed():
                 pipe = cast(ImaginePipeline, super().from_pretrained(os.fspath(folder), **parts, **kwargs))
         except (OSError, ValueError, KeyError) as error:  # a tokenizer or the scheduler, whose files are missing or cut
-            reason = str(error).strip().split("\n")[0][:200]
+            reason = str(error).strip().split("\n")[0][:200].rstrip(".")
             raise WeightsError(f"{folder} cannot be loaded ({reason}); copy or download the weights again.") from error
         pipe._finder = finder
         pipe._finder_folder = folder / FINDER
@@ -641,9 +643,7 @@ def _load_models(
     for name in MODELS:
         if name in given:
             continue
-        library, class_name = index.get(name) or ("", "")
-        if not library:
-            raise WeightsError(f"{folder / weights.INDEX} does not mention {name}; copy or download the weights again.")
+        library, class_name = index[name]
         options = {} if variant is None else {"variant": variant}
         models[name] = weights.load_model(folder / name, library, class_name, dtype, **options)
     return models

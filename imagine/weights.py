@@ -38,6 +38,20 @@ STOCK_PIPELINES = tuple(  # diffusers' Stable Diffusion 1.5 and XL, which imagin
     for task in ("", "Img2Img", "Inpaint")
 )
 
+COMPONENTS = {  # what our model_index.json may name: nothing else is imported, whatever a folder says
+    "unet": ("diffusers", r"UNet2DConditionModel"),
+    "vae": ("diffusers", r"\w*Autoencoder\w+"),
+    "scheduler": ("diffusers", r"\w+Scheduler"),
+    "text_encoder": ("transformers", r"CLIPTextModel(WithProjection)?"),
+    "text_encoder_2": ("transformers", r"T5EncoderModel"),
+    "text_encoder_3": ("transformers", r"T5EncoderModel"),
+    "tokenizer": ("transformers", r"CLIPTokenizer(Fast)?"),
+    "tokenizer_2": ("transformers", r"T5Tokenizer(Fast)?"),
+    "tokenizer_3": ("transformers", r"ByT5Tokenizer"),
+    "image_encoder": ("imagine.encoders", r"VisionEncoder"),
+}
+ADAPTERS = ("text_adapter", "adapter")  # our components, which diffusers can neither save nor load by itself
+
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png"]  # never a pickle
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -72,7 +86,7 @@ def resolve_folder(
     if kind == "folder":
         read_index(folder, also)
         return folder
-    if folder.exists():
+    if kind != "nothing":
         raise WeightsError(f"{source} is a file; name the folder of weights that holds {INDEX}.")
     if is_hub_id(source):
         return _fetch(os.fspath(source), also, variant, hub)
@@ -112,6 +126,36 @@ def read_index(folder: Path, also: Collection[str] = ()) -> dict[str, Any]:
     return index
 
 
+def check_components(folder: Path, index: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Raise WeightsError unless a folder's index names a class that we know for every component that is not given."""
+    for name, (library, pattern) in COMPONENTS.items():
+        if name in given:
+            continue
+        entry = index.get(name)
+        if not entry or entry == [None, None]:
+            raise WeightsError(f"{folder / INDEX} does not mention {name}; copy or download the weights again.")
+        known = isinstance(entry, list) and len(entry) == 2 and entry[0] == library
+        if not known or not isinstance(entry[1], str) or not re.fullmatch(pattern, entry[1]):
+            raise WeightsError(
+                f"{folder / INDEX} names {entry} as its {name}, which no folder may bring; copy or download the "
+                f"weights again, or give the object as {name}=."
+            )
+    for name in ADAPTERS:
+        if index.get(name, [None, None]) != [None, None]:
+            raise WeightsError(f"{folder / INDEX} names a class for {name}; copy or download the weights again.")
+
+
+def check_statistics(channels: int, **statistics: Any) -> None:
+    """Raise WeightsError unless each of these, if there at all, holds a number for every latent channel."""
+    for name, values in statistics.items():
+        if values is None:
+            continue
+        if not isinstance(values, (list, tuple)) or not all(isinstance(each, (int, float)) for each in values):
+            raise WeightsError(f"{name} must be a list of {channels} numbers, one for each latent channel.")
+        if len(values) != channels:
+            raise WeightsError(f"{name} holds {len(values)} numbers for {channels} latent channels: give as many.")
+
+
 def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype", **options: Any) -> Any:
     """Load one diffusers or transformers model from a component folder, in eval mode, its weights fitting exactly.
 
@@ -121,9 +165,9 @@ def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype"
         raise WeightsError(f"{folder} has no config.json; copy or download the weights again.")
     if not any(folder.glob("*.safetensors")):
         raise WeightsError(f"{folder} has no safetensors file; copy or download the weights again.")
-    cls = getattr(importlib.import_module(library), class_name)
-    options = {"use_safetensors": True, "local_files_only": True, **options, dtype_word(cls): dtype}
     try:
+        cls = getattr(importlib.import_module(library), class_name)
+        options = {"use_safetensors": True, "local_files_only": True, **options, dtype_word(cls): dtype}
         with hushed():  # the libraries' own reports come out as an error below
             model, found = cls.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, **options

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from imagine.errors import WeightsError
 from imagine.finder import Finder, save_finder
@@ -212,3 +212,55 @@ def test_our_own_adapters_say_what_will_not_load(folder: Path, tmp_path: Path) -
         assert says in " ".join(inspect(tmp_path / "x.safetensors")["problems"])
     save_file(tensors, tmp_path / "x.safetensors", {**metadata, "format_version": "7"})
     assert "format version 7" in inspect(tmp_path / "x.safetensors")["problems"][0]
+
+
+def rewritten(folder: Path, tmp_path: Path, **metadata: str) -> Path:
+    """A copy of the folder's adapter that says other things of itself."""
+    file = folder / "adapter" / "adapter.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        said = {**opened.metadata(), **metadata}
+    save_file(load_file(file), tmp_path / "other.safetensors", said)
+    return tmp_path / "other.safetensors"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"lora_rank": "many"},
+        {"lora_rank": "-1"},
+        {"branches": "{"},
+        {"branches": '["vision"]'},
+        {"branches": '[{"name": "vision"}]'},
+        {"branches": '[{"name": 7, "width": 16}]'},
+        {"branches": '[{"name": "vision", "width": 16, "projection": "full", "input_width": "wide"}]'},
+    ],
+)
+def test_an_adapter_that_describes_itself_wrongly_is_one_sentence(
+    folder: Path, tmp_path: Path, metadata: dict[str, str]
+) -> None:
+    with pytest.raises(WeightsError, match="branches and LoRA properly") as caught:
+        inspect(rewritten(folder, tmp_path, **metadata))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_persona_that_counts_wrongly_is_still_one(tmp_path: Path) -> None:
+    save_file({"vision_features": torch.zeros(2, 3)}, tmp_path / "me.safetensors", {"kind": "persona", "tokens": "two"})
+    assert inspect(tmp_path / "me.safetensors")["tokens"] is None
+
+
+@pytest.mark.parametrize("config", ["[]", '{"architectures": "one"}', '{"architectures": []}'])
+def test_a_model_whose_config_says_little(tmp_path: Path, config: str) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    if config == "[]":
+        with pytest.raises(WeightsError, match="describes no model"):
+            inspect(tmp_path)
+    else:
+        assert inspect(tmp_path)["class"] is None
+
+
+def test_an_index_entry_that_is_cut_is_no_class(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "weights"))
+    index = json.loads((copied / "model_index.json").read_text())
+    (copied / "model_index.json").write_text(json.dumps({**index, "unet": ["diffusers"]}))
+    assert inspect(copied)["components"]["unet"]["class"] is None

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,12 +192,31 @@ def test_a_weight_file_with_one_wrong_key_is_refused(judge: Judge, tmp_path: Pat
         Recogniser.load(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"colour": 3}, {"format_version": 2}])
-def test_a_config_from_elsewhere_is_refused(judge: Judge, tmp_path: Path, change: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"colour": 3},
+        {"format_version": 2},
+        {"widths": 7},
+        {"widths": []},
+        {"size": "64"},
+        {"widths": [8, -8]},
+        {"size": 0},
+    ],
+)
+def test_a_config_from_elsewhere_is_refused(judge: Judge, tmp_path: Path, change: dict[str, Any]) -> None:
     judge.recogniser.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(WeightsError):
+    with pytest.raises(WeightsError) as caught:
+        Recogniser.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_describes_nothing_is_refused(judge: Judge, tmp_path: Path) -> None:
+    judge.recogniser.save(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(WeightsError, match="describes no network"):
         Recogniser.load(tmp_path)
 
 

@@ -137,6 +137,35 @@ def foreign_encoder(folder: Path) -> None:
     VisionEncoder(tiny.CROP, 8, 24, 2, 2, embed_width=16).save_pretrained(folder / "image_encoder")
 
 
+def index_says(**entries: Any) -> Callable[[Path], None]:
+    """A damage that gives model_index.json other entries; None removes one."""
+
+    def damage(folder: Path) -> None:
+        index = {**json.loads((folder / weights.INDEX).read_text()), **entries}
+        kept = {name: entry for name, entry in index.items() if entry is not None}
+        (folder / weights.INDEX).write_text(json.dumps(kept))
+
+    return damage
+
+
+def finder_says(**metadata: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / "finder").mkdir()
+        save_file(
+            {}, folder / "finder" / "finder.safetensors", {"kind": "face finder", "format_version": "1", **metadata}
+        )
+
+    return damage
+
+
+def adapter_says(**metadata: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        file = folder / "adapter" / "adapter.safetensors"
+        save_file(load_file(file), file, {**metadata_of(file), **metadata})
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -151,6 +180,20 @@ def foreign_encoder(folder: Path) -> None:
         (foreign_index, "StableDiffusionPipeline"),
         (future_index, "99"),
         (foreign_encoder, "vision encoder"),
+        (index_says(vae=None), "does not mention vae"),
+        (index_says(unet=["diffusers", "NoSuchClass"]), r"names \['diffusers', 'NoSuchClass'\] as its unet"),
+        (index_says(unet=["diffusers"]), "as its unet"),
+        (index_says(unet="diffusers"), "as its unet"),
+        (index_says(vae=["diffusers", "AutoencoderOfNobody"]), "vae cannot be loaded"),
+        (index_says(scheduler=["diffusers", 7]), "as its scheduler"),
+        (index_says(scheduler=["diffusers", "NobodysScheduler"]), "cannot be loaded"),
+        (index_says(image_encoder=["antigravity", "VisionEncoder"]), "antigravity"),
+        (index_says(tokenizer=["antigravity", "CLIPTokenizer"]), "antigravity"),
+        (index_says(adapter=["antigravity", "Adapter"]), "names a class for adapter"),
+        (index_says(latents_mean=[0.0] * 3), "latents_mean holds 3 numbers for 4 latent channels"),
+        (index_says(latents_std="wide"), "latents_std must be a list of 4 numbers"),
+        (adapter_says(lora_rank="many"), "branches and LoRA"),
+        (adapter_says(branches='[{"name": "vision", "width": "wide"}]'), "branches and LoRA"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_a_sentence(
@@ -161,6 +204,26 @@ def test_a_damaged_folder_is_refused_in_a_sentence(
         ImaginePipeline.from_pretrained(folder)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""  # the libraries' own reports stay quiet
+
+
+@pytest.mark.parametrize(
+    "metadata", [{}, {"side": "64"}, {"side": "wide", "width": "16"}, {"side": "7", "width": "16"}]
+)
+def test_a_finder_that_does_not_say_its_sizes_is_refused_in_a_sentence(folder: Path, metadata: dict[str, str]) -> None:
+    finder_says(**metadata)(folder)
+    with pytest.raises(WeightsError, match="does not say its sizes properly") as caught:
+        _ = ImaginePipeline.from_pretrained(folder).finder
+    assert "\n" not in str(caught.value)
+
+
+def test_a_module_that_a_folder_names_is_never_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "stranger.py").write_text("raise SystemExit('this must never run')")
+    monkeypatch.syspath_prepend(folder)
+    for name in weights.COMPONENTS:
+        index_says(**{name: ["stranger", weights.COMPONENTS[name][1]]})(folder)
+        with pytest.raises(WeightsError, match="stranger"):
+            ImaginePipeline.from_pretrained(folder)
+        index_says(**{name: json.loads((weights.default_folder() / weights.INDEX).read_text())[name]})(folder)
 
 
 @pytest.mark.parametrize("source", ["no/such/folder/here", "/no-such-folder", "imagine/no-such-weights"])
