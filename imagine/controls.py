@@ -70,7 +70,7 @@ def block_factors(denoiser: nn.Module, blocks: Blocks) -> Factors | None:
         factors = _expanded(blocks, every)
     else:
         known = presets(denoiser)
-        if blocks not in known:
+        if not isinstance(blocks, str) or blocks not in known:
             raise ConfigError(
                 f"This denoiser has no identity_blocks {blocks!r}: choose {_listed([ALL, *known])}, or give strengths "
                 "such as {'down': {'block_1': 1.0}}."

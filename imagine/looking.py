@@ -261,7 +261,10 @@ class Looking:
 
     def _strength(self, scale: Any, personas: Sequence[Sequence[Persona]], copies: int) -> Tensor:
         """The identity scale of every picture, (pictures,); 0 where it shows nobody."""
-        scales = torch.as_tensor(scale, dtype=torch.float32).flatten()
+        try:
+            scales = torch.as_tensor(scale, dtype=torch.float32).flatten()
+        except (TypeError, ValueError, RuntimeError):  # words, nothing, lists in lists
+            scales = torch.empty(0)
         if len(scales) not in (1, len(personas)) or not scales.isfinite().all():
             raise ConfigError(
                 f"identity_scale={scale!r} must be one number, or one for each of {len(personas)} prompts."

@@ -38,7 +38,18 @@ from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.faces import FaceChoice, FaceFinder
 from imagine.looking import FINDER, Looking, check_encoder, facts
 from imagine.persona import Face, Persona
-from imagine.request import Request, check_choice, finite, read_requests, whole
+from imagine.records import Tokens
+from imagine.request import (
+    Request,
+    check_choice,
+    finite,
+    generators,
+    negative_sentences,
+    numbers,
+    read_requests,
+    sentences,
+    whole,
+)  # fmt: skip
 from imagine.sampling import Guidance, GuidedDenoiser, Inputs, TextTokens, repeat, text_rows
 from imagine.second_pass import RefineFaces, SecondPass, SmallFace, keep_outside, noise_after, shown_cells
 from imagine.stock_files import HUB_OPTIONS
@@ -318,12 +329,12 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
             self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
             self.text_encoder_3, self.tokenizer_3, self._execution_device,
         )  # fmt: skip
-        sentences = [prompts] if isinstance(prompts, str) else list(prompts)
-        each = list(dict.fromkeys(sentences))  # the negative of a batch, above all, is usually one sentence
+        asked = sentences(prompts)
+        each = list(dict.fromkeys(asked))  # the negative of a batch, above all, is usually one sentence
         clip, others = encoders.encode(each)
         read = {spec.name for part in self._adapters() for spec in part.branch_specs}
         text = clip, {name: tokens for name, tokens in others.items() if name in read}
-        return text if len(each) == len(sentences) else text_rows(text, [each.index(one) for one in sentences])
+        return text if len(each) == len(asked) else text_rows(text, [each.index(one) for one in asked])
 
     def free_encoders(self) -> None:
         """Drop every encoder for good, to make room: from then on give personas and both kinds of prompt_embeds."""
@@ -451,20 +462,11 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
             embeds = self.encode_prompt([request.sentence for request in requests])
         else:
             # There are no sentences to read names from, so that each stands for a prompt that names nobody.
-            requests = read_requests(["-"] * len(embeds[0].values), reference)
-        count = len(requests)
+            requests = read_requests(["-"] * _count("prompt_embeds", embeds), reference)
         if negative_embeds is None:
-            negatives = (
-                [negative_prompt or ""]
-                if negative_prompt is None or isinstance(negative_prompt, str)
-                else list(negative_prompt)
-            )
-            negatives = negatives * count if len(negatives) == 1 else negatives
-            if len(negatives) != count:
-                raise PromptError(
-                    f"There are {count} prompts but {len(negatives)} negative prompts: give as many, or one."
-                )
-            negative_embeds = self.encode_prompt(negatives)
+            negative_embeds = self.encode_prompt(negative_sentences(negative_prompt, len(requests)))
+        elif _count("negative_prompt_embeds", negative_embeds) != len(requests):
+            raise PromptError(f"negative_prompt_embeds must be of {len(requests)} prompts, as there are others.")
         return requests, _copies(embeds, copies), _copies(negative_embeds, copies)
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
@@ -499,7 +501,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
                 f"{type(scheduler).__name__} predicts {kind}, but the denoiser predicts flow: use a flow-match "
                 "scheduler, or set use_flow_sigmas and prediction_type='flow_prediction'."
             )
-        options: dict[str, Any] = {} if sigmas is None else {"sigmas": list(sigmas)}
+        options: dict[str, Any] = {} if sigmas is None else {"sigmas": numbers("sigmas", sigmas)}
         if scheduler.config.get("use_dynamic_shifting"):
             options["mu"] = _shift(scheduler.config, size[0] * size[1])
         count = whole("num_inference_steps", self.config.default_steps if steps is None else steps)
@@ -519,18 +521,15 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         shape = (int(self.unet.config.in_channels), *size)
         device = self._execution_device
         if latents is not None:
-            if tuple(latents.shape) != (count, *shape):
-                raise ConfigError(f"latents of shape {tuple(latents.shape)} do not fit: {(count, *shape)} is needed.")
+            found = tuple(getattr(latents, "shape", ()))
+            if not isinstance(latents, Tensor) or found != (count, *shape):
+                raise ConfigError(f"latents of shape {found} do not fit: a tensor {(count, *shape)} is needed.")
             return latents.to(device, torch.float32)
-        generators: list[torch.Generator | None] = (
-            list(generator) if isinstance(generator, Sequence) else [generator] * count
-        )
-        if len(generators) != count:
-            raise ConfigError(
-                f"There are {len(generators)} generators for {count} pictures: give one for each, or one."
-            )
         # Drawn where the generator lives, in full precision: a seed means the same picture on every device.
-        drawn = [torch.randn(shape, generator=each, device=each.device if each else "cpu") for each in generators]
+        drawn = [
+            torch.randn(shape, generator=each, device=each.device if each else "cpu")
+            for each in generators(generator, count)
+        ]
         return torch.stack([each.to(device) for each in drawn])
 
     def _denoise(
@@ -628,6 +627,8 @@ class _OnStep:
     def make(cls, callback: Callback | None, inputs: Sequence[str], known: Sequence[str]) -> "_OnStep | None":
         if callback is None:
             return None
+        if not callable(callback):
+            raise ConfigError(f"callback_on_step_end={callback!r} cannot be called: give a function.")
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             inputs = callback.tensor_inputs
         if unknown := [name for name in inputs if name not in known]:
@@ -666,6 +667,13 @@ def _is_attached(unet: nn.Module, adapter: Adapter) -> bool:
     except WeightsError:
         return False
     return True
+
+
+def _count(name: str, embeds: Any) -> int:
+    """Of how many prompts these are the tokens. Raises PromptError unless they are tokens."""
+    if not isinstance(embeds, tuple) or len(embeds) != 2 or not isinstance(embeds[0], Tokens):
+        raise PromptError(f"{name} must be what encode_prompt returns, not a {type(embeds).__name__}.")
+    return len(embeds[0].values)
 
 
 def _copies(text: TextTokens, copies: int) -> TextTokens:

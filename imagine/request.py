@@ -10,9 +10,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imagine.errors import ConfigError, PromptError
+
+if TYPE_CHECKING:
+    import torch
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
@@ -41,11 +44,9 @@ def read_requests(prompt: "str | Sequence[str]", reference: Any = None) -> list[
     dict from names to any of these. With a list of prompts, it is any of these for all of them, but a list is then one
     reference per prompt. Raises PromptError if prompts and references do not fit together.
     """
+    prompts = sentences(prompt)
     if isinstance(prompt, str):
         return [_request(prompt, reference)]
-    prompts = list(prompt) if isinstance(prompt, Iterable) else None
-    if not prompts or not all(isinstance(each, str) for each in prompts):
-        raise PromptError("The prompt must be a sentence or a list of sentences.")
     if not isinstance(reference, (list, tuple)):
         return [_request(each, reference) for each in prompts]
     if len(reference) != len(prompts):
@@ -54,6 +55,27 @@ def read_requests(prompt: "str | Sequence[str]", reference: Any = None) -> list[
             "for all of them."
         )
     return [_request(each, own) for each, own in zip(prompts, reference, strict=True)]
+
+
+def sentences(given: Any, name: str = "prompt") -> list[str]:
+    """A sentence, or several, as a list. Raises PromptError unless it is text, which a tokenizer can read."""
+    each = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
+    if not each or not all(isinstance(one, str) for one in each):
+        raise PromptError(f"The {name} must be a sentence or a list of sentences.")
+    try:
+        "".join(each).encode()
+    except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
+        raise PromptError(f"The {name} holds bytes that are no text: type it anew, or save it as UTF-8.") from error
+    return each
+
+
+def negative_sentences(given: Any, count: int) -> list[str]:
+    """The negative prompt of each of `count` prompts; PromptError unless it is one for all, or one for each."""
+    each = sentences("" if given is None else given, "negative prompt")
+    each = each * count if len(each) == 1 else each
+    if len(each) != count:
+        raise PromptError(f"There are {count} prompts but {len(each)} negative prompts: give as many, or one.")
+    return each
 
 
 def _request(prompt: str, reference: Any) -> Request:
@@ -111,6 +133,31 @@ def finite(name: str, value: Any) -> float:
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{name}={value!r} must be a number.")
     return float(value)
+
+
+def numbers(name: str, given: Any) -> list[float]:
+    """A list of finite numbers as floats; ConfigError for anything else."""
+    try:
+        each = [] if isinstance(given, str) else [float(one) for one in given]
+    except (TypeError, ValueError):
+        each = []
+    if not each or not all(map(math.isfinite, each)):
+        raise ConfigError(f"{name}={given!r} must be a list of numbers.")
+    return each
+
+
+def generators(given: Any, count: int) -> "list[torch.Generator | None]":
+    """One random generator (None: torch's own) for each of `count` pictures; ConfigError for anything else."""
+    import torch  # here, since the command line reads prompts before it waits for torch
+
+    each = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    for one in each:
+        if one is not None and not isinstance(one, torch.Generator):
+            seed = one if isinstance(one, int) else 7
+            raise ConfigError(f"generator={one!r} draws no noise: give torch.Generator().manual_seed({seed}).")
+    if len(each) != count:
+        raise ConfigError(f"There are {len(each)} generators for {count} pictures: give one for each, or one.")
+    return each
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
