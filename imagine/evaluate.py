@@ -30,6 +30,7 @@ from imagine import report, weights
 from imagine.cases import GALLERY, Cases, Pictures, Seen, look, look_at_real, make_cases
 from imagine.errors import ConfigError
 from imagine.judge import Judge
+from imagine.paths import kind_of
 from imagine.scores import METRICS, score, summarise
 from imagine.suites import Prompt, load_suite
 from imagine.world import render
@@ -56,7 +57,7 @@ def run(
 
     `rows` are those the pipeline draws ("full", "detached"); `options` go to every call (steps, guidance ...);
     `gallery` is how many people rank-1 chooses among. Returns what report.json holds. Raises ConfigError for an unknown
-    suite or row, counts out of range, or an `output` that holds another evaluation.
+    suite or row, counts out of range, or an `output` that cannot be written or holds another evaluation.
     """
     output = Path(output)
     chosen = load_suite(suite)
@@ -134,13 +135,17 @@ def _draw(
             drawn = pipeline(
                 [cases.prompt(case).text for case in some],
                 reference=[personas[case // len(cases.prompts)] for case in some] if row == "full" else None,
-                generator=[torch.Generator().manual_seed(seed * 1_000_003 + case) for case in some],
+                generator=[_noise(seed, case) for case in some],
                 output_type="pil",
                 **options,
             )
             for case, image in zip(some, drawn.images, strict=True):
                 _save_whole(image, _picture_path(output, row, cases, case))
             advance(len(some))
+
+
+def _noise(seed: int, case: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + case) % 2**63)  # torch knows no larger seeds
 
 
 def _batches(todo: Sequence[tuple[str, int]], batch: int) -> Iterator[tuple[str, list[int]]]:
@@ -171,16 +176,31 @@ def _from_disk(output: Path, row: str, cases: Cases) -> Pictures:
 
 def read_picture(path: Path) -> Tensor:
     """A picture file as (3, H, W) in 0..1."""
-    with Image.open(path) as image:
-        return report.to_tensor(image)
+    try:
+        with Image.open(path) as image:
+            return report.to_tensor(image)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as a picture: delete it, and it is drawn again.") from error
 
 
 def _save_whole(image: Image.Image, path: Path) -> None:
     """Written aside and then renamed, so that a file that exists is a whole picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    image.save(aside, format="PNG")
-    os.replace(aside, path)
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        image.save(aside, format="PNG")
+        os.replace(aside, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what keeps a file from being written into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror or error}): make room for it, or choose another --output."
+        ) from error
 
 
 # ---- the run folder ----
@@ -198,38 +218,60 @@ def _check(suite: Sequence[Prompt], identities: int, prompts: int, rows: Sequenc
 def _claim(output: Path, settings: Mapping[str, Any]) -> None:
     """Remember what this folder measures; refuse to mix it with pictures of another evaluation."""
     path = output / "evaluation.json"
-    output.mkdir(parents=True, exist_ok=True)
     wanted = json.loads(json.dumps(settings, default=str))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+    if kind_of(path, ConfigError) != "nothing":
+        found = _read_claim(path)
         if found != wanted:
             other = ", ".join(key for key in wanted if found.get(key) != wanted[key])
             raise ConfigError(f"{output} holds an evaluation with other {other}; choose another --output folder.")
-    path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    with _writing(path):
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_claim(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged, so that nobody knows what the pictures beside it are of; choose another --output "
+            "folder."
+        ) from error
 
 
 def commit() -> str | None:
-    """The commit of the checkout this module lies in, or None outside one."""
-    here = Path(__file__).resolve().parent
+    """The commit of the checkout this module lies in, with "-dirty" where files were changed since; else None.
+
+    A package that was installed into a folder below somebody else's repository is not of their commit.
+    """
+    root = Path(__file__).resolve().parents[1]
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        changed = _git(root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+        return _git(root, "rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip() or None
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _write(
     output: Path, summary: Mapping[str, Any], cases: Cases, scores: Mapping[str, Mapping[str, Tensor]],
     seen: Mapping[str, Seen], rows: Sequence[str],
 ) -> None:  # fmt: skip
-    with (output / "pictures.jsonl").open("w", encoding="utf-8") as lines:
-        for row in rows:
-            for case in range(len(cases)):
-                line = _line(output, row, cases, case, scores[row], seen[row])
-                lines.write(json.dumps(line) + "\n")
-    _samples(output, rows[0], cases).save(output / "samples.png")
-    (output / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    (output / "report.html").write_text(report.html(summary), encoding="utf-8")
+    samples = _samples(output, rows[0], cases)
+    with _writing(output / "report.html"):
+        with (output / "pictures.jsonl").open("w", encoding="utf-8") as lines:
+            for row in rows:
+                for case in range(len(cases)):
+                    line = _line(output, row, cases, case, scores[row], seen[row])
+                    lines.write(json.dumps(line) + "\n")
+        samples.save(output / "samples.png")
+        (output / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (output / "report.html").write_text(report.html(summary), encoding="utf-8")
 
 
 def _line(output: Path, row: str, cases: Cases, case: int, scores: Mapping[str, Tensor], seen: Seen) -> dict[str, Any]:

@@ -6,7 +6,8 @@ out equal to a row whose truth is known.
 
 import json
 import math
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,6 +228,28 @@ def test_the_commit_is_that_of_the_checkout_or_none(tmp_path: Path, monkeypatch:
     assert evaluate.commit() is None
 
 
+def test_the_commit_is_never_that_of_another_repository_and_says_where_files_were_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        known = ["git", "-c", "user.name=somebody", "-c", "user.email=somebody@example.org", *words]
+        return subprocess.run(known, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    file, installed = (tmp_path / folder / "imagine" / "evaluate.py" for folder in (".", "venv/site-packages"))
+    for each in (file, installed):
+        each.parent.mkdir(parents=True)
+        each.write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "First.")
+    monkeypatch.setattr(evaluate, "__file__", str(file))
+    assert evaluate.commit() == git("rev-parse", "HEAD")
+    file.write_text("changed")
+    assert evaluate.commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setattr(evaluate, "__file__", str(installed))
+    assert evaluate.commit() is None
+
+
 def test_every_picture_has_its_line(straight: tuple[dict[str, Any], Path]) -> None:
     folder = straight[1]
     lines = [json.loads(line) for line in (folder / "pictures.jsonl").read_text().splitlines()]
@@ -304,6 +327,51 @@ def test_wrong_counts_and_rows_are_one_sentence(judge: Judge, tmp_path: Path, wr
     with pytest.raises(ConfigError, match=r"cannot be (evaluated|drawn): .*\.$"):
         evaluated(Oracle(), tmp_path, judge, **wrong)
     assert not list(tmp_path.iterdir())
+
+
+def a_file(folder: Path) -> Path:
+    (folder / "taken").write_text("")
+    return folder / "taken"
+
+
+def below_a_file(folder: Path) -> Path:
+    return a_file(folder) / "below"
+
+
+def cut_note(folder: Path) -> Path:
+    (folder / "evaluation.json").write_text("{")
+    return folder
+
+
+def other_note(folder: Path) -> Path:
+    (folder / "evaluation.json").write_text("[7]")
+    return folder
+
+
+@pytest.mark.parametrize("make", [a_file, below_a_file, cut_note, other_note])
+def test_an_output_that_cannot_be_used_is_one_sentence(
+    judge: Judge, tmp_path: Path, make: Callable[[Path], Path]
+) -> None:
+    with pytest.raises(ConfigError, match=r"--output( folder)?\.$") as caught:
+        evaluated(Oracle(), make(tmp_path), judge)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_written_or_read_on_the_way_is_one_sentence(judge: Judge, tmp_path: Path) -> None:
+    (tmp_path / "pictures").write_text("in the way of a folder")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        evaluated(Oracle(), tmp_path, judge)
+    (tmp_path / "pictures").unlink()
+    (tmp_path / "pictures" / "full").mkdir(parents=True)
+    (tmp_path / "pictures" / "full" / "000_00.png").write_text("no picture")
+    with pytest.raises(ConfigError, match="delete it, and it is drawn again"):
+        evaluated(Oracle(), tmp_path, judge)
+
+
+def test_noise_is_there_for_every_seed_and_stays_what_it_was() -> None:
+    assert evaluate._noise(3, 5).initial_seed() == 3 * 1_000_003 + 5
+    last = 2**63 - 1  # the largest that the command line takes
+    assert evaluate._noise(last, 5).initial_seed() != evaluate._noise(last, 6).initial_seed()
 
 
 # --- contact sheets ---------------------------------------------------------------------------------------------------
