@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from imagine import metrics, report
-from imagine.errors import ImagineError, WeightsError
+from imagine.errors import ConfigError, ImagineError, WeightsError
 from imagine.judge import Judge
+from imagine.paths import as_path, folder_to_fill
 from imagine.photos import open_photo
 from imagine.suites import Prompt, contexts_for
 from imagine.weights import default_folder
@@ -70,9 +71,14 @@ def draw_sheet(
         for number, photo in enumerate(photos)
     ]
     headers = ["reference", *(sentence.text for sentence in SENTENCES)]
-    output.mkdir(parents=True, exist_ok=True)
     title = "One photo and a sentence; under each picture what the judge says"
-    report.contact_sheet(headers, rows, side=160, title=title).save(sheet.path)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        report.contact_sheet(headers, rows, side=160, title=title).save(sheet.path)
+    except OSError as error:
+        raise ConfigError(
+            f"{sheet.path} cannot be written ({error.strerror or error}): choose another --output."
+        ) from error
     return sheet
 
 
@@ -102,6 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(output: Path, weights: Path | None, seed: int) -> None:
+    output = folder_to_fill(output)
+    weights = None if weights is None else as_path(weights)
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed {seed} cannot be used: give a whole number from 0 to {2**32 - 1}.")
     from imagine.pipeline import ImaginePipeline
 
     pipeline = ImaginePipeline.from_pretrained(weights)
@@ -126,11 +136,17 @@ def _beside(weights: Path | None) -> tuple[list[Path], Judge]:
 
 def generate_line(reference: Path, output: Path, weights: Path | None) -> str:
     """An `imagine generate` command that works when pasted into a shell in the current folder."""
-    installed = Path(sys.executable).parent / "imagine"
-    command = "imagine" if shutil.which("imagine") or not installed.exists() else _short(installed)
-    words = [command, "generate", "--reference", _short(reference), "--prompt", YOUR_TURN]
+    words = [*_command(), "generate", "--reference", _short(reference), "--prompt", YOUR_TURN]
     words += ["--output", _short(output / "mine.png")] + (["--weights", _short(weights)] if weights else [])
     return shlex.join(words)
+
+
+def _command() -> list[str]:
+    """The command `imagine` of this very Python; one of another environment may be the one that the shell finds."""
+    installed, found = Path(sys.executable).parent / "imagine", shutil.which("imagine")
+    if not installed.exists():
+        return [_short(Path(sys.executable)), "-m", "imagine"]
+    return ["imagine"] if found is not None and os.path.samefile(found, installed) else [_short(installed)]
 
 
 def _short(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The demo: what it asks for, the sheet it draws, the line it prints, and its one-sentence errors."""
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from imagine import demo, report
+from imagine import cli, demo, report
+from imagine.errors import ConfigError
 from imagine.judge import Judge, Reader, Recogniser
 from imagine.suites import contexts_for
 from imagine.world import attributes, sample_people, seeds
@@ -94,9 +96,8 @@ def test_the_printed_line_is_a_command_that_reads_back(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     line = demo.generate_line(tmp_path / "my weights" / "examples" / "a.png", Path("out"), tmp_path / "my weights")
     words = shlex.split(line)
-    assert Path(words[0]).name == "imagine"
-    options = dict(zip(words[2::2], words[3::2], strict=True))
-    assert words[1] == "generate"
+    words = words[words.index("generate") :]
+    options = dict(zip(words[1::2], words[2::2], strict=True))
     assert options == {
         "--reference": "my weights/examples/a.png",
         "--prompt": demo.YOUR_TURN,
@@ -112,6 +113,66 @@ def test_a_wrong_weights_folder_is_one_sentence(tmp_path: Path, capsys: pytest.C
     assert said.err.count("\n") == 1
     assert str(tmp_path) in said.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo weights")
+    tiny.pipeline().save_pretrained(folder)  # the examples, the judge and the finder are then the shipped ones
+    return folder
+
+
+def test_the_demo_draws_its_sheet_and_prints_a_line_that_draws_on(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(["--weights", str(weights), "--output", "out/my demo"]) == 0
+    said = capsys.readouterr().out
+    assert "Similarity to another picture" in said and f"Open {tmp_path / 'out' / 'my demo' / 'demo.png'}" in said
+    with Image.open("out/my demo/demo.png") as sheet:
+        assert sheet.height > 160 * len(demo.PEOPLE)
+    words = shlex.split(said.splitlines()[-1])
+    assert cli.main(words[words.index("generate") :]) == 0
+    with Image.open("out/my demo/mine.png") as picture:
+        assert picture.size == (tiny.SIZE, tiny.SIZE)
+
+
+def test_the_printed_command_is_that_of_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "imagine").write_text("")
+        (tmp_path / folder / "imagine").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "mine" / "python"))
+    for path, command in (("other", "mine/imagine"), ("mine", "imagine")):
+        monkeypatch.setenv("PATH", str(tmp_path / path))
+        assert shlex.split(demo.generate_line(Path("a.png"), Path("out"), None))[:2] == [command, "generate"]
+    (tmp_path / "mine" / "imagine").unlink()
+    words = shlex.split(demo.generate_line(Path("a.png"), Path("out"), None))
+    assert words[:4] == ["mine/python", "-m", "imagine", "generate"]
+
+
+@pytest.mark.parametrize(
+    ("output", "more", "says"),
+    [("taken", [], "choose another"), ("taken/below", [], "choose another"), ("out", ["--seed", "9" * 30], "--seed")],
+)
+def test_what_cannot_be_done_is_told_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], output: str, more: list[str],
+    says: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    # A folder of weights that is none: had anything been loaded, the sentence would be about that.
+    assert demo.main(["--output", output, "--weights", str(tmp_path), *more]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and says in said.err and not (tmp_path / "out").exists()
+
+
+def test_a_sheet_that_cannot_be_written_is_one_sentence(judge: Judge, tmp_path: Path) -> None:
+    references = demo.write_examples(tmp_path / "examples", demo.PEOPLE[:1])
+    (tmp_path / "out" / "demo.png").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"demo\.png cannot be written"):
+        demo.draw_sheet(Copier(), judge, references, tmp_path / "out", people=demo.PEOPLE[:1])
 
 
 def test_a_real_pipeline_draws_the_sheet(judge: Judge, tmp_path: Path) -> None:
