@@ -1,9 +1,13 @@
 """What people install and type: the verbs of the Makefile, and the wheel."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -72,3 +76,49 @@ def test_setup_makes_a_half_made_venv_anew_and_leaves_a_whole_one(tmp_path: Path
     script(tmp_path / "venv" / "bin" / "uv")  # a venv that uv can fill needs no pip
     assert make("setup", *setting).returncode == 0
     assert (tmp_path / "asked").read_text().count("\n") == 1 and (tmp_path / "venv" / ".ready").exists()
+
+
+def test_every_package_that_is_asked_for_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.partition("==")[0] for line in lines if "==" in line}
+    asked = {
+        re.split(r"[^\w.-]", each)[0].lower().replace("_", "-") for each in requires("imagine-yourself-open") or ()
+    }
+    assert len(asked) > 25 and asked - pinned == set()
+    assert "opencv-python" not in pinned, "it needs libraries of the system; opencv-python-headless does not"
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the wheel holds, built without the network from what `make setup` installs."""
+    made, folder = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(made)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    (wheel,) = made.iterdir()
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def test_the_wheel_holds_the_packages_the_weights_and_the_command(unpacked: Path) -> None:
+    (facts,) = unpacked.glob("*.dist-info")
+    assert {path.name for path in unpacked.iterdir()} == {"imagine", "train", "data_synth", facts.name}
+    assert "imagine = imagine.cli:main" in (facts / "entry_points.txt").read_text()
+    assert {path.name for path in (facts / "licenses").iterdir()} == {"LICENSE", "NOTICE"}
+    shipped = [path.relative_to(ROOT / "weights") for path in (ROOT / "weights").rglob("*") if path.is_file()]
+    assert Path("unet/diffusion_pytorch_model.safetensors") in shipped
+    packed = unpacked / "imagine" / "_weights"
+    assert [path for path in shipped if (packed / path).read_bytes() != (ROOT / "weights" / path).read_bytes()] == []
+    assert (unpacked / "data_synth" / "review_page.html").is_file() and (unpacked / "imagine" / "py.typed").is_file()
+
+
+def test_an_installed_wheel_finds_the_weights_that_it_holds(unpacked: Path) -> None:
+    setting = {**os.environ, "PYTHONPATH": str(unpacked), "HF_HUB_OFFLINE": "1"}
+    code = "import imagine.weights; print(imagine.weights.default_folder())"
+    found, doctor = (
+        subprocess.run([sys.executable, *command], cwd=unpacked, env=setting, capture_output=True, text=True)
+        for command in (["-c", code], ["-m", "imagine", "doctor", "--json"])
+    )
+    assert Path(found.stdout.strip()) == unpacked / "imagine" / "_weights", found.stderr
+    assert doctor.returncode == 0, doctor.stderr
+    assert str(unpacked / "imagine" / "_weights") in json.dumps(json.loads(doctor.stdout))
