@@ -169,7 +169,7 @@ def test_a_recipe_trains_the_parts_it_names_and_nothing_else(home: Path, recipe:
     for task in Watched.made:
         assert all(torch.equal(value, frozen[name]) for name, value in task.unet.state_dict().items())
     assert (tmp_path / "fine_synthetic" / "first_batch.png").stat().st_size > 500
-    assert (tmp_path / "fine_synthetic" / "samples" / "pictures.png").stat().st_size > 500
+    assert (tmp_path / "fine_synthetic" / "samples" / "000000004-pictures.png").stat().st_size > 500
 
 
 def test_what_was_trained_draws_in_a_pipeline_around_the_same_base(home: Path, tmp_path: Path) -> None:

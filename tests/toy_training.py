@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ class ToyTask:
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         batch = self.batch(10**9, 64)
         error = self.modules["head"](self.modules["body"](batch.x)) - batch.y
-        (folder / f"{images_seen:09d}.png").write_bytes(b"")
+        Image.new("RGB", (2, 2), (images_seen % 256, 0, 0)).save(folder / "pictures.png")
         return {"error": float(error.square().mean()), "score": self.settings.scores.get(images_seen, 1.0)}
 
     def export(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -30,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imagine.errors import BadRecordError, ConfigError, ImagineError
 from imagine.settings import unknown_name
-from train import checkpoint, parts
+from train import checkpoint, parts, trackers
 from train.checkpoint import Progress, Saved, State
 from train.config import Stage
 from train.data import ahead, key, to_device
@@ -266,11 +267,18 @@ class Course:
             )
 
     def _measure(self) -> dict[str, float]:
-        samples = self.folder / "samples"
+        """The task's numbers; its pictures into samples/, named by the images seen so that all of them stay."""
+        samples, seen = self.folder / "samples", self.state.progress.images_seen
         samples.mkdir(exist_ok=True)
-        # compiled code knows training's shapes only; validation's would be compiled again, for minutes
-        with self._autocast(), torch.compiler.set_stance("force_eager"):
-            numbers = self.task.validate(samples, self.state.progress.images_seen)
+        with tempfile.TemporaryDirectory(prefix=".", dir=samples) as draft:
+            # compiled code knows training's shapes only; validation's would be compiled again, for minutes
+            with self._autocast(), torch.compiler.set_stance("force_eager"):
+                numbers = self.task.validate(Path(draft), seen)
+            pictures = {
+                f"{self.name}/{path.stem}": path.replace(samples / f"{seen:09d}-{path.name}")
+                for path in sorted(Path(draft).iterdir())
+            }
+        trackers.show(self.accelerator, pictures, seen)
         return {name: float(value) for name, value in numbers.items()}
 
     def _keep_if_best(self, numbers: Mapping[str, float]) -> None:

@@ -9,6 +9,7 @@
     DIR/STAGE/weights.safetensors   averaged weights of the modules that trained, for later stages
     DIR/STAGE/best.safetensors      likewise, at the best validation, if the stage says `best_by`
     DIR/STAGE/export/               what the task leaves for use
+    DIR/STAGE/best/                 likewise, with the best weights
     DIR/STAGE/done.json             there once the stage saw all its images
 
 The same command again carries on where the run was. A changed setting needs `resume`, so that nobody mixes two runs in
@@ -18,12 +19,10 @@ Of several processes (docs/training.md) the main one writes, and goes first wher
 """
 
 import importlib
-import importlib.util
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from accelerate.utils import (
 
 from imagine.errors import ConfigError
 from imagine.settings import checked, unknown_name
-from train import checkpoint
+from train import checkpoint, trackers
 from train.config import Run, Stage
 from train.data import key
 from train.initial import load_initial
@@ -93,7 +92,7 @@ def run_stages(
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         _write_yaml(output / "run.yaml", run.model_dump(mode="json"))
-    with stopping.listening(), _tracked(accelerator, output):
+    with stopping.listening(), trackers.tracked(accelerator, output):
         finished = _run_in_order(wanted, run, output, accelerator, stopping, tasks)
     accelerator.end_training()
     return finished
@@ -121,11 +120,10 @@ def _run_in_order(
 
 def _accelerator(run: Run, output: Path) -> Accelerator:
     """The processes this one belongs to, as accelerate was told of them, and the trackers that are installed."""
-    installed = [name for name in run.trackers if importlib.util.find_spec(name)]
     accelerator = Accelerator(
         mixed_precision="no",  # the stage says in what precision it trains, and in how many pieces
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=installed or None,
+        log_with=trackers.installed(run, output) or None,
         project_dir=output / "tracking",
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PATIENCE),
@@ -136,7 +134,7 @@ def _accelerator(run: Run, output: Path) -> Accelerator:
     _check_engine(accelerator)
     if not accelerator.is_main_process:
         log.setLevel(logging.ERROR)  # the main process speaks for all
-    for name in sorted(set(run.trackers) - set(installed)):
+    for name in trackers.missing(run):
         log.warning("The tracker %s is left out: install it (`pip install %s`), or see metrics.jsonl.", name, name)
     return accelerator
 
@@ -152,22 +150,6 @@ def _check_engine(accelerator: Accelerator) -> None:
         )
     if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("Several processes were launched, but there is no GPU for them: set ACCELERATE_USE_CPU=true.")
-
-
-@contextmanager
-def _tracked(accelerator: Accelerator, output: Path) -> Iterator[None]:
-    """The trackers listen for the block. W&B stays off the network unless WANDB_MODE=online is in the environment."""
-    folder = output / "tracking"
-    if accelerator.log_with:
-        folder.mkdir(exist_ok=True)
-    wandb = {"dir": str(folder), "name": output.name, "mode": os.environ.get("WANDB_MODE", "offline")}
-    accelerator.init_trackers("imagine", init_kwargs={"wandb": wandb})
-    try:
-        yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.trackers.clear()
 
 
 def _check_shares(run: Run, wanted: Sequence[str], processes: int) -> None:

@@ -1,0 +1,111 @@
+"""Trackers: W&B loses no row of any stage or sitting, and pictures reach whoever follows a run."""
+
+import importlib.machinery
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.toy_training import ToyBatch, ToyTask
+from train.config import Run, Stage
+from train.stages import run_stages
+
+
+class Crashing(ToyTask):
+    """Its machine is gone once, in the second stage."""
+
+    crashed = False
+
+    def batch(self, images_seen: int, size: int) -> ToyBatch:
+        if self.start.name == "two" and images_seen == 24 and not Crashing.crashed:
+            Crashing.crashed = True
+            raise RuntimeError("the machine is gone")
+        return super().batch(images_seen, size)
+
+
+class Book:
+    """One W&B run, as its server keeps it: a row whose step is not later than the last one is dropped."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.axes: dict[str, str] = {}
+        self.step = -1
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        if step_metric is not None:
+            self.axes[name] = step_metric
+
+    def log(self, row: dict[str, Any], step: int | None = None) -> None:
+        if step is not None and step <= self.step:
+            return
+        self.step = self.step + 1 if step is None else step
+        self.rows.append(row)
+
+    def finish(self) -> None:
+        pass
+
+
+class Server(types.ModuleType):
+    """The package `wandb`, with one book a run."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.books: dict[str, Book] = {}
+        self.given: list[dict[str, Any]] = []
+
+    def init(self, **given: Any) -> Book:
+        self.given.append(given)
+        known = self.books.get(given["id"]) if given["resume"] == "allow" else None
+        return self.books.setdefault(given["id"], known or Book())
+
+    @staticmethod
+    def Image(picture: Any) -> Any:
+        return picture
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    monkeypatch.setitem(sys.modules, "wandb", made := Server())
+    return made
+
+
+def two_stages(tracker: str) -> Run:
+    given = {"task": "toy", "train": {"both": 1e-2}, "images": 32, "batch_size": 8, "report_every_seconds": 0}
+    stage = Stage.model_validate({**given, "precision": "fp32", "validate_every": 16})
+    return Run(stages={"one": stage, "two": stage}, trackers=(tracker,))  # type: ignore[arg-type]
+
+
+def test_wandb_keeps_every_row_of_every_stage_and_sitting_in_one_run(tmp_path: Path, server: Server) -> None:
+    Crashing.crashed = False
+    run, tasks = two_stages("wandb"), {"toy": Crashing}
+    with pytest.raises(RuntimeError, match="gone"):
+        run_stages(run, tmp_path, tasks=tasks)
+    assert run_stages(run, tmp_path, tasks=tasks)
+    (book,) = server.books.values()
+    assert [given["resume"] for given in server.given] == ["allow", "allow"]
+    assert server.given[0]["config"]["stages"]["two"]["images"] == 32 and server.given[0]["mode"] == "offline"
+    for stage in ("one", "two"):
+        assert book.axes[f"{stage}/*"] == f"{stage}/images_seen"
+        written = [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
+        kept = [row for row in book.rows if f"{stage}/loss" in row]
+        expected = [(row["images_seen"], row["loss"]) for row in written if "loss" in row]
+        assert [(row[f"{stage}/images_seen"], row[f"{stage}/loss"]) for row in kept][-len(expected) :] == expected
+        shown = [row for row in book.rows if f"{stage}/pictures" in row]
+        assert [row[f"{stage}/images_seen"] for row in shown][-2:] == [16, 32]
+        assert shown[-1][f"{stage}/pictures"][0].getpixel((0, 0)) == (32, 0, 0)
+
+
+def test_tensorboard_is_shown_the_pictures_of_every_validation(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_stages(two_stages("tensorboard"), tmp_path, tasks={"toy": ToyTask})
+    events = EventAccumulator(str(tmp_path / "tracking" / "imagine"))
+    events.Reload()
+    for stage in ("one", "two"):
+        assert [event.step for event in events.Images(f"{stage}/pictures")] == [16, 32]
+        kept = sorted(path.name for path in (tmp_path / stage / "samples").iterdir())
+        assert kept == ["000000016-pictures.png", "000000032-pictures.png"]
