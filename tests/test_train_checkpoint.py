@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, exact, and strict about what they are put into."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,50 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path) -> 
     with pytest.raises(TypeError):
         checkpoint.write_json(path, {"images": object()})
     assert path.read_text() == '{\n "images": 1\n}' and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    flush = checkpoint._flush
+    monkeypatch.setattr(checkpoint, "_flush", lambda path: (flushed.append(path.name), flush(path)))
+    with checkpoint.replacing(tmp_path / "export") as draft:
+        (draft / "unet").mkdir(parents=True)
+        (draft / "unet" / "weights").write_text("1")
+        (draft / "facts").write_text("1")
+    assert {"weights", "unet", "facts", ".export.draft"} <= set(flushed[:-1]) and flushed[-1] == tmp_path.name
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the two moves leaves the old folder beside its place; whoever comes there next puts it back."""
+
+    def write(content: str) -> None:
+        with checkpoint.replacing(tmp_path / "export") as draft:
+            draft.mkdir()
+            (draft / "facts").write_text(content)
+
+    write("old")
+    move = os.replace
+
+    def broken(source: Path, place: Path) -> None:
+        if Path(source).name.endswith(".draft"):
+            raise OSError("the disk is full")
+        move(source, place)
+
+    monkeypatch.setattr(os, "replace", broken)
+    if killed:
+        monkeypatch.setattr(checkpoint, "_put_back", lambda *_: None)
+    with pytest.raises(OSError, match="full"):
+        write("new")
+    monkeypatch.undo()
+    if killed:
+        assert not (tmp_path / "export").exists()
+        with pytest.raises(OSError, match="again"), checkpoint.replacing(tmp_path / "export"):
+            raise OSError("full again")
+    assert (tmp_path / "export" / "facts").read_text() == "old"
+    write("newer")
+    assert (tmp_path / "export" / "facts").read_text() == "newer" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_last_few_are_kept_and_those_for_good(tmp_path: Path) -> None:

@@ -204,6 +204,8 @@ def test_the_best_weights_are_those_of_the_best_validation(tmp_path: Path) -> No
     tensors, note = best(tmp_path / "long")
     assert_same(tensors, read_tensors(tmp_path / "short" / "one" / "weights.safetensors")[0])
     assert note == {"stage": "one", "images_seen": 80, "best_by": "score", "best_is": "lowest", "value": 0.3}
+    exports = [json.loads((tmp_path / "long" / "one" / name / "head.json").read_text()) for name in ("best", "export")]
+    assert exports[0] == tensors["head.weight"].tolist() != exports[1]
 
 
 @pytest.mark.parametrize("seconds", [0, 1e9])

@@ -1,14 +1,17 @@
 """From a finished run to a weights folder: `python -m train.assemble runs/weights --output weights`.
 
 Takes what the stages exported, puts the pipeline together, and saves it in half precision beside judge and finder. Only
-files that the pipeline, judge and finder own are replaced; the model card and the examples stay. Of a run on somebody
-else's base it leaves what was trained, the adapters and the vision encoder, for a pipeline around that base.
+components that the pipeline, judge and finder own are replaced, each when it is whole and on disk; the model card and
+the examples stay. Of a run on somebody else's base it leaves what was trained, the adapters and the vision encoder, for
+a pipeline around that base.
 """
 
 import argparse
 import logging
+import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +22,7 @@ import torch
 from imagine.adapter import FILE_NAME
 from imagine.errors import ImagineError, WeightsError
 from imagine.weights import fingerprint, forget_paths, load_model
-from train.checkpoint import read_tensors, write_tensors
+from train.checkpoint import read_tensors, replacing, write_tensors
 from train.language import load_text_encoders
 from train.task_autoencoder import load_autoencoder
 
@@ -35,23 +38,49 @@ def assemble(
     defaults: Mapping[str, Any] = MappingProxyType({}),
     initial: Path | None = None,
     stage: str | None = None,
+    best: bool = False,
 ) -> None:
     """Write the pipeline of `run` to `output`; stages that are not there yet (judge, finder) are left as they are.
 
     `initial` is the folder of weights that the run began with, for what it did not train. The pipeline draws with the
     adapter of `stage`, or of the last adapter stage that left one; a warning says so if that is not the end of the run.
+    With `best` that adapter is the stage's best by its `best_by`, not its last.
     `defaults` go to the pipeline: what a call uses that names no steps or guidance (`benchmarks/guidance.py` measures).
     """
+    drawing = _export(run, stage) if stage else _last_adapter(run)  # with the base that it was trained on
+    if best:
+        drawing = _best(drawing.parent)
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".assembled-", dir=output) as place:
+        draft = Path(place)
+        if (drawing / "unet").is_dir():
+            _assemble_pipeline(run, drawing, initial, draft, dtype, defaults)
+        else:
+            _assemble_adapters(drawing, draft, dtype)
+        _put(draft, output)
+
+
+def _put(draft: Path, output: Path) -> None:
+    """Every component of `draft` in the place of the one in `output`; the files beside them last."""
+    for part in sorted(draft.iterdir(), key=lambda part: (part.is_file(), part.name)):
+        if part.name == "judge":  # its two networks come and go by themselves
+            (output / part.name).mkdir(exist_ok=True)
+            _put(part, output / part.name)
+            continue
+        with replacing(output / part.name) as place:
+            os.replace(part, place)
+
+
+def _assemble_pipeline(
+    run: Path, drawing: Path, initial: Path | None, output: Path, dtype: torch.dtype, defaults: Mapping[str, Any]
+) -> None:
+    """The pipeline around the base that was trained with this adapter, beside judge and finder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
     from imagine.adapter import Adapter
     from imagine.encoders import VisionEncoder
     from imagine.pipeline import ImaginePipeline
 
-    drawing = _export(run, stage) if stage else _last_adapter(run)  # with the base that it was trained on
-    if not (drawing / "unet").is_dir():
-        _assemble_adapters(drawing, output, dtype)
-        return
     vae, mean, std = load_autoencoder(_autoencoder(run, initial))
     unet = UNet2DConditionModel.from_pretrained(drawing / "unet", torch_dtype=torch.float32)
     text = load_text_encoders(drawing)
@@ -121,6 +150,16 @@ def _autoencoder(run: Path, initial: Path | None) -> Path:
     return initial or _export(run, "autoencoder")
 
 
+def _best(stage: Path) -> Path:
+    """What the stage exported with its best weights."""
+    if not (stage / "best").is_dir():
+        raise WeightsError(
+            f"{stage} holds no best weights: give the stage best_by (a number of its validation) and train it to its "
+            "end, or leave --best out."
+        )
+    return stage / "best"
+
+
 def _export(run: Path, stage: str) -> Path:
     folder = run / stage / "export"
     if not folder.is_dir():
@@ -135,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the weights folder to write")
     parser.add_argument("--initial", type=Path, help="the weights that the run began with, if it did")
     parser.add_argument("--stage", help="the adapter stage to draw with; none: the last that is trained")
+    parser.add_argument("--best", action="store_true", help="that stage's best weights by its best_by, not its last")
     parser.add_argument("--steps", type=int, default=20, help="the pipeline's default")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="the pipeline's default")
     parser.add_argument("--identity-guidance-scale", type=float, help="the pipeline's default; none: as the text's")
@@ -147,7 +187,10 @@ def main(arguments: list[str] | None = None) -> int:
         "default_refine_faces": options.refine_faces,
     }
     try:
-        assemble(options.run, options.output, defaults=defaults, initial=options.initial, stage=options.stage)
+        assemble(
+            options.run, options.output, defaults=defaults, initial=options.initial, stage=options.stage,
+            best=options.best,
+        )  # fmt: skip
     except ImagineError as error:
         sys.stderr.write(f"{error}\n")
         return 2

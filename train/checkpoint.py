@@ -1,4 +1,4 @@
-"""A run on disk, whole or not at all: every file is written beside its place, flushed, then renamed into it.
+"""A run on disk, whole or not at all: files and folders are written beside their place, flushed, then renamed into it.
 
 One checkpoint is one safetensors file named after the images seen; its header carries the progress and the stage's
 settings as JSON, so weights and bookkeeping cannot part. A file that a crash left unreadable is passed over for the one
@@ -70,18 +70,25 @@ class Saved:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there when the block ends takes the place of `path` in one move, safely on disk."""
-    draft = path.with_name(f".{path.name}.draft")
+    """A path to write a file or a folder to; when the block ends it takes the place of `path`, safely on disk.
+
+    A file does so in one move. A folder takes two, as one cannot be put on another: a run that was killed between them
+    finds the one before again when it next comes here.
+    """
+    draft, before = (path.with_name(f".{path.name}.{kind}") for kind in ("draft", "before"))
+    _put_back(before, path)
     _remove(draft)  # what a killed run was writing
+    _remove(before)
     try:
         yield draft
-        if draft.is_dir():
-            _remove(path)  # a folder cannot be replaced in one move; whoever needs it waits for done.json
-        else:
-            _flush(draft)
+        _flush_all(draft)
+        if path.is_dir() or (draft.is_dir() and path.exists()):
+            os.replace(path, before)
         os.replace(draft, path)
         _flush(path.parent)
+        _remove(before)
     finally:
+        _put_back(before, path)
         _remove(draft)
 
 
@@ -314,10 +321,23 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {path.removeprefix(prefix): value for path, value in tensors.items() if path.startswith(prefix)}
 
 
+def _put_back(before: Path, path: Path) -> None:
+    if before.exists() and not path.exists():
+        os.replace(before, path)
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
+
+
+def _flush_all(path: Path) -> None:
+    """Have a file, or all that is in a folder, on disk."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            _flush_all(inside)
+    _flush(path)
 
 
 def _flush(path: Path) -> None:

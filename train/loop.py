@@ -102,7 +102,8 @@ def train_stage(
     """Train `task` until `stage.images`; the last validation's numbers, or None if it was stopped before the end.
 
     `folder` receives checkpoints/, metrics.jsonl, samples/, weights.safetensors (the averaged weights of the modules
-    that trained), best.safetensors (likewise, at the best validation) and export/ (what the task writes).
+    that trained), best.safetensors (likewise, at the best validation), export/ (what the task writes) and best/
+    (likewise, with the best weights).
     TrainingError if three batches in a row cannot be used, or `best_by` names no number of the validation.
     """
     course = Course(name, stage, task, folder, accelerator)
@@ -126,7 +127,7 @@ def train_stage(
                 course.save(for_good=True)
         course.save()
         numbers = course.validate()
-        course.leave_weights()
+        course.leave_weights(at_the_end=True)
     return numbers
 
 
@@ -196,14 +197,23 @@ class Course:
         waited = time.monotonic() - self.saved_at >= self.stage.checkpoint_every_seconds
         return waited and self.state.progress.images_seen > self.saved_images
 
-    def leave_weights(self) -> None:
-        """Write the averaged weights for later stages, and the task's own export."""
+    def leave_weights(self, at_the_end: bool = False) -> None:
+        """Write the averaged weights for later stages and the task's own export; in the end also one of the best."""
+        best = self.folder / checkpoint.BEST
         with self._averaged():
-            if self.accelerator.is_main_process:
-                self._write_weights("weights.safetensors", {})
-                with checkpoint.replacing(self.folder / "export") as draft:
-                    draft.mkdir()
-                    self.task.export(draft)
+            if not self.accelerator.is_main_process:
+                return
+            self._write_weights("weights.safetensors", {})
+            self._export("export")
+            if at_the_end and self.stage.best_by and best.exists():
+                checkpoint.load_weights(self.task.modules, checkpoint.read_tensors(best)[0], str(best))
+                self._export("best")
+
+    def _export(self, name: str) -> None:
+        """What the task makes of the weights in place, in a folder of that name."""
+        with checkpoint.replacing(self.folder / name) as draft:
+            draft.mkdir()
+            self.task.export(draft)
 
     def _batch(self, first: int, size: int) -> Any:
         try:
