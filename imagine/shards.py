@@ -129,6 +129,18 @@ def open_records(
     return Records(parts)
 
 
+def anything_at(address: str | os.PathLike[str]) -> bool:
+    """Whether `open_records` would find shards or a folder there; nothing is read. ConfigError if nobody can tell."""
+    name = os.fspath(address)
+    try:
+        filesystem, path = url_to_fs(re.sub(rf"(^|/){METADATA}$", "", name) or ".")
+        if not path.endswith(".tar") and filesystem.exists(f"{path}/{METADATA}"):
+            return True
+        return any(filesystem.exists(tar) for one in _expanded(name) for filesystem, tar in _tars(one))
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"{name} cannot be opened ({error}): check the address.") from error
+
+
 def _expanded(address: str) -> list[str]:
     """The address once for each word or number in its braces."""
     braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", address)

@@ -1,14 +1,16 @@
 """Run files: what they may say, how overrides reach them, and the sentence for every mistake."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from imagine.errors import ConfigError
+from imagine.errors import ConfigError, ImagineError
 from tests.toy_training import ToyTask
 from train.__main__ import DONE, STOPPED, main
 from train.config import Stage, load_run
-from train.stages import _check_shares, resolved, run_stages
+from train.plan import plan
+from train.stages import TASKS, _check_shares, resolved, run_stages, task_class
 
 TWO_STAGES = """
 defaults: {task: toy, batch_size: 8}
@@ -79,6 +81,70 @@ def test_mistakes_in_the_file_are_one_sentence(tmp_path: Path, run_file: Path) -
     assert "does not go together with muon" in refusal(run_file, "one.optimiser=adamw8bit", "one.muon=[both]")
     assert "channels_last" in refusal(run_file, "one.optimiser=adamw8bit", "one.channels_last=true")
     assert "'lowest' or 'highest'" in refusal(run_file, "one.best_is=lower")
+
+
+def test_what_would_have_no_effect_is_refused(run_file: Path) -> None:
+    assert "muon: there is no part in train 'boht' (did you mean both?); valid: both" in refusal(
+        run_file, "one.muon=[boht]"
+    )
+    assert "there is no part in train 'second'" in refusal(run_file, "one.muon=[both, second]")
+    assert "train.both: " in refusal(run_file, "one.train.both=-1e-3")
+    assert "train.both: " in refusal(run_file, "one.train.both=.inf")
+    assert "betas.1: " in refusal(run_file, "one.betas=[0.9, 1.0]")
+
+
+@pytest.mark.parametrize(
+    ("task", "wrong", "words"),
+    [
+        ("base", {"resolution": 100}, "multiple of 16"),
+        ("base", {"resolution": 256}, "less than or equal to 128"),
+        ("base", {"min_snr_gamma": 0}, "greater than 0"),
+        ("base", {"text_branches": ["t5"], "drop_byt5": 0.1}, "drop_byt5 has no effect, as text_branches"),
+        ("adapter", {"lora_rank": 0, "lora_targets": ["to_q"]}, "lora_targets has no effect with lora_rank 0"),
+        ("diffusers_adapter", {"lora_rank": 0, "lora_targets": ["to_q"]}, "lora_targets has no effect"),
+        ("diffusers_adapter", {"drop_t5": 0.1}, "drop_t5 has no effect without t5"),
+        ("diffusers_adapter", {"t5": "here", "drop_byt5": 0.1}, "drop_byt5 has no effect without byt5"),
+        ("diffusers_adapter", {"ip_adapter": "a.bin", "projection": "full"}, "projection has no effect beside ip_"),
+        ("diffusers_adapter", {"ip_adapter": "a.bin", "zero_init": True}, "zero_init has no effect beside ip_"),
+        ("diffusers_adapter", {"min_snr_gamma": 0}, "greater than 0"),
+        ("clip", {"whole_share": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(task: str, wrong: dict[str, Any], words: str) -> None:
+    settings = {**({"base": "somewhere"} if task == "diffusers_adapter" else {}), **wrong}
+    (part, *_) = task_class(task, TASKS, "one").PARTS
+    with pytest.raises(ConfigError, match=words):
+        resolved("one", stage(task=task, train={part: 1e-3}, settings=settings), TASKS)
+
+
+def test_settings_stay_valid_when_they_are_filled_in() -> None:
+    for settings in ({}, {"ip_adapter": "a.bin"}, {"projection": "plus", "zero_init": False}):
+        given = {"base": "somewhere", **settings}
+        once = resolved("one", stage(task="diffusers_adapter", train={"lora": 1e-3}, settings=given), TASKS)
+        assert resolved("one", once, TASKS) == once
+        expected = (None, None) if "ip_adapter" in settings else (
+            settings.get("projection", "full"), settings.get("zero_init", True))  # fmt: skip
+        assert (once.settings["projection"], once.settings["zero_init"]) == expected
+
+
+def test_mistakes_of_later_stages_are_told_before_the_first_trains(run_file: Path, tmp_path: Path) -> None:
+    def refused(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as told:
+            run_stages(load_run(run_file, overrides), tmp_path / "out", tasks={**TASKS, "toy": ToyTask})
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(ImagineError) as planned:
+            plan(load_run(run_file, overrides), tmp_path / "out", {**TASKS, "toy": ToyTask})
+        assert str(planned.value) == str(told.value)
+        return str(told.value)
+
+    assert "two, fresh: there is no module 'hat'" in refused("two.fresh=[hat]")
+    assert "There is no folder nowhere" in refused("two.initial=nowhere")
+    assert "share parameters" in refused("two.train.both=1e-3")
+    teacher = ["two.task=likeness", "two.train={likeness: 1e-3}", "two.settings={}"]
+    assert "there is no key 'size'" in refused(*teacher)
+    run_file.write_text(TWO_STAGES.replace("{size: 128}", "{pictures: 2}"))
+    assert "needs an autoencoder" in refused(*teacher)
+    assert "set pictures to 2" in refused(*teacher, "data.pictures=1")
 
 
 def test_parts_tasks_and_their_settings_are_checked_before_anything_trains(run_file: Path, tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from imagine.adapter import Adapter
 from imagine.attention import GATE_GAIN, attention_layers
-from imagine.errors import ConfigError
+from imagine.errors import BadRecordError, ConfigError
 from imagine.faces import KnownGeometry
 from imagine.pipeline import ImaginePipeline
 from imagine.records import Tokens
+from imagine.shards import Records
 from tests import tiny, tiny_ip, tiny_stock
 from tests.test_train_recorded import records, written
 from train.__main__ import main
@@ -373,12 +374,37 @@ def test_a_self_test_computes_as_the_stage_does_and_reaches_every_part(home: Pat
     assert len(Watched.made[-1].stocks["photos"].pictures.gallery) == len(records())
 
 
+def test_a_record_that_broke_while_it_was_encoded_is_never_drawn(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reads = Records.picture, []
+
+    def breaking(some: Records, index: int) -> Any:
+        reads.append(index)
+        if index == 2 and reads.count(2) > 1:  # the first time, its face was looked for
+            raise BadRecordError("Record 0002 is torn.")
+        return read(some, index)
+
+    monkeypatch.setattr(Records, "picture", breaking)
+    shutil.copytree(home / "records", tmp_path / "records")
+    for name in ("xl", "vision"):
+        (tmp_path / name).symlink_to(home / name)
+    task = built(tmp_path)
+    assert reads.count(2) == 2
+    drawn = task.mixture.draw(0, 0, 64)
+    assert 2 not in drawn.references.tolist() + drawn.targets.tolist()
+    assert 2 not in task.watched.draw(0, 0, 64).references.tolist()
+
+
 def test_checkpointed_steps_in_bf16_compute_again_as_before(home: Path, tmp_path: Path) -> None:
     more = {"settings.base_precision": "bf16", "precision": "bf16", "settings.gradient_checkpointing": True}
     assert trained(home, "sdxl_8gpu", tmp_path, only=("real",), images=2, **more)
 
 
 def test_a_base_that_cannot_be_used_is_a_sentence(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "xl", tmp_path / "noiseless", ignore=shutil.ignore_patterns("scheduler_config.json"))
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json cannot be read"):
+        _ = open_base(str(tmp_path / "noiseless")).schedule
     for what, says in (("vision", "holds no Stable Diffusion"), ("nobody/nothing", "could not be fetched")):
         name = str(home / what) if what == "vision" else what
         with pytest.raises(ValueError, match=says):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from imagine.errors import ConfigError
 from tests.toy_training import ToyTask
@@ -12,6 +13,8 @@ from train.__main__ import main
 from train.config import Run, Stage
 from train.plan import plan, words
 from train.stages import run_stages
+from train.task import Start
+from train.task_adapter import idle_images
 
 TOY = {"toy": ToyTask}  # 3 x 4 + 4 numbers in part "first", 4 x 2 + 2 in "second"
 
@@ -58,6 +61,22 @@ def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path) -> None:
         plan(run(train={"first": 1e-2, "both": 1e-2}), tmp_path, TOY)
 
 
+def test_a_plan_remarks_on_what_is_odd(tmp_path: Path) -> None:
+    plans = plan(run(settings={"width": 1}), tmp_path, TOY)
+    assert "\n  a width of 1 is odd." in words(plans) and "odd" not in words(plan(run(), tmp_path, TOY))
+
+
+@pytest.mark.parametrize(
+    ("share", "trains", "idle"),
+    [(0.1, ("lora", "vision_branch"), True), (0.0, ("lora",), False), (0.1, ("lora", "t5_branch"), False)],
+)
+def test_images_that_teach_nothing_are_remarked_on(share: float, trains: tuple[str, ...], idle: bool) -> None:
+    start = Start("one", 0, torch.device("cpu"), Path("nowhere"), trains=trains)
+    assert [sentence.startswith("drop_vision: 0.1 of the images") for sentence in idle_images(start, share)] == (
+        [True] if idle else []
+    )
+
+
 def test_the_command_prints_the_plan_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("stages: {one: {task: toy, train: {both: 1e-2}, images: 16, batch_size: 8}}")
@@ -73,7 +92,7 @@ FOUR = ["real", "synthetic", "fine_real", "fine_synthetic"]  # the paper's stage
 @pytest.mark.parametrize(
     ("recipe", "stages"),
     [
-        ("weights", ["autoencoder", *JUDGE, "clip", "vision", "base", "together", *FOUR]),
+        ("weights", ["autoencoder", *JUDGE, "clip", "vision", "likeness", "base", "together", *FOUR]),
         ("continue", ["decoder", "likeness", "together", *FOUR]),
     ],
 )

@@ -1,5 +1,7 @@
 """What a stage's images are drawn from: sources by weight, every pair once a round, each image by its number alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -7,6 +9,7 @@ from pydantic import ValidationError
 from imagine.errors import ConfigError
 from train.data import shuffled
 from train.pictures import Gallery
+from train.portraits import check_sources
 from train.sources import SOURCES, Mixture, Source, in_order
 
 GALLERIES = {"train": Gallery("train", 10, 2), "fine": Gallery("train", 4, 3, first=50)}
@@ -88,6 +91,28 @@ def test_pieces_from_several_galleries_return_to_their_places() -> None:
     places = drawn.by_gallery()
     assert set(places) == {"train", "fine"}
     assert torch.equal(in_order(list(places.values()), [drawn.targets[i] for i in places.values()]), drawn.targets)
+
+
+def test_sources_are_checked_without_a_picture(tmp_path: Path) -> None:
+    photos = {"records": str(tmp_path / "photos" / "{00000..00002}.tar")}
+    sources = {"real": {"target": "self"}, "pairs": {"gallery": "fine"}, "photos": {"gallery": "photos"}}
+    data = {"folder": str(tmp_path / "data"), "galleries": {"fine": {"pictures": 1}, "photos": photos}}
+    data["sources"] = {**sources, "lost": {"gallery": "lots"}}
+    check_sources(data, {"real": 1, "pairs": 0})
+    for weights, words in (
+        ({"reel": 1}, "no source 'reel'"),
+        ({"lost": 1}, "no gallery 'lots'.*; valid: train, fine, photos"),
+        ({"pairs": 1}, "no two pictures of one person"),
+        ({"photos": 1}, "there is nothing at"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_sources(data, weights)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "00001.tar").touch()
+    check_sources(data, {"photos": 1})
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        check_sources({**data, "galleries": {"photos": {"records": "nosuch://a"}}}, {"photos": 1})
+    assert not (tmp_path / "data").exists()
 
 
 def test_what_cannot_be_drawn_is_refused_with_a_sentence() -> None:

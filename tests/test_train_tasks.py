@@ -286,6 +286,18 @@ def test_the_finders_batches_hold_nobody_one_and_several_people() -> None:
     assert (boxes[valid][:, 2:] > 0).all()
 
 
+def test_a_piece_of_whole_pictures_alone_can_be_learnt_from() -> None:
+    task = built("clip")
+    mixed = task.settings
+    task.settings = mixed.model_copy(update={"whole_share": 1.0})
+    try:
+        batch = task.batch(0, 2)
+        loss = task.loss(batch, 0)
+    finally:
+        task.settings = mixed
+    assert len(batch.crops) == 0 and loss.per_sample.isfinite().all() and "caption_hits" in loss.metrics
+
+
 def test_the_base_pairs_captions_with_pictures_and_drops_some() -> None:
     batch = built("base").batch(0, 64)
     assert batch.latents.shape == (64, 32, 8, 8)
@@ -399,6 +411,8 @@ def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
     nowhere = SmallBase(BaseSettings(widths=(32, 32)), dataclasses.replace(start, initial=None))
     with pytest.raises(ConfigError, match="needs an autoencoder"):
         nowhere.prepare()
+    with pytest.raises(ConfigError, match=r"needs an autoencoder, and .*tokenizers holds none"):
+        autoencoder_of(dataclasses.replace(start, initial=home() / "tokenizers"))
 
 
 def test_the_decoder_may_be_told_by_the_vision_encoder_whose_face_it_draws() -> None:
@@ -498,6 +512,20 @@ def test_a_run_becomes_a_folder_of_weights(tmp_path: Path, caplog: pytest.LogCap
     assemble(run, tmp_path / "decoded")
     assert "not trained to its end: these are the weights of its stage adapter" in caplog.text
     assert ImaginePipeline.from_pretrained(tmp_path / "decoded").config.latents_mean == [0.5] * 32
+    with pytest.raises(WeightsError, match=r"adapter holds no best weights: give the stage best_by"):
+        assemble(run, tmp_path / "best", best=True)
+    shutil.copytree(run / "adapter" / "export", run / "adapter" / "best")
+    file = run / "adapter" / "best" / "adapter" / FILE_NAME
+    tensors, facts = read_tensors(file)
+    write_tensors(file, {name: torch.full_like(value, 0.5) for name, value in tensors.items()}, facts)
+    (tmp_path / "decoded" / "README.md").write_text("a card")
+    (tmp_path / "decoded" / "adapter" / "old.txt").touch()
+    assemble(run, tmp_path / "decoded", best=True)
+    best = ImaginePipeline.from_pretrained(tmp_path / "decoded").adapter
+    assert best is not None and all((value == 0.5).all() for value in best.parameters())
+    names = {path.name for path in (tmp_path / "decoded").iterdir()}
+    assert "README.md" in names and not [name for name in names if name.startswith(".")]
+    assert not (tmp_path / "decoded" / "adapter" / "old.txt").exists()
     with pytest.raises(WeightsError, match="no export of the stage nobody"):
         assemble(trained(), tmp_path / "other", stage="nobody")
     with pytest.raises(WeightsError, match="holds no run"):

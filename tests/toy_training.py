@@ -12,19 +12,23 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+import train.loop
 from imagine.errors import BadRecordError, ImagineError
 from train.__main__ import DONE, STOPPED, WRONG
 from train.config import Run
 from train.data import normals
+from train.kept import keep
 from train.stages import run_stages
 from train.task import Loss, Start
 
@@ -39,8 +43,23 @@ class ToySettings(BaseModel):
     scores: dict[int, float] = {}  # the validation number "score" at these images seen; 1 at others
     end_at: tuple[int, int] = (-1, 0)  # (images seen, process): SIGTERM for that process before that batch
     pause: float = 0.0  # seconds per batch
+    hang_at: tuple[int, int] = (-1, 0)  # (images seen, process): that process sleeps before that batch
+    rows: int = 0  # kept rows that it makes before its first batch
+    end_in_row: int = -1  # SIGTERM once, while the rows from there on are made
     careful: bool = False  # builds and prepares in folders that two processes must not make at once
     image: bool = False  # the network begins with a convolution
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A gallery of nothing."""
+
+    count: int
+    size: int = 1
+    mark: str = "toy"
+
+    def __len__(self) -> int:
+        return self.count
 
 
 @dataclass(frozen=True)
@@ -68,18 +87,34 @@ class ToyTask:
         first, second = list(self.modules["body"].parameters()), list(self.modules["head"].parameters())
         return {"first": first, "second": second, "both": first + second}
 
+    def check(self) -> list[str]:
+        return ["a width of 1 is odd."] if self.settings.width == 1 else []
+
     def prepare(self) -> None:
         assert not self.modules["head"].training
         if self.settings.careful:
             _fill(self.start.folder / "cache")
+        if self.settings.rows:
+            folder = self.start.folder / "cache"
+            keep(folder / "rows.f32", _Rows(self.settings.rows), (1,), np.float32, self._make, "filling rows")
+
+    def _make(self, rows: Tensor) -> Tensor:
+        once = self.start.folder / "asked"
+        if self.settings.end_in_row in rows.tolist() and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rows[:, None].float()
 
     def batch(self, images_seen: int, size: int) -> ToyBatch:
         time.sleep(self.settings.pause)
         broken = [number for number in self.settings.broken if images_seen <= number < images_seen + size]
         if broken:
             raise BadRecordError(f"Record {broken[0]} cannot be used:\nit is torn.")
-        if self.settings.end_at == (images_seen, int(os.environ.get("RANK", "0"))):
+        here = (images_seen, int(os.environ.get("RANK", "0")))
+        if self.settings.end_at == here:
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.settings.hang_at == here:
+            time.sleep(4)
         x = normals(self.start.seed, "x", images_seen, size, (3,))
         y = x[:, :2] * 2 - x[:, 2:]
         if any(images_seen <= bad < images_seen + size for bad in self.settings.bad):
@@ -182,6 +217,8 @@ def _train(run: Run, output: Path, place: Place) -> None:
             WORLD_SIZE=str(place.processes), LOCAL_WORLD_SIZE=str(place.processes),
         )  # fmt: skip
     os.environ.update(place.environment)
+    if "TOY_HURRY" in os.environ:
+        train.loop.HURRY = timedelta(seconds=float(os.environ["TOY_HURRY"]))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         _shard_on_cpus()
     try:

@@ -1,10 +1,11 @@
 """What a run file may say: an ordered list of stages and the data settings they share, checked before anything starts.
 
     defaults: {precision: auto}            # fields that every stage takes unless it says otherwise
-    data: {size: 128}                      # shared by the tasks
+    data: {folder: runs/data}              # shared by the tasks
     trackers: [tensorboard]                # who else is told the numbers; [] for nobody
     stages:
-      base: {task: base, start_from: [autoencoder, clip], train: {denoiser: 1e-4}, images: 1_000_000, settings: {...}}
+      autoencoder: {task: autoencoder, train: {encoder: 2e-3, decoder: 2e-3}, images: 80_000}
+      base: {task: base, start_from: [autoencoder], train: {unet: 1e-3}, images: 100_000, settings: {face_weight: 4.0}}
 
 Progress is counted in images seen, so a stage's learning rate is a pure function of that number (`Stage.rate`).
 A name that is not known is refused in one sentence with the valid ones.
@@ -23,6 +24,9 @@ from imagine.settings import checked, listed, read_settings, read_value, unknown
 
 Model = TypeVar("Model", bound=BaseModel)
 
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 def _one_or_none(value: Any) -> Any:
     """A list may be written as its only entry, or as nothing."""
@@ -39,7 +43,7 @@ class Stage(BaseModel):
     start_from: Annotated[tuple[str, ...], BeforeValidator(_one_or_none)] = ()
     initial: Path | None = None  # a folder of weights to begin from; what `start_from` names comes on top of it
     fresh: tuple[str, ...] = ()  # modules that begin anew, whatever those two hold
-    train: dict[str, float] = Field(min_length=1)  # part -> learning rate; every other part is frozen
+    train: dict[str, Rate] = Field(min_length=1)  # part -> learning rate; every other part is frozen
     images: int = Field(ge=1)
     batch_size: int = Field(64, ge=1)  # images per optimiser step, over all pieces and processes
     accumulation: int = Field(1, ge=1)  # pieces that a batch is computed in
@@ -47,7 +51,7 @@ class Stage(BaseModel):
     schedule: Literal["cosine", "constant", "trapezoid"] = "trapezoid"
     decay: float = Field(0.2, ge=0, le=1)  # trapezoid: the last share of the images, over which the rate falls to 0
     weight_decay: float = Field(0.01, ge=0)  # matrices and kernels only; gains, biases and scalars do not decay
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     optimiser: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit keeps its moments in bytes, through bitsandbytes
     muon: tuple[str, ...] = ()  # parts whose matrices are trained with Muon; everything else with AdamW
     clip: float = Field(1.0, ge=0)  # largest gradient norm; 0: never clip
@@ -69,6 +73,9 @@ class Stage(BaseModel):
     def _fits_together(self) -> "Stage":
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulation} pieces")
+        for part in self.muon:
+            if part not in self.train:
+                raise ValueError(f"muon: {unknown_name('part in train', part, list(self.train))}")
         if self.optimiser == "adamw8bit" and (self.muon or self.channels_last):
             other = "muon" if self.muon else "channels_last"
             raise ValueError(f"optimiser adamw8bit does not go together with {other}; leave one of them out")

@@ -3,7 +3,7 @@
 So training goes on from what was published, when the run that made it is long gone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -22,8 +22,20 @@ PLACES = {  # module -> its folder among the weights; what is not here (heads th
 def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
     """Load every module that the folder `weights` holds, strictly; the names of those that were.
 
-    Raises WeightsError if the folder is missing, holds none of those that weights can hold, or one of other names or
-    shapes.
+    Raises WeightsError as `found_in` does, and if a module has other names or shapes.
+    """
+    present = found_in(modules, weights)
+    for name, file in present.items():
+        stored = {key: value.float() for key, value in checkpoint.read_tensors(file)[0].items()}
+        tensors = {f"{name}.{key}": value for key, value in _untied(modules[name], stored).items()}
+        checkpoint.load_weights(modules, tensors, str(file))
+    return list(present)
+
+
+def found_in(modules: Iterable[str], weights: Path) -> dict[str, Path]:
+    """Module -> its file, of those that the folder `weights` holds.
+
+    Raises WeightsError if the folder is missing, or holds none of those that weights can hold.
     """
     if not weights.is_dir():
         raise WeightsError(f"There is no folder {weights} to begin from: name one that holds weights, or leave it out.")
@@ -32,11 +44,7 @@ def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
     if files and not present:
         expected = ", ".join(str(weights / PLACES[name]) for name in files) or "weights of this stage's networks"
         raise WeightsError(f"{weights} holds nothing that this stage can begin from; expected: {expected}.")
-    for name, file in present.items():
-        stored = {key: value.float() for key, value in checkpoint.read_tensors(file)[0].items()}
-        tensors = {f"{name}.{key}": value for key, value in _untied(modules[name], stored).items()}
-        checkpoint.load_weights(modules, tensors, str(file))
-    return list(present)
+    return present
 
 
 def _untied(module: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -55,8 +55,8 @@ class WorldCodec:
         return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
     def shape(self, side: int) -> tuple[int, int, int]:
-        cells = side // int(self.vae.spatial_compression_ratio)
-        return int(self.vae.config.latent_channels), cells, cells
+        count = cells(side, int(self.vae.spatial_compression_ratio))
+        return int(self.vae.config.latent_channels), count, count
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -124,10 +124,28 @@ def squared_error(guess: Tensor, wanted: Tensor, faces: Tensor, face_weight: flo
 
 def autoencoder_of(start: Start) -> Path:
     """The folder that holds it: what an earlier stage left, or the weights that the stage begins with."""
+    check_autoencoder(start)
     folder = start.earlier.get("autoencoder", start.initial)
-    if folder is None:
+    assert folder is not None, "as it was checked"
+    return folder
+
+
+def check_autoencoder(start: Start) -> None:
+    """ConfigError if the stage begins with nothing that may hold one."""
+    if "autoencoder" not in start.earlier and start.initial is None:
         raise ConfigError(
             f"Stage {start.name} needs an autoencoder: name a stage `autoencoder` in its start_from, or a "
             "folder of weights as its initial."
         )
-    return folder
+    if "autoencoder" not in start.earlier and start.initial is not None and not (start.initial / "vae").is_dir():
+        raise ConfigError(
+            f"Stage {start.name} needs an autoencoder, and {start.initial} holds none (vae/): name a stage "
+            "`autoencoder` in its start_from, or a whole folder of weights as its initial."
+        )
+
+
+def cells(side: int, ratio: int) -> int:
+    """Latents on a side of pictures of `side` pixels; ConfigError unless an autoencoder of that ratio divides them."""
+    if side % ratio:
+        raise ConfigError(f"resolution: the autoencoder wants a multiple of {ratio} pixels, not {side}.")
+    return side // ratio

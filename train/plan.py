@@ -7,19 +7,14 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from imagine.settings import checked
 from train import parts
 from train.config import Run, Stage
-from train.stages import TASKS, resolved, task_class
-from train.task import Start, Task
+from train.stages import TASKS, outlined, resolved
 
 _FLOAT = 4  # bytes; what trains, its gradients and averages are float32 whatever a step computes in
 _LATEST = 20  # rows of metrics.jsonl that speed is taken from
@@ -39,6 +34,7 @@ class StagePlan:
     images_seen: int
     batch_size: int
     speed: float | None  # images per second, as last measured in this run's folder
+    remarks: list[str]  # what is odd about it, a sentence each
 
     @property
     def steps(self) -> int:
@@ -55,7 +51,8 @@ def plan(run: Run, output: Path, tasks: Mapping[str, Any] = TASKS) -> list[Stage
     """The plan of every stage; ConfigError for all that would stop the run itself before its first step."""
     stages = {name: resolved(name, stage, tasks) for name, stage in run.stages.items()}
     with tempfile.TemporaryDirectory() as folder:  # what tasks write while they are built, tokenizers once for all
-        return [_plan_stage(name, stage, run, output, tasks, Path(folder)) for name, stage in stages.items()]
+        run = run.model_copy(update={"stages": stages})
+        return [_plan_stage(name, run, output, tasks, Path(folder)) for name in stages]
 
 
 def words(plans: list[StagePlan]) -> str:
@@ -69,36 +66,27 @@ def words(plans: list[StagePlan]) -> str:
         )
         lines += [f"  {part:<20} {count / 1e6:>9.2f} M at {each.rates[part]:g}" for part, count in each.trained.items()]
         lines.append(f"  {'frozen':<20} {each.frozen / 1e6:>9.2f} M")
+        lines += [f"  {remark}" for remark in each.remarks]
     known = [each.hours for each in plans if each.hours is not None]
     if len(known) == len(plans):
         lines.append(f"all stages: {_time(sum(known))}")
     return "\n".join(lines)
 
 
-def _plan_stage(name: str, stage: Stage, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path) -> StagePlan:
-    with _built(name, stage, run, output, tasks, folder) as task:
-        chosen = parts.choose(task.parts(), stage.train, name)
-        everything = {id(p): p for module in task.modules.values() for p in module.parameters()}.values()
-        trained = parts.sizes(chosen)
-        memory = sum(p.numel() * p.element_size() for p in everything) + _training_state(stage, chosen)
+def _plan_stage(name: str, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path) -> StagePlan:
+    stage, task = run.stages[name], outlined(name, run, output, folder, tasks)
+    remarks = task.check()
+    chosen = parts.choose(task.parts(), stage.train, name)
+    everything = {id(p): p for module in task.modules.values() for p in module.parameters()}.values()
+    trained = parts.sizes(chosen)
+    memory = sum(p.numel() * p.element_size() for p in everything) + _training_state(stage, chosen)
     seen, speed = _so_far(output / name / "metrics.jsonl")
     begins = ", ".join([*([str(stage.initial)] if stage.initial else []), *stage.start_from]) or "nothing"
     frozen = sum(p.numel() for p in everything) - sum(trained.values())
     return StagePlan(
         name, begins, trained, dict(stage.train), frozen, memory, stage.images, min(seen, stage.images),
-        stage.batch_size, speed,
+        stage.batch_size, speed, remarks,
     )  # fmt: skip
-
-
-@contextmanager
-def _built(name: str, stage: Stage, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path) -> Iterator[Task]:
-    """The stage's task without numbers; `folder` stands for the stage's own."""
-    kind = task_class(stage.task, tasks, name)
-    settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
-    earlier = {source: output / source / "export" for source in stage.start_from}
-    with torch.device("meta"):
-        start = Start(name, stage.seed, torch.device("meta"), folder, run.data, stage.initial, earlier)
-        yield kind(settings, start)
 
 
 def _training_state(stage: Stage, chosen: parts.Parts) -> int:

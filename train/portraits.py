@@ -10,11 +10,12 @@ from torch import Tensor
 
 from imagine.errors import ConfigError
 from imagine.settings import checked, unknown_name
+from imagine.shards import anything_at
 from imagine.world.seeds import HELD_OUT
 from train.data import shuffled
 from train.pictures import AnyPictures, Gallery, Pictures, open_pictures
 from train.recorded import open_recorded
-from train.sources import SOURCES, Source
+from train.sources import SOURCES, Source, drawn_from, pairs_of
 from train.task import Start
 
 SIDE = 128  # pixels of every picture
@@ -45,13 +46,13 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     folder: Path = Path("runs/data")
     first: int = Field(0, ge=0)  # a run that trains on can meet people whom the one before did not
-    identities: int = 20_000
-    pictures: int = 2
-    drift: float = 0.06
+    identities: int = Field(20_000, ge=1)
+    pictures: int = Field(2, ge=1)
+    drift: float = Field(0.06, ge=0)
     galleries: dict[str, GallerySettings] = Field(default_factory=dict)
     sources: dict[str, Source] = Field(default_factory=lambda: dict(SOURCES))
-    judge_identities: int = 12_000
-    judge_pictures: int = 3
+    judge_identities: int = Field(12_000, ge=1)
+    judge_pictures: int = Field(3, ge=1)
     most: int | None = Field(None, ge=2)  # people, or records, that a trial takes of each gallery; none: all
 
     def few(self, count: int) -> int:
@@ -72,6 +73,25 @@ class DataSettings(BaseModel):
 def data_settings(data: Mapping[str, Any]) -> DataSettings:
     """The run's `data` section, checked; ConfigError for what is wrong in it."""
     return checked(DataSettings, data, "data")
+
+
+def check_sources(data: Mapping[str, Any], weights: Mapping[str, float]) -> None:
+    """ConfigError for sources that are unknown, weigh nothing, or have nothing to draw from; no picture is read."""
+    settings = data_settings(data)
+    for name in drawn_from(weights, settings.sources):
+        source = settings.sources[name]
+        named = settings.galleries.get(source.gallery)
+        if named is None or named.records is None:
+            known = {gallery: settings.gallery(gallery) for gallery in ("train", *settings.galleries)}
+            pairs_of(name, source, known)
+        elif not anything_at(named.records):
+            raise ConfigError(f"source {name}: there is nothing at {named.records}, where its records should be.")
+
+
+def check_twins(data: Mapping[str, Any]) -> None:
+    """ConfigError unless people of the gallery "train" have two pictures each."""
+    if data_settings(data).pictures < 2:
+        raise ConfigError("data: this stage compares two pictures of one person; set pictures to 2 or more.")
 
 
 def pictures_of(data: Mapping[str, Any], name: str, side: int = SIDE) -> AnyPictures:

@@ -82,33 +82,12 @@ class Mixture:
         block: int = 1,
         own_counts: bool = True,
     ) -> None:
-        for name, weight in weights.items():
-            if name not in sources:
-                raise ConfigError(f"sources: {unknown_name('source', name, list(sources))}.")
-            if weight < 0:
-                raise ConfigError(f"sources: {name} has weight {weight}; give it a positive one, or leave it out.")
-        self.names = [name for name, weight in weights.items() if weight > 0]
-        if not self.names:
-            raise ConfigError(f"sources: give one of {', '.join(sources)} a positive weight.")
+        self.names = drawn_from(weights, sources)
         self.sources, self.block = [sources[name] for name in self.names], block
         edges = torch.tensor([weights[name] for name in self.names], dtype=torch.float64).cumsum(0)
         self.edges = (edges / edges[-1])[:-1].contiguous()
         self.own_counts, self._counts = own_counts, [torch.zeros(len(self.names), dtype=torch.long)]
-        self.pairs = [
-            self._pairs(name, source, galleries) for name, source in zip(self.names, self.sources, strict=True)
-        ]
-
-    @staticmethod
-    def _pairs(name: str, source: Source, galleries: Mapping[str, AnyGallery]) -> Tensor:
-        if source.gallery not in galleries:
-            raise ConfigError(f"source {name}: {unknown_name('gallery', source.gallery, list(galleries))}.")
-        pairs = galleries[source.gallery].pairs(source.target)
-        if not len(pairs):
-            raise ConfigError(
-                f"source {name}: the gallery {source.gallery} holds no two pictures of one person; give it more "
-                "pictures, or set the source's target to self."
-            )
-        return pairs
+        self.pairs = [pairs_of(name, source, galleries) for name, source in zip(self.names, self.sources, strict=True)]
 
     def which(self, first: int, size: int) -> Tensor:
         """The source of each image, (size,): the number of its name."""
@@ -142,6 +121,32 @@ class Mixture:
 
     def _among(self, first: int, size: int) -> Tensor:
         return torch.bincount(self.which(first, size), minlength=len(self.names))
+
+
+def drawn_from(weights: Mapping[str, float], sources: Mapping[str, Source]) -> list[str]:
+    """The sources with a positive weight; ConfigError if one is unknown, weighs less than nothing, or none is left."""
+    for name, weight in weights.items():
+        if name not in sources:
+            raise ConfigError(f"sources: {unknown_name('source', name, list(sources))}.")
+        if weight < 0:
+            raise ConfigError(f"sources: {name} has weight {weight}; give it a positive one, or leave it out.")
+    names = [name for name, weight in weights.items() if weight > 0]
+    if not names:
+        raise ConfigError(f"sources: give one of {', '.join(sources)} a positive weight.")
+    return names
+
+
+def pairs_of(name: str, source: Source, galleries: Mapping[str, AnyGallery]) -> Tensor:
+    """The pairs of a source, (P, 2); ConfigError if its gallery is missing or holds none."""
+    if source.gallery not in galleries:
+        raise ConfigError(f"source {name}: {unknown_name('gallery', source.gallery, list(galleries))}.")
+    pairs = galleries[source.gallery].pairs(source.target)
+    if not len(pairs):
+        raise ConfigError(
+            f"source {name}: the gallery {source.gallery} holds no two pictures of one person; give it more "
+            "pictures, or set the source's target to self."
+        )
+    return pairs
 
 
 def _manners(source: Source, seed: int, first: int, size: int) -> Tensor:

@@ -22,6 +22,7 @@ import importlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -36,14 +37,15 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
+from torch import nn
 
-from imagine.errors import ConfigError
+from imagine.errors import ConfigError, ImagineError
 from imagine.settings import checked, unknown_name
-from train import checkpoint, trackers
+from train import checkpoint, parts, trackers
 from train.config import Run, Stage
 from train.data import key
-from train.initial import load_initial
-from train.loop import Stopping, on_any, train_stage
+from train.initial import found_in, load_initial
+from train.loop import Stopping, from_main, on_any, train_stage
 from train.task import Start, Task
 
 log = logging.getLogger("train")
@@ -81,13 +83,17 @@ def run_stages(
     """Train every stage that is not done, in order; True if all wanted ones are done, False if stopped before.
 
     `tasks` maps a task's name to its class or to "module:Class". ConfigError before anything is trained if the run
-    names something unknown, `only` names no stage, `output` holds another run, or the processes do not fit.
+    names something unknown or something that is not there, `only` names no stage, `output` holds another run, or the
+    processes do not fit.
     """
     run = run.model_copy(update={"stages": {n: resolved(n, stage, tasks) for n, stage in run.stages.items()}})
     wanted = wanted_stages(run, only)
     stopping, accelerator = Stopping(max_minutes), _accelerator(run, output)
     _check_shares(run, wanted, accelerator.num_processes)
     _agree(run, wanted, output, resume)
+    wrong = from_main(accelerator, _foreseen(run, wanted, output, tasks) if accelerator.is_main_process else "")
+    if wrong:
+        raise ConfigError(wrong)
     accelerator.wait_for_everyone()  # all have looked at the folder before one of them writes into it
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -215,13 +221,54 @@ def build(name: str, run: Run, output: Path, device: torch.device, tasks: Mappin
     return begun(stage, start, [output / source for source in stage.start_from], tasks)
 
 
+def outlined(name: str, run: Run, output: Path, folder: Path, tasks: Mapping[str, Any]) -> Task:
+    """The task without numbers, on torch's meta device; ConfigError or WeightsError if the run could not build it.
+
+    Not checked by `Task.check` yet. `folder` stands for the stage's own.
+    """
+    stage = run.stages[name]
+    kind = task_class(stage.task, tasks, name)
+    settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
+    with torch.device("meta"):
+        task: Task = kind(settings, start_of(name, run, output, torch.device("meta"), folder))
+    parts.choose(task.parts(), stage.train, name)
+    inherits = _inheriting(stage, task, name)
+    if stage.initial is not None:
+        found_in(inherits, stage.initial)
+    return task
+
+
+def _foreseen(run: Run, wanted: Sequence[str], output: Path, tasks: Mapping[str, Any]) -> str:
+    """What stages after the first could be told to be wrong only when the others are trained, in a sentence; or "".
+
+    The first one is about to be built anyway.
+    """
+    todo = [name for name in wanted if not is_done(output / name, run.stages[name])]
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            for name in todo[1:]:
+                there = (output / name / "cache").exists()  # tokenizers, which take seconds to make
+                outlined(name, run, output, output / name if there else Path(place), tasks).check()
+    except ImagineError as error:
+        return str(error)
+    return ""
+
+
 def start_of(name: str, run: Run, output: Path, device: torch.device, folder: Path) -> Start:
     """What the stage's task is told, with `folder` as its own."""
     stage = run.stages[name]
     earlier = {source: output / source / "export" for source in stage.start_from}
     current = _numbering(output / name) == NUMBERING
     seed = key(stage.seed, f"stage {name}") if current else stage.seed
-    return Start(name, seed, device, folder, run.data, stage.initial, earlier, own_counts=current)
+    return Start(name, seed, device, folder, run.data, stage.initial, earlier, tuple(stage.train), current)
+
+
+def _inheriting(stage: Stage, task: Task, name: str) -> dict[str, nn.Module]:
+    """The modules that do not begin anew; ConfigError for a name in `fresh` that none of them has."""
+    for module in stage.fresh:
+        if module not in task.modules:
+            raise ConfigError(f"stage {name}, fresh: {unknown_name('module', module, list(task.modules))}.")
+    return {module: network for module, network in task.modules.items() if module not in stage.fresh}
 
 
 def begun(stage: Stage, start: Start, sources: Sequence[Path], tasks: Mapping[str, Any]) -> Task:
@@ -231,10 +278,9 @@ def begun(stage: Stage, start: Start, sources: Sequence[Path], tasks: Mapping[st
     settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
     torch.manual_seed(key(start.seed, "build"))
     task: Task = kind(settings, start)
-    for module in stage.fresh:
-        if module not in task.modules:
-            raise ConfigError(f"stage {name}, fresh: {unknown_name('module', module, list(task.modules))}.")
-    inherits = {module: network for module, network in task.modules.items() if module not in stage.fresh}
+    for sentence in task.check():
+        log.warning("%s: %s", name, sentence)
+    inherits = _inheriting(stage, task, name)
     if stage.initial is not None:
         log.info("%s: from %s: %s", name, stage.initial, ", ".join(load_initial(inherits, stage.initial)))
     for source in sources:

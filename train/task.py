@@ -6,14 +6,17 @@ number of images seen. Nothing a task draws may come from a generator that outli
 function of (seed, purpose, image number), see `train.data`, so that a resumed run equals a straight one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
+
+Share = Annotated[float, Field(ge=0, le=1)]  # for settings: of the images, say
+Weight = Annotated[float, Field(ge=0)]  # of one term of a loss among others
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Start:
     data: Mapping[str, Any] = field(default_factory=dict)  # the run's shared data settings, not yet checked
     initial: Path | None = None  # a folder of weights whose modules were loaded, if the stage begins with one
     earlier: Mapping[str, Path] = field(default_factory=dict)  # stage in start_from -> the folder it exported to
+    trains: Sequence[str] = ()  # the parts that will train
     own_counts: bool = True  # see train.sources.Mixture
 
 
@@ -56,6 +60,14 @@ class Task(Protocol):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Named groups of parameters a stage may train; no parameter in two groups that train together."""
+        ...
+
+    def check(self) -> list[str]:
+        """What is odd about settings and data, a sentence each; ConfigError for what can be known to be wrong.
+
+        Called before any stage trains, of networks without numbers (on torch's meta device), and again before
+        `prepare`. It may look whether files are there, but not into them, and writes nothing.
+        """
         ...
 
     def prepare(self) -> None:

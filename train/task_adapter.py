@@ -7,13 +7,14 @@ A stage may also name the base's parts. A base that is still young then learns t
 an adapter stage on the frozen base follows, as in the paper.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from imagine.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
@@ -32,7 +33,7 @@ from train.language import parameters
 from train.likeness import Likeness
 from train.sampling import sample
 from train.stock import references
-from train.task import Loss, Start
+from train.task import Loss, Share, Start, Weight
 from train.task_base import (
     ADAPTER_FACTS,
     PROMPTS,
@@ -40,7 +41,6 @@ from train.task_base import (
     BaseBatch,
     BaseSettings,
     BaseTask,
-    Share,
 )
 
 _DRAWN_AT_ONCE = 16  # pictures
@@ -57,9 +57,20 @@ class AdapterSettings(BaseSettings):
     lora_rank: Annotated[int, Field(ge=0)] = 16  # 0: no LoRA
     lora_targets: tuple[LoraTarget, ...] = LORA_TARGETS
     zero_init: bool = True  # the vision branch begins as nothing (paper, section 3.4.1)
-    face_weight: float = 3.0
-    likeness: Annotated[float, Field(ge=0)] = 0.0  # weight of the likeness loss; not in the paper, see docs/training.md
+    face_weight: Weight = 3.0
+    likeness: Weight = 0.0  # weight of the likeness loss; not in the paper, see docs/training.md
     judge: Path | None = None  # a folder of weights with a judge, to score held-out people at every validation
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "AdapterSettings":
+        check_lora(self.lora_rank, self.lora_targets)
+        return self
+
+
+def check_lora(rank: int, targets: Sequence[LoraTarget]) -> None:
+    """ValueError for layers that a LoRA of rank 0 would go to."""
+    if not rank and tuple(targets) != LORA_TARGETS:
+        raise ValueError("lora_targets has no effect with lora_rank 0, which is no LoRA: leave it out")
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,24 @@ class AdapterBatch(BaseBatch):
     strength: Tensor  # (B,) 0 where the reference is dropped
 
 
+IDENTITY_PARTS = ("vision_encoder", "vision_branch", "vision_projection", "lora")  # off where nobody is to be shown
+
+
+def idle_images(start: Start, drop_vision: float) -> list[str]:
+    """A sentence about images that teach nothing, if there are any: without a person the frozen base draws alone."""
+    if not drop_vision or not start.trains or not set(start.trains) <= set(IDENTITY_PARTS):
+        return []
+    return [
+        f"drop_vision: {drop_vision:g} of the images are shown nobody and teach nothing, as everything that trains is "
+        "off in them; set it to 0."
+    ]
+
+
 class AdapterTask(BaseTask):
     """The base as it was trained, with a vision branch that learns to carry a face into its pictures."""
 
     Settings: ClassVar[type[BaseModel]] = AdapterSettings
-    PARTS: ClassVar[tuple[str, ...]] = ("vision_encoder", "vision_branch", "vision_projection", "lora", *BaseTask.PARTS)
+    PARTS: ClassVar[tuple[str, ...]] = (*IDENTITY_PARTS, *BaseTask.PARTS)
     settings: AdapterSettings
 
     def __init__(self, settings: AdapterSettings, start: Start) -> None:
@@ -103,6 +127,12 @@ class AdapterTask(BaseTask):
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"vision_encoder": parameters(self.vision), **self.adapter.parts(), **super().parts()}
+
+    def check(self) -> list[str]:
+        judge = self.settings.judge
+        if judge is not None and not (judge / "judge").is_dir():
+            raise ConfigError(f"Stage {self.start.name}: there is no judge in {judge}; name a folder of weights.")
+        return [*super().check(), *idle_images(self.start, self.settings.drop_vision)]
 
     def crop_side(self) -> int:
         return int(self.vision.config.image_size)

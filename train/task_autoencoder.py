@@ -22,24 +22,22 @@ from imagine.models import build_autoencoder
 from imagine.weights import read_index
 from train.data import chance, normals, uniforms
 from train.grids import save_grid
-from train.portraits import draw_rows, training_pictures
-from train.task import Loss, Start
+from train.portraits import SIDE, data_settings, draw_rows, training_pictures
+from train.task import Loss, Share, Start, Weight
 
 
 class AutoencoderSettings(BaseModel):
     """Sizes of the network, and what its loss asks for beside likeness."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    latent_channels: int = 32
+    latent_channels: Annotated[int, Field(ge=1)] = 32
     widths: tuple[int, ...] = (16, 64, 128, 256)
-    crop: int = 64  # train on squares of this side; a multiple of 16
-    noise: float = 0.3  # the most noise on latents, whose spread is about 1
-    unit: float = 0.1  # weight of keeping each channel's mean at 0 and its spread at 1
-    edges: float = 1.0  # weight of the loss on differences between neighbouring pixels
-    faces: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the crops that lie on the face; the others lie anywhere
-    features: Annotated[float, Field(ge=0)] = (
-        0.0  # weight of what the vision encoder sees in crops that lie on the face
-    )
+    crop: Annotated[int, Field(ge=16, le=SIDE, multiple_of=16)] = 64  # train on squares of this side
+    noise: Weight = 0.3  # the most noise on latents, whose spread is about 1
+    unit: Weight = 0.1  # weight of keeping each channel's mean at 0 and its spread at 1
+    edges: Weight = 1.0  # weight of the loss on differences between neighbouring pixels
+    faces: Share = 0.0  # share of the crops that lie on the face; the others lie anywhere
+    features: Weight = 0.0  # of what the vision encoder sees in crops that lie on the face
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,10 @@ class AutoencoderTask:
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"encoder": list(self.vae.encoder.parameters()), "decoder": list(self.vae.decoder.parameters())}
+
+    def check(self) -> list[str]:
+        data_settings(self.start.data)
+        return []
 
     def prepare(self) -> None:
         self.pictures = training_pictures(self.start.data)

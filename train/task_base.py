@@ -17,14 +17,14 @@ from imagine.sampling import Guidance, Inputs, TextTokens, pooled_text
 from train.data import chance, generator, normals, to_device
 from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
-from train.latents import WorldCodec, autoencoder_of, squared_error
-from train.pictures import AnyPictures
-from train.portraits import data_settings, held_out_pictures, pictures_of
+from train.latents import WorldCodec, autoencoder_of, check_autoencoder, squared_error
+from train.pictures import AnyGallery, AnyPictures
+from train.portraits import SIDE, check_sources, data_settings, held_out_pictures, pictures_of
 from train.sampling import sample
 from train.sentences import Sentences, SentenceStore
 from train.sources import Drawn, Mixture, in_order
 from train.stock import Stock, keep_stock
-from train.task import Loss, Start
+from train.task import Loss, Share, Start, Weight
 
 ADAPTER_FACTS = {
     "base": "imagine portrait world",
@@ -45,7 +45,7 @@ PROMPTS = (
 )
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Gamma = Annotated[float, Field(gt=0)]
 TextBranch = Literal["t5", "byt5"]
 
 
@@ -59,7 +59,8 @@ class BaseSettings(BaseModel):
     pooled: bool = True  # the sentence also as one vector beside the time, of CLIP's and T5's tokens
     text_branches: tuple[TextBranch, ...] = ("t5", "byt5")  # beside the denoiser's own, which is CLIP's
     fusion: Fusion = "parallel"  # or "concatenated", the paper's comparison (section 4.3.2)
-    resolution: int = 128  # pixels; pictures are scaled to it before they are encoded
+    # pixels, a multiple of the autoencoder's 16; pictures are scaled to it before they are encoded
+    resolution: Annotated[int, Field(ge=16, le=SIDE, multiple_of=16)] = SIDE
     sources: dict[str, float] = {"real": 0.2, "synthetic": 0.8}  # names among the run's data sources, by weight
     alternate: Annotated[int, Field(ge=1)] = (
         1  # images in a row from one source; the batch's size alternates whole batches
@@ -68,10 +69,10 @@ class BaseSettings(BaseModel):
     drop_clip: Share = 0.0  # and of those that one branch alone misses; 1 leaves it out altogether
     drop_t5: Share = 0.0
     drop_byt5: Share = 0.0
-    face_weight: float = 2.0  # how much more the loss counts inside the face's box
+    face_weight: Weight = 2.0  # how much more the loss counts inside the face's box
     time_mean: float = 0.0  # of the logit-normal times; above 0 is more noise
     time_std: Annotated[float, Field(gt=0)] = 1.0
-    min_snr_gamma: float | None = None  # weigh errors by min-SNR (arXiv 2303.09556), with this gamma
+    min_snr_gamma: Gamma | None = None  # weigh errors by min-SNR (arXiv 2303.09556), with this gamma
 
     @model_validator(mode="after")
     def _fits_together(self) -> "BaseSettings":
@@ -79,6 +80,9 @@ class BaseSettings(BaseModel):
             raise ValueError("text_branches names t5, byt5 or both, each once")
         if self.pooled and "t5" not in self.text_branches:
             raise ValueError("the pooled sentence is read off T5's tokens too: set pooled to false, or keep t5")
+        for name, share in (("t5", self.drop_t5), ("byt5", self.drop_byt5)):
+            if share and name not in self.text_branches:
+                raise ValueError(f"drop_{name} has no effect, as text_branches leaves {name} out: leave it out too")
         return self
 
 
@@ -125,16 +129,26 @@ class BaseTask:
             "byt5": parameters(self.text.byt5) if "byt5" in self.settings.text_branches else [],
         }  # fmt: skip
 
+    def check(self) -> list[str]:
+        check_sources(self.start.data, self.settings.sources)
+        check_autoencoder(self.start)
+        return []
+
     def prepare(self) -> None:
-        data, settings = data_settings(self.start.data), self.settings
-        names = {data.sources[name].gallery for name in settings.sources if name in data.sources}
+        data = data_settings(self.start.data)
+        names = {data.sources[name].gallery for name in self.settings.sources if name in data.sources}
         pictures = {name: pictures_of(self.start.data, name) for name in sorted(names)}
         galleries = {name: some.gallery for name, some in pictures.items()}
-        self.mixture = Mixture(settings.sources, data.sources, galleries, settings.alternate, self.start.own_counts)
+        self.mixture = self._mixture(galleries)
         self.codec = WorldCodec(autoencoder_of(self.start), self.start.device)
         self.stocks = {name: self._stock(some, name) for name, some in pictures.items()}
+        self.mixture = self._mixture(galleries)  # once more: a record may have broken since its face was looked for
         self.watched = data.few(self.VALIDATION_PEOPLE)
         self.held_out = self._stock(held_out_pictures(self.start.data, self.watched), f"held-out-{self.watched}")
+
+    def _mixture(self, galleries: Mapping[str, AnyGallery]) -> Mixture:
+        sources, settings = data_settings(self.start.data).sources, self.settings
+        return Mixture(settings.sources, sources, galleries, settings.alternate, self.start.own_counts)
 
     def _stock(self, pictures: AnyPictures, name: str) -> Stock[SentenceStore]:
         folder = data_settings(self.start.data).folder / name

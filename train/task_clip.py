@@ -25,9 +25,9 @@ from train.contrast import Temperature, contrast
 from train.data import chance, key, uniforms
 from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters
-from train.portraits import draw_rows, training_pictures
+from train.portraits import check_twins, data_settings, draw_rows, training_pictures
 from train.squares import Squares
-from train.task import Loss, Start
+from train.task import Loss, Share, Start, Weight
 from train.task_recogniser import VALIDATION, held_out_crops
 from train.traits import READINGS, trait_loss
 
@@ -37,10 +37,10 @@ class ClipSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     captions: bool = True  # False: faces alone, without captions, for a vision encoder whose text towers are done
-    whole_share: float = 0.35  # share of whole pictures among the images
-    dense_share: float = 0.75  # share of dense captions; the rest are rewritten, as prompts are
-    person_weight: float = 1.0  # weight of the term between two pictures of one person
-    traits: float = 5.0  # weight of reading the identity traits off the embedding of a crop
+    whole_share: Share = 0.35  # share of whole pictures among the images
+    dense_share: Share = 0.75  # share of dense captions; the rest are rewritten, as prompts are
+    person_weight: Weight = 1.0  # weight of the term between two pictures of one person
+    traits: Weight = 5.0  # weight of reading the identity traits off the embedding of a crop
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,13 @@ class ClipTask:
             "t5": parameters(self.text.t5, self.t5_head),
         }
 
+    def check(self) -> list[str]:
+        check_twins(self.start.data)
+        return []
+
     def prepare(self) -> None:
         self.pictures = training_pictures(self.start.data)
-        folder = Path(self.start.data["folder"]) / "train"
+        folder = data_settings(self.start.data).folder / "train"
         self.squares = Squares(self.pictures, self.vision.config.image_size, folder, noisy=True)
 
     def batch(self, images_seen: int, size: int) -> ClipBatch:
@@ -118,16 +122,22 @@ class ClipTask:
     def loss(self, batch: ClipBatch, images_seen: int) -> Loss:
         image = F.normalize(self.vision.embed(torch.cat((batch.first, batch.second))), dim=1)
         first, second = image[: len(batch.first)], image[len(batch.first) :]
-        person, hits = contrast(first[batch.crops], second, self.temperature.scales()[1])
-        seen = torch.cat((first[batch.crops], second)) * image.shape[1] ** 0.5
-        traits = trait_loss(self.reading(seen), join((batch.people, batch.drifted))).view(2, -1).mean(0)
-        faces = self.settings.person_weight * person + self.settings.traits * traits
-        per_sample = torch.zeros(len(first), device=faces.device).index_add(0, batch.crops, faces)
-        metrics = {"person_hits": hits, "traits": traits.mean()}
+        per_sample, metrics = torch.zeros(len(first), device=image.device), dict[str, Tensor]()
+        if len(second):  # a small piece of a batch may be whole pictures all
+            faces, metrics = self._faces(first[batch.crops], second, batch)
+            per_sample = per_sample.index_add(0, batch.crops, faces)
         if self.settings.captions:
             likeness, more = self._captions(first, batch.texts)
             per_sample, metrics = per_sample + likeness, {**metrics, **more}
         return Loss(per_sample, metrics)
+
+    def _faces(self, crops: Tensor, second: Tensor, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """How badly two pictures of one person are matched, and traits read off them, (P,)."""
+        person, hits = contrast(crops, second, self.temperature.scales()[1])
+        seen = torch.cat((crops, second)) * crops.shape[1] ** 0.5
+        traits = trait_loss(self.reading(seen), join((batch.people, batch.drifted))).view(2, -1).mean(0)
+        faces = self.settings.person_weight * person + self.settings.traits * traits
+        return faces, {"person_hits": hits, "traits": traits.mean()}
 
     def _captions(self, images: Tensor, texts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """How badly images and captions are matched through CLIP's tower and through T5, (B,)."""

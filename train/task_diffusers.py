@@ -11,11 +11,11 @@ Latents, face crops and text states come from disk; autoencoder and text encoder
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from imagine.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
@@ -29,12 +29,13 @@ from train.diffusers_base import BaseCodec, BaseReader, T5Reader, load_vision, o
 from train.grids import save_grid
 from train.language import parameters
 from train.latents import squared_error
-from train.pictures import AnyPictures
-from train.portraits import data_settings, gallery_folder, pictures_of
+from train.pictures import AnyGallery, AnyPictures
+from train.portraits import check_sources, data_settings, gallery_folder, pictures_of
 from train.sources import Drawn, Mixture, in_order
 from train.stock import Stock, keep_stock, references
-from train.task import Loss, Start
-from train.task_base import VALIDATION_SEED, Share
+from train.task import Loss, Share, Start, Weight
+from train.task_adapter import check_lora, idle_images
+from train.task_base import VALIDATION_SEED, Gamma
 from train.text_states import TextStates
 
 _PLUS_HEAD = 64  # width of a plus projection's heads
@@ -50,8 +51,8 @@ class DiffusersSettings(BaseModel):
     t5: Path | None = None  # of a T5 encoder with its tokenizer; none: no such branch
     byt5: Path | None = None
     ip_adapter: Path | None = None  # a Plus or Full file that the vision branch begins with
-    projection: Literal["full", "plus"] = "full"  # without such a file
-    zero_init: bool = True  # likewise: the vision branch begins as nothing (paper, section 3.4.1)
+    projection: Literal["full", "plus"] | None = None  # without such a file; full
+    zero_init: bool | None = None  # likewise: the vision branch begins as nothing (paper, section 3.4.1); true
     lora_rank: Annotated[int, Field(ge=0)] = 64  # 0: no LoRA
     lora_targets: tuple[LoraTarget, ...] = LORA_TARGETS
     resolution: Annotated[int, Field(ge=8)] = 512  # pixels
@@ -62,8 +63,8 @@ class DiffusersSettings(BaseModel):
     drop_t5: Share = 0.0
     drop_byt5: Share = 0.0
     drop_vision: Share = 0.1  # share of images that are shown nobody
-    face_weight: float = 1.0  # how much more the loss counts inside the face's box
-    min_snr_gamma: float | None = None  # weigh errors by min-SNR (arXiv 2303.09556), with this gamma
+    face_weight: Weight = 1.0  # how much more the loss counts inside the face's box
+    min_snr_gamma: Gamma | None = None  # weigh errors by min-SNR (arXiv 2303.09556), with this gamma
     gradient_checkpointing: bool = False  # denoiser and vision encoder are computed twice, in far less memory
     base_precision: Literal["fp32", "bf16"] = "fp32"  # of the frozen denoiser's weights
     held_out: str | None = None  # a source to validate on; none: pictures that it trains on
@@ -72,6 +73,26 @@ class DiffusersSettings(BaseModel):
     drawing_steps: Annotated[int, Field(ge=1)] = 30
     drawing_guidance: float = 5.0
     licence: str = "unspecified"  # what the exported adapter says of itself
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, given: Any) -> Any:
+        """Without a file to begin with, the vision branch is the paper's unless something else is said."""
+        if not isinstance(given, dict) or given.get("ip_adapter") is not None:
+            return given
+        said = {name: value for name, value in given.items() if value is not None}
+        return {"projection": "full", "zero_init": True, **said}
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "DiffusersSettings":
+        check_lora(self.lora_rank, self.lora_targets)
+        for name, branch, share in (("t5", self.t5, self.drop_t5), ("byt5", self.byt5, self.drop_byt5)):
+            if share and branch is None:
+                raise ValueError(f"drop_{name} has no effect without {name}: leave it out, or name the encoder")
+        for name, value in (("projection", self.projection), ("zero_init", self.zero_init)):
+            if value is not None and self.ip_adapter is not None:
+                raise ValueError(f"{name} has no effect beside ip_adapter, which brings its own: leave it out")
+        return self
 
 
 @dataclass(frozen=True)
@@ -122,7 +143,7 @@ class DiffusersTask:
         eyes = int(self.vision.config.width)
         inner = max(_PLUS_HEAD, min(width, eyes) // _PLUS_HEAD * _PLUS_HEAD) if settings.projection == "plus" else None
         spec = BranchSpec(
-            VISION, width, 1.0, settings.zero_init, settings.projection, eyes, inner_width=inner
+            VISION, width, 1.0, settings.zero_init is not False, settings.projection or "full", eyes, inner_width=inner
         )  # fmt: skip
         begun: dict[str, Tensor] = {}
         if settings.ip_adapter is not None:
@@ -154,24 +175,38 @@ class DiffusersTask:
 
     # --- what is made once and kept ---------------------------------------------------------------------------------
 
+    def check(self) -> list[str]:
+        check_sources(self.start.data, self.settings.sources)
+        if self.settings.held_out is not None:
+            check_sources(self.start.data, {self.settings.held_out: 1.0})
+        BaseCodec(self.base, self.start.device).shape(self.settings.resolution)
+        return idle_images(self.start, self.settings.drop_vision)
+
     def prepare(self) -> None:
-        data, wanted = data_settings(self.start.data), dict(self.settings.sources)
+        data = data_settings(self.start.data)
         watched = [self.settings.held_out] if self.settings.held_out else []
-        names = sorted({data.sources[name].gallery for name in [*wanted, *watched] if name in data.sources})
+        asked = [*self.settings.sources, *watched]
+        names = sorted({data.sources[name].gallery for name in asked if name in data.sources})
         side = self.settings.resolution
         pictures = {name: pictures_of(self.start.data, name, side) for name in names}
         galleries = {name: some.gallery for name, some in pictures.items()}
-        own_counts = self.start.own_counts
-        self.mixture = Mixture(wanted, data.sources, galleries, self.settings.alternate, own_counts)
-        # A validation never trains, so what it draws may be drawn from the same sources with another seed.
-        self.watched = Mixture(dict.fromkeys(watched, 1.0) or wanted, data.sources, galleries, own_counts=own_counts)
+        self._mix(galleries)
         self.codec = BaseCodec(self.base, self.start.device)
         self.stocks = {name: self._stock(some, name) for name, some in pictures.items()}
+        self._mix(galleries)  # once more: a record may have broken since its face was looked for
         for mixture in (self.mixture, self.watched):
             for source, pairs in zip(mixture.sources, mixture.pairs, strict=True):
                 manners = [manner for manner, weight in source.captions.items() if weight > 0]
                 self.stocks[source.gallery].sentences.read(pairs[:, 1].unique(), manners)
         self.codec.free()
+
+    def _mix(self, galleries: Mapping[str, AnyGallery]) -> None:
+        """What is drawn from, to train and to validate."""
+        sources, settings, own = data_settings(self.start.data).sources, self.settings, self.start.own_counts
+        self.mixture = Mixture(settings.sources, sources, galleries, settings.alternate, own)
+        # A validation never trains, so what it draws may be drawn from the same sources with another seed.
+        watched = settings.sources if settings.held_out is None else {settings.held_out: 1.0}
+        self.watched = Mixture(watched, sources, galleries, own_counts=own)
 
     def _stock(self, pictures: AnyPictures, name: str) -> Stock[TextStates]:
         folder = gallery_folder(self.start.data, name, self.settings.resolution)

@@ -15,15 +15,15 @@ from imagine.world.seeds import HELD_OUT, JUDGE
 from train.data import chance, uniforms
 from train.grids import save_grid
 from train.portraits import data_settings, draw_rows, judge_pictures
-from train.task import Loss, Start
+from train.task import Loss, Share, Start
 
 
 class FinderSettings(BaseModel):
     """How many pictures show nobody or several people; the rest show one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    empty_share: float = 0.15  # share of pictures without anybody
-    group_share: float = 0.25
+    empty_share: Share = 0.15  # share of pictures without anybody
+    group_share: Share = 0.25
 
 
 class FinderTask:
@@ -41,6 +41,10 @@ class FinderTask:
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"finder": list(self.finder.parameters())}
+
+    def check(self) -> list[str]:
+        data_settings(self.start.data)
+        return []
 
     def prepare(self) -> None:
         self.pictures = judge_pictures(self.start.data)

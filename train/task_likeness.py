@@ -6,10 +6,10 @@ costs no decoding. Noise on them stands for a prediction's flaws.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from imagine.world import People
@@ -17,11 +17,11 @@ from train.contrast import Temperature, contrast
 from train.data import chance, normals, uniforms
 from train.grids import save_grid
 from train.language import parameters
-from train.latents import Latents, WorldCodec, autoencoder_of
+from train.latents import Latents, WorldCodec, autoencoder_of, check_autoencoder
 from train.likeness import DIMENSIONS, Likeness
 from train.pictures import Pictures
-from train.portraits import data_settings, draw_rows, held_out_pictures, training_pictures
-from train.task import Loss, Start
+from train.portraits import check_twins, data_settings, draw_rows, held_out_pictures, training_pictures
+from train.task import Loss, Start, Weight
 from train.traits import READINGS, trait_loss
 
 
@@ -29,8 +29,8 @@ class LikenessSettings(BaseModel):
     """What the network is shown, and what helps it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    noise: Annotated[float, Field(ge=0)] = 0.5  # at most so much noise on the latents, whose spread is 1
-    traits: float = 5.0  # weight of reading the world's traits off the embedding
+    noise: Weight = 0.5  # at most so much noise on the latents, whose spread is 1
+    traits: Weight = 5.0  # weight of reading the world's traits off the embedding
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class LikenessTask:
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"likeness": parameters(self.likeness, self.reading, self.temperature)}
+
+    def check(self) -> list[str]:
+        check_twins(self.start.data)
+        check_autoencoder(self.start)
+        return []
 
     def prepare(self) -> None:
         self.pictures = training_pictures(self.start.data)

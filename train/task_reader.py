@@ -14,14 +14,14 @@ from imagine.world.vocabulary import ATTRIBUTES, TRAITS
 from train.data import normals, uniforms
 from train.grids import save_grid
 from train.portraits import data_settings, draw_rows, judge_pictures
-from train.task import Loss, Start
+from train.task import Loss, Start, Weight
 
 
 class ReaderSettings(BaseModel):
     """How the attributes are weighed against each other."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    letters: float = 3.0  # weight of the letters among the attributes
+    letters: Weight = 3.0  # weight of the letters among the attributes
 
 
 class ReaderTask:
@@ -38,6 +38,10 @@ class ReaderTask:
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"reader": list(self.reader.parameters())}
+
+    def check(self) -> list[str]:
+        data_settings(self.start.data)
+        return []
 
     def prepare(self) -> None:
         self.pictures = judge_pictures(self.start.data)

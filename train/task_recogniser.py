@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
 from imagine.faces import crop_faces
@@ -19,9 +19,9 @@ from imagine.world.seeds import HELD_OUT, JUDGE
 from train.data import normals, uniforms
 from train.grids import save_grid
 from train.language import parameters
-from train.portraits import draw_rows, judge_pictures
+from train.portraits import data_settings, draw_rows, judge_pictures
 from train.squares import Squares
-from train.task import Loss, Start
+from train.task import Loss, Start, Weight
 from train.traits import READINGS, trait_loss
 
 VALIDATION = 500  # held-out people, two pictures each (apart from those that evaluation uses)
@@ -32,10 +32,12 @@ class RecogniserSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     scale: float = 24.0
-    margin: float = 0.25
-    dimensions: int = 128
-    traits: float = 10.0  # weight of reading the traits
-    ramp: int = 30_000  # images for which traits come alone, and for as many again the margin loss grows to its weight
+    margin: Weight = 0.25
+    dimensions: PositiveInt = 128
+    traits: Weight = 10.0  # weight of reading the traits
+    ramp: PositiveInt = (
+        30_000  # images for which traits come alone, and for as many again the margin loss grows to its weight
+    )
 
 
 class Prototypes(nn.Module):
@@ -66,10 +68,14 @@ class RecogniserTask:
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"recogniser": parameters(self.recogniser, self.prototypes, self.reading)}
 
+    def check(self) -> list[str]:
+        data_settings(self.start.data)
+        return []
+
     def prepare(self) -> None:
         self.pictures = judge_pictures(self.start.data)
         self.squares = Squares(
-            self.pictures, self.recogniser.size, Path(self.start.data["folder"]) / "judge", noisy=False
+            self.pictures, self.recogniser.size, data_settings(self.start.data).folder / "judge", noisy=False
         )
         self.people = sample_people([JUDGE.start + i for i in range(self.pictures.gallery.identities)])
 
