@@ -22,15 +22,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from imagine import __version__
 from imagine.errors import ConfigError, ImagineError, PictureError, WeightsError
+from imagine.paths import as_path, folder_to_fill, kind_of, shown, writable_file, writable_folder
 from imagine.request import read_requests
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from imagine.bases import Blueprint
-    from imagine.pipeline import ImaginePipeline
+    from imagine.faces import FaceFinder
+    from imagine.pipeline import ImagineOutput, ImaginePipeline
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+BATCH = 8  # pictures drawn at once, however many are asked for: memory stays what it is
+_PICTURE = re.compile(r"^Picture (\d+)")  # of its batch, in what a second pass could not do
 _NAMED = re.compile(r"([^\W\d]\w*)=(.+)", re.DOTALL)
 
 
@@ -60,15 +64,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"imagine failed ({reason}); set IMAGINE_DEBUG=1 to see where, and report it.", file=sys.stderr)
         return 1
     lines: list[str] = result.pop("lines")
-    _say(json.dumps(result, ensure_ascii=False, default=str) if chosen.json else "\n".join(lines))
-    return 0
+    return _say(_json(result) if chosen.json else "\n".join(lines))
 
 
-def _say(text: str) -> None:
+def _say(text: str) -> int:
+    """Print what a command found and return the exit code."""
+    encoding = sys.stdout.encoding or "utf-8"
+    # A file's name may hold bytes that are no text, and a terminal may know few letters: both are shown as escapes.
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough; nothing may be flushed to them at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing may be flushed there at exit
+        if isinstance(error, BrokenPipeError):  # whoever reads, such as `head`, has seen enough
+            return 0
+        print(f"It is done, but the result cannot be printed ({error.strerror}).", file=sys.stderr)
+        return 1
+
+
+def _json(result: Mapping[str, Any]) -> str:
+    text = json.dumps(result, ensure_ascii=False, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(result, default=str)
+    return text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -113,6 +134,19 @@ def _add_weights(verb: Any) -> None:
     verb.add_argument("--weights", type=Path, metavar="DIR", help="folder of weights (default: the shipped ones)")
 
 
+def _add_device(verb: Any) -> None:
+    verb.add_argument(
+        "--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: auto, a GPU if there is one"
+    )
+
+
+def _add_finder(verb: Any) -> None:
+    verb.add_argument(
+        "--finder", choices=["default", "insightface"], default="default",
+        help="of faces; insightface sees turned ones too, and needs the extra `faces` and a model pack on the disk",
+    )  # fmt: skip
+
+
 # --- generate ---------------------------------------------------------------------------------------------------------
 def _add_generate(verbs: Any) -> None:
     verb = _verb(verbs, "generate", "draw a person from a photo, doing what a sentence says", _generate)
@@ -123,6 +157,7 @@ def _add_generate(verbs: Any) -> None:
     verb.add_argument("--prompt", required=True, metavar="TEXT", help='such as "smiling, on a beach"')
     verb.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture to write: png, jpg or webp")
     _add_weights(verb)
+    _add_device(verb)
     verb.add_argument("--seed", type=_seed, metavar="N", help="repeats a picture (default: a new one each time)")
     verb.add_argument("--num-images", type=_count, default=1, metavar="N", help="pictures, from seeds N, N+1, ...")
     verb.add_argument("--steps", type=_count, metavar="N", help="more are slower and finer")
@@ -145,20 +180,53 @@ def _add_generate(verbs: Any) -> None:
         "--refine-faces", action=argparse.BooleanOptionalAction, help="draw small faces once more, enlarged, or not"
     )
     _add_face_choice(verb)
+    _add_finder(verb)
 
 
 def _generate(chosen: argparse.Namespace) -> dict[str, Any]:
-    paths = _numbered(_writable(chosen.output, FORMATS), chosen.num_images)
+    paths = _numbered(writable_file(chosen.output, FORMATS), chosen.num_images)
     reference = _references(chosen.reference)
     read_requests(chosen.prompt, reference)  # refused now rather than after loading
     seed = secrets.randbelow(2**31) if chosen.seed is None else chosen.seed
-    pipe = _pipeline(chosen.weights, chosen.own_process)
+    pipe = _pipeline(chosen)
     started = time.monotonic()
-    drawn = pipe(
+    faces: list[dict[str, Any]] = []
+    refined, notes = 0, list[str]()
+    for first in range(0, len(paths), BATCH):
+        some = paths[first : first + BATCH]
+        drawn = _draw(pipe, chosen, reference, range(seed + first, seed + first + len(some)))
+        for image, path in zip(drawn.images, some, strict=True):
+            _save_whole(image, path)
+        faces = [face.as_dict() for face in drawn.faces]  # the same for every batch
+        refined += drawn.refined
+        notes += [_renumbered(note, first) for note in drawn.notes]
+    seconds = round(time.monotonic() - started, 2)
+    poor = [f"{face['reference']}: {face['quality']}" for face in faces if face["quality"] != "good"]
+    told = [f"Small faces refined: {refined}."] if refined or chosen.refine_faces else []
+    return {
+        "lines": [f"{', '.join(map(str, paths))} (seed {seed}, {seconds} s)", *poor, *told, *notes],
+        "images": [str(path) for path in paths],
+        "prompt": chosen.prompt,
+        "seeds": [seed + number for number in range(chosen.num_images)],
+        "device": str(pipe.device),
+        "faces": faces,
+        "refined": refined,
+        "notes": notes,
+        "seconds": seconds,
+    }
+
+
+def _renumbered(note: str, first: int) -> str:
+    return _PICTURE.sub(lambda found: f"Picture {int(found[1]) + first}", note)
+
+
+def _draw(pipe: "ImaginePipeline", chosen: argparse.Namespace, reference: Any, seeds: Sequence[int]) -> "ImagineOutput":
+    """One picture for every seed. Each has noise of its own, so that batches draw what one of them all would."""
+    return pipe(
         chosen.prompt,
         reference=reference,
-        num_images_per_prompt=chosen.num_images,
-        generator=_generators(seed, chosen.num_images),
+        num_images_per_prompt=len(seeds),
+        generator=_generators(seeds),
         num_inference_steps=chosen.steps,
         guidance_scale=chosen.guidance_scale,
         identity_guidance_scale=chosen.identity_guidance_scale,
@@ -170,23 +238,6 @@ def _generate(chosen: argparse.Namespace) -> dict[str, Any]:
         face=chosen.face,
         on_no_face=chosen.on_no_face,
     )
-    seconds = round(time.monotonic() - started, 2)
-    for image, path in zip(drawn.images, paths, strict=True):
-        _save_whole(image, path)
-    faces = [face.as_dict() for face in drawn.faces]
-    notes = [f"{face['reference']}: {face['quality']}" for face in faces if face["quality"] != "good"]
-    if chosen.refine_faces:
-        notes += [f"Small faces refined: {drawn.refined}.", *drawn.notes]
-    return {
-        "lines": [f"{', '.join(map(str, paths))} (seed {seed}, {seconds} s)", *notes],
-        "images": [str(path) for path in paths],
-        "prompt": chosen.prompt,
-        "seeds": [seed + number for number in range(chosen.num_images)],
-        "faces": faces,
-        "refined": drawn.refined,
-        "notes": drawn.notes,
-        "seconds": seconds,
-    }
 
 
 def _references(given: Sequence[str]) -> Any:
@@ -194,23 +245,28 @@ def _references(given: Sequence[str]) -> Any:
     named: dict[str, list[str]] = {}
     plain: list[str] = []
     for each in given:
-        found = None if Path(each).exists() else _NAMED.fullmatch(each)
+        found = None if kind_of(Path(each), PictureError) != "nothing" else _NAMED.fullmatch(each)
         if found is None:
             plain.append(each)
         else:
             named.setdefault(found[1], []).append(found[2])
     if named and plain:
         raise ConfigError(f"Give every reference a name, as in name={plain[0]}, or none of them.")
-    for path in [*plain, *(path for paths in named.values() for path in paths)]:
-        if not Path(path).expanduser().is_file():
-            raise PictureError(f"There is no file {path}: check the path.")
+    _check_photos([*plain, *(path for paths in named.values() for path in paths)])
     return named or (plain if len(plain) > 1 else plain[0])
 
 
-def _generators(seed: int, count: int) -> list[Any]:
+def _check_photos(paths: Sequence[str]) -> None:
+    """Raise PictureError unless all are files; what is in them is seen after loading."""
+    for path in paths:
+        if kind_of(as_path(path), PictureError) != "file":
+            raise PictureError(f"There is no file {shown(path)}: check the path.")
+
+
+def _generators(seeds: Sequence[int]) -> list[Any]:
     import torch
 
-    return [torch.Generator().manual_seed(seed + number) for number in range(count)]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def _numbered(path: Path, count: int) -> list[Path]:
@@ -236,14 +292,15 @@ def _add_enroll(verbs: Any) -> None:
     verb.add_argument("photos", nargs="+", metavar="PHOTO")
     verb.add_argument("--output", required=True, type=Path, metavar="FILE", help="persona to write: .safetensors")
     _add_weights(verb)
+    _add_device(verb)
     _add_face_choice(verb)
+    _add_finder(verb)
 
 
 def _enroll(chosen: argparse.Namespace) -> dict[str, Any]:
-    path = _writable(chosen.output, (".safetensors",))
-    persona = _pipeline(chosen.weights, chosen.own_process).enroll(
-        chosen.photos, face=chosen.face, on_no_face=chosen.on_no_face
-    )
+    path = writable_file(chosen.output, (".safetensors",))
+    _check_photos(chosen.photos)
+    persona = _pipeline(chosen).enroll(chosen.photos, face=chosen.face, on_no_face=chosen.on_no_face)
     persona.save(path)
     faces = [face.as_dict() for face in persona.faces]
     return {
@@ -278,6 +335,7 @@ def _add_doctor(verbs: Any) -> None:
     verb.add_argument(
         "--face", type=_face, default="largest", metavar="WHICH", help="largest, centre, or a number from 0"
     )
+    _add_finder(verb)
 
 
 def _doctor(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -293,7 +351,7 @@ def _doctor(chosen: argparse.Namespace) -> dict[str, Any]:
     if chosen.photo is None:
         found = report_installation(folder).as_dict()
     else:
-        finder = default_finder(None if folder is None else folder / "finder")
+        finder = _finder(chosen.finder) or default_finder(None if folder is None else folder / "finder")
         found = report_photo(chosen.photo, finder, face=chosen.face).as_dict()
     advice = found["advice"] or ["All is well."]
     return {"lines": [*_told({name: value for name, value in found.items() if name != "advice"}), *advice], **found}
@@ -305,6 +363,7 @@ def _add_evaluate(verbs: Any) -> None:
         verbs, "evaluate", "measure likeness, obedience and copying on people nothing was trained on", _evaluate
     )
     _add_weights(verb)
+    _add_device(verb)
     verb.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="for report.html, report.json, pictures"
     )
@@ -315,16 +374,17 @@ def _add_evaluate(verbs: Any) -> None:
 
 
 def _evaluate(chosen: argparse.Namespace) -> dict[str, Any]:
+    output = folder_to_fill(chosen.output)
     from imagine.evaluate import run
     from imagine.judge import Judge
 
     folder = _folder(chosen.weights)
     judge = Judge.from_pretrained(folder / "judge" if (folder / "judge").is_dir() else None)
     report = run(
-        _pipeline(folder), chosen.output, chosen.suite, chosen.identities, chosen.prompts, chosen.seed, judge,
+        _pipeline(chosen, lean=False), output, chosen.suite, chosen.identities, chosen.prompts, chosen.seed, judge,
         progress=not chosen.json,
     )  # fmt: skip
-    return {"lines": [*_told(report["metrics"]), str(chosen.output / "report.html")], **report}
+    return {"lines": [*_told(report["metrics"]), str(output / "report.html")], **report}
 
 
 # --- plan -------------------------------------------------------------------------------------------------------------
@@ -441,7 +501,7 @@ def _add_import_ip_adapter(verbs: Any) -> None:
 
 
 def _import_ip_adapter(chosen: argparse.Namespace) -> dict[str, Any]:
-    output = _writable_folder(chosen.output)
+    output = writable_folder(chosen.output)
     from imagine.ip_adapter_folders import import_folder
 
     found = import_folder(
@@ -462,10 +522,10 @@ def _add_export_ip_adapter(verbs: Any) -> None:
 
 
 def _export_ip_adapter(chosen: argparse.Namespace) -> dict[str, Any]:
-    file = _writable(chosen.output, (".safetensors",))
+    file = writable_file(chosen.output, (".safetensors",))
     from imagine.ip_adapter_folders import export_folder
 
-    found = export_folder(chosen.folder.expanduser(), file, chosen.base).as_dict()
+    found = export_folder(as_path(chosen.folder), file, chosen.base).as_dict()
     short = {name: value for name, value in found.items() if name != "not_carried"}
     return {"lines": [*_told(short), *found["not_carried"]], **found}
 
@@ -476,51 +536,41 @@ def _folder(given: Path | None) -> Path:
 
     if given is None:
         return default_folder()
-    if not given.expanduser().is_dir():
-        raise WeightsError(f"There is no folder {given}: name one that holds weights, or leave --weights out.")
-    if (kind := read_index(given.expanduser(), STOCK_PIPELINES)["_class_name"]) != PIPELINE:
+    folder = as_path(given)
+    if kind_of(folder, WeightsError) != "folder":
+        raise WeightsError(f"There is no folder {shown(given)}: name one that holds weights, or leave --weights out.")
+    if (kind := read_index(folder, STOCK_PIPELINES)["_class_name"]) != PIPELINE:
         raise WeightsError(
             f"{given} holds a {kind}, and this command takes imagine's own weights only: draw with it from Python, by "
             f"ImaginePipeline.from_pretrained({os.fspath(given)!r}) as docs/backbones.md says."
         )
-    return given.expanduser()
+    return folder
 
 
-def _pipeline(given: Path | None, lean: bool = False) -> "ImaginePipeline":
-    folder = _folder(given)
-    if lean:
+def _pipeline(chosen: argparse.Namespace, lean: bool = True) -> "ImaginePipeline":
+    """The pipeline of --weights on --device, its imports lean where this process does nothing else."""
+    folder = _folder(chosen.weights)
+    finder = _finder(getattr(chosen, "finder", "default"))
+    if lean and chosen.own_process and finder is None:
         from imagine.lean import import_pipeline_lean
 
         import_pipeline_lean()
+    from imagine.doctor import device_for
     from imagine.pipeline import ImaginePipeline
 
-    pipe = ImaginePipeline.from_pretrained(folder)
+    device = device_for(chosen.device)  # one that is absent is told before anything is loaded
+    pipe = ImaginePipeline.from_pretrained(folder, finder=finder)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(device)
 
 
-def _writable(path: Path, suffixes: "Sequence[str] | Mapping[str, str]") -> Path:
-    """The path of a file to write, as long as it can be one; checked before anything slow begins."""
-    path = path.expanduser()
-    if path.suffix.lower() not in suffixes:
-        raise ConfigError(f"--output {path} must end in {' or '.join(suffixes)}: choose another name.")
-    if path.is_dir():
-        raise ConfigError(f"--output {path} is a folder: name a file in it.")
-    if not path.parent.is_dir():
-        raise ConfigError(f"There is no folder {path.parent} for --output {path.name}: make it first.")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"Nothing can be written to {path.parent}: choose another folder for --output.")
-    return path
+def _finder(name: str) -> "FaceFinder | None":
+    """What --finder means; None is the default."""
+    if name == "default":
+        return None
+    from imagine.faces import InsightFaceFinder
 
-
-def _writable_folder(path: Path) -> Path:
-    """A folder that may be written, and is empty if it is there; checked before anything slow begins."""
-    path = path.expanduser()
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ConfigError(f"--output {path} is there already: name a folder that is new or empty.")
-    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise ConfigError(f"Nothing can be written to {path.absolute().parent}: choose another place for --output.")
-    return path
+    return InsightFaceFinder()
 
 
 def _told(found: Mapping[str, Any], indent: str = "") -> list[str]:
@@ -593,6 +643,7 @@ def _quieten() -> None:
     """Keep the libraries below from talking to the user, and from looking for the network."""
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "NO_ALBUMENTATIONS_UPDATE"):
         os.environ.setdefault(name, "1")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what a Mac's GPU lacks, its CPU does
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, of which `plan --check` reads memory
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):

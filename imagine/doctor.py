@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from imagine.errors import ConfigError
 from imagine.faces import FaceChoice, FaceFinder, crop_face, ellipse
 from imagine.photos import PhotoSource, read_photo
 from imagine.records import FaceBox, FaceCrop
@@ -154,7 +155,10 @@ def _installation_advice(
     elif missing:
         advice.append(f"The weights folder {weights} lacks {', '.join(missing)}: copy it again or run `make weights`.")
     if versions["insightface"] is None:
-        advice.append("Photos with turned faces need InsightFace: pip install 'imagine-yourself-open[faces]'.")
+        advice.append(
+            "In photos, turned faces are found with --finder insightface only, which needs more: in the checkout, "
+            "pip install -e '.[faces]', and a model pack of InsightFace in ~/.insightface/models."
+        )
     if versions["pillow-heif"] is None:
         advice.append("HEIC photos need one package more: pip install pillow-heif.")
     return tuple(advice)
@@ -173,7 +177,17 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
 
 
+def device_for(name: str) -> str:
+    """The device that --device means here: "auto" is a GPU if there is one. Raises ConfigError for one that is not."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(each for each, there in here.items() if there)
+    if not here.get(name):
+        have = " or ".join(each for each, there in here.items() if there)
+        raise ConfigError(f"torch sees no device {name} here: choose {have}, or leave --device out.")
+    return name
+
+
 def _device() -> str:
-    if torch.cuda.is_available():
-        return f"cuda ({torch.cuda.get_device_name()})"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    name = device_for("auto")
+    return f"cuda ({torch.cuda.get_device_name()})" if name == "cuda" else name

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from imagine.adapter import Adapter, BranchSpec, prepare
-from imagine.bases import ADAPTERS, T5, VISION, Blueprint, Networks, build
+from imagine.bases import T5, VISION, Blueprint, Networks, build
 from imagine.cards import BUS, with_reserve
 from imagine.errors import ConfigError
 from imagine.meter import Meter, parameter_count, planned_kernels, weight_bytes
 from imagine.records import Conditioning, Tokens
+from imagine.weights import ADAPTERS
 
 Offload = Literal["none", "model", "sequential"]
 OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")  # the fastest first

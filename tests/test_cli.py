@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from PIL import Image
 from skimage import data
 
 from imagine import __version__
-from imagine.cli import main
+from imagine.cli import BATCH, main
+from imagine.faces import KnownGeometry
 from imagine.persona import Persona
+from imagine.pipeline import ImaginePipeline
 from tests import pictures, tiny
 
 Run = Callable[..., tuple[int, str, str]]
@@ -25,6 +28,15 @@ Run = Callable[..., tuple[int, str, str]]
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     tiny.pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def refining(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights, which draw small faces once more unless told not to."""
+    folder = Path(shutil.copytree(weights, tmp_path_factory.mktemp("refining") / "weights"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "default_refine_faces": True}))
     return folder
 
 
@@ -105,6 +117,81 @@ def test_generate_as_json_with_several_pictures(run: Run, weights: Path, photo: 
     assert said["faces"][0]["reference"] == str(photo) and said["faces"][0]["box"]["width"] > 20
 
 
+def test_many_pictures_are_drawn_a_batch_at_a_time_each_from_its_own_seed(
+    run: Run, refining: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    usual = ImaginePipeline._strength
+
+    def counted(self: ImaginePipeline, scale: Any, personas: Any, copies: int) -> Any:
+        drawn.append(copies)
+        return usual(self, scale, personas, copies)
+
+    monkeypatch.setattr(ImaginePipeline, "_strength", counted)
+    code, out, err = run(*generate(refining, photo, tmp_path / "x.png", "--num-images", BATCH + 2, "--json"))
+    assert (code, err, drawn) == (0, "", [BATCH, 2])
+    said = json.loads(out)
+    assert said["seeds"] == list(range(7, 7 + BATCH + 2)) and len(said["faces"]) == 1
+    numbers = [int(note.split(":")[0].removeprefix("Picture ")) for note in said["notes"]]  # of pictures without a face
+    assert numbers == sorted(set(numbers)) and BATCH < numbers[-1] <= BATCH + 2
+    assert run(*generate(refining, photo, tmp_path / "one.png", "--seed", 7 + BATCH + 1))[0] == 0
+    last, one = (np.asarray(Image.open(each)).astype(int) for each in (said["images"][-1], tmp_path / "one.png"))
+    assert np.abs(last - one).max() <= 1  # a batch may round otherwise
+
+
+def test_notes_are_told_whoever_asked_for_the_second_pass(
+    run: Run, weights: Path, refining: Path, photo: Path, tmp_path: Path
+) -> None:
+    """These weights draw no face that could be found, which a user must hear where the weights refine by default."""
+    note = "Picture 1: no face was found for one person"
+    for folder, more, told in ((refining, [], True), (weights, ["--refine-faces"], True), (weights, [], False)):
+        code, out, _ = run(*generate(folder, photo, tmp_path / "a.png", *more))
+        assert code == 0 and (note in out) is told
+
+
+def test_the_finder_is_insightface_where_that_is_asked_for(
+    run: Run, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.photo(1).save(tmp_path / "me.png")
+    asked = [*generate(weights, tmp_path / "me.png", tmp_path / "a.png"), "--finder", "insightface"]
+    code, out, err = run(*asked)
+    assert_refused(code, out, err)
+    assert "There is no InsightFace model pack buffalo_l" in err
+    monkeypatch.setattr("imagine.faces.InsightFaceFinder", lambda: KnownGeometry([tiny.BOX]))
+    code, out, _ = run(*asked, "--json")
+    assert code == 0 and json.loads(out)["faces"][0]["box"]["width"] == tiny.BOX.width
+    code, out, _ = run("doctor", tmp_path / "me.png", "--weights", weights, "--finder", "insightface", "--json")
+    assert code == 0 and len(json.loads(out)["faces"]) == 1
+
+
+def test_the_device_is_a_gpu_where_there_is_one(
+    run: Run, weights: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    code, out, _ = run(*generate(weights, photo, tmp_path / "a.png", "--json", "--device", "auto"))
+    assert code == 0 and json.loads(out)["device"] == "cpu"
+    for verb in (
+        generate(weights, photo, tmp_path / "b.png"),
+        ["enroll", photo, "--output", tmp_path / "b.safetensors"],
+    ):
+        code, out, err = run(*verb, "--device", "cuda")
+        assert_refused(code, out, err)
+        assert "torch sees no device cuda here: choose cpu" in err
+    moved: list[Any] = []
+
+    def to(self: ImaginePipeline, device: Any) -> ImaginePipeline:
+        moved.append(device)
+        return self
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(ImaginePipeline, "to", to)
+    for more in ([], ["--device", "cpu"]):
+        assert run(*generate(weights, photo, tmp_path / "c.png", *more))[0] == 0
+    assert moved == ["cuda", "cpu"]
+
+
 def test_generate_from_a_persona_and_from_names(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
     persona = tmp_path / "me.safetensors"
     code, out, _ = run("enroll", photo, photo, "--weights", weights, "--output", persona)
@@ -133,21 +220,97 @@ def test_doctor_reports_on_the_installation_and_on_a_photo(run: Run, weights: Pa
     assert code == 0 and "sharpness" in out
 
 
-def test_odd_pictures_serve_as_well_as_plain_ones(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
-    plain = Image.open(photo)
+def rotated(plain: Image.Image, folder: Path) -> Path:
     exif = Image.Exif()
     exif[0x0112] = 6
-    odd = {
-        "rotated.jpg": plain.rotate(90, expand=True),
-        "cmyk.jpg": plain.convert("CMYK"),
-        "grey.png": plain.convert("L"),
-    }
-    for name, image in odd.items():
-        image.save(tmp_path / name, exif=exif if name == "rotated.jpg" else Image.Exif())
-    plain.save(tmp_path / "animated.gif", save_all=True, append_images=[plain.convert("L")])
-    for name in (*odd, "animated.gif"):
-        code, out, err = run("doctor", tmp_path / name, "--weights", weights, "--json")
-        assert (code, err) == (0, "") and len(json.loads(out)["faces"]) == 1, name
+    plain.rotate(90, expand=True).save(folder / "rotated.jpg", exif=exif)
+    return folder / "rotated.jpg"
+
+
+def cmyk(plain: Image.Image, folder: Path) -> Path:
+    plain.convert("CMYK").save(folder / "cmyk.jpg")
+    return folder / "cmyk.jpg"
+
+
+def grey(plain: Image.Image, folder: Path) -> Path:
+    plain.convert("L").save(folder / "grey.png")
+    return folder / "grey.png"
+
+
+def animated(plain: Image.Image, folder: Path) -> Path:
+    plain.save(folder / "animated.gif", save_all=True, append_images=[plain.convert("L")])
+    return folder / "animated.gif"
+
+
+def deep(plain: Image.Image, folder: Path) -> Path:
+    return pictures.deep_png(folder / "deep.png", np.asarray(plain).astype(np.uint16) * 257)
+
+
+def deep_grey(plain: Image.Image, folder: Path) -> Path:
+    return pictures.deep_png(folder / "deep_grey.png", np.asarray(plain.convert("L")).astype(np.uint16) * 257)
+
+
+def palette_with_alpha(plain: Image.Image, folder: Path) -> Path:
+    clear = plain.convert("RGBA")
+    clear.paste((0, 0, 0, 0), (0, 0, plain.width, 8))
+    clear.quantize(256).save(folder / "palette.png")
+    with Image.open(folder / "palette.png") as stored:
+        assert stored.mode == "P" and "transparency" in stored.info
+    return folder / "palette.png"
+
+
+@pytest.mark.parametrize("make", [rotated, cmyk, grey, animated, deep, deep_grey, palette_with_alpha])
+def test_odd_pictures_serve_as_well_as_plain_ones(
+    run: Run, weights: Path, photo: Path, tmp_path: Path, make: Callable[[Image.Image, Path], Path]
+) -> None:
+    odd = make(Image.open(photo).convert("RGB"), tmp_path)
+    code, out, err = run("doctor", odd, "--weights", weights, "--json")
+    assert (code, err) == (0, "") and len(json.loads(out)["faces"]) == 1
+    code, out, err = run(*generate(weights, odd, tmp_path / "out.png", "--json"))
+    assert (code, err) == (0, "") and json.loads(out)["faces"][0]["found"] == 1
+    assert Image.open(tmp_path / "out.png").size == (tiny.SIZE, tiny.SIZE)
+
+
+def test_of_several_faces_it_is_said_which_was_used(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    one = Image.open(photo)
+    both = Image.new("RGB", (2 * one.width, one.height))
+    both.paste(one, (0, 0))
+    both.paste(one, (one.width, 0))
+    both.save(tmp_path / "both.png")
+    code, out, err = run(*generate(weights, tmp_path / "both.png", tmp_path / "a.png"))
+    assert (code, err) == (0, "") and "The photo holds 2 faces and the largest was used (face=0;" in out
+    code, out, _ = run(*generate(weights, tmp_path / "both.png", tmp_path / "b.png", "--face", "1", "--json"))
+    assert code == 0 and json.loads(out)["faces"][0]["index"] == 1
+
+
+# --- names that are no text -------------------------------------------------------------------------------------------
+def test_names_that_are_no_text_are_printed_as_escapes(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(bytes(tmp_path) + b"/m\xff.jpg")
+    try:
+        Path(odd).write_bytes(photo.read_bytes())
+    except OSError:
+        pytest.skip("this system's names are all text")
+    code, out, err = run(*generate(weights, Path(odd), Path(odd).with_suffix(".png"), "--json"))
+    assert (code, err) == (0, "") and json.loads(out)["faces"][0]["reference"] == odd
+    code, out, err = run(*generate(weights, Path(odd), Path(odd).with_suffix(".png")))
+    assert (code, err) == (0, "") and "m\\udcff.png (seed 7" in out
+
+
+def test_a_terminal_that_knows_few_letters_shows_the_others_as_escapes(tmp_path: Path) -> None:
+    (tmp_path / "é").mkdir()
+    tiny.pipeline().enroll(tiny.photo(1)).save(tmp_path / "é" / "me.safetensors")
+    for more, shown in (([], "\\xe9"), (["--json"], "\\u00e9")):
+        done = process("-m", "imagine", "inspect", str(tmp_path / "é"), *more, PYTHONIOENCODING="ascii")
+        assert (done.returncode, done.stderr) == (0, "") and shown in done.stdout
+    assert json.loads(done.stdout)["path"] == str(tmp_path / "é")
+
+
+def test_a_result_that_cannot_be_printed_is_told_in_a_sentence(weights: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    command = f"{sys.executable} -m imagine inspect {weights} > /dev/full"
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and "cannot be printed (No space left" in ran.stderr
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -191,6 +354,67 @@ def test_photos_that_cannot_be_used(run: Run, weights: Path, tmp_path: Path, mak
     assert not (tmp_path / "out.png").exists()
 
 
+def other_persona(weights: Path, folder: Path) -> list[Any]:
+    """A persona that other weights made."""
+    tiny.pipeline(seed=5).enroll(tiny.photo(1)).save(folder / "other.safetensors")
+    return generate(weights, folder / "other.safetensors", folder / "out.png")
+
+
+def cut_persona(weights: Path, folder: Path) -> list[Any]:
+    whole = folder / "whole.safetensors"
+    tiny.pipeline().enroll(tiny.photo(1)).save(whole)
+    (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:-8])
+    return generate(weights, folder / "cut.safetensors", folder / "out.png")
+
+
+def cut_weights(weights: Path, folder: Path) -> list[Any]:
+    tiny.photo(1).save(folder / "photo.png")
+    shutil.copytree(weights, folder / "weights")
+    file = next((folder / "weights" / "unet").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-64])
+    return generate(folder / "weights", folder / "photo.png", folder / "out.png")
+
+
+def foreign_weights(weights: Path, folder: Path) -> list[Any]:
+    """An encoder that the adapter was not trained with."""
+    tiny.photo(1).save(folder / "photo.png")
+    shutil.copytree(weights, folder / "weights")
+    tiny.pipeline(seed=5).image_encoder.save_pretrained(folder / "weights" / "image_encoder")
+    return generate(folder / "weights", folder / "photo.png", folder / "out.png")
+
+
+WRONG_FILES = [
+    (other_persona, "made by the vision encoder"),
+    (cut_persona, "not a complete safetensors file"),
+    (cut_weights, "unet cannot be loaded"),
+    (foreign_weights, "trained with the vision encoder"),
+]
+
+
+@pytest.mark.parametrize(("make", "says"), WRONG_FILES)
+def test_files_that_do_not_fit(
+    run: Run, weights: Path, tmp_path: Path, make: Callable[[Path, Path], list[Any]], says: str
+) -> None:
+    code, out, err = run(*make(weights, tmp_path))
+    assert_refused(code, out, err)
+    assert says in err and not (tmp_path / "out.png").exists()
+
+
+def test_enroll_looks_for_the_photos_before_it_loads_anything(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{")  # loading this would be the next thing to fail
+    code, out, err = run("enroll", "nobody.jpg", "--weights", tmp_path, "--output", tmp_path / "me.safetensors")
+    assert_refused(code, out, err)
+    assert "There is no file nobody.jpg" in err
+
+
+def test_evaluate_looks_at_its_output_before_it_loads_anything(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{")
+    for output in (tmp_path / "model_index.json", tmp_path / "model_index.json" / "below"):
+        code, out, err = run("evaluate", "--weights", tmp_path, "--output", output)
+        assert_refused(code, out, err)
+        assert "choose another" in err and "JSON" not in err
+
+
 def test_a_face_that_is_not_there(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
     code, out, err = run(*generate(weights, photo, tmp_path / "out.png", "--face", "3"))
     assert_refused(code, out, err)
@@ -204,6 +428,16 @@ def test_a_face_that_is_not_there(run: Run, weights: Path, photo: Path, tmp_path
         (["--prompt", "   "], "empty"),
         (["--prompt", "word " * 2000], "shorten"),
         (["--prompt", "{ann} smiles"], "ann"),
+        (["--prompt", "smiling \udcff"], "bytes that are no text"),
+        (["--reference", "x" * 5000], "File name too long"),
+        (["--reference", "ann=" + "x" * 5000], "File name too long"),
+        (["--reference", "~nobody-at-all/me.jpg"], "There is no file ~nobody-at-all/me.jpg"),
+        (["--weights", "x" * 5000], "File name too long"),
+        (["--weights", "~nobody-at-all"], "There is no folder ~nobody-at-all"),
+        (["--output", "x" * 5000 + ".png"], "File name too long"),
+        (["--output", "x" * 5000 + "/out.png"], "File name too long"),
+        (["--device", "tpu"], "--device"),
+        (["--finder", "mine"], "--finder"),
         (["--output", "out.txt"], ".png"),
         (["--output", "no/such/folder/out.png"], "folder"),
         (["--output", "."], ".png"),
@@ -236,6 +470,12 @@ def test_arguments_that_do_not_fit(
         ["generate"],
         ["enroll", "nobody.jpg", "--output", "me.png"],
         ["inspect", "nothing.safetensors"],
+        ["inspect", "x" * 5000],
+        ["inspect", "~nobody-at-all"],
+        ["enroll", "x" * 5000, "--output", "me.safetensors"],
+        ["evaluate", "--output", "x" * 5000],
+        ["import-ip-adapter", "x.safetensors", "--base", "sdxl", "--output", "x" * 5000],
+        ["export-ip-adapter", "~nobody-at-all", "--output", "x.safetensors"],
         ["doctor", "nobody.jpg"],
         ["doctor", "--weights", "nowhere"],
         ["evaluate", "--weights", "nowhere", "--output", "report"],
@@ -270,8 +510,8 @@ def test_our_own_faults_exit_with_one_and_without_a_traceback(run: Run, tmp_path
 
 
 # --- as a process -----------------------------------------------------------------------------------------------------
-def process(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+def process(*arguments: str, **setting: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **setting}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
 
 
@@ -290,6 +530,12 @@ def test_the_module_is_the_command() -> None:
     assert (done.returncode, done.stdout.strip()) == (0, f"imagine {__version__}")
     done = process("-m", "imagine", "generate", "--reference", "x.jpg", "--prompt", "smiling", "--output", "x.png")
     assert_refused(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_lean_process_refuses_weights_that_do_not_fit(weights: Path, tmp_path: Path) -> None:
+    done = process("-m", "imagine", *map(str, foreign_weights(weights, tmp_path)))
+    assert_refused(done.returncode, done.stdout, done.stderr)
+    assert "trained with the vision encoder" in done.stderr and not (tmp_path / "out.png").exists()
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFilter
 
-from imagine.doctor import COMPONENTS, report_installation, report_photo
-from imagine.errors import PictureError
+from imagine.doctor import COMPONENTS, device_for, report_installation, report_photo
+from imagine.errors import ConfigError, PictureError
 from imagine.faces import KnownGeometry
 from imagine.records import FaceBox
 from tests import pictures
@@ -66,6 +66,16 @@ def test_installation_without_weights_says_how_to_get_them() -> None:
     assert report.weights is None and report.components == {} and "make weights" in report.advice[0]
     assert report.versions["torch"] and report.finders["cascade"] and not report.finders["learned"]
     assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
+
+
+def test_the_device_is_one_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, best in ((True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda mps=mps: mps)
+        assert device_for("auto") == best and device_for(best) == best and device_for("cpu") == "cpu"
+    with pytest.raises(ConfigError, match=r"no device cuda here: choose cpu, or leave --device out\.$"):
+        device_for("cuda")
+    assert report_installation(None).device == "cpu"
 
 
 def test_installation_names_the_missing_components(tmp_path: Path) -> None:
