@@ -146,9 +146,7 @@ def _ray() -> Any:
         importlib.import_module("ray.data")
         return importlib.import_module("ray")
     except ImportError as error:
-        raise ConfigError(
-            "Ray is not installed: `pip install 'imagine-yourself-open[ray]'`, or build without --backend ray."
-        ) from error
+        raise ConfigError("Ray is not installed: `pip install -e '.[ray]'`, or build without --backend ray.") from error
 
 
 def _connect(ray: Any, cluster: Cluster, stages: Sequence[StagePlan]) -> None:

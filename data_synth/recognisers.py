@@ -137,7 +137,7 @@ class JudgeRecogniser:
 
 
 class InsightFaceRecogniser:
-    """InsightFace's detectors and ArcFace embeddings, for photographs: `pip install 'imagine-yourself-open[faces]'`.
+    """InsightFace's detectors and ArcFace embeddings, for photographs: `pip install -e '.[faces]'`.
 
     Nothing is downloaded: get a model pack and name it. The packs are for non-commercial research only.
     """
@@ -175,7 +175,7 @@ class InsightFaceRecogniser:
             self._face = importlib.import_module("insightface.app.common").Face
         except ImportError as error:
             raise ImagineError(
-                "This recogniser needs insightface: install it with pip install 'imagine-yourself-open[faces]'."
+                "This recogniser needs insightface: install it with pip install -e '.[faces]'."
             ) from error
         on_gpu = self.settings.device == "cuda"
         providers = ["CUDAExecutionProvider"] * on_gpu + ["CPUExecutionProvider"]

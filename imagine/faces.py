@@ -10,7 +10,7 @@ gives it. Finders made for other conventions are moved to ours by constant facto
   front, tilted up to about 40 degrees; faces turned half aside are missed.
 - `LearnedFinder`: our own small network (`finder`), trained on the portrait world with its drawings and turned heads.
 - `CombinedFinder`: several of them, double finds merged. `default_finder` is the two above.
-- `InsightFaceFinder`: optional, for photos at large: `pip install 'imagine-yourself-open[faces]'` and a model pack.
+- `InsightFaceFinder`: optional, for photos at large: `pip install -e '.[faces]'` and a model pack.
 - `KnownGeometry`: boxes that the caller already has.
 """
 
@@ -433,9 +433,7 @@ class InsightFaceFinder:
         try:
             importlib.import_module("insightface")
         except ImportError as error:
-            raise ImagineError(
-                "This finder needs insightface: install it with pip install 'imagine-yourself-open[faces]'."
-            ) from error
+            raise ImagineError("This finder needs insightface: install it with pip install -e '.[faces]'.") from error
         self.detector = _detector(path)
         self.detector.prepare(-1, det_thresh=threshold, input_size=(640, 640))
 

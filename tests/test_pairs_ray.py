@@ -63,7 +63,7 @@ def test_steps_with_a_share_of_their_own_are_stages() -> None:
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray", reason="pip install 'imagine-yourself-open[ray]'")
+    ray = pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match=r"no Ray cluster at nowhere .*ray start --head"):
         _connect(ray, Cluster(address="nowhere"), [])
@@ -76,7 +76,7 @@ def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyP
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Two workers on this machine, and a GPU that Ray takes for granted."""
-    ray = pytest.importorskip("ray", reason="pip install 'imagine-yourself-open[ray]'")
+    ray = pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
