@@ -172,6 +172,14 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_an_output_that_cannot_be_a_folder_is_one_line(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run_file), "--output", str(run_file / "below")], {"toy": ToyTask}) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "choose another" in said
+
+
 def test_a_run_that_was_stopped_exits_with_3_and_one_that_was_carried_on_with_0(run_file: Path, tmp_path: Path) -> None:
     smaller = ["one.images=16", "two.images=16", "two.settings.width=4"]
     command = [str(run_file), "--output", str(tmp_path / "out"), *smaller]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imagine.errors import ImagineError
+from imagine.paths import folder_to_fill
 from train.config import load_run
 
 DONE, WRONG, STOPPED = 0, 2, 3  # a script that goes on after training must be able to tell the first from the last
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None
             from train.selftest import self_test
 
             return 0 if all(each.passed for each in self_test(run, options.output, only, chosen)) else 1
-        output, minutes = options.output, options.max_minutes
+        output, minutes = folder_to_fill(options.output), options.max_minutes
         finished = run_stages(run, output, resume=options.resume, only=only, max_minutes=minutes, tasks=chosen)
     except ImagineError as error:
         sys.stderr.write(f"{error}\n")
