@@ -266,8 +266,7 @@ class ParallelAttention:
             low_rank = layer.low_rank(target)
             acts = None if low_rank is None else layer.strength(conditioning, layer.owner, self.name)
             if low_rank is not None and acts is not None:
-                # In all rows: a product of other rows alone would be rounded otherwise.
-                out = _add(out, low_rank(states), acts.everywhere).to(out.dtype)
+                out = _add_where(out, acts, low_rank, states).to(out.dtype)
         return out
 
     def _present(
@@ -384,21 +383,26 @@ def _add_where(base: Tensor, acts: Acting, addition: Callable[..., Tensor], *inp
         return _add(base, addition(*inputs), acts.everywhere)
     part = base[rows]
     added = addition(*(each if each is None or len(each) == 1 else each[rows] for each in inputs))
+    if not torch.is_grad_enabled():
+        part.add_(_times(added, acts.there))
+        return base
     summed = _add(part, added, acts.there)
     if len(part) == len(base):
         return summed
-    if torch.is_grad_enabled():
-        return torch.cat((base[: rows.start], summed.to(base.dtype), base[rows.stop :]))
-    part.copy_(summed)
-    return base
+    return torch.cat((base[: rows.start], summed.to(base.dtype), base[rows.stop :]))
 
 
 def _add(base: Tensor, addition: Tensor, strength: Scale) -> Tensor:
     """Return base + strength * addition; items whose strength is 0 keep the base bit for bit, whatever the addition."""
+    return base + _times(addition, strength)
+
+
+def _times(addition: Tensor, strength: Scale) -> Tensor:
+    """Strength times an addition, and exactly 0 in the items (batch first) whose strength is 0."""
     if not isinstance(strength, Tensor):
-        return base + (addition if strength == 1 else strength * addition)
+        return addition if strength == 1 else strength * addition
     strength = strength.to(addition.device).view(-1, *[1] * (addition.dim() - 1))
-    return base + torch.where(strength != 0, strength * addition, 0)
+    return torch.where(strength != 0, strength * addition, 0)
 
 
 def _heads(attn: Attention, states: Tensor) -> Tensor:

@@ -269,8 +269,9 @@ def test_padding_has_no_influence_on_the_picture(unet):
 
 @torch.no_grad()
 @pytest.mark.parametrize("scale", [0.8, torch.tensor([1.0, 0.0, 0.6])])
-def test_prepared_conditioning_gives_the_same_picture_bit_for_bit(unet, scale):
-    call, text, identity = Call(unet), opened(text_adapter(unet)), opened(identity_adapter(unet))
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_prepared_conditioning_gives_the_same_picture(unet, scale, lora_rank):
+    call, text, identity = Call(unet), opened(text_adapter(unet)), opened(identity_adapter(unet, lora_rank))
     with text.attach(unet), identity.attach(unet):
         plain = call.conditioning(identity, scale)
         mask = torch.ones(3, 6, dtype=torch.bool)
@@ -278,8 +279,10 @@ def test_prepared_conditioning_gives_the_same_picture_bit_for_bit(unet, scale):
         plain = replace(plain, branches={**plain.branches, "vision": Tokens(plain.branches["vision"].values, mask)})
         expected = call(plain)
         ready = prepare(unet, plain)
-        assert torch.equal(call(ready), expected)
-        assert torch.equal(call(ready), expected)  # and again, out of its memory
+        first = call(ready)
+        # LoRA is then a product of fewer rows, which is rounded otherwise; what has no LoRA is the same bit for bit.
+        torch.testing.assert_close(first, expected, rtol=0, atol=1e-6 if lora_rank else 0)
+        assert torch.equal(call(ready), first)  # and again, out of its memory
     crossing = [name for name, attn in attention_layers(unet).items() if attn.is_cross_attention]
     assert ready.memory is not None
     kept = {key for key in ready.memory if not key[0].startswith("strength")}
@@ -299,7 +302,8 @@ def test_rows_in_which_the_identity_is_off_cost_nothing_once_prepared(unet):
                     assert torch.equal(call(ready), pictures[name])
             spent[name] = meter.flops
             assert torch.equal(call(ready).detach(), pictures[name])  # with gradients nothing is changed in place
-            assert torch.equal(call(replace(ready, memory=None)).detach(), pictures[name])
+            whole = call(replace(ready, memory=None)).detach()  # LoRA in all rows, which rounds otherwise
+            torch.testing.assert_close(whole, pictures[name], atol=1e-6, rtol=0)
         other = replace(ready, scales={"vision": torch.tensor([1.0, 1.0, 1.0])})  # another strength, the same memory
         torch.testing.assert_close(call(other), call(replace(other, memory=None)), atol=1e-5, rtol=1e-5)
     assert spent["all"] - spent["two"] == spent["two"] - spent["one"] > 0
