@@ -106,6 +106,7 @@ def test_the_file_guide_matches_the_disk() -> None:
     listed = [line.split()[0] for line in guide[1].splitlines() if line.strip()]
     on_disk = [str(path.relative_to(ROOT)) for path in sources(*PACKAGES, "benchmarks")]
     on_disk += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "configs").glob("*.yaml"))]
+    on_disk += [str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("[!.]*"))]
     here = {name for name in listed if not name.endswith("/")}
     assert len(listed) == len(set(listed))
     assert {name for name in on_disk if Path(name).name != "__init__.py"} - here == set(), "missing in the guide"
