@@ -427,3 +427,24 @@ def test_the_faster_precision_is_measured_once_for_the_whole_run(
     assert json.loads((tmp_path / "precision.json").read_text()) == {
         "cpu": {"precision": "bf16", "measured": "measured"}
     }
+
+
+@pytest.mark.parametrize("muon", [((), ("first",)), (("first", "second"), ()), (("first",), ("second",))])
+def test_another_optimiser_begins_with_no_moments(
+    tmp_path: Path, muon: tuple[tuple[str, ...], tuple[str, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    before, after = (one_stage(muon=parts, checkpoint_every_seconds=0) for parts in muon)
+    with pytest.raises(RuntimeError, match="gone"):
+        train(tmp_path, before, crashing_at(80))
+    assert train(tmp_path, after, resume=True)
+    others = {"first", "second"} if muon == (("first",), ("second",)) else set(muon[0] + muon[1])
+    assert f"the moments of {len(others)} of 4 parameters begin anew" in caplog.text
+    weights = {"first": "body.0.weight", "second": "head.weight"}
+    names = state(tmp_path).keys()
+    for part, path in weights.items():
+        assert (f"optimiser/momentum/{path}" in names) == (part in muon[1])
+        assert (f"optimiser/exp_avg/{path}" in names) == (part not in muon[1])
+    assert int(state(tmp_path)["optimiser/step/body.0.bias"]) == 20  # a gain or bias is AdamW's in any case
+    fresh = "second" if "second" in others else "first"
+    if fresh not in muon[1]:
+        assert int(state(tmp_path)[f"optimiser/step/{weights[fresh]}"]) == 10

@@ -32,6 +32,7 @@ from train.initial import load_initial
 from train.language import load_text_encoders, make_tokenizers
 from train.latents import autoencoder_of
 from train.likeness import Likeness
+from train.sentences import SentenceStore
 from train.stages import TASKS, run_stages
 from train.task import Start, Task
 from train.task_adapter import AdapterTask
@@ -331,6 +332,22 @@ def test_stored_sentences_are_what_the_encoders_say() -> None:
     assert again.letters[3] == again.letters[0]
     shifted = got.shifted()
     assert torch.equal(shifted.clip.values[1], got.clip.values[0]) and shifted.letters[1] == got.letters[0]
+
+
+def test_each_process_keeps_the_sentences_it_reads_in_files_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, rows, manners = built("base"), torch.tensor([1, 5]), ["terse", "dense"]
+    gallery = task.stocks["train"].pictures.gallery
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    taken = []
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        store = SentenceStore(gallery, task.text, tmp_path)
+        assert store.t5.missing([3, 16]) == [3, 16]  # another process read them, but not into these files
+        taken.append(store.take(rows, manners))
+    assert torch.equal(taken[0].t5.values, taken[1].t5.values)
+    assert len(list(tmp_path.glob("t5-*.f16"))) == len(list(tmp_path.glob("clip-*.f16"))) == 2
 
 
 def test_a_sentence_also_acts_as_one_vector() -> None:

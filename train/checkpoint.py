@@ -33,6 +33,7 @@ from train.ema import Average
 log = logging.getLogger("train")
 FORMAT_VERSION = 1
 BEST = "best.safetensors"  # beside the folder of checkpoints
+_TELLTALES = {"momentum": "muon", "exp_avg": "adamw", "state1": "adamw8bit"}  # what one optimiser keeps and no other
 
 
 @dataclass
@@ -243,7 +244,10 @@ def load(folder: Path, fits: Callable[[Saved], bool]) -> Saved | None:
 
 @torch.no_grad()
 def restore(state: State, saved: Saved, source: str) -> None:
-    """Put a checkpoint's numbers into `state`, strictly: WeightsError for a tensor too many or too few."""
+    """Put a checkpoint's numbers into `state`, strictly: WeightsError for a tensor too many or too few.
+
+    Parameters that another optimiser moved then begin with no moments, which a warning tells.
+    """
     tensors = saved.tensors
     loaded = load_weights(state.modules, _below("weights/", tensors), source)
     averages = _below("average/", tensors)
@@ -251,10 +255,18 @@ def restore(state: State, saved: Saved, source: str) -> None:
         raise WeightsError(f"The checkpoint in {source} trains other parts; give the stage its old `train` and `ema`.")
     for path, value in averages.items():
         state.average.values[path].copy_(sharded_like(value, state.average.values[path]))
+    others = _moved_otherwise(state, tensors)
+    if others:
+        log.warning(
+            "Carrying on with another optimiser: the moments of %d of %d parameters begin anew.",
+            len(others), len(state.trained),
+        )  # fmt: skip
     for name, value in _below("optimiser/", tensors).items():
         key, path = name.split("/", 1)
         if path not in state.trained:
             raise WeightsError(f"The checkpoint in {source} trains {path}: give the stage its old `train`.")
+        if path in others:
+            continue
         parameter = state.trained[path]
         if value.dtype == torch.int64 and not value.ndim:
             state.optimiser.state[parameter][key] = int(value)  # bitsandbytes counts its steps in Python
@@ -263,6 +275,17 @@ def restore(state: State, saved: Saved, source: str) -> None:
         kept = torch.empty_like(like, dtype=value.dtype)  # in the parameter's own memory layout
         state.optimiser.state[parameter][key] = kept.copy_(sharded_like(value, like))
     state.progress = saved.progress
+
+
+def _moved_otherwise(state: State, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Paths of the parameters whose stored moments are of another optimiser than they have now."""
+    kind = state.stage.get("optimiser", "adamw")
+    now = {
+        id(p): "muon" if group.get("muon") else kind for group in state.optimiser.param_groups for p in group["params"]
+    }
+    stored = [name.split("/", 1) for name in _below("optimiser/", tensors)]
+    before = {path: _TELLTALES[key] for key, path in stored if key in _TELLTALES and path in state.trained}
+    return {path for path, one in before.items() if now[id(state.trained[path])] != one}
 
 
 def _contents(state: State) -> dict[str, Tensor]:

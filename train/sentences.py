@@ -49,13 +49,16 @@ class Sentences:
 
 
 class SentenceStore:
-    """The captions of a gallery, in three manners, behind the row numbers of its pictures."""
+    """The captions of a gallery, in three manners, behind the row numbers of its pictures.
+
+    Each process that trains has files of its own, since machines that write into one file lose what the other wrote.
+    """
 
     def __init__(self, gallery: AnyGallery, text: TextEncoders, folder: Path) -> None:
         self.gallery, self.text = gallery, text
         window = int(text.clip.config.max_position_embeddings)
         made_by = "-".join(fingerprint(encoder)[:16] for encoder in (text.clip, text.t5))
-        count, mark = len(gallery) * len(STYLES), f"{made_by}-{gallery.mark}"
+        count, mark = len(gallery) * len(STYLES), f"{made_by}-{gallery.mark}{_process()}"
         self.clip = KeptTokens(folder / f"clip-{mark}", count, window, int(text.clip.config.hidden_size))
         self.t5 = KeptTokens(folder / f"t5-{mark}", count, _T5_TOKENS, int(text.t5.config.d_model))
 
@@ -88,6 +91,13 @@ class SentenceStore:
         for kept, encode in ((self.t5, self.text.encode_t5), (self.clip, self.text.encode_clip)):
             if places := kept.missing(list(texts)):
                 kept.write(places, encode([texts[place] for place in places]))
+
+
+def _process() -> str:
+    """What tells the files of this process from those of others, if there are any."""
+    here = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if here else 0
+    return f"-process-{rank}" if rank else ""
 
 
 def caption_places(rows: Tensor, manners: Sequence[str]) -> list[int]:
