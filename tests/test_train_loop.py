@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from imagine.errors import ConfigError
 from tests.toy_training import ToyBatch, ToyTask
@@ -427,6 +428,24 @@ def test_the_faster_precision_is_measured_once_for_the_whole_run(
     assert json.loads((tmp_path / "precision.json").read_text()) == {
         "cpu": {"precision": "bf16", "measured": "measured"}
     }
+
+
+def test_a_disk_that_is_full_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.__main__ import WRONG, main
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: no space left on device")
+
+    monkeypatch.setattr("train.checkpoint.save_file", full)
+    config = tmp_path / "run.yaml"
+    config.write_text("trackers: []\nstages: {one: {task: toy, train: {both: 1e-2}, images: 8, batch_size: 8}}")
+    assert main([str(config), "--output", str(tmp_path / "run")], {"toy": ToyTask}) == WRONG
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "What the run" in line]
+    assert "safetensors cannot be written" in sentence and "no space left" in sentence and "carries on" in sentence
+    monkeypatch.undo()
+    assert main([str(config), "--output", str(tmp_path / "run")], {"toy": ToyTask}) == 0
 
 
 @pytest.mark.parametrize("muon", [((), ("first",)), (("first", "second"), ()), (("first",), ("second",))])

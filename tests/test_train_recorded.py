@@ -109,6 +109,20 @@ def test_what_cannot_be_used_is_counted_and_never_drawn(tmp_path: Path) -> None:
     assert again.gallery.usable.tolist() == pictures.gallery.usable.tolist()
 
 
+def test_a_record_that_breaks_later_is_left_out_from_then_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    address = written(tmp_path / "shards", records())
+    pictures = open_recorded(address, 64, tmp_path / "kept")
+    spoil(tmp_path / "shards" / "00000.tar")
+    images = pictures.take(torch.tensor([0, 2]))[0]
+    assert (images[0] == 0.5).all() and not (images[1] == 0.5).all()
+    assert "Record 0000" in caplog.text and "left out from now on" in caplog.text
+    again = open_recorded(address, 64, tmp_path / "kept")
+    for each in (pictures, again):
+        assert each.gallery.pairs("other").tolist() == [[2, 3], [4, 5]]
+        assert each.gallery.pairs("self").tolist() == [[2, 2], [4, 4]]
+    assert json.loads((tmp_path / "kept" / "left_out.json").read_text())["unusable"] == {"cannot be read": 1}
+
+
 def test_faces_without_a_box_are_found(tmp_path: Path) -> None:
     plain = [Record(each.key, each.image, each.caption, identity=each.identity) for each in records()]
     where = FaceBox(30, 40, 50, 60, 1.0)

@@ -131,7 +131,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         seen.add(start)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as draft:
-        save_file(own, draft, dict(metadata))
+        try:
+            save_file(own, draft, dict(metadata))
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{path} cannot be written ({error})") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

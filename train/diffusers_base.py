@@ -73,7 +73,14 @@ class DiffusersBase:
         """The noise it was trained with, as a DDPMScheduler. Raises ConfigError for a kind that is not."""
         from diffusers import DDPMScheduler
 
-        config = json.loads((self.folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        file = self.folder / "scheduler" / "scheduler_config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{file} cannot be read, and without it nobody knows the noise of this base: download it with the "
+                "rest (docs/training.md says how)."
+            ) from error
         schedule = DDPMScheduler.from_config(config, clip_sample=False)
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ConfigError(

@@ -5,7 +5,6 @@ latents or face crops are made of them. What is found out once, and kept, is whe
 be read, or whose face nobody finds, is counted by reason and never drawn.
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from imagine.errors import BadRecordError, ConfigError
 from imagine.faces import FaceFinder, default_finder
 from imagine.shards import Record, Records, open_records
 from imagine.weights import default_folder
+from train.checkpoint import write_json
 from train.kept import keep
 
 log = logging.getLogger("train")
@@ -99,11 +99,13 @@ class RecordPictures:
 
     def __init__(self, gallery: RecordGallery, folder: Path, finder: FaceFinder | None = None) -> None:
         self.gallery = gallery
-        self._finder = finder
-        facts = keep(folder / "faces_and_frames.f32", gallery, (9,), np.float32, self._look, "finding faces")
-        self.boxes, states, self._frames = np.asarray(facts[:, :4]), facts[:, 4], np.asarray(facts[:, 5:])
-        gallery.usable = torch.from_numpy(states == _USABLE)
-        self._tell(Counter(states.tolist()), folder)
+        self._finder, self.folder = finder, folder
+        self._facts = keep(folder / "faces_and_frames.f32", gallery, (9,), np.float32, self._look, "finding faces")
+        self.boxes, self._frames = np.asarray(self._facts[:, :4]), np.asarray(self._facts[:, 5:])
+        gallery.usable = torch.from_numpy(self._facts[:, 4] == _USABLE)
+        if left_out := self._tell():
+            words = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+            log.warning("%s: of %s records %s; they are left out.", folder.name, f"{len(gallery):,}", words)
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, S, S), 0 to 1, and face boxes (B, 4); grey where a record cannot be used."""
@@ -115,11 +117,24 @@ class RecordPictures:
         return torch.from_numpy(self._frames[rows.numpy()])
 
     def _image(self, row: int) -> Tensor:
-        if not self.gallery.usable[row]:
-            return torch.full((3, self.gallery.size, self.gallery.size), 0.5)
-        record, picture = self.gallery.records[row], self.gallery.records.picture(row)
-        square = _square(picture, self._box(picture, record.box, record.width), self.gallery.size)[0]
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+        if self.gallery.usable[row]:
+            record = self.gallery.records[row]
+            try:
+                picture = self.gallery.records.picture(row)
+            except BadRecordError as error:
+                self._leave_out(row, error)
+            else:
+                square = _square(picture, self._box(picture, record.box, record.width), self.gallery.size)[0]
+                return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
+        return torch.full((3, self.gallery.size, self.gallery.size), 0.5)
+
+    def _leave_out(self, row: int, error: BadRecordError) -> None:
+        """Never draw a record that could be read when faces were looked for, and no longer can."""
+        log.warning("%s: a record is left out from now on: %s", self.folder.name, error)
+        self.gallery.usable[row] = False
+        self._facts[row, 4] = _BROKEN
+        self._facts.flush()
+        self._tell()
 
     def _look(self, rows: Tensor) -> Tensor:
         """Face boxes in the squares, whether the record can be used, and what the square was cut from, (B, 9)."""
@@ -152,13 +167,13 @@ class RecordPictures:
         found = self._finder.find(picture)
         return (found[0].left, found[0].top, found[0].width, found[0].height) if found else None
 
-    def _tell(self, states: "Counter[float]", folder: Path) -> None:
+    def _tell(self) -> dict[str, int]:
+        """Write down how many records are left out, by reason, and what is wrong with the data set; the former."""
+        states = Counter(self._facts[:, 4].tolist())
         left_out = {words: states[state] for state, words in _REASONS.items() if states[state]}
         problems = {reason: len(names) for reason, names in self.gallery.records.problems.items()}
-        (folder / "left_out.json").write_text(json.dumps({"unusable": left_out, "problems": problems}, indent=1))
-        if left_out:
-            words = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-            log.warning("%s: of %s records %s; they are left out.", folder.name, f"{len(self.gallery):,}", words)
+        write_json(self.folder / "left_out.json", {"unusable": left_out, "problems": problems})
+        return left_out
 
 
 def open_recorded(
