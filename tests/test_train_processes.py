@@ -134,3 +134,26 @@ def test_what_cannot_work_is_one_sentence(
         pytest.skip("there is a device here")
     assert run_in_processes(one_stage(**extra), tmp_path / "out", environment) == [WRONG, WRONG]
     assert sentence in told(tmp_path / "out") and not (tmp_path / "out").exists()
+
+
+def test_a_process_that_hangs_is_noticed_soon_and_one_that_validates_is_waited_for(tmp_path: Path) -> None:
+    """Each sleeps for four seconds: one in the middle of a step, one while the other waits for its validation."""
+    soon = {"TOY_HURRY": "1"}
+    hanging = one_stage(images=96, settings={"hang_at": (84, 1)})
+    assert not {DONE, STOPPED, WRONG} & set(run_in_processes(hanging, tmp_path / "hanging", soon))
+    busy = one_stage(images=96, settings={"hang_at": (10**9, 0)}, validate_every=40)
+    assert run_in_processes(busy, tmp_path / "busy", soon) == [DONE, DONE]
+
+
+def test_a_signal_before_the_first_step_stops_all_where_it_is(tmp_path: Path) -> None:
+    """The main process is told while it fills its caches; the other one waits for it and stops as well."""
+    run = one_stage(images=16, settings={"rows": 600, "end_in_row": 300})
+    assert run_in_processes(run, tmp_path / "out") == [STOPPED, STOPPED]
+    assert rows_kept(tmp_path / "out") == 512 and not (tmp_path / "out" / "one" / "checkpoints").exists()
+    assert run_in_processes(run, tmp_path / "out") == [DONE, DONE]
+    assert rows_kept(tmp_path / "out") == 600
+
+
+def rows_kept(output: Path) -> int:
+    (state,) = (output / "one" / "cache").glob("rows*.json")
+    return int(json.loads(state.read_text())["rows"])

@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from train.checkpoint import write_json
+from train.stopping import stop_here
 
 log = logging.getLogger("train")
 _BLOCK = 256  # rows worked out and stored at a time
@@ -96,6 +97,7 @@ def _fill(
             kept[start : start + len(rows)] = made.numpy()
             kept.flush()
         write_json(state, {"rows": start + len(rows)})
+        stop_here()
 
 
 def _rows_done(state: Path, forms: Mapping[Path, Form]) -> int:

@@ -7,21 +7,20 @@ Several processes take the same steps, each on its share of every batch. What on
 a record that cannot be read, the validation's numbers) they tell each other before any of them acts on it.
 """
 
+import functools
 import json
 import logging
 import math
 import os
 import shutil
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -37,49 +36,22 @@ from train.config import Stage
 from train.data import ahead, key, to_device
 from train.ema import Average
 from train.report import Report, faster_precision
+from train.stopping import Stopped, Stopping
 from train.task import Loss, Task
 
 log = logging.getLogger("train")
 MOST_BAD_BATCHES = 3  # in a row
 SHOWN = 32  # images of the first batch that are saved for people to see
+# How long processes wait for each other; one that dies is noticed at once.
+PATIENCE = timedelta(hours=24)  # for the main one, while it renders pictures, encodes them, validates or exports
+HURRY = timedelta(hours=1)  # within steps, so that one that hangs does not hold all machines for a day
 Metrics = Mapping[str, float | Tensor]
 Value = TypeVar("Value")
+Given = ParamSpec("Given")
 
 
 class TrainingError(ImagineError):
     """Training cannot go on with these settings."""
-
-
-class Stopping:
-    """Whether to stop cleanly: after a number of minutes, or when the process is asked to end (SIGTERM, SIGINT)."""
-
-    def __init__(self, max_minutes: float | None = None) -> None:
-        self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self.signal: str | None = None
-
-    @property
-    def reason(self) -> str | None:
-        """Why to stop, in words, or None."""
-        if self.signal:
-            return f"asked to by {self.signal}"
-        return "the minutes given are over" if time.monotonic() >= self.deadline else None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take note of the two signals; a second one ends the process as usual."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def on_any(accelerator: Accelerator, *flags: bool) -> list[bool]:
@@ -96,6 +68,39 @@ def from_main(accelerator: Accelerator, value: Value) -> Value:
     return shared[0]
 
 
+def wait(accelerator: Accelerator, patience: timedelta) -> None:
+    """How long this process waits for the others from now on, whatever for."""
+    if accelerator.num_processes > 1:
+        from torch.distributed import distributed_c10d as distributed
+
+        set_timeout = getattr(distributed, "set_timeout", None) or distributed._set_pg_timeout  # its name in older torch
+        set_timeout(patience)
+
+
+@contextmanager
+def hurried(accelerator: Accelerator) -> Iterator[None]:
+    """For the block processes wait no longer than steps may take."""
+    wait(accelerator, HURRY)
+    try:
+        yield
+    finally:
+        wait(accelerator, PATIENCE)
+
+
+def patiently(method: "Callable[Concatenate[Course, Given], Value]") -> "Callable[Concatenate[Course, Given], Value]":
+    """A method of a hurried course that the main process may take its time for."""
+
+    @functools.wraps(method)
+    def patient(course: "Course", *args: Given.args, **kwargs: Given.kwargs) -> Value:
+        wait(course.accelerator, PATIENCE)
+        try:
+            return method(course, *args, **kwargs)
+        finally:
+            wait(course.accelerator, HURRY)
+
+    return patient
+
+
 def train_stage(
     name: str, stage: Stage, task: Task, folder: Path, accelerator: Accelerator, stopping: Stopping
 ) -> dict[str, float] | None:
@@ -106,9 +111,13 @@ def train_stage(
     (likewise, with the best weights).
     TrainingError if three batches in a row cannot be used, or `best_by` names no number of the validation.
     """
-    course = Course(name, stage, task, folder, accelerator)
+    try:
+        course = Course(name, stage, task, folder, accelerator, stopping)
+    except Stopped as stopped:
+        log.info("%s: stopped before its first step: %s.", name, stopped)
+        return None
     state = course.state
-    with course.report, closing(course.pieces()) as pieces:
+    with course.report, closing(course.pieces()) as pieces, hurried(accelerator):
         while state.progress.images_seen < stage.images:
             reason = stopping.reason
             stop, checkpoint_is_due = on_any(accelerator, reason is not None, course.checkpoint_is_due())
@@ -134,13 +143,21 @@ def train_stage(
 class Course:
     """One stage under way: the task, what changes while it trains, and the steps of the loop."""
 
-    def __init__(self, name: str, stage: Stage, task: Task, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        name: str,
+        stage: Stage,
+        task: Task,
+        folder: Path,
+        accelerator: Accelerator,
+        stopping: Stopping | None = None,
+    ) -> None:
         self.name, self.stage, self.task, self.folder, self.accelerator = name, stage, task, folder, accelerator
         chosen = parts.choose(task.parts(), stage.train, name)
         self.training = parts.freeze_all_but(task.modules, chosen)
         self._shape_up()
-        with accelerator.main_process_first():  # it fills the caches that the others then find
-            self._prepare_task()
+        self._prepare(stopping or Stopping())
+        with accelerator.main_process_first():
             saved = checkpoint.load(folder / "checkpoints", self._same_course)
             self.best = self._best_so_far(saved)
         self.state = self._state(chosen, saved)
@@ -173,6 +190,7 @@ class Course:
             self._skip(trouble)
         self.report.maybe_row(progress.images_seen, self._fixed())
 
+    @patiently
     def validate(self) -> dict[str, float]:
         """The task's numbers and pictures with the averaged weights in place, written to metrics.jsonl and samples/."""
         seen = self.state.progress.images_seen
@@ -185,6 +203,7 @@ class Course:
         self.report.pause(time.monotonic() - began)
         return numbers
 
+    @patiently
     def save(self, for_good: bool = False) -> None:
         """Write a checkpoint."""
         began, main = time.monotonic(), self.accelerator.is_main_process
@@ -197,6 +216,7 @@ class Course:
         waited = time.monotonic() - self.saved_at >= self.stage.checkpoint_every_seconds
         return waited and self.state.progress.images_seen > self.saved_images
 
+    @patiently
     def leave_weights(self, at_the_end: bool = False) -> None:
         """Write the averaged weights for later stages and the task's own export; in the end also one of the best."""
         best = self.folder / checkpoint.BEST
@@ -380,6 +400,19 @@ class Course:
             known[device.type] = dict(zip(("precision", "measured"), faster_precision(device), strict=True))
             checkpoint.write_json(path, known)
         return known[device.type]["precision"], known[device.type]["measured"]
+
+    def _prepare(self, stopping: Stopping) -> None:
+        """The main process first: it fills the caches that the others find. Stopped, on all, if it is to stop there."""
+        main, reason = self.accelerator.is_main_process, ""
+        for turn in (True, False):
+            if main == turn and not reason:
+                try:
+                    with stopping.anywhere():
+                        self._prepare_task()
+                except Stopped as stopped:
+                    reason = str(stopped)
+            if on_any(self.accelerator, bool(reason))[0]:
+                raise Stopped(reason or "another process was asked to")
 
     def _prepare_task(self) -> None:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -24,7 +24,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,8 @@ from train import checkpoint, parts, trackers
 from train.config import Run, Stage
 from train.data import key
 from train.initial import found_in, load_initial
-from train.loop import Stopping, from_main, on_any, train_stage
+from train.loop import PATIENCE, from_main, on_any, train_stage
+from train.stopping import Stopping
 from train.task import Start, Task
 
 log = logging.getLogger("train")
@@ -65,8 +65,6 @@ TASKS: dict[str, str] = {  # name -> "module:Class", imported when a run uses it
 HARMLESS = {
     "validate_every", "checkpoint_every_seconds", "report_every_seconds", "keep", "prefetch", "best_by", "best_is",
 }  # fmt: skip
-# How long processes wait for the main one, which may render pictures or validate; one that dies is noticed at once.
-PATIENCE = timedelta(hours=24)
 # How a stage's random numbers are keyed; stage.yaml says it, so that a stage keeps the numbers that it began with.
 NUMBERING = 2  # by seed and stage; 1: by the seed alone, all stages alike, and sources count each other's images
 

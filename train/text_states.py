@@ -18,6 +18,7 @@ from train.diffusers_base import Encode
 from train.kept_tokens import KeptTokens, cut
 from train.pictures import AnyGallery
 from train.sentences import STYLES, caption_places
+from train.stopping import stop_here
 
 log = logging.getLogger("train")
 _AT_ONCE = 32  # captions
@@ -85,6 +86,7 @@ class TextStates:
             read = encode([*([""] if 0 in some else []), *texts])
             for name, tokens in read.items():
                 kept[name].write([places[i] for i in some], tokens)
+            stop_here()
 
     def take(self, rows: Tensor, manners: Sequence[str], left_out: Mapping[str, Tensor]) -> dict[str, Tokens]:
         """Name -> tokens of these captions, which were read; of the empty sentence where `left_out` (B,) says so."""
