@@ -225,6 +225,19 @@ class Adapter(nn.Module):
         """The precision of its weights; a diffusers pipeline asks every component."""
         return next(self.parameters()).dtype
 
+    @property
+    def acts(self) -> bool:
+        """Whether it changes any picture: fresh from nothing, with every gate and LoRA at zero, it does not.
+
+        It reads the weights, which waits for the device.
+        """
+        if any(spec.fusion == "concatenated" for spec in self.branch_specs):
+            return True  # its tokens take attention from the text's, whatever their values are behind a closed gate
+        layers = self.layers().values()
+        gates = [branch.gate for layer in layers for branch in layer.branches().values()]
+        low_ranks = [low for layer in layers for low in map(layer.low_rank, self.lora_targets) if low is not None]
+        return any(bool(weight.any()) for weight in [*gates, *(low.lora_B.weight for low in low_ranks)])
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters by the names that a training stage uses; every parameter is in exactly one part.
 

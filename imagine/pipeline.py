@@ -433,7 +433,8 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
                 again = SecondPass(
                     plan.refining, plan.refining.levels(steps), plan.window, start, strength, shown, denoiser
                 )
-                if not self.interrupt:
+                # a fresh adapter gives the base's picture bit for bit, small faces included
+                if not self.interrupt and self.adapter is not None and self.adapter.acts:
                     side = int(self.unet.config.sample_size) * self.vae_scale_factor
                     refined, notes = again.refine(images, side, self.finder, self._redraw)
                 images = self.image_processor.postprocess(images, plan.output_type, [False] * len(images))

@@ -50,6 +50,18 @@ def test_a_small_face_is_redrawn_and_nothing_else_changes(pipe: ImaginePipeline,
     assert changed[torch.hypot(across, down) < 0.6].float().mean() > 0.9
 
 
+def test_a_fresh_adapter_gives_the_bases_picture_whatever_the_default() -> None:
+    fresh = tiny.pipeline(fresh=True)
+    fresh.register_to_config(default_refine_faces=True)
+    ann = fresh.enroll(tiny.photo(1))
+    assert not fresh.adapter.acts
+    drawn, base = draw(fresh, ann, [SMALL]), draw(fresh, None, [SMALL])
+    assert drawn.refined == 0 and torch.equal(drawn.images, base.images)
+    fresh.adapter.parts()["lora"][-1].data.fill_(0.1)  # the last is a lora_B
+    assert fresh.adapter.acts
+    assert draw(fresh, ann, [SMALL]).refined == 1
+
+
 def test_it_follows_from_the_generator_and_from_the_person(pipe: ImaginePipeline, people: list[Any]) -> None:
     first, again = (draw(pipe, people[0], [SMALL], refine_faces=True).images for _ in range(2))
     assert torch.equal(first, again)
