@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None
         sys.stderr.write(f"{error}\n")
         return WRONG
     except OSError as error:  # a full disk, no rights, a network that is gone
-        words = "What the run reads or writes failed"
-        sys.stderr.write(f"{words} ({error}): mend that and run the same command again; it carries on.\n")
+        what = "What the run reads or writes failed"
+        sys.stderr.write(f"{what} ({error}): mend that and run the same command again; it carries on.\n")
         return WRONG
     return DONE if finished else STOPPED
 
