@@ -31,6 +31,7 @@ from train.config import load_run
 from train.diffusers_base import BaseCodec, BaseReader, T5Reader, open_base, time_ids
 from train.initial import load_initial
 from train.kept_tokens import KeptTokens
+from train.plan import StagePlan, plan
 from train.selftest import self_test
 from train.stages import run_stages
 from train.task import Start
@@ -359,11 +360,28 @@ def test_a_dry_run_plans_from_configurations_alone(
     config, lines = str(CONFIGS / "sdxl_8gpu.yaml"), overrides(home, "sdxl_8gpu")
     assert main([config, *lines, "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert [line.split(":")[0] for line in said.splitlines() if not line.startswith(" ")] == list(FOUR)
-    assert "t5_branch" in said
+    assert [line.split(":")[0] for line in said.splitlines() if not line.startswith(" ")] == [*FOUR, "all stages"]
+    assert "t5_branch" in said and "of a card's memory" in said and "hours on rtx4090" in said.splitlines()[-2]
     assert main([config, "--output", str(tmp_path / "run"), "--dry-run"]) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert "There is no folder runs/models/stable-diffusion-xl-base-1.0" in sentence and "hf download" in sentence
+
+
+def test_a_plan_on_a_public_base_counts_what_a_step_computes(home: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"precision": "bf16", "images": 100, "ema": 0}
+
+    def planned(**other: Any) -> StagePlan:
+        run = load_run(CONFIGS / "sdxl_8gpu.yaml", overrides(home, "sdxl_8gpu", **more, **other))
+        return plan(run, tmp_path, {"diffusers_adapter": Watched})[0]
+
+    small, large = planned(**{"settings.base_precision": "bf16"}), planned()
+    for each in (small, large):
+        assert each.step is not None and each.step.trained == each.trained and each.step.memory["average"] == 0
+        assert each.step.memory["trained weights"] == 4 * sum(each.trained.values())
+        assert each.step.frozen == each.frozen and each.step.memory["activations and gradients"] > 0
+        assert each.hours_on["a100"] == pytest.approx(50 * each.step.flops / (0.4 * 312e12) / 3600)
+    frozen = [each.step.memory["frozen weights"] for each in (small, large) if each.step]
+    assert frozen[1] == 2 * frozen[0] == 4 * small.frozen
 
 
 def test_a_self_test_computes_as_the_stage_does_and_reaches_every_part(home: Path, tmp_path: Path) -> None:

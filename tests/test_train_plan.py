@@ -52,6 +52,7 @@ def test_a_plan_knows_how_far_a_run_is_and_how_fast_it_was(tmp_path: Path) -> No
     assert one.hours == pytest.approx(60 / 2 / 3600)
     text = words([one])
     assert "40 of 100 images, 8 steps of 8" in text and "minutes left" in text and "first" in text and "0.01" in text
+    assert "all stages: 60 images and 8 steps still to go, 0 minutes left" in text
 
 
 def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path) -> None:
@@ -102,4 +103,4 @@ def test_the_shipped_recipes_can_be_planned(
     path = Path(__file__).parent.parent / "configs" / f"{recipe}.yaml"
     assert main([str(path), "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == stages
+    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == [*stages, "all stages"]

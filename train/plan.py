@@ -1,6 +1,9 @@
-"""What a run would do, before it does it: parameters by part, memory, steps and, where its speed is known, hours.
+"""What a run would do, before it does it: parameters by part, memory, steps and hours.
 
 Networks are built without their numbers (on torch's meta device), so that planning for a large model takes no memory.
+On a public base a step is planned as `imagine plan --train` does it, activations and arithmetic included. The portrait
+world's networks are small and not planned so: their memory is told without activations, and their hours once they are
+measured, when a stage has run for a minute in this folder.
 """
 
 import json
@@ -8,13 +11,17 @@ import math
 import statistics
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from imagine.cards import UTILISATION, speeds
+from imagine.plan_inference import Precision
+from imagine.plan_training import Lesson, Recipe, Training, TrainingPlan
 from train import parts
 from train.config import Run, Stage
 from train.stages import TASKS, outlined, resolved
+from train.task import Task
 
 _FLOAT = 4  # bytes; what trains, its gradients and averages are float32 whatever a step computes in
 _LATEST = 20  # rows of metrics.jsonl that speed is taken from
@@ -30,6 +37,7 @@ class StagePlan:
     rates: dict[str, float]  # part -> learning rate
     frozen: int  # parameters
     bytes: int  # weights, gradients, optimiser and average; activations come on top
+    step: TrainingPlan | None  # what one step takes with its activations; None where that is not planned
     images: int
     images_seen: int
     batch_size: int
@@ -46,13 +54,22 @@ class StagePlan:
         """Hours still to go at the speed last measured; None if it was never measured here."""
         return None if self.speed is None else (self.images - self.images_seen) / self.speed / 3600
 
+    @property
+    def hours_on(self) -> dict[str, float]:
+        """Card -> hours still to go at a share of its published speed; none where a step is not planned."""
+        if self.step is None:
+            return {}
+        known = speeds(None, None, self.step.recipe.precision != "fp32")
+        return {card: self.steps * self.step.seconds(speed.flops) / 3600 for card, speed in known.items()}
+
 
 def plan(run: Run, output: Path, tasks: Mapping[str, Any] = TASKS) -> list[StagePlan]:
     """The plan of every stage; ConfigError for all that would stop the run itself before its first step."""
     stages = {name: resolved(name, stage, tasks) for name, stage in run.stages.items()}
     with tempfile.TemporaryDirectory() as folder:  # what tasks write while they are built, tokenizers once for all
         run = run.model_copy(update={"stages": stages})
-        return [_plan_stage(name, run, output, tasks, Path(folder)) for name in stages]
+        lessons: dict[str, Training] = {}  # stages of one recipe share most of what is planned
+        return [_plan_stage(name, run, output, tasks, Path(folder), lessons) for name in stages]
 
 
 def words(plans: list[StagePlan]) -> str:
@@ -62,18 +79,22 @@ def words(plans: list[StagePlan]) -> str:
         so_far = f"{each.images_seen:,} of " if each.images_seen else ""
         lines.append(
             f"{each.name}: {so_far}{each.images:,} images, {each.steps:,} steps of {each.batch_size}, "
-            f"{_size(each.bytes)} without activations, {_time(each.hours)}, from {each.begins}"
+            f"{_memory(each)}, {_duration([each])}, from {each.begins}"
         )
         lines += [f"  {part:<20} {count / 1e6:>9.2f} M at {each.rates[part]:g}" for part, count in each.trained.items()]
         lines.append(f"  {'frozen':<20} {each.frozen / 1e6:>9.2f} M")
         lines += [f"  {remark}" for remark in each.remarks]
-    known = [each.hours for each in plans if each.hours is not None]
-    if len(known) == len(plans):
-        lines.append(f"all stages: {_time(sum(known))}")
+    images, steps = (sum(counts) for counts in zip(*((p.images - p.images_seen, p.steps) for p in plans), strict=True))
+    lines.append(f"all stages: {images:,} images and {steps:,} steps still to go, {_duration(plans)}")
+    if any(each.step for each in plans):
+        share = f"{UTILISATION:.0%} of its published speed"
+        lines.append(f"  (one card of each kind, at {share}, an assumption; preparing data is not counted)")
     return "\n".join(lines)
 
 
-def _plan_stage(name: str, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path) -> StagePlan:
+def _plan_stage(
+    name: str, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path, lessons: dict[str, Training]
+) -> StagePlan:
     stage, task = run.stages[name], outlined(name, run, output, folder, tasks)
     remarks = task.check()
     chosen = parts.choose(task.parts(), stage.train, name)
@@ -84,9 +105,30 @@ def _plan_stage(name: str, run: Run, output: Path, tasks: Mapping[str, Any], fol
     begins = ", ".join([*([str(stage.initial)] if stage.initial else []), *stage.start_from]) or "nothing"
     frozen = sum(p.numel() for p in everything) - sum(trained.values())
     return StagePlan(
-        name, begins, trained, dict(stage.train), frozen, memory, stage.images, min(seen, stage.images),
-        stage.batch_size, speed, remarks,
+        name, begins, trained, dict(stage.train), frozen, memory, _plan_step(stage, task, lessons), stage.images,
+        min(seen, stage.images), stage.batch_size, speed, remarks,
     )  # fmt: skip
+
+
+def _plan_step(stage: Stage, task: Task, lessons: dict[str, Training]) -> TrainingPlan | None:
+    """What a step takes in one process, if the task has a blueprint; `auto` is taken to be bf16, as on every card."""
+    blueprint = getattr(task, "blueprint", None)
+    if blueprint is None:
+        return None
+    base, settings = blueprint(), stage.settings
+    lesson = Lesson(settings["resolution"], stage.batch_size, tuple(stage.train))
+    key = repr((base, lesson))
+    training = lessons[key] = lessons.get(key) or Training(base, lesson)
+    precision: Precision = "fp32" if stage.precision == "fp32" else "bf16"
+    recipe = Recipe(
+        precision, settings["gradient_checkpointing"], stage.optimiser, stage.accumulation, bool(stage.ema)
+    )  # fmt: skip
+    planned = training.plan(recipe)
+    own = next(task.modules["unet"].parameters()).element_size()  # what base_precision says; the planner follows a step
+    unet = own * sum(p.numel() for p in training.networks.unet.parameters())
+    held = sum(p.numel() * p.element_size() for p in training.networks.unet.parameters())
+    memory = {**planned.memory, "frozen weights": planned.memory["frozen weights"] + unet - held}
+    return replace(planned, memory=memory)
 
 
 def _training_state(stage: Stage, chosen: parts.Parts) -> int:
@@ -108,9 +150,26 @@ def _so_far(path: Path) -> tuple[int, float | None]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # a row that a kill cut short
             break
-    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    measured = [row["images_per_second"] for row in rows if "images_per_second" in row]
     seen = max((int(row["images_seen"]) for row in rows), default=0)
-    return seen, statistics.median(speeds[-_LATEST:]) if speeds else None
+    return seen, statistics.median(measured[-_LATEST:]) if measured else None
+
+
+def _memory(plan: StagePlan) -> str:
+    if plan.step is None:
+        return f"{_size(plan.bytes)} without activations"
+    return f"{_size(plan.step.peak)} of a card's memory"
+
+
+def _duration(plans: list[StagePlan]) -> str:
+    """How long these stages take together: as measured here, else on a few cards, else nobody knows."""
+    known = [each.hours for each in plans if each.hours is not None]
+    if len(known) == len(plans):
+        return _time(sum(known))
+    cards = list(plans[0].hours_on) if all(each.step for each in plans) else []
+    if not cards:
+        return _time(None)
+    return ", ".join(f"{sum(each.hours_on[card] for each in plans):.3g} hours on {card}" for card in cards)
 
 
 def _size(count: int) -> str:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from imagine.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
+from imagine.bases import AdapterShape, Blueprint, Component
 from imagine.errors import ConfigError
 from imagine.ip_adapter import import_adapter, read_ip_adapter
 from imagine.records import Conditioning, Tokens
@@ -172,6 +173,18 @@ class DiffusersTask:
         text = {} if self.text_adapter is None else self.text_adapter.parts()
         absent: dict[str, list[nn.Parameter]] = {name: [] for name in self.PARTS}
         return {**absent, "vision_encoder": parameters(self.vision), **self.adapter.parts(), **text}
+    def blueprint(self) -> Blueprint:
+        """The networks that a step computes, as a plan of its memory and arithmetic wants them."""
+        networks = {
+            "unet": ("UNet2DConditionModel", self.base.config("unet")),
+            "vae": ("AutoencoderKL", self.base.config("vae")),
+            "vision_encoder": ("VisionEncoder", dict(self.vision.config)),
+        }
+        identity = AdapterShape(self.adapter.branch_specs, self.settings.lora_rank, self.settings.lora_targets)
+        text = {} if self.text_adapter is None else {"text_adapter": AdapterShape(self.text_adapter.branch_specs)}
+        components = {name: Component(kind, _plain(config)) for name, (kind, config) in networks.items()}
+        return Blueprint(self.base.kind, components, {**text, "adapter": identity})
+
 
     # --- what is made once and kept ---------------------------------------------------------------------------------
 
@@ -379,6 +392,11 @@ class DiffusersTask:
             told = {name: _TOKENS[name] for name in ("t5", "byt5") if getattr(self.settings, name) is not None}
             tokens = ", ".join(f"{count} {name}" for name, count in told.items())
             self.text_adapter.save(folder / "text_adapter", {**facts, "tokens": tokens})
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says of its network, not of where it came from."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
 
 
 def _in_order(places: Sequence[Tensor], pieces: Sequence[Tokens]) -> Tokens:
