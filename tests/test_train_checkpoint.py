@@ -87,7 +87,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path) -> 
 def test_a_folder_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
     flush = checkpoint._flush
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: (flushed.append(path.name), flush(path)))
+
+    def noted(path: Path) -> None:
+        flushed.append(path.name)
+        flush(path)
+
+    monkeypatch.setattr(checkpoint, "_flush", noted)
     with checkpoint.replacing(tmp_path / "export") as draft:
         (draft / "unet").mkdir(parents=True)
         (draft / "unet" / "weights").write_text("1")

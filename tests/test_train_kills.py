@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.toy_training import DONE, started
+from tests.toy_training import started
+from train.__main__ import DONE
 from train.checkpoint import read_tensors
 from train.config import Run, Stage
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.toy_training import DONE, STOPPED, WRONG, run_in_processes, started, told
+from tests.toy_training import run_in_processes, started, told
+from train.__main__ import DONE, STOPPED, WRONG
 from train.checkpoint import load, read_note, read_tensors
 from train.config import Run, Stage
 

@@ -149,11 +149,12 @@ def test_every_task_of_the_world_passes_from_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr("train.selftest._PEOPLE", 4)
     starts = {"likeness": ["autoencoder"], "base": ["autoencoder", "clip"], "adapter": ["autoencoder", "clip", "base"]}
     trains = {name: dict.fromkeys(ADAPTER_PARTS if name == "adapter" else SMALL[name].PARTS, 1e-3) for name in SMALL}
+    shared = {"images": 100_000, "batch_size": 4, "precision": "fp32"}
     stages = {
-        name: Stage(
-            task=name, train=trains[name], start_from=starts.get(name, ()), images=100_000, batch_size=4,
-            precision="fp32", settings=SETTINGS[name],
-        )
+        name: Stage.model_validate({
+            "task": name, "train": trains[name], "start_from": starts.get(name, ()), "settings": SETTINGS[name],
+            **shared,
+        })
         for name in SMALL
     }  # fmt: skip
     data = {"folder": str(tmp_path / "data"), "identities": 100_000, "judge_identities": 50_000}

@@ -73,7 +73,7 @@ def wait(accelerator: Accelerator, patience: timedelta) -> None:
     if accelerator.num_processes > 1:
         from torch.distributed import distributed_c10d as distributed
 
-        set_timeout = getattr(distributed, "set_timeout", None) or distributed._set_pg_timeout  # its name in older torch
+        set_timeout = getattr(distributed, "set_timeout", None) or distributed._set_pg_timeout  # as older torch has it
         set_timeout(patience)
 
 
@@ -91,7 +91,7 @@ def patiently(method: "Callable[Concatenate[Course, Given], Value]") -> "Callabl
     """A method of a hurried course that the main process may take its time for."""
 
     @functools.wraps(method)
-    def patient(course: "Course", *args: Given.args, **kwargs: Given.kwargs) -> Value:
+    def patient(course: "Course", /, *args: Given.args, **kwargs: Given.kwargs) -> Value:
         wait(course.accelerator, PATIENCE)
         try:
             return method(course, *args, **kwargs)

@@ -185,9 +185,8 @@ def open_recorded(
     it can be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    records: Records | FewRecords = open_records(address, folder / "index", shards=None if most is None else _SHARDS)
-    if most is not None:
-        records = FewRecords(records, most)
+    found = open_records(address, folder / "index", shards=None if most is None else _SHARDS)
+    records = found if most is None else FewRecords(found, most)
     pictures = RecordPictures(RecordGallery(records, size), folder, finder)
     if not bool(pictures.gallery.usable.any()):
         raise ConfigError(f"No record of {address} can be used; {folder / 'left_out.json'} says why.")

@@ -25,7 +25,7 @@ PROJECT = "imagine"
 _AXIS = "images_seen"
 
 
-class Wandb(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
+class Wandb(GeneralTracker):
     """A run on Weights & Biases. It stays off the network unless WANDB_MODE=online is in the environment."""
 
     name = "wandb"
