@@ -14,7 +14,7 @@ from train.config import Run, Stage
 from train.plan import plan, words
 from train.stages import run_stages
 from train.task import Start
-from train.task_adapter import idle_images
+from train.task_base import idle_images
 
 TOY = {"toy": ToyTask}  # 3 x 4 + 4 numbers in part "first", 4 x 2 + 2 in "second"
 

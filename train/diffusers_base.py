@@ -21,7 +21,6 @@ from imagine.errors import ConfigError, PromptError
 from imagine.records import Tokens
 from imagine.vision_conversion import from_transformers
 from imagine.weights import INDEX, dtype_word, fetching, hushed, is_hub_id, load_model
-from train.latents import cells
 
 Encode = Callable[[Sequence[str]], dict[str, Tokens]]
 _KINDS = {2048: "Stable Diffusion XL", 1024: "Stable Diffusion 2", 768: "Stable Diffusion 1.5"}  # by text width
@@ -138,8 +137,10 @@ class BaseCodec:
         return _mark(self.folder)
 
     def shape(self, side: int) -> tuple[int, int, int]:
-        count = cells(side, 2 ** (len(self.config["block_out_channels"]) - 1))
-        return int(self.config["latent_channels"]), count, count
+        cells, left = divmod(side, 2 ** (len(self.config["block_out_channels"]) - 1))
+        if left:
+            raise ConfigError(f"resolution: the autoencoder in {self.folder} cannot divide {side} pixels evenly.")
+        return int(self.config["latent_channels"]), cells, cells
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

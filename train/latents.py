@@ -55,8 +55,10 @@ class WorldCodec:
         return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
     def shape(self, side: int) -> tuple[int, int, int]:
-        count = cells(side, int(self.vae.spatial_compression_ratio))
-        return int(self.vae.config.latent_channels), count, count
+        cells, left = divmod(side, int(self.vae.spatial_compression_ratio))
+        if left:
+            raise ConfigError(f"resolution: the autoencoder cannot divide {side} pixels evenly.")
+        return int(self.vae.config.latent_channels), cells, cells
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -142,10 +144,3 @@ def check_autoencoder(start: Start) -> None:
             f"Stage {start.name} needs an autoencoder, and {start.initial} holds none (vae/): name a stage "
             "`autoencoder` in its start_from, or a whole folder of weights as its initial."
         )
-
-
-def cells(side: int, ratio: int) -> int:
-    """Latents on a side of pictures of `side` pixels; ConfigError unless an autoencoder of that ratio divides them."""
-    if side % ratio:
-        raise ConfigError(f"resolution: the autoencoder wants a multiple of {ratio} pixels, not {side}.")
-    return side // ratio

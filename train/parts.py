@@ -88,9 +88,13 @@ def in_one_piece(modules: Iterable[nn.Module], here: bool) -> Iterator[None]:
             full[parameter] = nn.Parameter(tensor, parameter.requires_grad)
     units = [module for module in network.modules() if here and hasattr(module, "set_requires_gradient_sync")]  # FSDP's
     hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]  # which would wait for the others
+    owners = {id(module): module for module, _, _ in places if here}.values()
+    loaders = [owner._load_state_dict_post_hooks for owner in owners]  # which would look for shards
     try:
         for unit in units:
             unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
+        for owner in owners:
+            owner._load_state_dict_post_hooks = OrderedDict()
         for module, name, parameter in places:
             setattr(module, name, full.get(parameter, parameter))
         yield
@@ -99,6 +103,8 @@ def in_one_piece(modules: Iterable[nn.Module], here: bool) -> Iterator[None]:
             setattr(module, name, parameter)
         for unit, (before, after) in zip(units, hooks, strict=True):
             unit._forward_pre_hooks, unit._forward_hooks = before, after
+        for owner, after in zip(owners, loaders, strict=True):
+            owner._load_state_dict_post_hooks = after
 
 
 def optimiser(

@@ -7,7 +7,6 @@ A stage may also name the base's parts. A base that is still young then learns t
 an adapter stage on the frozen base follows, as in the paper.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -36,11 +35,14 @@ from train.stock import references
 from train.task import Loss, Share, Start, Weight
 from train.task_base import (
     ADAPTER_FACTS,
+    IDENTITY_PARTS,
     PROMPTS,
     VALIDATION_SEED,
     BaseBatch,
     BaseSettings,
     BaseTask,
+    check_lora,
+    idle_images,
 )
 
 _DRAWN_AT_ONCE = 16  # pictures
@@ -67,31 +69,12 @@ class AdapterSettings(BaseSettings):
         return self
 
 
-def check_lora(rank: int, targets: Sequence[LoraTarget]) -> None:
-    """ValueError for layers that a LoRA of rank 0 would go to."""
-    if not rank and tuple(targets) != LORA_TARGETS:
-        raise ValueError("lora_targets has no effect with lora_rank 0, which is no LoRA: leave it out")
-
-
 @dataclass(frozen=True)
 class AdapterBatch(BaseBatch):
     """Targets with their captions, and the references they should resemble."""
 
     crops: Tensor  # (B, 3, S, S) of the reference
     strength: Tensor  # (B,) 0 where the reference is dropped
-
-
-IDENTITY_PARTS = ("vision_encoder", "vision_branch", "vision_projection", "lora")  # off where nobody is to be shown
-
-
-def idle_images(start: Start, drop_vision: float) -> list[str]:
-    """A sentence about images that teach nothing, if there are any: without a person the frozen base draws alone."""
-    if not drop_vision or not start.trains or not set(start.trains) <= set(IDENTITY_PARTS):
-        return []
-    return [
-        f"drop_vision: {drop_vision:g} of the images are shown nobody and teach nothing, as everything that trains is "
-        "off in them; set it to 0."
-    ]
 
 
 class AdapterTask(BaseTask):

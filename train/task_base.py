@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from imagine.adapter import Adapter, BranchSpec, Fusion
+from imagine.adapter import LORA_TARGETS, Adapter, BranchSpec, Fusion, LoraTarget
 from imagine.diffusion import add_noise, logit_normal, min_snr_weight, timesteps, velocity
 from imagine.models import build_denoiser
 from imagine.records import Conditioning, Tokens
@@ -45,6 +45,7 @@ PROMPTS = (
 )
 
 
+IDENTITY_PARTS = ("vision_encoder", "vision_branch", "vision_projection", "lora")  # off where nobody is to be shown
 Gamma = Annotated[float, Field(gt=0)]
 TextBranch = Literal["t5", "byt5"]
 
@@ -84,6 +85,22 @@ class BaseSettings(BaseModel):
             if share and name not in self.text_branches:
                 raise ValueError(f"drop_{name} has no effect, as text_branches leaves {name} out: leave it out too")
         return self
+
+
+def check_lora(rank: int, targets: Sequence[LoraTarget]) -> None:
+    """ValueError for layers that a LoRA of rank 0 would go to."""
+    if not rank and tuple(targets) != LORA_TARGETS:
+        raise ValueError("lora_targets has no effect with lora_rank 0, which is no LoRA: leave it out")
+
+
+def idle_images(start: Start, drop_vision: float) -> list[str]:
+    """A sentence about images that teach nothing, if there are any: without a person the frozen base draws alone."""
+    if not drop_vision or not start.trains or not set(start.trains) <= set(IDENTITY_PARTS):
+        return []
+    return [
+        f"drop_vision: {drop_vision:g} of the images are shown nobody and teach nothing, as everything that trains is "
+        "off in them; set it to 0."
+    ]
 
 
 @dataclass(frozen=True)

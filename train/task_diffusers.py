@@ -35,8 +35,7 @@ from train.portraits import check_sources, data_settings, gallery_folder, pictur
 from train.sources import Drawn, Mixture, in_order
 from train.stock import Stock, keep_stock, references
 from train.task import Loss, Share, Start, Weight
-from train.task_adapter import check_lora, idle_images
-from train.task_base import VALIDATION_SEED, Gamma
+from train.task_base import VALIDATION_SEED, Gamma, check_lora, idle_images
 from train.text_states import TextStates
 
 _PLUS_HEAD = 64  # width of a plus projection's heads
