@@ -172,6 +172,7 @@ class DiffusersTask:
         text = {} if self.text_adapter is None else self.text_adapter.parts()
         absent: dict[str, list[nn.Parameter]] = {name: [] for name in self.PARTS}
         return {**absent, "vision_encoder": parameters(self.vision), **self.adapter.parts(), **text}
+
     def blueprint(self) -> Blueprint:
         """The networks that a step computes, as a plan of its memory and arithmetic wants them."""
         networks = {
@@ -183,7 +184,6 @@ class DiffusersTask:
         text = {} if self.text_adapter is None else {"text_adapter": AdapterShape(self.text_adapter.branch_specs)}
         components = {name: Component(kind, _plain(config)) for name, (kind, config) in networks.items()}
         return Blueprint(self.base.kind, components, {**text, "adapter": identity})
-
 
     # --- what is made once and kept ---------------------------------------------------------------------------------
 
@@ -392,10 +392,10 @@ class DiffusersTask:
             tokens = ", ".join(f"{count} {name}" for name, count in told.items())
             self.text_adapter.save(folder / "text_adapter", {**facts, "tokens": tokens})
 
+
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration says of its network, not of where it came from."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
-
 
 
 def _in_order(places: Sequence[Tensor], pieces: Sequence[Tokens]) -> Tokens:
