@@ -52,7 +52,8 @@ class Watched(DiffusersTask):
 
     def __init__(self, settings: DiffusersSettings, start: Start) -> None:
         super().__init__(settings, start)
-        self.made.append(self)
+        if start.device.type != "meta":  # not those that only show what is wrong with later stages
+            self.made.append(self)
 
     def batch(self, images_seen: int, size: int) -> DiffusersBatch:
         if images_seen == Watched.end_at:
