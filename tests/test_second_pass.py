@@ -53,12 +53,12 @@ def test_a_small_face_is_redrawn_and_nothing_else_changes(pipe: ImaginePipeline,
 def test_a_fresh_adapter_gives_the_bases_picture_whatever_the_default() -> None:
     fresh = tiny.pipeline(fresh=True)
     fresh.register_to_config(default_refine_faces=True)
-    ann = fresh.enroll(tiny.photo(1))
-    assert not fresh.adapter.acts
+    ann, adapter = fresh.enroll(tiny.photo(1)), fresh.adapter
+    assert adapter is not None and not adapter.acts
     drawn, base = draw(fresh, ann, [SMALL]), draw(fresh, None, [SMALL])
     assert drawn.refined == 0 and torch.equal(drawn.images, base.images)
-    fresh.adapter.parts()["lora"][-1].data.fill_(0.1)  # the last is a lora_B
-    assert fresh.adapter.acts
+    adapter.parts()["lora"][-1].data.fill_(0.1)  # the last is a lora_B
+    assert adapter.acts
     assert draw(fresh, ann, [SMALL]).refined == 1
 
 
