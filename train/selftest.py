@@ -36,7 +36,7 @@ SECONDS = 100.0  # for all stages together, whatever they spend them on
 IMAGES = 8
 ENOUGH = 0.7  # a loss at this share of its first value is learnt by heart
 FALLING = 0.98  # and at this one it falls, if there is no time for more
-WILD = 10.0  # unless it rose to so many times its first value on the way
+WILD = 10.0  # neither counts if it rose to so many times its first value on the way
 _PEOPLE = 32  # of each gallery, or records
 _SETTLED = 10  # steps after which every part must have felt the loss: gates and LoRA begin at zero
 _FEWEST = 30  # steps that a stage takes even if its time is over
@@ -185,22 +185,21 @@ class _Pupil:
 
 def _taught(pupil: _Pupil, steps: int, until: float) -> tuple[bool, str]:
     """Show the batch until it is learnt, or steps or time are over: whether the stage passes, and why."""
-    first = last = highest = pupil.loss()
-    step = 0
-    while math.isfinite(last) and step < steps and not (step >= _SETTLED and last <= ENOUGH * first):
+    first = last = pupil.loss()
+    step, wild = 0, False
+    while math.isfinite(last) and step < steps and not (step >= _SETTLED and last <= ENOUGH * first and not wild):
         if (step >= _SETTLED and pupil.unreached) or (step >= _FEWEST and time.monotonic() > until):
             break
         pupil.learn()
         last, step = pupil.loss(), step + 1
-        highest = max(highest, last)
+        wild = wild or last > WILD * first
     if not math.isfinite(last):
         return False, _not_finite(step)
     if pupil.unreached:
         return False, _unreached(pupil.unreached)
     numbers = f"{first:.4g} to {last:.4g} in {step} steps"
-    if last <= ENOUGH * first:
+    if last <= ENOUGH * first and not wild:
         return True, f"learns {pupil.images} images by heart: loss {numbers}, in {pupil.precision}."
-    wild = highest > WILD * first
     if last <= FALLING * first and not wild:
         return True, f"begins to learn {pupil.images} images by heart: loss {numbers}, in {pupil.precision}."
     return False, _stuck(numbers, wild or last > first)
