@@ -221,7 +221,12 @@ class Doubles:
         return rows
 
 
-def test_rows_are_kept_whether_a_gallery_grows_or_shrinks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks", [True, False])  # False: as on Windows
+def test_rows_are_kept_whether_a_gallery_grows_or_shrinks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    if not locks:
+        monkeypatch.setattr("train.kept.fcntl", None)
     make, path = Doubles(), tmp_path / "rows.u8"
     for identities in (3, 5, 2, 6, 1, 6):
         make.keep(path, Gallery("train", identities, 2))

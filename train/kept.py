@@ -4,7 +4,6 @@ A file's name ends in its gallery's mark, so that different galleries of one nam
 shrink, for another run may have them mapped; a smaller gallery maps the first rows of a larger one's file.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -20,6 +19,11 @@ from torch import Tensor
 
 from train.checkpoint import write_json
 from train.stopping import stop_here
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there two runs must not fill one folder at once
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("train")
 _BLOCK = 256  # rows worked out and stored at a time
@@ -126,7 +130,10 @@ def _rename_unmarked(before: Sequence[Path], now: Sequence[Path], state: Path, m
 
 @contextmanager
 def _alone(handle: int, waiting: str = "") -> Iterator[None]:
-    """For the block no other process is in it for this file; where a disk knows no locks, nothing is waited for."""
+    """For the block no other process is in it for this file; where there are no locks, nothing is waited for."""
+    if fcntl is None:
+        yield
+        return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
