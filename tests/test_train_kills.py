@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.toy_training import started
+from tests.toy_training import started, told
 from train.__main__ import DONE
 from train.checkpoint import read_tensors
 from train.config import Run, Stage
@@ -71,7 +71,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, straight:
         if process.exitcode == -signal.SIGKILL:
             kills += 1
             continue
-        assert process.exitcode == DONE
+        assert process.exitcode == DONE, told(tmp_path / str(runs))
         assert_same(output, tmp_path / str(runs))
         runs += kills < KILLS  # done before its kill came: the next ones meet a new run
     assert kills >= KILLS

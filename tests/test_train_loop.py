@@ -381,6 +381,13 @@ def test_a_folder_with_another_run_is_refused(tmp_path: Path, caplog: pytest.Log
     assert "is done and stays as it is, trained with seed 0" in caplog.text
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_first_file_carries_on(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".run.yaml.draft").write_text("stages:\n  one:\n")
+    assert train(tmp_path / "run", one_stage(images=8))
+    assert not (tmp_path / "run" / ".run.yaml.draft").exists()
+
+
 def first_batch(output: Path, stage: str = "one") -> list[list[float]]:
     batch: list[list[float]] = json.loads((output / stage / "first_batch.png").read_text())
     return batch

@@ -313,7 +313,7 @@ def _agree(run: Run, wanted: Sequence[str], output: Path, resume: bool) -> None:
     """Refuse a folder that holds something else; with `resume`, say what changed and go on."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; name a folder for the run.")
-    if not resume and output.exists() and not (output / "run.yaml").exists() and any(output.iterdir()):
+    if not resume and not (output / "run.yaml").exists() and _holds_anything(output):
         raise ConfigError(f"{output} is not empty and holds no run; name an empty folder, or add --resume to use it.")
     for name in wanted:
         for setting, was, becomes in _changes(run, name, output):
@@ -326,6 +326,11 @@ def _agree(run: Run, wanted: Sequence[str], output: Path, resume: bool) -> None:
                 log.warning("%s: is done and stays as it is, trained with %s %s.", name, setting, was)
             else:
                 log.warning("%s: carries on with %s %s instead of %s.", name, setting, becomes, was)
+
+
+def _holds_anything(output: Path) -> bool:
+    """Whether there is more in the folder than what a run that was killed in its first moments was writing."""
+    return output.exists() and any(path.name != ".run.yaml.draft" for path in output.iterdir())
 
 
 def _changes(run: Run, name: str, output: Path) -> list[tuple[str, Any, Any]]:
