@@ -30,7 +30,7 @@ from train.checkpoint import read_tensors, write_tensors
 from train.config import load_run
 from train.initial import load_initial
 from train.language import load_text_encoders, make_tokenizers
-from train.latents import autoencoder_of
+from train.latents import autoencoder_of, squared_error
 from train.likeness import Likeness
 from train.sentences import SentenceStore
 from train.stages import TASKS, run_stages
@@ -416,6 +416,25 @@ def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
     assert batch.crops.shape[:2] == (64, 3) and batch.faces.shape == (64, 1, 8, 8)
     assert set(batch.faces.unique().tolist()) == {0.0, 1.0}
     assert all(0.1 < here.mean() < 0.9 for here in batch.faces)
+
+
+def test_the_loss_looks_closer_at_faces_and_at_letters() -> None:
+    task = built("base")
+    rows = torch.arange(len(task.stocks["train"].pictures.gallery))
+    faces, letters = task.stocks["train"].faces(rows), task.stocks["train"].letters(rows)
+    wordless = task.stocks["train"].pictures.gallery.contexts(rows).letters[:, 0] == 0
+    assert wordless.any() and not wordless.all() and torch.equal(letters.flatten(1).amax(1) == 0, wordless)
+    assert not (letters * faces)[:, :, :3].any()  # words are below
+    settings = task.settings.model_copy(update={"letter_weight": 11.0, "face_weight": 3.0})
+    task.settings, before = settings, task.settings
+    batch = task.batch(0, 16)
+    task.settings = before
+    assert set(batch.weights.unique().tolist()) <= {1.0, 3.0, 11.0, 13.0} and (batch.weights > 10).any()
+    assert torch.equal(task.batch(0, 16).weights, 1 + (before.face_weight - 1) * batch.faces)
+    guess = torch.zeros_like(batch.latents)
+    wanted = guess + (batch.weights > 10)  # wrong at the letters alone
+    shares = ((batch.weights > 10) * batch.weights).flatten(1).sum(1) / batch.weights.flatten(1).sum(1)
+    assert torch.allclose(squared_error(guess, wanted, batch.weights), shares)
 
 
 def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:

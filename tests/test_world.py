@@ -11,6 +11,7 @@ from torch import Tensor
 from imagine import world
 from imagine.world import Contexts, People, attributes, captions, render, render_groups, sample_contexts, sample_people
 from imagine.world import vocabulary as words
+from imagine.world.body import letter_boxes
 from imagine.world.captions import PHRASES, STYLE_PHRASES
 from imagine.world.contexts import letter_numbers, spell
 from imagine.world.people import CONTINUOUS, DISCRETE
@@ -217,6 +218,19 @@ def test_letters_are_drawn_on_the_chest() -> None:
         assert rows.min() > chest
         assert columns.min() > 20 and columns.max() < 108
     assert [spell(row) for row in contexts.letters] == ["", "HI", "HO"]
+
+
+def test_the_letters_are_where_their_boxes_say() -> None:
+    for framing in (1, 2):  # portrait, half body
+        people, contexts = plain(3, framing=framing, shift_x=torch.tensor([0.02, -0.02, 0.0]))
+        lettered = contexts.replace(letters=torch.stack([letter_numbers(text) for text in ("O", "MAN", "")]))
+        boxes = letter_boxes(lettered, 256)
+        ink = (render(people, lettered, 256).images - render(people, contexts, 256).images).abs().amax(1) > 0.1
+        for mask, (left, top, width, height) in zip(ink[:2], boxes[:2].tolist(), strict=True):
+            rows, columns = (found.float() for found in mask.nonzero(as_tuple=True))
+            assert left - 1 < columns.min() < left + 0.12 * width and left + 0.88 * width < columns.max() < left + width
+            assert top - 1 < rows.min() < top + 0.25 * height and top + 0.75 * height < rows.max() < top + height + 1
+        assert boxes[2, 2] == 0 and not ink[2].any()
 
 
 def test_letters_are_light_on_dark_cloth_and_dark_on_light() -> None:

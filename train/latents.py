@@ -90,7 +90,12 @@ class Latents:
     def faces(self, rows: Tensor) -> Tensor:
         """Where the faces of these rows are, (B, 1, h, w), 1 or 0."""
         boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
-        return face_places(boxes, self.pictures.gallery.size, self.values.shape[-1])
+        return places(boxes, self.pictures.gallery.size, self.values.shape[-1])
+
+    def letters(self, rows: Tensor) -> Tensor:
+        """Where words on shirts are in the pictures of these rows, likewise."""
+        gallery = self.pictures.gallery
+        return places(gallery.letters(rows), gallery.size, self.values.shape[-1])
 
     def _encode(self, rows: Tensor) -> Tensor:
         images = as_taken(self.pictures, rows)[0] * 2 - 1
@@ -108,18 +113,21 @@ def as_taken(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tensor]:
     return images, boxes
 
 
-def face_places(boxes: Tensor, side: int, cells: int) -> Tensor:
-    """(B, 1, cells, cells): 1 where a latent cell of a picture of `side` pixels touches the face, 0 elsewhere."""
+def places(boxes: Tensor, side: int, cells: int) -> Tensor:
+    """(B, 1, cells, cells): 1 where a latent cell of a picture of `side` pixels touches the box, 0 elsewhere.
+
+    A box (left, top, width, height) without width touches nothing.
+    """
     middle = (torch.arange(cells) + 0.5) * side / cells
     half = side / cells / 2
     across = (middle > boxes[:, :1] - half) & (middle < boxes[:, :1] + boxes[:, 2:3] + half)
     down = (middle > boxes[:, 1:2] - half) & (middle < boxes[:, 1:2] + boxes[:, 3:] + half)
-    return (down.unsqueeze(2) & across.unsqueeze(1)).unsqueeze(1).float()
+    there = (boxes[:, 2] > 0).view(-1, 1, 1)
+    return (down.unsqueeze(2) & across.unsqueeze(1) & there).unsqueeze(1).float()
 
 
-def squared_error(guess: Tensor, wanted: Tensor, faces: Tensor, face_weight: float) -> Tensor:
-    """Mean squared error (B,) of latents (B, C, h, w) in float32, that much more where the faces (B, 1, h, w) are."""
-    weights = 1 + (face_weight - 1) * faces
+def squared_error(guess: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """Mean squared error (B,) of latents (B, C, h, w) in float32, each cell by its weight (B, 1, h, w)."""
     square = (guess.float() - wanted.float()).square().mean(1, keepdim=True)
     return (square * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
 

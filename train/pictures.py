@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from imagine.world import Contexts, People, captions, drift, render, sample_contexts, sample_people
+from imagine.world.body import letter_boxes
 from imagine.world.render import Painters, compiled_painters
 from imagine.world.seeds import HELD_OUT, JUDGE, TRAIN
 from train.checkpoint import write_json
@@ -68,6 +69,10 @@ class Gallery:
     def contexts(self, rows: Tensor) -> Contexts:
         return sample_contexts([self.first_seed + int(i) for i in rows])
 
+    def letters(self, rows: Tensor) -> Tensor:
+        """Where the words on the shirts are, in pixels (B, 4), of no width where there is none."""
+        return letter_boxes(self.contexts(rows), self.size)
+
     def captions(self, rows: Tensor, manners: Sequence[str]) -> list[str]:
         """Each picture's caption in the manner given for it, always the same one."""
         people, contexts = self.people(rows), self.contexts(rows)
@@ -114,6 +119,10 @@ class AnyGallery(Protocol):
 
     def captions(self, rows: Tensor, manners: Sequence[str]) -> list[str]:
         """Each picture's caption in the manner given for it, always the same one."""
+        ...
+
+    def letters(self, rows: Tensor) -> Tensor:
+        """Where words to be read are, in pixels (B, 4), of no width where there is none or nobody knows."""
         ...
 
     def pairs(self, target: Literal["self", "other"]) -> Tensor:

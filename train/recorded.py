@@ -84,6 +84,10 @@ class RecordGallery:
         records = [self.records[row] for row in rows.tolist()]
         return [record.captions.get(manner, record.caption) for record, manner in zip(records, manners, strict=True)]
 
+    def letters(self, rows: Tensor) -> Tensor:
+        """Records do not say where words are: boxes (B, 4) of no width."""
+        return torch.zeros(len(rows), 4)
+
     def pairs(self, target: Literal["self", "other"]) -> Tensor:
         """Rows of references with their targets, (P, 2), both usable: see `Records.pairs`; "self" takes references."""
         if target == "other":

@@ -28,6 +28,10 @@ class Stock(Generic[Captions]):
         """Where the faces are in the latents of these rows, (B, 1, h, w), 1 or 0."""
         return self.latents.faces(rows)
 
+    def letters(self, rows: Tensor) -> Tensor:
+        """Where the words on shirts are, likewise."""
+        return self.latents.letters(rows)
+
     def crops(self, rows: Tensor, shifts: Tensor) -> Tensor:
         """Face crops (B, 3, S, S) of these rows, shifted a little: `Squares.take`."""
         assert self.squares is not None, "this task keeps the face crops of all its galleries"

@@ -29,6 +29,7 @@ from train.data import chance, to_device, uniforms
 from train.grids import save_grid
 from train.judging import Examination
 from train.language import parameters
+from train.latents import squared_error
 from train.likeness import Likeness
 from train.sampling import sample
 from train.stock import references
@@ -127,6 +128,7 @@ class AdapterTask(BaseTask):
             targets.latents,
             targets.sentences,
             targets.faces,
+            targets.weights,
             references(self.stocks, drawn, uniforms(seed, "crops", images_seen, size, (2,))),
             1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),
         )
@@ -157,7 +159,7 @@ class AdapterTask(BaseTask):
     def loss(self, batch: AdapterBatch, images_seen: int) -> Loss:  # type: ignore[override]
         noise, t = self.noise(batch.latents, self.start.seed, images_seen)
         guess = self.guess(batch, self.vision_tokens(batch.crops), noise, t)
-        errors = self.weighted(self.error(guess, velocity(batch.latents, noise), batch.faces), t)
+        errors = self.weighted(squared_error(guess, velocity(batch.latents, noise), batch.weights), t)
         if self.likeness is None:
             return Loss(errors)
         # Where nobody is to be shown, nobody's likeness is asked for; and the noisier, the less can be known.
@@ -169,13 +171,13 @@ class AdapterTask(BaseTask):
         targets, firsts = self.held_out_batch(), torch.arange(0, 2 * self.watched, 2)
         crops = self.held_out.crops(firsts, _MIDDLE.expand(len(firsts), 2))
         strength = torch.ones(len(firsts))
-        batch = AdapterBatch(targets.latents, targets.sentences, targets.faces, crops, strength)
+        batch = AdapterBatch(targets.latents, targets.sentences, targets.faces, targets.weights, crops, strength)
         batch = to_device(batch, self.start.device)
         noise, t = self.noise(batch.latents, VALIDATION_SEED, 0)
         vision = self.vision_tokens(batch.crops)
         guesses = [self.guess(batch, tokens, noise, t) for tokens in (vision, Tokens(vision.values.roll(1, 0)))]
         wanted = velocity(batch.latents, noise)
-        right, wrong = (float(self.error(guess, wanted, batch.faces).mean()) for guess in guesses)
+        right, wrong = (float(squared_error(guess, wanted, batch.weights).mean()) for guess in guesses)
         self.draw(folder / "pictures.png")
         numbers = {"validation_loss": right, "shuffled_references": wrong, "reference_ratio": wrong / right}
         if self.likeness is not None:

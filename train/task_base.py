@@ -71,6 +71,7 @@ class BaseSettings(BaseModel):
     drop_t5: Share = 0.0
     drop_byt5: Share = 0.0
     face_weight: Weight = 2.0  # how much more the loss counts inside the face's box
+    letter_weight: Weight = 1.0  # how much more on the words on shirts, where the world draws them
     time_mean: float = 0.0  # of the logit-normal times; above 0 is more noise
     time_std: Annotated[float, Field(gt=0)] = 1.0
     min_snr_gamma: Gamma | None = None  # weigh errors by min-SNR (arXiv 2303.09556), with this gamma
@@ -110,6 +111,7 @@ class BaseBatch:
     latents: Tensor  # (B, C, h, w), clean
     sentences: Sentences
     faces: Tensor  # (B, 1, h, w) 1 where the face is, 0 elsewhere
+    weights: Tensor  # (B, 1, h, w) how much each cell counts in the loss
 
 
 class BaseTask:
@@ -182,7 +184,7 @@ class BaseTask:
     def _targets(self, drawn: Drawn, images_seen: int) -> BaseBatch:
         """The targets of what was drawn, with their captions; some branches are told nothing of some."""
         dropped = self._dropped(images_seen, len(drawn.targets))
-        places, latents, sentences, faces = [], [], [], []
+        places, latents, sentences, faces, weights = [], [], [], [], []
         for name, here in drawn.by_gallery().items():
             stock, rows = self.stocks[name], drawn.targets[here]
             places.append(here)
@@ -192,11 +194,21 @@ class BaseTask:
                 stock.sentences.take(rows, manners, {branch: gone[here] for branch, gone in dropped.items()})
             )
             faces.append(stock.faces(rows))
+            weights.append(self._weights(stock, rows))
         order = torch.cat(places).argsort()
         joined = Sentences.join(sentences)
         return BaseBatch(
-            in_order(places, latents), joined if len(places) == 1 else joined[order], in_order(places, faces)
+            in_order(places, latents),
+            joined if len(places) == 1 else joined[order],
+            in_order(places, faces),
+            in_order(places, weights),
         )
+
+    def _weights(self, stock: Stock[SentenceStore], rows: Tensor) -> Tensor:
+        """How much each cell of these rows' latents counts in the loss, (B, 1, h, w)."""
+        faces, letters = self.settings.face_weight, self.settings.letter_weight
+        weights = 1 + (faces - 1) * stock.faces(rows)
+        return weights if letters == 1 else weights + (letters - 1) * stock.letters(rows)
 
     def _dropped(self, first: int, size: int) -> dict[str, Tensor]:
         """Text branch -> which images it is told nothing of, (size,) bool."""
@@ -232,13 +244,9 @@ class BaseTask:
         return branches
 
     def errors(self, batch: BaseBatch, noise: Tensor, t: Tensor) -> Tensor:
-        """Squared error of the velocity, weighted towards the face, one number an item."""
+        """Squared error of the velocity, weighted towards face and letters, one number an item."""
         guess = self.predict(add_noise(batch.latents, noise, t), t, batch.sentences)
-        return self.error(guess, velocity(batch.latents, noise), batch.faces)
-
-    def error(self, guess: Tensor, wanted: Tensor, faces: Tensor) -> Tensor:
-        """Mean squared error, more so where the faces (B, 1, h, w) are: one number an item, in float32."""
-        return squared_error(guess, wanted, faces, self.settings.face_weight)
+        return squared_error(guess, velocity(batch.latents, noise), batch.weights)
 
     def show(self, batch: BaseBatch, path: Path) -> None:
         save_grid(self.decode(batch.latents), path, columns=8)
@@ -267,7 +275,7 @@ class BaseTask:
         """One picture each of people whom nobody was trained on, with its caption."""
         stock, rows = self.held_out, torch.arange(1, 2 * self.watched, 2)
         sentences = stock.sentences.take(rows, ["rewritten"] * len(rows))
-        return BaseBatch(stock.latents.take(rows), sentences, stock.faces(rows))
+        return BaseBatch(stock.latents.take(rows), sentences, stock.faces(rows), self._weights(stock, rows))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         batch = to_device(self.held_out_batch(), self.start.device)  # against their own and others' captions

@@ -292,7 +292,7 @@ class DiffusersTask:
         noisy = self.schedule.add_noise(batch.latents, noise, steps)
         wanted = self.schedule.get_velocity(batch.latents, noise, steps) if self._velocity else noise
         guess = self.predict(noisy, steps, batch, vision)
-        return squared_error(guess, wanted, batch.faces, self.settings.face_weight)
+        return squared_error(guess, wanted, 1 + (self.settings.face_weight - 1) * batch.faces)
 
     @property
     def _velocity(self) -> bool:

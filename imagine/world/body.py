@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imagine.world.camera import Light, View
+from imagine.world.camera import Light, View, head_place
 from imagine.world.contexts import Contexts
 from imagine.world.glyphs import atlas
 from imagine.world.head import skin_colour
@@ -71,12 +71,9 @@ def paint_letters(canvas: Tensor, contexts: Contexts, view: View) -> None:
     if not len(rows):
         return
     letters = contexts.letters[rows]
-    count = (letters > 0).sum(1).float()
-    far = contexts.framing[rows] == FRAMINGS.index("half body")
-    height = column(torch.where(far, 0.72, 0.54))
-    width = 0.85 * height
-    place = view.x[rows] / width + column(count) / 2  # in letters, from the left edge of the word
-    v = (view.y[rows] - torch.where(column(far), 2.12, 1.84)) / height  # -0.5 to 0.5 within a letter
+    count, width, height, middle = (column(value) for value in _word(contexts[rows]))
+    place = view.x[rows] / width + count / 2  # in letters, from the left edge of the word
+    v = (view.y[rows] - middle) / height  # -0.5 to 0.5 within a letter
     sheet = atlas().to(canvas.device)
     ink = torch.zeros_like(v)
     for slot in range(MAX_LETTERS):
@@ -88,6 +85,25 @@ def paint_letters(canvas: Tensor, contexts: Contexts, view: View) -> None:
     part = canvas[rows]
     lay(part, tone, ink.clamp(max=1) * _torso(view.x[rows], view.y[rows], 2 * view.pixel[rows]))
     canvas[rows] = part
+
+
+def letter_boxes(contexts: Contexts, size: int) -> Tensor:
+    """Left, top, width and height in pixels of the word on each portrait's chest, (B, 4); no width where there is none.
+
+    As it is painted: a picture may end before its word does.
+    """
+    centre, scale = head_place(contexts)
+    count, width, height, middle = _word(contexts)
+    across, down = count * width * scale, height * scale
+    left, top = centre[:, 0] - across / 2, centre[:, 1] + middle * scale - down / 2
+    return torch.stack((left, top, across, down), 1) * size
+
+
+def _word(contexts: Contexts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How many letters there are, how wide and high one is, and how low their middle, all (B,); lengths in heads."""
+    far = contexts.framing == FRAMINGS.index("half body")
+    height = torch.where(far, 0.72, 0.54)
+    return (contexts.letters > 0).sum(1).float(), 0.85 * height, height, torch.where(far, 2.12, 1.84)
 
 
 def paint_held(canvas: Tensor, people: People, contexts: Contexts, view: View, light: Light) -> Tensor:

@@ -71,10 +71,8 @@ class View:
 def look(people: People, contexts: Contexts, size: int, centre: "Tensor | None", shrink: float) -> View:
     """The view of each person; `centre` (B, 2) overrides the framing's place, `shrink` its size (for groups)."""
     device = contexts.yaw.device
-    scale = torch.tensor(_HEAD_SIZE, device=device)[contexts.framing] * contexts.zoom * shrink
-    if centre is None:
-        middle = torch.tensor(_HEAD_PLACE, device=device)[contexts.framing] + contexts.shift_y
-        centre = torch.stack((0.5 + contexts.shift_x, middle), 1)
+    usual, scale = head_place(contexts)
+    centre, scale = usual if centre is None else centre, scale * shrink
     axis = (torch.arange(size, device=device) + 0.5) / size
     x = ((axis.view(1, 1, -1) - column(centre[:, 0])) / column(scale)).expand(-1, size, -1)
     y = ((axis.view(1, -1, 1) - column(centre[:, 1])) / column(scale)).expand(-1, -1, size)
@@ -84,6 +82,14 @@ def look(people: People, contexts: Contexts, size: int, centre: "Tensor | None",
         x, y, cos * x + sin * y, cos * y - sin * x, column(1.0 / (size * scale)), right, down, front,
         column(0.70 + 0.16 * people.head_width), centre, scale, contexts.roll,
     )  # fmt: skip
+
+
+def head_place(contexts: Contexts) -> tuple[Tensor, Tensor]:
+    """Centre (B, 2) and half the height (B,) of a single portrait's head, as shares of the picture's side."""
+    device = contexts.yaw.device
+    scale = torch.tensor(_HEAD_SIZE, device=device)[contexts.framing] * contexts.zoom
+    middle = torch.tensor(_HEAD_PLACE, device=device)[contexts.framing] + contexts.shift_y
+    return torch.stack((0.5 + contexts.shift_x, middle), 1), scale
 
 
 def light_of(contexts: Contexts) -> Light:
