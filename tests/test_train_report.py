@@ -1,5 +1,6 @@
 """What a run tells: averages by image, rows that are cut on resume, a bar on terminals, and the measured precision."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -66,6 +67,18 @@ def test_later_rows_and_a_torn_last_one_are_cut(tmp_path: Path) -> None:
     path.write_text("\n".join([*rows, '{"images_se']))
     cut_rows(path, 20)
     assert path.read_text().splitlines() == rows[:2]
+
+
+def test_a_busy_moment_does_not_decide_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, turns = 0.0, itertools.count()
+
+    def clock() -> float:
+        nonlocal now
+        now += 0.008 if next(turns) < 12 else 0.001  # the first products have to wait for other programs
+        return now
+
+    monkeypatch.setattr("train.report.time.perf_counter", clock)
+    assert faster_precision(torch.device("cpu"))[1].count("1.00 ms") == 2
 
 
 def test_precision_is_measured_here() -> None:
