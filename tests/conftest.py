@@ -1,11 +1,25 @@
 """What every test needs: one thread, a fixed seed, and no way to the network."""
 
+import atexit
+import gc
 import os
+import shutil
+import sys
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+
+if sys.dont_write_bytecode:
+    # As CI has it, to keep the checkout clean. Every process that a test starts would compile torch and its friends
+    # anew, which takes longer than most of these tests; so they share what this process compiles, outside the checkout.
+    compiled = tempfile.mkdtemp(prefix="imagine-bytecode-")
+    atexit.register(lambda: shutil.rmtree(compiled, ignore_errors=True))
+    sys.pycache_prefix, sys.dont_write_bytecode = compiled, False
+    os.environ["PYTHONPYCACHEPREFIX"] = compiled
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import socket
 from collections.abc import Iterator
@@ -31,3 +45,14 @@ def _offline_and_repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(socket.socket, "connect", _only_this_machine)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_old_is_no_garbage() -> None:
+    """Libraries are a million objects, which many a line under test would else search for garbage: a second each."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else some libraries complain at the end that they leak

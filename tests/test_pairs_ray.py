@@ -2,7 +2,7 @@
 
 import importlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,10 @@ from data_synth.config import BuildConfig, Cluster
 from data_synth.executors import Stage, _connect, choose_executor, stages_of
 from data_synth.steps import STEPS, Recipe, Task
 from imagine.errors import ConfigError, WeightsError
-from tests.toy_pairs import ToyCaptioner, ToyGenerator, ToySettings, built, contents, toy_config
+from tests.toy_pairs import built, contents, toy_config
 
 ROOT = Path(__file__).parent.parent
 FEW = {"num_cpus": 0.5, "concurrency": 1}
-
-
-class PlacedGenerator(ToyGenerator):
-    """Also notes which GPUs Ray gave to the process that it runs in."""
-
-    def generate(self, work: Sequence[Any]) -> list[Any]:
-        note_place(self.settings, "generate")
-        return super().generate(work)
-
-
-class PlacedCaptioner(ToyCaptioner):
-    """The same."""
-
-    def caption(self, references: Sequence[Any]) -> list[Any]:
-        note_place(self.settings, "caption")
-        return super().caption(references)
-
-
-def note_place(settings: ToySettings, step: str) -> None:
-    if settings.log:
-        with open(settings.log, "a", encoding="utf-8") as notes:
-            notes.write(f"{step} {importlib.import_module('ray').get_gpu_ids()}\n")
-
-
-class AbsentCaptioner(ToyCaptioner):
-    """A model that is not on this node."""
-
-    def load(self) -> None:
-        raise WeightsError("The model nowhere cannot be loaded.")
 
 
 def recipe(config: BuildConfig) -> Recipe:
@@ -102,7 +73,7 @@ def test_a_stage_of_its_own_and_attempts_that_lead_back_to_it_build_the_same_sha
 
     def config(log: str, **values: Any) -> BuildConfig:
         kinds = {"generator": "PlacedGenerator", "captioner": "PlacedCaptioner"}
-        placed = {kind: {"backend": f"tests.test_pairs_ray:{name}", "log": log} for kind, name in kinds.items()}
+        placed = {kind: {"backend": f"tests.toy_pairs:{name}", "log": log} for kind, name in kinds.items()}
         return toy_config({"count": 3}, **placed, **values)
 
     built(config(""), tmp_path / "alone")
@@ -125,13 +96,13 @@ def test_more_than_there_is_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore")
 def test_what_a_worker_cannot_load_is_the_same_sentence_as_at_home(tmp_path: Path) -> None:
-    config = toy_config(captioner="tests.test_pairs_ray:AbsentCaptioner", ray=FEW)
+    config = toy_config(captioner="tests.toy_pairs:AbsentCaptioner", ray=FEW)
     with pytest.raises(WeightsError, match=r"^The model nowhere cannot be loaded\.$"):
         build(config, str(tmp_path / "ray"), "ray")
 
 
 def test_what_went_wrong_in_one_stage_passes_through_the_next_ones() -> None:
-    one = recipe(toy_config(captioner="tests.test_pairs_ray:AbsentCaptioner"))
+    one = recipe(toy_config(captioner="tests.toy_pairs:AbsentCaptioner"))
     row: dict[str, Any] = {"place": [0], "task": [pickle.dumps(Task([0], {}))]}
     for steps in (("import",), ("caption",), ("rewrite", "generate")):
         row = Stage(one, steps)(row)

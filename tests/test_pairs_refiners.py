@@ -75,7 +75,9 @@ def again(one: Draft, candidate: Candidate) -> Draft:
     return replace(one, candidate=candidate)
 
 
+@pytest.fixture(scope="module")
 def kinds(ours: Path, stock: tuple[Path, Path]) -> list[Any]:
+    """One of each kind, loaded once: what they make follows from their drafts alone."""
     adapter = {"adapter": str(stock[1]), "subfolder": "models", "weight_name": "ip-adapter.safetensors"}
     region = {"region": REGION.model_dump()}
     return [
@@ -86,8 +88,8 @@ def kinds(ours: Path, stock: tuple[Path, Path]) -> list[Any]:
     ]
 
 
-def test_refining_follows_from_draft_and_round_alone(ours: Path, stock: tuple[Path, Path]) -> None:
-    for made in kinds(ours, stock):
+def test_refining_follows_from_draft_and_round_alone(kinds: list[Any]) -> None:
+    for made in kinds:
         one, two = draft(1), draft(2, number=1)
         first, second = refined(made, one, two)
         assert (first.key, first.ask, first.attempt, first.round) == ("r1-0-0-1", "r1-0", 0, 1)
@@ -101,8 +103,8 @@ def test_refining_follows_from_draft_and_round_alone(ours: Path, stock: tuple[Pa
         assert other.image != first.image
 
 
-def test_the_person_and_the_sentence_matter(ours: Path, stock: tuple[Path, Path]) -> None:
-    for made in kinds(ours, stock):
+def test_the_person_and_the_sentence_matter(kinds: list[Any]) -> None:
+    for made in kinds:
         one = draft(1)
         (usual,) = refined(made, one)
         (another,) = refined(made, replace(one, reference=tiny_models.reference(3)))
@@ -110,8 +112,8 @@ def test_the_person_and_the_sentence_matter(ours: Path, stock: tuple[Path, Path]
         assert len({usual.image, another.image, said.image}) == 3
 
 
-def test_outside_the_face_not_one_bit_changes(ours: Path, stock: tuple[Path, Path]) -> None:
-    for made in kinds(ours, stock)[1:3]:
+def test_outside_the_face_not_one_bit_changes(kinds: list[Any]) -> None:
+    for made in kinds[1:3]:
         one = draft()
         before, after = pixels(one.candidate), pixels(refined(made, one)[0])
         y, x = np.mgrid[0:64, 0:64] + 0.5
@@ -154,8 +156,8 @@ def test_identity_scale_is_the_strength_of_the_person(ours: Path) -> None:
     assert refined(nobody, one) == refined(nobody, replace(one, reference=replace(tiny_models.reference(3), key="r9")))
 
 
-def test_one_bad_draft_fails_alone(ours: Path, stock: tuple[Path, Path]) -> None:
-    for made in kinds(ours, stock):
+def test_one_bad_draft_fails_alone(kinds: list[Any]) -> None:
+    for made in kinds:
         good = draft(1)
         unreadable = Reference("broken", b"no picture")
         bad = replace(good, reference=unreadable)

@@ -138,11 +138,11 @@ def test_what_cannot_work_is_one_sentence(
 
 
 def test_a_process_that_hangs_is_noticed_soon_and_one_that_validates_is_waited_for(tmp_path: Path) -> None:
-    """Each sleeps for four seconds: one in the middle of a step, one while the other waits for its validation."""
+    """Both sleep longer than a step may take: one in the middle of a step, one while the other waits for numbers."""
     soon = {"TOY_HURRY": "1"}
-    hanging = one_stage(images=96, settings={"hang_at": (84, 1)})
+    hanging = one_stage(images=24, settings={"hang_at": (12, 1)})
     assert not {DONE, STOPPED, WRONG} & set(run_in_processes(hanging, tmp_path / "hanging", soon))
-    busy = one_stage(images=96, settings={"hang_at": (10**9, 0)}, validate_every=40)
+    busy = one_stage(images=24, settings={"hang_at": (10**9, 0)}, validate_every=16)
     assert run_in_processes(busy, tmp_path / "busy", soon) == [DONE, DONE]
 
 

@@ -5,7 +5,9 @@ import functools
 import importlib
 import json
 import shutil
+import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,9 +27,11 @@ from imagine.finder import load_finder
 from imagine.judge import Reader, Recogniser
 from imagine.pipeline import ImaginePipeline
 from imagine.records import Tokens
+from tests.toy_training import run_in_processes, started, told
+from train.__main__ import DONE
 from train.assemble import assemble
 from train.checkpoint import read_tensors, write_tensors
-from train.config import load_run
+from train.config import Run, load_run
 from train.initial import load_initial
 from train.language import load_text_encoders, make_tokenizers
 from train.latents import autoencoder_of, squared_error
@@ -637,3 +641,46 @@ def test_an_adapter_stage_may_ask_the_judge_at_every_validation(tmp_path: Path) 
     assert {"validation_loss", "prompt", "sim_gt", "rank1_of_100", "sim_gt_ceiling"} <= numbers.keys()
     assert numbers["sim_gt"] < 0.3 < numbers["sim_gt_ceiling"]  # nothing is learnt yet
     assert (tmp_path / "judged.png").exists()
+
+
+def adapter_alone(output: Path) -> Run:
+    """The chain's adapter, on real pictures and pairs, as a run whose stages before it are done."""
+    shutil.copytree(trained(), output, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
+    with_tokenizers(output / "adapter")
+    run = load_run(home() / "run.yaml")
+    longer = {"images": 16, "batch_size": 4, "checkpoint_every_seconds": 0}
+    stages = {**run.stages, "adapter": run.stages["adapter"].model_copy(update=longer)}
+    return run.model_copy(update={"stages": stages, "trackers": ()})
+
+
+def handed_on(output: Path) -> dict[str, Tensor]:
+    return read_tensors(output / "adapter" / "weights.safetensors")[0]
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "adapter" / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in lines if "loss" in row]
+
+
+def test_a_real_stage_ends_the_same_after_kills_and_in_two_processes(tmp_path: Path) -> None:
+    straight, killed, shared = tmp_path / "straight", tmp_path / "killed", tmp_path / "shared"
+    process = started(adapter_alone(straight), straight, tasks=SMALL)
+    process.join()
+    assert process.exitcode == DONE, told(straight)
+    run, checkpoints = adapter_alone(killed), killed / "adapter" / "checkpoints"
+    for seen in (4, 12):  # a kill in the first half, a kill after the rate began to fall
+        process = started(run, killed, tasks=SMALL)
+        while process.is_alive() and not (checkpoints / f"{seen:012d}.safetensors").exists():
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, told(killed)
+    process = started(run, killed, tasks=SMALL)
+    process.join()
+    assert process.exitcode == DONE, told(killed)
+    wanted, found = handed_on(straight), handed_on(killed)
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == [] and len(wanted) > 50
+    assert run_in_processes(adapter_alone(shared), shared, tasks=SMALL) == [DONE, DONE], told(shared)
+    assert len(losses(straight)) == 4
+    torch.testing.assert_close(losses(shared), losses(straight), rtol=0, atol=1e-4)
+    torch.testing.assert_close(handed_on(shared), wanted, rtol=0, atol=1e-3)

@@ -6,9 +6,8 @@ which are forked from one that has imported everything, so that killing and star
 """
 
 import hashlib
+import importlib
 import io
-import multiprocessing
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_synth.backends import Draft, Failed, Target
 from data_synth.config import BuildConfig
 from data_synth.records import Ask, Candidate, Measures, Reference
-from imagine.errors import PictureError
+from imagine.errors import PictureError, WeightsError
+from tests.forks import forked
 
 if TYPE_CHECKING:
     from data_synth.build import Built
@@ -190,6 +190,36 @@ class StoppedRecogniser(ToyRecogniser):
         return super().recognise(pictures)
 
 
+# --- for Ray, whose workers all import this module: it does without torch, which takes longer than all their work -----
+class PlacedGenerator(ToyGenerator):
+    """Also notes which GPUs Ray gave to the process that it runs in."""
+
+    def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
+        _note_place(self.settings, "generate")
+        return super().generate(work)
+
+
+class PlacedCaptioner(ToyCaptioner):
+    """The same."""
+
+    def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
+        _note_place(self.settings, "caption")
+        return super().caption(references)
+
+
+def _note_place(settings: ToySettings, step: str) -> None:
+    if settings.log:
+        with open(settings.log, "a", encoding="utf-8") as notes:
+            notes.write(f"{step} {importlib.import_module('ray').get_gpu_ids()}\n")
+
+
+class AbsentCaptioner(ToyCaptioner):
+    """A model that is not on this node."""
+
+    def load(self) -> None:
+        raise WeightsError("The model nowhere cannot be loaded.")
+
+
 def photo(person: int, number: int) -> bytes:
     """A photo of 64 x 64 pixels: a pattern of its own in the person's tint."""
     random = np.random.default_rng(number + 1000 * person)
@@ -225,17 +255,10 @@ def contents(output: Path) -> dict[str, bytes]:
 
 
 # --- builds in processes of their own ---------------------------------------------------------------------------------
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["data_synth.build", "tests.toy_pairs"])
-
-
 def _build(config: BuildConfig, output: Path) -> None:
     built(config, output)
 
 
 def started(config: BuildConfig, output: Path) -> ForkServerProcess:
     """A process that builds."""
-    os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))  # where the fork server finds this module
-    process = _FORKS.Process(target=_build, args=(config, output))
-    process.start()
-    return process
+    return forked(_build, config, output)

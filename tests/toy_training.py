@@ -5,17 +5,17 @@ killing and starting them again takes milliseconds.
 """
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import train.loop
 from imagine.errors import BadRecordError, ImagineError
+from tests.forks import forked
 from train.__main__ import DONE, STOPPED, WRONG
 from train.config import Run
 from train.data import normals
@@ -114,7 +115,7 @@ class ToyTask:
         if self.settings.end_at == here:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.settings.hang_at == here:
-            time.sleep(4)
+            time.sleep(2.5)
         x = normals(self.start.seed, "x", images_seen, size, (3,))
         y = x[:, :2] * 2 - x[:, 2:]
         if any(images_seen <= bad < images_seen + size for bad in self.settings.bad):
@@ -156,7 +157,7 @@ def _fill(folder: Path) -> None:
     """Make a folder slowly, unless it is there: FileExistsError if two do it at once."""
     if not (folder / "ready").exists():
         folder.mkdir(parents=True)
-        time.sleep(0.3)
+        time.sleep(0.1)
         (folder / "ready").touch()
 
 
@@ -170,19 +171,11 @@ class Place:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-_FORKS = multiprocessing.get_context("forkserver")
-# what the first optimiser and the first shards import takes far longer than a run
-_FORKS.set_forkserver_preload(
-    ["tests.toy_training", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"]
-)
-
-
-def started(run: Run, output: Path, place: Place = Place()) -> ForkServerProcess:
-    """A process that trains `run` with the toy task and ends with DONE, STOPPED or WRONG."""
-    os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))  # where the fork server finds this module
-    process = _FORKS.Process(target=_train, args=(run, output, place), daemon=True)
-    process.start()
-    return process
+def started(
+    run: Run, output: Path, place: Place = Place(), tasks: Mapping[str, Any] | None = None
+) -> ForkServerProcess:
+    """A process that trains `run` with the toy task, or with these, and ends with DONE, STOPPED or WRONG."""
+    return forked(_train, run, output, place, tasks or {"toy": ToyTask}, daemon=True)
 
 
 def told(output: Path, rank: int = 0) -> str:
@@ -191,12 +184,16 @@ def told(output: Path, rank: int = 0) -> str:
 
 
 def run_in_processes(
-    run: Run, output: Path, environment: dict[str, str] | None = None, count: int = 2
+    run: Run,
+    output: Path,
+    environment: dict[str, str] | None = None,
+    count: int = 2,
+    tasks: Mapping[str, Any] | None = None,
 ) -> list[int | None]:
     """Train `run` in `count` processes that share each batch; how each of them ended."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    together = [started(run, output, Place(rank, count, port, environment or {})) for rank in range(count)]
+    together = [started(run, output, Place(rank, count, port, environment or {}), tasks) for rank in range(count)]
     for process in together:
         process.join()
     return [process.exitcode for process in together]
@@ -206,7 +203,7 @@ def _words(output: Path, rank: int) -> Path:
     return output.with_name(f"{output.name}.{rank}.txt")
 
 
-def _train(run: Run, output: Path, place: Place) -> None:
+def _train(run: Run, output: Path, place: Place, tasks: Mapping[str, Any]) -> None:
     with _words(output, place.rank).open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
@@ -222,7 +219,7 @@ def _train(run: Run, output: Path, place: Place) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         _shard_on_cpus()
     try:
-        sys.exit(DONE if run_stages(run, output, tasks={"toy": ToyTask}) else STOPPED)
+        sys.exit(DONE if run_stages(run, output, tasks=tasks) else STOPPED)
     except ImagineError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(WRONG)
