@@ -90,7 +90,8 @@ class Call:
     def __init__(self, unet: UNet2DConditionModel, people: int = 3) -> None:
         random = lambda *shape: torch.randn(people, *shape, generator=torch.Generator().manual_seed(len(shape)))  # noqa: E731
         self.unet = unet
-        self.noisy, self.text, self.features = random(3, 4, 4), random(5, TEXT_WIDTH), random(6, FEATURES)
+        # of a single place at the coarsest level, attention to itself would have no gradient
+        self.noisy, self.text, self.features = random(3, 8, 8), random(5, TEXT_WIDTH), random(6, FEATURES)
         self.text_mask = (torch.arange(5) < torch.tensor([5, 3, 2])[:people, None]).float()
         t5, byt5 = random(7, 12), random(4, 10)
         t5_mask = torch.arange(7) < torch.tensor([4, 7, 1])[:people, None]

@@ -21,6 +21,11 @@ def xl(request: Any) -> bool:
     return bool(request.param)
 
 
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Up to rounding: weights lie in memory as in their file, and some CPUs multiply what lies crooked otherwise."""
+    return torch.allclose(left, right, rtol=0, atol=1e-5)
+
+
 def test_saved_and_loaded_it_draws_the_same_and_the_folder_stays_a_stock_one(xl: bool, tmp_path: Path):
     stock = tiny_stock.stock(xl)
     pipe = tiny_stock.personal(stock, **tiny_stock.readers())
@@ -30,7 +35,7 @@ def test_saved_and_loaded_it_draws_the_same_and_the_folder_stays_a_stock_one(xl:
     for cls in (ImaginePipeline, type(pipe)):
         loaded = cls.from_pretrained(tmp_path, finder=pipe.finder)
         loaded.set_progress_bar_config(disable=True)
-        assert type(loaded) is type(pipe) and torch.equal(draw(loaded, OTHER, reference=tiny.photo(1)), wanted)
+        assert type(loaded) is type(pipe) and same(draw(loaded, OTHER, reference=tiny.photo(1)), wanted)
     other_eyes = tiny_stock.encoder()
     torch.nn.init.normal_(next(other_eyes.parameters()))
     loaded = ImaginePipeline.from_pretrained(tmp_path, finder=pipe.finder, vision_encoder=other_eyes)
@@ -38,7 +43,7 @@ def test_saved_and_loaded_it_draws_the_same_and_the_folder_stays_a_stock_one(xl:
         draw(loaded, OTHER, reference=tiny.photo(1))
     other = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     other.set_progress_bar_config(disable=True)
-    assert type(other) is type(stock) and torch.equal(draw(other, OTHER), plain)
+    assert type(other) is type(stock) and same(draw(other, OTHER), plain)
     pipe.unload_adapter()
     pipe.save_pretrained(tmp_path)
     assert ImaginePipeline.from_pretrained(tmp_path).adapter is None
@@ -53,7 +58,7 @@ def test_a_stock_folder_becomes_a_pipeline_that_knows_people(xl: bool, tmp_path:
         tmp_path / "stock", vision_encoder=tmp_path / "encoder", dtype=torch.float32, variant="fp16"
     )
     pipe.set_progress_bar_config(disable=True)
-    assert type(pipe) is imagined(type(stock)) and torch.equal(draw(pipe), draw(stock))
+    assert type(pipe) is imagined(type(stock)) and same(draw(pipe), draw(stock))
     assert pipe.encoder_fingerprint == fingerprint(tiny_stock.encoder())
     pipe.load_adapter(tiny_stock.identity(pipe.unet))
     other = getattr(imagine.stock, type(pipe).__name__.replace("Pipeline", "Img2ImgPipeline")).from_pipe(pipe)
