@@ -484,8 +484,12 @@ def test_bad_posts_change_nothing(site: Site, body: bytes, headers: dict[str, st
 
 
 def test_reviewers_at_once_over_http(site: Site) -> None:
+    asked = threading.Barrier(4)  # a pair with two opinions is open to nobody who comes later
+
     def reviewing(name: str) -> int:
-        for number in site.get(f"/api/state?reviewer={name}")["open"]:
+        numbers = site.get(f"/api/state?reviewer={name}")["open"]
+        asked.wait(timeout=60)
+        for number in numbers:
             assert site.post("/api/decisions", {"reviewer": name, "pair": number, "verdict": "keep"})[0] == 200
         return len(site.get(f"/api/state?reviewer={name}")["done"])
 

@@ -648,7 +648,7 @@ def adapter_alone(output: Path) -> Run:
     shutil.copytree(trained(), output, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
     with_tokenizers(output / "adapter")
     run = load_run(home() / "run.yaml")
-    longer = {"images": 16, "batch_size": 4, "checkpoint_every_seconds": 0}
+    longer = {"images": 24, "batch_size": 4, "checkpoint_every_seconds": 0}
     stages = {**run.stages, "adapter": run.stages["adapter"].model_copy(update=longer)}
     return run.model_copy(update={"stages": stages, "trackers": ()})
 
@@ -668,9 +668,9 @@ def test_a_real_stage_ends_the_same_after_kills_and_in_two_processes(tmp_path: P
     process.join()
     assert process.exitcode == DONE, told(straight)
     run, checkpoints = adapter_alone(killed), killed / "adapter" / "checkpoints"
-    for seen in (4, 12):  # a kill in the first half, a kill after the rate began to fall
+    for seen in (4, 16):  # a kill in the first half, a kill after the rate began to fall
         process = started(run, killed, tasks=SMALL)
-        while process.is_alive() and not (checkpoints / f"{seen:012d}.safetensors").exists():
+        while process.is_alive() and not list(checkpoints.glob(f"{seen:012d}*.safetensors")):
             time.sleep(0.001)
         process.kill()
         process.join()
@@ -681,6 +681,6 @@ def test_a_real_stage_ends_the_same_after_kills_and_in_two_processes(tmp_path: P
     wanted, found = handed_on(straight), handed_on(killed)
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == [] and len(wanted) > 50
     assert run_in_processes(adapter_alone(shared), shared, tasks=SMALL) == [DONE, DONE], told(shared)
-    assert len(losses(straight)) == 4
+    assert len(losses(straight)) == 6
     torch.testing.assert_close(losses(shared), losses(straight), rtol=0, atol=1e-4)
     torch.testing.assert_close(handed_on(shared), wanted, rtol=0, atol=1e-3)
