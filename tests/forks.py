@@ -21,7 +21,8 @@ _FORKS.set_forkserver_preload(
 
 def forked(target: Callable[..., None], *given: Any, daemon: bool = False) -> ForkServerProcess:
     """A process that does `target(*given)`; a daemon ends with this one."""
-    os.environ.setdefault("PYTHONPATH", str(Path(__file__).parent.parent))  # where the fork server finds these modules
+    paths, root = os.environ.get("PYTHONPATH", "").split(os.pathsep), str(Path(__file__).parent.parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *(path for path in paths if path not in ("", root))])  # for it
     process = _FORKS.Process(target=_begin, args=(target, given), daemon=daemon)
     process.start()
     return process

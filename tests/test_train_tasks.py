@@ -441,6 +441,22 @@ def test_the_loss_looks_closer_at_faces_and_at_letters() -> None:
     assert torch.allclose(squared_error(guess, wanted, batch.weights), shares)
 
 
+def test_a_weight_for_letters_that_no_record_names_is_remarked_on(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").touch()
+    task = built("base")
+    mine = {
+        "galleries": {"mine": {"records": str(tmp_path)}},
+        "sources": {"mine": {"gallery": "mine", "target": "self"}},
+    }
+    settings = task.settings.model_copy(update={"sources": {"mine": 1.0}, "letter_weight": 20.0})
+    recorded = SmallBase(settings, dataclasses.replace(task.start, data={**data(), **mine}))
+    assert [said.split(":")[0] for said in recorded.check()] == ["letter_weight has no effect"]
+    rendered = SmallBase(task.settings.model_copy(update={"letter_weight": 20.0}), task.start)
+    assert rendered.check() == []
+    plain = SmallBase(settings.model_copy(update={"letter_weight": 1.0}), recorded.start)
+    assert plain.check() == []
+
+
 def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
     folder = Path(__file__).parent.parent / "weights"
     vae, mean, std = load_autoencoder(folder)

@@ -22,7 +22,7 @@ from train.pictures import AnyGallery, AnyPictures
 from train.portraits import SIDE, check_sources, data_settings, held_out_pictures, pictures_of
 from train.sampling import sample
 from train.sentences import Sentences, SentenceStore
-from train.sources import Drawn, Mixture, in_order
+from train.sources import Drawn, Mixture, drawn_from, in_order
 from train.stock import Stock, keep_stock
 from train.task import Loss, Share, Start, Weight
 
@@ -151,7 +151,17 @@ class BaseTask:
     def check(self) -> list[str]:
         check_sources(self.start.data, self.settings.sources)
         check_autoencoder(self.start)
-        return []
+        return self._idle_weight()
+
+    def _idle_weight(self) -> list[str]:
+        """A sentence if the letters are to count more where nobody knows of any."""
+        data = data_settings(self.start.data)
+        named = [
+            data.galleries.get(data.sources[name].gallery) for name in drawn_from(self.settings.sources, data.sources)
+        ]
+        if self.settings.letter_weight == 1 or any(gallery is None or gallery.records is None for gallery in named):
+            return []
+        return ["letter_weight has no effect: records do not say where words are; leave it out."]
 
     def prepare(self) -> None:
         data = data_settings(self.start.data)
