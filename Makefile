@@ -27,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)  ## four people x six sentences with the shipped weights, as one scored contact sheet
-	$(PY) -m imagine.demo
+	$(PY) -m imagine.cli.demo
 
 test: $(READY)  ## the tests, on the CPU
 	$(PY) -m pytest $(ARGS)

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagine import report
-from imagine.cases import Cases, Real, look, look_at_real, make_cases
-from imagine.faces import cut_squares, default_finder, sharpness
-from imagine.judge import Judge, boxes_by
-from imagine.pipeline import ImaginePipeline
-from imagine.scores import score
-from imagine.second_pass import RefineFaces
-from imagine.suites import PORTRAITS
-from imagine.weights import default_folder
+from imagine.evaluation import report
+from imagine.evaluation.cases import Cases, Real, look, look_at_real, make_cases
+from imagine.evaluation.judge import Judge, boxes_by
+from imagine.evaluation.scores import score
+from imagine.evaluation.suites import PORTRAITS
+from imagine.networks.weights import default_folder
+from imagine.people.faces import cut_squares, default_finder, sharpness
+from imagine.pipeline.pipeline import ImaginePipeline
+from imagine.pipeline.second_pass import RefineFaces
 from imagine.world import render
 
 SEED = 5

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagine.cases import Cases, look, look_at_real, make_cases
-from imagine.judge import Judge
-from imagine.pipeline import ImaginePipeline
-from imagine.report import to_pil, to_tensor
-from imagine.scores import METRICS, score
-from imagine.suites import load_suite
+from imagine.evaluation.cases import Cases, look, look_at_real, make_cases
+from imagine.evaluation.judge import Judge
+from imagine.evaluation.report import to_pil, to_tensor
+from imagine.evaluation.scores import METRICS, score
+from imagine.evaluation.suites import load_suite
+from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.world import render
 
 SEED = 5  # other people than those of seed 0

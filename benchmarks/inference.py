@@ -27,14 +27,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from imagine.adapter import prepare
-from imagine.attention import attention_layers
-from imagine.bases import Blueprint, Component, Networks, add_branches, build, read_base
-from imagine.encoders import CLIP_MEAN, CLIP_STD, trim_clip_vocabulary
-from imagine.ip_adapter_layout import projection_shapes
-from imagine.plan_inference import conditioned, seen_tokens, unet_inputs
+from imagine.adapter.adapter import prepare
+from imagine.adapter.attention import attention_layers
+from imagine.ip_adapter.layout import projection_shapes
+from imagine.networks.encoders import CLIP_MEAN, CLIP_STD, trim_clip_vocabulary
+from imagine.planning.bases import Blueprint, Component, Networks, add_branches, build, read_base
+from imagine.planning.inference import conditioned, seen_tokens, unet_inputs
 from imagine.records import Conditioning, Tokens
-from imagine.stock import imagined
+from imagine.stock.pipelines import imagined
 
 PROMPT = "a person smiling on a beach, wearing a red hat, as a pencil sketch"
 VISION, T5 = "vision", "t5"

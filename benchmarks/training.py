@@ -25,11 +25,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from imagine.diffusion import add_noise, logit_normal, velocity
-from imagine.faces import crop_faces
+from imagine.networks.diffusion import add_noise, logit_normal, velocity
+from imagine.networks.weights import default_folder
+from imagine.people.faces import crop_faces
+from imagine.pipeline.sampling import pooled_text
 from imagine.records import Conditioning
-from imagine.sampling import pooled_text
-from imagine.weights import default_folder
 from train import parts
 from train.config import Stage
 from train.ema import Average

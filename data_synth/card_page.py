@@ -15,8 +15,8 @@ from PIL import Image
 from data_synth.card import UNKNOWN, Card, Case
 from data_synth.filters import STAGES
 from imagine.errors import PictureError
-from imagine.photos import open_photo
-from imagine.report import Cell, contact_sheet
+from imagine.evaluation.report import Cell, contact_sheet
+from imagine.people.photos import open_photo
 
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222;background:#fff}

@@ -63,7 +63,7 @@ def answers(talker: Talker, questions: Sequence[Question | Failed]) -> list[str 
 
 def picture_question(text: str, picture: bytes, seed: int, longest_side: int) -> Question | Failed:
     """A question about a picture file, turned upright and shrunk to `longest_side` pixels at most."""
-    from imagine.photos import open_photo
+    from imagine.people.photos import open_photo
 
     try:
         image = open_photo(picture)

@@ -44,7 +44,7 @@ class FilterSettings(BaseModel):
     similarity: tuple[float, float] | None = (0.5, 0.97)  # lowest and highest cosine to the reference
     difference: float | None = Field(default=0.2, ge=0, le=1)  # at least; one of five attributes is 0.2
     quality: float | None = Field(default=0.3, ge=0, le=1)  # at least
-    sharpness: float | None = Field(default=5e-4, ge=0)  # at least; imagine.faces calls less than this blurred
+    sharpness: float | None = Field(default=5e-4, ge=0)  # at least; imagine.people.faces calls less than this blurred
     text: float | None = Field(default=0.01, ge=0, le=1)  # at most this share of the picture
     # bits of 64 in which near-duplicates differ, at most; the world's portraits are all composed alike: there 0 or 1
     duplicates: int | None = Field(default=2, ge=0, le=MOST_DISTANCE)

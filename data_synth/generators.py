@@ -28,8 +28,8 @@ from data_synth.local_models import (
 )
 from data_synth.records import Ask, Candidate, Reference
 from imagine.errors import ImagineError, WeightsError
-from imagine.pipeline import ImaginePipeline
-from imagine.weights import dtype_word
+from imagine.networks.weights import dtype_word
+from imagine.pipeline.pipeline import ImaginePipeline
 
 Work = tuple[Reference, Ask, int]
 

@@ -28,9 +28,9 @@ from data_synth.measuring import picture_hash
 from data_synth.recognisers import KnownFace, Recogniser
 from data_synth.records import Ask, Candidate, Reference, Rejection
 from imagine.errors import BadRecordError, ConfigError, ImagineError, PictureError, WeightsError
-from imagine.photos import Photo, read_photo
-from imagine.shard_writer import check_picture
-from imagine.shards import open_records
+from imagine.people.photos import Photo, read_photo
+from imagine.shards.reading import open_records
+from imagine.shards.writing import check_picture
 
 UNREAD = "a file that cannot be read"
 DAMAGED = "a damaged picture or none"

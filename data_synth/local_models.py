@@ -133,7 +133,7 @@ def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
 @contextmanager
 def loading(model: str) -> Iterator[None]:
     """Load something quietly in this block; whatever the libraries raise becomes one WeightsError about `model`."""
-    from imagine.weights import hushed
+    from imagine.networks.weights import hushed
 
     try:
         with hushed():

@@ -29,11 +29,11 @@ from data_synth.recognisers import KnownFace, Recogniser, make_recogniser, simil
 from data_synth.records import Measures
 from data_synth.writing import LETTERS, text_share
 from imagine.errors import PictureError
-from imagine.faces import cut_squares, sharpness
-from imagine.judge import Reader
-from imagine.photos import Photo, read_photo
+from imagine.evaluation.judge import Reader
+from imagine.networks.weights import default_folder
+from imagine.people.faces import cut_squares, sharpness
+from imagine.people.photos import Photo, read_photo
 from imagine.records import FaceBox
-from imagine.weights import default_folder
 
 POSE = ("expression", "gaze", "yaw", "pitch", "roll")  # the attributes that a pair should change
 UNREADABLE = "a picture that cannot be read"
@@ -232,7 +232,7 @@ def _noise(grey: NDArray[np.float32]) -> float:
 
 
 def face_sharpness(image: Image.Image, box: FaceBox, crop: int) -> float:
-    """Variance of the Laplacian of the face crop at `crop` pixels, as `imagine.faces.sharpness`."""
+    """Variance of the Laplacian of the face crop at `crop` pixels, as `imagine.people.faces.sharpness`."""
     edges = torch.tensor([[box.left, box.top, box.width, box.height]])
     return sharpness(cut_squares(_tensor(image)[None], edges, crop)[0])
 

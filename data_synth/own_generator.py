@@ -11,7 +11,7 @@ from data_synth.generators import candidate_of, load_imagine, noise_of
 from data_synth.local_models import ModelSettings, ModelSource, failure, identity_of, source_identity
 from data_synth.records import Ask, Candidate, Reference
 from imagine.errors import ImagineError
-from imagine.weights import default_folder
+from imagine.networks.weights import default_folder
 
 VERSION = 1
 

@@ -17,9 +17,9 @@ from fsspec.core import url_to_fs
 from data_synth.records import Pair, Reference
 from data_synth.store import Store
 from imagine.errors import ConfigError
-from imagine.shard_index import json_object
-from imagine.shard_writer import SETTINGS, About, ShardWriter
-from imagine.shards import Record
+from imagine.shards.index import json_object
+from imagine.shards.reading import Record
+from imagine.shards.writing import SETTINGS, About, ShardWriter
 
 _ASIDE = ("box", "captions", "source", "hash", "similarity")  # facts that a record says elsewhere, or nobody needs
 

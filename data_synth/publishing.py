@@ -22,7 +22,7 @@ from data_synth.records import Rejection
 from data_synth.store import Store
 from data_synth.targets import wished
 from data_synth.verdicts import Verdict
-from imagine.shard_writer import About
+from imagine.shards.writing import About
 
 REPORTS = ("manifest.json", "funnel.json", "funnel.png", "card.json", "card.html", "rejections.jsonl", "parked.jsonl")
 SETTINGS = "build.json"  # the whole build file with its overrides; it may name places on this machine, and stays here

@@ -21,7 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_synth.backends import Backend, Failed
 from data_synth.local_models import choose_device, failure, fingerprint, identity_of, loading, source_identity
 from imagine.errors import ConfigError, ImagineError, PictureError, WeightsError
-from imagine.faces import (
+from imagine.evaluation.judge import Recogniser as RecogniserNetwork
+from imagine.networks.weights import default_folder
+from imagine.people.faces import (
     FaceFinder,
     InsightFaceFinder,
     LearnedFinder,
@@ -29,11 +31,9 @@ from imagine.faces import (
     default_finder,
     model_pack,
 )
-from imagine.judge import Recogniser as RecogniserNetwork
-from imagine.photos import PhotoSource, open_photo
+from imagine.people.photos import PhotoSource, open_photo
 from imagine.records import FaceBox
 from imagine.settings import checked
-from imagine.weights import default_folder
 
 RECOGNISERS: Mapping[str, str] = {
     "judge": "data_synth.recognisers:JudgeRecogniser",
@@ -220,7 +220,7 @@ class InsightFaceRecogniser:
     def _embed(self, pixels: NDArray[np.uint8], row: NDArray[np.float32], marks: NDArray[np.float32]) -> KnownFace:
         embedding = self._analysis.models["recognition"].get(pixels, self._face(bbox=row[:4], kps=marks))
         left, top, right, bottom, score = (float(number) for number in row)
-        brow = top + InsightFaceFinder.brow * (bottom - top)  # our boxes begin lower (see imagine.faces)
+        brow = top + InsightFaceFinder.brow * (bottom - top)  # our boxes begin lower (see imagine.people.faces)
         length = max(float(np.linalg.norm(embedding)), 1e-12)
         box = FaceBox(left, brow, right - left, bottom - brow, score)
         return KnownFace(box, np.asarray(embedding / length, np.float32))

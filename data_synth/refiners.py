@@ -37,15 +37,15 @@ from data_synth.local_models import (
 )
 from data_synth.recognisers import make_finder
 from data_synth.records import Candidate, Reference
-from imagine.diffusion import add_noise
 from imagine.errors import FaceError, PictureError, PromptError, WeightsError
-from imagine.faces import CROP_SIDE, FaceFinder, InsightFaceFinder
-from imagine.persona import Persona
-from imagine.photos import open_photo
-from imagine.pipeline import ImaginePipeline
+from imagine.networks.diffusion import add_noise
+from imagine.networks.weights import default_folder
+from imagine.people.faces import CROP_SIDE, FaceFinder, InsightFaceFinder
+from imagine.people.persona import Persona
+from imagine.people.photos import open_photo
+from imagine.pipeline.pipeline import ImaginePipeline
+from imagine.pipeline.second_pass import cells, ellipse_around, keep_outside, square_around
 from imagine.records import FaceBox
-from imagine.second_pass import cells, ellipse_around, keep_outside, square_around
-from imagine.weights import default_folder
 
 NO_FACE = "no face to refine"
 VERSION = 1

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from imagine.errors import ConfigError
-from imagine.shard_writer import SETTINGS, About, ShardWriter
-from imagine.shards import Record
+from imagine.shards.reading import Record
+from imagine.shards.writing import SETTINGS, About, ShardWriter
 from imagine.world import Contexts, People, attributes, captions, render, sample_contexts, sample_people
 from imagine.world.seeds import DEMO, HELD_OUT, JUDGE, TRAIN
 

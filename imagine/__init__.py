@@ -10,14 +10,16 @@ The public names are imported when they are first used, so that `import imagine`
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from imagine import stock as stock  # registers diffusers' pipelines as bases; imports none of them
+
 if TYPE_CHECKING:
-    from imagine.persona import Persona as Persona
-    from imagine.pipeline import ImaginePipeline as ImaginePipeline
+    from imagine.people.persona import Persona as Persona
+    from imagine.pipeline.pipeline import ImaginePipeline as ImaginePipeline
 
 __version__ = "0.1.0"
 __all__ = ["ImaginePipeline", "Persona", "__version__"]
 
-_HOMES = {"ImaginePipeline": "imagine.pipeline", "Persona": "imagine.persona"}
+_HOMES = {"ImaginePipeline": "imagine.pipeline.pipeline", "Persona": "imagine.people.persona"}
 
 
 def __getattr__(name: str) -> Any:

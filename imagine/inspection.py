@@ -20,9 +20,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from imagine.errors import WeightsError
-from imagine.ip_adapter_layout import KOHYA_FILE, LORA_FILE, encoder_of, licence_of, projection_shapes, read_layout
+from imagine.ip_adapter.layout import KOHYA_FILE, LORA_FILE, encoder_of, licence_of, projection_shapes, read_layout
+from imagine.networks.weights import INDEX, fingerprint_of, read_index, same_encoder
 from imagine.paths import as_path, kind_of, shown
-from imagine.weights import INDEX, STOCK_PIPELINES, fingerprint_of, read_index, same_encoder
+from imagine.pipeline.families import class_names
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".pkl")
 _ADAPTER_VERSION = "1"  # that Adapter.load reads
@@ -85,7 +86,7 @@ def _folder(folder: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> dict[str, Any]:
-    index = read_index(folder, STOCK_PIPELINES)
+    index = read_index(folder, class_names())
     components: dict[str, Any] = {}
     for part in sorted(folder.iterdir()):
         if part.is_dir() and (files := sorted(part.rglob("*.safetensors"))):
@@ -285,7 +286,7 @@ def _some(names: list[str]) -> str:
 
 def _read_pickle(path: Path) -> _Header:
     """The header of a .bin file, which torch reads without running anything in it."""
-    from imagine.ip_adapter import read_pickle
+    from imagine.ip_adapter.reading import read_pickle
 
     shapes: dict[str, tuple[int, ...]] = {}
     types: Counter[str] = Counter()

@@ -32,7 +32,7 @@ CLASSES = {  # libraries and classes that are imported when they are first asked
 
 
 def import_pipeline_lean() -> None:
-    """Import imagine.pipeline and the classes that loading it will ask for, unless something is imported already."""
+    """Import the pipeline and the classes that loading it will ask for, unless something is imported already."""
     torch = importlib.util.find_spec("torch")
     if "torch" in sys.modules or torch is None or torch.origin is None or SWITCH in os.environ:
         return
@@ -67,7 +67,7 @@ def _import_all() -> None:
 
 
 def _import_classes() -> None:
-    importlib.import_module("imagine.pipeline")
+    importlib.import_module("imagine.pipeline.pipeline")
     for library, names in CLASSES.items():
         module = importlib.import_module(library)
         for name in names:

@@ -20,6 +20,8 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
 _ABSENT_ON_WINDOWS = (21, 123, 1921)  # not ready, not a valid name, a link that leads nowhere
 _SHOWN = 200  # characters of a path in a sentence
 
+PACKAGE = Path(__file__).resolve().parent  # the folder of the package `imagine`
+
 
 def as_path(name: str | os.PathLike[str]) -> Path:
     """The path that a user means: with ~ as a home folder, unless a file's own name just begins with it."""

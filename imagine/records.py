@@ -1,11 +1,13 @@
-"""The frozen records that cross module borders; nothing here computes."""
+"""The frozen records that modules hand to each other, and how batches of tokens are taken, joined and repeated."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
+
+VISION = "vision"  # the name of the identity branch in adapters and conditionings
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,31 @@ class Conditioning:
     scales: Mapping[str, "Scale | Mapping[str, Scale]"] = field(default_factory=dict)
     regions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     memory: "dict[tuple[str, str], Any] | None" = None
+
+
+def take(tokens: Tokens, rows: torch.Tensor | Sequence[int]) -> Tokens:
+    """Batch items by number."""
+    rows = rows if isinstance(rows, torch.Tensor) else list(rows)
+    return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])
+
+
+def join(rows: Sequence[Tokens]) -> Tokens:
+    """Put batches of tokens one under the other, the shorter ones padded; no mask if every token counts."""
+    longest = max(each.values.shape[1] for each in rows)
+    if all(each.mask is None and each.values.shape[1] == longest for each in rows):
+        return Tokens(torch.cat([each.values for each in rows]))
+    padded = [each.values.new_zeros(each.values.shape[0], longest, each.values.shape[2]) for each in rows]
+    masks = [torch.zeros(whole.shape[:2], dtype=torch.bool, device=whole.device) for whole in padded]
+    for each, whole, mask in zip(rows, padded, masks, strict=True):
+        length = each.values.shape[1]
+        whole[:, :length] = each.values
+        mask[:, :length] = True if each.mask is None else each.mask
+    return Tokens(torch.cat(padded), torch.cat(masks))
+
+
+def repeat(tokens: Tokens, copies: int) -> Tokens:
+    """Repeat every batch item `copies` times, copies side by side."""
+    if copies == 1:
+        return tokens
+    mask = None if tokens.mask is None else tokens.mask.repeat_interleave(copies, 0)
+    return Tokens(tokens.values.repeat_interleave(copies, 0), mask)

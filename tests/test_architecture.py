@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
 PACKAGES = ("imagine", "train", "data_synth")
 PUBLIC_NAMES = {"imagine": ["ImaginePipeline", "Persona", "__version__"]}
 HEAVY = (
@@ -79,6 +78,7 @@ print(json.dumps({{"acts": acts, "changed": changed}}))
 def test_the_command_line_starts_without_heavy_libraries() -> None:
     code = f"""
 import json, sys
+from tests.root import ROOT
 import imagine.cli, data_synth.__main__, train.__main__
 print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
 """

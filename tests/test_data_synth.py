@@ -11,7 +11,7 @@ from PIL import Image
 from data_synth.__main__ import main
 from data_synth.world_command import WorldSettings, build, build_shards
 from imagine.errors import ConfigError
-from imagine.shards import Records, open_records
+from imagine.shards.reading import Records, open_records
 from imagine.world import attributes, render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT, TRAIN
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.root import ROOT
+
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 
 
@@ -114,7 +115,7 @@ def test_the_wheel_holds_the_packages_the_weights_and_the_command(unpacked: Path
 
 def test_an_installed_wheel_finds_the_weights_that_it_holds(unpacked: Path) -> None:
     setting = {**os.environ, "PYTHONPATH": str(unpacked), "HF_HUB_OFFLINE": "1"}
-    code = "import imagine.weights; print(imagine.weights.default_folder())"
+    code = "import imagine.networks.weights; print(imagine.networks.weights.default_folder())"
     found, doctor = (
         subprocess.run([sys.executable, *command], cwd=unpacked, env=setting, capture_output=True, text=True)
         for command in (["-c", code], ["-m", "imagine", "doctor", "--json"])

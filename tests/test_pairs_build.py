@@ -19,7 +19,7 @@ from data_synth.funnel import show
 from data_synth.review import Opinion, Review
 from data_synth.steps import BROKE
 from imagine.errors import ConfigError, ImagineError
-from imagine.shards import Records, open_records
+from imagine.shards.reading import Records, open_records
 from tests.toy_pairs import built, contents, toy_config
 
 

@@ -16,8 +16,9 @@ from data_synth.recognisers import RECOGNISERS
 from data_synth.registry import BACKENDS, CALLS, make_backend
 from data_synth.targets import TargetSettings
 from imagine.errors import ConfigError
+from tests.root import ROOT
 
-CONFIGS, DOCS = (Path(__file__).parent.parent / name for name in ("configs", "docs"))
+CONFIGS, DOCS = (ROOT / name for name in ("configs", "docs"))
 SMALL: dict[str, Any] = {
     "references": {"backend": "world", "identities": 3}, "captioner": "grammar", "rewriter": "grammar",
     "generator": {"backend": "renderer", "drift": 0.1}, "measurer": "truth",

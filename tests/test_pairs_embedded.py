@@ -15,7 +15,7 @@ from data_synth.embedded import GrammarCaptioner, GrammarRewriter, Renderer, Tru
 from data_synth.own_generator import ImagineGenerator
 from data_synth.records import Ask, Candidate, Measures, Reference
 from imagine.errors import ConfigError
-from imagine.shards import open_records
+from imagine.shards.reading import open_records
 from imagine.world.captions import PHRASES
 from tests import tiny
 

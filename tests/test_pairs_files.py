@@ -13,7 +13,7 @@ from data_synth import importing
 from data_synth.config import BuildConfig, Choice
 from data_synth.filters import STAGES
 from imagine.errors import ConfigError
-from imagine.shards import open_records
+from imagine.shards.reading import open_records
 from tests.toy_pairs import built, contents, photo, toy_config
 
 SAME_POSE = STAGES["difference"][0]

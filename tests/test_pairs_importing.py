@@ -35,9 +35,9 @@ from data_synth.importing import (
 from data_synth.recognisers import JudgeRecogniser, KnownFace, Recogniser, make_recogniser
 from data_synth.records import Reference, Rejection
 from imagine.errors import ConfigError, ImagineError
-from imagine.photos import PhotoSource
-from imagine.report import to_pil
-from imagine.shards import open_records
+from imagine.evaluation.report import to_pil
+from imagine.people.photos import PhotoSource
+from imagine.shards.reading import open_records
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.render import render_groups
 from imagine.world.seeds import HELD_OUT

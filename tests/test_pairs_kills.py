@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imagine.shards import open_records
+from imagine.shards.reading import open_records
 from tests.toy_pairs import contents, started, toy_config
 
 KILLS = 20

@@ -22,9 +22,9 @@ from data_synth.measuring import (
 )
 from data_synth.records import Ask, Candidate, Measures, Reference
 from data_synth.writing import text_share
-from imagine.photos import read_photo
+from imagine.evaluation.report import to_pil
+from imagine.people.photos import read_photo
 from imagine.records import FaceBox
-from imagine.report import to_pil
 from imagine.world import Contexts, attributes, render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 

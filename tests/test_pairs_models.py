@@ -15,7 +15,7 @@ from PIL import Image
 from data_synth.config import BuildConfig
 from data_synth.embedded import WorldPeople
 from data_synth.endpoint import DOWN
-from imagine.shards import open_records
+from imagine.shards.reading import open_records
 from tests import tiny, tiny_models
 from tests.test_pairs_endpoint import Reply, Stub, completion, text_of, trouble
 from tests.test_pairs_recognisers import tiny_pack

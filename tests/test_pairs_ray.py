@@ -13,9 +13,9 @@ from data_synth.config import BuildConfig, Cluster
 from data_synth.executors import Stage, _connect, choose_executor, stages_of
 from data_synth.steps import STEPS, Recipe, Task
 from imagine.errors import ConfigError, WeightsError
+from tests.root import ROOT
 from tests.toy_pairs import built, contents, toy_config
 
-ROOT = Path(__file__).parent.parent
 FEW = {"num_cpus": 0.5, "concurrency": 1}
 
 

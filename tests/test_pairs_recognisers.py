@@ -20,7 +20,7 @@ from data_synth.recognisers import (
     similarity,
 )
 from imagine.errors import ConfigError, WeightsError
-from imagine.faces import InsightFaceFinder
+from imagine.people.faces import InsightFaceFinder
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 
@@ -88,7 +88,7 @@ def test_all_faces_of_a_group_are_known_each(pictures: list[Image.Image], judge:
 
 
 def test_which_judge_is_in_its_identity(judge: JudgeRecogniser, tmp_path: Path) -> None:
-    from imagine.judge import Recogniser
+    from imagine.evaluation.judge import Recogniser
 
     assert judge.identity["model"] == "recogniser" and judge.identity["finder"]
     Recogniser(32, (8, 8, 8, 8), 1, 16).save(tmp_path / "judge" / "recogniser")

@@ -24,9 +24,9 @@ from data_synth.refiners import (
     whole_picture,
 )
 from imagine.errors import WeightsError
-from imagine.faces import KnownGeometry
+from imagine.people.faces import KnownGeometry
+from imagine.pipeline.second_pass import keep_outside, square_around
 from imagine.records import FaceBox
-from imagine.second_pass import keep_outside, square_around
 from tests import tiny, tiny_models
 from tests.tiny_models import pixels
 

@@ -12,8 +12,8 @@ from data_synth.backends import Failed
 from data_synth.records import Candidate, Measures, Reference, Rejection
 from data_synth.store import Result, Store
 from imagine.errors import ConfigError
+from tests.root import ROOT
 
-ROOT = Path(__file__).parent.parent
 RESULTS: tuple[Result, ...] = (
     'a caption with "quotes", umlauts äöü and a line\nend',
     Reference("key", b"\x00\xffpicture", "somebody", "a caption", {"box": [1.5, 2.0, 3.0, 4.0], "licence": "CC0-1.0"}),

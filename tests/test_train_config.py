@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from imagine.errors import ConfigError, ImagineError
+from tests.root import ROOT
 from tests.toy_training import ToyTask
 from train.__main__ import DONE, STOPPED, main
 from train.config import Stage, load_run
@@ -209,7 +210,7 @@ def test_processes_must_share_a_batch_evenly(run_file: Path, tmp_path: Path, mon
         run_stages(run, tmp_path / "out", tasks={"toy": ToyTask})
 
 
-ACCELERATE = sorted((Path(__file__).parent.parent / "configs" / "accelerate").glob("*.yaml"))
+ACCELERATE = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)

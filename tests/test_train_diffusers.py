@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imagine.adapter import Adapter
-from imagine.attention import GATE_GAIN, attention_layers
+from imagine.adapter.adapter import Adapter
+from imagine.adapter.attention import GATE_GAIN, attention_layers
 from imagine.errors import BadRecordError, ConfigError
-from imagine.faces import KnownGeometry
-from imagine.pipeline import ImaginePipeline
+from imagine.people.faces import KnownGeometry
+from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Tokens
-from imagine.shards import Records
+from imagine.shards.reading import Records
 from tests import tiny, tiny_ip, tiny_stock
+from tests.root import ROOT
 from tests.test_train_recorded import records, written
 from train.__main__ import main
 from train.assemble import assemble
@@ -37,7 +38,7 @@ from train.stages import run_stages
 from train.task import Start
 from train.task_diffusers import DiffusersBatch, DiffusersSettings, DiffusersTask
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 RECIPES = {"sdxl_8gpu": True, "sdxl_24gb": True, "sd15_1gpu": False}  # whether the base is an SDXL
 FOUR = ("real", "synthetic", "fine_real", "fine_synthetic")
 IDENTITY = ("vision_encoder", "vision_branch", "vision_projection", "lora")

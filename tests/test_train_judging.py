@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from imagine.errors import ConfigError
-from imagine.weights import default_folder
+from imagine.networks.weights import default_folder
 from imagine.world import render
 from train.judging import Examination
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from imagine.errors import ConfigError
+from tests.root import ROOT
 from tests.toy_training import ToyBatch, ToyTask
 from train.checkpoint import load, read_note, read_tensors
 from train.config import Run, Stage
@@ -22,7 +23,6 @@ from train.data import normals
 from train.loop import TrainingError
 from train.stages import run_stages
 
-ROOT = Path(__file__).parent.parent
 TRAIN = {"first": 1e-2, "second": 3e-3}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from imagine.errors import ConfigError
+from tests.root import ROOT
 from tests.toy_training import ToyTask
 from train.__main__ import main
 from train.config import Run, Stage
@@ -100,7 +101,7 @@ FOUR = ["real", "synthetic", "fine_real", "fine_synthetic"]  # the paper's stage
 def test_the_shipped_recipes_can_be_planned(
     recipe: str, stages: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = Path(__file__).parent.parent / "configs" / f"{recipe}.yaml"
+    path = ROOT / "configs" / f"{recipe}.yaml"
     assert main([str(path), "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == [*stages, "all stages"]

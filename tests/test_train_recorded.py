@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from imagine.errors import ConfigError
-from imagine.faces import KnownGeometry
+from imagine.evaluation.report import to_pil
+from imagine.people.faces import KnownGeometry
 from imagine.records import FaceBox
-from imagine.report import to_pil
-from imagine.shard_writer import About, ShardWriter
-from imagine.shards import Record, open_records
+from imagine.shards.reading import Record, open_records
+from imagine.shards.writing import About, ShardWriter
 from imagine.world import captions, render, sample_contexts, sample_people
 from train.portraits import pictures_of
 from train.recorded import RecordPictures, open_recorded

@@ -19,14 +19,15 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from imagine import encoders
-from imagine.adapter import FILE_NAME, Adapter
-from imagine.encoders import VisionEncoder
+from imagine.adapter.adapter import FILE_NAME, Adapter
 from imagine.errors import ConfigError, WeightsError
-from imagine.finder import load_finder
-from imagine.judge import Reader, Recogniser
-from imagine.pipeline import ImaginePipeline
+from imagine.evaluation.judge import Reader, Recogniser
+from imagine.networks import encoders
+from imagine.networks.encoders import VisionEncoder
+from imagine.people.finder import load_finder
+from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Tokens
+from tests.root import ROOT
 from tests.toy_training import run_in_processes, started, told
 from train.__main__ import DONE
 from train.assemble import assemble
@@ -458,7 +459,7 @@ def test_a_weight_for_letters_that_no_record_names_is_remarked_on(tmp_path: Path
 
 
 def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
-    folder = Path(__file__).parent.parent / "weights"
+    folder = ROOT / "weights"
     vae, mean, std = load_autoencoder(folder)
     latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent
     assert latents.shape[1] == len(mean) == len(std) and latents.dtype == torch.float32
@@ -472,7 +473,7 @@ def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
 
 
 def test_the_decoder_may_be_told_by_the_vision_encoder_whose_face_it_draws() -> None:
-    weights, plain = Path(__file__).parent.parent / "weights", built("autoencoder")
+    weights, plain = ROOT / "weights", built("autoencoder")
     settings = AutoencoderSettings(faces=0.5, features=1.0)
     with pytest.raises(ConfigError, match="name a folder of weights as its initial"):
         AutoencoderTask(settings, plain.start)
@@ -648,7 +649,7 @@ def test_the_teacher_sees_whose_latents_they_are_only_by_the_latents_and_the_pla
 def test_an_adapter_stage_may_ask_the_judge_at_every_validation(tmp_path: Path) -> None:
     task = built("adapter")
     silent = task.settings
-    task.settings = silent.model_copy(update={"judge": Path(__file__).parent.parent / "weights"})
+    task.settings = silent.model_copy(update={"judge": ROOT / "weights"})
     try:
         with torch.no_grad():
             numbers = task.validate(tmp_path, 0)

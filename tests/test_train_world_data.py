@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from imagine.errors import ConfigError
-from imagine.faces import crop_faces
-from imagine.models import build_autoencoder
+from imagine.networks.models import build_autoencoder
+from imagine.people.faces import crop_faces
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.people import CONTINUOUS, DISCRETE
 from imagine.world.render import compiled_painters

@@ -12,8 +12,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from imagine.adapter import Adapter, BranchSpec
-from imagine.encoders import (
+from imagine.adapter.adapter import Adapter, BranchSpec
+from imagine.networks.encoders import (
     VisionEncoder,
     build_byt5,
     build_byt5_tokenizer,
@@ -22,9 +22,9 @@ from imagine.encoders import (
     train_t5_tokenizer,
     trim_clip_vocabulary,
 )
-from imagine.faces import KnownGeometry
-from imagine.models import build_autoencoder, build_denoiser
-from imagine.pipeline import ImaginePipeline
+from imagine.networks.models import build_autoencoder, build_denoiser
+from imagine.people.faces import KnownGeometry
+from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import FaceBox
 
 SIZE = 32  # pixels a side of the pictures

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagine.attention import attention_layers
-from imagine.ip_adapter_layout import projection_shapes
+from imagine.adapter.attention import attention_layers
+from imagine.ip_adapter.layout import projection_shapes
 from tests import tiny_stock
 
 TOKENS, POOLED = 24, 20  # widths of the vision encoder's tokens and of its embedding

@@ -92,7 +92,7 @@ def stable_diffusion(folder: Path) -> Path:
     """A random Stable Diffusion of 32 x 32 pixels, on 16 x 16 latents."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-    from imagine.encoders import build_clip_text
+    from imagine.networks.encoders import build_clip_text
 
     torch.manual_seed(0)
     clip = tiny.tokenizers()[0]

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from imagine.adapter import Adapter, BranchSpec
-from imagine.encoders import VisionEncoder, build_byt5, build_clip_text, build_t5
-from imagine.faces import KnownGeometry
-from imagine.stock import imagined
+from imagine.adapter.adapter import Adapter, BranchSpec
+from imagine.networks.encoders import VisionEncoder, build_byt5, build_clip_text, build_t5
+from imagine.people.faces import KnownGeometry
+from imagine.stock.pipelines import imagined
 from tests import tiny
 
 SIDE = 16  # pixels

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from imagine.adapter import FILE_NAME
+from imagine.adapter.adapter import FILE_NAME
 from imagine.errors import ImagineError, WeightsError
-from imagine.weights import fingerprint, forget_paths, load_model
+from imagine.networks.weights import fingerprint, forget_paths, load_model
 from train.checkpoint import read_tensors, replacing, write_tensors
 from train.language import load_text_encoders
 from train.task_autoencoder import load_autoencoder
@@ -77,9 +77,9 @@ def _assemble_pipeline(
     """The pipeline around the base that was trained with this adapter, beside judge and finder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
-    from imagine.adapter import Adapter
-    from imagine.encoders import VisionEncoder
-    from imagine.pipeline import ImaginePipeline
+    from imagine.adapter.adapter import Adapter
+    from imagine.networks.encoders import VisionEncoder
+    from imagine.pipeline.pipeline import ImaginePipeline
 
     vae, mean, std = load_autoencoder(_autoencoder(run, initial))
     unet = UNet2DConditionModel.from_pretrained(drawing / "unet", torch_dtype=torch.float32)
@@ -114,7 +114,7 @@ def _assemble_pipeline(
 
 def _assemble_adapters(drawing: Path, output: Path, dtype: torch.dtype) -> None:
     """The vision encoder and the adapters that a stage on a public base left, in this precision."""
-    encoder = load_model(drawing / "image_encoder", "imagine.encoders", "VisionEncoder", dtype)
+    encoder = load_model(drawing / "image_encoder", "imagine.networks.encoders", "VisionEncoder", dtype)
     encoder.save_pretrained(output / "image_encoder")
     forget_paths(output / "image_encoder")
     for name in ("adapter", "text_adapter"):

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagine.encoders import TextEncoders, VisionEncoder
 from imagine.errors import ConfigError, PromptError
+from imagine.networks.encoders import TextEncoders, VisionEncoder
+from imagine.networks.vision_conversion import from_transformers
+from imagine.networks.weights import INDEX, dtype_word, fetching, hushed, is_hub_id, load_model
 from imagine.records import Tokens
-from imagine.vision_conversion import from_transformers
-from imagine.weights import INDEX, dtype_word, fetching, hushed, is_hub_id, load_model
 
 Encode = Callable[[Sequence[str]], dict[str, Tokens]]
 _KINDS = {2048: "Stable Diffusion XL", 1024: "Stable Diffusion 2", 768: "Stable Diffusion 1.5"}  # by text width
@@ -281,7 +281,7 @@ def load_vision(folder: Path, device: torch.device) -> VisionEncoder:
     if config.get("_class_name") == "VisionEncoder":
         if device.type == "meta":
             return VisionEncoder.from_config(config)
-        return load_model(folder, "imagine.encoders", "VisionEncoder", torch.float32)
+        return load_model(folder, "imagine.networks.encoders", "VisionEncoder", torch.float32)
     if (config.get("architectures") or [""])[0] != "CLIPVisionModelWithProjection":
         raise ConfigError(
             f"{folder} holds no vision encoder that can be trained: name the folder of a "

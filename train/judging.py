@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from imagine.cases import Cases, Real, look, look_at_real, make_cases
 from imagine.errors import ConfigError
-from imagine.faces import crop_faces
-from imagine.judge import Judge
-from imagine.scores import score
-from imagine.suites import PORTRAITS
+from imagine.evaluation.cases import Cases, Real, look, look_at_real, make_cases
+from imagine.evaluation.judge import Judge
+from imagine.evaluation.scores import score
+from imagine.evaluation.suites import PORTRAITS
+from imagine.people.faces import crop_faces
 from imagine.world import render
 
 SEED = 7

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from imagine import encoders
+from imagine.networks import encoders
 from imagine.world import captions, sample_contexts, sample_people
 
 _SENTENCES = 3_000  # captions of each kind that the vocabularies are made from

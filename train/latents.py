@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imagine.diffusion import normalise_latents
 from imagine.errors import ConfigError
-from imagine.weights import fingerprint
+from imagine.networks.diffusion import normalise_latents
+from imagine.networks.weights import fingerprint
 from imagine.world import camera_noise
 from train.kept import keep
 from train.pictures import AnyPictures

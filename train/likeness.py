@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagine.judge import ResidualBlock
+from imagine.evaluation.judge import ResidualBlock
 
 DIMENSIONS = 128  # of an embedding
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from imagine.cards import UTILISATION, speeds
-from imagine.plan_inference import Precision
-from imagine.plan_training import Lesson, Recipe, Training, TrainingPlan
+from imagine.planning.cards import UTILISATION, speeds
+from imagine.planning.inference import Precision
+from imagine.planning.training import Lesson, Recipe, Training, TrainingPlan
 from train import parts
 from train.config import Run, Stage
 from train.stages import TASKS, outlined, resolved

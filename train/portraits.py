@@ -10,7 +10,7 @@ from torch import Tensor
 
 from imagine.errors import ConfigError
 from imagine.settings import checked, unknown_name
-from imagine.shards import anything_at
+from imagine.shards.reading import anything_at
 from imagine.world.seeds import HELD_OUT
 from train.data import shuffled
 from train.pictures import AnyPictures, Gallery, Pictures, open_pictures

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from imagine.errors import BadRecordError, ConfigError
-from imagine.faces import FaceFinder, default_finder
-from imagine.shards import Record, Records, open_records
-from imagine.weights import default_folder
+from imagine.networks.weights import default_folder
+from imagine.people.faces import FaceFinder, default_finder
+from imagine.shards.reading import Record, Records, open_records
 from train.checkpoint import write_json
 from train.kept import keep
 
@@ -183,7 +183,7 @@ class RecordPictures:
 def open_recorded(
     address: str, size: int, folder: Path, finder: FaceFinder | None = None, most: int | None = None
 ) -> RecordPictures:
-    """The pictures of a data set at `address` (`imagine.shards.open_records`) as squares of `size` pixels.
+    """The pictures of a data set at `address` (`imagine.shards.reading.open_records`) as squares of `size` pixels.
 
     With `most` only so many of them, from the first shards. Raises ConfigError if there is no data set, or nothing in
     it can be used.

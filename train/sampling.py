@@ -1,6 +1,6 @@
 """Euler's method along the learned velocity, for sample grids while training.
 
-The guided prediction is the pipeline's own (`imagine.sampling`); a grid needs no scheduler object.
+The guided prediction is the pipeline's own (`imagine.pipeline.sampling`); a grid needs no scheduler object.
 """
 
 from itertools import pairwise
@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from imagine.diffusion import timesteps
-from imagine.sampling import Guidance, GuidedDenoiser, Inputs
+from imagine.networks.diffusion import timesteps
+from imagine.pipeline.sampling import Guidance, GuidedDenoiser, Inputs
 
 
 @torch.no_grad()

@@ -12,10 +12,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from imagine.encoders import TextEncoders, quoted
-from imagine.records import Tokens
-from imagine.sampling import join
-from imagine.weights import fingerprint
+from imagine.networks.encoders import TextEncoders, quoted
+from imagine.networks.weights import fingerprint
+from imagine.records import Tokens, join
 from train.kept_tokens import KeptTokens, cut
 from train.pictures import AnyGallery
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagine.faces import cut_squares, ellipse
+from imagine.people.faces import cut_squares, ellipse
 from train.kept import keep
 from train.latents import as_taken
 from train.pictures import AnyPictures

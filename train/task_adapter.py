@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from imagine.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
-from imagine.diffusion import add_noise, clean_from_velocity, velocity
-from imagine.encoders import VisionEncoder
+from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
 from imagine.errors import ConfigError
-from imagine.faces import crop_faces
+from imagine.networks.diffusion import add_noise, clean_from_velocity, velocity
+from imagine.networks.encoders import VisionEncoder
+from imagine.people.faces import crop_faces
+from imagine.pipeline.sampling import Guidance, Inputs
 from imagine.records import Tokens
-from imagine.sampling import Guidance, Inputs
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 from train.data import chance, to_device, uniforms

@@ -15,11 +15,11 @@ from diffusers import AutoencoderDC
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from imagine.encoders import VisionEncoder
 from imagine.errors import ConfigError
-from imagine.faces import ellipse
-from imagine.models import build_autoencoder
-from imagine.weights import read_index
+from imagine.networks.encoders import VisionEncoder
+from imagine.networks.models import build_autoencoder
+from imagine.networks.weights import read_index
+from imagine.people.faces import ellipse
 from train.data import chance, normals, uniforms
 from train.grids import save_grid
 from train.portraits import SIDE, data_settings, draw_rows, training_pictures

@@ -9,11 +9,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from imagine.adapter import LORA_TARGETS, Adapter, BranchSpec, Fusion, LoraTarget
-from imagine.diffusion import add_noise, logit_normal, min_snr_weight, timesteps, velocity
-from imagine.models import build_denoiser
+from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, Fusion, LoraTarget
+from imagine.networks.diffusion import add_noise, logit_normal, min_snr_weight, timesteps, velocity
+from imagine.networks.models import build_denoiser
+from imagine.pipeline.sampling import Guidance, Inputs, TextTokens, pooled_text
 from imagine.records import Conditioning, Tokens
-from imagine.sampling import Guidance, Inputs, TextTokens, pooled_text
 from train.data import chance, generator, normals, to_device
 from train.grids import save_grid
 from train.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from imagine import encoders
-from imagine.encoders import VisionEncoder
+from imagine.networks import encoders
+from imagine.networks.encoders import VisionEncoder
 from imagine.world import People, captions
 from imagine.world.tables import join
 from train.contrast import Temperature, contrast

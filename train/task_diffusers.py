@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from imagine.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
-from imagine.bases import AdapterShape, Blueprint, Component
+from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
 from imagine.errors import ConfigError
-from imagine.ip_adapter import import_adapter, read_ip_adapter
-from imagine.records import Conditioning, Tokens
-from imagine.sampling import VISION, join
-from imagine.weights import fingerprint, forget_paths
+from imagine.ip_adapter.reading import import_adapter, read_ip_adapter
+from imagine.networks.weights import fingerprint, forget_paths
+from imagine.planning.bases import AdapterShape, Blueprint, Component
+from imagine.records import VISION, Conditioning, Tokens, join
 from train.data import chance, normals, to_device, uniforms
 from train.diffusers_base import BaseCodec, BaseReader, T5Reader, load_vision, open_base, time_ids
 from train.grids import save_grid

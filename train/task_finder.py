@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from imagine import finder
+from imagine.people import finder
 from imagine.world import render_groups, sample_contexts, sample_people
 from imagine.world.scenes import paint_scenes
 from imagine.world.seeds import HELD_OUT, JUDGE

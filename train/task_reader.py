@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from imagine.judge import Reader, reading_loss
+from imagine.evaluation.judge import Reader, reading_loss
 from imagine.world import attributes, render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS

@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
-from imagine.faces import crop_faces
-from imagine.judge import Recogniser, margin_loss
+from imagine.evaluation.judge import Recogniser, margin_loss
+from imagine.people.faces import crop_faces
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT, JUDGE
 from train.data import normals, uniforms

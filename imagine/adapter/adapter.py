@@ -1,0 +1,487 @@
+"""The adapter: everything we add to a denoiser, as one object that attaches, detaches, saves and loads.
+
+Two adapters usually stack on one stock denoiser: the text adapter (branches "t5" and "byt5", trained together with the
+base) and the identity adapter (branch "vision", its projection, and LoRA on the base's attention). They are the same
+class. Building one does not touch the denoiser, `attach` swaps attention processors, `detach` is its exact inverse, in
+any order. Weights are named by the module path of the attention layer that they belong to, so a file explains itself:
+
+    down_blocks.0.attentions.0.transformer_blocks.0.attn2.vision.to_k.weight         a branch (to_k, to_v, gate)
+    down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight     LoRA, under peft's names
+    projections.vision.proj.0.weight                                                 a branch's token projection
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imagine.adapter.attention import (
+    TEXT,
+    Branch,
+    LayerWeights,
+    LowRank,
+    ParallelAttention,
+    acting,
+    attention_layers,
+    processor_of,
+    strength_key,
+    usable_mask,
+)
+from imagine.adapter.projections import (
+    LINEAR_TOKENS,
+    PLUS_HEAD,
+    PLUS_TOKENS,
+    FullProjection,
+    Kind,
+    LinearProjection,
+    PlusProjection,
+)
+from imagine.errors import ConfigError, WeightsError
+from imagine.networks.weights import check_names
+from imagine.paths import as_path, kind_of, shown
+from imagine.records import Conditioning, Scale, Tokens
+
+FORMAT_VERSION = "1"
+FILE_NAME = "adapter.safetensors"
+DESCRIBED_BY = ("base", "encoder", "feature_layer", "tokens", "licence")  # what every saved adapter says of itself
+Fusion = Literal["parallel", "concatenated"]
+LoraTarget = Literal["to_q", "to_k", "to_v", "to_out.0"]
+LORA_TARGETS: tuple[LoraTarget, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """One branch: its name in Conditioning.branches, and the width of the tokens that its keys and values read.
+
+    `scale` applies where a call names none. With `zero_init` the gate on the branch's output starts at zero, so that a
+    fresh adapter changes nothing; without, it starts at one, for branches trained together with the base.
+    A `projection` (projections.py) maps vision features of `input_width` to tokens of `width`: "full" and "plus" read
+    the encoder's penultimate tokens, "linear" its pooled embedding. "plus" and "linear" make `tokens` of them; "plus"
+    computes at `inner_width`, its heads together at `attention_width`.
+    `absent` says what the branch reads where nobody is shown, as in guidance's unconditional pass: nothing ("off"), or
+    what its encoder makes of nothing ("zeros": a normalised picture of zeros, which is grey, or a zero embedding), as
+    IP-Adapters were trained.
+    `fusion` is "parallel", or "concatenated" for the paper's comparison: under the text's softmax. There a fresh
+    branch takes attention from the text although its values are zero, so only strength 0 leaves the base as it is.
+    """
+
+    name: str
+    width: int
+    scale: float = 1.0
+    zero_init: bool = True
+    projection: Kind | None = None
+    input_width: int | None = None
+    fusion: Fusion = "parallel"
+    tokens: int | None = None
+    inner_width: int | None = None
+    attention_width: int | None = None
+    absent: Literal["off", "zeros"] = "off"
+
+    def build_projection(self) -> nn.Module | None:
+        """The projection with its first, random weights; None if there is none."""
+        if self.projection is None or self.input_width is None:
+            return None
+        if self.projection == "full":
+            return FullProjection(self.input_width, self.width)
+        if self.projection == "linear":
+            return LinearProjection(self.input_width, self.width, self.tokens or LINEAR_TOKENS)
+        inner = self.inner_width or self.width
+        return PlusProjection(
+            self.input_width, self.width, inner, self.attention_width or inner, self.tokens or PLUS_TOKENS
+        )
+
+
+class Adapter(nn.Module):
+    """Branches and LoRA for every attention layer of one kind of denoiser.
+
+    Branches go to the cross-attention layers, LoRA of rank `lora_rank` to the linear layers `lora_targets` of every
+    attention layer in a transformer block. The LoRA follows the strength of the first branch, call by call and batch
+    item by batch item: where that branch is off, so is the LoRA. Keys and values start as copies of the denoiser's own
+    where widths agree.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        branches: Sequence[BranchSpec],
+        lora_rank: int = 0,
+        lora_targets: Sequence[str] = LORA_TARGETS,
+    ) -> None:
+        super().__init__()
+        _check_specs(branches)
+        self.branch_specs = tuple(branches)
+        self.lora_rank = lora_rank
+        self.lora_targets = tuple(lora_targets) if lora_rank else ()
+        self.metadata: dict[str, str] = {}  # what the file said of itself; empty until saved or loaded
+        self._layer_names: list[str] = []
+        for name, attn in attention_layers(denoiser).items():
+            # Only transformer blocks hand the conditioning on to their attention layers.
+            block = denoiser.get_submodule(name.rpartition(".")[0])
+            _place(self, name, self._layer_weights(attn, isinstance(block, BasicTransformerBlock)))
+            self._layer_names.append(name)
+        for spec in branches:
+            if (projection := spec.build_projection()) is not None:
+                _place(self, f"projections.{spec.name}", projection)
+
+    def _layer_weights(self, attn: Attention, conditioned: bool) -> LayerWeights:
+        specs = self.branch_specs
+        beside = frozenset(spec.name for spec in specs if spec.fusion == "concatenated")
+        layer = LayerWeights(specs[0].name, {spec.name: spec.scale for spec in specs}, beside)
+        if not conditioned:
+            return layer
+        for spec in self.branch_specs if attn.is_cross_attention else ():
+            branch = Branch(spec.width, attn.inner_dim, spec.zero_init)
+            if spec.width == attn.to_k.in_features:
+                branch.to_k.weight.data.copy_(attn.to_k.weight.data)
+                branch.to_v.weight.data.copy_(attn.to_v.weight.data)
+            layer.add_module(spec.name, branch)
+        for target in self.lora_targets:
+            linear = _linear(attn, target)
+            _place(layer, target, LowRank(linear.in_features, linear.out_features, self.lora_rank))
+        return layer
+
+    # --- on the denoiser and off again ------------------------------------------------------------------------------
+
+    def layers(self) -> dict[str, LayerWeights]:
+        """Return what this adapter adds, by the module path of the attention layer."""
+        return {name: cast(LayerWeights, self.get_submodule(name)) for name in self._layer_names}
+
+    def attach(self, denoiser: nn.Module) -> ExitStack:
+        """Add this adapter to the denoiser; `with adapter.attach(denoiser): ...` takes it off again at the end.
+
+        Raises WeightsError if it is attached already, was built for another denoiser, or meets foreign processors.
+        """
+        targets, mine = attention_layers(denoiser), self.layers()
+        self._check_fits(targets)
+        present = {name: _ours(name, attn) for name, attn in targets.items()}
+        for name, processor in present.items():
+            _check_can_join(processor, mine[name])
+        for name, processor in present.items():
+            _install(targets[name], _with(processor, [*processor.layers, mine[name]]))
+        on_exit = ExitStack()
+        on_exit.callback(self.detach, denoiser)
+        return on_exit
+
+    def detach(self, denoiser: nn.Module) -> None:
+        """Undo `attach`; the last one to leave restores the stock processors. Raises WeightsError if not attached."""
+        check_attached(denoiser, [self])
+        mine = self.layers()
+        for name, attn in attention_layers(denoiser).items():
+            processor = _ours(name, attn)
+            rest = [layer for layer in processor.layers if layer is not mine[name]]
+            _install(attn, _with(processor, rest) if rest else processor.stock)
+
+    def _check_fits(self, targets: Mapping[str, Attention]) -> None:
+        if list(targets) != self._layer_names:
+            raise WeightsError(
+                f"This adapter was built for a denoiser with {len(self._layer_names)} attention layers of other names "
+                f"than this one's {len(targets)}; load the adapter that belongs to this denoiser."
+            )
+        for name, layer in self.layers().items():
+            attn = targets[name]
+            widths = {branch.to_k.out_features for branch in layer.branches().values()} or {attn.inner_dim}
+            linears = {target: (layer.low_rank(target), _linear(attn, target)) for target in self.lora_targets}
+            if widths != {attn.inner_dim} or any(
+                low and (low.lora_A.in_features, low.lora_B.out_features) != (linear.in_features, linear.out_features)
+                for low, linear in linears.values()
+            ):
+                raise WeightsError(
+                    f"This adapter does not fit the denoiser's layer {name}, whose width is {attn.inner_dim}; "
+                    "load the adapter that belongs to this denoiser."
+                )
+
+    # --- what it computes outside the attention layers --------------------------------------------------------------
+
+    def tokens(self, branch: str, features: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Return a branch's tokens for features (batch, length, width), through its projection if it has one.
+
+        Several pictures' features: (batch, pictures, length, width), whose tokens stand one after the other; "linear"
+        takes pooled embeddings (batch, pictures, width). The mask is one of the tokens that come out.
+        """
+        if not any(spec.name == branch and spec.projection for spec in self.branch_specs):
+            return Tokens(features, mask)
+        projection = self.get_submodule(f"projections.{branch}")
+        if features.dim() == 4:  # each picture for itself
+            return Tokens(projection(features.flatten(0, 1)).unflatten(0, features.shape[:2]).flatten(1, 2), mask)
+        return Tokens(projection(features), mask)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; a diffusers pipeline asks every component."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its weights; a diffusers pipeline asks every component."""
+        return next(self.parameters()).dtype
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes any picture: fresh from nothing, with every gate and LoRA at zero, it does not.
+
+        It reads the weights, which waits for the device.
+        """
+        if any(spec.fusion == "concatenated" for spec in self.branch_specs):
+            return True  # its tokens take attention from the text's, whatever their values are behind a closed gate
+        layers = self.layers().values()
+        gates = [branch.gate for layer in layers for branch in layer.branches().values()]
+        low_ranks = [low for layer in layers for low in map(layer.low_rank, self.lora_targets) if low is not None]
+        return any(bool(weight.any()) for weight in [*gates, *(low.lora_B.weight for low in low_ranks)])
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters by the names that a training stage uses; every parameter is in exactly one part.
+
+        "<branch>_branch" (keys, values and gates), "<branch>_projection" where there is one, and "lora".
+        """
+        parts: dict[str, list[nn.Parameter]] = {}
+        for layer in self.layers().values():
+            for name, branch in layer.branches().items():
+                parts.setdefault(f"{name}_branch", []).extend(branch.parameters())
+            for low_rank in filter(None, map(layer.low_rank, self.lora_targets)):
+                parts.setdefault("lora", []).extend(low_rank.parameters())
+        for spec in self.branch_specs:
+            if spec.projection:
+                parts[f"{spec.name}_projection"] = list(self.get_submodule(f"projections.{spec.name}").parameters())
+        return parts
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+        """Write one safetensors file: `path` itself, or adapter.safetensors in it if it does not end in .safetensors.
+
+        `metadata` must say base, encoder, feature_layer, tokens and licence, and may say more.
+        """
+        if lacking := [key for key in DESCRIBED_BY if key not in metadata]:
+            raise ValueError(f"metadata of a saved adapter must also say {', '.join(lacking)}")
+        self.metadata = {
+            **metadata,
+            "format_version": FORMAT_VERSION,
+            "branches": json.dumps([asdict(spec) for spec in self.branch_specs]),
+            "lora_rank": str(self.lora_rank),
+            "lora_targets": json.dumps(self.lora_targets),
+        }
+        file = _file(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f"{file.name}.partial")
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, unfinished, self.metadata)
+        unfinished.replace(file)  # readers see the old file or the new one, never half of it
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], denoiser: nn.Module, expected: Mapping[str, str] | None = None
+    ) -> "Adapter":
+        """Read an adapter for this denoiser, bit for bit as saved and in the saved precision, on the denoiser's device.
+
+        For a denoiser on the meta device, whose layers alone are of interest, the adapter is on the CPU.
+
+        `expected` holds metadata that must agree, such as {"encoder": ...}. Raises WeightsError, naming what is wrong.
+        """
+        file = _file(path)
+        metadata, tensors = _read(file)
+        for key, value in (expected or {}).items():
+            if metadata.get(key) != value:
+                raise WeightsError(
+                    f"{file} says {key} {metadata.get(key)!r}, but {value!r} is needed; take a file made for it."
+                )
+        try:
+            specs = [BranchSpec(**spec) for spec in json.loads(metadata["branches"])]
+            rank, targets = int(metadata["lora_rank"]), json.loads(metadata["lora_targets"])
+            with torch.device("meta"):  # nothing is initialised in vain, and no random number is drawn
+                adapter = cls(denoiser, specs, rank, targets)
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise WeightsError(f"{file} does not describe its branches and LoRA properly; save it again.") from error
+        _check_tensors(file, tensors, adapter.state_dict())
+        adapter.load_state_dict(tensors, assign=True)
+        adapter.metadata = metadata
+        device = next(denoiser.parameters()).device
+        return adapter if device.type == "meta" else adapter.to(device)
+
+
+def check_attached(denoiser: nn.Module, adapters: Iterable[Adapter]) -> None:
+    """Raise WeightsError, naming the likely cause, unless every adapter is attached to every attention layer."""
+    targets = attention_layers(denoiser)
+    for adapter in adapters:
+        for name, layer in adapter.layers().items():
+            processor = processor_of(targets[name]) if name in targets else None
+            attached = isinstance(processor, ParallelAttention) and any(layer is other for other in processor.layers)
+            if not attached:
+                raise WeightsError(
+                    f"The adapter with branch {layer.owner!r} is not attached to {name}, whose processor is "
+                    f"{type(processor).__name__}: set_attention_slice, set_attn_processor, enable_xformers, "
+                    "fuse_qkv_projections and IP-Adapters replace it; leave them out, or call "
+                    "set_attn_processor(AttnProcessor2_0()) and then attach."
+                )
+
+
+def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
+    """Make a conditioning ready for the many steps of one picture; outputs stay the same, bit for bit.
+
+    It gets a memory, where the keys and values of all branches (of the denoiser's own text too, as long as the very
+    same tensor is passed as encoder_hidden_states) are kept from the first step on. Absent tokens are folded into the
+    scales, branches that are off for everyone are dropped, rows at either end in which a branch is off (guidance's
+    unconditional ones) are left out of it, and a mask under which every token counts costs nothing any more. Where a
+    LoRA acts on keys or values, a new strength needs a newly prepared conditioning.
+    Raises WeightsError if a branch has tokens but nothing attached reads it.
+    """
+    targets = {name: attn for name, attn in attention_layers(denoiser).items() if attn.is_cross_attention}
+    readers = {
+        branch: layer
+        for name, attn in targets.items()
+        for layer in _ours(name, attn).layers
+        for branch in layer.branches()
+    }
+    branches: dict[str, Tokens] = {}
+    scales: dict[str, Scale | Mapping[str, Scale]] = {}
+    for name, tokens in conditioning.branches.items():
+        if name not in readers:
+            raise WeightsError(
+                f"Nothing attached reads the branch {name!r}; attach its adapter, or leave its tokens out."
+            )
+        scale = _folded(conditioning.scales.get(name, readers[name].default_scales[name]), tokens)
+        if any(map(_acts, scale.values() if isinstance(scale, Mapping) else [scale])):
+            mask = None if tokens.mask is None or bool(tokens.mask.all()) else usable_mask(tokens)
+            branches[name], scales[name] = Tokens(tokens.values, mask), scale
+    return Conditioning(branches, scales, conditioning.regions, memory=_strengths(scales))
+
+
+def _strengths(scales: Mapping[str, Scale | Mapping[str, Scale]]) -> dict[tuple[str, str], Any]:
+    """A call's memory that knows of every strength in which rows it acts, beside the tensor for which that is so."""
+    memory: dict[tuple[str, str], Any] = {}
+    for branch, scale in scales.items():
+        layers: Mapping[str, Scale] = scale if isinstance(scale, Mapping) else {"": scale}
+        for layer, each in layers.items():
+            if isinstance(each, Tensor):
+                memory[strength_key(branch, layer)] = (each, acting(each))
+    return memory
+
+
+def _folded(scale: Scale | Mapping[str, Scale], tokens: Tokens) -> Scale | Mapping[str, Scale]:
+    """A scale with 0 for those batch items none of whose tokens count."""
+    if isinstance(scale, Mapping):
+        return {name: cast(Scale, _folded(each, tokens)) for name, each in scale.items()}
+    if tokens.mask is None:
+        return scale
+    there = tokens.mask.any(dim=1)
+    return scale if bool(there.all()) else scale * there.to(tokens.values.dtype)
+
+
+def _acts(scale: Scale) -> bool:
+    return bool(scale.any()) if isinstance(scale, Tensor) else scale != 0
+
+
+def _check_specs(branches: Sequence[BranchSpec]) -> None:
+    names = [spec.name for spec in branches]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"An adapter needs at least one branch and no name twice, not {names}.")
+    for spec in branches:
+        if not spec.name.isidentifier() or spec.name == TEXT or spec.name.startswith(("to_", "low_rank")):
+            raise ConfigError(f"A branch cannot be called {spec.name!r}; take a plain word such as 't5' or 'vision'.")
+        if hasattr(LayerWeights, spec.name):
+            raise ConfigError(f"A branch cannot be called {spec.name!r}, which torch uses itself; take another word.")
+        if (spec.projection is None) != (spec.input_width is None):
+            raise ConfigError(f"Branch {spec.name!r} must give both projection and input_width, or neither.")
+        inner = spec.inner_width or spec.width
+        if spec.projection == "plus" and (inner % PLUS_HEAD or (spec.attention_width or inner) % PLUS_HEAD):
+            raise ConfigError(
+                f"Branch {spec.name!r}: the widths inside a plus projection must be multiples of {PLUS_HEAD}."
+            )
+
+
+def _ours(name: str, attn: Attention) -> ParallelAttention:
+    """Return the layer's processor; a stock one as an empty one of ours. Raises WeightsError for any other."""
+    processor = processor_of(attn)
+    if isinstance(processor, ParallelAttention):
+        return processor
+    if type(processor) is AttnProcessor2_0:
+        return ParallelAttention(name, processor, ())
+    raise WeightsError(
+        f"The denoiser's layer {name} uses {type(processor).__name__} instead of the stock AttnProcessor2_0; undo "
+        "attention slicing or xformers with set_attn_processor(AttnProcessor2_0()), an IP-Adapter with "
+        "unload_ip_adapter(), then attach."
+    )
+
+
+def _check_can_join(processor: ParallelAttention, layer: LayerWeights) -> None:
+    if any(other is layer for other in processor.layers):
+        raise WeightsError("This adapter is attached to this denoiser already; detach it first.")
+    taken = {branch for other in processor.layers for branch in other.default_scales}
+    if shared := taken & set(layer.default_scales):
+        raise WeightsError(f"Another attached adapter has a branch {min(shared)!r} too; detach that adapter first.")
+
+
+def _with(processor: ParallelAttention, layers: Sequence[LayerWeights]) -> ParallelAttention:
+    """The same processor for other layers of adapters, on the same attention backend."""
+    new = ParallelAttention(processor.name, processor.stock, layers)
+    new._attention_backend = processor._attention_backend
+    return new
+
+
+def _install(attn: Attention, processor: ParallelAttention | AttnProcessor2_0) -> None:
+    attn.set_processor(cast(AttnProcessor, processor))
+
+
+def _linear(attn: Attention, target: str) -> nn.Linear:
+    if target not in LORA_TARGETS:
+        raise ConfigError(f"There is no LoRA target {target!r}; choose from {', '.join(LORA_TARGETS)}.")
+    return cast(nn.Linear, attn.get_submodule(target))  # or a layer that stands for one, such as peft's
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a dotted path below root, with plain containers on the way: its path is its state-dict name."""
+    *parents, last = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = cast(nn.Module, root._modules[part])
+    root.add_module(last, module)
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    path = as_path(path)
+    return path if path.suffix == ".safetensors" else path / FILE_NAME
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return what a saved adapter says of itself, without a denoiser. Raises WeightsError as `Adapter.load` does."""
+    return _read(_file(path))[0]
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if kind_of(file, WeightsError) != "file":
+        raise WeightsError(f"There is no adapter file {shown(file)}; give the folder or file of a saved adapter.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            # Cloned, because a file's tensors start at odd addresses, where CPU kernels sum in another order: the
+            # loaded adapter would differ from the saved one in the last bit of the picture, with equal weights.
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is not a complete safetensors file; download or save it again.") from error
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise WeightsError(
+            f"{file} says format_version {metadata.get('format_version')!r}, but this version of imagine reads "
+            f"{FORMAT_VERSION!r}; take an adapter saved by imagine, or convert it with import-ip-adapter."
+        )
+    return metadata, tensors
+
+
+def _check_tensors(file: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    check_names(str(file.parent), sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys()))
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise WeightsError(
+                f"{file} holds {name} of shape {list(tensor.shape)} instead of {list(wanted[name].shape)}; "
+                "take the file made for this denoiser."
+            )

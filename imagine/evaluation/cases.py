@@ -1,0 +1,119 @@
+"""The cases of an evaluation: who is asked to do what, the real pictures of it, and what the judge sees in them.
+
+For each held-out person the world renders a reference (all that the pipeline sees), a gallery picture, and for each
+prompt two more pictures that show what the prompt asks for: the ground truth, and a second one that stands in for a
+perfect pipeline (row "ceiling"). No render is kept longer than the judge needs to look at it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imagine.evaluation.judge import Judge
+from imagine.evaluation.suites import Prompt, contexts_for
+from imagine.world import Contexts, People, attributes, render, sample_people, seeds
+
+GALLERY = 1000
+Pictures = Callable[
+    [int, int], tuple[Tensor, Tensor | None]
+]  # rows start..stop -> pictures (n, 3, H, W), boxes or None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the judge saw in a list of pictures."""
+
+    embeddings: Tensor  # (N, D), unit length
+    read: list[dict[str, str]]
+
+    def __getitem__(self, rows: Tensor) -> "Seen":
+        return Seen(self.embeddings[rows], [self.read[row] for row in rows.tolist()])
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Every (person, prompt) in order, all prompts of the first person first, with the real pictures' recipe."""
+
+    prompts: tuple[Prompt, ...]
+    people: People  # the gallery's people, the evaluated ones first
+    references: Contexts  # one an evaluated person
+    gallery: Contexts  # one a person of the gallery
+    truths: Contexts  # one a case
+    ceilings: Contexts  # one a case
+    identities: int
+
+    def __len__(self) -> int:
+        return self.identities * len(self.prompts)
+
+    @property
+    def person(self) -> Tensor:
+        return torch.arange(self.identities).repeat_interleave(len(self.prompts))
+
+    def prompt(self, case: int) -> Prompt:
+        return self.prompts[case % len(self.prompts)]
+
+
+@dataclass(frozen=True)
+class Real:
+    """What the judge saw in the real renders, and what the references truly show."""
+
+    references: Seen
+    reference_attributes: list[dict[str, str]]
+    truths: Seen
+    gallery: Seen
+    rows: dict[str, Seen]  # ceiling, other, copy
+
+
+def make_cases(prompts: Sequence[Prompt], identities: int, seed: int, gallery: int = GALLERY) -> Cases:
+    """The people and contexts of one evaluation, from held-out seeds only; ten values of `seed` give other people."""
+    base = seeds.HELD_OUT.start + (seed % 10) * 1_000_000
+    gallery = max(gallery, identities)
+    asked = [prompt.asked for _ in range(identities) for prompt in prompts]
+    plain = [{"style": "photo", "headwear": "none"}]  # a photo to recognise somebody by
+    return Cases(
+        prompts=tuple(prompts),
+        people=sample_people(range(base, base + gallery)),
+        references=contexts_for(plain * identities, range(base + 100_000, base + 100_000 + identities)),
+        gallery=contexts_for(plain * gallery, range(base + 200_000, base + 200_000 + gallery)),
+        truths=contexts_for(asked, range(base + 300_000, base + 300_000 + len(asked))),
+        ceilings=contexts_for(asked, range(base + 600_000, base + 600_000 + len(asked))),
+        identities=identities,
+    )
+
+
+def look_at_real(cases: Cases, judge: Judge) -> Real:
+    """Render everything real, a batch at a time, and judge it."""
+    evaluated = cases.people[: cases.identities]
+    each = evaluated.repeat(len(cases.prompts))
+    references = look(judge, cases.identities, _rendered(evaluated, cases.references, true_boxes=True))
+    # Judged as the pipeline's pictures are: face found, not known.
+    ceiling = look(judge, len(cases), _rendered(each, cases.ceilings, true_boxes=False))
+    other = torch.arange(len(cases)).roll(len(cases.prompts))  # the previous person, same prompt
+    seen_copies = look(judge, cases.identities, _rendered(evaluated, cases.references, true_boxes=False))
+    return Real(
+        references=references,
+        reference_attributes=attributes(evaluated, cases.references),
+        truths=look(judge, len(cases), _rendered(each, cases.truths, true_boxes=True)),
+        gallery=look(judge, len(cases.gallery), _rendered(cases.people, cases.gallery, true_boxes=True)),
+        rows={"ceiling": ceiling, "other": ceiling[other], "copy": seen_copies[cases.person]},
+    )
+
+
+def _rendered(people: People, contexts: Contexts, true_boxes: bool) -> Pictures:
+    def pictures(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        drawn = render(people[start:stop], contexts[start:stop])
+        return drawn.images, drawn.boxes if true_boxes else None
+
+    return pictures
+
+
+def look(judge: Judge, count: int, pictures: Pictures, batch: int = 64) -> Seen:
+    """Judge `count` pictures without holding more than a batch of them."""
+    embeddings, read = [], []
+    for start in range(0, count, batch):
+        images, boxes = pictures(start, min(start + batch, count))
+        embeddings.append(judge.embed(images, boxes))
+        read += judge.read(images)
+    return Seen(torch.cat(embeddings), read)

@@ -1,0 +1,301 @@
+"""Measure a pipeline on held-out people: the same prompts, people and noise for everybody, next to real renders.
+
+Every row of the report is scored by the same code:
+
+    full       the pipeline
+    detached   the pipeline without a reference: the base alone, which cannot know the person
+    ceiling    real renders of the person doing what the prompt says
+    other      real renders of another person doing it: identity by chance
+    copy       the reference itself, whatever the prompt says
+
+Pictures are written as they are made, and a run that was killed carries on after the last whole picture. The judge
+reads the pictures back from disk, so a continued run and a straight one see the same pixels.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from imagine.errors import ConfigError
+from imagine.evaluation import report
+from imagine.evaluation.cases import GALLERY, Cases, Pictures, Seen, look, look_at_real, make_cases
+from imagine.evaluation.judge import Judge
+from imagine.evaluation.scores import METRICS, score, summarise
+from imagine.evaluation.suites import Prompt, load_suite
+from imagine.networks import weights
+from imagine.paths import PACKAGE, kind_of
+from imagine.world import render
+
+FORMAT_VERSION = 1
+DRAWN_ROWS = ("full", "detached")
+
+
+def run(
+    pipeline: Any,
+    output: str | Path,
+    suite: str = "portraits",
+    identities: int = 51,
+    prompts: int = 13,
+    seed: int = 0,
+    judge: Judge | None = None,
+    rows: Sequence[str] = DRAWN_ROWS,
+    batch: int = 16,
+    options: Mapping[str, Any] | None = None,
+    gallery: int = GALLERY,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate `pipeline` and write report.json, report.html, samples.png and pictures/ into `output`.
+
+    `rows` are those the pipeline draws ("full", "detached"); `options` go to every call (steps, guidance ...);
+    `gallery` is how many people rank-1 chooses among. Returns what report.json holds. Raises ConfigError for an unknown
+    suite or row, counts out of range, or an `output` that cannot be written or holds another evaluation.
+    """
+    output = Path(output)
+    chosen = load_suite(suite)
+    _check(chosen, identities, prompts, rows)
+    judge = judge or Judge.from_pretrained()
+    cases = make_cases(chosen[:prompts], identities, seed, gallery)
+    settings = {"suite": suite, "identities": identities, "prompts": prompts, "seed": seed}
+    _claim(output, {**settings, "options": dict(options or {}), "weights": fingerprint(pipeline)})
+    started = time.monotonic()
+    references = _render_references(cases, output)
+    _draw(pipeline, cases, references, output, rows, seed, batch, dict(options or {}), progress)
+    drawing = time.monotonic() - started
+    real = look_at_real(cases, judge)
+    seen = {row: look(judge, len(cases), _from_disk(output, row, cases)) for row in rows} | real.rows
+    scores = {row: score(cases, seen[row], real) for row in seen}
+    summary = {
+        "format_version": FORMAT_VERSION, **settings, "commit": commit(), "gallery": len(cases.gallery),
+        "options": dict(options or {}), "seconds": round(drawing, 1),
+        **summarise(cases, scores, seen, real, seed),
+    }  # fmt: skip
+    _write(output, summary, cases, scores, seen, rows)
+    return summary
+
+
+def fingerprint(pipeline: Any) -> str:
+    """A short hash of the pipeline's weights and defaults: pictures of other weights are never taken for its own."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, torch.nn.Module):
+            # One of the two ways of rounding, so that results of earlier versions are carried on.
+            digest.update(f"{name} {weights.fingerprint(part)[:16]}".encode())
+    for name, value in sorted(pipeline.config.items()):
+        if name.startswith(("default_", "latents_")):
+            digest.update(f"{name} {value}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _render_references(cases: Cases, output: Path) -> list[Image.Image]:
+    pictures = render(cases.people[: cases.identities], cases.references).images
+    images = [report.to_pil(picture) for picture in pictures]
+    for index, image in enumerate(images):
+        _save_whole(image, output / "pictures" / "reference" / f"{index:03}.png")
+    return images
+
+
+# ---- drawn pictures ----
+
+
+def _picture_path(output: Path, row: str, cases: Cases, case: int) -> Path:
+    person, prompt = divmod(case, len(cases.prompts))
+    return output / "pictures" / row / f"{person:03}_{prompt:02}.png"
+
+
+def _draw(
+    pipeline: Any, cases: Cases, references: Sequence[Image.Image], output: Path, rows: Sequence[str], seed: int,
+    batch: int, options: dict[str, Any], progress: bool,
+) -> None:  # fmt: skip
+    """Draw what is still missing, a batch at a time, each picture from its own noise whatever the batch."""
+    todo = [
+        (row, case)
+        for row in rows
+        for case in range(len(cases))
+        if not _picture_path(output, row, cases, case).exists()
+    ]
+    if not todo:
+        return
+    personas: dict[int, Any] = {}
+    pipeline.set_progress_bar_config(disable=True)  # one bar for the whole run says more than one a batch
+    with _bar(len(cases) * len(rows), len(todo), progress) as advance:
+        for row, some in _batches(todo, batch):
+            for case in some:
+                person = case // len(cases.prompts)
+                if person not in personas:
+                    personas[person] = pipeline.enroll([references[person]], on_no_face="whole")
+            drawn = pipeline(
+                [cases.prompt(case).text for case in some],
+                reference=[personas[case // len(cases.prompts)] for case in some] if row == "full" else None,
+                generator=[_noise(seed, case) for case in some],
+                output_type="pil",
+                **options,
+            )
+            for case, image in zip(some, drawn.images, strict=True):
+                _save_whole(image, _picture_path(output, row, cases, case))
+            advance(len(some))
+
+
+def _noise(seed: int, case: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + case) % 2**63)  # torch knows no larger seeds
+
+
+def _batches(todo: Sequence[tuple[str, int]], batch: int) -> Iterator[tuple[str, list[int]]]:
+    for row in dict.fromkeys(row for row, _ in todo):
+        mine = [case for other, case in todo if other == row]
+        for start in range(0, len(mine), batch):
+            yield row, mine[start : start + batch]
+
+
+@contextmanager
+def _bar(total: int, left: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar with the time left, on stderr; gives the function that advances it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("", total=total, completed=total - left)
+        yield lambda count: bar.advance(task, count)
+
+
+def _from_disk(output: Path, row: str, cases: Cases) -> Pictures:
+    def pictures(start: int, stop: int) -> tuple[Tensor, None]:
+        return torch.stack([read_picture(_picture_path(output, row, cases, case)) for case in range(start, stop)]), None
+
+    return pictures
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture file as (3, H, W) in 0..1."""
+    try:
+        with Image.open(path) as image:
+            return report.to_tensor(image)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read as a picture: delete it, and it is drawn again.") from error
+
+
+def _save_whole(image: Image.Image, path: Path) -> None:
+    """Written aside and then renamed, so that a file that exists is a whole picture."""
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        image.save(aside, format="PNG")
+        os.replace(aside, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn what keeps a file from being written into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror or error}): make room for it, or choose another --output."
+        ) from error
+
+
+# ---- the run folder ----
+
+
+def _check(suite: Sequence[Prompt], identities: int, prompts: int, rows: Sequence[str]) -> None:
+    if not 2 <= identities <= GALLERY:
+        raise ConfigError(f"{identities} identities cannot be evaluated: give a number from 2 to {GALLERY}.")
+    if not 1 <= prompts <= len(suite):
+        raise ConfigError(f"{prompts} prompts cannot be evaluated: this suite has 1 to {len(suite)}.")
+    if not rows or set(rows) - set(DRAWN_ROWS):
+        raise ConfigError(f"Rows {', '.join(rows) or '(none)'} cannot be drawn: choose among {', '.join(DRAWN_ROWS)}.")
+
+
+def _claim(output: Path, settings: Mapping[str, Any]) -> None:
+    """Remember what this folder measures; refuse to mix it with pictures of another evaluation."""
+    path = output / "evaluation.json"
+    wanted = json.loads(json.dumps(settings, default=str))
+    if kind_of(path, ConfigError) != "nothing":
+        found = _read_claim(path)
+        if found != wanted:
+            other = ", ".join(key for key in wanted if found.get(key) != wanted[key])
+            raise ConfigError(f"{output} holds an evaluation with other {other}; choose another --output folder.")
+    with _writing(path):
+        output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_claim(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged, so that nobody knows what the pictures beside it are of; choose another --output "
+            "folder."
+        ) from error
+
+
+def commit() -> str | None:
+    """The commit of the checkout this module lies in, with "-dirty" where files were changed since; else None.
+
+    A package that was installed into a folder below somebody else's repository is not of their commit.
+    """
+    root = PACKAGE.parent
+    try:
+        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        changed = _git(root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+        return _git(root, "rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _write(
+    output: Path, summary: Mapping[str, Any], cases: Cases, scores: Mapping[str, Mapping[str, Tensor]],
+    seen: Mapping[str, Seen], rows: Sequence[str],
+) -> None:  # fmt: skip
+    samples = _samples(output, rows[0], cases)
+    with _writing(output / "report.html"):
+        with (output / "pictures.jsonl").open("w", encoding="utf-8") as lines:
+            for row in rows:
+                for case in range(len(cases)):
+                    line = _line(output, row, cases, case, scores[row], seen[row])
+                    lines.write(json.dumps(line) + "\n")
+        samples.save(output / "samples.png")
+        (output / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        (output / "report.html").write_text(report.html(summary), encoding="utf-8")
+
+
+def _line(output: Path, row: str, cases: Cases, case: int, scores: Mapping[str, Tensor], seen: Seen) -> dict[str, Any]:
+    prompt = cases.prompt(case)
+    return {
+        "row": row,
+        "file": _picture_path(output, row, cases, case).relative_to(output).as_posix(),
+        "identity": case // len(cases.prompts),
+        "text": prompt.text,
+        "asked": dict(prompt.asked),
+        "read": seen.read[case],
+        **{name: round(float(scores[name].view(-1)[case]), 4) for name in METRICS},
+    }
+
+
+def _samples(output: Path, row: str, cases: Cases, people: int = 8, prompts: int = 13) -> Image.Image:
+    """A grid of the first people and prompts, the reference in the first column."""
+    lines = []
+    for person in range(min(people, cases.identities)):
+        files = [output / "pictures" / "reference" / f"{person:03}.png"] + [
+            _picture_path(output, row, cases, person * len(cases.prompts) + prompt)
+            for prompt in range(min(prompts, len(cases.prompts)))
+        ]
+        lines.append([report.Cell(report.to_pil(read_picture(file))) for file in files])
+    headers = ["reference"] + [prompt.text for prompt in cases.prompts[:prompts]]
+    return report.contact_sheet(headers, lines)

@@ -1,0 +1,374 @@
+"""The judge: who is in a picture, and what does it show?
+
+Two small networks, trained on renders of people from seeds of their own (never those of the generator), measure what
+the pipeline draws. `Recogniser` turns a masked face crop into a unit vector; the angle between two vectors says
+whether two pictures show one person. `Reader` names the context of a whole picture (expression, scene, letters ...)
+and, for diagnosis, the identity traits. `imagine.evaluation.evaluate` and the demo call `Judge`, which holds both.
+
+Both networks share one residual body that is cheap on a CPU in float32: an early stride, and bottlenecks of ordinary
+3x3 convolutions, since depthwise ones are slow there. GroupNorm keeps training and use the same function, so an
+average of weights needs no second average of statistics. Vocabularies come as plain mappings and are stored beside
+the weights, so a reader knows which words it was trained on, whatever the world has become since.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from imagine.errors import WeightsError
+from imagine.networks.weights import default_folder
+from imagine.people.faces import FaceFinder, LearnedFinder, crop_faces
+
+FORMAT_VERSION = 1
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTER_SLOTS = 3
+IGNORED = -100  # the class of an attribute that a picture does not have: no loss, as in torch's cross_entropy
+PRIOR_BOX = (0.3, 0.274, 0.4, 0.416)  # left, top, width, height of the world's usual face, as shares of the picture
+
+Vocabulary = Mapping[str, Sequence[str]]
+Network = TypeVar("Network", "Recogniser", "Reader")
+FaceBoxes = Callable[[Tensor], Tensor]  # pictures (N, 3, H, W) in 0..1 -> boxes (N, 4): left, top, width, height in px
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions through half the width, added to the input; starts as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(_groups(width), width)
+        self.conv1 = nn.Conv2d(width, width // 2, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(_groups(width // 2), width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(cast(Tensor, self.conv2.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.relu(self.norm1(x)))
+        return cast(Tensor, x + self.conv2(F.relu(self.norm2(h))))
+
+
+class Body(nn.Module):
+    """Stem, then stages that halve the side; gives the maps of every stage, finest first.
+
+    Pictures (B, 3, S, S) in 0..1 -> [(B, w1, s/2, s/2), (B, w2, s/4, s/4), ...] with s = S / stem_stride.
+    """
+
+    def __init__(self, widths: Sequence[int], stem_stride: int, blocks: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], stem_stride + 2, stride=stem_stride, padding=1)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.GroupNorm(_groups(before), before),
+                nn.ReLU(),
+                nn.Conv2d(before, width, 3, stride=2, padding=1),
+                *(ResidualBlock(width) for _ in range(blocks)),
+            )
+            for before, width in itertools.pairwise(widths)
+        )
+        self.norm = nn.GroupNorm(_groups(widths[-1]), widths[-1])
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        h = self.stem(pictures * 2 - 1)
+        maps = []
+        for stage in self.stages:
+            h = stage(h)
+            maps.append(h)
+        maps[-1] = F.relu(self.norm(maps[-1]))
+        return maps
+
+
+class Recogniser(nn.Module):
+    """Masked face crops (B, 3, size, size) in 0..1 -> unit embeddings (B, dimensions); about 50 MFLOP a crop."""
+
+    def __init__(
+        self, size: int = 64, widths: Sequence[int] = (32, 48, 96, 192), blocks: int = 1, dimensions: int = 128
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "size": size, "widths": list(widths), "blocks": blocks, "dimensions": dimensions,
+        }  # fmt: skip
+        self.size = size
+        self.body = Body(widths, stem_stride=2, blocks=blocks)
+        self.head = nn.Linear(widths[-1] * (size // 16) ** 2, dimensions)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        return F.normalize(self.head(self.body(crops)[-1].flatten(1)), dim=-1)
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        _save(self, folder, dtype)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Recogniser":
+        """The network saved in `folder`, in float32, ready to use. Raises WeightsError if anything does not fit."""
+        return _load(cls, folder)
+
+
+def margin_loss(embeddings: Tensor, labels: Tensor, prototypes: Tensor, scale: float, margin: float) -> Tensor:
+    """CosFace's large-margin loss (arXiv 1801.09414, eq. 4), one number per sample.
+
+    embeddings (B, D) and prototypes (C, D) are compared by cosine, whatever their lengths; labels (B,) name each
+    sample's prototype. -log( e^{s(cos_y - m)} / (e^{s(cos_y - m)} + sum_{j != y} e^{s cos_j}) ).
+    """
+    cosines = F.normalize(embeddings, dim=-1) @ F.normalize(prototypes, dim=-1).T
+    margins = margin * F.one_hot(labels, len(prototypes)).to(cosines.dtype)
+    return F.cross_entropy(scale * (cosines - margins), labels, reduction="none")
+
+
+class Reader(nn.Module):
+    """Whole pictures (B, 3, size, size) in 0..1 -> logits per attribute. About 130 MFLOP at the defaults.
+
+    `attributes` (context) and `traits` (identity, for diagnosis) name each classification head and its words. An
+    attribute called "letters" needs no words: its own head reads up to three characters, each one of 27 classes
+    (none, A to Z), from the finer maps, wherever on the shirt they stand.
+    """
+
+    def __init__(
+        self,
+        attributes: Vocabulary,
+        traits: Vocabulary | None = None,
+        size: int = 128,
+        widths: Sequence[int] = (24, 48, 80, 128, 128),
+        blocks: int = 1,
+        hidden: int = 192,
+    ) -> None:
+        super().__init__()
+        traits = traits or {}
+        if shared := sorted(set(attributes) & set(traits)):
+            raise ValueError(f"{shared} are named both as attributes and as traits")
+        self.attributes = {name: tuple(words) for name, words in attributes.items()}
+        self.traits = {name: tuple(words) for name, words in traits.items()}
+        self.config: dict[str, Any] = {
+            "attributes": {name: list(words) for name, words in self.attributes.items()},
+            "traits": {name: list(words) for name, words in self.traits.items()},
+            "size": size, "widths": list(widths), "blocks": blocks, "hidden": hidden,
+        }  # fmt: skip
+        self.size = size
+        self.body = Body(widths, stem_stride=2, blocks=blocks)
+        cells = (size >> len(widths)) ** 2
+        thin = nn.Conv2d(widths[-1], widths[-1] // 2, 1)  # so that flattening, which keeps places, stays affordable
+        self.trunk = nn.Sequential(thin, nn.Flatten(), nn.Linear(widths[-1] // 2 * cells, hidden), nn.ReLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(words)) for name, words in self.vocabulary.items()})
+        self.letters = LettersHead(widths[1], widths[2]) if "letters" in self.attributes else None
+
+    @property
+    def vocabulary(self) -> dict[str, tuple[str, ...]]:
+        """The words of every plain head, context attributes first; letters are not among them."""
+        return {name: words for name, words in {**self.attributes, **self.traits}.items() if name != "letters"}
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Logits: name -> (B, words), and "letters" -> (B, 3, 27)."""
+        maps = self.body(pictures)
+        h = self.trunk(maps[-1])
+        logits = {name: head(h) for name, head in self.heads.items()}
+        if self.letters is not None:
+            logits["letters"] = self.letters(maps[0], maps[1])
+        return logits
+
+    def targets(self, labels: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
+        """Class numbers of true attributes, as `reading_loss` wants them; what a picture does not say is IGNORED."""
+        classes = {
+            name: torch.tensor([_class(words, label.get(name)) for label in labels])
+            for name, words in self.vocabulary.items()
+        }
+        if self.letters is not None:
+            classes["letters"] = torch.tensor([_letter_classes(label.get("letters")) for label in labels])
+        return classes
+
+    def words(self, logits: Mapping[str, Tensor]) -> list[dict[str, str]]:
+        """The likeliest word of every head, per picture; letters as one upper-case string, empty for none."""
+        names = list(self.vocabulary)
+        numbers = {name: logits[name].argmax(-1).tolist() for name in names}
+        count = len(next(iter(logits.values())))
+        read = [{name: self.vocabulary[name][numbers[name][i]] for name in names} for i in range(count)]
+        if self.letters is not None:
+            for row, slots in zip(read, logits["letters"].argmax(-1).tolist(), strict=True):
+                row["letters"] = "".join(LETTERS[number - 1] for number in slots if number)
+        return read
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        _save(self, folder, dtype)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Reader":
+        """The network saved in `folder`, in float32, ready to use. Raises WeightsError if anything does not fit."""
+        return _load(cls, folder)
+
+
+class LettersHead(nn.Module):
+    """Reads up to three characters: each slot looks for its place in the finest map, and all share one classifier."""
+
+    def __init__(self, fine_width: int, coarse_width: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(fine_width, hidden, 3, padding=1)
+        self.coarse = nn.Conv2d(coarse_width, hidden, 1)
+        self.shape = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.place = nn.Conv2d(hidden, LETTER_SLOTS, 5, padding=2)
+        self.out = nn.Linear(hidden, len(LETTERS) + 1)
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """Maps (B, fine_width, s, s) and (B, coarse_width, s/2, s/2) -> logits (B, 3, 27)."""
+        around = F.interpolate(self.coarse(coarse), size=fine.shape[-2:], mode="nearest")
+        h = F.relu(self.fine(fine) + around)
+        attention = self.place(h).flatten(2).softmax(-1)  # (B, 3, s * s)
+        shapes = F.relu(self.shape(h)).flatten(2)  # (B, hidden, s * s)
+        return cast(Tensor, self.out(attention @ shapes.transpose(1, 2)))
+
+
+def reading_loss(logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cross-entropy per head and per sample: name -> (B,); letters are the mean over their three slots.
+
+    `targets` is `Reader.targets`; an IGNORED entry has zero loss.
+    """
+    losses = {}
+    for name, target in targets.items():
+        scores = logits[name].transpose(1, -1)  # classes second, as cross_entropy wants them
+        loss = F.cross_entropy(scores, target, ignore_index=IGNORED, reduction="none")
+        losses[name] = loss.flatten(1).mean(1) if loss.ndim > 1 else loss
+    return losses
+
+
+class Judge:
+    """Both networks, with what finds the face in a picture that comes without a box.
+
+    `find_boxes` is any function from pictures to one box each (`boxes_by` makes one of a face finder); without one
+    every picture gets the prior box, the usual place of a face in this world.
+    """
+
+    def __init__(self, recogniser: Recogniser, reader: Reader, find_boxes: FaceBoxes | None = None) -> None:
+        self.recogniser = recogniser.eval().requires_grad_(False)
+        self.reader = reader.eval().requires_grad_(False)
+        self.find_boxes = find_boxes or prior_boxes
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path | None = None, find_boxes: FaceBoxes | None = None) -> "Judge":
+        """The judge saved in `folder` (it holds recogniser/ and reader/), or the shipped one.
+
+        Without `find_boxes`, faces are found by the small finder that lies beside the folder, if one does.
+        """
+        folder = default_folder() / "judge" if folder is None else Path(folder)
+        beside = folder.parent / "finder"
+        if find_boxes is None and beside.is_dir():
+            find_boxes = boxes_by(LearnedFinder.from_folder(beside))
+        return cls(Recogniser.load(folder / "recogniser"), Reader.load(folder / "reader"), find_boxes)
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        self.recogniser.save(Path(folder) / "recogniser", dtype)
+        self.reader.save(Path(folder) / "reader", dtype)
+
+    @torch.inference_mode()
+    def embed(self, images: Tensor, boxes: Tensor | None = None, batch: int = 64) -> Tensor:
+        """Unit embeddings (N, D) of the faces in pictures (N, 3, H, W) in 0..1; without boxes the face is found."""
+        parts = []
+        for start in range(0, len(images), batch):
+            some = images[start : start + batch]
+            where = self.find_boxes(some) if boxes is None else boxes[start : start + batch]
+            parts.append(self.recogniser(crop_faces(some, where, self.recogniser.size)))
+        return torch.cat(parts) if parts else torch.zeros(0, self.recogniser.config["dimensions"])
+
+    @torch.inference_mode()
+    def read(self, images: Tensor, batch: int = 64) -> list[dict[str, str]]:
+        """What each picture (N, 3, H, W) in 0..1 shows: attribute or trait -> word."""
+        read: list[dict[str, str]] = []
+        for start in range(0, len(images), batch):
+            some = images[start : start + batch]
+            if some.shape[-1] != self.reader.size or some.shape[-2] != self.reader.size:
+                some = F.interpolate(some, size=(self.reader.size,) * 2, mode="bilinear", antialias=True)
+            read += self.reader.words(self.reader(some))
+        return read
+
+
+def prior_boxes(images: Tensor) -> Tensor:
+    """The typical place of a face, for every picture (N, 3, H, W): boxes (N, 4) left, top, width, height in px."""
+    height, width = images.shape[-2:]
+    box = torch.tensor(PRIOR_BOX) * torch.tensor([width, height, width, height])
+    return box.expand(len(images), 4)
+
+
+def boxes_by(finder: FaceFinder) -> FaceBoxes:
+    """The largest face that `finder` finds in each picture, and the prior box where it finds none."""
+
+    def boxes(images: Tensor) -> Tensor:
+        where = prior_boxes(images).clone()
+        for row, image in enumerate(images):
+            pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
+            if found := finder.find(Image.fromarray(pixels)):
+                face = found[0]
+                where[row] = torch.tensor([face.left, face.top, face.width, face.height])
+        return where
+
+    return boxes
+
+
+def _groups(width: int) -> int:
+    """The most GroupNorm groups, at most 8, of at least four channels each where the width allows."""
+    return next(groups for groups in (8, 4, 2, 1) if width % groups == 0 and (width // groups >= 4 or groups == 1))
+
+
+def _class(words: Sequence[str], word: str | None) -> int:
+    return words.index(word) if word in words else IGNORED
+
+
+def _letter_classes(letters: str | None) -> list[int]:
+    if letters is None:
+        return [IGNORED] * LETTER_SLOTS
+    known = letters[:LETTER_SLOTS].ljust(LETTER_SLOTS)
+    return [LETTERS.find(letter) + 1 for letter in known]
+
+
+def _save(network: "Recogniser | Reader", folder: str | Path, dtype: torch.dtype) -> None:
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"format_version": FORMAT_VERSION, "network": type(network).__name__, **network.config}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _load(cls: type[Network], folder: str | Path) -> Network:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise WeightsError(f"{folder} holds no {cls.__name__.lower()}: {Path(error.filename or '').name or 'a file'} "
+                           "is missing; train one with `make weights` or name another folder.") from error  # fmt: skip
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+        raise WeightsError(f"The files in {folder} are damaged ({error}); fetch or train them again.") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"The config.json in {folder} describes no network; fetch or train it again.")
+    found = (config.pop("format_version", None), config.pop("network", None))
+    if found != (FORMAT_VERSION, cls.__name__):
+        raise WeightsError(f"{folder} holds a {found[1]} in format {found[0]}, but a {cls.__name__} in format "
+                           f"{FORMAT_VERSION} is wanted; name the right folder.")  # fmt: skip
+    try:
+        network = cls(**config)
+    except Exception as error:  # every wrong value fails in its own way; the user can do only one thing
+        reason = " ".join(f"{error}".split())[:200]
+        raise WeightsError(
+            f"The config.json in {folder} does not fit a {cls.__name__} ({reason}); fetch or train it again."
+        ) from error
+    _fill(network, tensors, folder)
+    return network.eval()
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if wanted != given:
+        wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        raise WeightsError(f"The weights in {folder} do not fit their config.json: {wrong[0]!r} is "
+                           f"{given.get(wrong[0], 'missing')} where {wanted.get(wrong[0], 'nothing')} is expected"
+                           f" ({len(wrong)} such); fetch or train them again.")  # fmt: skip
+    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)

@@ -1,0 +1,165 @@
+"""What people look at: contact sheets with scores under the pictures, and the evaluation's HTML page.
+
+The evaluation and the demo share it. The page is one self-contained file of tables, so that it opens anywhere; it
+shows the sample grid that lies beside it.
+"""
+
+import html as markup
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN = 10
+TITLES = {
+    "prompt": "Prompt: share of asked-for attributes found",
+    "sim_gt": "SimGT: similarity to another picture of the person",
+    "sim_ref": "SimRef: similarity to the reference",
+    "rank1": "Rank-1 among the people of the gallery",
+    "copy_paste": "Copy-paste (0 none, 1 the reference again)",
+}
+ROW_TITLES = {
+    "full": "pipeline",
+    "detached": "adapter detached",
+    "ceiling": "real renders (ceiling)",
+    "other": "real renders of another person",
+    "copy": "the reference itself",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a contact sheet and the short lines under it, each with whether it is good (None: neither)."""
+
+    image: Image.Image
+    notes: Sequence[tuple[str, bool | None]] = ()
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """(3, H, W) in 0..1 -> an RGB picture."""
+    values = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(np.ascontiguousarray(values))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A picture -> (3, H, W) in 0..1."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def contact_sheet(
+    headers: Sequence[str], rows: Sequence[Sequence[Cell]], side: int = 128, title: str = ""
+) -> Image.Image:
+    """Rows of pictures under wrapped headers, one column a header, pictures shown at `side` px."""
+    font, bold = ImageFont.load_default(size=11), ImageFont.load_default(size=16)
+    wrapped = [_wrap(header, font, side) for header in headers]
+    title_height = 30 if title else 0
+    top = MARGIN + title_height + 14 * max(map(len, wrapped)) + 6
+    notes = max((len(cell.notes) for row in rows for cell in row), default=0)
+    step = side + 14 * notes + MARGIN
+    sheet = Image.new("RGB", (MARGIN + (side + MARGIN) * len(headers), top + step * len(rows)), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((MARGIN, MARGIN), title, fill="black", font=bold)
+    for column, lines in enumerate(wrapped):
+        for number, line in enumerate(lines):  # bottom-aligned, so that headers sit on their pictures
+            y = top - 6 - 14 * (len(lines) - number)
+            pen.text((MARGIN + column * (side + MARGIN), y), line, fill="black", font=font)
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            _place(sheet, pen, cell, (MARGIN + column * (side + MARGIN), top + number * step), side, font)
+    return sheet
+
+
+def _place(
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: Cell, corner: tuple[int, int], side: int, font: Any
+) -> None:
+    left, top = corner
+    sheet.paste(cell.image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), corner)
+    for number, (note, good) in enumerate(cell.notes):
+        colour = {None: "#333333", True: "#1a7f37", False: "#b42318"}[good]
+        pen.text((left, top + side + 1 + 14 * number), note, fill=colour, font=font)
+
+
+def _wrap(text: str, font: Any, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def html(summary: Mapping[str, Any]) -> str:
+    """The whole page for what report.json holds."""
+    facts = (
+        f"{summary['identities']} held-out people × {summary['prompts']} prompts of suite “{summary['suite']}”, "
+        f"seed {summary['seed']}, gallery of {summary['gallery']} people, commit {summary['commit'] or 'unknown'}."
+    )
+    rows = list(summary["rows"])
+    parts = [
+        f"<h1>Evaluation: {markup.escape(str(summary['suite']))}</h1><p>{markup.escape(facts)}</p>",
+        "<h2>Metrics</h2>", _metrics_table(summary),
+        "<h2>Rows</h2>", _rows_table(summary["rows"]),
+        "<h2>Prompt attributes found</h2>", _share_table(summary["attributes"], rows, "asked"),
+        "<h2>Leakage: the reference's attribute shown where another was asked for</h2>",
+        _share_table(summary["leakage"], rows, "possible"),
+        "<h2>Prompt groups</h2>", _groups_table(summary["groups"]),
+        '<h2>Samples</h2><img src="samples.png" alt="references and pictures">',
+    ]  # fmt: skip
+    style = (
+        "body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
+        "table{border-collapse:collapse;margin:.5em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;"
+        "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+    )
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{style}</style>'
+    return head + "\n".join(parts) + "</html>\n"
+
+
+def _metrics_table(summary: Mapping[str, Any]) -> str:
+    of_ceiling = summary["of_ceiling"]
+    body = [
+        [
+            TITLES[name], f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}", f"{m['ceiling']:.3f}",
+            f"{m['floor']:.3f}", f"{of_ceiling[name]:.0%}" if name in of_ceiling else "",
+        ]
+        for name, m in summary["metrics"].items()
+    ]  # fmt: skip
+    return _table(["", "value", "95 % interval", "ceiling", "floor", "of ceiling"], body)
+
+
+def _rows_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    body = [
+        [ROW_TITLES.get(row, row)] + [f"{m['value']:.3f} ({m['low']:.3f}–{m['high']:.3f})" for m in table.values()]
+        for row, table in rows.items()
+    ]
+    return _table(["", *next(iter(rows.values()))], body)
+
+
+def _share_table(table: Mapping[str, Mapping[str, float]], rows: Sequence[str], count: str) -> str:
+    body = [
+        [name.replace("_", " "), f"{line[count]:.0f}"] + [f"{line[row]:.1%}" if row in line else "" for row in rows]
+        for name, line in table.items()
+    ]
+    return _table(["", count, *(ROW_TITLES.get(row, row) for row in rows)], body)
+
+
+def _groups_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    first = next(iter(groups.values()))
+    main, names = next(iter(first)), list(next(iter(first.values())))
+    shown = [main, "ceiling"]
+    body = [
+        [group] + [f"{by_row[row][name]:.3f}" for row in shown for name in names] for group, by_row in groups.items()
+    ]
+    return _table(["", *(f"{name}, {ROW_TITLES.get(row, row)}" for row in shown for name in names)], body)
+
+
+def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{markup.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(header, "th") + "".join(line(cells, "td") for cells in body) + "</table>"

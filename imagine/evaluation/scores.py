@@ -1,0 +1,116 @@
+"""From what the judge saw to the tables of the report: plain numbers, one computation for every row.
+
+A row is one way to answer the prompts: the pipeline ("full"), the base alone ("detached"), real renders of the person
+("ceiling") or of somebody else ("other"), and the reference itself ("copy").
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imagine.evaluation import metrics
+from imagine.evaluation.cases import Cases, Real, Seen
+from imagine.evaluation.suites import Prompt
+
+METRICS = ("prompt", "sim_gt", "sim_ref", "rank1", "copy_paste")
+FLOORS = {"prompt": "copy", "sim_gt": "other", "sim_ref": "other", "rank1": "other", "copy_paste": "copy"}
+OF_CEILING = ("prompt", "sim_gt", "rank1")
+
+
+def score(cases: Cases, seen: Seen, real: Real) -> dict[str, Tensor]:
+    """One number a case (I, P) for each metric; "prompt" is a share of that prompt's attributes."""
+    reference = real.references.embeddings[cases.person]
+    truth = real.truths.embeddings
+    shares = [_share(cases.prompt(case), seen.read[case]) for case in range(len(cases))]
+    numbers = {
+        "prompt": torch.tensor(shares),
+        "sim_gt": metrics.similarity(seen.embeddings, truth),
+        "sim_ref": metrics.similarity(seen.embeddings, reference),
+        "rank1": metrics.rank1(seen.embeddings, real.gallery.embeddings, cases.person),
+        "copy_paste": metrics.copy_paste(seen.embeddings, truth, reference),
+    }
+    return {name: values.view(cases.identities, -1) for name, values in numbers.items()}
+
+
+def summarise(
+    cases: Cases, scores: Mapping[str, Mapping[str, Tensor]], seen: Mapping[str, Seen], real: Real, seed: int
+) -> dict[str, Any]:
+    """The tables of the report, as plain numbers: metrics, rows, attributes, groups, leakage."""
+    counts = torch.tensor([float(len(prompt.asked)) for prompt in cases.prompts])
+    weights = {name: counts if name == "prompt" else torch.ones_like(counts) for name in METRICS}
+    table = {
+        row: {name: _summary(numbers[name], weights[name], seed) for name in METRICS} for row, numbers in scores.items()
+    }
+    main = next(iter(table))
+    headline = {
+        name: {**table[main][name], "ceiling": table["ceiling"][name]["value"], "floor": table[floor][name]["value"]}
+        for name, floor in FLOORS.items()
+    }
+    return {
+        "metrics": headline,
+        "of_ceiling": {name: headline[name]["value"] / max(headline[name]["ceiling"], 1e-9) for name in OF_CEILING},
+        "rows": table,
+        "attributes": _attribute_table(cases, seen),
+        "groups": _group_table(cases, scores),
+        "leakage": _leakage_table(cases, seen, real.reference_attributes),
+    }
+
+
+def _share(prompt: Prompt, read: Mapping[str, str]) -> float:
+    right = metrics.found(prompt.asked, read)
+    return sum(right.values()) / len(right)
+
+
+def _summary(values: Tensor, weights: Tensor, seed: int) -> dict[str, float]:
+    """Mean over prompts (by weight) and then people, with a bootstrap interval over people: (I, P), (P,)."""
+    people = (values * weights).sum(1) / weights.sum()
+    low, high = metrics.bootstrap(people, seed)
+    return {"value": float(people.mean()), "low": low, "high": high}
+
+
+def _attribute_table(cases: Cases, seen: Mapping[str, Seen]) -> dict[str, dict[str, float]]:
+    """Attribute -> how often it was asked for, and the share found in each row."""
+    names = dict.fromkeys(name for prompt in cases.prompts for name in prompt.asked)
+    table: dict[str, dict[str, float]] = {}
+    for name in names:
+        some = [case for case in range(len(cases)) if name in cases.prompt(case).asked]
+        table[name] = {"asked": len(some)}
+        for row, what in seen.items():
+            right = [metrics.found(cases.prompt(case).asked, what.read[case])[name] for case in some]
+            table[name][row] = sum(right) / len(right)
+    return table
+
+
+def _group_table(cases: Cases, scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Prompt group -> row -> mean of every metric."""
+    groups = dict.fromkeys(prompt.group for prompt in cases.prompts)
+    columns = {g: [i for i, prompt in enumerate(cases.prompts) if prompt.group == g] for g in groups}
+    return {
+        group: {
+            row: {name: float(numbers[name][:, columns[group]].mean()) for name in METRICS}
+            for row, numbers in scores.items()
+        }
+        for group in groups
+    }
+
+
+def _leakage_table(
+    cases: Cases, seen: Mapping[str, Seen], references: Sequence[Mapping[str, str]]
+) -> dict[str, dict[str, float]]:
+    """Attribute -> how often it could leak from the reference, and the share that did in each row; "all" pools them."""
+    counts: dict[str, dict[str, list[bool]]] = {"all": {row: [] for row in seen}}
+    for row, what in seen.items():
+        for case in range(len(cases)):
+            shown = references[case // len(cases.prompts)]
+            for name, did in metrics.leaked(cases.prompt(case).asked, shown, what.read[case]).items():
+                counts.setdefault(name, {}).setdefault(row, []).append(did)
+                counts["all"][row].append(did)
+    return {
+        name: {
+            "possible": len(next(iter(by_row.values()))),
+            **{row: sum(d) / max(len(d), 1) for row, d in by_row.items()},
+        }
+        for name, by_row in counts.items()
+    }

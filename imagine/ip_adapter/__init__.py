@@ -1,0 +1,1 @@
+"""Read, load and write standard IP-Adapter files."""

@@ -1,0 +1,190 @@
+"""Standard IP-Adapter files out: a trained branch, its vision encoder beside it, and its LoRA as a file of its own.
+
+Our gate has no place in the standard, so it is folded into the values. What else the standard cannot carry is said.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imagine.adapter.adapter import Adapter, BranchSpec
+from imagine.adapter.attention import GATE_GAIN, attention_layers
+from imagine.errors import WeightsError
+from imagine.ip_adapter.layout import BRANCHES, KOHYA_FILE, LINEAR_TOKENS, LORA_FILE, PROJECTION, Layout, read_layout
+from imagine.ip_adapter.reading import ENCODER_FOLDER, check_encoder, cross_attention, numbered
+from imagine.networks.encoders import VisionEncoder
+from imagine.networks.vision_conversion import to_transformers
+from imagine.networks.weights import forget_paths, hushed
+
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what the standard cannot carry, a sentence each."""
+
+    file: Path
+    encoder: Path | None
+    lora: Path | None
+    layout: Layout
+    not_carried: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain words and numbers."""
+        written = {name: None if path is None else str(path) for name, path in self._written().items()}
+        layout = self.layout
+        facts = {"variant": layout.variant, "tokens": layout.tokens, "base": layout.family, "encoder": layout.encoder}
+        return {"written": written, **facts, "not_carried": list(self.not_carried)}
+
+    def _written(self) -> dict[str, Path | None]:
+        return {"file": self.file, "image_encoder": self.encoder, "lora": self.lora}
+
+
+def ip_adapter_tensors(adapter: Adapter, denoiser: nn.Module, name: str = "vision") -> dict[str, Tensor]:
+    """Return an adapter's branch under the standard's names, its gate folded into the values.
+
+    Raises WeightsError if the standard has no place for this branch.
+    """
+    spec = _exportable(adapter, name)
+    assert spec.projection is not None
+    mine, layers = adapter.layers(), cross_attention(denoiser)
+    if list(mine) != list(attention_layers(denoiser)):
+        raise WeightsError("This adapter was built for another denoiser: pass the one that it belongs to.")
+    projection = adapter.get_submodule(f"projections.{name}").state_dict()
+    tensors = {f"{PROJECTION}{key}": tensor.detach().contiguous() for key, tensor in projection.items()}
+    for number, layer in numbered(layers):
+        branch = mine[layer].branches()[name]
+        key, value, gate = (each.detach() for each in (branch.to_k.weight, branch.to_v.weight, branch.gate))
+        folded = (value.float() * (gate.float() * GATE_GAIN)[:, None]).to(value.dtype)
+        tensors[f"{BRANCHES}{number}.to_k_ip.weight"] = key.contiguous()
+        tensors[f"{BRANCHES}{number}.to_v_ip.weight"] = folded.contiguous()
+    if wrong := next((str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in PRECISIONS), None):
+        raise WeightsError(f"The adapter is in {wrong}: bring it to float32, float16 or bfloat16 first.")
+    return tensors
+
+
+def export_adapter(
+    adapter: Adapter,
+    denoiser: nn.Module,
+    path: str | os.PathLike[str],
+    image_encoder: Any = None,
+    name: str = "vision",
+    metadata: Mapping[str, str] | None = None,
+) -> ExportReport:
+    """Write branch `name` as a standard file (.safetensors), `image_encoder/` beside it, and LoRA as a file of its own.
+
+    `image_encoder` is the encoder that the adapter was trained with, ours or transformers'; an adapter is worth nothing
+    with another one. The folder is what diffusers' load_ip_adapter takes:
+    load_ip_adapter(FOLDER, subfolder="", weight_name=FILE). `metadata` is added to what the adapter says of itself.
+    Raises WeightsError if the branch cannot be carried.
+    """
+    file = Path(path)
+    if file.suffix != ".safetensors":
+        raise WeightsError(f"{file} must end in .safetensors: choose another name.")
+    tensors = ip_adapter_tensors(adapter, denoiser, name)
+    layout = read_layout({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    assert not layout.problem, layout.problem
+    if image_encoder is not None:
+        check_encoder(layout, image_encoder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.partial")
+    save_file(tensors, unfinished, {"format": "pt", **_facts(adapter, layout), **(metadata or {})})
+    unfinished.replace(file)
+    encoder = None if image_encoder is None else _save_encoder(image_encoder, file.parent / ENCODER_FOLDER)
+    lora = _save_lora(adapter, file.parent) if adapter.lora_rank else None
+    return ExportReport(file, encoder, lora, layout, tuple(_not_carried(adapter, layout, name, encoder is None)))
+
+
+def _exportable(adapter: Adapter, name: str) -> BranchSpec:
+    specs = {spec.name: spec for spec in adapter.branch_specs}
+    if name not in specs:
+        raise WeightsError(f"The adapter has no branch {name!r}, only {', '.join(specs)}: name the vision branch.")
+    spec = specs[name]
+    if spec.projection is None:
+        raise WeightsError(
+            f"Branch {name!r} has no projection, and an IP-Adapter file needs one: export a vision branch."
+        )
+    if spec.fusion != "parallel":
+        raise WeightsError(
+            f"Branch {name!r} shares the text's softmax, which no IP-Adapter does: it cannot be exported."
+        )
+    if spec.projection == "linear" and (spec.tokens or LINEAR_TOKENS) != LINEAR_TOKENS:
+        raise WeightsError(
+            f"Branch {name!r} makes {spec.tokens} tokens, and a base file holds 4: it cannot be exported."
+        )
+    return spec
+
+
+def _not_carried(adapter: Adapter, layout: Layout, name: str, without_encoder: bool) -> list[str]:
+    """What the standard has no place for, and what to do about it, a sentence each."""
+    specs = {spec.name: spec for spec in adapter.branch_specs}
+    notes = [f"The branch {other!r} stays behind: the standard knows one branch." for other in specs if other != name]
+    if adapter.lora_rank:
+        notes.append(
+            f"LoRA lies beside the file, for diffusers ({LORA_FILE}) and ComfyUI ({KOHYA_FILE}), at its own strength."
+        )
+    if specs[name].scale != 1:
+        notes.append(
+            f"The default strength {specs[name].scale:g} is lost: call set_ip_adapter_scale({specs[name].scale:g})."
+        )
+    if specs[name].absent == "off":
+        notes.append(
+            "This branch is off where nobody is shown, but others read an empty picture there: with guidance their "
+            "pictures differ from ours, without guidance they do not."
+        )
+    if layout.family is None:
+        notes.append("The base is none of the well-known ones: the file fits that denoiser alone.")
+    if without_encoder:
+        notes.append(
+            "No image encoder lies beside the file: it is worth nothing without the one that it was trained with."
+        )
+    if layout.comfyui:
+        notes.append(f"ComfyUI_IPAdapter_plus cannot load it: it {layout.comfyui}.")
+    return [*notes, "Masks, time windows and other settings of a call are given to the other program again."]
+
+
+def _facts(adapter: Adapter, layout: Layout) -> dict[str, str]:
+    said = {str(key): adapter.metadata[key] for key in ("base", "encoder", "licence") if key in adapter.metadata}
+    facts = {
+        "variant": layout.variant,
+        "tokens": "all" if layout.tokens is None else str(layout.tokens),
+        "feature_layer": "pooled embedding" if layout.kind == "linear" else "penultimate",
+        "exported_by": "imagine",
+    }
+    family = {"base": layout.family} if layout.family else {}
+    return {**facts, **family, **said}
+
+
+def _save_encoder(image_encoder: Any, folder: Path) -> Path:
+    model = to_transformers(image_encoder) if isinstance(image_encoder, VisionEncoder) else image_encoder
+    with hushed():
+        model.save_pretrained(folder)
+    forget_paths(folder)
+    return folder
+
+
+def _save_lora(adapter: Adapter, folder: Path) -> Path:
+    """LoRA of all attention layers in diffusers' own file; without an alpha in it the scale is one, as it is here.
+
+    ComfyUI does not know peft's names, so a copy under kohya's, with alphas that say the same, lies beside it.
+    """
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+
+    layers = {
+        f"{layer}.{target}.{key}": tensor.detach().contiguous()
+        for layer, weights in adapter.layers().items()
+        for target in adapter.lora_targets
+        if (low_rank := weights.low_rank(target)) is not None
+        for key, tensor in low_rank.state_dict().items()
+    }
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers)
+    kohya = convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in layers.items()})
+    save_file({name: tensor.contiguous() for name, tensor in kohya.items()}, folder / KOHYA_FILE, {"format": "pt"})
+    return folder / LORA_FILE

@@ -1,0 +1,121 @@
+"""What `imagine import-ip-adapter` and `export-ip-adapter` do, from folder to folder.
+
+An imported IP-Adapter is a folder laid out as our weights are, so that training and pipelines begin with it:
+
+    adapter/adapter.safetensors    the vision branch, in our format
+    image_encoder/                 its encoder as ours, if it was to be had
+    unet/config.json               the denoiser it was made for; no weights, which are the base's own
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from imagine.adapter.adapter import FILE_NAME, Adapter
+from imagine.errors import WeightsError
+from imagine.ip_adapter.export import ExportReport, export_adapter
+from imagine.ip_adapter.reading import (
+    ENCODER_FOLDER,
+    check_encoder,
+    import_adapter,
+    load_encoder,
+    locate,
+    read_ip_adapter,
+)
+from imagine.networks import weights
+from imagine.networks.vision_conversion import from_transformers
+from imagine.planning.bases import read_base
+
+ADAPTER, DENOISER = "adapter", "unet"
+ENCODERS = ("vision_encoder", "image_encoder")  # who looks at references, in order of preference
+OURS, THEIRS = ("imagine.networks.encoders", "VisionEncoder"), ("transformers", "CLIPVisionModelWithProjection")
+
+
+def import_folder(
+    source: str,
+    base: str,
+    output: Path,
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    image_encoder: str | None = None,
+) -> dict[str, Any]:
+    """Write the IP-Adapter `source` as a folder of ours; return what was used of it, in plain words and numbers.
+
+    `base` is sdxl, sd15, portrait, a folder or a hub id (bases.py); its weights are not needed. The image encoder is
+    looked for in `image_encoder`, else beside the file. Raises WeightsError or ConfigError in one sentence.
+    """
+    denoiser = _denoiser(read_base(base).components[DENOISER].config)
+    path = locate(source, subfolder, weight_name)
+    file = read_ip_adapter(path)
+    adapter, report = import_adapter(file, denoiser)
+    place = Path(image_encoder).expanduser() if image_encoder else path.parent / ENCODER_FOLDER
+    encoder = None
+    if image_encoder and not place.is_dir():
+        raise WeightsError(f"There is no folder {image_encoder}: name the one that holds the image encoder.")
+    if place.is_dir():
+        theirs = load_encoder(place.parent, place.name, stored_precision(place), {})
+        check_encoder(file.layout, theirs)
+        encoder = from_transformers(theirs)
+    with weights.hushed():
+        denoiser.save_config(output / DENOISER)
+        if encoder is not None:
+            encoder.save_pretrained(output / ENCODER_FOLDER)
+    weights.forget_paths(output)
+    adapter.save(output / ADAPTER, adapter.metadata)
+    notes = [] if encoder is not None else ["No image encoder was found beside the file: give it with --image-encoder."]
+    return {**report.as_dict(), "output": str(output), "image_encoder": encoder is not None, "notes": notes}
+
+
+def export_folder(folder: Path, file: Path, base: str | None = None) -> ExportReport:
+    """Write the identity adapter in a folder of weights, or of an imported IP-Adapter, as a standard file.
+
+    The folder holds adapter/, image_encoder/ and unet/config.json; `base` stands for the last where it is missing. Its
+    own adapter.safetensors alone will do too. Raises WeightsError or ConfigError in one sentence.
+    """
+    place = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    if not (place / FILE_NAME).is_file():
+        raise WeightsError(f"There is no {ADAPTER}/{FILE_NAME} in {folder}: name a folder that holds an adapter.")
+    if base is not None:
+        config: Mapping[str, Any] = read_base(base).components[DENOISER].config
+    elif (folder / DENOISER / "config.json").is_file():
+        config = json.loads((folder / DENOISER / "config.json").read_text(encoding="utf-8"))
+    else:
+        raise WeightsError(f"{folder} does not say which denoiser its adapter is for: name it with --base.")
+    denoiser = _denoiser(config)
+    adapter = Adapter.load(place, denoiser)
+    return export_adapter(adapter, denoiser, file, _encoder_in(folder))
+
+
+def stored_precision(folder: Path) -> torch.dtype:
+    """The precision in which a model's folder holds its weights."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a dict)
+                dtype: torch.dtype = opened.get_tensor(name).dtype
+                if dtype.is_floating_point:
+                    return dtype
+    return torch.float32
+
+
+def _denoiser(config: Mapping[str, Any]) -> Any:
+    """The denoiser of a configuration, without weights."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config({**config})
+
+
+def _encoder_in(folder: Path) -> Any:
+    """The encoder in a folder of weights, ours or transformers'; None if there is none."""
+    for name in ENCODERS:
+        place = folder / name
+        if (place / "config.json").is_file():
+            config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            ours = config.get("_class_name") == "VisionEncoder"
+            library, cls = OURS if ours else THEIRS
+            return weights.load_model(place, library, cls, stored_precision(place))
+    return None

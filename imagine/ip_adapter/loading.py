@@ -1,0 +1,311 @@
+"""diffusers' own words for IP-Adapters, on pipelines whose denoiser has our attention: a drop-in for its users.
+
+    pipe.load_ip_adapter("h94/IP-Adapter", subfolder="models", weight_name="ip-adapter-plus-face_sd15.safetensors")
+    pipe.set_ip_adapter_scale(0.6)
+    pipe(prompt, ip_adapter_image=photo)
+
+Arguments, defaults and pictures are diffusers' (loaders/ip_adapter.py). What differs: files are read strictly, keys and
+values are computed once per picture instead of at every step, scales and masks travel with the call, and IP-Adapters
+stand beside our own adapters on one denoiser.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from imagine.adapter.adapter import Adapter
+from imagine.errors import ConfigError, WeightsError
+from imagine.ip_adapter.reading import (
+    ENCODER_FOLDER,
+    ImportReport,
+    IPAdapterFile,
+    check_encoder,
+    import_adapter,
+    load_encoder,
+    read_ip_adapter,
+)
+from imagine.networks.weights import HUB_OPTIONS
+from imagine.records import Scale, Tokens
+
+IGNORED_OPTIONS = ("low_cpu_mem_usage", "proxies")  # we never fill a network twice; hub clients read proxies themselves
+DEFAULT_SIDE = 224  # pixels of the crops, where no encoder says otherwise
+
+Scales = dict[str, "Scale | Mapping[str, Scale]"]
+
+
+class IPAdapters:
+    """The part of a pipeline that loads IP-Adapters and works out what their branches read.
+
+    It stands before the stock pipeline, whose `encode_image` it uses. `ip_adapters` are on the denoiser, with
+    one branch each: "ip_0", "ip_1", ...
+    """
+
+    unet: Any
+    image_encoder: Any
+    feature_extractor: Any
+    ip_adapters: list[Adapter]
+    _ip_scales: Sequence[Any] = ()  # one per adapter, as diffusers expands them
+
+    # --- loading ----------------------------------------------------------------------------------------------------
+
+    def load_ip_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        subfolder: "str | list[str] | None" = None,
+        weight_name: "str | list[str] | None" = None,
+        image_encoder_folder: str | None = ENCODER_FOLDER,
+        **kwargs: Any,
+    ) -> list[ImportReport]:
+        """Load one IP-Adapter, or several, in place of those that are loaded; return what was read from each file.
+
+        Arguments are those of diffusers' load_ip_adapter: a hub id or folder with subfolder and weight_name, or a state
+        dict, and lists of these; a file's own path will do too. The image encoder is loaded if the pipeline has none,
+        from image_encoder_folder (below subfolder, unless it has a slash in it); None loads none.
+        An image encoder that an adapter does not fit is replaced by the one that lies there.
+        Raises WeightsError or ConfigError, in one sentence, and then leaves everything as it was.
+        """
+        self._check_at_hand()
+        sources, subfolders, names = _lists(pretrained_model_name_or_path_or_dict, subfolder, weight_name)
+        hub = _hub_options(kwargs)
+        files = [read_ip_adapter(*each, **hub) for each in zip(sources, subfolders, names, strict=True)]
+        made = [import_adapter(file, self._bare_unet(), f"ip_{number}") for number, file in enumerate(files)]
+        encoder = self._encoder_for(files, sources, subfolders, image_encoder_folder, hub)
+        if encoder is not None:
+            for file in files:
+                check_encoder(file.layout, encoder)
+        self._detach_ip_adapters()
+        self._register(encoder)
+        for adapter, _ in made:
+            adapter.to(self.unet.device, self.unet.dtype).eval().attach(self._bare_unet())
+            self.ip_adapters.append(adapter)
+        self._ip_scales = [1.0] * len(made)
+        return [report for _, report in made]
+
+    def set_ip_adapter_scale(self, scale: Any) -> None:
+        """Set how strongly IP-Adapters act from now on: a number, a dict of blocks, or a list of one each.
+
+        {"down": {"block_2": [0.0, 1.0]}, "mid": 0.5}: as in diffusers a block that is not named gets 0. A list inside
+        the list gives each image of an adapter its own strength, which needs masks.
+        """
+        from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+
+        given = scale if isinstance(scale, list) else [scale]
+        if len(given) != len(self.ip_adapters):
+            raise ConfigError(
+                f"There are {len(given)} scales for {len(self.ip_adapters)} IP-Adapters: give one for each, as a list."
+            )
+        try:
+            expanded = _maybe_expand_lora_scales(self._bare_unet(), given, default_scale=0.0)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"These scales do not fit the denoiser: {str(error).rstrip('.')}.") from error
+        self._ip_scales = [
+            _by_layer(each, adapter) if isinstance(each, Mapping) else each
+            for each, adapter in zip(expanded, self.ip_adapters, strict=True)
+        ]
+
+    def unload_ip_adapter(self) -> None:
+        """Take all IP-Adapters off the denoiser, and the image encoder off the pipeline, as diffusers does."""
+        pipe = cast(Any, self)
+        if self._has_stock_ip_adapter:
+            cast(Any, super()).unload_ip_adapter()
+        self._detach_ip_adapters()
+        if getattr(self, "image_encoder", None) is not None:
+            self.image_encoder = None
+            pipe.register_to_config(image_encoder=[None, None])
+        if not hasattr(self, "safety_checker") and getattr(self, "feature_extractor", None) is not None:
+            self.feature_extractor = None  # the safety checker would need it
+            pipe.register_to_config(feature_extractor=[None, None])
+
+    @property
+    def _has_stock_ip_adapter(self) -> bool:
+        """Whether diffusers' own IP-Adapter is on the denoiser, from before the pipeline was made to know people."""
+        return getattr(self.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+
+    def _check_at_hand(self) -> None:
+        if self.unet.device.type == "meta":
+            raise ConfigError("The denoiser's weights are away: load adapters before enable_sequential_cpu_offload.")
+
+    def _detach_ip_adapters(self) -> None:
+        for adapter in self.ip_adapters:
+            adapter.detach(self._bare_unet())
+        self.ip_adapters, self._ip_scales = [], []
+
+    def _bare_unet(self) -> nn.Module:
+        """The denoiser itself, which torch.compile may have wrapped."""
+        return cast(nn.Module, getattr(self.unet, "_orig_mod", self.unet))
+
+    def _encoder_for(
+        self,
+        files: Sequence[IPAdapterFile],
+        sources: Sequence[Any],
+        subfolders: Sequence[str | None],
+        folder: str | None,
+        hub: Mapping[str, Any],
+    ) -> Any:
+        """The pipeline's image encoder if it fits, else the one beside the first file; None if none is wanted."""
+        present = getattr(self, "image_encoder", None)
+        if not hasattr(self, "image_encoder") or folder is None:
+            return present
+        if present is not None and (isinstance(sources[0], Mapping) or _fits(files, present)):
+            return present
+        if isinstance(sources[0], Mapping):
+            raise ConfigError(
+                "No image encoder lies beside a state dict: pass image_encoder_folder=None, and give the pipeline an "
+                "image_encoder or call it with ip_adapter_image_embeds."
+            )
+        place = folder if "/" in folder else "/".join(filter(None, (subfolders[0], folder)))
+        return load_encoder(sources[0], place, self.unet.dtype, hub)
+
+    def _register(self, encoder: Any) -> None:
+        """Make encoder and feature extractor components of the pipeline, where it has none."""
+        pipe = cast(Any, self)
+        if encoder is not None and self.image_encoder is not encoder:
+            pipe.register_modules(image_encoder=encoder.to(pipe.device))
+            pipe.maybe_free_model_hooks()  # if models are offloaded, the new one is too from now on
+        if hasattr(self, "feature_extractor") and self.feature_extractor is None:
+            from transformers import CLIPImageProcessor
+
+            side = DEFAULT_SIDE if encoder is None else encoder.config.image_size
+            pipe.register_modules(feature_extractor=CLIPImageProcessor(size=side, crop_size=side))
+
+    # --- one call ---------------------------------------------------------------------------------------------------
+
+    def ip_conditioning(
+        self, images: Any, embeds: Any, masks: Any, count: int, copies: int, guided: bool
+    ) -> tuple[dict[str, Tokens], Scales, dict[str, Tensor]]:
+        """Return branches, scales and regions of a call's Conditioning, rows in diffusers' order: [negative; positive].
+
+        images: one per adapter (an image or a list of images each); embeds: instead, what the encoder makes of them,
+        (1 or count, images, width) for base and (1 or count, images, length, width) for Plus and Full, with the
+        negative rows first if the call is guided; masks: what diffusers takes as ip_adapter_masks. `count` prompts are
+        drawn `copies` times each. Raises ConfigError where these do not fit together.
+        """
+        features = self._ip_features(images, embeds, guided)
+        wanted = _masks(masks, len(self.ip_adapters))
+        branches: dict[str, Tokens] = {}
+        scales: Scales = {}
+        regions: dict[str, Tensor] = {}
+        device = cast(Any, self)._execution_device
+        for number, adapter in enumerate(self.ip_adapters):
+            name, rows = f"ip_{number}", _rows(features[number], count, copies, guided)
+            _check_features(adapter, rows)
+            branches[name] = adapter.tokens(name, rows.to(device, adapter.dtype))
+            scales[name], region = _scaled(self._ip_scale(number), wanted[number], rows.shape[1])
+            if region is not None:
+                regions[name] = region.to(device)
+        return branches, scales, regions
+
+    def _ip_scale(self, number: int) -> Any:
+        return self._ip_scales[number] if number < len(self._ip_scales) else 1.0
+
+    def _ip_features(self, images: Any, embeds: Any, guided: bool) -> list[Tensor]:
+        """Features of every adapter's images, (rows, images, ...); the negative rows first if guided."""
+        if (images is None) == (embeds is None):
+            raise ConfigError("Give either ip_adapter_image or ip_adapter_image_embeds, and not both.")
+        given = embeds if images is None else images if isinstance(images, list) else [images]
+        if not isinstance(given, (list, tuple)) or len(given) != len(self.ip_adapters):
+            found = f"{len(given)} are" if isinstance(given, (list, tuple)) else f"a {type(given).__name__} is"
+            raise ConfigError(
+                f"{found} given for {len(self.ip_adapters)} IP-Adapters: pass a list with one entry for each, which "
+                "may be a list of images itself."
+            )
+        if images is None:
+            return list(given)
+        return [self._encoded(each, adapter, guided) for each, adapter in zip(given, self.ip_adapters, strict=True)]
+
+    def _encoded(self, image: Any, adapter: Adapter, guided: bool) -> Tensor:
+        if self.image_encoder is None:
+            raise WeightsError(
+                "The pipeline has no image_encoder to look at ip_adapter_image: load it with the IP-Adapter "
+                "(image_encoder_folder), or pass ip_adapter_image_embeds."
+            )
+        pipe = cast(Any, self)
+        hidden = adapter.branch_specs[0].projection != "linear"
+        positive, negative = pipe.encode_image(image, pipe._execution_device, 1, hidden)
+        return torch.stack([negative, positive] if guided else [positive])
+
+
+def _lists(source: Any, subfolder: Any, weight_name: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Sources, subfolders and file names, one of each per adapter; a single one stands for all, as in diffusers."""
+    given = [each if isinstance(each, list) else [each] for each in (source, subfolder, weight_name)]
+    count = max(map(len, given))
+    if any(len(each) not in (1, count) for each in given):
+        raise ConfigError("Sources, subfolder and weight_name must be lists of one length, an entry per IP-Adapter.")
+    sources, subfolders, names = (each * count if len(each) == 1 else each for each in given)
+    return sources, subfolders, names
+
+
+def _fits(files: Sequence[IPAdapterFile], encoder: Any) -> bool:
+    try:
+        for file in files:
+            check_encoder(file.layout, encoder)
+    except WeightsError:
+        return False
+    return True
+
+
+def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    if unknown := [name for name in kwargs if name not in (*HUB_OPTIONS, *IGNORED_OPTIONS)]:
+        raise ConfigError(f"load_ip_adapter knows no {unknown[0]}; it takes {', '.join(HUB_OPTIONS)}.")
+    return {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+
+
+def _by_layer(blocks: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Scales of blocks as scales of attention layers."""
+    layers = [name for name, layer in adapter.layers().items() if layer.branches()]
+    return {layer: scale for layer in layers for block, scale in blocks.items() if layer.startswith(f"{block}.")}
+
+
+def _masks(masks: Any, count: int) -> list[Tensor | None]:
+    """One (1, images, height, width) per adapter, or None."""
+    if masks is None:
+        return [None] * count
+    given = list(masks.unsqueeze(1)) if isinstance(masks, Tensor) else list(masks)
+    if len(given) != count:
+        raise ConfigError(f"There are {len(given)} ip_adapter_masks for {count} IP-Adapters: give one for each.")
+    if any(each is not None and (not isinstance(each, Tensor) or each.dim() != 4 or len(each) != 1) for each in given):
+        raise ConfigError(
+            "Each of ip_adapter_masks must be a tensor (1, images, height, width): make it with IPAdapterMaskProcessor."
+        )
+    return given
+
+
+def _rows(features: Tensor, count: int, copies: int, guided: bool) -> Tensor:
+    """Features of one person or of one per prompt, repeated for every row of the batch."""
+    sides = features.chunk(2) if guided else (features,)
+    if len(features) % (1 + guided) or len(sides[0]) not in (1, count):
+        raise ConfigError(
+            f"ip_adapter_image_embeds has {len(features)} rows, but {1 + guided} or {count * (1 + guided)} are needed"
+            f"{', the negative ones first' if guided else ''}."
+        )
+    repeats = [copies if len(side) == count else count * copies for side in sides]
+    return torch.cat([side.repeat_interleave(each, 0) for side, each in zip(sides, repeats, strict=True)])
+
+
+def _check_features(adapter: Adapter, features: Tensor) -> None:
+    spec = adapter.branch_specs[0]
+    dims = 3 if spec.projection == "linear" else 4
+    if features.dim() != dims or features.shape[-1] != spec.input_width:
+        shape = "(rows, images, width)" if dims == 3 else "(rows, images, tokens, width)"
+        raise ConfigError(
+            f"This IP-Adapter reads features {shape} of width {spec.input_width}, but got {list(features.shape)}: take "
+            "the image encoder that belongs to it."
+        )
+
+
+def _scaled(scale: Any, mask: Tensor | None, images: int) -> "tuple[Scale | Mapping[str, Scale], Tensor | None]":
+    """An adapter's scale, and its regions; strengths of single images become part of the regions."""
+    if mask is not None and mask.shape[1] != images:
+        raise ConfigError(f"There are {mask.shape[1]} masks for {images} images of an IP-Adapter: give one for each.")
+    values = list(scale.values()) if isinstance(scale, Mapping) else [scale]
+    if not any(isinstance(each, (list, tuple)) for each in values):
+        return scale, mask
+    if mask is None:
+        raise ConfigError("A scale for each image needs masks: pass ip_adapter_masks, or one scale per IP-Adapter.")
+    if isinstance(scale, Mapping):
+        raise ConfigError("Scales cannot differ by block and by image at once: give a dict of numbers, or a list.")
+    if len(scale) != images:
+        raise ConfigError(f"There are {len(scale)} scales for {images} images of an IP-Adapter: give one for each.")
+    return 1.0, mask * mask.new_tensor(scale)[None, :, None, None]

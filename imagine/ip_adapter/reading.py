@@ -1,0 +1,317 @@
+"""Standard IP-Adapter files in: from a file to an adapter with one branch, for one denoiser.
+
+    read_ip_adapter    a file, a folder, a hub id or a state dict, strictly (ip_adapter_layout.py says what fits)
+    import_adapter     ... to an adapter whose pictures are diffusers' own
+    load_encoder       the image encoder beside it
+
+A file numbers the cross-attention layers in the order down, up, middle, which is that in which a UNet2DConditionModel
+registers them. An imported branch has a gate of exactly one, so that files come out as they went in.
+"""
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from imagine.adapter.adapter import Adapter, BranchSpec
+from imagine.adapter.attention import GATE_GAIN, attention_layers
+from imagine.adapter.projections import Kind
+from imagine.errors import WeightsError
+from imagine.ip_adapter.layout import (
+    BRANCHES,
+    FAMILIES,
+    PROJECTION,
+    Layout,
+    encoder_of,
+    licence_of,
+    read_layout,
+)
+from imagine.networks import weights
+from imagine.networks.encoders import VisionEncoder
+
+ENCODER_FOLDER = "image_encoder"
+
+
+@dataclass(frozen=True)
+class IPAdapterFile:
+    """A standard file that was read and found whole: its tensors under their flat names, and what it is."""
+
+    origin: str  # the file as it was named, or "the state dict"
+    layout: Layout
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    licence: str | None
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was imported, and which tensor of the file became which of the adapter's."""
+
+    origin: str
+    variant: str
+    tokens: int | None  # of one picture; None: as many as the encoder has
+    encoder: str
+    base: str
+    licence: str | None
+    used: Mapping[str, str]
+    parameters: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain words, numbers and mappings."""
+        return asdict(self)
+
+
+def read_ip_adapter(
+    source: "str | os.PathLike[str] | Mapping[str, Any]",
+    subfolder: str | None = None,
+    weight_name: str | None = None,
+    **hub: Any,
+) -> IPAdapterFile:
+    """Read a base, Plus or Full file of SD 1.5 or SDXL from where diffusers' load_ip_adapter would.
+
+    `source` is a file (.safetensors; .bin is read as weights only, so that nothing in it runs), a folder or a hub id
+    with `subfolder` and `weight_name`, or a state dict, nested ({"image_proj": ..., "ip_adapter": ...}) or flat. `hub`
+    are options of huggingface_hub.snapshot_download. Raises WeightsError, in one sentence, for anything that diffusers
+    would drop or misread.
+    """
+    if isinstance(source, Mapping):
+        return _checked("the state dict", _flat(source), {}, None)
+    file = locate(source, subfolder, weight_name, **hub)
+    tensors, metadata = _read(file)
+    return _checked(str(file), tensors, metadata, licence_of(file, metadata))
+
+
+def locate(
+    source: str | os.PathLike[str], subfolder: str | None = None, weight_name: str | None = None, **hub: Any
+) -> Path:
+    """Return the file that diffusers would find under these names. Only a hub id is ever downloaded.
+
+    Without `weight_name` the folder must hold exactly one weights file.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        if not weights.is_hub_id(source):
+            raise WeightsError(f"There is no file or folder {source}: name an IP-Adapter file, or a folder or hub id.")
+        if weight_name is None:
+            raise WeightsError(f"{source} is a hub id: say which of its files with weight_name (and subfolder).")
+        path = fetch(os.fspath(source), ["/".join(filter(None, (subfolder, weight_name)))], hub)
+    if weight_name is None:
+        return _only_file(path / (subfolder or ""))
+    for file in (path / weight_name, path / (subfolder or "") / weight_name):  # in diffusers' order
+        if file.is_file():
+            return file
+    raise WeightsError(f"There is no file {weight_name} in {path / (subfolder or '')}: check its name and subfolder.")
+
+
+def fetch(repository: str, patterns: Sequence[str], hub: Mapping[str, Any]) -> Path:
+    """Download files of a hub repository, or find them in the cache; return the folder that stands for it."""
+    from huggingface_hub import snapshot_download
+
+    options = {name: value for name, value in hub.items() if value is not None}
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
+    except Exception as error:  # no network, no such repository, no permission: all mean that it is not to be had
+        raise WeightsError(
+            f"{', '.join(patterns)} of the hub repository {repository} could not be fetched: check name and "
+            "connection, or download it elsewhere and pass the local folder instead."
+        ) from error
+
+
+def import_adapter(file: IPAdapterFile, denoiser: nn.Module, name: str = "vision") -> tuple[Adapter, ImportReport]:
+    """Make an adapter for this denoiser, with one branch `name`, out of a file; it is not attached yet.
+
+    The denoiser may be on the meta device. Raises WeightsError if the file was made for another base.
+    """
+    layers = cross_attention(denoiser)
+    _check_base(file, {layer: attn.to_k.in_features for layer, attn in layers.items()},
+                [attn.inner_dim for attn in layers.values()])  # fmt: skip
+    layout = file.layout
+    assert layout.width is not None
+    spec = BranchSpec(
+        name, layout.width, zero_init=False, projection=cast(Kind, layout.kind), input_width=layout.input_width,
+        tokens=layout.tokens, inner_width=layout.inner_width, attention_width=layout.attention_width, absent="zeros",
+    )  # fmt: skip
+    with torch.device("meta"):
+        adapter = Adapter(denoiser, [spec])
+    used = {f"{PROJECTION}{key}": f"projections.{name}.{key}" for key in _below(PROJECTION, file.tensors)}
+    for number, layer in numbered(layers):
+        for each in ("to_k", "to_v"):
+            used[f"{BRANCHES}{number}.{each}_ip.weight"] = f"{layer}.{name}.{each}.weight"
+    tensors = {ours: file.tensors[theirs] for theirs, ours in used.items()}
+    for layer in layers:
+        tensors[f"{layer}.{name}.gate"] = torch.full_like(tensors[f"{layer}.{name}.to_v.weight"][:, 0], 1 / GATE_GAIN)
+    adapter.load_state_dict(tensors, strict=True, assign=True)
+    report = _report(file, used)
+    adapter.metadata = _described(report, layout)
+    device = next(denoiser.parameters()).device
+    return (adapter if device.type == "meta" else adapter.to(device)), report
+
+
+def load_encoder(source: "str | os.PathLike[str]", place: str, dtype: torch.dtype, hub: Mapping[str, Any]) -> Any:
+    """Load the transformers image encoder in folder `place` of a local folder or hub repository, strictly."""
+    root = Path(source).expanduser()
+    root = root.parent if root.is_file() else root
+    if not root.is_dir():
+        root = fetch(os.fspath(source), [f"{place}/*.json", f"{place}/*.safetensors"], hub)
+    if not (root / place).is_dir():
+        raise WeightsError(
+            f"There is no image encoder in {root / place}: name its folder with image_encoder_folder, or pass "
+            "image_encoder_folder=None to go without."
+        )
+    return weights.load_model(root / place, "transformers", "CLIPVisionModelWithProjection", dtype)
+
+
+def check_encoder(layout: Layout, image_encoder: Any) -> None:
+    """Raise WeightsError unless the projection reads features as wide as this encoder's."""
+    config = image_encoder.config
+    ours = isinstance(image_encoder, VisionEncoder)
+    tokens, pooled = (config.width, config.embed_width) if ours else (config.hidden_size, config.projection_dim)
+    found = pooled if layout.kind == "linear" else tokens
+    if found != layout.input_width:
+        what = "pooled embeddings" if layout.kind == "linear" else "penultimate tokens"
+        raise WeightsError(
+            f"This IP-Adapter reads {what} of width {layout.input_width}{_of(layout.encoder)}, but the image encoder's "
+            f"are {found} wide{_of(encoder_of(layout.kind, found))}: pass the image_encoder_folder that belongs to it."
+        )
+
+
+def _of(encoder: str | None) -> str:
+    return f" ({encoder})" if encoder else ""
+
+
+def _described(report: ImportReport, layout: Layout) -> dict[str, str]:
+    """What an imported adapter says of itself when it is saved."""
+    return {
+        "base": report.base,
+        "encoder": report.encoder,
+        "feature_layer": "pooled embedding" if layout.kind == "linear" else "penultimate",
+        "tokens": "all" if layout.tokens is None else str(layout.tokens),
+        "licence": report.licence or "unspecified",
+        "imported_from": Path(report.origin).name,
+    }
+
+
+def _report(file: IPAdapterFile, used: Mapping[str, str]) -> ImportReport:
+    layout, metadata = file.layout, file.metadata
+    return ImportReport(
+        origin=file.origin,
+        variant=layout.variant,
+        tokens=layout.tokens,
+        encoder=metadata.get("encoder") or layout.encoder or f"unknown, with features of width {layout.input_width}",
+        base=metadata.get("base") or layout.family or "unknown",
+        licence=file.licence,
+        used=dict(used),
+        parameters=sum(file.tensors[name].numel() for name in used),
+    )
+
+
+def _check_base(file: IPAdapterFile, text_widths: Mapping[str, int], widths: Sequence[int]) -> None:
+    layout, found = file.layout, list(file.layout.layer_widths)
+    if (len(found), {layout.width}) != (len(widths), set(text_widths.values())):
+        width = next(iter(text_widths.values()), 0)
+        needed = FAMILIES.get((len(widths), width), "this denoiser")
+        raise WeightsError(
+            f"{file.origin} is for {layout.family or 'another base'} ({len(found)} layers that read text of width "
+            f"{layout.width}), but {needed} has {len(widths)} layers and width {width}: take the file made for it."
+        )
+    if found == list(widths):
+        return
+    names = list(text_widths)
+    middle_before_up = sorted(
+        range(len(names)), key=lambda place: ("down", "mid", "up").index(names[place].split("_")[0])
+    )
+    if found == [widths[place] for place in middle_before_up]:
+        raise WeightsError(
+            f"{file.origin} holds its layers in the order down, middle, up, but the standard is down, up, middle: "
+            "take a file that was converted properly."
+        )
+    number, theirs, ours = next((n, a, b) for n, (a, b) in enumerate(zip(found, widths, strict=True)) if a != b)
+    raise WeightsError(
+        f"{file.origin} gives layer {2 * number + 1} the width {theirs}, but this denoiser's {names[number]} has "
+        f"{ours}: take the file made for it."
+    )
+
+
+def cross_attention(denoiser: nn.Module) -> dict[str, Any]:
+    """Return the denoiser's cross-attention layers by module path, in the standard's order.
+
+    Raises WeightsError while diffusers' own IP-Adapter is loaded, since its projection has attention layers as well.
+    """
+    if getattr(getattr(denoiser, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
+        raise WeightsError("diffusers has loaded an IP-Adapter into this denoiser: call unload_ip_adapter() first.")
+    return {name: attn for name, attn in attention_layers(denoiser).items() if attn.is_cross_attention}
+
+
+def numbered(layers: Mapping[str, Any]) -> list[tuple[int, str]]:
+    """The layers with their numbers in the standard."""
+    return [(2 * place + 1, layer) for place, layer in enumerate(layers)]
+
+
+def _below(prefix: str, names: Mapping[str, Any]) -> list[str]:
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def _checked(
+    origin: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], licence: str | None
+) -> IPAdapterFile:
+    layout = read_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    if layout.problem:
+        raise WeightsError(f"{origin} {layout.problem}.")
+    # Cloned, as in `Adapter.load`: a file's tensors start at odd addresses, where kernels sum in another order.
+    return IPAdapterFile(
+        origin, layout, {name: each.detach().clone() for name, each in tensors.items()}, metadata, licence
+    )
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state dict, nested or flat, under the flat names."""
+    flat: dict[str, Any] = {}
+    for name, value in state.items():
+        flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
+    if wrong := [name for name, value in flat.items() if not isinstance(value, Tensor)]:
+        raise WeightsError(
+            f"The state dict holds {wrong[0]}, which is no tensor: pass image_proj and ip_adapter alone."
+        )
+    return flat
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+                return tensors, dict(opened.metadata() or {})
+        except SafetensorError as error:
+            raise WeightsError(f"{file} is not a complete safetensors file: download it again.") from error
+    return read_pickle(file), {}
+
+
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of a .bin file, under their flat names, without running anything that is in it."""
+    try:
+        # Mapped where it can be: who only looks at shapes reads next to nothing. Older files are no zip archives.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # every broken pickle breaks in its own way
+        raise WeightsError(
+            f"{file} is a pickle that holds more than tensors or is cut off, and reading it could run code: take the "
+            ".safetensors file instead."
+        ) from error
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"{file} holds no named tensors: take an IP-Adapter file.")
+    return _flat(state)
+
+
+def _only_file(folder: Path) -> Path:
+    files = [file for file in sorted(folder.glob("*")) if file.suffix in (".safetensors", ".bin")]
+    if len(files) == 1:
+        return files[0]
+    found = f"{len(files)} weights files" if files else "no weights file"
+    raise WeightsError(f"{folder} holds {found}: say which with weight_name (and subfolder).")

@@ -1,0 +1,331 @@
+"""Where weights lie and whether they fit: found once, loaded strictly, refused with one sentence.
+
+The pipeline, the judge and the command line all find their files through here. A folder of weights is a diffusers
+pipeline folder (model_index.json and one folder a component) with our adapters, the judge and the face finder beside
+them. diffusers and transformers fill in whatever a file lacks with random numbers and drop what they do not know, with
+no more than a warning; here a missing, unexpected, renamed or misshapen tensor is an error.
+
+Nothing is downloaded unless the caller names a hub repository.
+"""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imagine.errors import WeightsError
+from imagine.networks.vision_names import as_ours, names_in
+from imagine.paths import PACKAGE, as_path, kind_of, shown
+
+if TYPE_CHECKING:  # headers and folders are looked at without torch, which takes a second to import
+    import torch
+    from torch import Tensor, nn
+
+FORMAT_VERSION = "1"
+INDEX = "model_index.json"
+PIPELINE = "ImaginePipeline"
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # of snapshot_download
+
+COMPONENTS = {  # what our model_index.json may name: nothing else is imported, whatever a folder says
+    "unet": ("diffusers", r"UNet2DConditionModel"),
+    "vae": ("diffusers", r"\w*Autoencoder\w+"),
+    "scheduler": ("diffusers", r"\w+Scheduler"),
+    "text_encoder": ("transformers", r"CLIPTextModel(WithProjection)?"),
+    "text_encoder_2": ("transformers", r"T5EncoderModel"),
+    "text_encoder_3": ("transformers", r"T5EncoderModel"),
+    "tokenizer": ("transformers", r"CLIPTokenizer(Fast)?"),
+    "tokenizer_2": ("transformers", r"T5Tokenizer(Fast)?"),
+    "tokenizer_3": ("transformers", r"ByT5Tokenizer"),
+    "image_encoder": ("imagine.networks.encoders", r"VisionEncoder"),
+}
+ADAPTERS = ("text_adapter", "adapter")  # our components, which diffusers can neither save nor load by itself
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png"]  # never a pickle
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+ALIGNMENT = 64  # bytes, at whose multiples torch puts every tensor that it makes itself
+_SAMPLES = 4096  # entries of each tensor that go into a fingerprint
+
+
+def default_folder() -> Path:
+    """The shipped weights: weights/ of a checkout, or those inside an installed wheel. Raises WeightsError if none."""
+    for folder in (PACKAGE.parent / "weights", PACKAGE / "_weights"):
+        if (folder / INDEX).is_file():
+            return folder
+    raise WeightsError(
+        "No weights are installed with imagine; make them with `make weights`, or name a folder that holds some."
+    )
+
+
+def resolve_folder(
+    source: str | os.PathLike[str] | None = None, also: Collection[str] = (), variant: str | None = None, **hub: Any
+) -> Path:
+    """Return the folder that `source` means: None is the default, else a folder, else a hub repository owner/name.
+
+    `also` names pipelines of others that are welcome too, `variant` which of their files. `hub` are options of
+    huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).
+    Raises WeightsError if there are no weights there.
+    """
+    if source is None:
+        return default_folder()
+    folder = as_path(source)
+    kind = kind_of(folder, WeightsError)
+    if kind == "folder":
+        read_index(folder, also)
+        return folder
+    if kind != "nothing":
+        raise WeightsError(f"{source} is a file; name the folder of weights that holds {INDEX}.")
+    if is_hub_id(source):
+        return _fetch(os.fspath(source), also, variant, hub)
+    raise WeightsError(
+        f"There is no folder {shown(source)}; name one that holds weights, or leave it out for the default."
+    )
+
+
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Whether a path that does not exist can be meant as a hub repository owner/name."""
+    # A mistyped path below a folder that exists must not turn into a question to the network.
+    return _HUB_ID.fullmatch(os.fspath(source)) is not None and kind_of(Path(source).parent, WeightsError) != "folder"
+
+
+def read_index(folder: Path, also: Collection[str] = ()) -> dict[str, Any]:
+    """Return what model_index.json says. Raises WeightsError unless the pipeline is ours, or one of `also`."""
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"{folder} is not a weights folder, since it has no {INDEX}; name the folder that holds one."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder / INDEX} cannot be read as JSON; copy or download the weights again.") from error
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if name in also:
+        return index
+    if name != PIPELINE:
+        others = " or one of Stable Diffusion 1.5 or XL" if also else ""
+        raise WeightsError(f"{folder} holds a {name}, not an {PIPELINE}; name a folder that imagine saved{others}.")
+    version = index.get("format_version")
+    if version != FORMAT_VERSION:
+        raise WeightsError(
+            f"{folder} has format version {version}, but this version of imagine reads {FORMAT_VERSION}; "
+            "update imagine, or take weights made for this version."
+        )
+    return index
+
+
+def check_components(folder: Path, index: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Raise WeightsError unless a folder's index names a class that we know for every component that is not given."""
+    for name, (library, pattern) in COMPONENTS.items():
+        if name in given:
+            continue
+        entry = index.get(name)
+        if not entry or entry == [None, None]:
+            raise WeightsError(f"{folder / INDEX} does not mention {name}; copy or download the weights again.")
+        known = isinstance(entry, list) and len(entry) == 2 and entry[0] == library
+        if not known or not isinstance(entry[1], str) or not re.fullmatch(pattern, entry[1]):
+            raise WeightsError(
+                f"{folder / INDEX} names {entry} as its {name}, which no folder may bring; copy or download the "
+                f"weights again, or give the object as {name}=."
+            )
+    for name in ADAPTERS:
+        if index.get(name, [None, None]) != [None, None]:
+            raise WeightsError(f"{folder / INDEX} names a class for {name}; copy or download the weights again.")
+
+
+def check_statistics(channels: int, **statistics: Any) -> None:
+    """Raise WeightsError unless each of these, if there at all, holds a number for every latent channel."""
+    for name, values in statistics.items():
+        if values is None:
+            continue
+        if not isinstance(values, (list, tuple)) or not all(isinstance(each, (int, float)) for each in values):
+            raise WeightsError(f"{name} must be a list of {channels} numbers, one for each latent channel.")
+        if len(values) != channels:
+            raise WeightsError(f"{name} holds {len(values)} numbers for {channels} latent channels: give as many.")
+
+
+def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype", **options: Any) -> Any:
+    """Load one diffusers or transformers model from a component folder, in eval mode, its weights fitting exactly.
+
+    Weights stored in half precision are brought to `dtype`. Raises WeightsError, naming what is wrong.
+    """
+    if not (folder / "config.json").is_file():
+        raise WeightsError(f"{folder} has no config.json; copy or download the weights again.")
+    if not any(folder.glob("*.safetensors")):
+        raise WeightsError(f"{folder} has no safetensors file; copy or download the weights again.")
+    try:
+        cls = getattr(importlib.import_module(library), class_name)
+        options = {"use_safetensors": True, "local_files_only": True, **options, dtype_word(cls): dtype}
+        with hushed():  # the libraries' own reports come out as an error below
+            model, found = cls.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except Exception as error:  # each library and file format fails in its own way; the user can do only one thing
+        reason = str(error).strip().split("\n")[0][:200]
+        raise WeightsError(
+            f"The weights in {folder} cannot be loaded ({reason}); copy or download them again."
+        ) from error
+    check_names(
+        str(folder),
+        missing=list(found["missing_keys"]),
+        unexpected=list(found["unexpected_keys"]),
+        misshapen=[str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in found["mismatched_keys"]],
+    )
+    _align(model)
+    return model.eval()
+
+
+def _align(model: "nn.Module") -> None:
+    """Copy the tensors that lie at odd addresses, as in a file, to where torch would have put them.
+
+    CPU kernels sum in another order there: what is loaded could draw other last bits than what was saved. Tensors that
+    were brought to another precision have been copied already.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def check_tokenizer(folder: Path, class_name: str) -> None:
+    """Raise WeightsError if a tokenizer's files are missing: transformers would make one that knows no words."""
+    needed = ("tokenizer_config.json",) if class_name.startswith("ByT5") else _VOCABULARIES
+    if not any((folder / name).is_file() for name in needed):
+        raise WeightsError(f"{folder} has no {' or '.join(needed)}; copy or download the weights again.")
+
+
+def check_names(
+    where: str, missing: Sequence[str] = (), unexpected: Sequence[str] = (), misshapen: Sequence[str] = ()
+) -> None:
+    """Raise WeightsError, saying what does not fit in the file or folder `where`, unless nothing is given."""
+    problems = []
+    if missing:
+        problems.append(f"lacks {_some(missing)}")
+    if unexpected:
+        near = difflib.get_close_matches(min(unexpected), missing, n=1)
+        problems.append(f"holds the unknown {_some(unexpected)}" + (f" (is it {near[0]}, renamed?)" if near else ""))
+    if misshapen:
+        problems.append(f"holds {_some(misshapen)} in another shape than its config.json says")
+    if problems:
+        raise WeightsError(f"The file in {where} {' and '.join(problems)}; copy or download the weights again.")
+
+
+def forget_paths(folder: Path) -> None:
+    """Remove from the configurations in a saved folder where on this machine each model once came from."""
+    for file in folder.rglob("*.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def fingerprint(module: "nn.Module") -> str:
+    """Return hexadecimal digits that tell one encoder's weights from another's, to be compared by `same_encoder`.
+
+    Names, shapes and up to 4,096 evenly spaced entries of every tensor are hashed. Training a network changes all its
+    entries, so a sample tells, and the largest encoders take no time. Entries are rounded to bfloat16, in both ways
+    that lead there, directly and through float16: weights in full precision have two hashes of 16 digits, "a-b", if
+    these differ, of which each half precision has one. A vision tower of transformers is hashed as ours.
+    """
+    return fingerprint_of(module.state_dict())
+
+
+def fingerprint_of(tensors: "Mapping[str, Tensor]") -> str:
+    """The `fingerprint` of a module with these tensors, such as a file holds."""
+    import torch
+
+    names = names_in(tensors)
+    ours = {name: (name,) for name in tensors} if names is None else {f"tower.{n}": each for n, each in names.items()}
+    digests = hashlib.sha256(), hashlib.sha256()
+    for name, parts in sorted(ours.items()):
+        tensor = tensors[name] if names is None else as_ours(tensors, parts)
+        flat = tensor.detach().reshape(-1)
+        sample: Tensor = flat[:: max(1, -(-flat.numel() // _SAMPLES))].cpu()
+        halved = sample.half() if sample.is_floating_point() else sample
+        for digest, each in zip(digests, (sample, halved), strict=True):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(each.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return "-".join(dict.fromkeys(digest.hexdigest()[:16] for digest in digests))
+
+
+def same_encoder(one: str, other: str) -> bool:
+    """Whether two fingerprints mean the same encoder, whatever its precision and its layout.
+
+    What follows a colon says which of its outputs was taken, and has to be the same too.
+    """
+    (first, _, output), (second, _, other_output) = one.partition(":"), other.partition(":")
+    return output == other_output and not set(first.split("-")).isdisjoint(second.split("-"))
+
+
+def _fetch(repository: str, also: Collection[str], variant: str | None, hub: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    with fetching(repository):
+        index = read_index(Path(hf_hub_download(repository, INDEX, **hub)).parent, also)
+        if index["_class_name"] == PIPELINE:
+            return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **hub))
+        from diffusers import DiffusionPipeline  # which knows what to leave out of such a repository
+
+        return Path(DiffusionPipeline.download(repository, variant=variant, use_safetensors=True, **hub))
+
+
+@contextmanager
+def fetching(repository: str) -> Iterator[None]:
+    """Turn whatever goes wrong while `repository` is fetched from the hub into a WeightsError that says what to do."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:  # no network, no such repository, no permission: all mean that it is not to be had
+        raise WeightsError(
+            f"There is no folder {repository}, and a hub repository of that name could not be fetched; check the name "
+            "and your connection, or download it where there is one and give the path of its local folder."
+        ) from error
+
+
+def fetch_component(source: str | os.PathLike[str], **hub: Any) -> Path:
+    """Return the folder of one model or tokenizer: a folder, or a hub repository owner/name, which is downloaded."""
+    folder = as_path(source)
+    if kind_of(folder, WeightsError) == "folder":
+        return folder
+    if not is_hub_id(source):
+        raise WeightsError(f"There is no folder {shown(source)}; check the path.")
+    from huggingface_hub import snapshot_download
+
+    with fetching(os.fspath(source)):
+        return Path(snapshot_download(os.fspath(source), allow_patterns=_HUB_FILES, **hub))
+
+
+def dtype_word(cls: type) -> str:
+    """diffusers before 0.40 says torch_dtype; transformers (4.56 on) and newer diffusers say dtype."""
+    if cls.__module__.startswith("transformers."):
+        return "dtype"
+    return "dtype" if '"dtype"' in inspect.getsource(cls.from_pretrained) else "torch_dtype"  # type: ignore[attr-defined]
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep diffusers and transformers from drawing progress bars and warning while they load or save."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level, bar in before:
+            library.set_verbosity(level)
+            if bar:
+                library.enable_progress_bar()
+
+
+def _some(names: Sequence[str]) -> str:
+    return min(names) if len(names) == 1 else f"{min(names)} and {len(names) - 1} more"

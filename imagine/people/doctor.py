@@ -1,0 +1,193 @@
+"""Explains a photo, and an installation, before anybody waits for a disappointing picture.
+
+Beside the pipeline, not part of it: `imagine doctor` prints these records, the app may show them. A likeness fails far
+more often because of the photo than because of the model, and only a report on the photo can say so: what was found in
+it, which face is taken, what the network will see of it, and what a better photo would have. Nothing here loads weights
+other than the face finder's, and nothing touches the network.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imagine.errors import ConfigError
+from imagine.people.faces import FaceChoice, FaceFinder, crop_face, ellipse
+from imagine.people.photos import PhotoSource, read_photo
+from imagine.records import FaceBox, FaceCrop
+
+DARK, BRIGHT = 0.15, 0.9  # mean brightness of a face, 0 to 1, beyond which its features drown
+
+# What a complete weights folder holds (see ARCHITECTURE.md); the judge is needed by `imagine evaluate` only.
+COMPONENTS = (
+    "model_index.json", "unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer",
+    "tokenizer_2", "tokenizer_3", "image_encoder", "text_adapter", "adapter", "finder", "judge",
+)  # fmt: skip
+PACKAGES = (
+    "torch", "diffusers", "transformers", "open_clip_torch", "peft", "accelerate", "safetensors", "numpy", "pillow",
+    "scikit-image", "insightface", "onnxruntime", "pillow-heif", "xformers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PhotoReport:
+    """What a photo holds and how well it will serve; `as_dict` is ready for JSON."""
+
+    name: str
+    format: str
+    mode: str
+    size: tuple[int, int]  # width and height as stored
+    orientation: int  # EXIF, 1 is upright
+    faces: tuple[FaceBox, ...]  # largest first, in pixels of the upright picture, whose longest side is at most 2048
+    used: int  # place in `faces`; -1 when there is none
+    sharpness: float  # as FaceCrop.sharpness
+    brightness: float  # mean of the face, 0 to 1
+    quality: str  # as FaceCrop.quality
+    advice: tuple[str, ...]  # one sentence each; empty when nothing could be better
+    crop: FaceCrop  # what the vision encoder will see; not in `as_dict`
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, words and lists."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "crop"}
+        boxes = [{name: round(value, 3) for name, value in dataclasses.asdict(box).items()} for box in self.faces]
+        return {**plain, "size": list(self.size), "faces": boxes, "advice": list(self.advice)}
+
+
+@dataclass(frozen=True)
+class InstallationReport:
+    """What this installation can do; `as_dict` is ready for JSON."""
+
+    python: str
+    system: str
+    versions: dict[str, str | None]  # None: not installed
+    device: str  # what a picture would be made on
+    threads: int
+    weights: str | None  # the folder
+    components: dict[str, int]  # bytes on disk of each component found in the folder
+    finders: dict[str, bool]  # which face finders can be used
+    advice: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, words and lists."""
+        return {**dataclasses.asdict(self), "advice": list(self.advice)}
+
+
+def report_photo(source: PhotoSource, finder: FaceFinder, size: int = 64, face: FaceChoice = "largest") -> PhotoReport:
+    """What `finder` sees in the photo, for a vision encoder that looks at crops of `size` pixels.
+
+    A photo without a face is a finding, not an error. Raises PictureError when the photo cannot be opened, FaceError
+    when there are faces but not the one asked for.
+    """
+    photo = read_photo(source)
+    crop = crop_face(photo.image, finder, size, face, on_no_face="whole")
+    brightness = _brightness(crop)
+    return PhotoReport(
+        name=photo.name,
+        format=photo.format,
+        mode=photo.mode,
+        size=photo.size,
+        orientation=photo.orientation,
+        faces=crop.found,
+        used=crop.index,
+        sharpness=round(crop.sharpness, 6),
+        brightness=round(brightness, 3),
+        quality=crop.quality,
+        advice=_photo_advice(crop, brightness, photo.image.size),
+        crop=crop,
+    )
+
+
+def report_installation(weights: Path | None) -> InstallationReport:
+    """Versions, device, face finders, and what lies in the weights folder (None: none was found)."""
+    versions = {name: _version(name) for name in PACKAGES}
+    components = {} if weights is None else {name: _bytes(weights / name) for name in COMPONENTS}
+    components = {name: size for name, size in components.items() if size}
+    finders = {
+        "cascade": importlib.util.find_spec("skimage") is not None,
+        "learned": "finder" in components,
+        "insightface": importlib.util.find_spec("insightface") is not None,
+    }
+    return InstallationReport(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        versions=versions,
+        device=_device(),
+        threads=torch.get_num_threads(),
+        weights=None if weights is None else str(weights),
+        components=components,
+        finders=finders,
+        advice=_installation_advice(weights, components, versions),
+    )
+
+
+def _brightness(crop: FaceCrop) -> float:
+    grey = torch.frombuffer(bytearray(crop.image.convert("L").tobytes()), dtype=torch.uint8).float() / 255
+    side = crop.image.width
+    return float(grey.view(side, side)[ellipse(side) >= 1].mean())
+
+
+def _photo_advice(crop: FaceCrop, brightness: float, size: tuple[int, int]) -> tuple[str, ...]:
+    advice = [] if crop.quality == "good" else [crop.quality]
+    if crop.box is None:
+        return (*advice, "Give a photo that shows the face from the front, large and well lit, nothing before it.")
+    box = crop.box
+    if box.left < -1 or box.top < -1 or box.left + box.width > size[0] + 1 or box.top + box.height > size[1] + 1:
+        advice.append("The face is cut off by the picture's edge, so a photo with some room around it will do better.")
+    if brightness < DARK:
+        advice.append("The face is very dark: take the photo with light from the front, or brighten it first.")
+    if brightness > BRIGHT:
+        advice.append("The face is overexposed: take the photo in softer light, or darken it first.")
+    return tuple(advice)
+
+
+def _installation_advice(
+    weights: Path | None, components: dict[str, int], versions: dict[str, str | None]
+) -> tuple[str, ...]:
+    advice = []
+    missing = [name for name in COMPONENTS if name not in components]
+    if weights is None or len(missing) == len(COMPONENTS):
+        advice.append("No weights were found: name a folder with --weights, or make them with `make weights`.")
+    elif missing:
+        advice.append(f"The weights folder {weights} lacks {', '.join(missing)}: copy it again or run `make weights`.")
+    if versions["insightface"] is None:
+        advice.append(
+            "In photos, turned faces are found with --finder insightface only, which needs more: in the checkout, "
+            "pip install -e '.[faces]', and a model pack of InsightFace in ~/.insightface/models."
+        )
+    if versions["pillow-heif"] is None:
+        advice.append("HEIC photos need one package more: pip install pillow-heif.")
+    return tuple(advice)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _bytes(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+
+
+def device_for(name: str) -> str:
+    """The device that --device means here: "auto" is a GPU if there is one. Raises ConfigError for one that is not."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(each for each, there in here.items() if there)
+    if not here.get(name):
+        have = " or ".join(each for each, there in here.items() if there)
+        raise ConfigError(f"torch sees no device {name} here: choose {have}, or leave --device out.")
+    return name
+
+
+def _device() -> str:
+    name = device_for("auto")
+    return f"cuda ({torch.cuda.get_device_name()})" if name == "cuda" else name

@@ -1,0 +1,485 @@
+"""Finds the faces in an opened photo, chooses one and cuts the square that the vision encoder looks at.
+
+Between `photos` (which opens) and the encoder (which looks). `crop_faces` is the one geometry of training and
+inference: a persona enrolled from a photo and a training batch rendered on a GPU are cut by the same lines of code.
+
+A finder is anything with `find(image)`. All of them speak one box: brow to chin and ear to ear, as the portrait world
+gives it. Finders made for other conventions are moved to ours by constant factors, stated where they are used:
+
+- `CascadeFinder`: the frontal-face cascade that scikit-image carries. Needs no download. Photographed faces from the
+  front, tilted up to about 40 degrees; faces turned half aside are missed.
+- `LearnedFinder`: our own small network (`finder`), trained on the portrait world with its drawings and turned heads.
+- `CombinedFinder`: several of them, double finds merged. `default_finder` is the two above.
+- `InsightFaceFinder`: optional, for photos at large: `pip install -e '.[faces]'` and a model pack.
+- `KnownGeometry`: boxes that the caller already has.
+"""
+
+import importlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from imagine.errors import FaceError, ImagineError, WeightsError
+from imagine.people.finder import Finder, decode, letterbox, load_finder
+from imagine.records import FaceBox, FaceCrop
+
+CROP_SIDE = 1.75  # side of the crop, in units of the longer side of the face box: hair, ears and chin fit in
+CROP_RISE = 0.15  # the crop's centre lies above the box's, in units of its height: there is more hair than neck
+MASK_AXES = (0.46, 0.5)  # semi-axes of the visible ellipse, in units of the crop's side
+MASK_EDGE = 0.1  # the mask fades over this part of the radius
+SMALL_FACE = 0.5  # a crop enlarged beyond 1 / SMALL_FACE counts as small
+BLURRED = 5e-4  # sharpness below this counts as blurred: a blur of about 4 % of the face's width
+
+FaceChoice = Literal["largest", "centre"] | int
+
+
+# --- cropping: the same in training and inference ---------------------------------------------------------------------
+def crop_faces(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Background-masked squares (N, 3, size, size) around one face box in each image.
+
+    images: (N, 3, H, W), 0 to 1. boxes: (N, 4), left, top, width, height in pixels. What lies outside the picture and
+    outside the ellipse is grey 0.5. Differentiable in the images; each row depends on its own image and box only.
+    Raises FaceError when the shapes do not belong together.
+    """
+    squares = cut_squares(images, boxes, size)
+    mask = ellipse(size, squares.device)
+    return (squares - 0.5) * mask + 0.5
+
+
+def cut_squares(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """As `crop_faces`, background unmasked: sharpness is measured on it."""
+    if images.ndim != 4 or boxes.shape != (images.shape[0], 4):
+        raise FaceError(
+            f"Give one box for each picture: pictures {tuple(images.shape)} and boxes {tuple(boxes.shape)} do not fit."
+        )
+    images, boxes = images.float(), boxes.to(images.device, torch.float32)
+    width, height = boxes[:, 2], boxes[:, 3]
+    side = CROP_SIDE * torch.maximum(width, height).clamp(min=1)
+    centre = torch.stack((boxes[:, 0] + width / 2, boxes[:, 1] + height / 2 - CROP_RISE * height), dim=1)
+    # One sample per source pixel, then a mean: a box filter against aliasing. Rows with an equal count go together.
+    counts = [max(1, math.ceil(value / size - 1e-4)) for value in side.tolist()]
+    out = images.new_empty(len(images), 3, size, size)
+    for count in sorted(set(counts)):
+        rows = [row for row, own in enumerate(counts) if own == count]
+        out[rows] = _sample(images[rows], centre[rows], side[rows], size, count)
+    return out
+
+
+def _sample(images: Tensor, centre: Tensor, side: Tensor, size: int, count: int) -> Tensor:
+    height, width = images.shape[-2:]
+    steps = (torch.arange(size * count, device=images.device) + 0.5) / (size * count) - 0.5
+    across = (centre[:, :1] + side[:, None] * steps) * (2 / width) - 1  # grid_sample counts from -1 to 1
+    down = (centre[:, 1:] + side[:, None] * steps) * (2 / height) - 1
+    grid = torch.stack(
+        (across[:, None, :].expand(-1, len(steps), -1), down[:, :, None].expand(-1, -1, len(steps))), dim=-1
+    )
+    # Shifted by 0.5, the zeros that pad the picture mean mid grey.
+    fine = F.grid_sample(images - 0.5, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + 0.5
+    return F.avg_pool2d(fine, count) if count > 1 else fine
+
+
+def ellipse(size: int, device: "torch.device | str" = "cpu") -> Tensor:
+    """The soft mask (size, size): 1 on the face, 0 on and outside the ellipse with MASK_AXES."""
+    axis = (torch.arange(size, device=device) + 0.5) / size - 0.5
+    radius = ((axis[None, :] / MASK_AXES[0]).square() + (axis[:, None] / MASK_AXES[1]).square()).sqrt()
+    return ((1 - radius) / MASK_EDGE).clamp(0, 1)
+
+
+def crop_face(
+    image: Image.Image,
+    finder: "FaceFinder",
+    size: int,
+    face: FaceChoice = "largest",
+    on_no_face: Literal["error", "whole"] = "error",
+) -> FaceCrop:
+    """The chosen face of an opened photo (see `photos.open_photo`), and what is good or poor about it.
+
+    face: "largest", "centre" (nearest to the picture's centre), or a place in the list of faces, largest first.
+    on_no_face: "error", or "whole" to use the whole picture, unmasked.
+    Raises FaceError when there is no such face.
+    """
+    if on_no_face not in ("error", "whole"):
+        raise FaceError(f"on_no_face={on_no_face!r} is unknown: choose 'error' or 'whole'.")
+    _check_choice(face)
+    found = tuple(sorted(finder.find(image), key=_area, reverse=True))
+    if not found and on_no_face == "error":
+        raise FaceError(
+            "No face was found in the photo: give one that shows the face from the front, large and well lit, "
+            "or pass on_no_face='whole' to use the whole picture."
+        )
+    if not found:
+        square = letterbox(image, size)[0]
+        quality = "No face was found, so the whole picture was used and the likeness will be poor."
+        return FaceCrop(_to_image(square), None, (), -1, sharpness(square), quality)
+    index = _choose(found, face, image.size)
+    box = found[index]
+    edges = torch.tensor([[box.left, box.top, box.width, box.height]])
+    square = cut_squares(_to_tensor(image)[None], edges, size)[0]
+    masked = (square - 0.5) * ellipse(size) + 0.5
+    clear = sharpness(square)
+    return FaceCrop(_to_image(masked), box, found, index, clear, _quality(found, index, face, size, clear))
+
+
+def sharpness(square: Tensor) -> float:
+    """Variance of the Laplacian of a square's brightness (3, S, S), 0 to 1, inside the face ellipse.
+
+    The measure LAPV of Pertuz, Puig and Garcia (Pattern Recognition 46, 2013), taken at the crop's own size, because
+    detail beyond that size never reaches the vision encoder.
+    """
+    grey = square.mean(dim=0)[None, None]
+    kernel = grey.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
+    edges = F.conv2d(grey, kernel)[0, 0]
+    inside = ellipse(square.shape[-1])[1:-1, 1:-1] >= 1
+    return float(edges[inside].var()) if int(inside.sum()) > 1 else 0.0
+
+
+def _check_choice(face: FaceChoice) -> None:
+    known = face in ("largest", "centre") or (isinstance(face, int) and not isinstance(face, bool) and face >= 0)
+    if not known:
+        raise FaceError(f"face={face!r} is unknown: choose 'largest', 'centre' or a number from 0, the largest, on.")
+
+
+def _choose(found: tuple[FaceBox, ...], face: FaceChoice, size: tuple[int, int]) -> int:
+    if face == "largest":
+        return 0
+    if face == "centre":
+        middle = (size[0] / 2, size[1] / 2)
+        return min(range(len(found)), key=lambda place: math.dist(found[place].centre, middle))
+    assert isinstance(face, int)
+    if face >= len(found):
+        have = "one face" if len(found) == 1 else f"{len(found)} faces"
+        choices = "0" if len(found) == 1 else f"0 (the largest) to {len(found) - 1}"
+        raise FaceError(f"The photo holds {have}, so there is no face={face}: choose {choices}.")
+    return face
+
+
+def _quality(found: tuple[FaceBox, ...], index: int, face: FaceChoice, size: int, clear: float) -> str:
+    box = found[index]
+    poor = []
+    if len(found) > 1 and not isinstance(face, int):
+        chosen = "the largest" if face == "largest" else "the one nearest to the centre"
+        poor.append(
+            f"the photo holds {len(found)} faces and {chosen} was used (face={index}; 0, the largest, "
+            f"to {len(found) - 1} chooses another)"
+        )
+    if CROP_SIDE * max(box.width, box.height) < SMALL_FACE * size:
+        poor.append(f"the face is only {round(box.width)} pixels wide, so a closer photo will give a better likeness")
+    if clear < BLURRED:
+        poor.append("the face looks blurred, so a sharper photo will give a better likeness")
+    if not poor:
+        return "good"
+    sentence = "; ".join(poor)
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    pixels = torch.from_numpy(np.array(image.convert("RGB")))
+    return pixels.permute(2, 0, 1).float() / 255
+
+
+def _to_image(square: Tensor) -> Image.Image:
+    pixels = (square.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels)
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
+class FaceFinder(Protocol):
+    """Whatever can say where the faces of an RGB picture are."""
+
+    def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
+        """Every face, largest first; an empty tuple when there is none."""
+        ...
+
+
+def default_finder(folder: Path | None = None) -> FaceFinder:
+    """The embedded finder: the cascade, joined by our own network when `folder` (weights/finder) holds one."""
+    if folder is None or not folder.is_dir():
+        return CascadeFinder()
+    return CombinedFinder((LearnedFinder.from_folder(folder), CascadeFinder()))
+
+
+def merge(boxes: Sequence[FaceBox], overlap: float = 0.4) -> tuple[FaceBox, ...]:
+    """Non-maximum suppression: of boxes that share much of their area the surest stays. Largest first.
+
+    Two boxes are one face when intersection over union exceeds `overlap`, or when one lies almost wholly in the other.
+    """
+    kept: list[FaceBox] = []
+    for box in sorted(boxes, key=lambda box: box.score, reverse=True):
+        if all(_shared(box, other) <= overlap and _inside(box, other) <= 0.75 for other in kept):
+            kept.append(box)
+    return tuple(sorted(kept, key=_area, reverse=True))
+
+
+def _area(box: FaceBox) -> float:
+    return box.width * box.height
+
+
+def _common(one: FaceBox, two: FaceBox) -> float:
+    across = min(one.left + one.width, two.left + two.width) - max(one.left, two.left)
+    down = min(one.top + one.height, two.top + two.height) - max(one.top, two.top)
+    return max(0.0, across) * max(0.0, down)
+
+
+def _shared(one: FaceBox, two: FaceBox) -> float:
+    common = _common(one, two)
+    return common / max(_area(one) + _area(two) - common, 1e-6)
+
+
+def _inside(one: FaceBox, two: FaceBox) -> float:
+    return _common(one, two) / max(min(_area(one), _area(two)), 1e-6)
+
+
+class KnownGeometry:
+    """The boxes are known beforehand: rendered pictures, or a caller with a finder of their own."""
+
+    def __init__(self, boxes: Sequence[FaceBox]) -> None:
+        self.boxes = tuple(sorted(boxes, key=_area, reverse=True))
+
+    def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
+        """The known boxes, whatever the picture."""
+        return self.boxes
+
+
+class CombinedFinder:
+    """Asks every finder and merges what they find; the surer box stays."""
+
+    def __init__(self, finders: Sequence[FaceFinder]) -> None:
+        self.finders = tuple(finders)
+
+    def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
+        """Every face that any of the finders sees."""
+        return merge([box for finder in self.finders for box in finder.find(image)])
+
+
+class LearnedFinder:
+    """Our own small network. `threshold` is the least probability that counts as a face."""
+
+    def __init__(self, network: Finder, threshold: float = 0.4) -> None:
+        self.network, self.threshold = network.eval(), threshold
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "LearnedFinder":
+        """The network shipped in a weights/finder folder. Raises WeightsError unless it fits exactly."""
+        return cls(load_finder(folder))
+
+    @torch.inference_mode()
+    def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
+        """Every face in the whole picture, seen at the network's own size."""
+        square, scale, corner = letterbox(image, self.network.side)
+        device = next(self.network.parameters()).device
+        boxes, scores = decode(self.network(square[None].to(device)), self.network.side)
+        found = [
+            FaceBox((left - corner[0]) / scale, (top - corner[1]) / scale, width / scale, height / scale, score)
+            for (left, top, width, height), score in zip(boxes[0].tolist(), scores[0].tolist(), strict=True)
+            if score >= self.threshold
+        ]
+        return merge([box for box in found if _centred_within(box, image.size)])
+
+
+def _centred_within(box: FaceBox, size: tuple[int, int]) -> bool:
+    return 0 <= box.centre[0] < size[0] and 0 <= box.centre[1] < size[1]
+
+
+class CascadeFinder:
+    """scikit-image's bundled LBP cascade (Liao et al., ICB 2007), made trustworthy by looking twice.
+
+    By itself it finds every frontal face in a group photo and twice as many hands, shirts and poker chips: its own
+    count of neighbouring hits cannot tell them apart. A real face, though, is found again when the picture around it is
+    mirrored, turned a little and brought to another size. So a scan of the whole picture proposes, and such second
+    looks decide; their number is the score. Small or tightly cut faces get a larger or a padded scan if the first is
+    empty.
+    """
+
+    # The cascade's window is square and reaches from the middle of the forehead to the chin and from ear to ear.
+    # In its units: how far our box is moved right and down, and how wide and high it is.
+    window = (0.0, 0.02, 1.0, 1.0)
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        self.threshold = threshold
+        self._cascade: Any = None  # loading scikit-image takes a second: not before the first picture
+
+    def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
+        """Every photographed face from the front; its score grows with the number of second looks that agree."""
+        for side, pad in ((320, 0.0), (256, 0.3), (640, 0.0)):
+            if side == 640 and max(image.size) <= 320:
+                continue
+            found = self._search(image, side, pad)
+            if found:
+                return found
+        return ()
+
+    def _search(self, image: Image.Image, side: int, pad: float) -> tuple[FaceBox, ...]:
+        margin = round(pad * max(image.size))
+        canvas = Image.new("RGB", (image.width + 2 * margin, image.height + 2 * margin), (128, 128, 128))
+        canvas.paste(image, (margin, margin))
+        scale = min(1.0, side / max(canvas.size))
+        small = _resized(canvas, scale)
+        # The second looks need detail that the scan does not.
+        finer = min(1.0, 2 * scale)
+        looks = _resized(canvas, finer)
+        boxes: list[FaceBox] = []
+        for left, top, width in _clusters(self._hits(small, 24, min(small.size)) / scale):
+            square = self._look_again(looks, (left * finer, top * finer, width * finer))
+            if square is not None:
+                left, top, width, score = square[0] / finer, square[1] / finer, square[2] / finer, square[3]
+                boxes.append(self._to_box(left - margin, top - margin, width, score))
+        return merge([box for box in boxes if box.score >= self.threshold and _centred_within(box, image.size)])
+
+    def _to_box(self, left: float, top: float, width: float, score: float) -> FaceBox:
+        right, down, wide, high = self.window
+        return FaceBox(left + right * width, top + down * width, wide * width, high * width, score)
+
+    def _hits(self, image: Image.Image, smallest: int, largest: int) -> np.ndarray[Any, Any]:
+        """Every window that passes the cascade, unmerged: (hits, 3), left, top, width."""
+        if self._cascade is None:
+            feature, data = importlib.import_module("skimage.feature"), importlib.import_module("skimage.data")
+            self._cascade = feature.Cascade(data.lbp_frontal_face_cascade_filename())
+        if largest < smallest:
+            return np.zeros((0, 3))
+        hits = self._cascade.detect_multi_scale(
+            img=np.asarray(image), scale_factor=1.1, step_ratio=1, min_size=(smallest, smallest),
+            max_size=(largest, largest), min_neighbor_number=1, intersection_score_threshold=1.0,
+        )  # fmt: skip
+        return np.array([(hit["c"], hit["r"], hit["width"]) for hit in hits], dtype=np.float64).reshape(-1, 3)
+
+    def _look_again(
+        self, image: Image.Image, square: tuple[float, float, float]
+    ) -> tuple[float, float, float, float] | None:
+        """Left, top, width and score after two rounds of looks, or None if the first round does not agree.
+
+        Round one is wide and finds where the face really lies and how it is tilted; round two, closely around that,
+        gives the score. (Real faces get 100 to 300 votes there, fists and badges under 60.)
+        """
+        centre_x, centre_y, width = square[0] + square[2] / 2, square[1] + square[2] / 2, square[2]
+        tilt = 0.0
+        for turns in ((-30.0, -15.0, 0.0, 15.0, 30.0), (-8.0, 0.0, 8.0)):
+            looks = [
+                self._votes(image, centre_x, centre_y, width, tilt + turn, flip) for turn in turns for flip in (1, -1)
+            ]
+            votes = np.concatenate(looks)
+            if len(votes) < 6:
+                return None
+            centre_x, centre_y, width = np.median(votes, axis=0).tolist()
+            counts = np.array([len(look) for look in looks], dtype=np.float64)
+            tilt += float((counts * np.repeat(turns, 2)).sum() / counts.sum())
+        score = 1 - math.exp(-len(votes) / 100)
+        return centre_x - width / 2, centre_y - width / 2, width, score
+
+    def _votes(
+        self, image: Image.Image, centre_x: float, centre_y: float, width: float, angle: float, flip: int
+    ) -> np.ndarray[Any, Any]:
+        """One look at a face turned by `angle` degrees and mirrored if flip is -1: (votes, 3), centre and width."""
+        side, zoom = 48, 1.7 * width / 48  # picture pixels per pixel of the view
+        cosine, sine = math.cos(math.radians(angle)) * zoom, math.sin(math.radians(angle)) * zoom
+        matrix = np.array([[flip * cosine, -sine], [flip * sine, cosine]])
+        origin = np.array([centre_x, centre_y]) - matrix @ np.array([side / 2, side / 2])
+        view = image.transform(
+            (side, side),
+            Image.Transform.AFFINE,
+            (matrix[0, 0], matrix[0, 1], origin[0], matrix[1, 0], matrix[1, 1], origin[1]),
+            Image.Resampling.BILINEAR,
+        )
+        hits = self._hits(view, 24, 44)
+        centres = (hits[:, :2] + hits[:, 2:] / 2) @ matrix.T + origin
+        widths = hits[:, 2] * zoom
+        near = np.hypot(centres[:, 0] - centre_x, centres[:, 1] - centre_y) < 0.3 * width
+        return np.column_stack((centres, widths))[near]
+
+
+def _resized(image: Image.Image, scale: float) -> Image.Image:
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
+
+
+def _clusters(hits: np.ndarray[Any, Any], slack: float = 0.25) -> list[tuple[float, float, float]]:
+    """Hits (n, 3) that nearly coincide, joined: the mean left, top and width of each group, most hits first."""
+    groups: list[list[np.ndarray[Any, Any]]] = []
+    for hit in hits:
+        for group in groups:
+            mean = np.mean(group, axis=0)
+            if np.abs(hit - mean).max() <= slack * min(hit[2], mean[2]):
+                group.append(hit)
+                break
+        else:
+            groups.append([hit])
+    groups.sort(key=len, reverse=True)
+    means = [np.mean(group, axis=0).tolist() for group in groups]
+    return [(left, top, width) for left, top, width in means]
+
+
+class InsightFaceFinder:
+    """InsightFace's detectors (SCRFD, RetinaFace). Optional; its model packs are for non-commercial research only.
+
+    model: a folder of ONNX files (a model pack), one detector file, or the name of a pack under `root`/models.
+    Nothing is downloaded, although insightface would: a pack that is not on the disk is an error.
+    """
+
+    # These boxes begin near the hairline; ours at the middle of the forehead. In units of their height.
+    brow = 0.12
+
+    def __init__(
+        self, model: "str | Path" = "buffalo_l", root: "str | Path" = "~/.insightface", threshold: float = 0.5
+    ) -> None:
+        path = model_pack(model, Path(root).expanduser())
+        try:
+            importlib.import_module("insightface")
+        except ImportError as error:
+            raise ImagineError("This finder needs insightface: install it with pip install -e '.[faces]'.") from error
+        self.detector = _detector(path)
+        self.detector.prepare(-1, det_thresh=threshold, input_size=(640, 640))
+
+    def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
+        """Every face, with the detector's own score; a face too large for the first pass is found in a smaller one."""
+        pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])  # insightface reads BGR
+        fixed = isinstance(self.detector.input_shape[2], int)
+        for side in (None,) if fixed else (None, 320, 160):
+            edges, _ = self.detector.detect(pixels, input_size=side and (side, side))
+            if len(edges):
+                return merge([self._to_box(*row) for row in edges.tolist()])
+        return ()
+
+    def _to_box(self, left: float, top: float, right: float, bottom: float, score: float) -> FaceBox:
+        brow = top + self.brow * (bottom - top)
+        return FaceBox(left, brow, right - left, bottom - brow, score)
+
+
+def model_pack(model: "str | Path", root: Path) -> Path:
+    """The file or folder meant by a name. Packs are often unzipped one folder too deep: that is no mistake here.
+
+    Raises WeightsError if there is none.
+    """
+    for path in (Path(model).expanduser(), root / "models" / model):
+        if path.is_file():
+            return path
+        if path.is_dir():
+            inner = [folder for folder in path.iterdir() if folder.is_dir() and any(folder.glob("*.onnx"))]
+            return inner[0] if len(inner) == 1 and not any(path.glob("*.onnx")) else path
+    raise WeightsError(
+        f"There is no InsightFace model pack {model}: unzip one (non-commercial licence) into {root / 'models'}, "
+        "or give the folder that holds its ONNX files."
+    )
+
+
+def _detector(path: Path) -> Any:
+    if path.is_file():
+        model = importlib.import_module("insightface.model_zoo.model_zoo").get_model(
+            str(path.resolve()), providers=["CPUExecutionProvider"]
+        )
+        if getattr(model, "taskname", None) != "detection":
+            raise WeightsError(f"{path} is not a face detector: give InsightFace's detection model.")
+        return model
+    analysis = importlib.import_module("insightface.app.face_analysis").FaceAnalysis
+    try:
+        pack = analysis(name=str(path.resolve()), allowed_modules=["detection"], providers=["CPUExecutionProvider"])
+    except AssertionError as error:  # insightface's only word for it
+        raise WeightsError(f"{path} holds no face detector: give the folder with the pack's ONNX files.") from error
+    return pack.det_model

@@ -1,0 +1,309 @@
+"""How a pipeline looks at references: photo to face crop to vision features to persona, and from there to tokens.
+
+Every pipeline that shows people mixes this in, whatever its denoiser is, so that a persona means the same to all of
+them. What was seen in a photo's file is kept as long as the file stays as it is: a person is encoded once, however many
+pictures are made. The encoder is our `VisionEncoder`, or the transformers one that Stable Diffusion's folders carry.
+"""
+
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from imagine.adapter.adapter import Adapter, BranchSpec
+from imagine.errors import ConfigError, PictureError, PromptError, WeightsError
+from imagine.networks import weights
+from imagine.networks.encoders import CLIP_MEAN, CLIP_STD, VisionEncoder
+from imagine.paths import as_path, kind_of
+from imagine.people.faces import FaceChoice, FaceFinder, crop_face, default_finder
+from imagine.people.persona import Face, Persona, concatenate
+from imagine.people.photos import open_photo
+from imagine.records import VISION, Tokens, repeat
+from imagine.request import Person, Request
+
+FINDER = "finder"  # its folder among a pipeline's files
+MOST_KEPT = 64  # photos' personas, of which each takes about a megabyte
+
+OnNoFace = Literal["error", "whole"]
+
+
+def vision_features(encoder: nn.Module, crops: Tensor, pooled: bool = False) -> Tensor:
+    """What the encoder sees in crops (B, 3, S, S) of 0 to 1: its penultimate tokens (B, T, W), or pooled (B, 1, E)."""
+    crops = crops.to(cast(Any, encoder).dtype)
+    if isinstance(encoder, VisionEncoder):
+        if not pooled:
+            return cast(Tensor, encoder(crops))
+        if (hook := getattr(encoder, "_hf_hook", None)) is not None:  # offloaded: accelerate minds `forward` alone
+            hook.pre_forward(encoder)
+        return encoder.embed(crops)[:, None]
+    mean, std = (torch.tensor(each, device=crops.device, dtype=crops.dtype).view(3, 1, 1) for each in _CLIP_COLOURS)
+    seen = encoder((crops - mean) / std, output_hidden_states=True)
+    return cast(Tensor, seen.image_embeds[:, None] if pooled else seen.hidden_states[-2])
+
+
+_CLIP_COLOURS = (CLIP_MEAN, CLIP_STD)
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """What is to be known of a vision encoder: its fingerprint, its crops' side in pixels, its tokens per crop."""
+
+    fingerprint: str
+    image_size: int
+    tokens: int
+
+    @classmethod
+    def of(cls, encoder: nn.Module) -> "Eyes":
+        config = cast(Any, encoder).config
+        patches = int(config.image_size) // int(config.patch_size)
+        return cls(weights.fingerprint(encoder), int(config.image_size), 1 + patches**2)
+
+
+class Looking:
+    """The part of a pipeline that looks at people. Others give it `adapter`, `reference_encoder` and the device."""
+
+    adapter: Adapter | None
+    _finder: FaceFinder | None = None
+    _finder_folder: Path | None = None
+    _eyes: "tuple[nn.Module | None, int, Eyes] | None" = None
+    _empty: "tuple[str, Tensor] | None" = None
+
+    @property
+    @abstractmethod
+    def reference_encoder(self) -> nn.Module | None:
+        """The encoder that looks at references; each pipeline has its own."""
+
+    @property
+    def encoder_fingerprint(self) -> str:
+        """Tells this vision encoder from others: personas and adapters say which one they were made with."""
+        return self._known_eyes().fingerprint
+
+    @property
+    def finder(self) -> FaceFinder:
+        """What finds faces in photos; set it to use another. By default the weights' own finder and the cascade."""
+        if self._finder is None:
+            folder = self._finder_folder
+            self._finder = default_finder(folder if folder is not None and folder.is_dir() else _shipped_finder())
+        return self._finder
+
+    @finder.setter
+    def finder(self, finder: FaceFinder) -> None:
+        self._finder = finder
+        self.__dict__.pop("_seen", None)
+
+    # --- from photos to personas ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def enroll(self, photos: Any, face: FaceChoice = "largest", on_no_face: OnNoFace = "error") -> Persona:
+        """Look at one photo, or several of the same person, and return the persona.
+
+        Tokens of several photos are put one after the other: attention takes from each what it needs. Raises
+        PictureError or FaceError, naming the photo, if one cannot be used.
+        """
+        references = tuple(photos) if isinstance(photos, (list, tuple)) else (photos,)
+        if not references:
+            raise PromptError("There is no photo to enroll: give at least one.")
+        return self._look(Person("", references), face, on_no_face)
+
+    def _known_eyes(self) -> Eyes:
+        """What is to be known of the encoder, worked out again only when its weights have changed."""
+        encoder = self.reference_encoder
+        known = self._eyes
+        if encoder is None and known is not None and known[0] is None:  # freed, but personas made by it are still good
+            return known[2]
+        if encoder is None:
+            raise WeightsError(
+                "This pipeline has no encoder that could look at a reference: give it one, as in "
+                "vision_encoder=VisionEncoder.from_pretrained(FOLDER), the one that the adapter was trained with."
+            )
+        if known is not None and known[0] is encoder and any(each.is_meta for each in encoder.parameters()):
+            return known[2]  # offloaded piece by piece: there are no weights to look at
+        version = hash(tuple((id(each), 0 if each.is_inference() else each._version) for each in encoder.parameters()))
+        if known is None or known[0] is not encoder or known[1] != version:
+            known = self._eyes = (encoder, version, Eyes.of(encoder))
+        return known[2]
+
+    @property
+    def _reads_pooled(self) -> bool:
+        spec = identity_spec(self.adapter)
+        return spec is not None and spec.projection == "linear"
+
+    def _sight(self) -> str:
+        """Tells personas apart by what made them: the encoder, and whether its pooled embedding was taken."""
+        return self.encoder_fingerprint + (":pooled" if self._reads_pooled else "")
+
+    def _look(self, person: Person, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
+        """One person's photos and personas as one persona; faces are called after the photos."""
+        known = [
+            each if isinstance(each, Persona) else self._look_at(each, number, face, on_no_face)
+            for number, each in enumerate(person.references, 1)
+        ]
+        sight = self._sight()
+        for each in known:
+            each.check_encoder(sight)
+        faces = [one for each in known for one in each.faces]
+        if person.name:
+            faces = [replace(one, reference=f"{person.name}: {one.reference}") for one in faces]
+        return Persona(concatenate([each.features.to("cpu") for each in known]), sight, tuple(faces))
+
+    def _look_at(self, photo: Any, number: int, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
+        file = as_path(photo) if isinstance(photo, (str, os.PathLike)) else None
+        if file is not None and file.suffix == ".safetensors":
+            return Persona.load(file)
+        sight = self._sight()
+        there = file is not None and kind_of(file, PictureError) == "file"
+        key = (_state(cast(Path, file)), face, on_no_face, sight) if there else None
+        seen: dict[Any, Persona] = self.__dict__.setdefault("_seen", {})
+        if key is not None and key in seen:
+            return seen[key]
+        eyes, encoder = self._known_eyes(), self.reference_encoder
+        if encoder is None:
+            raise WeightsError("The vision encoder was freed: give a persona that was enrolled before, not a photo.")
+        crop = crop_face(open_photo(photo), self.finder, eyes.image_size, face, on_no_face)
+        pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].float() / 255
+        features = vision_features(encoder, pixels.to(cast(Any, self)._execution_device), self._reads_pooled)[0]
+        name = f"photo {number}" if file is None else os.fspath(photo)
+        persona = Persona(features.float().cpu(), sight, (Face.of(crop, name),))
+        if key is not None:
+            while len(seen) >= MOST_KEPT:
+                seen.pop(next(iter(list(seen))), None)  # threads may draw at once
+            seen[key] = persona
+        return persona
+
+    def _see(self, requests: Sequence[Request], face: FaceChoice, on_no_face: OnNoFace) -> list[list[Persona]]:
+        """Look at everybody once, however many pictures they are in; one list of people per request."""
+        if self.adapter is None and any(request.people for request in requests):
+            raise WeightsError(
+                "This pipeline has no identity adapter: load one with load_adapter, or give no reference."
+            )
+        seen: dict[tuple[Any, ...], Persona] = {}
+        people: list[list[Persona]] = []
+        for request in requests:
+            people.append([])
+            for person in request.people:
+                # Paths are equal by value; pictures and personas by identity, and the requests keep them alive.
+                key = (
+                    person.name,
+                    *(each if isinstance(each, (str, os.PathLike)) else id(each) for each in person.references),
+                )
+                if key not in seen:
+                    seen[key] = self._look(person, face, on_no_face)
+                people[-1].append(seen[key])
+        return people
+
+    # --- from personas to tokens ------------------------------------------------------------------------------------
+
+    def _vision(self, personas: Sequence[Sequence[Persona]], copies: int) -> Tokens | None:
+        """Vision tokens (pictures, longest, width) of everybody in each picture; None if there is nobody at all."""
+        if not any(personas):
+            return None
+        rows = [concatenate([persona.features for persona in people]) if people else None for people in personas]
+        return repeat(self._projected(rows), copies)
+
+    def _nobody(self, count: int) -> Tokens:
+        """What the identity branch reads in `count` pictures where nobody is shown, if it was trained on "zeros".
+
+        As in IP-Adapters: the features of a picture that is zero after normalisation, or a zero embedding.
+        """
+        spec = identity_spec(self.adapter)
+        assert spec is not None
+        row = torch.zeros(1, spec.input_width or spec.width) if spec.projection == "linear" else self._empty_sight()
+        return repeat(self._projected([row]), count)
+
+    def _empty_sight(self) -> Tensor:
+        """What the encoder sees in a picture of zeros, (tokens, width), worked out once."""
+        eyes, encoder = self._known_eyes(), self.reference_encoder
+        if self._empty is None or self._empty[0] != eyes.fingerprint:
+            assert encoder is not None  # or `_remember_eyes` would have been called before it was freed
+            grey = torch.tensor(CLIP_MEAN, device=cast(Any, self)._execution_device).view(3, 1, 1)
+            crops = grey.expand(1, 3, eyes.image_size, eyes.image_size)
+            self._empty = (eyes.fingerprint, vision_features(encoder, crops)[0].float().cpu())
+        return self._empty[1]
+
+    def _remember_eyes(self) -> None:
+        """Keep what has to be known of the encoder when it is gone."""
+        self._empty_sight()
+        self._eyes = (None, 0, self._known_eyes())
+
+    def _projected(self, rows: Sequence[Tensor | None]) -> Tokens:
+        """The identity branch's tokens of features (length, width), row by row; a missing row has none that counts."""
+        adapter, spec = self.adapter, identity_spec(self.adapter)
+        assert adapter is not None and spec is not None  # or `_see` would have raised
+        present = [row for row in rows if row is not None]
+        longest, width = max(map(len, present)), present[0].shape[1]
+        if width != (spec.input_width or spec.width):
+            raise WeightsError(
+                f"The identity adapter reads vision features of width {spec.input_width or spec.width}, but the vision "
+                f"encoder gives {width}: take the encoder that belongs to the adapter."
+            )
+        features, mask = torch.zeros(len(rows), longest, width), torch.zeros(len(rows), longest, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            if row is not None:
+                features[number, : len(row)] = row
+                mask[number, : len(row)] = True
+        if spec.projection == "plus":  # which looks at each picture for itself
+            features, mask = (
+                features.unflatten(1, (-1, self._known_eyes().tokens)),
+                mask[:, :: self._known_eyes().tokens],
+            )
+        device = cast(Any, self)._execution_device
+        values = adapter.tokens(VISION, features.to(device, adapter.dtype)).values
+        if mask.all():
+            return Tokens(values)
+        return Tokens(values, mask.repeat_interleave(values.shape[1] // mask.shape[1], 1).to(device))
+
+    def _strength(self, scale: Any, personas: Sequence[Sequence[Persona]], copies: int) -> Tensor:
+        """The identity scale of every picture, (pictures,); 0 where it shows nobody."""
+        try:
+            scales = torch.as_tensor(scale, dtype=torch.float32).flatten()
+        except (TypeError, ValueError, RuntimeError):  # words, nothing, lists in lists
+            scales = torch.empty(0)
+        if len(scales) not in (1, len(personas)) or not scales.isfinite().all():
+            raise ConfigError(
+                f"identity_scale={scale!r} must be one number, or one for each of {len(personas)} prompts."
+            )
+        present = torch.tensor([bool(people) for people in personas], dtype=torch.float32)
+        return (scales * present).repeat_interleave(copies).to(cast(Any, self)._execution_device)
+
+
+def identity_spec(adapter: Adapter | None) -> BranchSpec | None:
+    """The branch of an adapter that shows people, if it has one."""
+    specs = () if adapter is None else adapter.branch_specs
+    return next((spec for spec in specs if spec.name == VISION), None)
+
+
+def check_encoder(adapter: Adapter, encoder: str) -> None:
+    """Raise WeightsError if the adapter says that it was trained with another vision encoder."""
+    trained = adapter.metadata.get("encoder_fingerprint", encoder)
+    if identity_spec(adapter) is not None and not weights.same_encoder(trained, encoder):
+        raise WeightsError(
+            f"This adapter was trained with the vision encoder {trained}, but the pipeline has {encoder}: "
+            "take the image_encoder folder that belongs to the adapter."
+        )
+
+
+def facts(adapter: Adapter) -> Mapping[str, str]:
+    """What a saved adapter must say of itself, from its own file if it came from one."""
+    unknown = {name: "unspecified" for name in ("base", "encoder", "feature_layer", "tokens", "licence")}
+    return {**unknown, **adapter.metadata}
+
+
+def _state(file: Path) -> tuple[str, int, int]:
+    """Tells whether a file is still what it was."""
+    found = file.stat()
+    return str(file.resolve()), found.st_mtime_ns, found.st_size
+
+
+def _shipped_finder() -> Path | None:
+    """The finder among the shipped weights, for pipelines whose own folder has none."""
+    try:
+        folder = weights.default_folder() / FINDER
+    except WeightsError:
+        return None
+    return folder if folder.is_dir() else None

@@ -1,0 +1,157 @@
+"""When and where in the denoiser a person acts, said by the call: a window of steps, and strengths of its blocks.
+
+Between what a user writes and what `sampling` hands on as conditioning. Both are plain values that travel with one
+call, and both multiply `identity_scale`, whatever it is and whoever changes it between steps.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from imagine.adapter.attention import attention_layers
+from imagine.errors import ConfigError
+from imagine.records import Scale
+from imagine.request import finite
+
+ALL = "all"
+# InstantStyle (arXiv 2404.02733, section 3.2) found these by experiment in SDXL, and only there.
+SDXL_PRESETS = {"style": ("up_blocks.0.attentions.1",), "layout": ("down_blocks.2.attentions.1",)}
+SDXL_RESOLUTIONS = 3
+
+Blocks = str | Mapping[str, Any]  # a preset's name, or diffusers' form {"down": {"block_2": [0.0, 1.0]}, "mid": 1.0}
+Factors = Mapping[str, float]  # attention layer -> factor; a layer that is not named gets 0
+
+_BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.\d+")
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps in which the person acts, as shares of all: from `start` on and before `end`."""
+
+    start: float = 0.0
+    end: float = 1.0
+
+    @classmethod
+    def read(cls, given: "Window | Sequence[float]") -> "Window":
+        """What a call gave as identity_window. Raises ConfigError unless 0 <= start <= end <= 1."""
+        if isinstance(given, Window):
+            return given
+        if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != 2:
+            raise ConfigError(f"identity_window={given!r} must be two shares of the steps, such as (0.0, 0.8).")
+        start, end = (finite("identity_window", share) for share in given)
+        if not 0 <= start <= end <= 1:
+            raise ConfigError(f"identity_window={given!r} must begin at 0 or later, end at 1 or earlier, and in order.")
+        return cls(start, end)
+
+    def holds(self, share: float) -> bool:
+        """Whether the person acts in a step that begins when this share of all steps is done."""
+        return self.start <= share < self.end
+
+    def steps(self, count: int) -> list[bool]:
+        """The same for each of `count` steps."""
+        return [self.holds(number / count) for number in range(count)]
+
+
+def block_factors(denoiser: nn.Module, blocks: Blocks) -> Factors | None:
+    """What every attention layer's identity strength is multiplied by; None for all of them by 1.
+
+    `blocks` is a preset (see `presets`) or diffusers' own form, in which what is not named gets 0: a number or a list
+    with one number an attention block, for a side ("down", "mid", "up") or, in a mapping, for its "block_N".
+    Raises ConfigError, listing the valid names, for one that this denoiser does not have.
+    """
+    if blocks == ALL:
+        return None
+    names = {layer: found[0] for layer in attention_layers(denoiser) if (found := _BLOCK.match(layer))}
+    every = list(dict.fromkeys(names.values()))
+    if isinstance(blocks, Mapping):
+        factors = _expanded(blocks, every)
+    else:
+        known = presets(denoiser)
+        if not isinstance(blocks, str) or blocks not in known:
+            raise ConfigError(
+                f"This denoiser has no identity_blocks {blocks!r}: choose {_listed([ALL, *known])}, or give strengths "
+                "such as {'down': {'block_1': 1.0}}."
+            )
+        factors = dict.fromkeys(known[blocks], 1.0)
+    return {layer: factors[block] for layer, block in names.items() if factors.get(block)}
+
+
+def presets(denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The presets that name at least one block of this denoiser, beside "all", and those blocks.
+
+    "down", "mid" and "up" are its parts. "coarse" are its blocks at the coarser half of the resolutions at which it
+    attends, "fine" the others. SDXL also has InstantStyle's "style" and "layout".
+    """
+    every = list(dict.fromkeys(found[0] for layer in attention_layers(denoiser) if (found := _BLOCK.match(layer))))
+    resolutions = len(getattr(denoiser, "down_blocks", ()))
+    levels = {block: _level(block, resolutions) for block in every}
+    in_use = sorted(set(levels.values()))
+    finer = in_use[: len(in_use) // 2]
+    named = {
+        "coarse": tuple(block for block in every if levels[block] not in finer),
+        "fine": tuple(block for block in every if levels[block] in finer),
+        **{side: tuple(block for block in every if block.startswith(side)) for side in ("down", "mid", "up")},
+    }
+    if resolutions == SDXL_RESOLUTIONS and 0 not in in_use:
+        named |= {name: blocks for name, blocks in SDXL_PRESETS.items() if set(blocks) <= set(every)}
+    return {name: blocks for name, blocks in named.items() if blocks}
+
+
+def layer_scales(strength: Scale, factors: Factors | None) -> "Scale | Mapping[str, Scale]":
+    """A branch's strength, one number or one per batch item, as `Conditioning.scales` takes it."""
+    if factors is None:
+        return strength
+    return {layer: strength * factor for layer, factor in factors.items()}
+
+
+def _level(block: str, resolutions: int) -> int:
+    """How often the latent has been halved where a block attends."""
+    found = _BLOCK.match(block)
+    assert found is not None
+    if found[2] is None:
+        return resolutions - 1
+    return int(found[2]) if found[1] == "down" else resolutions - 1 - int(found[2])
+
+
+def _expanded(given: Mapping[str, Any], every: Sequence[str]) -> dict[str, float]:
+    """A factor for each block that is named, as diffusers' set_ip_adapter_scale would read the same mapping.
+
+    Its own function (loaders/unet_loader_utils.py) needs a middle block that attends, and passes over misspelt names.
+    """
+    places: dict[str, dict[str, list[str]]] = {}
+    for block in every:
+        found = _BLOCK.match(block)
+        assert found is not None
+        places.setdefault(found[1] or "mid", {}).setdefault(f"block_{found[2] or 0}", []).append(block)
+    _check_known("identity_blocks", given, places)
+    factors: dict[str, float] = {}
+    for side, value in given.items():
+        strengths = value if isinstance(value, Mapping) else dict.fromkeys(places[side], value)
+        _check_known(f"identity_blocks[{side!r}]", strengths, places[side])
+        for name, each in strengths.items():
+            factors |= _numbers(f"identity_blocks[{side!r}][{name!r}]", each, places[side][name])
+    return factors
+
+
+def _numbers(name: str, value: Any, blocks: Sequence[str]) -> dict[str, float]:
+    given = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(given) not in (1, len(blocks)):
+        raise ConfigError(
+            f"{name} has {len(given)} strengths for {len(blocks)} attention blocks: give as many, or one."
+        )
+    numbers = given * len(blocks) if len(given) == 1 else given
+    return {block: finite(name, number) for block, number in zip(blocks, numbers, strict=True)}
+
+
+def _check_known(name: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for each in given:
+        if each not in known:
+            raise ConfigError(f"{name} names {each!r}, where this denoiser does not attend: choose {_listed(known)}.")
+
+
+def _listed(names: "Sequence[str] | Mapping[str, Any]") -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

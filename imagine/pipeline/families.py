@@ -1,0 +1,57 @@
+"""Families of other projects' pipelines that take `reference=` too; `imagine.stock` registers the first one.
+
+`ImaginePipeline.from_pretrained` and `from_pipe` look here for the class that handles a folder or a pipeline that is
+not ours. A family stands above this folder and registers itself when `imagine` is imported, so that nothing here
+imports it.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from imagine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Pipelines of diffusers that share one way of adding references.
+
+    title: what error sentences call them.
+    class_names: the pipelines' class names in diffusers.
+    adapt: returns the subclass with `reference=` of a stock class; raises ConfigError for a class it does not support.
+    """
+
+    title: str
+    class_names: tuple[str, ...]
+    adapt: Callable[[type], Any]
+
+
+_families: list[Family] = []
+
+
+def register_family(family: Family) -> None:
+    """Make `ImaginePipeline` accept the pipelines of `family`."""
+    _families.append(family)
+
+
+def class_names() -> tuple[str, ...]:
+    """Return the class names of all registered pipelines."""
+    return tuple(name for family in _families for name in family.class_names)
+
+
+def class_by_name(name: str) -> Any:
+    """Return the class with `reference=` for diffusers' pipeline class called `name`, which must be registered."""
+    return class_for(getattr(importlib.import_module("diffusers"), name))
+
+
+def class_for(stock: type) -> Any:
+    """Return the class with `reference=` for the pipeline class `stock`. Raises ConfigError if no family has it."""
+    bases = {base.__name__ for base in stock.__mro__}
+    for family in _families:
+        if bases & set(family.class_names):
+            return family.adapt(stock)
+    titles = " or ".join(family.title for family in _families)
+    raise ConfigError(
+        f"A {stock.__name__} cannot take references; use a pipeline of {titles}, such as StableDiffusionXLPipeline."
+    )

@@ -1,0 +1,688 @@
+"""From one photo and a sentence to a picture: the diffusers pipeline that everything else serves.
+
+    request        who is in which picture, whatever form prompt and reference have
+    photos, faces  each photo opened, its face found and cut out
+    encoders       the face as vision features, the sentence as three sequences of text tokens
+    sampling       guided predictions of the denoiser with its adapters; the autoencoder makes the picture
+
+What a call needs travels with the call: its conditioning is an argument, its scheduler a copy, its guidance a context
+variable. One pipeline may therefore serve several threads, and a batch several people, and every picture comes out as
+it would alone. Noise is drawn per picture, on the generator's device, so that neither its neighbours in a batch nor
+the accelerator change what a seed means.
+"""
+
+import copy
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.outputs import BaseOutput
+from torch import Tensor, nn
+
+from imagine.adapter.adapter import Adapter, check_attached
+from imagine.errors import ConfigError, PromptError, WeightsError
+from imagine.networks import weights
+from imagine.networks.diffusion import add_noise, denormalise_latents, normalise_latents
+from imagine.networks.encoders import TextEncoders
+from imagine.people.faces import FaceChoice, FaceFinder
+from imagine.people.persona import Face, Persona
+from imagine.people.reference_encoder import FINDER, Looking, check_encoder, facts
+from imagine.pipeline import families
+from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factors
+from imagine.pipeline.sampling import Guidance, GuidedDenoiser, Inputs, TextTokens, text_rows
+from imagine.pipeline.second_pass import RefineFaces, SecondPass, SmallFace, keep_outside, noise_after, shown_cells
+from imagine.records import Tokens, repeat
+from imagine.request import (
+    Request,
+    check_choice,
+    finite,
+    generators,
+    negative_sentences,
+    numbers,
+    read_requests,
+    sentences,
+    whole,
+)  # fmt: skip
+
+ADAPTERS = weights.ADAPTERS
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+MODELS = ("unet", "vae", *ENCODERS)
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+Callback = Callable[..., Any]  # a function, or one of diffusers' PipelineCallback objects
+
+
+@dataclass
+class ImagineOutput(BaseOutput):
+    """What a call returns.
+
+    `images` is a list of PIL pictures, an array (B, H, W, 3) or tensor (B, 3, H, W) in 0..1, or latents. `faces` says
+    which faces were used, one entry per photo: picture by picture, person by person. `refined` counts the small faces
+    that a second pass redrew (refine_faces), and `notes` says in a sentence each where it could not.
+    """
+
+    images: Any
+    faces: list[Face]
+    refined: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The pair (images, faces), as return_dict=False gives it."""
+        return self.images, self.faces
+
+
+@dataclass
+class _Call:
+    """What diffusers keeps on the pipeline while it draws, and callbacks read or set; ours is kept per thread."""
+
+    guidance: Guidance
+    timesteps: int
+    interrupt: bool = False
+
+
+_call: ContextVar[_Call | None] = ContextVar("imagine_call", default=None)
+
+
+class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+    """Makes pictures of a person from one photo and a sentence.
+
+    `latents_mean` and `latents_std` (one number per latent channel) normalise the latents. The `default_*` values,
+    measured for these weights, apply where a call names none; an identity guidance of None follows guidance.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->vae"
+    # Adapters run inside the denoiser's attention, and the vision encoder not through `forward` alone, so that hooks on
+    # them would come too late in sequential offload; both are small beside the denoiser.
+    _exclude_from_cpu_offload = [*ADAPTERS, "image_encoder"]  # noqa: RUF012  (diffusers' convention)
+    _optional_components = list(ADAPTERS)  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "identity_scale"]  # noqa: RUF012
+    text_adapter: Adapter | None
+    adapter: Adapter | None
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        vae: nn.Module,
+        text_encoder: nn.Module,
+        tokenizer: object,
+        text_encoder_2: nn.Module,
+        tokenizer_2: object,
+        text_encoder_3: nn.Module,
+        tokenizer_3: object,
+        image_encoder: nn.Module,
+        scheduler: object,
+        text_adapter: Adapter | None = None,
+        adapter: Adapter | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        default_steps: int = 20,
+        default_guidance_scale: float = 2.0,
+        default_identity_guidance_scale: float | None = None,
+        default_refine_faces: bool = False,
+        format_version: str = weights.FORMAT_VERSION,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+            image_encoder=image_encoder,
+            scheduler=scheduler,
+            text_adapter=text_adapter,
+            adapter=adapter,
+        )
+        # To diffusers our adapters are absent components: it would refuse to save them, and to load them.
+        self.register_to_config(**{name: (None, None) for name in ADAPTERS})
+        self.register_to_config(
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            default_steps=default_steps,
+            default_guidance_scale=default_guidance_scale,
+            default_identity_guidance_scale=default_identity_guidance_scale,
+            default_refine_faces=default_refine_faces,
+            format_version=format_version,
+        )
+        weights.check_statistics(int(self.unet.config.in_channels), latents_mean=latents_mean, latents_std=latents_std)
+        self.vae_scale_factor = int(self.vae.spatial_compression_ratio)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        for part in self._adapters():
+            if not _is_attached(self.unet, part):
+                part.attach(self.unet)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        finder: FaceFinder | None = None,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> "ImaginePipeline":
+        """Load the shipped weights (no argument), a folder, or a hub repository owner/name; only the last downloads.
+
+        A folder or repository of Stable Diffusion 1.5 or XL becomes the pipeline of `imagine.stock` that has its name,
+        and takes the arguments of its `from_pretrained`.
+
+        Weights are brought to `dtype` (float32; torch_dtype is its older name). Components given by name replace those
+        in the folder. Every tensor must fit: raises WeightsError, in one sentence, if something is missing or wrong.
+        """
+        hub = {name: kwargs.pop(name) for name in weights.HUB_OPTIONS if name in kwargs}
+        folder = weights.resolve_folder(source, families.class_names(), kwargs.get("variant"), **hub)
+        index = weights.read_index(folder, families.class_names())
+        if index["_class_name"] in families.class_names():
+            precision = dtype or torch_dtype
+            more = {} if precision is None else {"dtype": precision}
+            stock = families.class_by_name(index["_class_name"])
+            return stock.from_pretrained(folder, finder=finder, **more, **hub, **kwargs)
+        chosen = dtype or torch_dtype or torch.float32
+        weights.check_components(folder, index, kwargs)
+        for name in TOKENIZERS:
+            if name not in kwargs:
+                weights.check_tokenizer(folder / name, index[name][1])
+        given = {name: kwargs.pop(name) for name in (*MODELS, *ADAPTERS) if name in kwargs}
+        parts = {**_load_models(folder, index, given, chosen, kwargs.get("variant")), **given}
+        parts |= {name: part for name, part in _load_adapters(folder, parts, chosen).items() if name not in given}
+        try:
+            with weights.hushed():
+                pipe = cast(ImaginePipeline, super().from_pretrained(os.fspath(folder), **parts, **kwargs))
+        except (OSError, ValueError, KeyError) as error:  # a tokenizer or the scheduler, whose files are missing or cut
+            reason = str(error).strip().split("\n")[0][:200].rstrip(".")
+            raise WeightsError(f"{folder} cannot be loaded ({reason}); copy or download the weights again.") from error
+        pipe._finder = finder
+        pipe._finder_folder = folder / FINDER
+        return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Return a pipeline that knows people around the components of another one, which are shared, not copied.
+
+        diffusers' Stable Diffusion 1.5 and XL pipelines become those of `imagine.stock`; parts given by name are added
+        or replace others. Raises ConfigError for any other kind.
+        """
+        if isinstance(pipeline, ImaginePipeline):
+            return super().from_pipe(pipeline, **kwargs)
+        return families.class_for(type(pipeline)).from_pipe(pipeline, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save every component in its present precision, our adapters and the face finder's files included."""
+        folder = Path(save_directory)
+        with weights.hushed():
+            super().save_pretrained(os.fspath(folder), **kwargs)
+        for name in ADAPTERS:
+            part = getattr(self, name)
+            if part is None:
+                shutil.rmtree(folder / name, ignore_errors=True)  # not one that an earlier save left there
+            else:
+                part.save(folder / name, {**facts(part), "encoder_fingerprint": self.encoder_fingerprint})
+        weights.forget_paths(folder)  # where the parts came from is nobody's business who gets them next
+        source = self._finder_folder
+        if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
+            shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
+
+    # --- the adapter and the finder ---------------------------------------------------------------------------------
+
+    def _adapters(self) -> list[Adapter]:
+        return [part for part in (self.text_adapter, self.adapter) if part is not None]
+
+    def load_adapter(self, source: "Adapter | str | os.PathLike[str]") -> None:
+        """Put this identity adapter (an object, or a saved folder or file) in place of the present one."""
+        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.unet)
+        adapter.to(self.unet.device, self.unet.dtype)
+        check_encoder(adapter, self.encoder_fingerprint)
+        self.unload_adapter()
+        if not _is_attached(self.unet, adapter):
+            adapter.attach(self.unet)
+        self.adapter = adapter.eval()
+
+    def unload_adapter(self) -> Adapter | None:
+        """Take the identity adapter off the denoiser, leaving the base exactly as before it; return it, or None."""
+        adapter = self.adapter
+        if adapter is not None:
+            adapter.detach(self.unet)
+            self.adapter = None
+        return adapter
+
+    @property
+    def reference_encoder(self) -> nn.Module:
+        """The encoder that looks at references."""
+        return cast(nn.Module, self.image_encoder)
+
+    # --- what diffusers' callbacks and tools expect -----------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The running call's guidance scale; None outside a call."""
+        call = _call.get()
+        return None if call is None else call.guidance.text
+
+    @property
+    def _guidance_scale(self) -> float | None:
+        return self.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        call = self._running()
+        call.guidance = replace(call.guidance, text=float(value))
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the running call guides at all: a scale of 1 or less does not."""
+        return (self.guidance_scale or 0.0) > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the running call makes."""
+        call = _call.get()
+        return 0 if call is None else call.timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to stop."""
+        call = _call.get()
+        return call is not None and call.interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        self._running().interrupt = bool(value)
+
+    @staticmethod
+    def _running() -> _Call:
+        call = _call.get()
+        if call is None:
+            raise RuntimeError("no call is running: set this from callback_on_step_end")
+        return call
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: "str | Sequence[str]") -> TextTokens:
+        """Read prompts with the three text encoders: what `prompt_embeds` and `negative_prompt_embeds` take.
+
+        The result is CLIP's tokens and a dict of the others' that an adapter reads, one batch item per prompt; "" means
+        no sentence.
+        Raises PromptError if a prompt is too long, or the encoders were freed.
+        """
+        if self.text_encoder is None:
+            raise PromptError("The text encoders were freed: give prompt_embeds and negative_prompt_embeds instead.")
+        encoders = TextEncoders(
+            self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
+            self.text_encoder_3, self.tokenizer_3, self._execution_device,
+        )  # fmt: skip
+        asked = sentences(prompts)
+        each = list(dict.fromkeys(asked))  # the negative of a batch, above all, is usually one sentence
+        clip, others = encoders.encode(each)
+        read = {spec.name for part in self._adapters() for spec in part.branch_specs}
+        text = clip, {name: tokens for name, tokens in others.items() if name in read}
+        return text if len(each) == len(asked) else text_rows(text, [each.index(one) for one in asked])
+
+    def free_encoders(self) -> None:
+        """Drop every encoder for good, to make room: from then on give personas and both kinds of prompt_embeds."""
+        if self.image_encoder is not None:
+            self._remember_eyes()
+        for name in ENCODERS:
+            setattr(self, name, None)
+        self.maybe_free_model_hooks()  # which else would still hold them
+
+    # --- drawing ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: "str | Sequence[str] | None" = None,
+        reference: Any = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        identity_guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0,
+        guidance_balance: bool = False,
+        identity_scale: "float | Sequence[float] | Tensor" = 1.0,
+        identity_window: "Window | Sequence[float]" = (0.0, 1.0),
+        identity_blocks: Blocks = ALL,
+        refine_faces: "RefineFaces | bool | None" = None,
+        negative_prompt: "str | Sequence[str] | None" = None,
+        num_images_per_prompt: int = 1,
+        generator: "torch.Generator | Sequence[torch.Generator] | None" = None,
+        latents: Tensor | None = None,
+        prompt_embeds: TextTokens | None = None,
+        negative_prompt_embeds: TextTokens | None = None,
+        face: FaceChoice = "largest",
+        on_no_face: Literal["error", "whole"] = "error",
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagineOutput:
+        """Draw one picture, or `num_images_per_prompt`, for each prompt.
+
+        reference: who is in it: a photo (path, bytes, PIL, array), a Persona or its file, a list of them for one
+            person, or a dict of names for a prompt such as "{a} hugs {b}"; for a list of prompts, a list with one each.
+        guidance_scale: how strictly the sentence is followed; 1 is off. identity_guidance_scale is the same for the
+            person; by default both are one (two denoiser passes a step), otherwise each step takes three.
+        guidance_balance: bring both to one norm before their scales apply (diffusion.balance), in three passes a step.
+        identity_scale: strength of the person, one number or one per prompt; 0 gives the base's own picture exactly.
+        identity_window: the steps in which the person acts, as shares of all: (0, 0.8) leaves out the last fifth.
+        identity_blocks: the denoiser's blocks in which the person acts: "all", a preset such as "coarse", or strengths
+            in diffusers' form, {"down": {"block_2": [0.0, 1.0]}}, where what is not named gets 0 (controls.presets).
+        refine_faces: whether to draw small faces once more, enlarged; a RefineFaces has other settings (second_pass).
+        negative_prompt: what to steer away from. generator: one, from which pictures draw in turn, or one per picture.
+        face, on_no_face: which face of a photo, and what to do without one (see `faces.crop_face`).
+        callback_on_step_end: called as (pipe, step, timestep, tensors), may return changed "latents" or
+            "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
+
+        With return_dict=False the result is the tuple (images, faces), as everywhere in diffusers.
+        Raises ImagineError (PromptError, PictureError, FaceError, WeightsError, ConfigError) with one sentence.
+        """
+        check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
+        size, copies = self._latent_size(height, width), whole("num_images_per_prompt", num_images_per_prompt)
+        plan = _Plan(
+            self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale, guidance_balance),
+            self._scheduler(num_inference_steps, sigmas, size), Window.read(identity_window), output_type,
+            block_factors(self.unet, identity_blocks), self._refining(refine_faces, output_type),
+            _OnStep.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs),
+        )  # fmt: skip
+        check_attached(self.unet, self._adapters())
+        requests, text, negative = self._read(
+            prompt, reference, prompt_embeds, negative_prompt, negative_prompt_embeds, copies
+        )
+        personas = self._see(requests, face, on_no_face)
+        strength = self._strength(identity_scale, personas, copies)
+        inputs = Inputs(text, negative, self._vision(personas, copies), plan.factors)
+        start = self._noise(len(strength), size, generator, latents)
+        denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
+        out = self._draw(plan, denoiser, start, strength, personas)
+        return out if return_dict else cast(Any, out.to_tuple())
+
+    def _draw(
+        self, plan: "_Plan", denoiser: GuidedDenoiser, start: Tensor, strength: Tensor, people: list[list[Persona]]
+    ) -> ImagineOutput:
+        """All pictures of a call from their start latents on, people (one list a prompt) at a strength (pictures,)."""
+        steps = len(plan.scheduler.timesteps)
+        refined, notes = 0, list[str]()
+        token = _call.set(_Call(plan.guidance, steps))
+        try:
+            images = self._denoise(denoiser, start, strength, plan.scheduler, plan.window.steps(steps), plan.on_step)
+            if plan.refining is not None:
+                images = self._decode(images, "pt")
+                shown = [each for each in people for _ in range(len(start) // len(people))]
+                again = SecondPass(
+                    plan.refining, plan.refining.levels(steps), plan.window, start, strength, shown, denoiser
+                )
+                # a fresh adapter gives the base's picture bit for bit, small faces included
+                if not self.interrupt and self.adapter is not None and self.adapter.acts:
+                    side = int(self.unet.config.sample_size) * self.vae_scale_factor
+                    refined, notes = again.refine(images, side, self.finder, self._redraw)
+                images = self.image_processor.postprocess(images, plan.output_type, [False] * len(images))
+            elif plan.output_type != "latent":
+                images = self._decode(images, plan.output_type)
+        finally:
+            _call.reset(token)
+        self.maybe_free_model_hooks()
+        faces = [face for shown in people for persona in shown for face in persona.faces]
+        return ImagineOutput(images, faces, refined, notes)
+
+    def _read(
+        self,
+        prompt: "str | Sequence[str] | None",
+        reference: Any,
+        embeds: TextTokens | None,
+        negative_prompt: "str | Sequence[str] | None",
+        negative_embeds: TextTokens | None,
+        copies: int,
+    ) -> tuple[list[Request], TextTokens, TextTokens]:
+        """Say who is in which picture, and read the sentences and the negative ones, one batch item per picture."""
+        if (prompt is None) == (embeds is None):
+            raise PromptError("Give either a prompt or prompt_embeds: one of them, not both.")
+        if embeds is None:
+            requests = read_requests(cast(Any, prompt), reference)
+            embeds = self.encode_prompt([request.sentence for request in requests])
+        else:
+            # There are no sentences to read names from, so that each stands for a prompt that names nobody.
+            requests = read_requests(["-"] * _count("prompt_embeds", embeds), reference)
+        if negative_embeds is None:
+            negative_embeds = self.encode_prompt(negative_sentences(negative_prompt, len(requests)))
+        elif _count("negative_prompt_embeds", negative_embeds) != len(requests):
+            raise PromptError(f"negative_prompt_embeds must be of {len(requests)} prompts, as there are others.")
+        return requests, _copies(embeds, copies), _copies(negative_embeds, copies)
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Latent height and width of pictures of this height and width in pixels."""
+        usual = int(self.unet.config.sample_size)
+        # Every resolution of the denoiser halves the latent once.
+        step = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        for side in (height, width):
+            if side is not None and (not isinstance(side, int) or side < step or side % step):
+                raise ConfigError(f"height and width must be multiples of {step} pixels, not {side}.")
+        sides = [usual if side is None else side // self.vae_scale_factor for side in (height, width)]
+        return sides[0], sides[1]
+
+    def _guidance(self, text: float | None, identity: float | None, rescale: float, balanced: bool) -> Guidance:
+        """The call's guidance; the weights' own where it names none at all."""
+        if text is None and identity is None:
+            identity = self.config.default_identity_guidance_scale
+        text = finite("guidance_scale", self.config.default_guidance_scale if text is None else text)
+        identity = None if identity is None else finite("identity_guidance_scale", identity)
+        return Guidance(text, identity, finite("guidance_rescale", rescale), bool(balanced))
+
+    def _refining(self, given: "RefineFaces | bool | None", output_type: str) -> RefineFaces | None:
+        """Which small faces are drawn once more, as the call says or, where it says nothing, the weights."""
+        return RefineFaces.read(given, output_type, bool(self.config.default_refine_faces))
+
+    def _scheduler(self, steps: int | None, sigmas: Sequence[float] | None, size: tuple[int, int]) -> Any:
+        """A copy of the scheduler for this call alone, its timesteps set."""
+        scheduler = copy.deepcopy(cast(Any, self.scheduler))
+        kind = scheduler.config.get("prediction_type", "flow_prediction")
+        if kind != "flow_prediction":
+            raise ConfigError(
+                f"{type(scheduler).__name__} predicts {kind}, but the denoiser predicts flow: use a flow-match "
+                "scheduler, or set use_flow_sigmas and prediction_type='flow_prediction'."
+            )
+        options: dict[str, Any] = {} if sigmas is None else {"sigmas": numbers("sigmas", sigmas)}
+        if scheduler.config.get("use_dynamic_shifting"):
+            options["mu"] = _shift(scheduler.config, size[0] * size[1])
+        count = whole("num_inference_steps", self.config.default_steps if steps is None else steps)
+        if sigmas is None:
+            options["num_inference_steps"] = count
+        scheduler.set_timesteps(device=self._execution_device, **options)
+        return scheduler
+
+    def _noise(
+        self,
+        count: int,
+        size: tuple[int, int],
+        generator: "torch.Generator | Sequence[torch.Generator] | None",
+        latents: Tensor | None,
+    ) -> Tensor:
+        """Start latents (count, channels, height, width): the given ones, or noise drawn picture by picture."""
+        shape = (int(self.unet.config.in_channels), *size)
+        device = self._execution_device
+        if latents is not None:
+            found = tuple(getattr(latents, "shape", ()))
+            if not isinstance(latents, Tensor) or found != (count, *shape):
+                raise ConfigError(f"latents of shape {found} do not fit: a tensor {(count, *shape)} is needed.")
+            return latents.to(device, torch.float32)
+        # Drawn where the generator lives, in full precision: a seed means the same picture on every device.
+        drawn = [
+            torch.randn(shape, generator=each, device=each.device if each else "cpu")
+            for each in generators(generator, count)
+        ]
+        return torch.stack([each.to(device) for each in drawn])
+
+    def _denoise(
+        self,
+        denoiser: GuidedDenoiser,
+        latents: Tensor,
+        strength: Tensor,
+        scheduler: Any,
+        acts: Sequence[bool],
+        on_step: "_OnStep | None",
+    ) -> Tensor:
+        """Take every step from noise to clean latents, in float32; `acts`: whether the people act in each step."""
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+        call, nobody = self._running(), torch.zeros_like(strength)
+        with self.progress_bar(total=len(scheduler.timesteps)) as bar:
+            for number, timestep in enumerate(scheduler.timesteps):
+                if call.interrupt:
+                    break
+                scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)(latents, timestep)
+                acting = strength if acts[number] else nobody
+                velocity = denoiser.velocity(scaled.to(self.unet.dtype), timestep, acting, call.guidance)
+                latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
+                if on_step is not None:
+                    tensors = {"latents": latents, "identity_scale": strength}
+                    tensors |= (
+                        on_step.callback(self, number, timestep, {name: tensors[name] for name in on_step.inputs}) or {}
+                    )
+                    latents, strength = tensors["latents"], tensors["identity_scale"]
+                bar.update()
+        return latents
+
+    def _redraw(self, faces: Sequence[SmallFace], squares: Tensor, again: SecondPass) -> Tensor:
+        """Each face's square (faces, 3, S, S) in 0..1 drawn again as its person, with the same sentence."""
+        clean = self.encode_pictures(squares)
+        noise = torch.stack([noise_after(again.start[face.picture], clean.shape[1:]) for face in faces])
+        rows = torch.tensor([face.picture for face in faces], device=again.strength.device)
+        vision = self._vision([[again.people[face.picture][face.person]] for face in faces], 1)
+        # Plain noise levels: what `sigmas` says is what is used, whatever schedule the first pass took.
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=again.levels, device=clean.device)
+        keep = keep_outside(clean, noise, again.levels, shown_cells(faces, clean, again.settings))
+        latents = self._denoise(
+            GuidedDenoiser(self.unet, again.denoiser.inputs.rows(rows, vision), again.denoiser.arguments),
+            add_noise(clean, noise, torch.full((len(faces),), again.levels[0], device=clean.device)),
+            again.strength[rows],
+            scheduler,
+            again.acts,
+            _OnStep(keep, ("latents",)),
+        )
+        return cast(Tensor, self._decode(latents, "pt"))
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in 0..1 as normalised latents in float32: decoding backwards, without noise."""
+        pixels = (pictures * 2 - 1).to(self._execution_device, self.vae.dtype)
+        out = self.vae.encode(pixels)
+        latents = (out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent).float()
+        latents = latents * float(getattr(self.vae.config, "scaling_factor", 1.0) or 1.0)
+        if self.config.latents_mean is None or self.config.latents_std is None:
+            return latents
+        mean, std = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
+        return normalise_latents(latents, mean, std)
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        """Turn normalised latents into pictures."""
+        if self.config.latents_mean is not None and self.config.latents_std is not None:
+            mean, std = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
+            latents = denormalise_latents(latents, mean, std)
+        latents = latents / float(getattr(self.vae.config, "scaling_factor", 1.0) or 1.0)
+        pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(pictures.float(), output_type=output_type)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a call draws, whatever it draws: its arguments, checked."""
+
+    guidance: Guidance
+    scheduler: Any
+    window: Window
+    output_type: str
+    factors: Factors | None
+    refining: RefineFaces | None
+    on_step: "_OnStep | None"
+
+
+@dataclass(frozen=True)
+class _OnStep:
+    """A call's callback and the tensors it wants to see."""
+
+    callback: Callback
+    inputs: tuple[str, ...]
+
+    @classmethod
+    def make(cls, callback: Callback | None, inputs: Sequence[str], known: Sequence[str]) -> "_OnStep | None":
+        if callback is None:
+            return None
+        if not callable(callback):
+            raise ConfigError(f"callback_on_step_end={callback!r} cannot be called: give a function.")
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            inputs = callback.tensor_inputs
+        if unknown := [name for name in inputs if name not in known]:
+            raise ConfigError(f"A callback cannot have {', '.join(unknown)}: choose from {', '.join(known)}.")
+        return cls(callback, tuple(inputs))
+
+
+def _load_models(
+    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], dtype: torch.dtype, variant: str | None
+) -> dict[str, Any]:
+    """Load every model of a weights folder that is not given, strictly."""
+    models: dict[str, Any] = {}
+    for name in MODELS:
+        if name in given:
+            continue
+        library, class_name = index[name]
+        options = {} if variant is None else {"variant": variant}
+        models[name] = weights.load_model(folder / name, library, class_name, dtype, **options)
+    return models
+
+
+def _load_adapters(folder: Path, parts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Adapter]:
+    """Load the adapters that lie in a weights folder, made for its denoiser and its vision encoder."""
+    found: dict[str, Adapter] = {}
+    for name in ADAPTERS:
+        if name in parts or not (folder / name).is_dir():
+            continue
+        found[name] = Adapter.load(folder / name, parts["unet"]).to(dtype).eval()
+        check_encoder(found[name], weights.fingerprint(parts["image_encoder"]))
+    return found
+
+
+def _is_attached(unet: nn.Module, adapter: Adapter) -> bool:
+    try:
+        check_attached(unet, [adapter])
+    except WeightsError:
+        return False
+    return True
+
+
+def _count(name: str, embeds: Any) -> int:
+    """Of how many prompts these are the tokens. Raises PromptError unless they are tokens."""
+    if not isinstance(embeds, tuple) or len(embeds) != 2 or not isinstance(embeds[0], Tokens):
+        raise PromptError(f"{name} must be what encode_prompt returns, not a {type(embeds).__name__}.")
+    return len(embeds[0].values)
+
+
+def _copies(text: TextTokens, copies: int) -> TextTokens:
+    return repeat(text[0], copies), {name: repeat(tokens, copies) for name, tokens in text[1].items()}
+
+
+def _shift(config: Mapping[str, Any], positions: int) -> float:
+    """The shift of the noise schedule for this many latent positions (arXiv 2403.03206; diffusers' Flux pipeline)."""
+    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
+    return float(config["base_shift"] + slope * (positions - config["base_image_seq_len"]))

@@ -1,0 +1,153 @@
+"""One guided prediction of the denoiser for a batch of pictures: which passes it takes, and what each pass attends to.
+
+Between the pipeline, which knows about prompts, photos and schedulers, and the denoiser with its adapters. A step needs
+one, two or three passes (diffusion.guide); they go through the denoiser as one batch. Keys and values of all branches
+are computed when a pass or a strength changes, which is usually once per call.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagine.adapter.adapter import prepare
+from imagine.errors import WeightsError
+from imagine.networks.diffusion import guide
+from imagine.networks.encoders import pooled
+from imagine.pipeline.controls import Factors, layer_scales
+from imagine.records import VISION, Conditioning, Tokens, join, take
+
+TextTokens = tuple[Tokens, dict[str, Tokens]]  # CLIP's tokens, and those of the other text branches
+Pass = tuple[bool, bool]  # with the sentence?, with the people?
+
+NOTHING, SENTENCE, PEOPLE = (False, False), (True, False), (True, True)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strictly sentence and person are followed; 1 or less is off. An identity of None follows the sentence's.
+
+    With `balanced` both pull equally hard (diffusion.balance) before their scales apply, which takes a pass for each.
+    """
+
+    text: float
+    identity: float | None = None
+    rescale: float = 0.0
+    balanced: bool = False
+
+    def passes(self, people: bool) -> tuple[Pass, ...]:
+        """Return the passes that a step takes, for pictures with or without people."""
+        full = PEOPLE if people else SENTENCE
+        together = self.identity in (None, self.text) and not (self.balanced and self.text > 1)
+        if together or not people:
+            return (full,) if self.text <= 1 else (NOTHING, full)
+        return NOTHING, SENTENCE, PEOPLE
+
+    def combine(self, predictions: Sequence[Tensor], people: Tensor | None = None) -> Tensor:
+        """Combine the predictions of `passes`, in their order; people (pictures,): which show anybody (None: all)."""
+        if len(predictions) == 1:
+            return predictions[0]
+        if len(predictions) == 2:
+            unconditional, full = predictions
+            return guide(unconditional, full, full, self.text, 1.0, self.rescale)
+        unconditional, sentence, full = predictions
+        identity = self.text if self.identity is None else self.identity
+        balanced = None
+        if self.balanced:
+            balanced = torch.ones(len(full), dtype=torch.bool, device=full.device) if people is None else people
+        return guide(unconditional, sentence, full, self.text, identity, self.rescale, balanced)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All pictures of one call: what to say, what to say instead where nothing is said, and whom to show.
+
+    `vision` has a row per picture, without a token that counts where it shows nobody; None: no picture shows anybody.
+    `factors` multiply the person's strength by attention layer (controls.block_factors); None: everywhere by 1.
+    """
+
+    text: TextTokens
+    negative: TextTokens
+    vision: Tokens | None
+    factors: Factors | None = None
+
+    def rows(self, rows: Tensor, vision: Tokens | None) -> "Inputs":
+        """The same sentences for pictures by number (any, also repeatedly), with other people."""
+        return Inputs(text_rows(self.text, rows), text_rows(self.negative, rows), vision, self.factors)
+
+    def stacked(self, passes: Sequence[Pass], strength: Tensor) -> tuple[Tokens, Conditioning]:
+        """Return CLIP's tokens and the conditioning of one denoiser call over all passes; strength is (pictures,)."""
+        sides = [self.text if with_text else self.negative for with_text, _ in passes]
+        clip = join([side[0] for side in sides])
+        branches = {name: join([side[1][name] for side in sides]) for name in self.text[1]}
+        if self.vision is None or not any(with_people for _, with_people in passes):
+            return clip, Conditioning(branches)
+        scales = torch.cat([strength if with_people else torch.zeros_like(strength) for _, with_people in passes])
+        branches[VISION] = join([self.vision] * len(passes))
+        return clip, Conditioning(branches, {VISION: layer_scales(scales, self.factors)})
+
+
+class GuidedDenoiser:
+    """A denoiser with its adapters attached, ready for the steps of one call."""
+
+    def __init__(self, unet: nn.Module, inputs: Inputs, arguments: Mapping[str, Any]) -> None:
+        self.unet, self.inputs, self.arguments = unet, inputs, dict(arguments)
+        self._made_for: tuple[tuple[Pass, ...], Tensor] | None = None
+        self._last: tuple[Tensor, int | None] | None = None
+        self._anybody = False
+        self._clip = inputs.text[0]
+        self._pooled: Tensor | None = None
+        self._conditioning = Conditioning()
+
+    def velocity(self, latents: Tensor, timestep: Tensor, strength: Tensor, guidance: Guidance) -> Tensor:
+        """Predict the guided velocity of latents (pictures, ...), people at this strength (pictures,)."""
+        unchanged = self._is_unchanged(strength)
+        if not unchanged:
+            self._anybody = self.inputs.vision is not None and bool(strength.any())
+        passes = guidance.passes(self._anybody)
+        self._prepare(passes, strength, unchanged)
+        options = {**self.arguments, "conditioning": self._conditioning} if self._conditioning.branches else None
+        predicted = self.unet(
+            torch.cat([latents] * len(passes)),
+            timestep,
+            encoder_hidden_states=self._clip.values,
+            encoder_attention_mask=self._clip.mask,
+            class_labels=self._pooled,
+            cross_attention_kwargs=options,
+            return_dict=False,
+        )[0]
+        return guidance.combine(predicted.chunk(len(passes)), strength != 0)
+
+    def _is_unchanged(self, strength: Tensor) -> bool:
+        """Whether this is the tensor of the step before, untouched. To read its numbers would wait for the device."""
+        version = None if strength.is_inference() else strength._version  # inference mode counts none
+        known, self._last = self._last, (strength, version)
+        return version is not None and known is not None and known[0] is strength and known[1] == version
+
+    def _prepare(self, passes: tuple[Pass, ...], strength: Tensor, unchanged: bool) -> None:
+        made = self._made_for
+        if made is not None and made[0] == passes and (unchanged or torch.equal(made[1], strength)):
+            return
+        self._clip, conditioning = self.inputs.stacked(passes, strength)
+        self._pooled = pooled_text(self.unet, self._clip, conditioning.branches)
+        # Kept under its own scales where the denoiser's LoRA depends on them, so a new strength means a new memory.
+        self._conditioning = prepare(self.unet, conditioning)
+        self._made_for = (passes, strength.clone())
+
+
+def pooled_text(unet: Any, clip: Tokens, branches: Mapping[str, Tokens]) -> Tensor | None:
+    """The sentences as one vector each, for a denoiser that was built to be told (`class_labels`); None for others."""
+    if getattr(unet.config, "class_embed_type", None) != "projection":
+        return None
+    if "t5" not in branches:
+        raise WeightsError(
+            "This denoiser hears the sentence from T5 too, but no adapter reads T5: load its text_adapter."
+        )
+    return pooled(clip, branches["t5"])
+
+
+def text_rows(text: TextTokens, rows: "Tensor | Sequence[int]") -> TextTokens:
+    """Batch items of all text branches by number, any of them also repeatedly."""
+    return take(text[0], rows), {name: take(tokens, rows) for name, tokens in text[1].items()}

@@ -1,0 +1,294 @@
+"""What a base is made of: the configurations of its networks, from a folder or from a small table of public ones.
+
+Weights are not needed, nor numbers: networks are built on torch's meta device, from real classes. The table holds what
+the public config.json files say where it differs from the classes' defaults:
+stabilityai/stable-diffusion-xl-base-1.0, stable-diffusion-v1-5/stable-diffusion-v1-5, google/t5-v1_1-xl and -xxl,
+google/ul2, google/byt5-small and -base on the hub, and open_clip's model_configs/ViT-H-14.json.
+"""
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from imagine.adapter.adapter import FILE_NAME, LORA_TARGETS, Adapter, BranchSpec, read_metadata
+from imagine.adapter.projections import PLUS_HEAD
+from imagine.errors import ConfigError, WeightsError
+from imagine.networks.weights import ADAPTERS, INDEX, default_folder
+
+PORTRAIT = "portrait"  # the shipped weights
+VISION, T5, BYT5 = "vision", "t5", "byt5"  # our branches
+SEEING = ("vision_encoder", "image_encoder")  # who looks at references, in order of preference
+_OURS = ("VisionEncoder",)
+_DIFFUSERS = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderDC")
+_TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "CLIPVisionModelWithProjection")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network: its class, by name, and what its config.json says."""
+
+    kind: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What an adapter is built from."""
+
+    branches: tuple[BranchSpec, ...]
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A base's networks, and the adapters on its denoiser."""
+
+    name: str
+    components: Mapping[str, Component]
+    adapters: Mapping[str, AdapterShape] = field(default_factory=dict)
+
+
+@dataclass
+class Networks:
+    """The networks of a base, built; adapters are attached to the denoiser."""
+
+    models: dict[str, nn.Module]
+    adapters: dict[str, Adapter]
+
+    @property
+    def unet(self) -> Any:
+        return self.models["unet"]
+
+    @property
+    def eyes(self) -> str | None:
+        """The name of the network that looks at references; None if there is none."""
+        return next((name for name in SEEING if name in self.models), None)
+
+    def readers(self) -> list[str]:
+        """The names of the networks that read text."""
+        return [
+            name for name in self.models if name.startswith("text_encoder") or name in ("t5_encoder", "byt5_encoder")
+        ]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every network and every adapter, by name."""
+        return {**self.models, **self.adapters}
+
+
+def _clip_text(kind: str, **config: Any) -> Component:
+    shared = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 2}
+    return Component(kind, {**shared, **config})
+
+
+_CLIP_L = _clip_text(
+    "CLIPTextModel", hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+    hidden_act="quick_gelu", projection_dim=768,
+)  # fmt: skip
+_BIG_G = _clip_text(
+    "CLIPTextModelWithProjection", hidden_size=1280, intermediate_size=5120, num_hidden_layers=32,
+    num_attention_heads=20, hidden_act="gelu", projection_dim=1280,
+)  # fmt: skip
+
+
+def _autoencoder(sample_size: int, force_upcast: bool) -> Component:
+    return Component("AutoencoderKL", {
+        "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 4,
+        "sample_size": sample_size, "force_upcast": force_upcast,
+    })  # fmt: skip
+
+
+_SDXL = {
+    "unet": Component("UNet2DConditionModel", {
+        "sample_size": 128, "block_out_channels": [320, 640, 1280], "layers_per_block": 2,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }),
+    "vae": _autoencoder(1024, True),
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": _BIG_G,
+}  # fmt: skip
+_SD15 = {
+    "unet": Component("UNet2DConditionModel", {
+        "sample_size": 64, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2,
+        "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+        "attention_head_dim": 8, "cross_attention_dim": 768,
+    }),
+    "vae": _autoencoder(512, False),
+    "text_encoder": _CLIP_L,
+}  # fmt: skip
+KNOWN = {"sdxl": _SDXL, "sd15": _SD15}
+
+
+def _t5(d_model: int, d_ff: int, layers: int, heads: int, d_kv: int, vocabulary: int = 32128) -> Component:
+    return Component("T5EncoderModel", {
+        "d_model": d_model, "d_ff": d_ff, "num_layers": layers, "num_heads": heads, "d_kv": d_kv,
+        "vocab_size": vocabulary, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    })  # fmt: skip
+
+
+READERS = {  # what may read the sentence beside CLIP, and the letters
+    "t5-xl": _t5(2048, 5120, 24, 32, 64),
+    "t5-xxl": _t5(4096, 10240, 24, 64, 64),
+    "ul2": _t5(4096, 16384, 32, 16, 256),
+    "byt5-small": _t5(1472, 3584, 12, 6, 64, 384),
+    "byt5-base": _t5(1536, 3968, 18, 12, 64, 384),
+}
+VIT_H = Component("VisionEncoder", {
+    "image_size": 224, "patch_size": 14, "width": 1280, "layers": 32, "heads": 16, "mlp_ratio": 4.0,
+    "embed_width": 1024,
+})  # fmt: skip
+
+
+def read_base(source: str) -> Blueprint:
+    """Return what `source` means: a word of `KNOWN`, "portrait", a folder, or a hub id that is already on this machine.
+
+    Raises ConfigError or WeightsError, in one sentence, for anything else; nothing is downloaded.
+    """
+    if source in KNOWN:
+        return Blueprint(source, KNOWN[source])
+    folder = default_folder() if source == PORTRAIT else Path(source).expanduser()
+    if not folder.is_dir():
+        folder = _cached(source)
+    components = {name: _component(folder / name, kind) for name, kind in _listed(folder).items()}
+    for needed in ("unet", "vae"):
+        if needed not in components:
+            raise WeightsError(f"{folder} has no {needed} that could be planned for: name a Stable Diffusion folder.")
+    return Blueprint(source, components, {name: _shape(folder / name) for name in ADAPTERS if (folder / name).is_dir()})
+
+
+def add_branches(base: Blueprint, readers: Sequence[str], projection: str, lora_rank: int) -> Blueprint:
+    """The base with our encoders and adapters, unless it has adapters already.
+
+    `readers` are names of `READERS`, each with a branch; "plus" or "full" is the vision branch's projection. Raises
+    ConfigError if two readers would feed one branch, or a name is unknown.
+    """
+    if base.adapters:
+        return base
+    components = dict(base.components)
+    text: list[BranchSpec] = []
+    for name in readers:
+        if name not in READERS:
+            raise ConfigError(f"There is no text encoder {name!r} to plan for: choose from {', '.join(READERS)}.")
+        branch = BYT5 if name.startswith("byt5") else T5
+        if any(spec.name == branch for spec in text):
+            raise ConfigError(f"{' and '.join(readers)} would feed one branch, {branch}: choose one of them.")
+        components[f"{branch}_encoder"] = READERS[name]
+        text.append(BranchSpec(branch, READERS[name].config["d_model"]))
+    eyes = next((name for name in SEEING if name in components), None)
+    if eyes is None:
+        eyes = SEEING[0]
+        components[eyes] = VIT_H
+    seen = components[eyes].config
+    width = int(seen.get("width") or seen["hidden_size"])
+    across = _text_width(components["unet"])
+    # IP-Adapter Plus has 1280 for SDXL and 768 for SD 1.5; heads are 64 wide.
+    inner = -(-min(width, across) // PLUS_HEAD) * PLUS_HEAD
+    sizes = {"inner_width": inner, "attention_width": inner} if projection == "plus" else {}
+    vision = BranchSpec(VISION, across, projection=projection, input_width=width, **sizes)  # type: ignore[arg-type]
+    adapters = {"text_adapter": AdapterShape(tuple(text))} if text else {}
+    return Blueprint(base.name, components, {**adapters, "adapter": AdapterShape((vision,), lora_rank)})
+
+
+def usual_resolution(base: Blueprint) -> int:
+    """Pixels a side of the pictures that a base was made for."""
+    latents = int(base.components["unet"].config.get("sample_size") or 64)
+    vae = base.components["vae"].config
+    halvings = len(vae.get("block_out_channels") or vae["encoder_block_out_channels"]) - 1
+    return latents * 2**halvings
+
+
+def build(base: Blueprint, device: str = "meta", leave_out: Sequence[str] = ()) -> Networks:
+    """Build every network of a base, and attach its adapters; on the meta device that takes no memory."""
+    with torch.device(device):
+        models = {
+            name: _built(name, component).eval() for name, component in base.components.items() if name not in leave_out
+        }
+        adapters = {
+            name: Adapter(models["unet"], shape.branches, shape.lora_rank, shape.lora_targets).eval()
+            for name, shape in base.adapters.items()
+        }
+    for adapter in adapters.values():
+        adapter.attach(models["unet"])
+    return Networks(models, adapters)
+
+
+def _built(name: str, component: Component) -> Any:
+    library = "diffusers" if component.kind in _DIFFUSERS else "transformers"
+    library = "imagine.networks.encoders" if component.kind in _OURS else library
+    kind = getattr(importlib.import_module(library), component.kind)
+    try:
+        if library == "transformers":
+            return kind(kind.config_class.from_dict(dict(component.config)))
+        return kind.from_config(dict(component.config))
+    except Exception as error:  # whatever is wrong with a configuration, the user can do only one thing
+        reason = str(error).strip().split("\n")[0][:200]
+        raise WeightsError(
+            f"No network can be built from the config.json of {name} ({reason}); fetch it again."
+        ) from error
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """The components of a pipeline's folder that can be planned for, with their classes."""
+    index = _json(folder / INDEX)
+    kinds = {*_OURS, *_DIFFUSERS, *_TRANSFORMERS}
+    named = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {name: kind for name, kind in named.items() if kind in kinds}
+
+
+def _component(folder: Path, kind: str) -> Component:
+    return Component(kind, _json(folder / "config.json"))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"{file} cannot be read: name the folder of a pipeline, with its config.json files."
+        ) from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{file} does not describe a network: fetch it again.")
+    return found
+
+
+def _shape(folder: Path) -> AdapterShape:
+    said = read_metadata(folder / FILE_NAME)
+    try:
+        specs = tuple(BranchSpec(**spec) for spec in json.loads(said["branches"]))
+        return AdapterShape(specs, int(said["lora_rank"]), tuple(json.loads(said["lora_targets"])) or LORA_TARGETS)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{folder} does not describe its branches and LoRA properly; save it again.") from error
+
+
+def _cached(source: str) -> Path:
+    """The folder of a hub repository in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(source, INDEX)
+    except HFValidationError:
+        found = None
+    if not isinstance(found, str):
+        words = ", ".join((*KNOWN, PORTRAIT))
+        raise ConfigError(
+            f"There is no base {source!r}: name a folder, one of {words}, or a hub id that was downloaded before."
+        )
+    return Path(found).parent
+
+
+def _text_width(unet: Component) -> int:
+    width = unet.config.get("cross_attention_dim", 1280)  # diffusers' default
+    return int(width[0] if isinstance(width, (list, tuple)) else width)

@@ -1,0 +1,292 @@
+"""`imagine plan`: what drawing or training takes, before anybody waits for a download or a card runs out of memory.
+
+    bases            what a base is made of
+    plan_inference   a call, part by part            plan_training   a step, forward and backward
+    meter            bytes and arithmetic of either  cards           speeds and sizes of devices
+
+A plan is a dict that says it all (`--json`), and `words` are its lines. `check` measures small networks with numbers on
+this machine's CPU and holds them against what is planned for the same networks without numbers.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from imagine.adapter.adapter import BranchSpec
+from imagine.errors import ConfigError
+from imagine.planning.bases import AdapterShape, Blueprint, Component, Networks, build
+from imagine.planning.cards import GIB, Speed
+from imagine.planning.inference import Choice, Drawing, DrawingPlan, Picture, compression, decode, step_twice
+from imagine.planning.meter import Meter, parameter_count, planned_kernels, profiled_peak
+from imagine.planning.training import Lesson, Recipe, Training, TrainingPlan, backward, checkpoint, choose_parts, settle
+
+Plan = TypeVar("Plan", DrawingPlan, TrainingPlan)
+TOLERANCE = 0.15  # how far planned and measured memory may lie apart
+
+
+def plan_drawing(
+    base: Blueprint,
+    picture: Picture,
+    choice: Choice,
+    limit: int | None,
+    speeds: Mapping[str, Speed],
+    kept: Collection[str] = (),
+) -> dict[str, Any]:
+    """The plan of a call with these switches; with a `limit` in bytes, with the fastest that fit under it.
+
+    Whatever `kept` names of `choice` ("precision", "offload", "tiling") stays under a limit, too. Raises ConfigError,
+    naming the least that would do, if none fit.
+    """
+    drawing = Drawing(base, picture)
+    if limit is None:
+        plan = drawing.plan(choice)
+    else:
+        plan = fitting(map(drawing.plan, drawing.choices(choice, kept)), limit, _words_of(base, picture), kept)
+    vae = drawing.networks.models["vae"]
+    return {
+        "base": base.name, "resolution": picture.resolution, "batch": picture.batch, "steps": picture.steps,
+        "references": picture.references, "guided": picture.guided, "precision": plan.choice.precision,
+        "offload": plan.choice.offload, "tiling": plan.choice.tiling,
+        "parts": {
+            name: {
+                "parameters": part.parameters, "weights": part.weights, "working": part.working, "flops": part.flops,
+                **({"at_once": plan.at_once[name]} if name in plan.at_once else {}),
+            }
+            for name, part in plan.parts.items()
+        },
+        "parameters": sum(part.parameters for part in plan.parts.values()),
+        "flops_step": plan.flops_step, "flops": plan.flops,
+        "peak": plan.peak, "busiest": plan.busiest, "limit": limit,
+        "seconds": {name: plan.seconds(speed.flops) for name, speed in speeds.items()},
+        "speeds": {name: speed.how for name, speed in speeds.items()},
+        "switches": plan.choice.switches(vae, picture.batch),
+    }  # fmt: skip
+
+
+def plan_training(
+    base: Blueprint,
+    lesson: Lesson,
+    recipe: Recipe,
+    limit: int | None,
+    speeds: Mapping[str, Speed],
+    kept: Collection[str] = (),
+) -> dict[str, Any]:
+    """The plan of a training step with these settings; with a `limit` in bytes, with the fastest that fit under it.
+
+    Whatever `kept` names of `recipe` (any of its fields) stays under a limit, too. Raises ConfigError, naming the least
+    that would do, if none fit.
+    """
+    training = Training(base, lesson)
+    if limit is None:
+        plan = training.plan(recipe)
+    else:
+        what = f"Training {_words_of(base, lesson)}"
+        plan = fitting(map(training.plan, training.recipes(recipe, kept)), limit, what, kept)
+    return {
+        "base": base.name, "resolution": lesson.resolution, "batch": lesson.batch, "trained": dict(plan.trained),
+        "frozen": plan.frozen, "precision": plan.recipe.precision, "checkpointing": plan.recipe.checkpointing,
+        "optimiser": plan.recipe.optimiser, "accumulation": plan.recipe.accumulation, "average": plan.recipe.average,
+        "memory": dict(plan.memory), "peak": plan.peak, "limit": limit, "flops_step": plan.flops,
+        "seconds": {name: plan.seconds(speed.flops) for name, speed in speeds.items()},
+        "speeds": {name: speed.how for name, speed in speeds.items()},
+        "switches": training.switches(plan.recipe),
+    }  # fmt: skip
+
+
+def fitting(plans: Iterable[Plan], limit: int, what: str, kept: Collection[str] = ()) -> Plan:
+    """The first plan that needs no more than `limit` bytes. Raises ConfigError, naming the least, if none does.
+
+    `kept` are the switches that were given, for the sentence.
+    """
+    tried: list[Plan] = []
+    for plan in plans:
+        if plan.peak <= limit:
+            return plan
+        tried.append(plan)
+    least = min(tried, key=lambda plan: plan.peak)
+    most = least.busiest if isinstance(least, DrawingPlan) else max(least.memory, key=lambda name: least.memory[name])
+    raise ConfigError(
+        f"{what} does not fit into {_gib(limit)}: with every switch{_but(kept)} it still takes {_gib(least.peak)}, "
+        f"most of it for {most.replace('_', ' ')}; take a card with {_card(least.peak)} GB, a lower resolution or a "
+        + ("smaller batch." if isinstance(least, DrawingPlan) else "smaller batch, or train fewer parts.")
+    )
+
+
+def _but(kept: Collection[str]) -> str:
+    return f" but the given {' and '.join(sorted(kept))}" if kept else ""
+
+
+def _words_of(base: Blueprint, wish: Picture | Lesson) -> str:
+    return f"{base.name} at {wish.resolution} px in batches of {wish.batch}"
+
+
+def words(report: Mapping[str, Any]) -> list[str]:
+    """A plan as lines for people."""
+    return _training_words(report) if "trained" in report else _drawing_words(report)
+
+
+def _drawing_words(report: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"{report['base']}, {report['batch']} of {report['resolution']} px, {report['steps']} steps"
+        f"{' with guidance' if report['guided'] else ''}, {report['precision']}",
+        f"  {'part':<16} {'parameters':>11} {'weights':>10} {'working':>10} {'at once':>10} {'TFLOP':>8}",
+    ]
+    for name, part in report["parts"].items():
+        at_once = _gib(part["at_once"]) if "at_once" in part else ""
+        lines.append(
+            f"  {name:<16} {part['parameters'] / 1e6:>9.1f} M {_gib(part['weights']):>10} {_gib(part['working']):>10} "
+            f"{at_once:>10} {part['flops'] / 1e12:>8.2f}"
+        )
+    lines += [
+        f"arithmetic: {report['flops_step'] / 1e12:.2f} TFLOP a step, {report['flops'] / 1e12:.1f} TFLOP in all",
+        f"memory: {_gib(report['peak'])} at most, while {report['busiest'].replace('_', ' ')} works"
+        f" (tensors, and what a card holds beside them); offload {report['offload']}",
+    ]
+    return [*lines, *_time_words(report, "for all pictures"), "with:", *(f"  {line}" for line in report["switches"])]
+
+
+def _training_words(report: Mapping[str, Any]) -> list[str]:
+    lines = [f"training {report['base']} at {report['resolution']} px, {report['batch']} images a step"]
+    lines += [f"  {name:<26} {count / 1e6:>9.1f} M" for name, count in report["trained"].items()]
+    lines.append(f"  {'frozen':<26} {report['frozen'] / 1e6:>9.1f} M")
+    lines += [f"  {name:<26} {_gib(size):>11}" for name, size in report["memory"].items()]
+    lines += [
+        f"arithmetic: {report['flops_step'] / 1e12:.1f} TFLOP a step",
+        f"memory: {_gib(report['peak'])} (tensors, and what a card holds beside them)",
+    ]
+    lines += _time_words(report, "a step")
+    return [*lines, "with, in a stage of a config:", *(f"  {line}" for line in report["switches"])]
+
+
+def _time_words(report: Mapping[str, Any], of: str) -> list[str]:
+    if not report["seconds"]:
+        return []
+    times = ", ".join(f"{_seconds(seconds)} on {name}" for name, seconds in report["seconds"].items())
+    return [f"time {of}: {times} ({'; '.join(dict.fromkeys(report['speeds'].values()))})"]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _card(size: int) -> int:
+    """The smallest usual card that holds so much, in GB."""
+    return next((usual for usual in (4, 6, 8, 12, 16, 24, 32, 48, 80, 96, 141, 192) if usual * GIB >= size), 288)
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+def small_base() -> Blueprint:
+    """A base like SDXL with two levels, and our four branches; small enough to be measured in a second or two."""
+    unet = {
+        "sample_size": 32, "block_out_channels": [64, 128], "layers_per_block": 1, "attention_head_dim": [2, 4],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "cross_attention_dim": 64,
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 2],
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 16,
+        "projection_class_embeddings_input_dim": 128,
+    }  # fmt: skip
+    vae = {
+        "block_out_channels": [32, 64, 64], "down_block_types": ["DownEncoderBlock2D"] * 3, "layers_per_block": 1,
+        "up_block_types": ["UpDecoderBlock2D"] * 3, "latent_channels": 4, "sample_size": 128,
+    }  # fmt: skip
+    eyes = {"image_size": 64, "patch_size": 8, "width": 64, "layers": 3, "heads": 2, "embed_width": 32}
+    text = AdapterShape((BranchSpec("t5", 48), BranchSpec("byt5", 32)))
+    vision = BranchSpec("vision", 64, projection="full", input_width=64)
+    return Blueprint(
+        "a small base",
+        {
+            "unet": Component("UNet2DConditionModel", unet),
+            "vae": Component("AutoencoderKL", vae),
+            "vision_encoder": Component("VisionEncoder", eyes),
+        },
+        {"text_adapter": text, "adapter": AdapterShape((vision,), lora_rank=4)},
+    )
+
+
+def check(batch: int = 2, resolution: int = 128) -> dict[str, Any]:
+    """Hold plans of small networks against the same networks at work on this machine's CPU, in float32.
+
+    Parameters and arithmetic must be equal (the latter by torch's own FlopCounterMode on tensors with numbers), and the
+    memory of steps, decoding and training, by the allocator's own events, within `TOLERANCE`. Raises RuntimeError,
+    which is our fault, if they are not.
+    """
+    base = small_base()
+    planned, real = build(base), build(base, "cpu")
+    counts = [sum(map(parameter_count, each.modules().values())) for each in (planned, real)]
+    rows = {"parameters": _row(*counts)}
+    _check_rows(rows)
+    side = resolution // compression(real.models["vae"])
+    for name, work in _works(batch, side).items():
+        held = {f"{name}, {key}": row for key, row in _held(name, work, planned, real).items()}
+        _check_rows(held)
+        rows |= held
+    return {"tolerance": TOLERANCE, "rows": rows}
+
+
+def _row(planned: int, measured: int) -> dict[str, Any]:
+    return {"planned": planned, "measured": measured, "off": abs(planned - measured) / max(measured, 1)}
+
+
+def _check_rows(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, row in rows.items():
+        if row["off"] > (TOLERANCE if name.endswith("memory") else 0):
+            raise RuntimeError(f"{name}: planned {row['planned']}, measured {row['measured']}")
+
+
+def check_words(report: Mapping[str, Any]) -> list[str]:
+    """A check as lines for people."""
+    lines = [
+        f"{name:<40} planned {row['planned']:>14,}, measured {row['measured']:>14,}, off by {row['off']:.1%}"
+        for name, row in report["rows"].items()
+    ]
+    return [*lines, f"Memory agrees within {report['tolerance']:.0%}, everything else exactly."]
+
+
+Work = Callable[[Networks], Any]
+
+
+def _works(batch: int, side: int) -> dict[str, Work]:
+    sides = (side, side)
+
+    @torch.no_grad()
+    def steps(networks: Networks) -> None:
+        step_twice(networks, batch, sides, 1)
+
+    @torch.no_grad()
+    def decoding(networks: Networks) -> None:
+        decode(networks.models["vae"], batch, sides)
+
+    def training(networks: Networks) -> None:
+        backward(networks, batch, side)
+
+    return {"drawing": steps, "decoding": decoding, "training": training, "training, recomputed": training}
+
+
+def _held(name: str, work: Work, planned: Networks, real: Networks) -> dict[str, dict[str, Any]]:
+    """Planned and measured arithmetic and memory of one kind of work."""
+    for networks in (planned, real):
+        if name.startswith("training"):
+            settle(networks, choose_parts(networks, ()), torch.float32)
+            checkpoint(networks, name.endswith("recomputed"))
+    with planned_kernels(), Meter() as meter:
+        work(planned)
+    with FlopCounterMode(display=False) as counter:
+        work(real)
+    _forget_gradients(planned, real)
+    peak = profiled_peak(lambda: work(real))
+    _forget_gradients(real)
+    return {"FLOP": _row(meter.flops, int(counter.get_total_flops())), "memory": _row(meter.peak, peak)}
+
+
+def _forget_gradients(*networks: Networks) -> None:
+    for each in networks:
+        for module in each.modules().values():
+            for parameter in module.parameters():
+                parameter.grad = None

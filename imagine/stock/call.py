@@ -1,0 +1,206 @@
+"""One call of a stock pipeline: which rows its batch has, and what each of them attends to while it runs.
+
+The stock `__call__` stacks [negative; positive] where guidance is on, and the copies of a prompt side by side; what we
+add must have its rows in that order. It also hands one dict, `cross_attention_kwargs`, to the denoiser at every step,
+so a call that a callback changes on its way (diffusers' cutoffs of guidance and of IP-Adapters) changes that dict.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor
+
+from imagine.adapter.adapter import prepare
+from imagine.errors import ConfigError
+from imagine.pipeline.controls import Window
+from imagine.records import Conditioning, Scale, Tokens, join, repeat
+from imagine.request import Request, read_requests
+
+Scales = Mapping[str, "Scale | Mapping[str, Scale]"]
+
+DEPRECATED = ("callback", "callback_steps")  # which some stock calls still read from their **kwargs
+ELSEWHERE = ("identity_guidance_scale", "guidance_balance")  # what ImaginePipeline's own loop takes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How many prompts a call has, how many pictures of each, and whether it draws the negative side too."""
+
+    prompts: int
+    copies: int
+    guided: bool
+
+    @property
+    def pictures(self) -> int:
+        return self.prompts * self.copies
+
+    def rows(self, positive: Tokens, negative: Tokens | None) -> Tokens:
+        """Tokens of prompts as those of all rows; without negative ones, the positive ones stand in their place."""
+        positive = repeat(positive, self.copies)
+        if not self.guided:
+            return positive
+        return join([positive if negative is None else repeat(negative, self.copies), positive])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Some of a Conditioning's branches, with their scales and regions."""
+
+    branches: Mapping[str, Tokens] = field(default_factory=dict)
+    scales: Scales = field(default_factory=dict)
+    regions: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def merged(*parts: Parts) -> Conditioning:
+    """All parts as one record."""
+    return Conditioning(
+        {name: each for part in parts for name, each in part.branches.items()},
+        {name: each for part in parts for name, each in part.scales.items()},
+        {name: each for part in parts for name, each in part.regions.items()},
+    )
+
+
+def by_name(
+    call: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], ours: Collection[str] = ()
+) -> dict[str, Any]:
+    """A stock call's arguments by name, however they were given.
+
+    `ours` are further arguments that the user may have meant. Raises ConfigError if there is no such argument.
+    """
+    signature = inspect.signature(call)
+    known = [name for name, each in signature.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    taken = {*known, *(DEPRECATED if len(known) < len(signature.parameters) else ())}
+    for name in options:
+        if name in ELSEWHERE:
+            raise ConfigError(f"Pipelines of stock Stable Diffusion take no {name}, which is ImaginePipeline's own.")
+        if name not in taken:  # where a stock call takes any name, it would overlook this one
+            near = difflib.get_close_matches(name, [*known, *ours], n=1)
+            raise ConfigError(f"This pipeline takes no {name!r}{f'; is it {near[0]}?' if near else ': leave it out.'}")
+    try:
+        named = dict(signature.bind(*arguments, **options).arguments)
+    except TypeError as error:
+        raise ConfigError(f"These arguments do not fit the pipeline's call: {error}.") from error
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named
+
+
+def read_call(pipe: Any, call: Any, given: dict[str, Any], reference: Any) -> tuple[Batch, list[Request]]:
+    """Find the batch that the stock call will draw, and say who is in which picture, one request per prompt.
+
+    Where a sentence names people, plain words for them are put into `given`.
+    """
+    prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
+    if prompt is None:
+        # There are no sentences to read names from, so that each stands for one that names nobody.
+        count = 0 if embeds is None else len(embeds)
+        requests = _requests("-" if count == 1 else ["-"] * count, reference)
+    else:
+        requests = _requests(prompt, reference)
+        for name in ("prompt", "prompt_2"):
+            if reference is not None and given.get(name) is not None:
+                words = [request.sentence for request in _requests(given[name], reference)]
+                given[name] = words[0] if isinstance(given[name], str) else words
+    # The stock rule whether guidance is on is a property, which reads what the stock call is about to set.
+    pipe._guidance_scale = given.get("guidance_scale", inspect.signature(call).parameters["guidance_scale"].default)
+    return Batch(
+        len(requests), given.get("num_images_per_prompt") or 1, bool(pipe.do_classifier_free_guidance)
+    ), requests
+
+
+def _requests(prompt: Any, reference: Any) -> list[Request]:
+    """One request per prompt. An empty prompt is one to the stock pipeline; to us it names nobody."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if reference is None:
+        return [Request(each) for each in prompts]
+    shown = [each if each.strip() else "-" for each in prompts]
+    requests = read_requests(shown[0] if isinstance(prompt, str) else shown, reference)
+    return [
+        replace(each, sentence=each.sentence if own.strip() else own)
+        for own, each in zip(prompts, requests, strict=True)
+    ]
+
+
+class Running:
+    """What a running call attends to, kept in the dict that the stock pipeline hands to the denoiser at every step.
+
+    `record` makes its Conditioning, for all rows of the batch as it began, with the person or (False) without, as the
+    `window` of steps says.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        batch: Batch,
+        kwargs: dict[str, Any],
+        record: Callable[[bool], Conditioning],
+        window: Window = Window(),  # noqa: B008  (it cannot change)
+    ) -> None:
+        self.pipe, self.batch, self.kwargs, self.record, self.window = pipe, batch, kwargs, record, window
+        self._scales = pipe.ip_scales
+        self._acts = window.holds(0.0)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        record = self.record(self._acts)
+        if self.ended:
+            record = last_rows(record, self.batch.pictures)
+        self.kwargs["conditioning"] = prepare(self.pipe.denoiser, record)
+
+    @property
+    def ended(self) -> bool:
+        """Whether guidance was on when the call began and is so no more."""
+        return self.batch.guided and not self.pipe.do_classifier_free_guidance
+
+    def follow(self, given: dict[str, Any]) -> None:
+        """Put ourselves behind the call's callback, if it has one, to see what it changes; and to count its steps."""
+        callback: Callable[..., Any] | None = given.get("callback_on_step_end")
+        if callback is None and self.window == Window():
+            return
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            given["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+
+        def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+            before = self.ended, self._acts
+            changed = {} if callback is None else callback(pipe, step, timestep, tensors)
+            self._acts = self.window.holds((step + 1) / self.pipe.num_timesteps)
+            if (self.ended, self._acts) != before or self.pipe.ip_scales is not self._scales:
+                self._scales = self.pipe.ip_scales
+                self._prepare()
+            return changed
+
+        given["callback_on_step_end"] = after
+
+
+def last_rows(record: Conditioning, count: int) -> Conditioning:
+    """The last `count` rows of a conditioning: the positive side of a guided batch."""
+
+    def scale(each: Any) -> Any:
+        return each[-count:] if isinstance(each, Tensor) and each.dim() else each
+
+    branches = {
+        name: Tokens(each.values[-count:], None if each.mask is None else each.mask[-count:])
+        for name, each in record.branches.items()
+    }
+    scales = {
+        name: {layer: scale(one) for layer, one in each.items()} if isinstance(each, Mapping) else scale(each)
+        for name, each in record.scales.items()
+    }
+    return Conditioning(branches, cast(Any, scales), {name: each[-count:] for name, each in record.regions.items()})
+
+
+def placed(tokens: Tokens, device: torch.device, dtype: torch.dtype) -> Tokens:
+    """Tokens on a device, in a precision."""
+    mask = None if tokens.mask is None else tokens.mask.to(device)
+    return Tokens(tokens.values.to(device, dtype), mask)
+
+
+def picked(tokens: Tokens, rows: "slice | Sequence[int]") -> Tokens:
+    """Some rows of tokens, in the order asked for."""
+    return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])

@@ -1,0 +1,536 @@
+"""The stock Stable Diffusion pipelines of diffusers, 1.5 and XL, made to know people.
+
+`from imagine.stock import StableDiffusionXLPipeline` gives diffusers' pipeline of that name with one more base class,
+`Personal`. Its `__call__` takes a reference beside all stock arguments, works out one record of what the denoiser is to
+attend to, and lets the stock `__call__` draw: LoRA, ControlNet, callbacks, schedulers, offloading are diffusers' own.
+
+    reference, prompt -> Conditioning, rows in the order of the stock batch: [negative; positive], copies side by side
+    cross_attention_kwargs={..., "conditioning": ...} -> stock __call__ -> U-Net -> ParallelAttention
+
+The classes are called as the stock ones are, since diffusers writes a pipeline's class name into its folder and picks
+pipelines by it: what is saved here is a stock folder to every other tool, with our adapters beside.
+"""
+
+import functools
+import gc
+import inspect
+import os
+import shutil
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from imagine.adapter.adapter import Adapter, check_attached
+from imagine.errors import ConfigError, PromptError, WeightsError
+from imagine.ip_adapter.loading import IPAdapters
+from imagine.networks.encoders import TextEncoders
+from imagine.networks.weights import HUB_OPTIONS, hushed, resolve_folder
+from imagine.people.faces import FaceChoice
+from imagine.people.persona import Persona
+from imagine.people.reference_encoder import FINDER, Looking, OnNoFace, check_encoder, identity_spec
+from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factors
+from imagine.pipeline.second_pass import RefineFaces
+from imagine.records import VISION, Tokens
+from imagine.stock import STOCK_PIPELINES
+from imagine.stock.attention import GuardedAttention
+from imagine.stock.call import Batch, Parts, Running, by_name, merged, picked, placed, read_call
+from imagine.stock.files import load_parts, name_dtype, save_beside, saved_beside, saved_scale
+from imagine.stock.second_pass import SecondCall, inpainting
+
+T5, BYT5 = "t5", "byt5"  # the text branches, as text adapters call them
+TEXT_BRANCHES = (T5, BYT5)
+# What we add to a stock pipeline's models, in the order in which a call runs them: offloading relies on it.
+ENCODERS = ("vision_encoder", "t5_encoder", "byt5_encoder")
+COMPONENTS = (*ENCODERS, "t5_tokenizer", "byt5_tokenizer")
+
+
+class Personal(GuardedAttention, IPAdapters, Looking):
+    """What a stock pipeline gains: adapters on its denoiser, and arguments that say who is in the picture.
+
+    `vision_encoder` looks at references; without one, the stock pipeline's own `image_encoder` does. `t5_encoder` and
+    `byt5_encoder`, with their tokenizers, feed the branches "t5" and "byt5" of a text adapter. All may be left out.
+    """
+
+    unet: Any
+    image_encoder: Any
+    vision_encoder: Any
+    text_adapter: Adapter | None
+    adapter: Adapter | None
+    ip_adapters: list[Adapter]
+
+    def _begin(self) -> None:
+        self.text_adapter, self.adapter = None, None
+        self.ip_adapters, self._ip_scales = [], []
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """Return this pipeline around another one's components, not copied, nor cast unless `dtype` says so.
+
+        Parts given by keyword, as objects or as names of folders, replace them. Adapters on the other pipeline's
+        denoiser come along.
+        """
+        older = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", older)
+        modules, options = cast(Any, cls)._get_signature_keys(cls)
+        given = {name: part for name, part in pipeline.components.items() if name in modules}
+        given |= {name: pipeline.config[name] for name in options if name in pipeline.config}
+        given |= {**kwargs, **load_parts(kwargs, dtype or pipeline.unet.dtype)}
+        parameters = inspect.signature(cls.__init__).parameters
+        lacking = [
+            name for name in modules if name not in given and parameters[name].default is inspect.Parameter.empty
+        ]
+        if lacking:
+            raise ConfigError(f"A {cls.__name__} also needs {lacking[0]}: give it, as in {lacking[0]}=...")
+        for part in (given[name] for name in modules if name in kwargs):
+            if isinstance(part, nn.Module) and pipeline.device.type != "meta" and not hasattr(part, "_hf_hook"):
+                part.to(pipeline.device)  # where the other components are, since diffusers asks only one of them
+        made = cast(Any, cls)(**given)
+        if isinstance(pipeline, Personal) and made.unet is pipeline.unet:
+            made.text_adapter, made.adapter = pipeline.text_adapter, pipeline.adapter
+            made.ip_adapters, made._ip_scales = list(pipeline.ip_adapters), pipeline._ip_scales
+            made._finder, made._finder_folder = pipeline._finder, pipeline._finder_folder
+            made._eyes, made._empty = pipeline._eyes, pipeline._empty
+        return made if dtype is None else made.to(dtype=dtype)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """Load a stock folder, or a hub repository, through the stock loader; our adapters too, if they lie there.
+
+        Takes the stock arguments. Parts may be given as objects or by name (a folder or a hub id), among them
+        `vision_encoder`, `t5_encoder` and `byt5_encoder`, and a face finder as `finder`.
+        Raises WeightsError, in one sentence, if something is missing, wrong or out of reach.
+        """
+        hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+        finder = kwargs.pop("finder", None)
+        folder = resolve_folder(source, STOCK_PIPELINES, kwargs.get("variant"), **hub)
+        dtype = name_dtype(kwargs)
+        modules = cast(Any, cls)._get_signature_keys(cls)[0]  # the other arguments are the loader's
+        parts = {name: each for name, each in kwargs.items() if name in modules or name in COMPONENTS}
+        kwargs |= load_parts(parts, dtype, **hub)
+        kwargs.setdefault("use_safetensors", True)
+        with hushed(), in_a_sentence(folder):
+            pipe = cast(Any, super()).from_pretrained(os.fspath(folder), **kwargs)
+        pipe._finder, pipe._finder_folder = finder, folder / FINDER
+        for path in saved_beside(folder):
+            pipe._add(Adapter.load(path, pipe.denoiser), path.name)
+        return pipe
+
+    @classmethod
+    def from_single_file(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As the stock loader; without a network, give `config`, a local folder of a pipeline of the same kind."""
+        dtype = name_dtype(kwargs)
+        kwargs |= load_parts({name: each for name, each in kwargs.items() if name in COMPONENTS}, dtype)
+        try:
+            with hushed():
+                return cast(Any, super()).from_single_file(os.fspath(source), **kwargs)
+        except (OSError, ValueError) as error:
+            raise WeightsError(
+                f"{os.fspath(source)} cannot be loaded ({_reason(error)}); without a network, also give config=FOLDER, "
+                "a local folder of a pipeline of the same kind, whose weights are not needed."
+            ) from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the stock components as diffusers does, and beside them our adapters and the face finder's files."""
+        folder = Path(save_directory)
+        with hushed():
+            cast(Any, super()).save_pretrained(os.fspath(folder), **kwargs)
+        adapters: dict[str, Adapter | None] = {"text_adapter": self.text_adapter, "adapter": self.adapter}
+        adapters |= {f"ip_{number}": each for number, each in enumerate(self.ip_adapters)}
+        seeing = self.reference_encoder is not None or self._eyes is not None
+        scales = {f"ip_{number}": self._ip_scale(number) for number in range(len(self.ip_adapters))}
+        save_beside(folder, adapters, scales, self.encoder_fingerprint if seeing else None, COMPONENTS)
+        source = self._finder_folder
+        if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
+            shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
+
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoiser itself, which torch.compile may have wrapped."""
+        return cast(nn.Module, getattr(self.unet, "_orig_mod", self.unet))
+
+    def _adapters(self) -> list[Adapter]:
+        return [*(part for part in (self.text_adapter, self.adapter) if part is not None), *self.ip_adapters]
+
+    def load_adapter(self, source: Any) -> None:
+        """Put an adapter (an object, or a saved folder or file) on the denoiser, in place of one of the same kind.
+
+        One with the branch "vision" becomes `adapter`; one with text branches only becomes `text_adapter`.
+        """
+        self._check_at_hand()
+        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.denoiser)
+        names = {spec.name for spec in adapter.branch_specs}
+        if unknown := names - {VISION, *TEXT_BRANCHES}:
+            raise WeightsError(
+                f"The adapter has a branch {min(unknown)!r}, which this pipeline cannot fill; it knows {VISION}, {T5} "
+                f"and {BYT5}, and loads IP-Adapters by load_ip_adapter."
+            )
+        if self.reference_encoder is not None:
+            check_encoder(adapter, self.encoder_fingerprint)
+        place: Literal["adapter", "text_adapter"] = "adapter" if VISION in names else "text_adapter"
+        if getattr(self, place) is not adapter:
+            self.unload_adapter(place)
+            self._add(adapter, place)
+
+    def _add(self, adapter: Adapter, place: str) -> None:
+        """Attach an adapter and remember it as `text_adapter`, `adapter` or one of `ip_adapters`."""
+        adapter.to(self.unet.dtype).eval().attach(self.denoiser)
+        if place.startswith("ip_"):
+            self.ip_adapters, self._ip_scales = [*self.ip_adapters, adapter], [*self._ip_scales, saved_scale(adapter)]
+        else:
+            setattr(self, place, adapter)
+
+    def unload_adapter(self, name: Literal["adapter", "text_adapter"] = "adapter") -> Adapter | None:
+        """Take an adapter off the denoiser, leaving the base exactly as before it; return it, or None."""
+        adapter: Adapter | None = getattr(self, name)
+        if adapter is not None:
+            adapter.detach(self.denoiser)
+            setattr(self, name, None)
+        return adapter
+
+    @property
+    def ip_scales(self) -> Sequence[Any]:
+        """The scales of IP-Adapters, another object after every set_ip_adapter_scale."""
+        return self._ip_scales
+
+    @property
+    def reference_encoder(self) -> nn.Module | None:
+        """The encoder that looks at references: `vision_encoder`, else the stock `image_encoder`."""
+        return cast("nn.Module | None", self.vision_encoder or getattr(self, "image_encoder", None))
+
+    def enable_group_offload(self, onload_device: Any, **options: Any) -> None:
+        """As in diffusers. Our vision encoder stays on the device, since it is not run through `forward` alone."""
+        spared = options.pop("exclude_modules", None) or []
+        spared = [spared] if isinstance(spared, str) else list(spared)
+        cast(Any, super()).enable_group_offload(onload_device, exclude_modules=[*spared, "vision_encoder"], **options)
+
+    def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
+        """As in diffusers, once it is known which encoder looks at references: its weights cannot be read then."""
+        if self.reference_encoder is not None:
+            self._known_eyes()
+        cast(Any, super()).enable_sequential_cpu_offload(*arguments, **options)
+
+    def _settle(self) -> None:
+        """Bring the adapters to where the denoiser will run, and in its precision."""
+        for adapter in self._adapters():
+            adapter.to(cast(Any, self)._execution_device, self.unet.dtype)
+
+    def _rest(self) -> None:
+        """Take the adapters off the accelerator again, if the pipeline offloads its models."""
+        if getattr(self, "_offload_device", None) is not None:
+            for adapter in self._adapters():
+                adapter.to("cpu")
+
+    # --- drawing ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *arguments: Any,
+        reference: Any = None,
+        identity_scale: Any = 1.0,
+        identity_window: "Window | Sequence[float]" = (0.0, 1.0),
+        identity_blocks: Blocks = ALL,
+        refine_faces: "RefineFaces | bool | None" = None,
+        face: FaceChoice = "largest",
+        on_no_face: OnNoFace = "error",
+        branch_embeds: Mapping[str, Tokens] | None = None,
+        negative_branch_embeds: Mapping[str, Tokens] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Draw with the stock pipeline, whose arguments are all taken, and show in the pictures who is referred to.
+
+        reference, face, on_no_face: as in `ImaginePipeline`: photos, Personas, lists of them, or a dict of names.
+        identity_scale: strength of the identity branch, one number or one per prompt, or a mapping from attention
+            layers to these; 0, like no reference, gives the stock pipeline's picture, bit for bit.
+        identity_window, identity_blocks: the steps and the blocks in which the reference acts, as in `ImaginePipeline`.
+        refine_faces: whether to draw small faces once more, by the inpainting sibling of this pipeline; a RefineFaces
+            has other settings. They are those of whom a reference or an IP-Adapter shows. Callbacks see the first pass.
+        branch_embeds, negative_branch_embeds: what `encode_branches` gave for the prompts, instead of encoding them.
+
+        The result is the stock one; its attribute `faces` says which faces were used, `refined` how many small ones
+        were redrawn, and `notes` in a sentence each why others were not.
+        Raises ImagineError with one sentence where what we add is used wrongly.
+        """
+        draw = cast(Any, super()).__call__
+        given = by_name(draw, arguments, options, _OURS)
+        chosen = RefineFaces.read(refine_faces, given.get("output_type", "pil"), usual=False)
+        ours: dict[str, Any] = {
+            "identity_scale": identity_scale, "identity_window": Window.read(identity_window),
+            "identity_blocks": identity_blocks,
+            "branch_embeds": branch_embeds, "negative_branch_embeds": negative_branch_embeds,
+        }  # fmt: skip
+        if not self._adapters():
+            self._check_unasked(given, reference)
+            if chosen is None:
+                return draw(**given)
+            batch = read_call(self, draw, given, None)[0]
+            again = SecondCall.plan(self, draw, chosen, batch, given, [()] * batch.prompts, ours)
+            return self._refined(draw(**given), again)
+        check_attached(self.denoiser, self._adapters())
+        self._settle()
+        try:
+            batch, requests = read_call(self, draw, given, reference)
+            personas = self._see(requests, face, on_no_face)
+            if self.adapter is not None and any(personas):
+                check_encoder(self.adapter, self.encoder_fingerprint)  # which may have come after the adapter
+            again = SecondCall.plan(self, draw, chosen, batch, given, personas, ours)
+            out = self._refined(self._drawn(draw, given, batch, personas, ours), again)
+        finally:
+            self._rest()
+        if hasattr(out, "images"):
+            out.faces = [one for people in personas for persona in people for one in persona.faces]
+        return out
+
+    def _check_unasked(self, given: Mapping[str, Any], reference: Any) -> None:
+        """Raise WeightsError if somebody is to be shown though we have no adapter that could."""
+        asked = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
+        if reference is not None or (asked and not self._has_stock_ip_adapter):
+            raise WeightsError(
+                "Nothing on the denoiser can show a reference: load_adapter or load_ip_adapter first, or leave the "
+                "reference out."
+            )
+
+    def _drawn(
+        self,
+        draw: Any,
+        given: dict[str, Any],
+        batch: Batch,
+        personas: Sequence[Sequence[Persona]],
+        ours: Mapping[str, Any],
+    ) -> Any:
+        """What the stock call gives while all branches of the batch act."""
+        pictured = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
+        given["cross_attention_kwargs"] = kwargs = dict(given.get("cross_attention_kwargs") or {})
+        try:
+            text, person = (
+                self._text(given, batch, ours["branch_embeds"], ours["negative_branch_embeds"]),
+                self._identity(
+                    personas, ours["identity_scale"], block_factors(self.denoiser, ours["identity_blocks"]), batch
+                ),
+            )
+            theirs = self._pictured(*pictured, kwargs.pop("ip_adapter_masks", None), batch)
+            parts = {True: (text, person), False: (text,)}  # with and without the person
+            running = Running(self, batch, kwargs, lambda acts: merged(*parts[acts], theirs()), ours["identity_window"])
+            running.follow(given)
+            return draw(**given)
+        finally:
+            kwargs.pop("conditioning", None)  # the stock pipeline keeps this dict until its next call
+
+    def _refined(self, out: Any, again: SecondCall | None) -> Any:
+        """The stock call's result, its small faces drawn once more if that is wanted."""
+        refined, notes = 0, list[str]()
+        if again is not None:
+            refined, notes = again.refine(self, out, lambda: self._painter(again.ip_scales))
+            cast(Any, self).maybe_free_model_hooks()  # the sibling has our models, but does not take them away again
+        if hasattr(out, "images"):
+            out.refined, out.notes = refined, notes
+        return out
+
+    def _painter(self, ip_scales: Sequence[Any]) -> Any:
+        """The inpainting pipeline around the same components, with its own scheduler and strengths of IP-Adapters."""
+        mine = cast(Any, self)
+        with hushed():
+            made = imagined(inpainting(self)).from_pipe(
+                self, scheduler=type(mine.scheduler).from_config(mine.scheduler.config)
+            )
+        made._ip_scales = ip_scales
+        made.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        if hasattr(made, "watermark"):
+            made.watermark = None  # the picture has one
+        return made
+
+    def _identity(
+        self, personas: Sequence[Sequence[Persona]], scale: Any, factors: Factors | None, batch: Batch
+    ) -> Parts:
+        """The identity branch of all rows; nothing if nobody is shown."""
+        spec, shown = identity_spec(self.adapter), self._vision(personas, 1)
+        if spec is None or shown is None:
+            return Parts()
+        absent = spec.absent == "zeros"
+
+        def rows(each: Any) -> Tensor:
+            strength = self._strength(each, personas, batch.copies)
+            return torch.cat([strength * absent, strength]) if batch.guided else strength
+
+        strength = {name: rows(each) for name, each in scale.items()} if isinstance(scale, Mapping) else rows(scale)
+        if factors is not None:
+            by_layer: Mapping[str, Any] = strength if isinstance(strength, dict) else dict.fromkeys(factors, strength)
+            strength = {name: by_layer[name] * factor for name, factor in factors.items() if name in by_layer}
+        nobody = self._nobody(batch.prompts) if absent and batch.guided else None
+        return Parts({VISION: batch.rows(shown, nobody)}, {VISION: strength})
+
+    def _pictured(self, images: Any, embeds: Any, masks: Any, batch: Batch) -> Callable[[], Parts]:
+        """What makes the branches of IP-Adapters: anew, from features seen once, when a callback sets their scales."""
+        if images is None and embeds is None:
+            return Parts
+        features = self._ip_features(images, embeds, batch.guided)
+        return lambda: Parts(*self.ip_conditioning(None, features, masks, batch.prompts, batch.copies, batch.guided))
+
+    # --- the sentence's further readers -----------------------------------------------------------------------------
+
+    def _text(
+        self,
+        given: Mapping[str, Any],
+        batch: Batch,
+        positive: Mapping[str, Tokens] | None,
+        negative: Mapping[str, Tokens] | None,
+    ) -> Parts:
+        """The text branches of all rows that the text adapter reads."""
+        if self.text_adapter is None:
+            return Parts()
+        words: list[str] = []
+        if positive is None:
+            if given.get("prompt") is None:
+                raise PromptError(
+                    "The text adapter reads the sentence too: with prompt_embeds, also give branch_embeds, which "
+                    "encode_branches makes of it."
+                )
+            words = [given["prompt"]] if isinstance(given["prompt"], str) else list(given["prompt"])
+        count = len(words)
+        if negative is None and batch.guided:
+            unwanted = given.get("negative_prompt") or ""
+            negatives = [unwanted] if isinstance(unwanted, str) else list(unwanted)
+            words += negatives * batch.prompts if len(negatives) == 1 else negatives
+        # All at once: an encoder that is offloaded comes to the device once a call, and leaves when the next one comes.
+        read = self.encode_branches(words) if words else {}
+        wanted = {name: picked(each, slice(count)) for name, each in read.items()}
+        unread = {name: picked(each, slice(count, None)) for name, each in read.items()}
+        if positive is not None:
+            wanted = self._branches("branch_embeds", positive, batch.prompts)
+        if negative is not None and batch.guided:
+            unread = self._branches("negative_branch_embeds", negative, batch.prompts)
+        return Parts({name: batch.rows(each, unread[name] if batch.guided else None) for name, each in wanted.items()})
+
+    def _branches(self, argument: str, given: Mapping[str, Tokens], count: int) -> dict[str, Tokens]:
+        """Text branches given as an argument, where the denoiser will run. Raises PromptError if they do not fit."""
+        assert self.text_adapter is not None
+        names = [spec.name for spec in self.text_adapter.branch_specs]
+        if missing := [name for name in names if name not in given]:
+            raise PromptError(
+                f"{argument} lacks {missing[0]}, which the text adapter reads: give all that encode_branches made."
+            )
+        if wrong := [name for name in names if len(given[name].values) != count]:
+            raise PromptError(
+                f"{argument} has {len(given[wrong[0]].values)} rows of {wrong[0]} for {count} prompts: give one each."
+            )
+        device = cast(Any, self)._execution_device
+        return {name: placed(given[name], device, self.unet.dtype) for name in names}
+
+    @torch.no_grad()
+    def encode_branches(self, prompts: "str | Sequence[str]") -> dict[str, Tokens]:
+        """Read prompts with those of T5 and ByT5 that the text adapter has branches for, one row per prompt."""
+        names = [spec.name for spec in self.text_adapter.branch_specs] if self.text_adapter is not None else []
+        mine = cast(Any, self)
+        for name in names:
+            if getattr(self, f"{name}_encoder") is None or getattr(self, f"{name}_tokenizer") is None:
+                raise WeightsError(
+                    f"The text adapter reads {name}, but the pipeline has no {name}_encoder with its {name}_tokenizer: "
+                    "give both, as in ImaginePipeline.from_pipe(pipe, ...), or unload_adapter('text_adapter')."
+                )
+        readers = TextEncoders(
+            None, None, mine.t5_encoder, mine.t5_tokenizer, mine.byt5_encoder, mine.byt5_tokenizer,
+            mine._execution_device,
+        )  # fmt: skip
+        read = {T5: readers.encode_t5, BYT5: readers.encode_byt5}
+        sentences = [prompts] if isinstance(prompts, str) else list(prompts)
+        each = list(dict.fromkeys(sentences))  # the negative of a batch, above all, is usually one sentence
+        rows = [each.index(sentence) for sentence in sentences]
+        return {name: picked(placed(read[name](each), mine._execution_device, self.unet.dtype), rows) for name in names}
+
+    def free_encoders(self) -> None:
+        """Drop every encoder for good, to make room: from then on give personas, prompt_embeds and branch_embeds."""
+        if self.reference_encoder is not None and self.adapter is not None:
+            self._remember_eyes()
+        for name in (*ENCODERS, "text_encoder", "text_encoder_2", "image_encoder"):
+            if getattr(self, name, None) is not None:
+                setattr(self, name, None)
+        cast(Any, self).maybe_free_model_hooks()  # which else would still hold them
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+_OURS = tuple(
+    name
+    for name, each in inspect.signature(Personal.__call__).parameters.items()
+    if each.kind is inspect.Parameter.KEYWORD_ONLY
+)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+@contextmanager
+def in_a_sentence(folder: Path) -> Iterator[None]:
+    """Turn what the stock loader raises into a WeightsError: each library fails in its own way."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:
+        raise WeightsError(f"{folder} cannot be loaded ({_reason(error)}); copy or download it again.") from error
+
+
+# --- the classes ------------------------------------------------------------------------------------------------------
+
+
+def imagined(stock: type) -> Any:
+    """The subclass of a stock pipeline class that knows people; always the same one. Raises ConfigError for others."""
+    if issubclass(stock, Personal):
+        return stock
+    if not any(base.__name__ in STOCK_PIPELINES for base in stock.__mro__):
+        raise ConfigError(
+            f"A {stock.__name__} cannot be made to know people: take one of Stable Diffusion 1.5 or XL, such as "
+            "StableDiffusionXLPipeline."
+        )
+    return _imagined(cast(Any, stock))
+
+
+@functools.cache
+def _imagined(stock: Any) -> Any:
+    first = "->".join(ENCODERS)
+    members = {
+        "__module__": __name__,
+        "__doc__": f"{stock.__doc__}\n    It knows people: see `imagine.stock.pipelines.Personal`.",
+        "__init__": _constructor(stock),
+        "_optional_components": [*stock._optional_components, *COMPONENTS],
+        "model_cpu_offload_seq": f"{first}->{stock.model_cpu_offload_seq}",  # they run first, and leave first
+        # Our encoder is not run through `forward` alone, so that hooks on its parts would come too late.
+        "_exclude_from_cpu_offload": [*stock._exclude_from_cpu_offload, "vision_encoder"],
+    }
+    return type(stock.__name__, (Personal, stock), members)
+
+
+def _constructor(stock: Any) -> Any:
+    """An __init__ that takes our components beside the stock ones, and says so: diffusers reads its signature."""
+
+    def __init__(self: Any, *arguments: Any, **components: Any) -> None:
+        ours = {name: components.pop(name, None) for name in COMPONENTS}
+        stock.__init__(self, *arguments, **components)
+        self.register_modules(**ours)
+        self._begin()
+
+    signature = inspect.signature(stock.__init__)
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in COMPONENTS]
+    cast(Any, __init__).__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])
+    __init__.__annotations__ = typing.get_type_hints(stock.__init__)
+    return __init__
+
+
+def __getattr__(name: str) -> Any:
+    """The classes by name, made when asked for: importing all of diffusers' pipelines takes seconds."""
+    if name not in STOCK_PIPELINES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import diffusers
+
+    return imagined(getattr(diffusers, name))

@@ -1,0 +1,103 @@
+"""Looking at references: what the encoders see, what is remembered of it, and what makes it be looked at again."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import DiffusionPipeline
+
+from imagine.errors import WeightsError
+from imagine.networks.encoders import CLIP_MEAN, CLIP_STD
+from imagine.people.faces import KnownGeometry
+from imagine.people.reference_encoder import Eyes, vision_features
+from tests import tiny, tiny_ip, tiny_stock
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return tiny_stock.personal(tiny_stock.stock())
+
+
+def looks(pipe: Any) -> list[int]:
+    """The sizes of batches that the encoder sees from now on."""
+    seen: list[int] = []
+    pipe.vision_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    return seen
+
+
+def test_a_file_is_looked_at_once_as_long_as_it_stays_the_same(pipe: Any, tmp_path: Path):
+    tiny.photo(1).save(tmp_path / "me.png")
+    seen = looks(pipe)
+    first = pipe.enroll(tmp_path / "me.png")
+    assert torch.equal(pipe.enroll(str(tmp_path / "me.png")).features, first.features) and seen == [1]
+    tiny.photo(2).save(tmp_path / "me.png")
+    os.utime(tmp_path / "me.png", ns=(1, 1))
+    assert not torch.equal(pipe.enroll(tmp_path / "me.png").features, first.features) and seen == [1, 1]
+    pipe.finder = KnownGeometry([tiny.BOX])
+    pipe.enroll(tmp_path / "me.png")
+    pipe.enroll(tmp_path / "me.png", on_no_face="whole")
+    assert seen == [1] * 4
+    with torch.no_grad():
+        next(pipe.vision_encoder.parameters()).add_(1)  # another encoder from now on
+    pipe.enroll(tmp_path / "me.png")
+    assert seen == [1] * 5
+
+
+def test_a_persona_of_another_encoder_or_layer_is_refused(pipe: Any):
+    persona, before = pipe.enroll(tiny.photo(1)), pipe.encoder_fingerprint
+    assert before == pipe.encoder_fingerprint == Eyes.of(pipe.vision_encoder).fingerprint
+    pipe.load_adapter(tiny_stock.identity(pipe.unet, projection="linear", input_width=16))
+    with pytest.raises(WeightsError, match="enroll the person again"):
+        pipe("a person", reference=persona)
+    pooled = pipe.enroll(tiny.photo(1))
+    assert pooled.features.shape == (1, 16)
+    pipe.load_adapter(tiny_stock.identity(pipe.unet))
+    with pytest.raises(WeightsError, match="enroll the person again"):
+        pipe("a person", reference=pooled)
+    with torch.no_grad():
+        next(pipe.vision_encoder.parameters()).add_(1)
+    assert pipe.encoder_fingerprint != before
+
+
+def test_an_encoder_is_known_while_its_weights_are_away(pipe: Any, monkeypatch: pytest.MonkeyPatch):
+    def offload(pipe: Any) -> None:
+        """The loop of diffusers' method, which itself cannot run on the processor."""
+        for name, model in pipe.components.items():
+            if isinstance(model, torch.nn.Module) and name not in pipe._exclude_from_cpu_offload:
+                cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+
+    monkeypatch.setattr(DiffusionPipeline, "enable_sequential_cpu_offload", offload)
+    pipe.vision_encoder = None
+    pipe.register_modules(image_encoder=tiny_ip.encoder())
+    seen = Eyes.of(tiny_ip.encoder())
+    pipe.enable_sequential_cpu_offload()
+    assert pipe.image_encoder.device.type == "meta" and pipe.encoder_fingerprint == seen.fingerprint
+    assert pipe.enroll(tiny.photo(1)).features.shape == (5, 24)
+
+
+def test_both_kinds_of_encoder_see_the_penultimate_layer_and_the_pooled_embedding():
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "projection_dim": 10}
+    theirs = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=24, intermediate_size=48, **sizes)).eval()
+    ours, crops = tiny_stock.encoder(), torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert vision_features(ours, crops).shape == vision_features(theirs, crops).shape == (2, 5, 24)
+        assert torch.equal(vision_features(ours, crops, pooled=True)[:, 0], ours.embed(crops))
+        pixels = (crops - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+        wanted = theirs(pixels, output_hidden_states=True)
+        assert torch.equal(vision_features(theirs, crops), wanted.hidden_states[-2])
+        assert torch.equal(vision_features(theirs, crops, pooled=True)[:, 0], wanted.image_embeds)
+    assert Eyes.of(theirs).tokens == Eyes.of(ours).tokens == 5
+
+
+def test_a_batch_with_people_of_unequal_length_masks_what_is_not_there(pipe: Any):
+    one, two = pipe.enroll(tiny.photo(1)), pipe.enroll([tiny.photo(2), tiny.photo(3)])
+    tokens = pipe._vision([[one], [], [two]], 2)
+    assert tokens.values.shape == (6, 10, 16)
+    assert tokens.mask.sum(1).tolist() == [5, 5, 0, 0, 10, 10] and pipe._vision([[one]], 1).mask is None
+    assert pipe._vision([[], []], 1) is None

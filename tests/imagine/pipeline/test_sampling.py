@@ -1,0 +1,100 @@
+"""Guidance as passes and sums, and batches of tokens of unequal length."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from imagine.pipeline.sampling import NOTHING, PEOPLE, SENTENCE, Guidance, GuidedDenoiser, Inputs
+from imagine.records import Tokens, join, repeat
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("guidance", "people", "passes"),
+    [
+        (Guidance(1.0), True, (PEOPLE,)),
+        (Guidance(0.0), True, (PEOPLE,)),
+        (Guidance(1.0), False, (SENTENCE,)),
+        (Guidance(3.0), True, (NOTHING, PEOPLE)),
+        (Guidance(3.0), False, (NOTHING, SENTENCE)),
+        (Guidance(3.0, 3.0), True, (NOTHING, PEOPLE)),
+        (Guidance(3.0, 1.5), True, (NOTHING, SENTENCE, PEOPLE)),
+        (Guidance(1.0, 2.0), True, (NOTHING, SENTENCE, PEOPLE)),
+        (Guidance(3.0, 1.5), False, (NOTHING, SENTENCE)),
+    ],
+)
+def test_passes(guidance: Guidance, people: bool, passes: tuple[tuple[bool, bool], ...]) -> None:
+    assert guidance.passes(people) == passes
+
+
+def test_predictions_are_combined_as_classifier_free_guidance() -> None:
+    nothing, sentence, full = torch.randn(3, 2, 1, 2, 2)
+    assert torch.equal(Guidance(1.0).combine([full]), full)
+    torch.testing.assert_close(Guidance(3.0).combine([nothing, full]), nothing + 3 * (full - nothing))
+    wanted = nothing + 3 * (sentence - nothing) + 2 * (full - sentence)
+    torch.testing.assert_close(Guidance(3.0, 2.0).combine([nothing, sentence, full]), wanted)
+
+
+def test_joining_pads_the_shorter_and_masks_the_padding() -> None:
+    long, short = Tokens(torch.ones(1, 3, 2)), Tokens(torch.ones(2, 2, 2), torch.tensor([[True, False], [True, True]]))
+    joined = join([long, short])
+    assert joined.values.shape == (3, 3, 2) and joined.mask is not None
+    assert joined.mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+    assert not joined.values[1:, 2].any()
+    assert join([long, long]).mask is None
+
+
+def test_repeating_keeps_copies_side_by_side() -> None:
+    tokens = Tokens(torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[True], [False]]))
+    copied = repeat(tokens, 2)
+    assert copied.values.flatten().tolist() == [1, 1, 2, 2] and copied.mask is not None
+    assert copied.mask.flatten().tolist() == [True, True, False, False]
+
+
+def test_people_are_off_in_every_pass_without_them() -> None:
+    text = (Tokens(torch.ones(2, 3, 4)), {"t5": Tokens(torch.ones(2, 2, 4))})
+    nothing = (Tokens(torch.zeros(2, 3, 4)), {"t5": Tokens(torch.zeros(2, 2, 4))})
+    inputs = Inputs(text, nothing, Tokens(torch.ones(2, 5, 4)))
+    clip, conditioning = inputs.stacked((NOTHING, SENTENCE, PEOPLE), torch.tensor([0.5, 1.0]))
+    assert clip.values[:, 0, 0].tolist() == [0, 0, 1, 1, 1, 1]
+    assert conditioning.branches["t5"].values[:, 0, 0].tolist() == [0, 0, 1, 1, 1, 1]
+    scales = conditioning.scales["vision"]
+    assert isinstance(scales, torch.Tensor) and scales.tolist() == [0, 0, 0, 0, 0.5, 1.0]
+    assert "vision" not in inputs.stacked((NOTHING, SENTENCE), torch.ones(2))[1].branches
+
+
+class Asked(TorchFunctionMode):
+    """Counts how often the numbers of one tensor are asked for, which waits for the device that holds them."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.tensor, self.count = tensor, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asks = func in (torch.equal, torch.Tensor.equal, torch.Tensor.any)
+        self.count += asks and any(each is self.tensor for each in args)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_strengths_are_looked_at_only_when_they_may_have_changed() -> None:
+    pipe = tiny.pipeline()
+    text, vision = pipe.encode_prompt(["a person"]), pipe._vision([[pipe.enroll(tiny.photo(1))]], 1)
+    denoiser = GuidedDenoiser(pipe.unet, Inputs(text, text, vision), {})
+    strength, latents = torch.ones(1), torch.randn(1, 4, 4, 4, generator=tiny.generator(1))
+
+    def velocity() -> torch.Tensor:
+        return denoiser.velocity(latents, torch.tensor(500.0), strength, Guidance(2.0))
+
+    first = velocity()
+    with Asked(strength) as asked:
+        assert torch.equal(velocity(), first) and asked.count == 0
+        strength *= 0.5
+        weaker = velocity()
+        assert asked.count == 2 and not torch.allclose(weaker, first)
+    strength *= 0
+    nobody = GuidedDenoiser(pipe.unet, Inputs(text, text, None), {})
+    wanted = nobody.velocity(latents, torch.tensor(500.0), strength, Guidance(2.0))
+    assert torch.allclose(velocity(), wanted, atol=1e-5)

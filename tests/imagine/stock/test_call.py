@@ -1,0 +1,126 @@
+"""One call of a stock pipeline: its batch, its rows, and callbacks that change it on its way."""
+
+import copy
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from imagine.errors import ConfigError
+from imagine.records import Conditioning, Tokens
+from imagine.stock.call import Batch, by_name, last_rows, read_call
+from imagine.stock.pipelines import imagined
+from tests import tiny, tiny_ip, tiny_stock
+from tests.tiny_stock import draw, same
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sd15", "sdxl"])
+def xl(request: Any) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def stock(xl: bool) -> Any:
+    return tiny_stock.stock(xl)
+
+
+@pytest.fixture(scope="module")
+def pipe(xl: bool) -> Any:
+    return tiny_stock.personal(tiny_stock.stock(xl))
+
+
+def test_a_calls_arguments_by_name_and_the_batch_that_it_draws():
+    def stock(prompt: Any, height: int = 0, guidance_scale: float = 7.5, **kwargs: Any) -> None: ...
+
+    assert by_name(stock, ("a", 8), {"callback_steps": 1}) == {"prompt": "a", "height": 8, "callback_steps": 1}
+    pipe = tiny_stock.stock()
+    assert read_call(pipe, stock, {"prompt": "a"}, None)[0] == Batch(1, 1, True)
+    given = {"prompt": ["a", "b"], "num_images_per_prompt": 3, "guidance_scale": 1.0}
+    assert read_call(pipe, stock, given, None)[0] == Batch(2, 3, False)
+    pipe.unet.register_to_config(time_cond_proj_dim=8)  # as LCM's own denoisers have: they are never guided
+    assert read_call(pipe, stock, {"prompt_embeds": torch.zeros(2, 3, 4)}, None)[0] == Batch(2, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"identity_guidance_scale": 3.0}, "ImaginePipeline's own"),
+        ({"guidance_balance": True}, "ImaginePipeline's own"),
+        ({"identity_scales": 0.5}, "is it identity_scale[?]"),
+        ({"num_inference_step": 2}, "is it num_inference_steps[?]"),
+        ({"prompt": "twice"}, "multiple values"),
+    ],
+)
+def test_an_argument_that_there_is_not_is_a_sentence(pipe: Any, options: dict[str, Any], says: str):
+    with pytest.raises(ConfigError, match=says) as caught:
+        pipe("a person", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_of_a_call_is_kept_when_it_has_ended(pipe: Any):
+    draw(pipe, reference=tiny.photo(1), cross_attention_kwargs={"scale": 1.0})
+    assert pipe.cross_attention_kwargs == {"scale": 1.0}
+
+
+def test_words_for_people_are_put_into_every_prompt():
+    def stock(prompt: Any, guidance_scale: float = 7.5) -> None: ...
+
+    given = {"prompt": ["{ann} smiles", ""], "prompt_2": ["{ann} laughs", ""]}
+    _, requests = read_call(tiny_stock.stock(), stock, given, {"ann": 1, "bob": 2})
+    assert given == {"prompt": ["the person smiles", ""], "prompt_2": ["the person laughs", ""]}
+    assert [len(request.people) for request in requests] == [1, 2]
+
+
+def test_rows_stand_in_the_order_of_the_stock_batch():
+    positive = Tokens(torch.tensor([[[1.0]], [[2.0]]]))
+    negative = Tokens(torch.tensor([[[-1.0], [-3.0]], [[-2.0], [-4.0]]]))
+    rows = Batch(2, 2, True).rows(positive, negative)
+    assert rows.values[:, 0, 0].tolist() == [-1, -1, -2, -2, 1, 1, 2, 2] and rows.mask is not None
+    assert rows.mask[0].all() and rows.mask[-1].tolist() == [True, False]
+    assert Batch(2, 2, False).rows(positive, negative).values.flatten().tolist() == [1, 1, 2, 2]
+    scale = torch.arange(8.0)
+    record = Conditioning({"a": rows}, {"a": scale, "b": {"x": scale}}, {"a": torch.ones(1, 1, 2, 2)})
+    last = last_rows(record, 4)
+    assert last.branches["a"].values[:, 0, 0].tolist() == [1, 1, 2, 2] and len(last.regions["a"]) == 1
+    scales: Any = last.scales
+    assert scales["a"].tolist() == scales["b"]["x"].tolist() == [4, 5, 6, 7]
+
+
+def test_what_acts_after_guidance_has_ended_is_the_positive_side(stock: Any, pipe: Any):
+    xl = hasattr(stock, "text_encoder_2")
+    kind = diffusers.callbacks.SDXLCFGCutoffCallback if xl else diffusers.callbacks.SDCFGCutoffCallback
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def watch(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        record = kwargs["cross_attention_kwargs"]["conditioning"]
+        seen.append((len(record.branches["vision"].values), record.scales["vision"]))
+
+    hook = pipe.unet.register_forward_pre_hook(watch, with_kwargs=True)
+    options: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 3}
+    options |= {"reference": tiny.photo(1), "identity_scale": 0.7}
+    cut = draw(pipe, callback_on_step_end=kind(None, cutoff_step_index=0), **options)
+    hook.remove()
+    assert [rows for rows, _ in seen] == [2, 1, 1]
+    assert [scale.tolist() for _, scale in seen] == [pytest.approx([0.0, 0.7])] + [pytest.approx([0.7])] * 2
+    assert not same(cut, draw(pipe, **options))
+
+
+def test_a_callback_may_end_ip_adapters_as_in_diffusers():
+    parts = tiny_ip.components(False)
+    pipes = (
+        diffusers.StableDiffusionPipeline(**parts),
+        imagined(diffusers.StableDiffusionPipeline)(**{**parts, "unet": copy.deepcopy(parts["unet"])}),
+    )
+    file = tiny_ip.nested(tiny_ip.tensors("plus", pipes[0].unet, 0))
+    drawn = []
+    for each in pipes:
+        each.set_progress_bar_config(disable=True)
+        each.load_ip_adapter([file], subfolder=[""], weight_name=[""], image_encoder_folder=None)
+        options: dict[str, Any] = {"ip_adapter_image": tiny.photo(1), "height": 16, "width": 16}
+        options["num_inference_steps"] = 3
+        whole = draw(each, **options)
+        cutoff = diffusers.callbacks.IPAdapterScaleCutoffCallback(None, cutoff_step_index=0)
+        drawn.append(draw(each, **options, callback_on_step_end=cutoff))
+        assert not same(whole, drawn[-1])
+    assert (drawn[0] - drawn[1]).abs().max() < 1e-5

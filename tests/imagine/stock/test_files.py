@@ -1,0 +1,122 @@
+"""Folders of pipelines that know people are stock folders, and the other way round."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import pytest
+import torch
+
+import imagine.stock.pipelines
+from imagine.errors import WeightsError
+from imagine.networks.weights import fingerprint
+from imagine.pipeline.pipeline import ImaginePipeline
+from imagine.stock.pipelines import imagined
+from tests import tiny, tiny_ip, tiny_stock
+from tests.tiny_stock import OTHER, draw
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sd15", "sdxl"])
+def xl(request: Any) -> bool:
+    return bool(request.param)
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Up to rounding: weights lie in memory as in their file, and some CPUs multiply what lies crooked otherwise."""
+    return torch.allclose(left, right, rtol=0, atol=1e-5)
+
+
+def test_saved_and_loaded_it_draws_the_same_and_the_folder_stays_a_stock_one(xl: bool, tmp_path: Path):
+    stock = tiny_stock.stock(xl)
+    pipe = tiny_stock.personal(stock, **tiny_stock.readers())
+    pipe.load_adapter(tiny.text_adapter(pipe.unet))
+    wanted, plain = draw(pipe, OTHER, reference=tiny.photo(1)), draw(tiny_stock.stock(xl), OTHER)
+    pipe.save_pretrained(tmp_path)
+    for cls in (ImaginePipeline, type(pipe)):
+        loaded = cls.from_pretrained(tmp_path, finder=pipe.finder)
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded) is type(pipe) and same(draw(loaded, OTHER, reference=tiny.photo(1)), wanted)
+    other_eyes = tiny_stock.encoder()
+    torch.nn.init.normal_(next(other_eyes.parameters()))
+    loaded = ImaginePipeline.from_pretrained(tmp_path, finder=pipe.finder, vision_encoder=other_eyes)
+    with pytest.raises(WeightsError, match="was trained with the vision encoder"):
+        draw(loaded, OTHER, reference=tiny.photo(1))
+    other = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    other.set_progress_bar_config(disable=True)
+    assert type(other) is type(stock) and same(draw(other, OTHER), plain)
+    pipe.unload_adapter()
+    pipe.save_pretrained(tmp_path)
+    assert ImaginePipeline.from_pretrained(tmp_path).adapter is None
+
+
+def test_a_stock_folder_becomes_a_pipeline_that_knows_people(xl: bool, tmp_path: Path):
+    stock = tiny_stock.stock(xl)
+    stock.save_pretrained(tmp_path / "stock", variant="fp16")
+    tiny_stock.encoder().save_pretrained(tmp_path / "encoder")
+    assert (tmp_path / "stock" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    pipe = ImaginePipeline.from_pretrained(
+        tmp_path / "stock", vision_encoder=tmp_path / "encoder", dtype=torch.float32, variant="fp16"
+    )
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe) is imagined(type(stock)) and same(draw(pipe), draw(stock))
+    assert pipe.encoder_fingerprint == fingerprint(tiny_stock.encoder())
+    pipe.load_adapter(tiny_stock.identity(pipe.unet))
+    other = getattr(imagine.stock.pipelines, type(pipe).__name__.replace("Pipeline", "Img2ImgPipeline")).from_pipe(pipe)
+    assert other.adapter is pipe.adapter and other.unet is pipe.unet and other.vision_encoder is pipe.vision_encoder
+
+
+def test_ip_adapters_come_back_with_their_encoder_and_scales(tmp_path: Path):
+    pipe = imagined(diffusers.StableDiffusionPipeline)(**tiny_ip.components(False))
+    files = [tiny_ip.nested(tiny_ip.tensors(kind, pipe.unet, seed)) for seed, kind in enumerate(("plus", "linear"))]
+    pipe.load_ip_adapter(files, image_encoder_folder=None)
+    images: dict[str, Any] = {"ip_adapter_image": [tiny.photo(1), tiny.photo(2)], "height": 16, "width": 16}
+    full = draw(pipe, **images)
+    pipe.set_ip_adapter_scale([{"down": 0.3, "up": {"block_1": [0.0, 1.0]}}, 0.7])
+    wanted = draw(pipe, **images)
+    pipe.save_pretrained(tmp_path)
+    loaded = ImaginePipeline.from_pretrained(tmp_path)
+    assert not torch.equal(wanted, full) and torch.equal(draw(loaded, **images), wanted)
+
+
+def test_a_part_may_lie_in_a_folder_inside_a_hub_repository(tmp_path: Path):
+    """As the public image encoder does; here in the cache, as downloading it would have left it."""
+    tiny_stock.stock().save_pretrained(tmp_path / "stock")
+    kept = tmp_path / "cache" / "models--owner--name"
+    tiny_ip.encoder().save_pretrained(kept / "snapshots" / "0a1b" / "models" / "image_encoder")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("0a1b")
+    hub: dict[str, Any] = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    place = "owner/name/models/image_encoder"
+    pipe = ImaginePipeline.from_pretrained(tmp_path / "stock", vision_encoder=place, **hub)
+    assert fingerprint(pipe.vision_encoder) == fingerprint(tiny_ip.encoder())
+    with pytest.raises(WeightsError, match="vision_encoder='owner/name/models/none'"):
+        ImaginePipeline.from_pretrained(tmp_path / "stock", vision_encoder="owner/name/models/none", **hub)
+
+
+def test_a_whole_clip_model_is_a_sentence(tmp_path: Path):
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    CLIPModel(
+        CLIPConfig(text_config={**small, "vocab_size": 9}, vision_config={**small, "image_size": 16, "patch_size": 8})
+    ).save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="give vision_encoder=CLIPVisionModelWithProjection"):
+        ImaginePipeline.from_pipe(tiny_stock.stock(), vision_encoder=tmp_path)
+
+
+def test_loading_a_part_by_a_name_out_of_reach_is_one_sentence(tmp_path: Path):
+    stock = tiny_stock.stock()
+    stock.save_pretrained(tmp_path / "stock")
+    for name in ("t5_encoder", "vision_encoder", "vae"):
+        with pytest.raises(WeightsError, match=f"{name}='nobody/nothing'.*local folder") as caught:
+            ImaginePipeline.from_pretrained(tmp_path / "stock", **cast(Any, {name: "nobody/nothing"}))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsError, match="local folder"):
+        ImaginePipeline.from_pretrained("nobody-at-all/stable-diffusion")
+    with pytest.raises(WeightsError, match="config=FOLDER"):
+        (tmp_path / "one.safetensors").write_bytes(b"")
+        type(ImaginePipeline.from_pipe(stock)).from_single_file(tmp_path / "one.safetensors")
+    index = tmp_path / "stock" / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
+    with pytest.raises(WeightsError, match="FluxPipeline"):
+        ImaginePipeline.from_pretrained(tmp_path / "stock")
