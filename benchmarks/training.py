@@ -30,13 +30,13 @@ from imagine.networks.weights import default_folder
 from imagine.people.faces import crop_faces
 from imagine.pipeline.sampling import pooled_text
 from imagine.records import Conditioning
-from train import parts
 from train.config import Stage
-from train.ema import Average
-from train.initial import load_initial
+from train.initial_weights import load_initial
 from train.loop import Course
+from train.run import parts
+from train.run.ema import Average
 from train.task import Start
-from train.task_adapter import AdapterSettings, AdapterTask
+from train.tasks.adapter import AdapterSettings, AdapterTask
 
 TRAIN = {"vision_encoder": 1e-4, "vision_branch": 6e-4, "vision_projection": 4e-4, "lora": 1e-3}
 PEOPLE = 128

@@ -14,7 +14,7 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
         "tests.toy_training", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp",
-        "train.task_adapter", "data_synth.build", "tests.toy_pairs",
+        "train.tasks.adapter", "data_synth.build", "tests.toy_pairs",
     ]
 )  # fmt: skip
 

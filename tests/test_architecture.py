@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.root import ROOT
+
 PACKAGES = ("imagine", "train", "data_synth")
 PUBLIC_NAMES = {"imagine": ["ImaginePipeline", "Persona", "__version__"]}
 HEAVY = (
@@ -78,7 +80,6 @@ print(json.dumps({{"acts": acts, "changed": changed}}))
 def test_the_command_line_starts_without_heavy_libraries() -> None:
     code = f"""
 import json, sys
-from tests.root import ROOT
 import imagine.cli, data_synth.__main__, train.__main__
 print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
 """

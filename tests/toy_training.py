@@ -27,9 +27,9 @@ import train.loop
 from imagine.errors import BadRecordError, ImagineError
 from tests.forks import forked
 from train.__main__ import DONE, STOPPED, WRONG
+from train.cache.rows import keep
 from train.config import Run
-from train.data import normals
-from train.kept import keep
+from train.data.order import normals
 from train.stages import run_stages
 from train.task import Loss, Start
 

@@ -22,9 +22,9 @@ import torch
 from imagine.adapter.adapter import FILE_NAME
 from imagine.errors import ImagineError, WeightsError
 from imagine.networks.weights import fingerprint, forget_paths, load_model
-from train.checkpoint import read_tensors, replacing, write_tensors
-from train.language import load_text_encoders
-from train.task_autoencoder import load_autoencoder
+from train.cache.latents import load_autoencoder
+from train.data.language import load_text_encoders
+from train.run.checkpoint import read_tensors, replacing, write_tensors
 
 log = logging.getLogger("train")
 ADAPTERS = ("adapter", "diffusers_adapter")  # tasks whose stages leave something to draw with

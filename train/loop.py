@@ -30,13 +30,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imagine.errors import BadRecordError, ConfigError, ImagineError
 from imagine.settings import unknown_name
-from train import checkpoint, parts, trackers
-from train.checkpoint import Progress, Saved, State
 from train.config import Stage
-from train.data import ahead, key, to_device
-from train.ema import Average
-from train.report import Report, faster_precision
-from train.stopping import Stopped, Stopping
+from train.data.order import ahead, key, to_device
+from train.run import checkpoint, parts, trackers
+from train.run.checkpoint import Progress, Saved, State
+from train.run.ema import Average
+from train.run.report import Report, faster_precision
+from train.run.stopping import Stopped, Stopping
 from train.task import Loss, Task
 
 log = logging.getLogger("train")

@@ -18,8 +18,8 @@ from typing import Any
 from imagine.planning.cards import UTILISATION, speeds
 from imagine.planning.inference import Precision
 from imagine.planning.training import Lesson, Recipe, Training, TrainingPlan
-from train import parts
 from train.config import Run, Stage
+from train.run import parts
 from train.stages import TASKS, outlined, resolved
 from train.task import Task
 

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from imagine.errors import BadRecordError
-from train import parts
 from train.config import Run, Stage
-from train.data import to_device
+from train.data.order import to_device
 from train.loop import plain_attention
-from train.report import faster_precision
+from train.run import parts
+from train.run.report import faster_precision
 from train.stages import TASKS, begun, resolved, start_of, wanted_stages
 from train.task import Task
 

@@ -40,26 +40,26 @@ from torch import nn
 
 from imagine.errors import ConfigError, ImagineError
 from imagine.settings import checked, unknown_name
-from train import checkpoint, parts, trackers
 from train.config import Run, Stage
-from train.data import key
-from train.initial import found_in, load_initial
+from train.data.order import key
+from train.initial_weights import found_in, load_initial
 from train.loop import PATIENCE, from_main, on_any, train_stage
-from train.stopping import Stopping
+from train.run import checkpoint, parts, trackers
+from train.run.stopping import Stopping
 from train.task import Start, Task
 
 log = logging.getLogger("train")
 
 TASKS: dict[str, str] = {  # name -> "module:Class", imported when a run uses it
-    "autoencoder": "train.task_autoencoder:AutoencoderTask",
-    "clip": "train.task_clip:ClipTask",
-    "recogniser": "train.task_recogniser:RecogniserTask",
-    "reader": "train.task_reader:ReaderTask",
-    "finder": "train.task_finder:FinderTask",
-    "base": "train.task_base:BaseTask",
-    "likeness": "train.task_likeness:LikenessTask",
-    "adapter": "train.task_adapter:AdapterTask",
-    "diffusers_adapter": "train.task_diffusers:DiffusersTask",
+    "autoencoder": "train.tasks.autoencoder:AutoencoderTask",
+    "clip": "train.tasks.clip:ClipTask",
+    "recogniser": "train.tasks.recogniser:RecogniserTask",
+    "reader": "train.tasks.reader:ReaderTask",
+    "finder": "train.tasks.finder:FinderTask",
+    "base": "train.tasks.base:BaseTask",
+    "likeness": "train.tasks.likeness:LikenessTask",
+    "adapter": "train.tasks.adapter:AdapterTask",
+    "diffusers_adapter": "train.tasks.diffusers:DiffusersTask",
 }
 # settings that do not change what is learnt
 HARMLESS = {

@@ -3,7 +3,7 @@
 A task is a class in the table `train.stages.TASKS`. The loop builds it with `Task(settings, start)`, loads what earlier
 stages trained into its modules, moves them to the device, calls `prepare`, and then asks for batches and losses by the
 number of images seen. Nothing a task draws may come from a generator that outlives the call: every random number is a
-function of (seed, purpose, image number), see `train.data`, so that a resumed run equals a straight one.
+function of (seed, purpose, image number), see `train.data.order`, so that a resumed run equals a straight one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class Start:
     initial: Path | None = None  # a folder of weights whose modules were loaded, if the stage begins with one
     earlier: Mapping[str, Path] = field(default_factory=dict)  # stage in start_from -> the folder it exported to
     trains: Sequence[str] = ()  # the parts that will train
-    own_counts: bool = True  # see train.sources.Mixture
+    own_counts: bool = True  # see train.data.sources.Mixture
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from skimage import data
 
 from imagine.pipeline.pipeline import ImaginePipeline
 from tests import tiny
+from tests.root import ROOT
 
 SCRIPT = """
 import sys
 from imagine.cli import main
-from tests.root import ROOT
 
 code = main()
 print("heavy:", sorted({"sympy", "peft", "timm", "xformers"} & set(sys.modules)))

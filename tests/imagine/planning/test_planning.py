@@ -25,7 +25,7 @@ from tests import tiny, tiny_models, tiny_stock
 from tests.root import ROOT
 from train.config import load_run
 from train.task import Start
-from train.task_diffusers import DiffusersSettings, DiffusersTask
+from train.tasks.diffusers import DiffusersSettings, DiffusersTask
 
 DOCUMENT, CONFIGS = ROOT / "docs" / "planner.md", ROOT / "configs"
 SMALL = planning.small_base()

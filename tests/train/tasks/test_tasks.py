@@ -1,0 +1,703 @@
+"""Every task of the portrait world, tiny: batches by image number, losses that reach all parts, files that load."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from imagine.adapter.adapter import FILE_NAME, Adapter
+from imagine.errors import ConfigError, WeightsError
+from imagine.evaluation.judge import Reader, Recogniser
+from imagine.networks import encoders
+from imagine.networks.encoders import VisionEncoder
+from imagine.people.finder import load_finder
+from imagine.pipeline.pipeline import ImaginePipeline
+from imagine.records import Tokens
+from tests.root import ROOT
+from tests.toy_training import run_in_processes, started, told
+from train.__main__ import DONE
+from train.assemble import assemble
+from train.cache.latents import autoencoder_of, load_autoencoder, squared_error
+from train.cache.sentences import SentenceStore
+from train.config import Run, load_run
+from train.data.language import load_text_encoders, make_tokenizers
+from train.initial_weights import load_initial
+from train.run.checkpoint import read_tensors, write_tensors
+from train.stages import TASKS, run_stages
+from train.task import Start, Task
+from train.tasks.adapter import AdapterTask
+from train.tasks.autoencoder import AutoencoderSettings, AutoencoderTask
+from train.tasks.base import BaseSettings, BaseTask
+from train.tasks.clip import ClipTask
+from train.tasks.finder import FinderTask
+from train.tasks.likeness import LikenessTask
+from train.tasks.likeness_loss import Likeness
+from train.tasks.reader import ReaderTask
+from train.tasks.recogniser import RecogniserTask
+
+CHAIN = ("autoencoder", "clip", "base", "adapter")
+ADAPTER_PARTS = ("vision_encoder", "vision_branch", "vision_projection", "lora")
+DENOISER = {"widths": [32, 32]}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "autoencoder": {"widths": [8, 8, 16, 32], "crop": 32},
+    "clip": {},
+    "recogniser": {"dimensions": 8, "ramp": 4},
+    "reader": {},
+    "finder": {},
+    "base": DENOISER,
+    "likeness": {},
+    "adapter": {**DENOISER, "lora_rank": 2},
+}
+
+
+class SmallClip(ClipTask):
+    """Validates on few people: two pictures of 500 take longer than all other tests here."""
+
+    HELD_OUT_PEOPLE: ClassVar[int] = 4
+
+
+class SmallRecogniser(RecogniserTask):
+    HELD_OUT_PEOPLE: ClassVar[int] = 4
+
+
+class SmallReader(ReaderTask):
+    HELD_OUT_PICTURES: ClassVar[int] = 6
+
+
+class SmallBase(BaseTask):
+    VALIDATION_PEOPLE: ClassVar[int] = 4
+    DRAWING_STEPS: ClassVar[int] = 2
+
+
+class SmallAdapter(AdapterTask):
+    VALIDATION_PEOPLE: ClassVar[int] = 4
+    DRAWING_STEPS: ClassVar[int] = 2
+
+
+class SmallLikeness(LikenessTask):
+    VALIDATION_PEOPLE: ClassVar[int] = 4
+
+
+class SmallFinder(FinderTask):
+    GROUPS: ClassVar[int] = 4
+    HELD_OUT_PICTURES: ClassVar[int] = 2
+
+
+SMALL: dict[str, Any] = {
+    "autoencoder": AutoencoderTask,
+    "clip": SmallClip,
+    "recogniser": SmallRecogniser,
+    "reader": SmallReader,
+    "finder": SmallFinder,
+    "base": SmallBase,
+    "likeness": SmallLikeness,
+    "adapter": SmallAdapter,
+}
+
+
+@functools.cache
+def home() -> Path:
+    """One folder for all tests of this file: galleries and tokenizers are made once."""
+    folder = Path(tempfile.mkdtemp(prefix="imagine-tasks-"))
+    make_tokenizers(folder / "tokenizers", sentences=150)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tidy() -> Iterator[None]:
+    yield
+    shutil.rmtree(home())
+
+
+def data() -> dict[str, Any]:
+    sizes = {"identities": 8, "pictures": 2, "judge_identities": 8, "judge_pictures": 2}
+    return {"folder": str(home() / "data"), **sizes}
+
+
+def with_tokenizers(stage: Path) -> Path:
+    """A stage's folder with tokenizers in its cache, as an interrupted run leaves it."""
+    shutil.copytree(home() / "tokenizers", stage / "cache", dirs_exist_ok=True)
+    return stage
+
+
+@functools.cache
+def trained() -> Path:
+    """The chain from autoencoder to adapter, two steps each, from a run file as a user writes it."""
+    output = home() / "run"
+    parts = {name: dict.fromkeys(SMALL[name].PARTS, 1e-3) for name in CHAIN}
+    parts["adapter"] = dict.fromkeys(ADAPTER_PARTS, 1e-3)  # on the frozen base
+    starts = {"base": ["autoencoder", "clip"], "adapter": ["autoencoder", "clip", "base"]}
+    stages = {
+        name: {"task": name, "train": parts[name], "start_from": starts.get(name, []), "settings": SETTINGS[name]}
+        for name in CHAIN
+    }
+    stages["clip"]["muon"] = ["vision", "text"]
+    defaults = {"images": 4, "batch_size": 2, "precision": "fp32", "ema": 4, "report_every_seconds": 0}
+    content = {"data": data(), "defaults": defaults, "stages": stages}
+    (home() / "run.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    for name in CHAIN:
+        with_tokenizers(output / name)
+    assert run_stages(load_run(home() / "run.yaml"), output, resume=True, tasks=SMALL)
+    return output
+
+
+@functools.cache
+def built(name: str) -> Any:
+    """The task, ready for its first batch; base and adapter stand on the chain's autoencoder."""
+    earlier = {"autoencoder": trained() / "autoencoder" / "export"} if name in ("base", "adapter", "likeness") else {}
+    task_class = SMALL[name]
+    torch.manual_seed(0)
+    folder = with_tokenizers(home() / "built" / name)
+    start = Start(name, 3, torch.device("cpu"), folder, data(), None, earlier)
+    task: Task = task_class(task_class.Settings(**SETTINGS[name]), start)
+    for module in task.modules.values():
+        module.eval().requires_grad_(False)
+    with torch.no_grad():
+        task.prepare()
+    return task
+
+
+def leaves(record: Any) -> Iterator[Any]:
+    """Every tensor and text in a batch, in order."""
+    if dataclasses.is_dataclass(record):
+        record = [getattr(record, field.name) for field in dataclasses.fields(record)]
+    if isinstance(record, dict):
+        record = list(record.values())
+    if isinstance(record, (list, tuple)):
+        for item in record:
+            yield from leaves(item)
+    else:
+        yield record
+
+
+def same(one: Any, two: Any) -> bool:
+    pairs = zip(leaves(one), leaves(two), strict=True)
+    return all(a.shape == b.shape and torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in pairs)
+
+
+def test_the_small_tasks_are_the_ones_that_runs_use() -> None:
+    assert SMALL.keys() == SETTINGS.keys() == TASKS.keys() - {"diffusers_adapter"}  # see test_train_diffusers.py
+    for name in SMALL:
+        address = TASKS[name]
+        module, _, class_name = address.partition(":")
+        assert issubclass(SMALL[name], getattr(importlib.import_module(module), class_name))
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_batches_are_functions_of_images_seen(name: str) -> None:
+    task = built(name)
+    batch = task.batch(40, 4)
+    torch.rand(1)  # the global generator has no part in it
+    assert same(batch, task.batch(40, 4))
+    assert not same(batch, task.batch(44, 4))
+    floats = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    assert floats and all(leaf.isfinite().all() for leaf in floats)
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_every_image_is_a_function_of_its_own_number(name: str) -> None:
+    """So that the pieces of a batch do not depend on accumulation, or on how many processes share it."""
+    task = built(name)
+    whole, first, second = task.batch(40, 4), task.batch(40, 2), task.batch(42, 2)
+    if name == "clip":  # row numbers within the batch
+        second = dataclasses.replace(second, crops=second.crops + 2)
+    both = [list(leaves(half)) for half in (first, second)]
+    words = [[leaf for leaf in half if isinstance(leaf, str)] for half in both]
+    assert [leaf for leaf in leaves(whole) if isinstance(leaf, str)] == words[0] + words[1]
+    tensors = [[leaf for leaf in half if isinstance(leaf, Tensor)] for half in both]
+    together = [leaf for leaf in leaves(whole) if isinstance(leaf, Tensor)]
+    for all_rows, one, two in zip(together, *tensors, strict=True):
+        assert len(all_rows) == len(one) + len(two)
+        for part, rows in ((one, all_rows[: len(one)]), (two, all_rows[len(one) :])):
+            width = slice(None) if part.dim() < 2 else slice(part.shape[1])  # tokens are cut to the longest caption
+            assert torch.equal(rows[:, width] if part.dim() > 1 else rows, part)
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_losses_are_finite_and_reach_every_part(name: str) -> None:
+    task = built(name)
+    parts = task.parts()
+    assert set(parts) <= set(task.PARTS)
+    own = {id(p) for module in task.modules.values() for p in module.parameters()}
+    trained_here = [p for parameters in parts.values() for p in parameters]
+    assert len({id(p) for p in trained_here}) == len(trained_here) and {id(p) for p in trained_here} <= own
+    before = [p.detach().clone() for p in trained_here]
+    try:
+        with torch.no_grad():
+            for parameter in trained_here:  # gates and gains that begin at zero are open after the first steps
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        for parameter in trained_here:
+            parameter.requires_grad_(True)
+        loss = task.loss(task.batch(40, 4), 40)
+        assert loss.per_sample.shape == (4,)
+        assert loss.per_sample.isfinite().all()
+        assert all(torch.as_tensor(value).isfinite().all() for value in loss.metrics.values())
+        loss.per_sample.mean().backward()
+        for part, parameters in parts.items():
+            reached = [p for p in parameters if p.grad is not None and p.grad.abs().sum() > 0]
+            assert len(reached) > 0.5 * len(parameters), part
+            assert all(p.grad.isfinite().all() for p in reached if p.grad is not None), part
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained_here, before, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+                parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_losses_are_functions_of_batch_and_images_seen(name: str) -> None:
+    task = built(name)
+    batch = task.batch(8, 2)
+    with torch.no_grad():
+        first = task.loss(batch, 8).per_sample
+        torch.rand(1)
+        assert torch.equal(first, task.loss(batch, 8).per_sample)
+
+
+@pytest.mark.parametrize("name", ["recogniser", "reader", "finder"])
+def test_the_judges_tasks_validate_and_export_what_the_judge_loads(name: str, tmp_path: Path) -> None:
+    task = built(name)
+    with torch.no_grad():
+        numbers = task.validate(tmp_path, 0)
+        task.export(tmp_path)
+        task.show(task.batch(0, 4), tmp_path / "first_batch.png")
+    assert (tmp_path / "first_batch.png").stat().st_size > 1000
+    assert numbers and all(abs(value) < float("inf") for value in numbers.values())
+    load: Any = {"recogniser": Recogniser.load, "reader": Reader.load, "finder": load_finder}[name]
+    loaded, own = load(tmp_path / name), task.modules[name]
+    assert loaded.state_dict().keys() == own.state_dict().keys()
+    for key, value in own.state_dict().items():
+        assert torch.allclose(loaded.state_dict()[key].float(), value.float(), atol=2e-3, rtol=2e-3), key
+
+
+def test_the_finders_batches_hold_nobody_one_and_several_people() -> None:
+    images, boxes, valid = built("finder").batch(0, 64)
+    assert images.shape == (64, 3, 128, 128)
+    assert set(valid.sum(1).tolist()) == {0, 1, 2, 3}
+    assert (boxes[valid][:, 2:] > 0).all()
+
+
+def test_a_piece_of_whole_pictures_alone_can_be_learnt_from() -> None:
+    task = built("clip")
+    mixed = task.settings
+    task.settings = mixed.model_copy(update={"whole_share": 1.0})
+    try:
+        batch = task.batch(0, 2)
+        loss = task.loss(batch, 0)
+    finally:
+        task.settings = mixed
+    assert len(batch.crops) == 0 and loss.per_sample.isfinite().all() and "caption_hits" in loss.metrics
+
+
+def test_the_base_pairs_captions_with_pictures_and_drops_some() -> None:
+    batch = built("base").batch(0, 64)
+    assert batch.latents.shape == (64, 32, 8, 8)
+    assert batch.sentences.clip.mask is not None and batch.sentences.t5.mask is not None
+    lengths = batch.sentences.clip.mask.sum(1)
+    assert 0 < (lengths == 2).sum() < 20  # start and end of nothing
+    assert lengths.max() > 40 and (lengths[lengths > 2] < 15).any()  # dense captions, and terse ones
+
+
+def test_stored_sentences_are_what_the_encoders_say() -> None:
+    task = built("base")
+    rows, styles = torch.tensor([1, 5, 2, 1]), ["dense", "rewritten", "terse", "dense"]
+    store = task.stocks["train"].sentences
+    gone = torch.tensor([False, False, False, True])
+    got = store.take(rows, styles, dict.fromkeys(("clip", "t5", "byt5"), gone))
+    texts = store.gallery.captions(rows, styles)
+    assert " skin" in texts[0] and texts[2].startswith("person") and texts[0] == texts[3]
+    with torch.no_grad():
+        for tokens, encode in ((got.clip, task.text.encode_clip), (got.t5, task.text.encode_t5)):
+            assert tokens.mask is not None
+            for row, text in enumerate((*texts[:3], "")):
+                wanted = encode([text])
+                length = int(tokens.mask[row].sum())
+                assert length == wanted.mask.sum()
+                assert torch.allclose(tokens.values[row, :length], wanted.values[0, :length], atol=5e-3), text
+    assert got.letters == [encoders.quoted(text) for text in texts[:3]] + [""]
+    again = store.take(rows, styles, {"t5": gone})  # one branch alone is told nothing of the last
+    assert again.clip.mask is not None and again.t5.mask is not None
+    assert torch.equal(again.clip.values[0, :8], got.clip.values[0, :8])
+    assert again.clip.mask[3].sum() == again.clip.mask[0].sum() and again.t5.mask[3].sum() < again.t5.mask[0].sum()
+    assert again.letters[3] == again.letters[0]
+    shifted = got.shifted()
+    assert torch.equal(shifted.clip.values[1], got.clip.values[0]) and shifted.letters[1] == got.letters[0]
+
+
+def test_each_process_keeps_the_sentences_it_reads_in_files_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, rows, manners = built("base"), torch.tensor([1, 5]), ["terse", "dense"]
+    gallery = task.stocks["train"].pictures.gallery
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    taken = []
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        store = SentenceStore(gallery, task.text, tmp_path)
+        assert store.t5.missing([3, 16]) == [3, 16]  # another process read them, but not into these files
+        taken.append(store.take(rows, manners))
+    assert torch.equal(taken[0].t5.values, taken[1].t5.values)
+    assert len(list(tmp_path.glob("t5-*.f16"))) == len(list(tmp_path.glob("clip-*.f16"))) == 2
+
+
+def test_a_sentence_also_acts_as_one_vector() -> None:
+    task = built("base")
+    batch = task.batch(0, 2)
+    noise, t = task.noise(batch.latents, 0, 0)
+    with torch.no_grad():
+        task.unet.class_embedding.linear_2.weight.add_(0.1)
+        try:
+            one = task.predict(noise, t, batch.sentences)
+            other = dataclasses.replace(
+                batch.sentences, clip=Tokens(torch.zeros_like(batch.sentences.clip.values), batch.sentences.clip.mask)
+            )
+            assert task.unet.config.class_embed_type == "projection"
+            assert not torch.allclose(one, task.predict(noise, t, other))
+        finally:
+            task.unet.class_embedding.linear_2.weight.sub_(0.1)
+
+
+def test_a_text_branch_can_be_left_out_altogether() -> None:
+    whole = built("base")
+    settings = BaseSettings(widths=(32, 32), pooled=False, text_branches=("byt5",))
+    task = SmallBase(settings, dataclasses.replace(whole.start, folder=with_tokenizers(home() / "built" / "byt5")))
+    assert {spec.name for spec in task.text_adapter.branch_specs} == {"byt5"}
+    batch = whole.batch(0, 4)
+    deaf = dataclasses.replace(
+        batch.sentences, t5=Tokens(torch.zeros_like(batch.sentences.t5.values), batch.sentences.t5.mask)
+    )
+    noise, t = task.noise(batch.latents, 0, 0)
+    with torch.no_grad():
+        assert torch.equal(task.predict(noise, t, batch.sentences), task.predict(noise, t, deaf))
+        assert not torch.equal(whole.predict(noise, t, batch.sentences), whole.predict(noise, t, deaf))
+    assert task.spoken(["a person"])[1].keys() == {"byt5"}
+    without = SmallBase(settings.model_copy(update={"text_branches": ("t5",)}), task.start)
+    assert without.parts()["byt5"] == [] and len(without.parts()["text_adapter"]) > 0
+    for wrong in (["byt5"], [], ["t5", "t5"]):
+        with pytest.raises(ValueError, match=r"pooled to false|each once"):
+            BaseSettings.model_validate({"text_branches": wrong})
+
+
+def test_a_stage_may_begin_with_a_folder_of_weights(tmp_path: Path) -> None:
+    task = built("clip")
+    fresh = SMALL["clip"](SMALL["clip"].Settings(), dataclasses.replace(task.start, seed=9))
+    folder = trained() / "clip" / "export"
+    assert set(load_initial(fresh.modules, folder)) == {"image_encoder", "text_encoder", "text_encoder_2"}
+    wanted = read_tensors(trained() / "clip" / "weights.safetensors")[0]
+    for name in ("image_encoder", "text_encoder", "text_encoder_2"):
+        for path, value in fresh.modules[name].state_dict().items():
+            assert torch.allclose(value, wanted[f"{name}.{path}"], atol=1e-6), path
+    with pytest.raises(WeightsError, match="There is no folder"):
+        load_initial(fresh.modules, tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match="nothing that this stage can begin from"):
+        load_initial(fresh.modules, tmp_path)
+
+
+def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
+    task = built("adapter")
+    batch = task.batch(0, 64)
+    stock = task.stocks["train"]
+    gallery = stock.pictures.gallery
+    everybody = stock.latents.take(torch.arange(len(gallery)))
+    rows = (batch.latents[:, None] == everybody[None]).flatten(2).all(2).float().argmax(1)
+    real = rows % gallery.pictures == 0
+    assert 0 < real.sum() < 32  # few targets are their own reference
+    assert set(batch.strength.tolist()) == {0.0, 1.0}
+    assert batch.crops.shape[:2] == (64, 3) and batch.faces.shape == (64, 1, 8, 8)
+    assert set(batch.faces.unique().tolist()) == {0.0, 1.0}
+    assert all(0.1 < here.mean() < 0.9 for here in batch.faces)
+
+
+def test_the_loss_looks_closer_at_faces_and_at_letters() -> None:
+    task = built("base")
+    rows = torch.arange(len(task.stocks["train"].pictures.gallery))
+    faces, letters = task.stocks["train"].faces(rows), task.stocks["train"].letters(rows)
+    wordless = task.stocks["train"].pictures.gallery.contexts(rows).letters[:, 0] == 0
+    assert wordless.any() and not wordless.all() and torch.equal(letters.flatten(1).amax(1) == 0, wordless)
+    assert not (letters * faces)[:, :, :3].any()  # words are below
+    settings = task.settings.model_copy(update={"letter_weight": 11.0, "face_weight": 3.0})
+    task.settings, before = settings, task.settings
+    batch = task.batch(0, 16)
+    task.settings = before
+    assert set(batch.weights.unique().tolist()) <= {1.0, 3.0, 11.0, 13.0} and (batch.weights > 10).any()
+    assert torch.equal(task.batch(0, 16).weights, 1 + (before.face_weight - 1) * batch.faces)
+    guess = torch.zeros_like(batch.latents)
+    wanted = guess + (batch.weights > 10)  # wrong at the letters alone
+    shares = ((batch.weights > 10) * batch.weights).flatten(1).sum(1) / batch.weights.flatten(1).sum(1)
+    assert torch.allclose(squared_error(guess, wanted, batch.weights), shares)
+
+
+def test_a_weight_for_letters_that_no_record_names_is_remarked_on(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").touch()
+    task = built("base")
+    mine = {
+        "galleries": {"mine": {"records": str(tmp_path)}},
+        "sources": {"mine": {"gallery": "mine", "target": "self"}},
+    }
+    settings = task.settings.model_copy(update={"sources": {"mine": 1.0}, "letter_weight": 20.0})
+    recorded = SmallBase(settings, dataclasses.replace(task.start, data={**data(), **mine}))
+    assert [said.split(":")[0] for said in recorded.check()] == ["letter_weight has no effect"]
+    rendered = SmallBase(task.settings.model_copy(update={"letter_weight": 20.0}), task.start)
+    assert rendered.check() == []
+    plain = SmallBase(settings.model_copy(update={"letter_weight": 1.0}), recorded.start)
+    assert plain.check() == []
+
+
+def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
+    folder = ROOT / "weights"
+    vae, mean, std = load_autoencoder(folder)
+    latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent
+    assert latents.shape[1] == len(mean) == len(std) and latents.dtype == torch.float32
+    start = Start("base", 3, torch.device("cpu"), with_tokenizers(home() / "built" / "base"), data(), folder)
+    assert autoencoder_of(start) == folder
+    nowhere = SmallBase(BaseSettings(widths=(32, 32)), dataclasses.replace(start, initial=None))
+    with pytest.raises(ConfigError, match="needs an autoencoder"):
+        nowhere.prepare()
+    with pytest.raises(ConfigError, match=r"needs an autoencoder, and .*tokenizers holds none"):
+        autoencoder_of(dataclasses.replace(start, initial=home() / "tokenizers"))
+
+
+def test_the_decoder_may_be_told_by_the_vision_encoder_whose_face_it_draws() -> None:
+    weights, plain = ROOT / "weights", built("autoencoder")
+    settings = AutoencoderSettings(faces=0.5, features=1.0)
+    with pytest.raises(ConfigError, match="name a folder of weights as its initial"):
+        AutoencoderTask(settings, plain.start)
+    task = AutoencoderTask(settings, dataclasses.replace(plain.start, initial=weights))
+    assert set(load_initial(task.modules, weights)) == {"vae", "image_encoder"}
+    task.pictures = plain.pictures
+    batch = task.batch(0, 8)
+    assert 0 < batch.on_face.sum() < 8
+    with torch.no_grad():
+        told = task.loss(batch, 0)
+        task.settings = settings.model_copy(update={"features": 0.0})
+        silent = task.loss(batch, 0).per_sample
+        assert torch.equal(told.per_sample > silent, batch.on_face)
+        faces = batch.crops[batch.on_face]
+        assert task._strangeness(faces, faces).max() < 1e-9
+        assert (task._strangeness(faces.roll(1, 0), faces) > task._strangeness(0.95 * faces, faces)).all()
+
+
+def test_a_chain_of_stages_trains_to_the_end() -> None:
+    output = trained()
+    for name in CHAIN:
+        assert (output / name / "done.json").exists(), name
+        saved = {path.split(".")[0] for path in read_tensors(output / name / "weights.safetensors")[0]}
+        task = built(name)
+        trained_parts = ADAPTER_PARTS if name == "adapter" else task.PARTS
+        in_parts = {id(p) for part in trained_parts for p in task.parts()[part]}
+        trains = {m for m, network in task.modules.items() if any(id(p) in in_parts for p in network.parameters())}
+        assert saved == trains, name
+    assert "unet" in built("adapter").modules and "unet" not in saved  # the adapter's base stays as it is
+    for name in ("autoencoder", "base", "adapter"):
+        assert list((output / name / "samples").rglob("*.png")), name
+    for name in CHAIN:  # what it was shown at the very beginning
+        with Image.open(output / name / "first_batch.png") as sheet:
+            assert len(sheet.convert("RGB").getcolors(1 << 20) or []) > 50, name
+    with pytest.raises(ConfigError, match="base has batch_size 2, not 4"):
+        run_stages(load_run(home() / "run.yaml", ["base.batch_size=4"]), output, tasks=SMALL)
+
+
+def test_later_stages_begin_with_what_earlier_ones_trained() -> None:
+    """Muon and AdamW move a weight by about its rate a step: two steps stay near the start, a fresh start does not."""
+    clip = read_tensors(trained() / "clip" / "weights.safetensors")[0]
+    found = read_tensors(trained() / "adapter" / "weights.safetensors")[0]
+    shared = [path for path in found if path in clip and found[path].ndim == 2]
+    assert shared
+    for path in shared:
+        assert (found[path] - clip[path]).abs().max() < 0.02, path
+
+
+def test_exports_load_through_the_public_loaders_as_they_were_averaged() -> None:
+    def weights(stage: str, module: str) -> dict[str, Tensor]:
+        tensors = read_tensors(trained() / stage / "weights.safetensors")[0]
+        return {p.removeprefix(f"{module}."): v for p, v in tensors.items() if p.startswith(f"{module}.")}
+
+    vae, mean, std = load_autoencoder(trained() / "autoencoder" / "export")
+    assert mean.shape == std.shape == (32,) and (std > 0).all()
+    base = trained() / "adapter" / "export"  # an adapter comes with the base that it was trained on
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    text = load_text_encoders(base)
+    adapter = trained() / "adapter" / "export"
+    loaded: list[tuple[Any, str, str]] = [
+        (vae, "autoencoder", "vae"),
+        (unet, "base", "unet"),
+        (Adapter.load(base / "text_adapter", unet), "base", "text_adapter"),
+        (text.clip, "clip", "text_encoder"),
+        (text.t5, "clip", "text_encoder_2"),
+        (text.byt5, "base", "text_encoder_3"),
+        (VisionEncoder.from_pretrained(adapter / "image_encoder"), "adapter", "image_encoder"),
+        (Adapter.load(adapter / "adapter", unet), "adapter", "adapter"),
+    ]
+    for module, stage, name in loaded:
+        found, wanted = module.state_dict(), weights(stage, name)
+        assert wanted and set(wanted) <= set(found), name
+        for path, value in wanted.items():
+            assert torch.allclose(found[path].float(), value.float(), atol=1e-2, rtol=1e-2), (name, path)
+    clip, branches = text.encode(['a person with the letters "SKY"'])
+    assert clip.values.isfinite().all() and set(branches) == {"t5", "byt5"}
+
+
+def test_a_run_becomes_a_folder_of_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assemble(trained(), tmp_path / "weights", defaults={"default_steps": 3})
+    assert "not trained to its end" not in caplog.text
+    pipe = ImaginePipeline.from_pretrained(tmp_path / "weights")
+    assert pipe.config.default_steps == 3
+    wanted = read_tensors(trained() / "adapter" / "weights.safetensors")[0]
+    assert pipe.adapter is not None
+    for path, value in pipe.adapter.state_dict().items():
+        assert torch.allclose(value.float(), wanted[f"adapter.{path}"], atol=1e-2, rtol=1e-2), path
+    run = tmp_path / "run"
+    shutil.copytree(trained(), run)
+    shutil.copytree(run / "autoencoder" / "export", run / "decoder" / "export")  # as if it had been trained on alone
+    (run / "decoder" / "export" / "latents.json").write_text(json.dumps({"mean": [0.5] * 32, "std": [2.0] * 32}))
+    (run / "adapter" / "done.json").unlink()  # as if its last stage had been stopped
+    assemble(run, tmp_path / "decoded")
+    assert "not trained to its end: these are the weights of its stage adapter" in caplog.text
+    assert ImaginePipeline.from_pretrained(tmp_path / "decoded").config.latents_mean == [0.5] * 32
+    with pytest.raises(WeightsError, match=r"adapter holds no best weights: give the stage best_by"):
+        assemble(run, tmp_path / "best", best=True)
+    shutil.copytree(run / "adapter" / "export", run / "adapter" / "best")
+    file = run / "adapter" / "best" / "adapter" / FILE_NAME
+    tensors, facts = read_tensors(file)
+    write_tensors(file, {name: torch.full_like(value, 0.5) for name, value in tensors.items()}, facts)
+    (tmp_path / "decoded" / "README.md").write_text("a card")
+    (tmp_path / "decoded" / "adapter" / "old.txt").touch()
+    assemble(run, tmp_path / "decoded", best=True)
+    best = ImaginePipeline.from_pretrained(tmp_path / "decoded").adapter
+    assert best is not None and all((value == 0.5).all() for value in best.parameters())
+    names = {path.name for path in (tmp_path / "decoded").iterdir()}
+    assert "README.md" in names and not [name for name in names if name.startswith(".")]
+    assert not (tmp_path / "decoded" / "adapter" / "old.txt").exists()
+    with pytest.raises(WeightsError, match="no export of the stage nobody"):
+        assemble(trained(), tmp_path / "other", stage="nobody")
+    with pytest.raises(WeightsError, match="holds no run"):
+        assemble(tmp_path, tmp_path / "other", initial=trained() / "autoencoder" / "export")
+
+
+def teacher_stages() -> Path:
+    """A teacher, and an adapter that learns from it, after the chain."""
+    run = yaml.safe_load((home() / "run.yaml").read_text())
+    run["stages"]["likeness"] = {
+        "task": "likeness", "train": {"likeness": 1e-3}, "muon": ["likeness"], "start_from": ["autoencoder"],
+        "settings": SETTINGS["likeness"],
+    }  # fmt: skip
+    run["stages"]["alike"] = {
+        **run["stages"]["adapter"], "start_from": ["autoencoder", "clip", "base", "likeness"],
+        "settings": {**SETTINGS["adapter"], "likeness": 0.5},
+    }  # fmt: skip
+    (home() / "alike.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+    return home() / "alike.yaml"
+
+
+def test_an_adapter_may_learn_from_a_teacher_that_knows_people() -> None:
+    output, path = trained(), teacher_stages()
+    with_tokenizers(output / "alike")
+    assert run_stages(load_run(path), output, resume=True, only=["likeness", "alike"], tasks=SMALL)
+    lines = [json.loads(line) for line in (output / "alike" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["error"] > 0 and 0 < line["strange"] < 2 for line in lines if "loss" in line)
+    assert -1 <= lines[-1]["validate/likeness"] <= 1
+    saved = {name.split(".")[0] for name in read_tensors(output / "alike" / "weights.safetensors")[0]}
+    assert "likeness" not in saved  # it teaches and does not learn
+
+
+def test_a_likeness_loss_needs_its_teacher_and_asks_nothing_where_nobody_is_shown() -> None:
+    task = built("adapter")
+    settings = task.settings.model_copy(update={"likeness": 2.0})
+    with pytest.raises(ConfigError, match="name a stage `likeness` in its start_from"):
+        SmallAdapter(settings, task.start)
+    batch = task.batch(0, 4)
+    batch = dataclasses.replace(batch, strength=torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    silent, task.likeness = task.settings, Likeness().requires_grad_(False)
+    task.settings = settings
+    try:
+        with_teacher = task.loss(batch, 0).per_sample
+    finally:
+        task.settings, task.likeness = silent, None
+    plain = task.loss(batch, 0).per_sample
+    assert torch.equal((with_teacher > plain), batch.strength.bool())
+    assert torch.equal(with_teacher[1::2], plain[1::2])
+
+
+def test_the_teacher_sees_whose_latents_they_are_only_by_the_latents_and_the_place_of_the_face() -> None:
+    task = built("likeness")
+    batch = task.batch(0, 4)
+    assert batch.latents.shape == (4, 2, 32, 8, 8) and batch.faces.shape == (4, 2, 1, 8, 8)
+    stored = task.latents.take(torch.arange(len(task.pictures.gallery)))
+    rows = (batch.latents.flatten(0, 1)[:, None] == stored[None]).flatten(2).all(2).float().argmax(1).view(4, 2)
+    first, second = rows.unbind(1)
+    assert torch.equal(first // 2, second // 2) and (first != second).all()  # two pictures of one person
+    seen = task.likeness(batch.latents.flatten(0, 1), batch.faces.flatten(0, 1))
+    assert torch.allclose(seen.norm(dim=1), torch.ones(8), atol=1e-5)
+    assert not torch.allclose(seen, task.likeness(batch.latents.flatten(0, 1), 1 - batch.faces.flatten(0, 1)))
+
+
+def test_an_adapter_stage_may_ask_the_judge_at_every_validation(tmp_path: Path) -> None:
+    task = built("adapter")
+    silent = task.settings
+    task.settings = silent.model_copy(update={"judge": ROOT / "weights"})
+    try:
+        with torch.no_grad():
+            numbers = task.validate(tmp_path, 0)
+    finally:
+        task.settings = silent
+    assert {"validation_loss", "prompt", "sim_gt", "rank1_of_100", "sim_gt_ceiling"} <= numbers.keys()
+    assert numbers["sim_gt"] < 0.3 < numbers["sim_gt_ceiling"]  # nothing is learnt yet
+    assert (tmp_path / "judged.png").exists()
+
+
+def adapter_alone(output: Path) -> Run:
+    """The chain's adapter, on real pictures and pairs, as a run whose stages before it are done."""
+    shutil.copytree(trained(), output, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
+    with_tokenizers(output / "adapter")
+    run = load_run(home() / "run.yaml")
+    longer = {"images": 24, "batch_size": 4, "checkpoint_every_seconds": 0}
+    stages = {**run.stages, "adapter": run.stages["adapter"].model_copy(update=longer)}
+    return run.model_copy(update={"stages": stages, "trackers": ()})
+
+
+def handed_on(output: Path) -> dict[str, Tensor]:
+    return read_tensors(output / "adapter" / "weights.safetensors")[0]
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "adapter" / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in lines if "loss" in row]
+
+
+def test_a_real_stage_ends_the_same_after_kills_and_in_two_processes(tmp_path: Path) -> None:
+    straight, killed, shared = tmp_path / "straight", tmp_path / "killed", tmp_path / "shared"
+    process = started(adapter_alone(straight), straight, tasks=SMALL)
+    process.join()
+    assert process.exitcode == DONE, told(straight)
+    run, checkpoints = adapter_alone(killed), killed / "adapter" / "checkpoints"
+    for seen in (4, 16):  # a kill in the first half, a kill after the rate began to fall
+        process = started(run, killed, tasks=SMALL)
+        while process.is_alive() and not list(checkpoints.glob(f"{seen:012d}*.safetensors")):
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, told(killed)
+    process = started(run, killed, tasks=SMALL)
+    process.join()
+    assert process.exitcode == DONE, told(killed)
+    wanted, found = handed_on(straight), handed_on(killed)
+    assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == [] and len(wanted) > 50
+    assert run_in_processes(adapter_alone(shared), shared, tasks=SMALL) == [DONE, DONE], told(shared)
+    assert len(losses(straight)) == 6
+    torch.testing.assert_close(losses(shared), losses(straight), rtol=0, atol=1e-4)
+    torch.testing.assert_close(handed_on(shared), wanted, rtol=0, atol=1e-3)

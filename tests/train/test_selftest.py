@@ -1,0 +1,175 @@
+"""`--self-test`: a stage that can learn passes; one that cannot says why, and the exit code is not 0."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.toy_training import ToyBatch, ToySettings, ToyTask
+from tests.train.tasks.test_tasks import ADAPTER_PARTS, SETTINGS, SMALL
+from train.__main__ import main
+from train.config import Run, Stage
+from train.data.language import make_tokenizers
+from train.run.checkpoint import read_tensors
+from train.selftest import self_test
+from train.stages import run_stages
+from train.task import Loss, Start
+
+
+class Deaf(ToyTask):
+    """Its loss does not depend on the head."""
+
+    def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
+        return Loss((self.modules["body"](batch.x).mean(1) - batch.y[:, 0]).square())
+
+
+class Diverging(ToyTask):
+    """Its loss is finite at first and then no more."""
+
+    def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
+        self.calls = getattr(self, "calls", 0) + 1
+        return Loss(super().loss(batch, images_seen).per_sample * (float("inf") if self.calls > 3 else 1.0))
+
+
+class Shy(ToyTask):
+    """Like a fresh adapter: a gate at zero hides one part from the first gradient, and from the first only."""
+
+    def __init__(self, settings: ToySettings, start: Start) -> None:
+        super().__init__(settings, start)
+        self.gate = nn.Parameter(torch.zeros(2))
+        self.modules["gate"] = nn.Module()
+        self.modules["gate"].register_parameter("value", self.gate)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        own = super().parts()
+        return {"first": own["first"], "second": [*own["second"], self.gate]}
+
+    def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
+        guess: Tensor = self.modules["head"](self.modules["body"](batch.x)) * self.gate
+        return Loss((guess - batch.y).square().mean(1))
+
+
+def run(**settings: Any) -> Run:
+    """One stage; in fp32, as finding the faster precision takes longer than the test of a toy."""
+    given: dict[str, Any] = {"task": "toy", "train": {"first": 3e-2, "second": 3e-2}, "images": 16, "batch_size": 8}
+    given |= {"precision": "fp32", **settings}
+    return Run(stages={"one": Stage.model_validate(given)})
+
+
+@pytest.mark.parametrize("task", [ToyTask, Shy])
+def test_a_stage_that_can_learn_passes_and_leaves_nothing(tmp_path: Path, task: type[ToyTask]) -> None:
+    settings = {"careful": True}  # it writes while it is built and prepared
+    (outcome,) = self_test(run(settings=settings), tmp_path / "run", tasks={"toy": task})
+    assert outcome.passed and "learns 8 images by heart" in outcome.sentence
+    assert not (tmp_path / "run").exists()
+    assert run_stages(run(settings=settings), tmp_path / "run", tasks={"toy": task})  # the folder is as good as new
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "says"),
+    [
+        (Deaf, {}, "no gradient reaches the part second"),
+        (Diverging, {}, "not finite after 3 steps on one batch: lower"),
+        (ToyTask, {"settings": {"bad": [0]}}, "very first loss is not finite"),
+        (ToyTask, {"train": {"both": 1e-7}}, "hardly falls on one batch"),
+        (ToyTask, {"train": {"both": 30.0}}, "rises on one batch"),
+    ],
+)
+def test_a_stage_that_cannot_learn_says_why(tmp_path: Path, task: Any, settings: dict[str, Any], says: str) -> None:
+    (outcome,) = self_test(run(**settings), tmp_path, tasks={"toy": task}, steps=30)
+    assert not outcome.passed and says in outcome.sentence
+
+
+class Reading(ToyTask):
+    """Reads what an earlier stage exported, and keeps what it began with."""
+
+    heads: ClassVar[list[Any]] = []
+    began: ClassVar[list[Tensor]] = []
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.began.append(self.modules["head"].get_parameter("weight").detach().clone())
+        if "one" in self.start.earlier:
+            self.heads.append(json.loads((self.start.earlier["one"] / "head.json").read_text()))
+
+
+def test_a_stage_begins_from_what_is_trained_and_else_from_what_is_not(tmp_path: Path) -> None:
+    one = run().stages["one"]
+    both = Run(stages={"one": one, "two": one.model_copy(update={"start_from": ("one",), "seed": 5})}, trackers=())
+    tasks = {"toy": Reading}
+    Reading.heads.clear()
+    assert [each.passed for each in self_test(both, tmp_path, tasks=tasks)] == [True, True]  # one after the other, new
+    (outcome,) = self_test(both, tmp_path, only=["two"], tasks=tasks)
+    assert outcome.passed and len(Reading.heads) == 2 and list(tmp_path.iterdir()) == []
+    run_stages(both, tmp_path, only=["one"], tasks=tasks)
+    Reading.began.clear()
+    self_test(both, tmp_path, only=["two"], tasks=tasks)
+    trained = read_tensors(tmp_path / "one" / "weights.safetensors")[0]["head.weight"]
+    assert torch.equal(Reading.began[-1], trained) and Reading.heads[-1] == trained.tolist()
+
+
+def test_all_stages_share_one_budget_of_time(tmp_path: Path) -> None:
+    """With none left, each takes a few steps all the same."""
+    slow = run(train={"both": 1e-7}).stages["one"]
+    outcomes = self_test(Run(stages={"a": slow, "b": slow}), tmp_path, tasks={"toy": ToyTask}, steps=10**9, seconds=0)
+    assert [each.stage for each in outcomes] == ["a", "b"] and all("in 30 steps" in each.sentence for each in outcomes)
+
+
+def test_a_stage_is_tested_in_its_own_pieces_precision_and_few_people(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, Any]] = []
+
+    class Watched(ToyTask):
+        def batch(self, images_seen: int, size: int) -> ToyBatch:
+            asked.append((size, self.start.data["most"]))
+            return super().batch(images_seen, size)
+
+        def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
+            assert torch.is_autocast_enabled("cpu")
+            return super().loss(batch, images_seen)
+
+    monkeypatch.setattr("train.selftest.faster_precision", lambda _: ("bf16", "as measured"))
+    (outcome,) = self_test(run(accumulation=4, precision="auto"), tmp_path, tasks={"toy": Watched})
+    assert asked == [(2, 32)] and "2 images" in outcome.sentence and "in bf16" in outcome.sentence
+
+
+def test_a_first_record_that_cannot_be_read_is_an_outcome(tmp_path: Path) -> None:
+    (outcome,) = self_test(run(settings={"broken": [3]}), tmp_path, tasks={"toy": ToyTask})
+    assert not outcome.passed and "Record 3 cannot be used" in outcome.sentence
+
+
+def test_every_task_of_the_world_passes_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user tests a recipe: no run, no pictures, and networks that nobody trained before an adapter's."""
+    for module in ("train.tasks.base", "train.tasks.clip"):
+        few = lambda folder: make_tokenizers(folder, sentences=150)  # noqa: E731
+        monkeypatch.setattr(f"{module}.make_tokenizers", few)
+    monkeypatch.setattr("train.selftest._PEOPLE", 4)
+    starts = {"likeness": ["autoencoder"], "base": ["autoencoder", "clip"], "adapter": ["autoencoder", "clip", "base"]}
+    trains = {name: dict.fromkeys(ADAPTER_PARTS if name == "adapter" else SMALL[name].PARTS, 1e-3) for name in SMALL}
+    shared = {"images": 100_000, "batch_size": 4, "precision": "fp32"}
+    stages = {
+        name: Stage.model_validate({
+            "task": name, "train": trains[name], "start_from": starts.get(name, ()), "settings": SETTINGS[name],
+            **shared,
+        })
+        for name in SMALL
+    }  # fmt: skip
+    data = {"folder": str(tmp_path / "data"), "identities": 100_000, "judge_identities": 50_000}
+    outcomes = self_test(Run(data=data, stages=stages), tmp_path / "run", tasks=SMALL, steps=40)
+    assert [(each.stage, each.sentence) for each in outcomes if not each.passed] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_how_it_went(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tmp_path / "run.yaml"
+    line = "stages: {one: {task: toy, train: {both: RATE}, images: 16, batch_size: 8, precision: fp32}}"
+    for rate, code, says in (("3e-2", 0, "by heart"), ("1e-7", 1, "hardly falls")):
+        config.write_text(line.replace("RATE", rate))
+        with caplog.at_level(logging.INFO, "train"):
+            assert main([str(config), "--output", str(tmp_path / "run"), "--self-test"], {"toy": ToyTask}) == code
+        assert says in caplog.text

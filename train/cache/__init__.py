@@ -1,0 +1,1 @@
+"""Precomputed training inputs on disk: pictures, latents, face crops, caption tokens and text states."""

@@ -1,0 +1,53 @@
+"""Squares cut round each picture's face, a little too large, made once: a step then only shifts and masks them.
+
+The place of the finder's box is imprecise; a random shift of the crop within its margin stands for that.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imagine.people.faces import cut_squares, ellipse
+from train.cache.latents import as_taken
+from train.cache.pictures import AnyPictures
+from train.cache.rows import keep
+
+
+def margin(size: int) -> int:
+    """How many pixels a kept square of `size` pixels is too large on each side: 3 of a crop of 64 pixels."""
+    return max(3, round(3 * size / 64))
+
+
+class Squares:
+    """Masked face crops (B, 3, size, size) of any rows, from squares larger by a margin, which are kept on disk."""
+
+    def __init__(self, pictures: AnyPictures, size: int, folder: Path, noisy: bool) -> None:
+        self.margin = margin(size)
+        self.size, self.side = size, size + 2 * self.margin
+        self.pictures, self.noisy = pictures, noisy
+        path, shape = folder / f"squares-{self.side}.u8", (3, self.side, self.side)
+        self.values = keep(path, pictures.gallery, shape, np.uint8, self._cut, "cutting faces")
+
+    def _cut(self, rows: Tensor) -> Tensor:
+        images, boxes = as_taken(self.pictures, rows) if self.noisy else self.pictures.take(rows)
+        squares = cut_squares(images, _enlarged(boxes, self.side / self.size), self.side)
+        return (squares.clamp(0, 1) * 255).round().byte()
+
+    def take(self, rows: Tensor, shift: Tensor) -> Tensor:
+        """Crops of these rows, each shifted by up to its margin either way (`shift` (B, 2), 0 to 1), masked."""
+        squares = torch.from_numpy(self.values[rows.numpy()])
+        places = (shift * (2 * self.margin + 1)).long().tolist()
+        cut = [s[:, y : y + self.size, x : x + self.size] for s, (y, x) in zip(squares, places, strict=True)]
+        whole = torch.stack(cut) if cut else squares[:, :, : self.size, : self.size]
+        return (whole.float() / 255 - 0.5) * ellipse(self.size) + 0.5
+
+
+def _enlarged(boxes: Tensor, factor: float) -> Tensor:
+    """Boxes (B, 4) whose crop is `factor` times as wide round the same centre (the crop's, not the box's)."""
+    left, top, width, height = boxes.unbind(1)
+    # The crop's centre lies above the box's by a share of its height: growing the box must not lift it further.
+    rise = 0.15 * height * (factor - 1)
+    corner = torch.stack((left - width * (factor - 1) / 2, top - height * (factor - 1) / 2 + rise), 1)
+    return torch.cat((corner, boxes[:, 2:] * factor), 1)

@@ -1,0 +1,168 @@
+"""Latents of the training pictures: encoded once, kept on disk, so that the denoiser's steps never see a pixel."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC
+from torch import Tensor
+
+from imagine.errors import ConfigError
+from imagine.networks.diffusion import normalise_latents
+from imagine.networks.weights import fingerprint, read_index
+from imagine.world import camera_noise
+from train.cache.pictures import AnyPictures
+from train.cache.rows import keep
+from train.task import Start
+
+
+class Codec(Protocol):
+    """An autoencoder as a store of latents sees it: pictures to normalised latents, and back."""
+
+    @property
+    def mark(self) -> str:
+        """Digits for what latents depend on besides their picture."""
+        ...
+
+    def shape(self, side: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a picture of `side` pixels."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of images (B, 3, S, S), -1 to 1, on any device; without gradients."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S), 0 to 1; without gradients."""
+        ...
+
+
+class WorldCodec:
+    """The portrait world's autoencoder, from the folder that its stage exported, ready in memory."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self.vae, self.mean, self.std = load_autoencoder(folder)
+        self.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # a fifth faster on a CPU
+        self.device = device
+
+    @property
+    def mark(self) -> str:
+        # Latents depend on the encoder and its statistics: a decoder that trained on leaves them valid.
+        facts = f"{fingerprint(self.vae.encoder)[:16]} {self.mean.tolist()} {self.std.tolist()}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:12]
+
+    def shape(self, side: int) -> tuple[int, int, int]:
+        cells, left = divmod(side, int(self.vae.spatial_compression_ratio))
+        if left:
+            raise ConfigError(f"resolution: the autoencoder cannot divide {side} pixels evenly.")
+        return int(self.vae.config.latent_channels), cells, cells
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        return normalise_latents(
+            self.vae.encode(images.to(self.device, memory_format=torch.channels_last)).latent, self.mean, self.std
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        std, mean = (v.to(latents.device).view(1, -1, 1, 1) for v in (self.std, self.mean))
+        drawn: Tensor = self.vae.decode(latents * std + mean).sample
+        return (drawn / 2 + 0.5).clamp(0, 1)
+
+
+def load_autoencoder(folder: Path) -> tuple[AutoencoderDC, Tensor, Tensor]:
+    """The network, and each latent channel's mean and standard deviation (C,), from an export or from weights.
+
+    A folder of weights keeps the statistics in the pipeline's own configuration.
+    """
+    vae = cast(AutoencoderDC, AutoencoderDC.from_pretrained(folder / "vae", torch_dtype=torch.float32))
+    if (folder / "latents.json").exists():
+        statistics: dict[str, Any] = json.loads((folder / "latents.json").read_text())
+        return vae, torch.tensor(statistics["mean"]), torch.tensor(statistics["std"])
+    index = read_index(folder)
+    return vae, torch.tensor(index["latents_mean"]), torch.tensor(index["latents_std"])
+
+
+class Latents:
+    """Normalised latents (N, C, h, w) of every picture; each person's first, the real one, as cheap cameras take it."""
+
+    def __init__(self, pictures: AnyPictures, codec: Codec, folder: Path, side: int | None = None) -> None:
+        """Of pictures scaled to `side` pixels if given; a stage at low resolution sees the same pictures smaller."""
+        self.pictures, self.codec, full = pictures, codec, pictures.gallery.size
+        self.side = side or full
+        mark = codec.mark + ("" if self.side == full else f"-{self.side}px")
+        path, shape = folder / f"latents-{mark}.f16", codec.shape(self.side)
+        self.values = keep(path, pictures.gallery, shape, np.float16, self._encode, "encoding pictures")
+
+    def take(self, rows: Tensor) -> Tensor:
+        return torch.from_numpy(self.values[rows.numpy()]).float()
+
+    def faces(self, rows: Tensor) -> Tensor:
+        """Where the faces of these rows are, (B, 1, h, w), 1 or 0."""
+        boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
+        return places(boxes, self.pictures.gallery.size, self.values.shape[-1])
+
+    def letters(self, rows: Tensor) -> Tensor:
+        """Where words on shirts are in the pictures of these rows, likewise."""
+        gallery = self.pictures.gallery
+        return places(gallery.letters(rows), gallery.size, self.values.shape[-1])
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        images = as_taken(self.pictures, rows)[0] * 2 - 1
+        if self.side != images.shape[-1]:
+            images = F.interpolate(images, size=(self.side, self.side), mode="area")
+        return self.codec.encode(images).half().cpu()
+
+
+def as_taken(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Images and boxes of these rows; real pictures with the noise of their camera, the same at every call."""
+    images, boxes = pictures.take(rows)
+    noisy = (rows % pictures.gallery.pictures == 0) & pictures.gallery.camera
+    for i in noisy.nonzero().squeeze(1).tolist():
+        images[i : i + 1] = camera_noise(images[i : i + 1], int(rows[i]))
+    return images, boxes
+
+
+def places(boxes: Tensor, side: int, cells: int) -> Tensor:
+    """(B, 1, cells, cells): 1 where a latent cell of a picture of `side` pixels touches the box, 0 elsewhere.
+
+    A box (left, top, width, height) without width touches nothing.
+    """
+    middle = (torch.arange(cells) + 0.5) * side / cells
+    half = side / cells / 2
+    across = (middle > boxes[:, :1] - half) & (middle < boxes[:, :1] + boxes[:, 2:3] + half)
+    down = (middle > boxes[:, 1:2] - half) & (middle < boxes[:, 1:2] + boxes[:, 3:] + half)
+    there = (boxes[:, 2] > 0).view(-1, 1, 1)
+    return (down.unsqueeze(2) & across.unsqueeze(1) & there).unsqueeze(1).float()
+
+
+def squared_error(guess: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """Mean squared error (B,) of latents (B, C, h, w) in float32, each cell by its weight (B, 1, h, w)."""
+    square = (guess.float() - wanted.float()).square().mean(1, keepdim=True)
+    return (square * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
+
+
+def autoencoder_of(start: Start) -> Path:
+    """The folder that holds it: what an earlier stage left, or the weights that the stage begins with."""
+    check_autoencoder(start)
+    folder = start.earlier.get("autoencoder", start.initial)
+    assert folder is not None, "as it was checked"
+    return folder
+
+
+def check_autoencoder(start: Start) -> None:
+    """ConfigError if the stage begins with nothing that may hold one."""
+    if "autoencoder" not in start.earlier and start.initial is None:
+        raise ConfigError(
+            f"Stage {start.name} needs an autoencoder: name a stage `autoencoder` in its start_from, or a "
+            "folder of weights as its initial."
+        )
+    if "autoencoder" not in start.earlier and start.initial is not None and not (start.initial / "vae").is_dir():
+        raise ConfigError(
+            f"Stage {start.name} needs an autoencoder, and {start.initial} holds none (vae/): name a stage "
+            "`autoencoder` in its start_from, or a whole folder of weights as its initial."
+        )

@@ -1,0 +1,117 @@
+"""Captions of the training pictures as tokens: written and read once each, kept on disk, as latents are.
+
+Each picture has one caption in each manner. The frozen encoders' tokens (CLIP, T5) are kept in half precision and made
+when first asked for; what stands between quotes is handed on as text, because ByT5 trains.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from imagine.networks.encoders import TextEncoders, quoted
+from imagine.networks.weights import fingerprint
+from imagine.records import Tokens, join
+from train.cache.pictures import AnyGallery
+from train.cache.tokens import KeptTokens, cut
+
+STYLES = ("terse", "dense", "rewritten")
+Encode = Callable[[Sequence[str]], Tokens]
+_T5_TOKENS = 128  # the longest dense captions take about 110
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """A batch of captions: tokens of the frozen encoders, and the letters asked for, "" where there are none."""
+
+    clip: Tokens
+    t5: Tokens
+    letters: list[str]
+
+    def __getitem__(self, rows: Tensor) -> "Sentences":
+        return Sentences(_rows(self.clip, rows), _rows(self.t5, rows), [self.letters[i] for i in rows.tolist()])
+
+    @staticmethod
+    def join(pieces: "Sequence[Sentences]") -> "Sentences":
+        """One batch of several, the shorter captions padded."""
+        if len(pieces) == 1:
+            return pieces[0]
+        clip, t5 = join([piece.clip for piece in pieces]), join([piece.t5 for piece in pieces])
+        return Sentences(clip, t5, [letters for piece in pieces for letters in piece.letters])
+
+    def shifted(self) -> "Sentences":
+        """The same captions, each given to the next picture."""
+        return Sentences(_shifted(self.clip), _shifted(self.t5), self.letters[-1:] + self.letters[:-1])
+
+
+class SentenceStore:
+    """The captions of a gallery, in three manners, behind the row numbers of its pictures.
+
+    Each process that trains has files of its own, since machines that write into one file lose what the other wrote.
+    """
+
+    def __init__(self, gallery: AnyGallery, text: TextEncoders, folder: Path) -> None:
+        self.gallery, self.text = gallery, text
+        window = int(text.clip.config.max_position_embeddings)
+        made_by = "-".join(fingerprint(encoder)[:16] for encoder in (text.clip, text.t5))
+        count, mark = len(gallery) * len(STYLES), f"{made_by}-{gallery.mark}{_process()}"
+        self.clip = KeptTokens(folder / f"clip-{mark}", count, window, int(text.clip.config.hidden_size))
+        self.t5 = KeptTokens(folder / f"t5-{mark}", count, _T5_TOKENS, int(text.t5.config.d_model))
+
+    def take(
+        self, rows: Tensor, manners: Sequence[str], left_out: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Sentences:
+        """The captions of these pictures, each in the manner given for it.
+
+        `left_out` says for "clip", "t5" and "byt5" which pictures that branch is told nothing of, (B,) bool.
+        """
+        texts = self.gallery.captions(rows, manners)
+        places = caption_places(rows, manners)
+        self._read(dict(zip(places, texts, strict=True)))
+        (clip, clip_lengths), (t5, t5_lengths) = self.clip.take(places), self.t5.take(places)
+        gone = {name: left_out.get(name, torch.zeros(len(rows), dtype=torch.bool)) for name in ("clip", "t5", "byt5")}
+        self._leave_out(clip, clip_lengths, gone["clip"], self.text.encode_clip)
+        self._leave_out(t5, t5_lengths, gone["t5"], self.text.encode_t5)
+        letters = ["" if silent else quoted(text) for text, silent in zip(texts, gone["byt5"].tolist(), strict=True)]
+        return Sentences(cut(clip, clip_lengths), cut(t5, t5_lengths), letters)
+
+    def _leave_out(self, values: Tensor, lengths: Tensor, gone: Tensor, encode: Encode) -> None:
+        """Put the tokens of the empty sentence where `gone` (B,), in place."""
+        if gone.any():
+            here = _first(encode([""]))
+            values[gone, : len(here)], lengths[gone] = here, len(here)
+
+    @torch.no_grad()
+    def _read(self, texts: Mapping[int, str]) -> None:
+        """Encode the captions that belong to these places and are not there yet."""
+        for kept, encode in ((self.t5, self.text.encode_t5), (self.clip, self.text.encode_clip)):
+            if places := kept.missing(list(texts)):
+                kept.write(places, encode([texts[place] for place in places]))
+
+
+def _process() -> str:
+    """What tells the files of this process from those of others, if there are any."""
+    here = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if here else 0
+    return f"-process-{rank}" if rank else ""
+
+
+def caption_places(rows: Tensor, manners: Sequence[str]) -> list[int]:
+    """Where the captions of these pictures stand in a store, each in the manner given for it."""
+    return [row * len(STYLES) + STYLES.index(manner) for row, manner in zip(rows.tolist(), manners, strict=True)]
+
+
+def _first(tokens: Tokens) -> Tensor:
+    """The tokens (length, width) of the first sentence that count."""
+    return tokens.values[0] if tokens.mask is None else tokens.values[0, tokens.mask[0]]
+
+
+def _rows(tokens: Tokens, rows: Tensor) -> Tokens:
+    return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])
+
+
+def _shifted(tokens: Tokens) -> Tokens:
+    return Tokens(tokens.values.roll(1, 0), None if tokens.mask is None else tokens.mask.roll(1, 0))

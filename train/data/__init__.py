@@ -1,0 +1,1 @@
+"""Which training example has which number, and where its picture and caption come from."""

@@ -1,0 +1,59 @@
+"""What is kept of one gallery for the denoiser's stages: pictures, latents, captions as tokens, face crops."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+from train.cache.face_crops import Squares
+from train.cache.latents import Codec, Latents
+from train.cache.pictures import AnyPictures
+from train.data.sources import Drawn, in_order
+
+Captions = TypeVar("Captions")
+
+
+@dataclass(frozen=True)
+class Stock(Generic[Captions]):
+    """Everything behind the row numbers of one gallery; `squares` only where a stage needs references."""
+
+    pictures: AnyPictures
+    latents: Latents
+    sentences: Captions  # the store of its captions' tokens
+    squares: Squares | None = None
+
+    def faces(self, rows: Tensor) -> Tensor:
+        """Where the faces are in the latents of these rows, (B, 1, h, w), 1 or 0."""
+        return self.latents.faces(rows)
+
+    def letters(self, rows: Tensor) -> Tensor:
+        """Where the words on shirts are, likewise."""
+        return self.latents.letters(rows)
+
+    def crops(self, rows: Tensor, shifts: Tensor) -> Tensor:
+        """Face crops (B, 3, S, S) of these rows, shifted a little: `Squares.take`."""
+        assert self.squares is not None, "this task keeps the face crops of all its galleries"
+        return self.squares.take(rows, shifts)
+
+
+def keep_stock(
+    pictures: AnyPictures,
+    codec: Codec,
+    sentences: Captions,
+    folder: Path,
+    side: int | None = None,
+    crop_side: int | None = None,
+) -> Stock[Captions]:
+    """Fill `folder` with what is missing of a gallery: latents at `side` pixels, face crops of `crop_side` if given."""
+    latents = Latents(pictures, codec, folder, side)
+    squares = None if crop_side is None else Squares(pictures, crop_side, folder, noisy=True)
+    return Stock(pictures, latents, sentences, squares)
+
+
+def references(stocks: Mapping[str, Stock[Any]], drawn: Drawn, shifts: Tensor) -> Tensor:
+    """Face crops (B, 3, S, S) of a batch's references, each shifted a little (B, 2)."""
+    by_gallery = drawn.by_gallery()
+    crops = [stocks[name].crops(drawn.references[here], shifts[here]) for name, here in by_gallery.items()]
+    return in_order(list(by_gallery.values()), crops)

@@ -1,0 +1,374 @@
+"""A run on disk, whole or not at all: files and folders are written beside their place, flushed, then renamed into it.
+
+One checkpoint is one safetensors file named after the images seen; its header carries the progress and the stage's
+settings as JSON, so weights and bookkeeping cannot part. A file that a crash left unreadable is passed over for the one
+before it.
+
+    weights/MODULE.PATH              modules that train, with their buffers
+    average/MODULE.PATH              their averages
+    optimiser/STATE/MODULE.PATH      one tensor per optimiser state, named as the parameter it belongs to
+
+Tensors are stored whole, also where processes hold shards of them, so that any number of processes can carry on.
+Beside a checkpoint lies, under the same number, a link to the best weights there were when it was written.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imagine.errors import WeightsError
+from train.run.ema import Average
+
+log = logging.getLogger("train")
+FORMAT_VERSION = 1
+BEST = "best.safetensors"  # beside the folder of checkpoints
+_TELLTALES = {"momentum": "muon", "exp_avg": "adamw", "state1": "adamw8bit"}  # what one optimiser keeps and no other
+
+
+@dataclass
+class Progress:
+    """How far a stage is."""
+
+    images_seen: int = 0
+    skipped: int = 0  # batches left out because a record or a number in them was bad
+    skipped_in_a_row: int = 0
+    seconds: float = 0  # of training, over all sittings
+
+
+@dataclass
+class State:
+    """Everything that changes while a stage trains; a checkpoint holds exactly this."""
+
+    modules: dict[str, nn.Module]  # those that train
+    trained: dict[str, nn.Parameter]  # by path, module name first
+    optimiser: torch.optim.Optimizer
+    average: Average
+    progress: Progress
+    stage: dict[str, Any]  # the stage's resolved settings
+    precision: str  # "fp32" or "bf16"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as read: tensors on the CPU, progress, and the stage's settings when it was written."""
+
+    tensors: dict[str, Tensor]
+    progress: Progress
+    stage: dict[str, Any]
+    precision: str
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to; when the block ends it takes the place of `path`, safely on disk.
+
+    A file does so in one move. A folder takes two, as one cannot be put on another: a run that was killed between them
+    finds the one before again when it next comes here.
+    """
+    draft, before = (path.with_name(f".{path.name}.{kind}") for kind in ("draft", "before"))
+    _put_back(before, path)
+    _remove(draft)  # what a killed run was writing
+    _remove(before)
+    try:
+        yield draft
+        _flush_all(draft)
+        if path.is_dir() or (draft.is_dir() and path.exists()):
+            os.replace(path, before)
+        os.replace(draft, path)
+        _flush(path.parent)
+        _remove(before)
+    finally:
+        _put_back(before, path)
+        _remove(draft)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON atomically."""
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds only its own rows of the tensor (it is a DTensor, as FSDP makes them)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor in one piece, gathered if it is sharded; then every process has to ask for it."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's rows of a whole tensor, spread as `like` is; nothing travels, for every process has it whole."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically; tensors that share memory are stored once each."""
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        start = here.untyped_storage().data_ptr()
+        own[name] = here.clone() if start in seen else here
+        seen.add(start)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as draft:
+        try:
+            save_file(own, draft, dict(metadata))
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{path} cannot be written ({error})") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU and the header's texts; WeightsError if the file is missing, cut short or not safetensors."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); delete it and train its stage again.") from None
+
+
+def weights(modules: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str, Tensor]:
+    """State of the modules named, parameters and buffers, by path with the module's name first."""
+    return {f"{name}.{path}": value for name in names for path, value in modules[name].state_dict().items()}
+
+
+def load_weights(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str) -> list[str]:
+    """Put tensors into those modules they are named after, strictly; names of the modules they were for."""
+    loaded = []
+    for name, module in modules.items():
+        own = _below(f"{name}.", tensors)
+        if not own:
+            continue
+        now = module.state_dict()
+        try:
+            module.load_state_dict({k: sharded_like(v, now[k]) if k in now else v for k, v in own.items()}, strict=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise WeightsError(
+                f"The module {name} does not fit the weights in {source} ({reason[:300]}): give both the same sizes."
+            ) from None
+        loaded.append(name)
+    return loaded
+
+
+def save(folder: Path, state: State, keep: int, for_good: bool = False, here: bool = True) -> Path:
+    """Write one checkpoint and drop all but the newest `keep`; one written for good is never dropped for its age.
+
+    Anything with more images seen than this belongs to a course that was given up, and goes as well. Of several
+    processes each must call it, and only the one that says `here` writes.
+    """
+    tensors = {}
+    for name, tensor in _contents(state).items():
+        full = whole(tensor)
+        if here:
+            tensors[name] = full.cpu() if is_sharded(tensor) else full
+    seen = state.progress.images_seen
+    path = folder / f"{seen:012d}{'.kept' if for_good else ''}.safetensors"
+    if here:
+        header = {"format_version": FORMAT_VERSION, "progress": asdict(state.progress)}
+        header |= {"stage": state.stage, "precision": state.precision}
+        folder.mkdir(parents=True, exist_ok=True)
+        _remember_best(folder, seen)
+        write_tensors(path, tensors, {"checkpoint": json.dumps(header)})
+        _drop_old(folder, seen, keep)
+    return path
+
+
+def _remember_best(folder: Path, images_seen: int) -> None:
+    _as_there(folder.parent / BEST, _best_at(folder, images_seen))
+
+
+def rewind_best(folder: Path, images_seen: int) -> None:
+    """The best weights become those there were at the checkpoint of that number: none, if it knew of none."""
+    _as_there(_best_at(folder, images_seen), folder.parent / BEST)
+
+
+def _as_there(source: Path, place: Path) -> None:
+    """`place` becomes the file at `source`, or goes if there is none."""
+    if source.exists():
+        _link(source, place)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """What the header of a file of weights says about where they are from; empty if there is no such file."""
+    if not path.exists():
+        return {}
+    with safe_open(path, "pt") as file:
+        note: dict[str, Any] = json.loads((file.metadata() or {}).get("from", "{}"))
+    return note
+
+
+def load(folder: Path, fits: Callable[[Saved], bool]) -> Saved | None:
+    """The newest readable checkpoint that `fits`, or None if the folder holds none; unreadable ones are passed over.
+
+    If some can be read but none fits, the newest of them is returned with a warning: a stage never silently starts
+    again. If there are files and none can be read, that is a WeightsError.
+    """
+    for draft in folder.glob(".*.draft"):
+        draft.unlink(missing_ok=True)  # what a killed run was writing; another process may be quicker
+    paths = _newest_first(folder)
+    newest: Saved | None = None
+    for path in paths:
+        try:
+            saved = _read(path)
+        except WeightsError as error:
+            log.warning("%s The checkpoint before it is used.", error)
+            continue
+        if fits(saved):
+            return saved
+        newest = newest or saved
+    if paths and newest is None:
+        raise WeightsError(f"No checkpoint in {folder} can be read: delete {folder.parent} to train it again.")
+    if newest is not None:
+        log.warning("Carrying on at %s images although its learning rate was another.", newest.progress.images_seen)
+    return newest
+
+
+@torch.no_grad()
+def restore(state: State, saved: Saved, source: str) -> None:
+    """Put a checkpoint's numbers into `state`, strictly: WeightsError for a tensor too many or too few.
+
+    Parameters that another optimiser moved then begin with no moments, which a warning tells.
+    """
+    tensors = saved.tensors
+    loaded = load_weights(state.modules, _below("weights/", tensors), source)
+    averages = _below("average/", tensors)
+    if set(loaded) != set(state.modules) or set(averages) != set(state.average.values):
+        raise WeightsError(f"The checkpoint in {source} trains other parts; give the stage its old `train` and `ema`.")
+    for path, value in averages.items():
+        state.average.values[path].copy_(sharded_like(value, state.average.values[path]))
+    others = _moved_otherwise(state, tensors)
+    if others:
+        log.warning(
+            "Carrying on with another optimiser: the moments of %d of %d parameters begin anew.",
+            len(others), len(state.trained),
+        )  # fmt: skip
+    for name, value in _below("optimiser/", tensors).items():
+        key, path = name.split("/", 1)
+        if path not in state.trained:
+            raise WeightsError(f"The checkpoint in {source} trains {path}: give the stage its old `train`.")
+        if path in others:
+            continue
+        parameter = state.trained[path]
+        if value.dtype == torch.int64 and not value.ndim:
+            state.optimiser.state[parameter][key] = int(value)  # bitsandbytes counts its steps in Python
+            continue
+        like = parameter if value.shape == parameter.shape else value.to(parameter.device)
+        kept = torch.empty_like(like, dtype=value.dtype)  # in the parameter's own memory layout
+        state.optimiser.state[parameter][key] = kept.copy_(sharded_like(value, like))
+    state.progress = saved.progress
+
+
+def _moved_otherwise(state: State, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Paths of the parameters whose stored moments are of another optimiser than they have now."""
+    kind = state.stage.get("optimiser", "adamw")
+    now = {
+        id(p): "muon" if group.get("muon") else kind for group in state.optimiser.param_groups for p in group["params"]
+    }
+    stored = [name.split("/", 1) for name in _below("optimiser/", tensors)]
+    before = {path: _TELLTALES[key] for key, path in stored if key in _TELLTALES and path in state.trained}
+    return {path for path, one in before.items() if now[id(state.trained[path])] != one}
+
+
+def _contents(state: State) -> dict[str, Tensor]:
+    """All of a checkpoint's tensors, sharded ones as they are."""
+    tensors = {f"weights/{name}": v for name, v in weights(state.modules, list(state.modules)).items()}
+    tensors |= {f"average/{name}": v for name, v in state.average.values.items()}
+    for name, parameter in state.trained.items():
+        for key, value in state.optimiser.state.get(parameter, {}).items():
+            tensors[f"optimiser/{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return tensors
+
+
+def _read(path: Path) -> Saved:
+    tensors, metadata = read_tensors(path)
+    header = json.loads(metadata["checkpoint"])
+    return Saved(tensors, Progress(**header["progress"]), header["stage"], header["precision"])
+
+
+def _drop_old(folder: Path, images_seen: int, keep: int) -> None:
+    passing = []
+    for path in _newest_first(folder):
+        if _images_seen(path) > images_seen:
+            path.unlink()
+        elif not path.stem.endswith(".kept"):
+            passing.append(path)
+    for path in passing[keep:]:
+        path.unlink()
+    numbers = {_images_seen(path) for path in _newest_first(folder)}
+    for path in folder.glob("[0-9]*.best"):
+        if _images_seen(path) not in numbers:
+            path.unlink()
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.safetensors"), key=lambda path: (_images_seen(path), path.name), reverse=True)
+
+
+def _best_at(folder: Path, images_seen: int) -> Path:
+    return folder / f"{images_seen:012d}.best"
+
+
+def _link(source: Path, path: Path) -> None:
+    """`path` becomes another name of the file `source`, or a copy where the disk knows no second names."""
+    with replacing(path) as draft:
+        try:
+            os.link(source, draft)
+        except OSError:
+            shutil.copyfile(source, draft)
+
+
+def _images_seen(path: Path) -> int:
+    return int(path.name.split(".")[0])
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {path.removeprefix(prefix): value for path, value in tensors.items() if path.startswith(prefix)}
+
+
+def _put_back(before: Path, path: Path) -> None:
+    if before.exists() and not path.exists():
+        os.replace(before, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _flush_all(path: Path) -> None:
+    """Have a file, or all that is in a folder, on disk."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            _flush_all(inside)
+    _flush(path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

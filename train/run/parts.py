@@ -1,0 +1,191 @@
+"""Named parts of a task's modules become optimiser groups; everything else is frozen, and a typo is refused.
+
+A frozen module stays in eval mode, so that its dropout and statistics stay still too.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imagine.errors import ConfigError
+from imagine.settings import unknown_name
+from train.run.checkpoint import is_sharded, sharded_like, whole
+from train.run.muon import MuonAdamW, orthogonal
+
+Parts = dict[str, list[nn.Parameter]]
+_LARGE_ENOUGH = 4096  # numbers in a parameter, for bitsandbytes to keep its moments in bytes
+_BLOCK = 256  # numbers that bitsandbytes scales together, by one float
+
+
+def choose(offered: Mapping[str, Sequence[nn.Parameter]], rates: Mapping[str, float], stage: str) -> Parts:
+    """The parts that `rates` names; ConfigError for a part that is unknown, empty or overlaps another."""
+    chosen: Parts = {}
+    owner: dict[int, str] = {}
+    for name in rates:
+        if name not in offered:
+            raise ConfigError(f"stage {stage}: {unknown_name('part', name, sorted(offered))}.")
+        if not offered[name]:
+            raise ConfigError(f"stage {stage}: the part {name} holds no parameters with these settings; leave it out.")
+        for parameter in offered[name]:
+            other = owner.setdefault(id(parameter), name)
+            if other != name:
+                raise ConfigError(f"stage {stage}: parts {other} and {name} share parameters; train one of them.")
+        chosen[name] = list(dict.fromkeys(offered[name]))
+    return chosen
+
+
+def named(modules: Mapping[str, nn.Module], chosen: Parts) -> dict[str, nn.Parameter]:
+    """The chosen parameters by path (module name first), in the modules' own order."""
+    wanted = {id(parameter) for parameters in chosen.values() for parameter in parameters}
+    found = {
+        f"{module}.{path}": parameter
+        for module, network in modules.items()
+        for path, parameter in network.named_parameters()
+        if id(parameter) in wanted
+    }
+    assert len({id(parameter) for parameter in found.values()}) == len(wanted), "a part holds parameters of no module"
+    return found
+
+
+def at(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters at these paths (module name first), whatever stands there now."""
+    found = {f"{module}.{path}": p for module, network in modules.items() for path, p in network.named_parameters()}
+    return {path: found[path] for path in paths}
+
+
+def freeze_all_but(modules: Mapping[str, nn.Module], chosen: Parts) -> list[str]:
+    """Let only the chosen parameters have gradients; the names of the modules that train."""
+    for network in modules.values():
+        network.requires_grad_(False)
+    for parameters in chosen.values():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return [name for name, network in modules.items() if any(p.requires_grad for p in network.parameters())]
+
+
+def train_mode(modules: Mapping[str, nn.Module], training: Sequence[str]) -> None:
+    """Modules named in `training` in train mode, the others in eval mode; none named: all in eval mode."""
+    for name, network in modules.items():
+        network.train(name in training)
+
+
+@contextmanager
+def in_one_piece(modules: Iterable[nn.Module], here: bool) -> Iterator[None]:
+    """For the block, sharded modules are as ordinary as others: whole parameters, and no gathering when they are used.
+
+    Every process must enter; where `here` is False it gives its shards and keeps its modules as they are.
+    """
+    network = nn.ModuleList(modules)
+    places = [(m, n, p) for m in network.modules() for n, p in m.named_parameters(recurse=False) if is_sharded(p)]
+    full: dict[nn.Parameter, nn.Parameter] = {}
+    for parameter in dict.fromkeys(parameter for _, _, parameter in places):
+        tensor = whole(parameter.detach())
+        if here:
+            full[parameter] = nn.Parameter(tensor, parameter.requires_grad)
+    units = [module for module in network.modules() if here and hasattr(module, "set_requires_gradient_sync")]  # FSDP's
+    hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]  # which would wait for the others
+    owners = {id(module): module for module, _, _ in places if here}.values()
+    loaders = [owner._load_state_dict_post_hooks for owner in owners]  # which would look for shards
+    try:
+        for unit in units:
+            unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
+        for owner in owners:
+            owner._load_state_dict_post_hooks = OrderedDict()
+        for module, name, parameter in places:
+            setattr(module, name, full.get(parameter, parameter))
+        yield
+    finally:
+        for module, name, parameter in places:
+            setattr(module, name, parameter)
+        for unit, (before, after) in zip(units, hooks, strict=True):
+            unit._forward_pre_hooks, unit._forward_hooks = before, after
+        for owner, after in zip(owners, loaders, strict=True):
+            owner._load_state_dict_post_hooks = after
+
+
+def optimiser(
+    chosen: Parts,
+    rates: Mapping[str, float],
+    betas: tuple[float, float],
+    weight_decay: float,
+    muon: Sequence[str] = (),
+    kind: str = "adamw",
+) -> torch.optim.Optimizer:
+    """Two groups per part: matrices decay; gains, biases and scalars (fewer than 2 axes) do not.
+
+    Fused AdamW, or bitsandbytes' if `kind` is "adamw8bit"; the matrices of the parts named in `muon` are left to Muon.
+    """
+    groups: list[dict[str, Any]] = []
+    for part, parameters in chosen.items():
+        for decays in (True, False):
+            members = [parameter for parameter in parameters if (parameter.ndim >= 2) == decays]
+            if members:
+                rate, decay = rates[part], weight_decay if decays else 0.0
+                groups.append({"params": members, "part": part, "rate": rate, "lr": rate, "weight_decay": decay})
+    if kind == "adamw8bit":
+        return _adamw8bit(groups, betas)
+    if not muon:
+        return torch.optim.AdamW(groups, betas=betas, fused=True)
+    for group in groups:
+        group["muon"] = group["part"] in muon and group["params"][0].ndim >= 2
+    return _ShardedMuonAdamW(groups, betas)
+
+
+class _ShardedMuonAdamW(MuonAdamW):
+    """Muon whose matrices may be sharded: each process makes the whole matrix orthogonal and keeps its own rows.
+
+    On shards themselves the iterations go wrong, as a diagonal is added to once per process.
+    """
+
+    def _muon(self, parameter: Tensor, gradient: Tensor) -> Tensor:
+        if not is_sharded(gradient):
+            return super()._muon(parameter, gradient)
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        moving = state["momentum"].lerp_(gradient, 1 - self.momentum)
+        ahead = whole(gradient.lerp(moving, self.momentum)).flatten(1)
+        update = orthogonal(ahead) * 0.2 * max(ahead.shape) ** 0.5
+        return sharded_like(update.view(parameter.shape), parameter)
+
+
+def _adamw8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """AdamW with moments of a byte each; ConfigError if bitsandbytes is missing, or cannot do it on this device."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError(
+            "optimiser adamw8bit needs bitsandbytes: `pip install bitsandbytes`, or train with optimiser adamw."
+        ) from None
+    device = groups[0]["params"][0].device
+    trial = nn.Parameter(torch.zeros(_LARGE_ENOUGH, device=device))
+    trial.grad = torch.zeros_like(trial)
+    try:
+        AdamW8bit([trial]).step()
+    except Exception as error:  # it has kernels for some devices, and says in many ways that it has none
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"optimiser adamw8bit does not work on {device} ({type(error).__name__}: {reason}): train with adamw."
+        ) from None
+    optimiser: torch.optim.Optimizer = AdamW8bit(groups, betas=betas)
+    return optimiser
+
+
+def bytes_per_moment(parameter: nn.Parameter, kind: str) -> float:
+    """How many bytes a number of this parameter costs for each moment that the optimiser keeps of it."""
+    return 1 + 4 / _BLOCK if kind == "adamw8bit" and parameter.numel() >= _LARGE_ENOUGH else 4
+
+
+def set_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:
+    """Every group's learning rate is its part's rate times `factor`."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["rate"] * factor
+
+
+def sizes(chosen: Parts) -> dict[str, int]:
+    """Number of trained parameters per part."""
+    return {part: sum(parameter.numel() for parameter in parameters) for part, parameters in chosen.items()}

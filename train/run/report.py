@@ -1,0 +1,154 @@
+"""What a run tells while it runs: rows in metrics.jsonl, and a progress bar or, where there is no terminal, log lines.
+
+Trackers such as TensorBoard are told the same numbers under STAGE/NAME, with the images seen as their step.
+
+Averages stay on the device until a row is due, so that following a GPU does not slow it down.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from train.run.checkpoint import replacing
+
+log = logging.getLogger("train")
+_TIMED = 0.2  # seconds for each precision
+Track = Callable[[dict[str, float], int], None]  # numbers by name, and the images seen
+
+
+class Report:
+    """Follows one stage; a context manager, so that the bar goes away. `active` False: this process is silent."""
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        images: int,
+        images_seen: int,
+        every: float,
+        active: bool = True,
+        track: Track | None = None,
+    ) -> None:
+        self.path, self.track = folder / "metrics.jsonl", track
+        self.stage, self.images, self.every, self.active = stage, images, every, active
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, int] = {}
+        self.since_images, self.since = images_seen, time.monotonic()
+        self.bar = _bar() if active and sys.stderr.isatty() else None
+        if active:
+            cut_rows(self.path, images_seen)
+
+    def __enter__(self) -> "Report":
+        if self.bar:
+            self.bar.start()
+            self.line = self.bar.add_task(self.stage, total=self.images, completed=self.since_images, numbers="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def count(self, numbers: Mapping[str, float | Tensor], size: int) -> None:
+        """Take up the numbers of `size` images."""
+        for name, value in numbers.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0.0) + value * size
+            self.counts[name] = self.counts.get(name, 0) + size
+
+    def maybe_row(self, images_seen: int, fixed: Mapping[str, Any]) -> None:
+        """Write a row and say a line when `every` seconds have passed since the last."""
+        if time.monotonic() - self.since >= self.every:
+            self.row(images_seen, fixed)
+
+    def row(self, images_seen: int, fixed: Mapping[str, Any]) -> None:
+        """Write the averages since the last row, and the `fixed` numbers as they are."""
+        if images_seen == self.since_images:
+            return
+        now = time.monotonic()
+        speed = (images_seen - self.since_images) / max(now - self.since, 1e-9)
+        averages = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self._write({"images_seen": images_seen, **averages, **fixed, "images_per_second": round(speed, 2)})
+        self._say(images_seen, averages.get("loss", float("nan")), speed)
+        self.sums, self.counts, self.since_images, self.since = {}, {}, images_seen, now
+
+    def validation(self, images_seen: int, numbers: Mapping[str, float]) -> None:
+        """Write a row of validation numbers, each under "validate/"; its time does not count as training."""
+        self._write({"images_seen": images_seen, **{f"validate/{name}": value for name, value in numbers.items()}})
+        if self.active and numbers:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            log.info("%s  %s images  validation: %s", self.stage, f"{images_seen:,}", shown)
+
+    def pause(self, seconds: float) -> None:
+        """Leave out `seconds` just spent on something else from the speed of the row that is open."""
+        self.since += seconds
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if not self.active:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.track:
+            told = {f"{self.stage}/{name}": value for name, value in row.items() if name != "images_seen"}
+            self.track(told, row["images_seen"])
+
+    def _say(self, images_seen: int, loss: float, speed: float) -> None:
+        if self.bar:
+            self.bar.update(self.line, completed=images_seen, numbers=f"loss {loss:.4f}  {speed:.1f} images/s")
+        elif self.active:
+            left = _clock((self.images - images_seen) / speed)
+            done = f"{images_seen:,} of {self.images:,} images"
+            log.info("%s  %s  loss %.4f  %.1f images/s  %s left", self.stage, done, loss, speed, left)
+
+
+def cut_rows(path: Path, images_seen: int) -> None:
+    """Drop rows later than `images_seen`, and a last one that was cut short: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["images_seen"] <= images_seen:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    with replacing(path) as draft:
+        draft.write_text("".join(kept), encoding="utf-8")
+
+
+def faster_precision(device: torch.device) -> tuple[str, str]:
+    """("fp32" or "bf16", the measurement in words): a small matrix product timed in both on this device."""
+    size = 256 if device.type == "cpu" else 4096  # large enough that the product counts, not its launch
+    fp32, bf16 = (_product_seconds(size, device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    words = f"product of {size} x {size} matrices on {device}: fp32 {fp32 * 1e3:.2f} ms, bf16 {bf16 * 1e3:.2f} ms"
+    return "bf16" if bf16 < fp32 else "fp32", words
+
+
+def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the best product of a fifth of a second's: on a busy machine most of them have to wait for others."""
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best, attempts, end = float("inf"), 0, time.perf_counter() + _TIMED
+    while attempts < 2 or time.perf_counter() < end:
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # reading a number waits for the device
+        best, attempts = min(best, time.perf_counter() - start), attempts + 1
+    return best
+
+
+def _bar() -> Progress:
+    numbers = TextColumn("{task.fields[numbers]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), numbers, TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), refresh_per_second=2)
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(max(seconds, 0) / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,1 @@
+"""What a stage can train: one task per network, and the auxiliary losses."""

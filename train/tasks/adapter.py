@@ -1,0 +1,223 @@
+"""The identity adapter: vision encoder, vision branch and LoRA on the frozen base, on real singles and on SynPairs.
+
+From a real single the adapter learns who somebody is, with reference and target the same picture; from a pair it
+learns what is the person and what was only the photo, because target and reference show one person differently.
+
+A stage may also name the base's parts. A base that is still young then learns to draw faces with somebody to draw, and
+an adapter stage on the frozen base follows, as in the paper.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
+from imagine.errors import ConfigError
+from imagine.networks.diffusion import add_noise, clean_from_velocity, velocity
+from imagine.networks.encoders import VisionEncoder
+from imagine.people.faces import crop_faces
+from imagine.pipeline.sampling import Guidance, Inputs
+from imagine.records import Tokens
+from imagine.world import render, sample_contexts, sample_people
+from imagine.world.seeds import HELD_OUT
+from train.cache.latents import squared_error
+from train.data.denoiser_inputs import references
+from train.data.language import parameters
+from train.data.order import chance, to_device, uniforms
+from train.run.grids import save_grid
+from train.run.judging import Examination
+from train.run.sampling import sample
+from train.task import Loss, Share, Start, Weight
+from train.tasks.base import (
+    ADAPTER_FACTS,
+    IDENTITY_PARTS,
+    PROMPTS,
+    VALIDATION_SEED,
+    BaseBatch,
+    BaseSettings,
+    BaseTask,
+    check_lora,
+    idle_images,
+)
+from train.tasks.likeness_loss import Likeness
+
+_DRAWN_AT_ONCE = 16  # pictures
+_JUDGED_AT = 4.0  # guidance
+_MIDDLE = torch.full((1, 2), 0.5)  # a crop shifted neither way
+
+
+class AdapterSettings(BaseSettings):
+    """How the adapter is fed: kinds of pictures, what is dropped for guidance, and where the loss looks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    sources: dict[str, float] = {"real": 0.15, "synthetic": 0.85}  # noqa: RUF012  (pydantic copies it)
+    drop_vision: Share = 0.1  # share of images that are shown nobody
+    lora_rank: Annotated[int, Field(ge=0)] = 16  # 0: no LoRA
+    lora_targets: tuple[LoraTarget, ...] = LORA_TARGETS
+    zero_init: bool = True  # the vision branch begins as nothing (paper, section 3.4.1)
+    face_weight: Weight = 3.0
+    likeness: Weight = 0.0  # weight of the likeness loss; not in the paper, see docs/training.md
+    judge: Path | None = None  # a folder of weights with a judge, to score held-out people at every validation
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "AdapterSettings":
+        check_lora(self.lora_rank, self.lora_targets)
+        return self
+
+
+@dataclass(frozen=True)
+class AdapterBatch(BaseBatch):
+    """Targets with their captions, and the references they should resemble."""
+
+    crops: Tensor  # (B, 3, S, S) of the reference
+    strength: Tensor  # (B,) 0 where the reference is dropped
+
+
+class AdapterTask(BaseTask):
+    """The base as it was trained, with a vision branch that learns to carry a face into its pictures."""
+
+    Settings: ClassVar[type[BaseModel]] = AdapterSettings
+    PARTS: ClassVar[tuple[str, ...]] = (*IDENTITY_PARTS, *BaseTask.PARTS)
+    settings: AdapterSettings
+
+    def __init__(self, settings: AdapterSettings, start: Start) -> None:
+        super().__init__(settings, start)
+        self.vision = VisionEncoder()
+        width = int(self.vision.config.width)
+        tokens = self.unet.config.cross_attention_dim
+        branch = BranchSpec("vision", tokens, 1.0, settings.zero_init, "full", width, settings.fusion)
+        self.adapter = Adapter(self.unet, [branch], settings.lora_rank, settings.lora_targets)
+        self.adapter.attach(self.unet)
+        self.modules |= {"image_encoder": self.vision, "adapter": self.adapter}
+        self.likeness = self._teacher()
+        self.examination: Examination | None = None
+
+    def _teacher(self) -> Likeness | None:
+        """The network behind the likeness loss, if the stage has one; a stage `likeness` trained it."""
+        if not self.settings.likeness:
+            return None
+        if "likeness" not in self.start.earlier:
+            raise ConfigError(
+                f"Stage {self.start.name} has a likeness loss, so it needs its teacher: name a stage `likeness` in its "
+                "start_from, or set likeness to 0."
+            )
+        self.modules["likeness"] = teacher = Likeness(int(self.unet.config.in_channels))
+        return teacher
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {"vision_encoder": parameters(self.vision), **self.adapter.parts(), **super().parts()}
+
+    def check(self) -> list[str]:
+        judge = self.settings.judge
+        if judge is not None and not (judge / "judge").is_dir():
+            raise ConfigError(f"Stage {self.start.name}: there is no judge in {judge}; name a folder of weights.")
+        return [*super().check(), *idle_images(self.start, self.settings.drop_vision)]
+
+    def crop_side(self) -> int:
+        return int(self.vision.config.image_size)
+
+    def batch(self, images_seen: int, size: int) -> AdapterBatch:
+        seed, drawn = self.start.seed, self.mixture.draw(self.start.seed, images_seen, size)
+        targets = self._targets(drawn, images_seen)
+        return AdapterBatch(
+            targets.latents,
+            targets.sentences,
+            targets.faces,
+            targets.weights,
+            references(self.stocks, drawn, uniforms(seed, "crops", images_seen, size, (2,))),
+            1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),
+        )
+
+    def vision_tokens(self, crops: Tensor) -> Tokens:
+        return self.adapter.tokens("vision", self.vision(crops))
+
+    def guess(self, batch: AdapterBatch, vision: Tokens, noise: Tensor, t: Tensor) -> Tensor:
+        """The denoiser's velocity (B, C, h, w) with these people to show."""
+        noisy = add_noise(batch.latents, noise, t)
+        return self.predict(noisy, t, batch.sentences, {"vision": vision}, batch.strength)
+
+    def cosines(self, batch: AdapterBatch, guess: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """How alike the clean latents that a guess means are to the target, by the teacher: (B,), 1 is the same."""
+        assert self.likeness is not None, "the stage asks for a teacher"
+        clean = clean_from_velocity(add_noise(batch.latents, noise, t), guess, t)
+        with torch.no_grad():
+            wanted = self.likeness(batch.latents, batch.faces)
+        return (self.likeness(clean, batch.faces) * wanted).sum(1)
+
+    def show(self, batch: BaseBatch, path: Path) -> None:
+        """Each reference, as the vision encoder sees it, with its target to the right."""
+        assert isinstance(batch, AdapterBatch)
+        targets = self.decode(batch.latents)
+        crops = F.interpolate(batch.crops, size=targets.shape[-1])
+        save_grid(torch.stack((crops, targets), 1).flatten(0, 1), path, columns=8)
+
+    def loss(self, batch: AdapterBatch, images_seen: int) -> Loss:  # type: ignore[override]
+        noise, t = self.noise(batch.latents, self.start.seed, images_seen)
+        guess = self.guess(batch, self.vision_tokens(batch.crops), noise, t)
+        errors = self.weighted(squared_error(guess, velocity(batch.latents, noise), batch.weights), t)
+        if self.likeness is None:
+            return Loss(errors)
+        # Where nobody is to be shown, nobody's likeness is asked for; and the noisier, the less can be known.
+        strange = batch.strength * (1 - t) * (1 - self.cosines(batch, guess, noise, t))
+        return Loss(errors + self.settings.likeness * strange, {"error": errors.mean(), "strange": strange.mean()})
+
+    def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        # Against two references, both another picture: of the same person, and of somebody else.
+        targets, firsts = self.held_out_batch(), torch.arange(0, 2 * self.watched, 2)
+        crops = self.held_out.crops(firsts, _MIDDLE.expand(len(firsts), 2))
+        strength = torch.ones(len(firsts))
+        batch = AdapterBatch(targets.latents, targets.sentences, targets.faces, targets.weights, crops, strength)
+        batch = to_device(batch, self.start.device)
+        noise, t = self.noise(batch.latents, VALIDATION_SEED, 0)
+        vision = self.vision_tokens(batch.crops)
+        guesses = [self.guess(batch, tokens, noise, t) for tokens in (vision, Tokens(vision.values.roll(1, 0)))]
+        wanted = velocity(batch.latents, noise)
+        right, wrong = (float(squared_error(guess, wanted, batch.weights).mean()) for guess in guesses)
+        self.draw(folder / "pictures.png")
+        numbers = {"validation_loss": right, "shuffled_references": wrong, "reference_ratio": wrong / right}
+        if self.likeness is not None:
+            numbers["likeness"] = float(self.cosines(batch, guesses[0], noise, t).mean())
+        return numbers | self._examined(folder)
+
+    def _examined(self, folder: Path) -> dict[str, float]:
+        """The judge's numbers for pictures of held-out people, if the stage names a judge."""
+        if self.settings.judge is None:
+            return {}
+        exam = self.examination = self.examination or Examination(self.settings.judge)
+        crops, sentences = exam.references(self.crop_side()).to(self.start.device), exam.sentences
+        pieces = []
+        noise = self.drawing_noise(len(sentences))
+        for start in range(0, len(sentences), _DRAWN_AT_ONCE):
+            some = slice(start, start + _DRAWN_AT_ONCE)
+            texts = sentences[some]
+            vision = self.vision_tokens(crops[some])
+            inputs = Inputs(self.spoken(texts), self.spoken([""] * len(texts)), vision)
+            latents = sample(self.unet, noise[some], inputs, Guidance(_JUDGED_AT), self.DRAWING_STEPS)
+            pieces.append(self.decode(latents))
+        pictures = torch.cat(pieces)
+        save_grid(pictures, folder / "judged.png", columns=len(exam.cases.prompts))
+        return exam.scores(pictures)
+
+    def draw(self, path: Path, seeds: int = 5) -> None:
+        """Held-out people by row: the photo, then fixed sentences."""
+        who = range(HELD_OUT.stop - 2_000, HELD_OUT.stop - 2_000 + seeds)
+        people = sample_people(who)
+        photo = render(people, sample_contexts(who).replace(style=0, headwear=0, framing=1))
+        vision = self.vision_tokens(crop_faces(photo.images, photo.boxes, self.vision.config.image_size))
+        vision = Tokens(vision.values.repeat_interleave(len(PROMPTS), 0))
+        count = seeds * len(PROMPTS)
+        inputs = Inputs(self.spoken(list(PROMPTS) * seeds), self.spoken([""] * count), vision)
+        latents = sample(self.unet, self.drawing_noise(count), inputs, Guidance(2.0), self.DRAWING_STEPS)
+        drawn = self.decode(latents).unflatten(0, (seeds, len(PROMPTS)))
+        photos = F.interpolate(photo.images, size=drawn.shape[-2:], mode="area")
+        save_grid(torch.cat((photos[:, None], drawn), 1).flatten(0, 1), path, columns=len(PROMPTS) + 1)
+
+    def export(self, folder: Path) -> None:
+        super().export(folder)
+        self.vision.save_pretrained(folder / "image_encoder")
+        self.adapter.save(folder / "adapter", {**ADAPTER_FACTS, "tokens": str(self.vision.tokens)})

@@ -1,0 +1,154 @@
+"""The autoencoder: pictures to 8x8 latents and back, with a decoder that forgives imprecise latents.
+
+While training, noise is added to the latents, whose channels are held near mean 0 and spread 1. The decoder so learns
+to map a neighbourhood of each latent to a clean picture, and small errors of the denoiser no longer show.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from imagine.errors import ConfigError
+from imagine.networks.encoders import VisionEncoder
+from imagine.networks.models import build_autoencoder
+from imagine.people.faces import ellipse
+from train.cache.latents import load_autoencoder
+from train.data.order import chance, normals, uniforms
+from train.data.portraits import SIDE, data_settings, draw_rows, training_pictures
+from train.run.grids import save_grid
+from train.task import Loss, Share, Start, Weight
+
+
+class AutoencoderSettings(BaseModel):
+    """Sizes of the network, and what its loss asks for beside likeness."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    latent_channels: Annotated[int, Field(ge=1)] = 32
+    widths: tuple[int, ...] = (16, 64, 128, 256)
+    crop: Annotated[int, Field(ge=16, le=SIDE, multiple_of=16)] = 64  # train on squares of this side
+    noise: Weight = 0.3  # the most noise on latents, whose spread is about 1
+    unit: Weight = 0.1  # weight of keeping each channel's mean at 0 and its spread at 1
+    edges: Weight = 1.0  # weight of the loss on differences between neighbouring pixels
+    faces: Share = 0.0  # share of the crops that lie on the face; the others lie anywhere
+    features: Weight = 0.0  # of what the vision encoder sees in crops that lie on the face
+
+
+@dataclass(frozen=True)
+class AutoencoderBatch:
+    """Squares of pictures, and which of them lie on the face."""
+
+    crops: Tensor  # (B, 3, crop, crop), -1 to 1
+    on_face: Tensor  # (B,) bool
+
+
+class AutoencoderTask:
+    """Trains on crops, which is cheaper, and shows whole pictures: the network is convolutional.
+
+    With the part `decoder` alone, latents stay what they were, and so does everything that was trained on them.
+    """
+
+    Settings: ClassVar[type[BaseModel]] = AutoencoderSettings
+    PARTS: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
+
+    def __init__(self, settings: AutoencoderSettings, start: Start) -> None:
+        self.settings, self.start = settings, start
+        self.vae = build_autoencoder(settings.latent_channels, settings.widths)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        if settings.features:
+            if start.initial is None:
+                raise ConfigError(
+                    f"Stage {start.name} compares features, so it needs a vision encoder: name a folder of weights as "
+                    "its initial, or set features to 0."
+                )
+            self.modules["image_encoder"] = VisionEncoder()
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {"encoder": list(self.vae.encoder.parameters()), "decoder": list(self.vae.decoder.parameters())}
+
+    def check(self) -> list[str]:
+        data_settings(self.start.data)
+        return []
+
+    def prepare(self) -> None:
+        self.pictures = training_pictures(self.start.data)
+
+    def batch(self, images_seen: int, size: int) -> AutoencoderBatch:
+        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
+        images, boxes = self.pictures.take(rows)
+        side, crop, seed = images.shape[-1], self.settings.crop, self.start.seed
+        anywhere = uniforms(seed, "crop", images_seen, size, (2,)) * ((side - crop) // 16 + 1)
+        centres = (boxes[:, :2] + boxes[:, 2:] / 2).flip(1)  # down, across
+        on_face = ((centres - crop / 2) / 16).round().clamp(0, (side - crop) // 16)
+        which = chance(seed, "faces", images_seen, size, self.settings.faces)
+        places = torch.where(which[:, None], on_face, anywhere).long() * 16
+        cut = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, places.tolist(), strict=True)]
+        return AutoencoderBatch(torch.stack(cut) * 2 - 1, which)
+
+    def show(self, batch: AutoencoderBatch, path: Path) -> None:
+        save_grid(batch.crops / 2 + 0.5, path, columns=8)
+
+    def loss(self, batch: AutoencoderBatch, images_seen: int) -> Loss:
+        crops = batch.crops
+        latents = self.vae.encode(crops).latent
+        mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        unit = (mean.square() + (spread - 1).square()).mean()
+        count, device, seed = len(crops), latents.device, self.start.seed
+        level = self.settings.noise * uniforms(seed, "level", images_seen, count, (1, 1, 1), device)
+        noise = level * normals(seed, "noise", images_seen, count, latents.shape[1:], device)
+        drawn = cast(Tensor, self.vae.decode(latents + noise).sample)
+        plain = (drawn - crops).abs().flatten(1).mean(1)
+        edges = sum((_edges(drawn, axis) - _edges(crops, axis)).abs().flatten(1).mean(1) for axis in (-1, -2))
+        square = F.mse_loss(drawn, crops, reduction="none").flatten(1).mean(1)
+        per_sample = plain + self.settings.edges * edges + square + self.settings.unit * unit
+        numbers = {"l1": plain.mean(), "square": square.mean(), "spread": spread.mean()}
+        if self.settings.features and batch.on_face.any():
+            strange = self._strangeness(drawn[batch.on_face], crops[batch.on_face])
+            per_sample = per_sample.index_add(0, batch.on_face.nonzero().squeeze(1), self.settings.features * strange)
+            numbers["features"] = strange.mean()
+        return Loss(per_sample, numbers)
+
+    def _strangeness(self, drawn: Tensor, crops: Tensor) -> Tensor:
+        """How unlike the vision encoder finds crops (B, 3, S, S), -1 to 1, to what they should be: (B,), 0 is alike.
+
+        A perceptual loss (arXiv 1603.08155) by what knows faces here: a face may be sharp and somebody else's.
+        """
+        encoder = cast(VisionEncoder, self.modules["image_encoder"])
+        size = int(encoder.config.image_size)
+        mask = ellipse(size, drawn.device) / 2  # as face crops are masked, brought to 0 to 1
+        both = F.interpolate(torch.cat((drawn, crops)), size=(size, size), mode="area") * mask + 0.5
+        seen, wanted = encoder(both).chunk(2)
+        wanted = wanted.detach()
+        return (seen - wanted).square().flatten(1).mean(1) / wanted.var()
+
+    def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        count = len(self.pictures.gallery)
+        rows = torch.arange(0, count, max(1, count // 32))[:32]
+        images = self.pictures.take(rows)[0].to(self.start.device)
+        drawn = (self.vae.decode(self.vae.encode(images * 2 - 1).latent).sample / 2 + 0.5).clamp(0, 1)
+        save_grid(torch.stack((images[:16], drawn[:16]), 1).flatten(0, 1).cpu(), folder / "pictures.png", columns=8)
+        return {"psnr": float(-10 * torch.log10(F.mse_loss(drawn, images)))}
+
+    def export(self, folder: Path) -> None:
+        self.vae.save_pretrained(folder / "vae")
+        (folder / "latents.json").write_text(json.dumps(self._statistics()))
+
+    def _statistics(self) -> dict[str, list[float]]:
+        """Mean and spread of each latent channel; those of the folder that a frozen encoder came from."""
+        frozen = not any(parameter.requires_grad for parameter in self.vae.encoder.parameters())
+        if frozen and self.start.initial is not None:
+            _, mean, std = load_autoencoder(self.start.initial)
+            return {"mean": mean.tolist(), "std": std.tolist()}
+        rows = draw_rows(self.start, "statistics", 0, 512, len(self.pictures.gallery))
+        images = self.pictures.take(rows)[0].to(self.start.device) * 2 - 1
+        latents = torch.cat([self.vae.encode(part).latent for part in images.split(64)]).float().cpu()
+        return {"mean": latents.mean((0, 2, 3)).tolist(), "std": latents.std((0, 2, 3)).tolist()}
+
+
+def _edges(images: Tensor, axis: int) -> Tensor:
+    return images.diff(dim=axis)

@@ -1,0 +1,131 @@
+"""The small face finder: renders of one to three people at any place and size, and pictures without anybody."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from imagine.people import finder
+from imagine.world import render_groups, sample_contexts, sample_people
+from imagine.world.scenes import paint_scenes
+from imagine.world.seeds import HELD_OUT, JUDGE
+from train.data.order import chance, uniforms
+from train.data.portraits import data_settings, draw_rows, judge_pictures
+from train.run.grids import save_grid
+from train.task import Loss, Share, Start
+
+
+class FinderSettings(BaseModel):
+    """How many pictures show nobody or several people; the rest show one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    empty_share: Share = 0.15  # share of pictures without anybody
+    group_share: Share = 0.25
+
+
+class FinderTask:
+    """Trains the finder where it must work: on any number of people, at any place and size."""
+
+    Settings: ClassVar[type[BaseModel]] = FinderSettings
+    PARTS: ClassVar[tuple[str, ...]] = ("finder",)
+    GROUPS: ClassVar[int] = 600  # pictures of two, of three people and of nobody, rendered once
+    HELD_OUT_PICTURES: ClassVar[int] = 100  # of one, two and three people each
+
+    def __init__(self, settings: FinderSettings, start: Start) -> None:
+        self.settings, self.start = settings, start
+        self.finder = finder.Finder()
+        self.modules: dict[str, nn.Module] = {"finder": self.finder}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {"finder": list(self.finder.parameters())}
+
+    def check(self) -> list[str]:
+        data_settings(self.start.data)
+        return []
+
+    def prepare(self) -> None:
+        self.pictures = judge_pictures(self.start.data)
+        few = data_settings(self.start.data).few
+        groups, held_out = few(self.GROUPS), few(self.HELD_OUT_PICTURES)
+        self.groups = [_groups(JUDGE.start + 5_000_000, count, groups) for count in (2, 3)]
+        self.scenes = paint_scenes(sample_contexts(range(JUDGE.start, JUDGE.start + groups)), 128)
+        self.held_out = [_groups(HELD_OUT.stop - 1_000, count, held_out) for count in (1, 2, 3)]
+
+    def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures (B, 3, S, S), boxes (B, 3, 4) and which of them count (B, 3)."""
+        seed = self.start.seed
+        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
+        images, single = self.pictures.take(rows)
+        boxes = torch.zeros(size, 3, 4)
+        boxes[:, 0] = single
+        valid = torch.zeros(size, 3, dtype=torch.bool)
+        valid[:, 0] = True
+        kind, pick = uniforms(seed, "kinds", images_seen, size, (2,)).unbind(1)
+        pick = (pick * len(self.scenes)).long()
+        for i in range(size):
+            if kind[i] < self.settings.empty_share:
+                images[i] = self.scenes[pick[i]]
+                valid[i] = False
+            elif kind[i] < self.settings.empty_share + self.settings.group_share:
+                count = 2 + int(pick[i] % 2)
+                pictures, places = self.groups[count - 2]
+                images[i], boxes[i, :count] = pictures[pick[i]], places[pick[i]]
+                valid[i, :count] = True
+        images, boxes = _zoom(images, boxes, uniforms(seed, "zoom", images_seen, size, (6,)))
+        grey = chance(seed, "grey", images_seen, size, 0.25)
+        images[grey] = images[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
+        return images, boxes, valid
+
+    def show(self, batch: tuple[Tensor, Tensor, Tensor], path: Path) -> None:
+        save_grid(batch[0], path, columns=8)
+
+    def loss(self, batch: tuple[Tensor, Tensor, Tensor], images_seen: int) -> Loss:
+        images, boxes, valid = batch
+        wanted = finder.targets(boxes, valid, images.shape[-1])
+        return Loss(finder.loss(self.finder(images), wanted))
+
+    def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        found = right = wrong = 0
+        for images, boxes in self.held_out:
+            places, scores = finder.decode(self.finder(images.to(self.start.device)), images.shape[-1])
+            for i in range(len(images)):
+                kept = places[i][scores[i] > 0.5].cpu()
+                near = (_centres(kept)[:, None] - _centres(boxes[i])[None]).norm(dim=-1) < 0.4 * boxes[i, :, 2]
+                right += int(near.any(0).sum()) if len(kept) else 0
+                wrong += int((~near.any(1)).sum()) if len(kept) else 0
+                found += len(boxes[i])
+        return {"recall": right / found, "false_per_face": wrong / found}
+
+    def export(self, folder: Path) -> None:
+        finder.save_finder(self.finder, folder / "finder", torch.float16)
+
+
+def _groups(first: int, count: int, pictures: int) -> tuple[Tensor, Tensor]:
+    seeds = range(first, first + pictures * count)
+    out = render_groups(sample_people(seeds), sample_contexts(seeds), count)
+    return out.images, out.boxes
+
+
+def _centres(boxes: Tensor) -> Tensor:
+    return boxes[:, :2] + boxes[:, 2:] / 2
+
+
+def _zoom(images: Tensor, boxes: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Shrink and move each picture on a plain ground (or enlarge it a little), and its boxes with it.
+
+    `random` (B, 6), 0 to 1, decides for each: size, place across and down, and the ground's colour.
+    """
+    count, side = len(images), images.shape[-1]
+    scale = 0.35 + 0.8 * random[:, 0]
+    shift = (random[:, 1:3] * 2 - 1) * (1 - scale.clamp(max=1)).unsqueeze(1)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
+    theta[:, :, 2] = -shift / scale.unsqueeze(1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    ground = random[:, 3:].reshape(count, 3, 1, 1)
+    moved = F.grid_sample(images - ground, grid, align_corners=False) + ground
+    middle = (boxes[..., :2] * 2 / side - 1) * scale.view(-1, 1, 1) + shift.unsqueeze(1)
+    return moved, torch.cat(((middle + 1) * side / 2, boxes[..., 2:] * scale.view(-1, 1, 1)), -1)

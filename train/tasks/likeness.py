@@ -1,0 +1,114 @@
+"""A recogniser that reads latents, the teacher of the likeness loss: one person's two pictures belong together.
+
+Its people are those the adapter trains on, and its pictures the very latents that the denoiser predicts, so that a loss
+costs no decoding. Noise on them stands for a prediction's flaws.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from imagine.world import People
+from train.cache.latents import Latents, WorldCodec, autoencoder_of, check_autoencoder
+from train.cache.pictures import Pictures
+from train.data.language import parameters
+from train.data.order import chance, normals, uniforms
+from train.data.portraits import check_twins, data_settings, draw_rows, held_out_pictures, training_pictures
+from train.run.grids import save_grid
+from train.task import Loss, Start, Weight
+from train.tasks.contrastive_loss import Temperature, contrast
+from train.tasks.likeness_loss import DIMENSIONS, Likeness
+from train.tasks.trait_loss import READINGS, trait_loss
+
+
+class LikenessSettings(BaseModel):
+    """What the network is shown, and what helps it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    noise: Weight = 0.5  # at most so much noise on the latents, whose spread is 1
+    traits: Weight = 5.0  # weight of reading the world's traits off the embedding
+
+
+@dataclass(frozen=True)
+class LikenessBatch:
+    """Two pictures each of some people: latents, where their faces are, and who they are."""
+
+    latents: Tensor  # (B, 2, C, h, w)
+    faces: Tensor  # (B, 2, 1, h, w)
+    people: People  # (B)
+    drifted: People  # (B) who is in the second pictures: nearly the same
+
+
+class LikenessTask:
+    """Trains the teacher; nothing of it is shipped."""
+
+    Settings: ClassVar[type[BaseModel]] = LikenessSettings
+    PARTS: ClassVar[tuple[str, ...]] = ("likeness",)
+    VALIDATION_PEOPLE: ClassVar[int] = 500
+
+    def __init__(self, settings: LikenessSettings, start: Start) -> None:
+        self.settings, self.start = settings, start
+        self.likeness = Likeness()
+        self.reading, self.temperature = nn.Linear(DIMENSIONS, READINGS), Temperature(1)
+        self.modules: dict[str, nn.Module] = {
+            "likeness": self.likeness, "reading": self.reading, "temperature": self.temperature,
+        }  # fmt: skip
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {"likeness": parameters(self.likeness, self.reading, self.temperature)}
+
+    def check(self) -> list[str]:
+        check_twins(self.start.data)
+        check_autoencoder(self.start)
+        return []
+
+    def prepare(self) -> None:
+        self.pictures = training_pictures(self.start.data)
+        self.codec = WorldCodec(autoencoder_of(self.start), self.start.device)
+        self.latents = self._latents(self.pictures, "train")
+
+    def _latents(self, pictures: Pictures, name: str) -> Latents:
+        folder = data_settings(self.start.data).folder / name
+        return Latents(pictures, self.codec, folder)
+
+    def batch(self, images_seen: int, size: int) -> LikenessBatch:
+        gallery = self.pictures.gallery
+        who = draw_rows(self.start, "people", images_seen, size, gallery.identities)
+        first = chance(self.start.seed, "which", images_seen, size, 0.5).long()
+        rows = torch.stack((who * gallery.pictures + first, who * gallery.pictures + 1 - first), 1)
+        latents, faces = (
+            take(rows.flatten()).unflatten(0, rows.shape) for take in (self.latents.take, self.latents.faces)
+        )
+        return LikenessBatch(latents, faces, gallery.people(rows[:, 0]), gallery.people(rows[:, 1]))
+
+    def show(self, batch: LikenessBatch, path: Path) -> None:
+        some = batch.latents[:16].flatten(0, 1).to(self.start.device)
+        save_grid(self.codec.decode(some).cpu(), path, columns=8)
+
+    def loss(self, batch: LikenessBatch, images_seen: int) -> Loss:
+        count, seed, device = len(batch.latents), self.start.seed, batch.latents.device
+        level = self.settings.noise * uniforms(seed, "level", images_seen, count, (2, 1, 1, 1), device)
+        noise = level * normals(seed, "noise", images_seen, count, batch.latents.shape[1:], device)
+        seen = self.likeness((batch.latents + noise).flatten(0, 1), batch.faces.flatten(0, 1)).unflatten(0, (count, 2))
+        person, hits = contrast(seen[:, 0], seen[:, 1], self.temperature.scales()[0])
+        read = self.reading(seen * DIMENSIONS**0.5)
+        traits = (trait_loss(read[:, 0], batch.people) + trait_loss(read[:, 1], batch.drifted)) / 2
+        return Loss(person + self.settings.traits * traits, {"person_hits": hits, "traits": traits.mean()})
+
+    def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        held_out = held_out_pictures(self.start.data, self.VALIDATION_PEOPLE)
+        latents = self._latents(held_out, f"held-out-{self.VALIDATION_PEOPLE}")
+        rows = torch.arange(2 * self.VALIDATION_PEOPLE)
+        parts = [(latents.take(some), latents.faces(some)) for some in rows.split(100)]
+        seen = torch.cat([self.likeness(*(x.to(self.start.device) for x in part)) for part in parts])
+        similarity = seen[::2] @ seen[1::2].T
+        hits = (similarity.argmax(1) == torch.arange(len(similarity), device=similarity.device)).float().mean()
+        other = similarity[~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)].mean()
+        return {"rank1": float(hits), "same": float(similarity.diag().mean()), "other": float(other)}
+
+    def export(self, folder: Path) -> None:
+        """Later stages read the averaged weights of the stage; there is nothing else to leave."""

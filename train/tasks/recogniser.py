@@ -1,0 +1,129 @@
+"""The judge's recogniser: one embedding a face, people pushed apart by a margin (CosFace, arXiv 1801.09414).
+
+A second head reads the traits of the world off the embedding while training. The margin alone learns slowly from four
+pictures a person (docs/experiments.md); the traits say at once what there is to look at.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor, nn
+
+from imagine.evaluation.judge import Recogniser, margin_loss
+from imagine.people.faces import crop_faces
+from imagine.world import render, sample_contexts, sample_people
+from imagine.world.seeds import HELD_OUT, JUDGE
+from train.cache.face_crops import Squares
+from train.data.language import parameters
+from train.data.order import normals, uniforms
+from train.data.portraits import data_settings, draw_rows, judge_pictures
+from train.run.grids import save_grid
+from train.task import Loss, Start, Weight
+from train.tasks.trait_loss import READINGS, trait_loss
+
+VALIDATION = 500  # held-out people, two pictures each (apart from those that evaluation uses)
+
+
+class RecogniserSettings(BaseModel):
+    """The margin loss, and how much the traits help it at the beginning."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    scale: float = 24.0
+    margin: Weight = 0.25
+    dimensions: PositiveInt = 128
+    traits: Weight = 10.0  # weight of reading the traits
+    ramp: PositiveInt = (
+        30_000  # images for which traits come alone, and for as many again the margin loss grows to its weight
+    )
+
+
+class Prototypes(nn.Module):
+    """One direction a person, (people, dimensions); thrown away after training."""
+
+    def __init__(self, people: int, dimensions: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(people, dimensions) / dimensions**0.5)
+
+
+class RecogniserTask:
+    """Trains on the judge's own people, so that it knows nobody whom the generator has seen."""
+
+    Settings: ClassVar[type[BaseModel]] = RecogniserSettings
+    PARTS: ClassVar[tuple[str, ...]] = ("recogniser",)
+    HELD_OUT_PEOPLE: ClassVar[int] = VALIDATION
+
+    def __init__(self, settings: RecogniserSettings, start: Start) -> None:
+        self.settings, self.start = settings, start
+        self.recogniser = Recogniser(dimensions=settings.dimensions)
+        people = int(start.data.get("judge_identities", 4_000))
+        self.prototypes = Prototypes(people, settings.dimensions)
+        self.reading = nn.Linear(settings.dimensions, READINGS)
+        self.modules: dict[str, nn.Module] = {
+            "recogniser": self.recogniser, "prototypes": self.prototypes, "reading": self.reading,
+        }  # fmt: skip
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        return {"recogniser": parameters(self.recogniser, self.prototypes, self.reading)}
+
+    def check(self) -> list[str]:
+        data_settings(self.start.data)
+        return []
+
+    def prepare(self) -> None:
+        self.pictures = judge_pictures(self.start.data)
+        self.squares = Squares(
+            self.pictures, self.recogniser.size, data_settings(self.start.data).folder / "judge", noisy=False
+        )
+        self.people = sample_people([JUDGE.start + i for i in range(self.pictures.gallery.identities)])
+
+    def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor]:
+        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
+        seed = self.start.seed
+        crops = self.squares.take(rows, uniforms(seed, "shift", images_seen, size, (2,)))
+        # A cheap camera: the judge must not care about exposure, colour cast and grain.
+        cast = torch.tensor([1.0, 0.5, 1.0]).view(3, 1, 1)
+        gain = 1 + 0.12 * normals(seed, "gain", images_seen, size, (3, 1, 1)) * cast
+        level = 0.04 * uniforms(seed, "level", images_seen, size, (1, 1, 1))
+        grain = level * normals(seed, "grain", images_seen, size, crops.shape[1:])
+        return (crops * gain + grain).clamp(0, 1), rows // self.pictures.gallery.pictures
+
+    def show(self, batch: tuple[Tensor, Tensor], path: Path) -> None:
+        save_grid(batch[0], path, columns=8)
+
+    def loss(self, batch: tuple[Tensor, Tensor], images_seen: int) -> Loss:
+        crops, labels = batch
+        embeddings = self.recogniser(crops)
+        cosines = embeddings @ nn.functional.normalize(self.prototypes.weight, dim=1).T
+        hits = (cosines.argmax(1) == labels).float().mean()
+        loss = margin_loss(embeddings, labels, self.prototypes.weight, self.settings.scale, self.settings.margin)
+        traits = trait_loss(self.reading(embeddings * self.settings.dimensions**0.5), self.people[labels.cpu()])
+        share = min(1.0, max(0.0, images_seen / self.settings.ramp - 1))
+        return Loss(share * loss + self.settings.traits * traits, {"accuracy": hits, "traits": traits.mean()})
+
+    def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        first, second = (
+            torch.cat([self.recogniser(part.to(self.start.device)) for part in crops.split(100)])
+            for crops in held_out_crops(self.recogniser.size, self.HELD_OUT_PEOPLE)
+        )
+        similarity = first @ second.T
+        hits = (similarity.argmax(1) == torch.arange(len(first), device=similarity.device)).float().mean()
+        off = similarity[~torch.eye(len(first), dtype=torch.bool, device=similarity.device)]
+        return {"rank1": float(hits), "same": float(similarity.diag().mean()), "other": float(off.mean())}
+
+    def export(self, folder: Path) -> None:
+        self.recogniser.save(folder / "recogniser", torch.float16)
+
+
+@lru_cache(maxsize=2)
+def held_out_crops(size: int, count: int = VALIDATION) -> tuple[Tensor, Tensor]:
+    """Face crops of two pictures of each of `count` held-out people; rendered once a process."""
+    seeds = range(HELD_OUT.stop - count, HELD_OUT.stop)
+    people = sample_people(seeds)
+    pair = []
+    for picture in (0, 1):
+        out = render(people, sample_contexts([seed * 2 + picture for seed in seeds]))
+        pair.append(crop_faces(out.images, out.boxes, size))
+    return pair[0], pair[1]
