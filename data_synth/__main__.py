@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data_synth.config import load_config
-from data_synth.review_server import add_review
+from data_synth.review.server import add_review
 from imagine.errors import ImagineError
 
 
@@ -100,7 +100,7 @@ def _add_world(commands: Any) -> None:
 def _build(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from data_synth.build import build  # after the file is read: a typo is told before torch is loaded
-    from data_synth.funnel import show
+    from data_synth.card.funnel import show
 
     with _progress() as progress:
         tasks: dict[str, Any] = {}

@@ -18,16 +18,17 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from data_synth import review, store
-from data_synth.backends import Failed
+from data_synth import store
+from data_synth.backends.contracts import Failed
+from data_synth.card.funnel import Funnel
 from data_synth.config import BuildConfig
 from data_synth.executors import Executor, choose_executor
 from data_synth.filters import FilterSettings, duplicate_rejections
-from data_synth.funnel import Funnel
 from data_synth.pair_shards import refuse_foreign
 from data_synth.preparing import prepare
 from data_synth.publishing import publish
 from data_synth.records import Pair, Rejection
+from data_synth.review import decisions as review
 from data_synth.steps import Find, Outcome, Recipe, Task, among, tellings
 from data_synth.store import Result, Store
 from data_synth.verdicts import Verdict, reviewed, verdict, without_duplicates

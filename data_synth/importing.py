@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_synth.backends import Draft, Failed
-from data_synth.measuring import picture_hash
-from data_synth.recognisers import KnownFace, Recogniser
+from data_synth.backends.contracts import Draft, Failed
+from data_synth.backends.measuring import picture_hash
+from data_synth.backends.recognisers import KnownFace, Recogniser
 from data_synth.records import Ask, Candidate, Reference, Rejection
 from imagine.errors import BadRecordError, ConfigError, ImagineError, PictureError, WeightsError
 from imagine.people.photos import Photo, read_photo

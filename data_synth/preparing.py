@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_synth.backends.registry import make_backend
 from data_synth.config import BuildConfig, Choice
 from data_synth.importing import NO_FACE, mined_drafts
 from data_synth.records import Reference, Rejection
 from data_synth.references import collect, people_of
-from data_synth.registry import make_backend
 from data_synth.steps import KINDS, Recipe
 from data_synth.store import Store
 from imagine.errors import ConfigError

@@ -14,11 +14,12 @@ from typing import Any, TextIO
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from data_synth.card import Case, Loss, make_card, write_card
-from data_synth.funnel import Funnel, plot
+from data_synth.card.facts import make_card
+from data_synth.card.funnel import Funnel, plot
+from data_synth.card.page import write_card
 from data_synth.pair_shards import PairShards
 from data_synth.preparing import Prepared
-from data_synth.records import Rejection
+from data_synth.records import Case, Loss, Rejection
 from data_synth.store import Store
 from data_synth.targets import wished
 from data_synth.verdicts import Verdict

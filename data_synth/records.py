@@ -77,3 +77,22 @@ class Pair:
     ask: Ask
     target: Candidate
     measures: Measures
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured candidate, and what became of it: no rejection means that it is a pair."""
+
+    reference: Reference
+    ask: Ask
+    candidate: Candidate
+    measures: Measures
+    rejection: Rejection | None = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One target of which no candidate could be measured, for good: to its person's group it is one that failed."""
+
+    reference: Reference
+    ask: Ask | None = None  # None: it could not even be asked for

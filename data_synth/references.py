@@ -17,9 +17,9 @@ import numpy as np
 from fsspec.core import url_to_fs
 from pydantic import Field
 
+from data_synth.backends.local_models import identity_of
+from data_synth.backends.recognisers import KnownFace, Recogniser, make_recogniser
 from data_synth.importing import ImportSettings, import_references
-from data_synth.local_models import identity_of
-from data_synth.recognisers import KnownFace, Recogniser, make_recogniser
 from data_synth.records import Reference, Rejection
 from data_synth.steps import Recipe
 from data_synth.store import Result, Store

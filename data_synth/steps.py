@@ -21,11 +21,11 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any
 
-from data_synth.backends import Draft, Failed, Target
+from data_synth.backends.contracts import Draft, Failed, Target
+from data_synth.backends.registry import make_backend
 from data_synth.config import BuildConfig
 from data_synth.filters import rejection
 from data_synth.records import Ask, Candidate, Measures, Reference, Rejection
-from data_synth.registry import make_backend
 from data_synth.store import Result
 from data_synth.targets import aims
 from imagine.errors import ConfigError, ImagineError, WeightsError

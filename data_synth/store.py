@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data_synth.backends import Failed
+from data_synth.backends.contracts import Failed
 from data_synth.records import Candidate, Measures, Reference, Rejection
 from imagine.errors import ConfigError
 

@@ -7,10 +7,9 @@ reading again.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from data_synth.card import Case
 from data_synth.filters import FilterSettings, best, rejection
-from data_synth.records import Pair, Rejection
-from data_synth.review import Decision, judged
+from data_synth.records import Case, Pair, Rejection
+from data_synth.review.decisions import Decision, judged
 from data_synth.steps import Outcome
 
 UNDECIDED = "waits for a reviewer"

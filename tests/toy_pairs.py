@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_synth.backends import Draft, Failed, Target
+from data_synth.backends.contracts import Draft, Failed, Target
 from data_synth.config import BuildConfig
 from data_synth.records import Ask, Candidate, Measures, Reference
 from imagine.errors import PictureError, WeightsError
@@ -169,7 +169,7 @@ class ToyRecogniser(Toy):
     step = "recognise"
 
     def recognise(self, pictures: Sequence[Any]) -> list[tuple[Any, ...]]:
-        from data_synth.recognisers import KnownFace
+        from data_synth.backends.recognisers import KnownFace
         from imagine.records import FaceBox
 
         faces = []

@@ -1,0 +1,1 @@
+"""The models behind each build step, one class per kind of model, behind small contracts."""

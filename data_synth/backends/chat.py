@@ -1,0 +1,209 @@
+"""One question to a language model, with or without a picture, and its answer made fit to be a caption.
+
+Captioners and rewriters ask `Question`s; whoever can `answer` them is a model in this process (`ChatModel`) or an
+endpoint (endpoint.py). Models here answer one question at a time, each with random numbers of its own, so that an
+answer depends on its question alone. That is right for thousands of pictures; for millions, serve the model with an
+engine that batches (vLLM, SGLang, llama.cpp) and ask it as an endpoint.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from PIL import Image
+from pydantic import Field
+
+from data_synth.backends.contracts import Failed
+from data_synth.backends.local_models import ModelSettings, choose_device, choose_dtype, failure, loading
+from imagine.errors import PictureError, WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+EMPTY, CUT, REFUSED = "an empty answer", "an answer that was cut off", "the model refused"
+
+_THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL | re.IGNORECASE)
+_PREAMBLE = re.compile(
+    r"\A(?:(?:sure|certainly|of course)\b[^:\n]{0,80}:|(?:here(?: is|['’]s) )?(?:the |a )?(?:new |rewritten )?"
+    r"(?:caption|description)\b[^:\n]{0,40}:)\s*",
+    re.IGNORECASE,
+)
+_REFUSAL = re.compile(
+    r"\A(?:(?:(?:i['’]?m|i am) (?:very |so )?)?sorry[,.!]?\s|i (?:can ?not|can['’]t)\b|"
+    r"(?:i['’]?m|i am) (?:not able|unable)\b|as an ai\b)",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?…](?:[\"”’')\]]*)(?=\s|\Z)")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked."""
+
+    text: str
+    seed: int  # of the answer's random numbers
+    image: Image.Image | None = None  # RGB, upright
+
+
+class Talker(Protocol):
+    """Whoever answers questions."""
+
+    def answer(self, questions: Sequence[Question]) -> list[str | Failed]:
+        """One answer a question, in order, already tidied."""
+        ...
+
+
+def answers(talker: Talker, questions: Sequence[Question | Failed]) -> list[str | Failed]:
+    """The talker's answers; what already failed is not asked and stays in its place."""
+    asked = iter(talker.answer([question for question in questions if isinstance(question, Question)]))
+    return [next(asked) if isinstance(question, Question) else question for question in questions]
+
+
+def picture_question(text: str, picture: bytes, seed: int, longest_side: int) -> Question | Failed:
+    """A question about a picture file, turned upright and shrunk to `longest_side` pixels at most."""
+    from imagine.people.photos import open_photo
+
+    try:
+        image = open_photo(picture)
+    except PictureError as error:
+        return failure(error)
+    if max(image.size) > longest_side:
+        image.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS)
+    return Question(text, seed, image)
+
+
+def seed_of(key: str) -> int:
+    """A seed of 31 bits for a record that has a key and no seed."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
+
+
+def tidy(answer: str, complete: bool) -> str | Failed:
+    """An answer as one paragraph without thoughts, preamble, bold type or quotation marks around it.
+
+    complete: whether the model came to its own end; if not, only whole sentences are kept. A refusal, or an answer of
+    which nothing is left, is a failure.
+    """
+    text = _THINKING.sub("", answer).replace("**", "").strip()
+    text = " ".join(_PREAMBLE.sub("", text).split())
+    if len(text) > 1 and text[0] + text[-1] in ('""', "''", "“”", "‘’") and text[0] not in text[1:-1]:
+        text = text[1:-1].strip()
+    if not text:
+        return Failed(EMPTY)
+    if _REFUSAL.match(text):
+        return Failed(REFUSED, text[:200])
+    if complete:
+        return text
+    ends = [found.end() for found in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else Failed(CUT, "Not one sentence was finished: give a larger max_tokens.")
+
+
+class ChatSettings(ModelSettings):
+    """A language model that runs here, through transformers."""
+
+    max_tokens: int = Field(default=300, ge=1)  # of an answer
+    temperature: float = Field(default=0.0, ge=0)  # 0: always the likeliest word
+    top_p: float = Field(default=1.0, gt=0, le=1)  # of the likeliest words, those that make up this much
+    template: dict[str, Any] = Field(default_factory=dict)  # for the chat template, such as {enable_thinking: false}
+
+
+class ChatModel:
+    """A language model with eyes ("image-text-to-text") or without ("text-generation"), and with a chat template."""
+
+    def __init__(self, settings: ChatSettings, task: Literal["image-text-to-text", "text-generation"]) -> None:
+        self.settings, self.task = settings, task
+        self.model: Any = None
+        self.processor: Any = None
+
+    def load(self) -> None:
+        """Load through transformers' Auto classes; WeightsError if that cannot be done, or it is no chat model."""
+        import transformers
+
+        settings, sees = self.settings, self.task == "image-text-to-text"
+        device = choose_device(settings.device)
+        source = {} if settings.revision is None else {"revision": settings.revision}
+        trusted = {name: value for name, value in settings.options.items() if name == "trust_remote_code"}
+        with loading(settings.model):
+            reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
+            kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+            self.processor = reader.from_pretrained(settings.model, **source, **trusted)
+            dtype = choose_dtype(settings.dtype, device)
+            model = kind.from_pretrained(settings.model, dtype=dtype, **source, **settings.options)
+            # With a device_map the library has already put it somewhere.
+            self.model = (model if "device_map" in settings.options else model.to(device)).eval()
+        if not getattr(self.processor, "chat_template", None):
+            raise WeightsError(
+                f"The model {settings.model} has no chat template: choose one that was trained to follow instructions."
+            )
+        # Words are drawn by `_Choice`, whatever the model's own file prefers.
+        own = self.model.generation_config
+        own.do_sample, own.temperature, own.top_p, own.top_k = False, None, None, None
+
+    def answer(self, questions: Sequence[Question]) -> list[str | Failed]:
+        """One answer a question, each as if it were the only one."""
+        return [self._answer(question) for question in questions]
+
+    def _answer(self, question: Question) -> str | Failed:
+        import torch
+
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": self._content(question)}],
+            add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **self.settings.template,
+        )  # fmt: skip
+        inputs = inputs.to(self.model.device)
+        inputs = {
+            name: value.to(self.model.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in inputs.items()
+            if name != "token_type_ids" or self.task == "image-text-to-text"
+        }
+        with torch.inference_mode():
+            tokens = self.model.generate(
+                **inputs, max_new_tokens=self.settings.max_tokens, logits_processor=self._choices(question.seed)
+            )[0, inputs["input_ids"].shape[1] :]
+        text = getattr(self.processor, "tokenizer", self.processor).decode(tokens, skip_special_tokens=True)
+        return tidy(text, complete=bool(torch.isin(tokens.cpu(), self._ends()).any()))
+
+    def _content(self, question: Question) -> Any:
+        if self.task == "text-generation":
+            return question.text
+        return [{"type": "image", "image": question.image}, {"type": "text", "text": question.text}]
+
+    def _choices(self, seed: int) -> list[Any]:
+        if not self.settings.temperature:
+            return []
+        return [_Choice(seed, self.settings.temperature, self.settings.top_p)]
+
+    def _ends(self) -> "torch.Tensor":
+        import torch
+
+        ends = self.model.generation_config.eos_token_id
+        return torch.tensor([] if ends is None else ends, dtype=torch.long).reshape(-1)
+
+
+class _Choice:
+    """Draws the next word of one answer, as a step of transformers' generate.
+
+    Adding Gumbel noise to the scores and then taking the largest draws from their softmax (Maddison et al.,
+    arXiv 1411.0030). The noise comes from a generator of this answer's own on the CPU, so that a seed means the same on
+    every device, and nobody else's draws move it.
+    """
+
+    def __init__(self, seed: int, temperature: float, top_p: float) -> None:
+        import torch
+
+        self.generator = torch.Generator().manual_seed(seed)
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """Scores (1, words) -> scores whose largest is the drawn word."""
+        import torch
+
+        scores = scores.float() / self.temperature
+        if self.top_p < 1:
+            ordered, places = scores.sort(descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of all likelier words together
+            unlikely = torch.zeros_like(before, dtype=torch.bool).scatter(-1, places, before >= self.top_p)
+            scores = scores.masked_fill(unlikely, -torch.inf)
+        waits = torch.empty(scores.shape).exponential_(generator=self.generator)
+        return scores - waits.log().to(scores.device)

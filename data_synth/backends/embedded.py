@@ -1,0 +1,364 @@
+"""The portrait world as backends: everything about it is known, so that a build can be checked against the truth.
+
+    WorldPeople       references: one photo each of so many people
+    GrammarCaptioner  their dense captions, by the world's grammar
+    GrammarRewriter   the same of the person as the target should show them
+    Renderer          targets drawn exactly, of a person who has drifted a little: SynPairs whose faults are known
+    Truth             what the renderer says of its pictures, as measures
+
+Everything follows from seeds, so that each item is drawn alike in any company.
+"""
+
+import io
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from data_synth.backends.contracts import Draft, Failed, Target
+from data_synth.backends.local_models import identity_of
+from data_synth.backends.measuring import attribute_difference, picture_hash
+from data_synth.records import Ask, Candidate, Measures, Reference
+from imagine.errors import ConfigError
+from imagine.world import Contexts, People, attributes, captions, render, sample_contexts, sample_people
+from imagine.world.contexts import bins
+from imagine.world.people import CONTINUOUS, drift
+from imagine.world.render import Painters, compiled_painters
+from imagine.world.seeds import DEMO, HELD_OUT, JUDGE, TRAIN
+from imagine.world.vocabulary import ATTRIBUTES, CLOTHES, FRAMINGS, STYLES
+
+RANGES = {"train": TRAIN, "judge": JUDGE, "held_out": HELD_OUT, "demo": DEMO}
+LICENCE = "Apache-2.0"
+VERSION = 1
+NOT_OURS = "not a person of the portrait world"
+
+_TOGETHER = 16  # pictures painted at once, always so many: compiled painters take no other number
+_STRIDE = 7_368_787  # a prime: people are taken from a range of seeds far apart, and each once
+_STRANGERS = 0.373  # root mean square distance of two people's continuous traits
+_TURNS = {"yaw": 0.49, "pitch": 0.3, "roll": 0.26, "gaze": 0.9}  # clearly to one side, in radians or shares
+_LETTERED = ("t-shirt", "hoodie")
+_SKINS = ("fair", "light", "tan", "brown", "dark")
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+def world_groups(skin: float, age: float) -> dict[str, str]:
+    """The groups of somebody in the portrait world, for a reference's facts, in the words of the world's captions.
+
+    skin and age: traits of imagine.world.People, 0 to 1.
+    """
+    years = "young" if age < 0.35 else "old" if age > 0.7 else "middle-aged"
+    return {"skin tone": _SKINS[min(len(_SKINS) - 1, int(skin * len(_SKINS)))], "age": years}
+
+
+class _Painting(BaseModel):
+    """How pictures are drawn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(default=128, ge=16, le=1024)
+    compiled: bool = False  # twice as fast, after up to a minute; needs a C++ compiler; differs in rounding
+
+
+def _check_compiler(settings: _Painting) -> None:
+    if settings.compiled and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
+        raise ConfigError(
+            "Compiled painters need a C++ compiler, and there is none: install g++, or set compiled to false."
+        )
+
+
+def _draw(people: People, contexts: Contexts, settings: _Painting) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each portrait as a PNG file, and what is known of it."""
+    painters = compiled_painters() if settings.compiled else Painters()
+    known = attributes(people, contexts)
+    for start in range(0, len(people), _TOGETHER):
+        rows = torch.arange(start, start + _TOGETHER).clamp(max=len(people) - 1)  # the last one fills up the batch
+        drawn = render(people[rows], contexts[rows], settings.size, painters)
+        pixels = (drawn.images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+        for row in range(min(_TOGETHER, len(people) - start)):
+            image = Image.fromarray(pixels[row])
+            places = {"box": _rounded(drawn.boxes[row]), "landmarks": _rounded(drawn.landmarks[row])}
+            yield (
+                _png(image),
+                {**places, "attributes": known[start + row], "hash": picture_hash(image), "licence": LICENCE},
+            )
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)  # a fifth larger, and three times as fast
+    return file.getvalue()
+
+
+def _rounded(values: Tensor) -> Any:
+    return [_rounded(value) if value.ndim else round(float(value), 2) for value in values]
+
+
+# --- references -------------------------------------------------------------------------------------------------------
+class WorldPeople:
+    """So many people of the portrait world, each in one photo."""
+
+    class Settings(_Painting):
+        """Who, and how many: the first N people of a seed are the same whatever N is."""
+
+        identities: int = Field(ge=1, exclude=True)
+        people: Literal["train", "judge", "held_out", "demo"] = "train"
+        seed: int = Field(default=0, ge=0)
+
+    def __init__(self, settings: "WorldPeople.Settings") -> None:
+        self.settings = settings
+        self._range = RANGES[settings.people]
+        if settings.identities > len(self._range):
+            raise ConfigError(f"{settings.identities} identities cannot be drawn: give 1 to {len(self._range):,}.")
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Class, version and licence."""
+        return identity_of(self, VERSION, licence=LICENCE)
+
+    @property
+    def count(self) -> int:
+        """How many references there are."""
+        return self.settings.identities
+
+    def load(self) -> None:
+        """Check that painters can be compiled, if they are to be; raises ConfigError."""
+        _check_compiler(self.settings)
+
+    def draw(self, numbers: Sequence[int]) -> list[Reference]:
+        """The references of these numbers, 0 to count - 1."""
+        offset = self.settings.seed * 1_000_003
+        identities = [self._range[(offset + number * _STRIDE) % len(self._range)] for number in numbers]
+        seeds = [noise_seed(self.settings.seed, identity) for identity in identities]
+        people = sample_people(identities)
+        contexts = sample_contexts(seeds).replace(style=STYLES.index("photo"))
+        drawn = _draw(people, contexts, self.settings)
+        return [
+            Reference(
+                key=f"world{self.settings.seed}-{identity}",
+                image=png,
+                person=str(identity),
+                facts={
+                    **facts,
+                    "groups": world_groups(float(people.skin[row]), float(people.age[row])),
+                    "world": {"identity": identity, "context": seed},
+                },
+            )
+            for row, (identity, seed, (png, facts)) in enumerate(zip(identities, seeds, drawn, strict=True))
+        ]
+
+
+def noise_seed(*parts: int) -> int:
+    """63 bits that follow from several numbers."""
+    return int(np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _of_the_world(references: Sequence[Reference]) -> list[int]:
+    """The rows of those that WorldPeople drew."""
+    return [row for row, reference in enumerate(references) if "world" in reference.facts]
+
+
+def _people(references: Sequence[Reference]) -> People:
+    return sample_people([reference.facts["world"]["identity"] for reference in references])
+
+
+def _spread(count: int, rows: Sequence[int], results: Sequence[Any]) -> list[Any]:
+    """Results at their rows, and a failure everywhere else."""
+    there = dict(zip(rows, results, strict=True))
+    missing = Failed(NOT_OURS, "Its reference was not made by `references: world`: take another backend.")
+    return [there.get(row, missing) for row in range(count)]
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+class GrammarCaptioner:
+    """The world's dense captions of its own photos."""
+
+    class Settings(BaseModel):
+        """Nothing to set."""
+
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, settings: "GrammarCaptioner.Settings") -> None:
+        self.settings = settings
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Class, version and licence."""
+        return identity_of(self, VERSION, licence=LICENCE)
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+    def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
+        """The person and everything around them; Failed for a photo from elsewhere."""
+        rows = _of_the_world(references)
+        ours = [references[row] for row in rows]
+        if not ours:
+            return _spread(len(references), [], [])
+        seeds = [reference.facts["world"]["context"] for reference in ours]
+        contexts = sample_contexts(seeds).replace(style=STYLES.index("photo"))
+        return _spread(len(references), rows, captions(_people(ours), contexts, "dense", seeds))
+
+
+class GrammarRewriter:
+    """A dense caption of the person as the target should show them, by the world's grammar."""
+
+    Settings = GrammarCaptioner.Settings
+
+    def __init__(self, settings: GrammarCaptioner.Settings) -> None:
+        self.settings = settings
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Class, version and licence."""
+        return identity_of(self, VERSION, licence=LICENCE)
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+    def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
+        """What the renderer draws for the same aims and seed; Failed for a photo from elsewhere."""
+        rows = _of_the_world([target.reference for target in targets])
+        ours = [targets[row] for row in rows]
+        if not ours:
+            return _spread(len(targets), [], [])
+        seeds = [target.seed for target in ours]
+        contexts = asked_contexts([target.aims for target in ours], seeds)
+        people = _people([target.reference for target in ours])
+        return _spread(len(targets), rows, captions(people, contexts, "dense", seeds))
+
+
+def asked_contexts(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Contexts:
+    """One context a row: drawn from its seed, with what was asked for put in.
+
+    Raises ConfigError for an attribute or a value that the world does not have.
+    """
+    contexts = sample_contexts(seeds)
+    there = bins(contexts)
+    columns = {}
+    for name in dict.fromkeys(name for row in asked for name in row):
+        wanted = torch.tensor([_number(name, row.get(name)) for row in asked])
+        values = getattr(contexts, name)
+        given = (wanted - 1) * _TURNS[name] if name in _TURNS else wanted
+        columns[name] = torch.where((wanted < 0) | (wanted == there[name]), values, given.to(values.dtype))
+    return _possible(contexts.replace(**columns))
+
+
+def _number(name: str, value: str | None) -> int:
+    """The number of a value; -1 for none."""
+    if name not in ATTRIBUTES or value not in (None, *ATTRIBUTES[name]):
+        valid = ", ".join(ATTRIBUTES.get(name, ATTRIBUTES))
+        raise ConfigError(f"targets: the portrait world has no {name} {value!r}; choose from {valid}.")
+    return -1 if value is None else ATTRIBUTES[name].index(value)
+
+
+def _possible(contexts: Contexts) -> Contexts:
+    """Without letters on clothes that bear none, and with nothing that a close-up cuts off."""
+    plain = torch.zeros(len(contexts), dtype=torch.bool)
+    for word in _LETTERED:
+        plain |= contexts.clothes == CLOTHES.index(word)
+    near = contexts.framing == FRAMINGS.index("close-up")
+    letters = torch.where((plain & ~near).unsqueeze(1), contexts.letters, 0)
+    return contexts.replace(letters=letters, held=torch.where(near, 0, contexts.held))
+
+
+# --- the renderer -----------------------------------------------------------------------------------------------------
+class Renderer:
+    """Draws exactly what was asked for, of a person who has drifted: the fault of synthetic pairs, as a number."""
+
+    class Settings(_Painting):
+        """How far people drift, and how often somebody else is drawn."""
+
+        drift: float = Field(
+            default=0.06, ge=0, le=1
+        )  # standard deviation of each continuous trait, on its scale of 0 to 1
+        strangers: float = Field(
+            default=0.0, ge=0, le=1
+        )  # share of pictures that show another person, for filters to find
+
+    def __init__(self, settings: "Renderer.Settings") -> None:
+        self.settings = settings
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Class, version and licence."""
+        return identity_of(self, VERSION, licence=LICENCE)
+
+    def load(self) -> None:
+        """Check that painters can be compiled, if they are to be; raises ConfigError."""
+        _check_compiler(self.settings)
+
+    def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
+        """A picture for each (reference, ask, attempt); Failed for a person from elsewhere."""
+        rows = _of_the_world([reference for reference, _, _ in work])
+        ours = [work[row] for row in rows]
+        if not ours:
+            return _spread(len(work), [], [])
+        seeds = [ask.seed for _, ask, _ in ours]
+        contexts = asked_contexts([ask.aims for _, ask, _ in ours], seeds)
+        exact = _people([reference for reference, _, _ in ours])
+        people = self._drifted(exact, [noise_seed(ask.seed, attempt) for _, ask, attempt in ours])
+        written = captions(people, contexts, "rewritten", seeds)
+        likeness = _likeness(exact, people)
+        made = [
+            Candidate(
+                f"{ask.key}-{attempt}-0",
+                ask.key,
+                png,
+                attempt,
+                facts={**facts, "similarity": likeness[row], "captions": {"rewritten": written[row]}},
+            )
+            for row, ((_, ask, attempt), (png, facts)) in enumerate(
+                zip(ours, _draw(people, contexts, self.settings), strict=True)
+            )
+        ]
+        return _spread(len(work), rows, made)
+
+    def _drifted(self, people: People, seeds: Sequence[int]) -> People:
+        if self.settings.strangers:
+            swap = torch.tensor([seed % 10_000 < 10_000 * self.settings.strangers for seed in seeds])
+            others = sample_people([TRAIN[seed % len(TRAIN)] for seed in seeds])
+            columns = {name: torch.where(swap, getattr(others, name), getattr(people, name)) for name in vars(people)}
+            people = people.replace(**columns)
+        return drift(people, seeds, self.settings.drift) if self.settings.drift else people
+
+
+def _likeness(one: People, two: People) -> list[float]:
+    """How alike two people are by their traits: 1 the same, 0 as unlike as strangers are on average."""
+    apart = torch.stack([getattr(one, name) - getattr(two, name) for name in CONTINUOUS]).square().mean(0).sqrt()
+    return [round(float(value), 4) for value in (1 - apart / _STRANGERS).clamp(min=-1)]
+
+
+class Truth:
+    """Measures of the renderer's pictures from what it says of them: exact, and at no cost."""
+
+    Settings = GrammarCaptioner.Settings
+
+    def __init__(self, settings: GrammarCaptioner.Settings) -> None:
+        self.settings = settings
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Class, version and licence."""
+        return identity_of(self, VERSION, licence=LICENCE)
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+    def measure(self, drafts: Sequence[Draft]) -> list[Measures | Failed]:
+        """Similarity by traits, difference by attributes; quality, sharpness and text are not measured."""
+        return [_truth(draft) for draft in drafts]
+
+
+def _truth(draft: Draft) -> Measures | Failed:
+    facts = draft.candidate.facts
+    if "similarity" not in facts:
+        return Failed("nothing is known of it", "Only the renderer says the truth of its pictures: measure them.")
+    known, shown = draft.reference.facts.get("attributes", {}), facts["attributes"]
+    difference = attribute_difference(known, shown)
+    return Measures(1, facts["similarity"], difference, picture_hash=facts["hash"], attributes=shown)

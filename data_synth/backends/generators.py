@@ -1,0 +1,147 @@
+"""Target pictures from sentences, by any text-to-image pipeline that diffusers loads.
+
+A generator need not know the person: it draws whoever the sentence describes, doing what the sentence says, and a
+refiner brings the reference's identity in. Noise is drawn on the CPU from the ask's seed and the attempt, so that a
+seed means the same noise on every device and in every batch.
+"""
+
+import functools
+import hashlib
+import inspect
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import Field
+
+from data_synth.backends.contracts import Failed
+from data_synth.backends.local_models import (
+    ModelSettings,
+    choose_device,
+    choose_dtype,
+    failure,
+    identity_of,
+    loading,
+    model_identity,
+)
+from data_synth.records import Ask, Candidate, Reference
+from imagine.errors import ImagineError, WeightsError
+from imagine.networks.weights import dtype_word
+from imagine.pipeline.pipeline import ImaginePipeline
+
+Work = tuple[Reference, Ask, int]
+
+BLOCKED = "blocked by the model's safety checker"
+VERSION = 1
+
+
+class DiffusersGenerator:
+    """Any diffusers pipeline that takes a `prompt`: Stable Diffusion, SDXL, Flux, SD3, PixArt, Sana, Qwen-Image ..."""
+
+    class Settings(ModelSettings):
+        """The pipeline, and how it draws; what is None stays as the pipeline has it."""
+
+        # what is put around the sentence, such as a trigger word
+        prompt: str = Field(default="{prompt}", pattern=r"\{prompt\}")
+        negative_prompt: str = ""
+        width: int | None = Field(default=None, ge=8)
+        height: int | None = Field(default=None, ge=8)
+        steps: int | None = Field(default=None, ge=1)
+        guidance_scale: float | None = None
+        arguments: dict[str, Any] = Field(default_factory=dict)  # further arguments of the call: {true_cfg_scale: 4}
+        # Pictures drawn at once. More is faster on a GPU; a picture's last bits may then depend on its neighbours.
+        batch_size: int = Field(default=1, ge=1, exclude=True)
+        # keep parts in main memory until they are needed: a smaller GPU
+        offload: bool = Field(default=False, exclude=True)
+
+    def __init__(self, settings: "DiffusersGenerator.Settings") -> None:
+        self.settings = settings
+        self.pipe: Any = None
+
+    @functools.cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """Class, version, and the pipeline's name, weights and licence."""
+        return identity_of(self, VERSION, **model_identity(self.settings))
+
+    def load(self) -> None:
+        """Load the pipeline; WeightsError if it is not there or does not draw from sentences."""
+        from diffusers import DiffusionPipeline
+
+        self.pipe = load_pipeline(DiffusionPipeline, self.settings, self.settings.offload)
+        takes = inspect.signature(self.pipe.__call__).parameters
+        if not {"prompt", "generator"} <= set(takes):
+            raise WeightsError(
+                f"{self.settings.model} is a {type(self.pipe).__name__}, which does not draw from a sentence: name a "
+                "text-to-image pipeline."
+            )
+
+    def generate(self, work: Sequence[Work]) -> list[Candidate | Failed]:
+        """One candidate of round 0 for each (reference, ask, attempt)."""
+        size = self.settings.batch_size
+        return [one for start in range(0, len(work), size) for one in self._draw(work[start : start + size])]
+
+    def _draw(self, work: Sequence[Work]) -> list[Candidate | Failed]:
+        """A batch; if something in it is wrong, each by itself, so that one item fails and not all."""
+        settings = self.settings
+        prompts = [settings.prompt.replace("{prompt}", ask.prompt) for _, ask, _ in work]
+        chosen = {
+            "width": settings.width,
+            "height": settings.height,
+            "num_inference_steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "negative_prompt": [settings.negative_prompt] * len(work) if settings.negative_prompt else None,
+        }
+        arguments = {name: value for name, value in chosen.items() if value is not None} | settings.arguments
+        noise = [noise_of(ask.seed, attempt) for _, ask, attempt in work]
+        try:
+            out = self.pipe(prompt=prompts, generator=noise, **arguments)
+        except (ImagineError, ValueError) as error:
+            return [failure(error)] if len(work) == 1 else [one for each in work for one in self._draw([each])]
+        unsafe = getattr(out, "nsfw_content_detected", None) or [False] * len(work)
+        return [
+            Failed(BLOCKED) if blocked else candidate_of(ask, attempt, 0, image)
+            for (_, ask, attempt), image, blocked in zip(work, out.images, unsafe, strict=True)
+        ]
+
+
+def load_pipeline(kind: Any, settings: ModelSettings, offload: bool = False) -> Any:
+    """A diffusers pipeline by `kind.from_pretrained`, quiet, in the settings' precision, on their device."""
+    device = choose_device(settings.device)
+    options = {dtype_word(kind): choose_dtype(settings.dtype, device), **settings.options}
+    if settings.revision is not None:
+        options["revision"] = settings.revision
+    with loading(settings.model):
+        pipe = kind.from_pretrained(settings.model, **options)
+        pipe.set_progress_bar_config(disable=True)
+        if offload and device.type != "cpu":
+            pipe.enable_model_cpu_offload(device=device)
+        elif "device_map" not in settings.options:
+            pipe.to(device)
+    return pipe
+
+
+def load_imagine(settings: ModelSettings) -> ImaginePipeline:
+    """Our own pipeline, quiet, in the settings' precision, on their device; `model` "" is the shipped weights."""
+    device = choose_device(settings.device)
+    options = {**settings.options, "dtype": choose_dtype(settings.dtype, device)}
+    if settings.revision is not None:
+        options["revision"] = settings.revision
+    pipe = ImaginePipeline.from_pretrained(settings.model or None, **options)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device)
+    return pipe
+
+
+def noise_of(seed: int, attempt: int, round: int = 0) -> torch.Generator:
+    """The random numbers of one picture: another stream for every seed, attempt and round of refinement."""
+    mixed = hashlib.sha256(f"{seed}-{attempt}-{round}".encode()).digest()[:8]
+    return torch.Generator().manual_seed(int.from_bytes(mixed, "big") >> 1)
+
+
+def candidate_of(ask: Ask, attempt: int, round: int, image: Image.Image) -> Candidate:
+    """A picture as a candidate: a PNG file under the ask's key with attempt and round."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "PNG")
+    return Candidate(f"{ask.key}-{attempt}-{round}", ask.key, file.getvalue(), attempt, round)

@@ -1,0 +1,284 @@
+"""What can be measured of a candidate beside its reference: numbers for the filters, words for the data card.
+
+Identity comes from a recogniser (recognisers.py), words from the judge's reader if it is switched on; everything else
+is arithmetic on pixels, stated function by function with what it cannot see. Where a picture's facts hold its face's
+"box" or its "attributes" (rendered pictures do), those are used: they are exact and cost nothing.
+
+None of these numbers says whether a picture is beautiful or true. They find what is plainly wrong: no face, another
+person, a copy, noise, mist, blur, writing.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+from torch.nn import functional as F
+
+from data_synth.backends.contracts import Draft, Failed
+from data_synth.backends.local_models import identity_of, source_identity
+from data_synth.backends.recognisers import KnownFace, Recogniser, make_recogniser, similarity
+from data_synth.backends.text_detector import LETTERS, text_share
+from data_synth.records import Measures
+from imagine.errors import PictureError
+from imagine.evaluation.judge import Reader
+from imagine.networks.weights import default_folder
+from imagine.people.faces import cut_squares, sharpness
+from imagine.people.photos import Photo, read_photo
+from imagine.records import FaceBox
+
+POSE = ("expression", "gaze", "yaw", "pitch", "roll")  # the attributes that a pair should change
+UNREADABLE = "a picture that cannot be read"
+VERSION = 1  # of this file's arithmetic: another number, other measures
+
+_QUOTED = re.compile(rf'["“][^"“”]{{{LETTERS},}}["”]')  # shorter writing is none to text_share
+_QUALITY_SIDE = 256
+_NOISE = 0.15  # of 0 to 1: the standard deviation of noise at which nothing is left of a picture's quality
+_FACE_SIDE, _SLACK = 32, 3  # pixels of the compared face, and how far its parts may lie apart
+_BANDS = ((0.1, 0.55), (0.5, 1.0))  # of the face box's height: brows and eyes; mouth and chin
+
+
+class Measurer:
+    """Measures candidates; a `backends.Measurer` that never draws on how a list is cut into batches.
+
+    Numbers are rounded, so that another machine's last bits are no other result.
+    """
+
+    class Settings(BaseModel):
+        """What to measure with."""
+
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        recogniser: str = "judge"  # a name or module:Class (recognisers.py); "none": faces only where boxes are known
+        recogniser_settings: dict[str, Any] = Field(default_factory=dict, exclude=True)  # `identity` knows them
+        reader: bool = False  # read attributes with the judge's reader: it knows pictures of the portrait world only
+        judge: str = Field(default="", exclude=True)  # the folder with that reader/; "": the shipped judge
+        # attributes: the share of POSE that is another; face: the look of eyes and mouth; auto: attributes where known
+        difference: Literal["auto", "attributes", "face"] = "auto"
+        crop: int = Field(default=64, ge=16)  # pixels: the side at which the encoder sees faces, for their sharpness
+        text: bool = True  # look for writing, which takes most of the time of what is measured on pixels
+
+    def __init__(self, settings: "Measurer.Settings") -> None:
+        self.settings = settings
+        self._recogniser: Recogniser | None = None
+        if settings.recogniser != "none":
+            self._recogniser = make_recogniser(settings.recogniser, settings.recogniser_settings)
+        self._reader: Reader | None = None
+
+    @property
+    def _reader_folder(self) -> Path:
+        return (
+            Path(self.settings.judge).expanduser() if self.settings.judge else default_folder() / "judge"
+        ) / "reader"
+
+    @cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """Class, version, the recogniser with its settings, and the reader's weights."""
+        facts: dict[str, Any] = {"licence": "Apache-2.0"}
+        if self._recogniser is not None:
+            settings = self._recogniser.Settings(**self.settings.recogniser_settings).model_dump(mode="json")
+            facts["recogniser"] = {**self._recogniser.identity, "settings": settings}
+            facts["licence"] = facts["recogniser"].get("licence", "")
+        if self.settings.reader:
+            facts["reader"] = source_identity(str(self._reader_folder))
+        return identity_of(self, VERSION, **facts)
+
+    def load(self) -> None:
+        """Load recogniser and reader; WeightsError or ImagineError if one is missing."""
+        if self._recogniser is not None:
+            self._recogniser.load()
+        if self.settings.reader:
+            self._reader = Reader.load(self._reader_folder).requires_grad_(False)
+
+    def measure(self, drafts: Sequence[Draft]) -> list[Measures | Failed]:
+        """The measures of each candidate beside its reference; Failed where either is no picture."""
+        references: dict[str, _Looked | Failed] = {}
+        for draft in drafts:
+            if draft.reference.key not in references:
+                references[draft.reference.key] = self._look(draft.reference.image, draft.reference.facts)
+        return [self._measured(draft, references[draft.reference.key]) for draft in drafts]
+
+    def _look(self, content: bytes, facts: Mapping[str, Any]) -> "_Looked | Failed":
+        try:
+            photo = read_photo(content)
+        except PictureError as error:
+            return Failed(UNREADABLE, str(error))
+        faces = self._recogniser.recognise([photo.image])[0] if self._recogniser is not None else ()
+        if isinstance(faces, Failed):
+            return faces
+        box = known_box(photo, facts)
+        face = _nearest(faces, box) if box is not None else next(iter(faces), None)
+        count = int(box is not None) if self._recogniser is None else len(faces)
+        around = face.box if box is None and face is not None else box
+        return _Looked(photo.image, count, face, around, self._attributes(photo.image, facts))
+
+    def _attributes(self, image: Image.Image, facts: Mapping[str, Any]) -> Mapping[str, str]:
+        known = facts.get("attributes")
+        if isinstance(known, Mapping):
+            return {str(name): str(word) for name, word in known.items()}
+        if self._reader is None:
+            return {}
+        side = (self._reader.size, self._reader.size)
+        with torch.inference_mode():
+            picture = F.interpolate(_tensor(image)[None], size=side, mode="bilinear", antialias=True)
+            words = self._reader.words(self._reader(picture))[0]
+        return {name: word for name, word in words.items() if name in self._reader.attributes}
+
+    def _measured(self, draft: Draft, reference: "_Looked | Failed") -> Measures | Failed:
+        if isinstance(reference, Failed):
+            return reference
+        shown = self._look(draft.candidate.image, draft.candidate.facts)
+        if isinstance(shown, Failed):
+            return shown
+        both = reference.face is not None and shown.face is not None
+        return Measures(
+            faces=shown.count,
+            similarity=_rounded(similarity(reference.face, shown.face) if both else None),  # type: ignore[arg-type]
+            difference=_rounded(self._difference(reference, shown)),
+            quality=_rounded(quality(shown.image)),
+            sharpness=_rounded(face_sharpness(shown.image, shown.box, self.settings.crop) if shown.box else None, 6),
+            text=_rounded(text_share(shown.image, shown.box) if self._is_read(draft) else None),
+            picture_hash=picture_hash(shown.image),
+            attributes=shown.attributes,
+        )
+
+    def _difference(self, one: "_Looked", two: "_Looked") -> float | None:
+        words = attribute_difference(one.attributes, two.attributes)
+        if self.settings.difference == "attributes" or (self.settings.difference == "auto" and words is not None):
+            return words
+        return face_difference(one.image, one.box, two.image, two.box) if one.box and two.box else None
+
+    def _is_read(self, draft: Draft) -> bool:
+        """Whether writing is looked for: where a long one was asked for, nobody can tell it from one that was not."""
+        return self.settings.text and not _QUOTED.search(draft.ask.prompt)
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """A picture that was looked at."""
+
+    image: Image.Image
+    count: int  # of faces
+    face: KnownFace | None  # the one that counts
+    box: FaceBox | None  # around it
+    attributes: Mapping[str, str]
+
+
+def known_box(photo: Photo, facts: Mapping[str, Any]) -> FaceBox | None:
+    """The face's "box" in a record's facts (pixels of the stored picture held upright), in pixels of `photo.image`."""
+    box = facts.get("box")
+    if not isinstance(box, Sequence) or len(box) != 4:
+        return None
+    scale = max(photo.image.size) / max(photo.size)
+    left, top, width, height = (float(number) * scale for number in box)
+    return FaceBox(left, top, width, height, 1.0)
+
+
+def _nearest(faces: Sequence[KnownFace], box: FaceBox) -> KnownFace | None:
+    return min(faces, key=lambda face: math.dist(face.box.centre, box.centre), default=None)
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    """(3, H, W), 0 to 1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def _rounded(number: float | None, digits: int = 4) -> float | None:
+    return None if number is None else round(float(number), digits)
+
+
+# --- pixels -----------------------------------------------------------------------------------------------------------
+def picture_hash(image: Image.Image) -> str:
+    """dHash, 16 hexadecimal digits: whether brightness rises from each to the next of 9 x 8 cells, row by row.
+
+    Another size, file format or exposure of a picture changes few of the 64 bits; a crop or a mirror image changes many
+    and is not found.
+    """
+    cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    return np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes().hex()
+
+
+def quality(image: Image.Image) -> float:
+    """0 to 1: the worst of three things that broken generators do to a whole picture.
+
+    Exposure: half of the colour values may be 0 or 255 at no cost, nothing is left if all are. Contrast: the entropy of
+    brightness, full from 3 of 5 bits on, so that mist and flat colour score low while dark pictures and dark skin do
+    not. Noise: its standard deviation by Immerkaer's mask (Computer Vision and Image Understanding 64, 1996), 0.15 and
+    more scoring 0; fine texture counts as noise too. It says nothing of hands, eyes or taste.
+    """
+    small = image.copy()
+    small.thumbnail((_QUALITY_SIDE, _QUALITY_SIDE), Image.Resampling.BOX)
+    colours, grey = np.asarray(small), np.asarray(small.convert("L"), np.float32) / np.float32(255)
+    clipped = float(np.mean((colours <= 1) | (colours >= 254)))
+    counts = np.bincount((grey * 31.999).astype(np.int64).ravel(), minlength=32)
+    shares = counts[counts > 0] / grey.size
+    entropy = float(-(shares * np.log2(shares)).sum())
+    return max(0.0, min(1.0, 2 * (1 - clipped), entropy / 3, 1 - _noise(grey) / _NOISE))
+
+
+def _noise(grey: NDArray[np.float32]) -> float:
+    """The standard deviation of white noise in (H, W): a mask of two Laplacians leaves it and little else."""
+    rows = grey[:-2] - 2 * grey[1:-1] + grey[2:]
+    mask = rows[:, :-2] - 2 * rows[:, 1:-1] + rows[:, 2:]
+    return float(np.sqrt(np.pi / 2) * np.abs(mask).mean() / 6)
+
+
+def face_sharpness(image: Image.Image, box: FaceBox, crop: int) -> float:
+    """Variance of the Laplacian of the face crop at `crop` pixels, as `imagine.people.faces.sharpness`."""
+    edges = torch.tensor([[box.left, box.top, box.width, box.height]])
+    return sharpness(cut_squares(_tensor(image)[None], edges, crop)[0])
+
+
+def face_difference(one: Image.Image, one_box: FaceBox, two: Image.Image, two_box: FaceBox) -> float:
+    """How unlike two pictures show eyes and mouth: 0, the same picture, to 1, nothing in common.
+
+    Both face boxes are brought to 32 x 32 pixels; what is brighter or darker than its surroundings is compared, the
+    eyes' band and the mouth's each by correlation, at the best of all shifts of up to 3 pixels; 1 minus their mean. So
+    a pasted copy scores near 0 in whatever size, place and exposure. It cannot tell *what* differs: another person,
+    style, or light from another side counts too, so a high number promises no other expression; a low one means a copy.
+    In the world, a person drawn again a little wrongly has 0.01 to 0.06, and in another picture 0.5 to 0.8.
+    """
+    a, b = _detail(one, one_box), _detail(two, two_box)
+    bands = [(round(low * _FACE_SIDE), round(high * _FACE_SIDE)) for low, high in _BANDS]
+    alike = [_best_correlation(a[low:high], b[low:high]) for low, high in bands]
+    return float(1 - np.mean(alike))
+
+
+def _detail(image: Image.Image, box: FaceBox) -> NDArray[np.float32]:
+    """The face at _FACE_SIDE pixels less its blurred self: features without light and skin."""
+    left, top = max(0.0, box.left), max(0.0, box.top)
+    right, bottom = min(float(image.width), box.left + box.width), min(float(image.height), box.top + box.height)
+    side = (_FACE_SIDE, _FACE_SIDE)
+    if right - left < 1 or bottom - top < 1:
+        return np.zeros(side, np.float32)
+    grey = image.convert("L")
+    small = np.asarray(grey.resize(side, Image.Resampling.BILINEAR, (left, top, right, bottom)), np.float32)
+    mean = np.pad(small, 4, mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(mean, (9, 9))
+    detail: NDArray[np.float32] = small - windows.mean(axis=(2, 3))
+    return detail
+
+
+def _best_correlation(one: NDArray[np.float32], two: NDArray[np.float32]) -> float:
+    """The highest correlation, at least 0, of the middle of `one` with any place in `two`."""
+    middle = one[_SLACK:-_SLACK, _SLACK:-_SLACK]
+    places = np.lib.stride_tricks.sliding_window_view(two, middle.shape)
+    middle = middle - middle.mean()
+    places = places - places.mean(axis=(2, 3), keepdims=True)
+    lengths = np.sqrt((middle**2).sum() * (places**2).sum(axis=(2, 3)))
+    products = (places * middle).sum(axis=(2, 3))
+    return float(np.max(products / np.maximum(lengths, 1e-6), initial=0.0))
+
+
+def attribute_difference(one: Mapping[str, str], two: Mapping[str, str]) -> float | None:
+    """The share of POSE that two pictures show differently, of what is known of both; None if that is nothing."""
+    both = [name for name in POSE if name in one and name in two]
+    return sum(one[name] != two[name] for name in both) / len(both) if both else None

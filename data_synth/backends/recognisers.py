@@ -1,0 +1,231 @@
+"""Who is in a picture: pictures to faces with identity embeddings, by our own judge or by InsightFace.
+
+Every part of a build that asks "is this the same person?" asks a recogniser: the measurer, the import of photos grouped
+by person, anything of your own. Numbers of different recognisers are on different scales, so thresholds belong to one:
+real photos of one person have a median cosine near 0.46 by ArcFace (arXiv 2510.14975), and Movie Gen drops pairs
+below 0.7 (arXiv 2410.13720).
+"""
+
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_synth.backends.contracts import Backend, Failed
+from data_synth.backends.local_models import choose_device, failure, fingerprint, identity_of, loading, source_identity
+from imagine.errors import ConfigError, ImagineError, PictureError, WeightsError
+from imagine.evaluation.judge import Recogniser as RecogniserNetwork
+from imagine.networks.weights import default_folder
+from imagine.people.faces import (
+    FaceFinder,
+    InsightFaceFinder,
+    LearnedFinder,
+    crop_faces,
+    default_finder,
+    model_pack,
+)
+from imagine.people.photos import PhotoSource, open_photo
+from imagine.records import FaceBox
+from imagine.settings import checked
+
+RECOGNISERS: Mapping[str, str] = {
+    "judge": "data_synth.backends.recognisers:JudgeRecogniser",
+    "insightface": "data_synth.backends.recognisers:InsightFaceRecogniser",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class KnownFace:
+    """One face in a picture, and whose it is in numbers."""
+
+    box: FaceBox  # in pixels of the upright picture
+    embedding: NDArray[np.float32] = field(repr=False)  # (D,), of length 1
+
+
+class Recogniser(Backend, Protocol):
+    """Anything that finds faces and embeds them."""
+
+    def recognise(self, pictures: Sequence[PhotoSource]) -> list[tuple[KnownFace, ...] | Failed]:
+        """All faces of each picture (a path, a file's bytes, a Pillow image ...), largest first; () where is none."""
+        ...
+
+
+def similarity(one: KnownFace, two: KnownFace) -> float:
+    """Cosine of two embeddings by the same recogniser, -1 to 1."""
+    return float(np.clip(one.embedding @ two.embedding, -1.0, 1.0))
+
+
+def make_recogniser(name: str, settings: Mapping[str, Any] | None = None) -> Recogniser:
+    """The recogniser called `name`: "judge", "insightface" or "package.module:Class"; `load()` it before use.
+
+    Raises ConfigError if there is no such recogniser, or it does not know one of the settings.
+    """
+    place = RECOGNISERS.get(name, name)
+    module, _, kind = place.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"There is no recogniser {name!r}: choose {', '.join(RECOGNISERS)} or name a class as package.module:Class."
+        ) from error
+    recogniser: Recogniser = made(checked(made.Settings, settings or {}, f"recogniser {name}"))
+    return recogniser
+
+
+class JudgeRecogniser:
+    """Our own judge: for people of the portrait world, or of whatever a judge in that folder was trained on."""
+
+    class Settings(BaseModel):
+        """Which judge."""
+
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        # a folder with recogniser/, and finder/ beside it; "": the shipped one
+        judge: str = Field(default="", exclude=True)
+        device: str = Field(default="cpu", exclude=True)  # the network is small
+
+    def __init__(self, settings: "JudgeRecogniser.Settings") -> None:
+        self.settings = settings
+        self.network: RecogniserNetwork
+        self.finder: FaceFinder  # after loading; may be exchanged
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.settings.judge).expanduser() if self.settings.judge else default_folder() / "judge"
+
+    @functools.cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """Class, version and the weights of the judge and of the finder beside it."""
+        beside = self._folder.parent / "finder"
+        finder = fingerprint(beside) if beside.is_dir() else ""
+        licence = "" if self.settings.judge else "Apache-2.0"  # of the shipped weights
+        return identity_of(self, 1, **source_identity(str(self._folder / "recogniser"), licence=licence), finder=finder)
+
+    def load(self) -> None:
+        """Load the recogniser and the face finder beside it; WeightsError if there is none."""
+        self._device = choose_device(self.settings.device)
+        self.network = RecogniserNetwork.load(self._folder / "recogniser").to(self._device).requires_grad_(False)
+        beside = self._folder.parent / "finder"
+        # Only what was trained for these pictures counts faces in them reliably; without it, whatever there is.
+        self.finder = LearnedFinder.from_folder(beside) if beside.is_dir() else default_finder()
+
+    @torch.inference_mode()
+    def recognise(self, pictures: Sequence[PhotoSource]) -> list[tuple[KnownFace, ...] | Failed]:
+        """All faces of each picture, largest first."""
+        return [self._recognise(picture) for picture in pictures]
+
+    def _recognise(self, picture: PhotoSource) -> tuple[KnownFace, ...] | Failed:
+        try:
+            image = open_photo(picture)
+        except PictureError as error:
+            return failure(error)
+        found = self.finder.find(image)
+        if not found:
+            return ()
+        boxes = torch.tensor([[box.left, box.top, box.width, box.height] for box in found])
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        crops = crop_faces(pixels.expand(len(found), -1, -1, -1), boxes, self.network.size)
+        rows = self.network(crops.to(self._device)).float().cpu().numpy()
+        return tuple(KnownFace(box, row) for box, row in zip(found, rows, strict=True))
+
+
+class InsightFaceRecogniser:
+    """InsightFace's detectors and ArcFace embeddings, for photographs: `pip install -e '.[faces]'`.
+
+    Nothing is downloaded: get a model pack and name it. The packs are for non-commercial research only.
+    """
+
+    class Settings(BaseModel):
+        """Which pack, and what counts as a face."""
+
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+        pack: str = Field(default="buffalo_l", exclude=True)  # its name below root/models, or a folder of ONNX files
+        root: str = Field(default="~/.insightface", exclude=True)
+        threshold: float = Field(default=0.5, gt=0, lt=1)  # the least score of a face
+        device: Literal["cpu", "cuda"] = Field(default="cpu", exclude=True)
+        licence: str = Field(default="non-commercial research only", exclude=True)
+
+    def __init__(self, settings: "InsightFaceRecogniser.Settings") -> None:
+        self.settings = settings
+        self._analysis: Any = None
+
+    @functools.cached_property
+    def identity(self) -> Mapping[str, Any]:
+        """Class, version and the pack's content."""
+        return identity_of(self, 1, **source_identity(str(self._pack()), licence=self.settings.licence))
+
+    def _pack(self) -> Path:
+        return model_pack(self.settings.pack, Path(self.settings.root).expanduser())
+
+    def load(self) -> None:
+        """Load detector and embedder; ImagineError if insightface or the pack is missing."""
+        pack = self._pack()
+        if not pack.is_dir():
+            raise WeightsError(f"{pack} is a file: give the folder with a detector's and a recogniser's ONNX files.")
+        try:
+            analysis = importlib.import_module("insightface.app.face_analysis").FaceAnalysis
+            self._face = importlib.import_module("insightface.app.common").Face
+        except ImportError as error:
+            raise ImagineError(
+                "This recogniser needs insightface: install it with pip install -e '.[faces]'."
+            ) from error
+        on_gpu = self.settings.device == "cuda"
+        providers = ["CUDAExecutionProvider"] * on_gpu + ["CPUExecutionProvider"]
+        try:
+            with loading(str(pack)):
+                loaded = analysis(
+                    str(pack.resolve()), allowed_modules=["detection", "recognition"], providers=providers
+                )
+        except AssertionError as error:  # insightface's only word for it
+            raise WeightsError(f"{pack} holds no face detector: give the folder of a whole model pack.") from error
+        if "recognition" not in loaded.models:
+            raise WeightsError(f"{pack} holds no recogniser: give the folder of a whole model pack.")
+        loaded.prepare(0 if on_gpu else -1, det_thresh=self.settings.threshold, det_size=(640, 640))
+        self._analysis = loaded
+
+    def recognise(self, pictures: Sequence[PhotoSource]) -> list[tuple[KnownFace, ...] | Failed]:
+        """All faces of each picture, largest first, each aligned by its five landmarks before it is embedded."""
+        return [self._recognise(picture) for picture in pictures]
+
+    def _recognise(self, picture: PhotoSource) -> tuple[KnownFace, ...] | Failed:
+        try:
+            image = open_photo(picture)
+        except PictureError as error:
+            return failure(error)
+        pixels = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])  # insightface reads BGR
+        edges, landmarks = self._detect(pixels)
+        faces = [self._embed(pixels, row, marks) for row, marks in zip(edges, landmarks, strict=True)]
+        return tuple(sorted(faces, key=lambda face: face.box.width * face.box.height, reverse=True))
+
+    def _detect(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Boxes with scores (N, 5) and landmarks (N, 5, 2); what is too large for one pass is found in a smaller."""
+        detector = self._analysis.det_model
+        fixed = isinstance(detector.input_shape[2], int)
+        edges, landmarks = detector.detect(pixels)
+        for side in () if fixed else (320, 160):
+            if not len(edges):
+                edges, landmarks = detector.detect(pixels, input_size=(side, side))
+        if landmarks is None:
+            raise WeightsError("This face detector gives no landmarks, so that faces cannot be aligned: take another.")
+        return edges, landmarks
+
+    def _embed(self, pixels: NDArray[np.uint8], row: NDArray[np.float32], marks: NDArray[np.float32]) -> KnownFace:
+        embedding = self._analysis.models["recognition"].get(pixels, self._face(bbox=row[:4], kps=marks))
+        left, top, right, bottom, score = (float(number) for number in row)
+        brow = top + InsightFaceFinder.brow * (bottom - top)  # our boxes begin lower (see imagine.people.faces)
+        length = max(float(np.linalg.norm(embedding)), 1e-12)
+        box = FaceBox(left, brow, right - left, bottom - brow, score)
+        return KnownFace(box, np.asarray(embedding / length, np.float32))
+
+
+def make_finder(pack: str = "") -> FaceFinder:
+    """A face finder for photographs: InsightFace's with a pack, else the built-in ones with the shipped network."""
+    return InsightFaceFinder(pack) if pack else default_finder(default_folder() / "finder")

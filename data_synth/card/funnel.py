@@ -1,0 +1,218 @@
+"""The funnel of a build: how many targets are left after each step and each filter, for what reasons the others fell
+out, and what every round of refinement did.
+
+A target is counted as far as its best try got. Kept as funnel.json and funnel.png, and printed.
+"""
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+
+from data_synth.filters import STAGES, stage_of
+from data_synth.records import Case, Measures, Rejection
+from data_synth.verdicts import Verdict
+
+_STEPS = {"captioned": "caption", "rewritten": "rewrite", "drawn and measured": "generate"}
+_BAR, _ROW, _LABEL, _NUMBER = 520, 26, 210, 150  # pixels of funnel.png
+
+
+@dataclass
+class Funnel:
+    """What is counted of a build."""
+
+    photos: int = 0  # found by the import
+    references: int = 0
+    targets: int = 0
+    waiting: Counter[tuple[str, str]] = field(default_factory=Counter)  # (step, reason) of targets that are parked
+    said: dict[tuple[str, str], str] = field(default_factory=dict)  # of each of those, the first one's sentence
+    reached: Counter[str] = field(default_factory=Counter)  # how far targets got: step or filter
+    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  # (step, reason) of everything that fell out
+    refined: dict[int, "_Effect"] = field(default_factory=dict)  # by round
+    measured: "_Means" = field(default_factory=lambda: _Means())  # all candidates
+    kept: "_Means" = field(default_factory=lambda: _Means())  # pairs
+    seen: set[str] = field(default_factory=set)  # keys of what several targets lost together
+
+    @property
+    def parked(self) -> int:
+        """How many targets wait for the next build."""
+        return self.waiting.total()
+
+    def watch(self, verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
+        """Count verdicts as they pass by."""
+        for verdict in verdicts:
+            self.add(verdict)
+            yield verdict
+
+    def add(self, verdict: Verdict) -> None:
+        """Count one target."""
+        self.targets += 1
+        if (parked := verdict.outcome.parked) is not None:
+            self.waiting[parked.step, parked.reason] += 1
+            self.said.setdefault((parked.step, parked.reason), parked.detail)
+        for name in _passed(verdict):
+            self.reached[name] += 1
+        for rejection in verdict.rejections:
+            self.reject(rejection)
+        for case in verdict.cases:
+            self.measured.add(case.measures)
+        if verdict.pair is not None:
+            self.kept.add(verdict.pair.measures)
+        for before, after in pairwise(verdict.cases):
+            if after.candidate.round == before.candidate.round + 1:
+                self.refined.setdefault(after.candidate.round, _Effect()).add(before, after)
+
+    def reject(self, rejection: Rejection) -> None:
+        """Count what fell out, once: a caption that failed is lost to all of its reference's targets."""
+        if rejection.step in ("caption", "import"):
+            if rejection.key in self.seen:
+                return
+            self.seen.add(rejection.key)
+        self.reasons[rejection.step, rejection.reason] += 1
+
+    def rows(self) -> list[tuple[str, int]]:
+        """The funnel from its top to its bottom."""
+        rows = [("photos found", self.photos), ("references", self.references), ("targets asked for", self.targets)]
+        rows += [(name, self.reached[name]) for name in _STEPS]
+        rows += [(f"filter: {name}", self.reached[name]) for name in STAGES if name != "choice"]
+        return [*rows, ("pairs", self.kept.count)]
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of funnel.json."""
+        return {
+            "rows": [{"name": name, "count": count} for name, count in self.rows()],
+            "rejected": _by_step(self.reasons),
+            "parked": _by_step(self.waiting),
+            "rounds": {str(number): self.refined[number].as_json() for number in sorted(self.refined)},
+            "candidates": self.measured.as_json(),
+            "pairs": self.kept.as_json(),
+        }
+
+
+@dataclass
+class _Means:
+    """Mean similarity and difference of some candidates."""
+
+    count: int = 0
+    sums: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, measures: Measures) -> None:
+        self.count += 1
+        for name in ("similarity", "difference"):
+            value = getattr(measures, name)
+            if value is not None:
+                self.sums[name] += value
+                self.counts[name] += 1
+
+    def as_json(self) -> dict[str, Any]:
+        means = {name: round(self.sums[name] / count, 4) for name, count in sorted(self.counts.items())}
+        return {"count": self.count, **means}
+
+
+@dataclass
+class _Effect:
+    """What one round of refinement did to those candidates that it was tried on."""
+
+    before: _Means = field(default_factory=_Means)
+    after: _Means = field(default_factory=_Means)
+    better: int = 0  # candidates that are more like the reference than before
+
+    def add(self, before: Case, after: Case) -> None:
+        self.before.add(before.measures)
+        self.after.add(after.measures)
+        one, two = before.measures.similarity, after.measures.similarity
+        self.better += one is not None and two is not None and two > one
+
+    def as_json(self) -> dict[str, Any]:
+        return {"before": self.before.as_json(), "after": self.after.as_json(), "better": self.better}
+
+
+def _by_step(counted: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Step -> reason -> how many."""
+    table: dict[str, dict[str, int]] = {}
+    for (step, reason), count in sorted(counted.items()):
+        table.setdefault(step, {})[reason] = count
+    return table
+
+
+def _passed(verdict: Verdict) -> list[str]:
+    """The steps and filters that a target's best try got past."""
+    lost = {rejection.step for rejection in verdict.outcome.losses}
+    if verdict.outcome.parked is not None:
+        lost.add(verdict.outcome.parked.step)
+    steps = list(_STEPS)
+    if not verdict.cases:
+        order = ["import", "caption", "rewrite", "generate", "refine", "measure"]
+        first = min((order.index(step) for step in lost if step in order), default=0)
+        return [name for name, step in _STEPS.items() if order.index(step) < first and step != "generate"]
+    stages = list(STAGES)
+    return steps + stages[: max(_fell_at(case, stages) for case in verdict.cases)]
+
+
+def _fell_at(case: Case, stages: Sequence[str]) -> int:
+    """The place of the filter that a candidate did not pass; beyond the last for a pair."""
+    if case.rejection is None:
+        return len(stages)
+    return stages.index("review" if case.rejection.step == "review" else stage_of(case.rejection.reason) or "measured")
+
+
+# --- showing it -------------------------------------------------------------------------------------------------------
+def show(funnel: Funnel, console: Console) -> None:
+    """Print the funnel, the reasons and the effect of each round."""
+    rows = funnel.rows()
+    most = max(count for _, count in rows) or 1
+    table = Table(title="Funnel", title_justify="left", box=None, show_header=False)
+    for name, count in rows:
+        table.add_row(name, f"{count:,}", "█" * round(40 * count / most))
+    console.print(table)
+    if funnel.reasons:
+        table = Table(title="Fell out", title_justify="left", box=None, show_header=False)
+        for (step, reason), count in funnel.reasons.most_common():
+            table.add_row(step, reason, f"{count:,}")
+        console.print(table)
+    for number, effect in sorted(funnel.refined.items()):
+        before, after = effect.before.as_json(), effect.after.as_json()
+        console.print(
+            f"Round {number} of refinement: {effect.before.count} candidates, similarity {before.get('similarity')} -> "
+            f"{after.get('similarity')}, difference {before.get('difference')} -> {after.get('difference')}"
+        )
+    if funnel.parked:
+        console.print(f"{funnel.parked:,} targets are parked (parked.jsonl): the same command tries them again.")
+        table = Table(title="Parked", title_justify="left", box=None, show_header=False)
+        for (step, reason), count in funnel.waiting.most_common():
+            table.add_row(step, reason, f"{count:,}", f"such as: {funnel.said[step, reason]}")
+        console.print(table)
+
+
+def plot(funnel: Funnel) -> bytes:
+    """The funnel as a PNG file."""
+    rows = funnel.rows()
+    image = Image.new("RGB", (_LABEL + _BAR + _NUMBER, _ROW * len(rows) + 20), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
+    most = max(count for _, count in rows) or 1
+    for place, (name, count) in enumerate(rows):
+        y = 10 + place * _ROW
+        draw.text((10, y + 3), name, fill="black", font=font)
+        width = round(_BAR * count / most)
+        draw.rectangle((_LABEL, y, _LABEL + max(width, 1), y + _ROW - 6), fill=_colour(name))
+        draw.text((_LABEL + width + 8, y + 3), f"{count:,} {_share(rows, place)}", fill="black", font=font)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _colour(name: str) -> str:
+    return "#b36b2c" if name.startswith("filter") else "#2c7a4b" if name == "pairs" else "#3b6ea5"
+
+
+def _share(rows: Sequence[tuple[str, int]], place: int) -> str:
+    """What is left of the targets, in per cent; nothing for the rows above them."""
+    targets = dict(rows)["targets asked for"]
+    return f"({rows[place][1] / targets:.0%})" if place > 2 and targets else ""

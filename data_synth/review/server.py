@@ -1,0 +1,264 @@
+"""The review page and its small HTTP interface, on this machine only: `python -m data_synth review DIR`.
+
+    GET  /                           the page (page.html)
+    GET  /pictures/HASH              a picture file
+    GET  /api/state?reviewer=NAME    where everybody stands, and the reasons for a rejection
+    GET  /api/pairs/N?reviewer=NAME  what there is to see of one pair
+    POST /api/decisions              {"reviewer", "pair", "verdict", "reason" (reject), "caption" (fix)} -> the state
+    POST /api/undo                   {"reviewer"} -> the state, and the "pair" whose decision was taken back, or null
+
+What is wrong with a request comes back as {"error": one sentence} with status 400 or above. The server listens on
+127.0.0.1; from another computer, `ssh -L 8420:127.0.0.1:8420 HOST` leads there. Names are taken on trust. So that no
+other web page can read or decide anything through a reviewer's browser, requests must name this machine as their host,
+posts must be JSON, and those that say where they come from must come from here.
+"""
+
+import argparse
+import base64
+import hashlib
+import json
+import re
+import socketserver
+import sys
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+from rich.console import Console
+
+from data_synth.review.decisions import FILE, REASONS, GoneError, Opinion, Review, reviewer_name
+from imagine.errors import ConfigError, ImagineError
+
+PORT = 8420
+LARGEST_BODY = 64 * 1024
+_HERE = ("127.0.0.1", "localhost", "::1")
+_KINDS = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"RIFF", "image/webp"))
+
+
+class ReviewServer(ThreadingHTTPServer):
+    """Serves one review; `address` is where. `serve_forever()` runs it, `shutdown()` and `server_close()` end it."""
+
+    def __init__(self, review: Review, port: int = PORT) -> None:
+        """Raises ConfigError if the port (0: any free one) is taken."""
+        self.review = review
+        self.page = files("data_synth.review").joinpath("page.html").read_text(encoding="utf-8")
+        self.policy = _policy(self.page)
+        try:
+            super().__init__(("127.0.0.1", port), _Handler)
+        except OSError as error:
+            raise ConfigError(f"Port {port} cannot be used ({error}): give another one, or 0 for any.") from error
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server who we are, as http.server would."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
+
+    @property
+    def address(self) -> str:
+        """The page's address."""
+        return f"http://127.0.0.1:{self.server_port}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what went wrong, unless it is only that a browser went away."""
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
+            super().handle_error(request, client_address)
+
+
+def add_review(commands: Any) -> None:
+    """Add the `review` subcommand to an argparse parser's subparsers; its `run` default takes the parsed options."""
+    parser = commands.add_parser("review", help="look at a build's pairs in the browser: keep, reject, fix captions")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a build's folder, in which review.sqlite lies")
+    parser.add_argument("--reviewer", metavar="NAME", help="who is looking; otherwise the page asks")
+    parser.add_argument(
+        "--port", type=int, default=PORT, metavar="N", help=f"where on this machine (default {PORT}; 0: any free port)"
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        default=Review.overlap,
+        metavar="SHARE",
+        help=f"share of the pairs that several people look at, to see how far they agree (default {Review.overlap})",
+    )
+    parser.add_argument(
+        "--opinions",
+        type=int,
+        default=Review.opinions,
+        metavar="N",
+        help=f"how many opinions those pairs want (default {Review.opinions})",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, announce: Callable[[str], None] | None = None) -> None:
+    """Serve the review of a build's folder until stopped by hand; raises ConfigError for what cannot be served."""
+    if not 0 <= options.port <= 65535:
+        raise ConfigError(f"There is no port {options.port}: give 0 to 65535.")
+    if not 0 <= options.overlap <= 1:
+        raise ConfigError(f"An overlap of {options.overlap} is no share: give 0 to 1.")
+    if options.opinions < 1:
+        raise ConfigError(f"{options.opinions} opinions cannot be had: give 1 or more.")
+    review = Review(options.folder / FILE, options.opinions, options.overlap)
+    name = reviewer_name(options.reviewer) if options.reviewer is not None else ""
+    pairs = review.state(name or "nobody")["progress"]["pairs"]
+    with ReviewServer(review, options.port) as server:
+        address = server.address + (f"?reviewer={quote(name)}" if name else "")
+        (announce or _say)(f"{pairs} pairs to review: open {address} (stop with Ctrl+C; decisions are kept at once)")
+        server.serve_forever()
+
+
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+class _Refused(Exception):
+    """A request that is answered with a status and a sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: ReviewServer
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds that an idle connection may stay
+
+    def do_GET(self) -> None:
+        self._answer(self._get)
+
+    def do_POST(self) -> None:
+        self._answer(self._post)
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing: every picture would be a line."""
+
+    def _answer(self, of: Callable[[], None]) -> None:
+        """Answer, whatever happens; after an error the connection closes, as its body may not have been read."""
+        try:
+            self._check_host()
+            of()
+        except _Refused as refused:
+            self._refuse(refused.status, str(refused))
+        except GoneError as error:
+            self._refuse(404, str(error))
+        except ImagineError as error:
+            self._refuse(400, str(error))
+        except (ConnectionError, TimeoutError):
+            raise  # nobody is there to be told
+        except Exception:
+            self._refuse(500, "Something is broken in the server: its terminal says what.")
+            raise
+
+    def _get(self) -> None:
+        path, review = urlsplit(self.path).path, self.server.review
+        if path == "/":
+            self._send(200, "text/html; charset=utf-8", self.server.page.encode(), {"Cache-Control": "no-store"})
+        elif path == "/api/state":
+            self._send_json(200, self._state(self._reviewer()))
+        elif match := re.fullmatch(r"/api/pairs/(\d{1,15})", path):
+            self._send_json(200, review.pair(int(match[1]), self._reviewer()))
+        elif match := re.fullmatch(r"/pictures/([0-9a-f]{64})", path):
+            picture = review.picture(match[1])
+            self._send(200, _kind(picture), picture, {"Cache-Control": "private, max-age=31536000, immutable"})
+        elif path in ("/api/decisions", "/api/undo"):
+            raise _Refused(405, f"{path} takes POST.")
+        else:
+            raise _Refused(404, f"There is nothing at {path}.")
+
+    def _post(self) -> None:
+        path, review = urlsplit(self.path).path, self.server.review
+        if path not in ("/api/decisions", "/api/undo"):
+            raise _Refused(404, f"Nothing can be posted to {path}.")
+        body = self._body()
+        reviewer = _text(body, "reviewer")
+        if path == "/api/undo":
+            self._send_json(200, {"pair": review.undo(reviewer), **self._state(reviewer)})
+            return
+        opinion = Opinion(reviewer, _text(body, "verdict"), _text(body, "reason", ""), _text(body, "caption", ""))
+        review.decide(_number(body, "pair"), opinion)
+        self._send_json(200, self._state(reviewer))
+
+    def _state(self, reviewer: str) -> dict[str, Any]:
+        return {**self.server.review.state(reviewer), "reasons": REASONS}
+
+    def _reviewer(self) -> str:
+        given = parse_qs(urlsplit(self.path).query).get("reviewer")
+        if not given:
+            raise _Refused(400, "Say who is looking: ?reviewer=NAME.")
+        return given[0]
+
+    def _check_host(self) -> None:
+        host = self.headers.get("Host", "")
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:
+            name = None
+        if name not in _HERE or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            raise _Refused(403, "This server is for its own page on this machine.")
+
+    def _body(self) -> dict[str, Any]:
+        if self.headers.get_content_type() != "application/json":
+            raise _Refused(415, "Post JSON, with its content type.")
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{1,15}", length):
+            raise _Refused(411, "Say how long the body is: Content-Length.")
+        if int(length) > LARGEST_BODY:
+            raise _Refused(413, f"A body may have {LARGEST_BODY} bytes.")
+        try:
+            body = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError) as error:
+            raise _Refused(400, f"The body is not JSON ({error}).") from error
+        if not isinstance(body, dict):
+            raise _Refused(400, "The body must be a JSON object.")
+        return body
+
+    def _refuse(self, status: int, sentence: str) -> None:
+        self.close_connection = True
+        self._send_json(status, {"error": sentence})
+
+    def _send_json(self, status: int, answer: Any) -> None:
+        self._send(status, "application/json", json.dumps(answer).encode(), {"Cache-Control": "no-store"})
+
+    def _send(self, status: int, kind: str, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        said = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Content-Type-Options": "nosniff", **headers}
+        for name, value in {**said, "Content-Security-Policy": self.server.policy}.items():
+            self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _policy(page: str) -> str:
+    """A content security policy that lets the page's own script and style run, and nothing be loaded from elsewhere."""
+    allowed = {"script": "", "style": ""}
+    for tag in allowed:
+        found = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        assert found, f"the page has no <{tag}>"
+        allowed[tag] = "'sha256-" + base64.b64encode(hashlib.sha256(found[1].encode()).digest()).decode() + "'"
+    return (
+        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _kind(picture: bytes) -> str:
+    return next((kind for start, kind in _KINDS if picture.startswith(start)), "application/octet-stream")
+
+
+def _text(body: dict[str, Any], name: str, default: str | None = None) -> str:
+    value = body.get(name, default)
+    if not isinstance(value, str):
+        raise _Refused(400, f"Give {name!r} as a text.")
+    return value
+
+
+def _number(body: dict[str, Any], name: str) -> int:
+    value = body.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
+        raise _Refused(400, f"Give {name!r} as a whole number.")
+    return value

@@ -1,0 +1,310 @@
+"""The client of chat endpoints, against a server on this machine that misbehaves on demand."""
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from data_synth.backends.captioners import DESCRIBE, EndpointCaptioner
+from data_synth.backends.chat import CUT, EMPTY, REFUSED, Question, tidy
+from data_synth.backends.contracts import Failed, Target
+from data_synth.backends.endpoint import DOWN, NOT_ADMITTED, NOT_TAKEN, Endpoint, EndpointSettings
+from data_synth.backends.rewriters import EndpointRewriter
+from data_synth.records import Reference
+from imagine.errors import ConfigError
+from tests import tiny_models
+
+Reply = tuple[int, dict[str, str], bytes]
+
+
+def completion(text: Any, finish: str = "stop", **message: Any) -> Reply:
+    """A chat completion as OpenAI's interface has it."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
+    return 200, {}, json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
+
+
+def trouble(status: int, sentence: str = "no", **headers: str) -> Reply:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return status, named, json.dumps({"error": {"message": sentence}}).encode()
+
+
+class Stub:
+    """An endpoint: checks the form of each request, and answers what `reply` says to its number and body."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.malformed: list[str] = []
+        self.reply: Callable[[int, dict[str, Any]], Reply | None] = lambda number, body: completion("A person.")
+        self.lock, self.closing = threading.Lock(), threading.Event()
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                reply = stub.take(self.path, dict(self.headers), content)
+                if reply is None:  # hangs until the test is over
+                    stub.closing.wait(20)
+                    return
+                status, headers, answer = reply
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(answer)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def take(self, path: str, headers: dict[str, str], content: bytes) -> Reply | None:
+        body = json.loads(content)
+        with self.lock:
+            number = len(self.requests)
+            self.requests.append(body)
+            self.headers.append(headers)
+            self.times.append(time.monotonic())
+            if path != "/v1/chat/completions" or headers.get("Content-Type") != "application/json":
+                self.malformed.append(f"{path} {headers.get('Content-Type')}")
+            self.malformed += [f"no {name}" for name in ("model", "messages") if not body.get(name)]
+        return self.reply(number, body)
+
+    def close(self) -> None:
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    made = Stub()
+    yield made
+    made.close()
+    assert made.malformed == []
+
+
+def client(stub: Stub, **settings: Any) -> Endpoint:
+    patient = {"first_wait": 0.01, "timeout": 5.0, **settings}
+    endpoint = Endpoint(EndpointSettings(model="some/model", url=stub.url, **patient))
+    endpoint.load()
+    return endpoint
+
+
+def text_of(body: dict[str, Any]) -> str:
+    """What a question says, with or without a picture."""
+    content = body["messages"][0]["content"]
+    return content if isinstance(content, str) else content[0]["text"]
+
+
+def test_a_question_is_asked_as_the_interface_wants_it(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", "secret")
+    endpoint = client(stub, key_from="SOME_KEY", max_tokens=50, body={"top_p": 0.9})
+    assert endpoint.answer([Question("Who?", 7)]) == ["A person."]
+    assert stub.requests == [
+        {
+            "model": "some/model",
+            "messages": [{"role": "user", "content": "Who?"}],
+            "max_tokens": 50,
+            "temperature": 0.0,
+            "seed": 7,
+            "top_p": 0.9,
+        }
+    ]
+    assert stub.headers[0]["Authorization"] == "Bearer secret"
+    picky = client(stub, tokens_as="max_completion_tokens", temperature=None, send_seed=False)
+    picky.answer([Question("Who?", 7)])
+    assert set(stub.requests[1]) == {"model", "messages", "max_completion_tokens"}
+    assert "Authorization" not in stub.headers[1]
+
+
+def test_pictures_travel_as_data_urls_upright_and_shrunk(stub: Stub) -> None:
+    def describe(number: int, body: dict[str, Any]) -> Reply:
+        text, picture = body["messages"][0]["content"]
+        assert text == {"type": "text", "text": DESCRIBE} and picture["type"] == "image_url"
+        kind, data = picture["image_url"]["url"].split(",")
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
+        return completion(f"A {kind} of {image.format} {image.size}.")
+
+    stub.reply = describe
+    file = io.BytesIO()
+    sideways = Image.new("RGB", (200, 100), "red").getexif()
+    sideways[0x0112] = 6  # turn by 90 degrees to see it
+    Image.new("RGB", (200, 100), "red").save(file, "JPEG", exif=sideways)
+    captioner = EndpointCaptioner(EndpointCaptioner.Settings(model="m", url=stub.url, longest_side=64))
+    captioner.load()
+    told = captioner.caption([Reference("a", file.getvalue()), Reference("b", b"no picture"), tiny_models.reference(1)])
+    assert told[0] == "A data:image/jpeg;base64 of JPEG (32, 64)."
+    assert isinstance(told[1], Failed) and not told[1].for_now
+    assert told[2] == "A data:image/jpeg;base64 of JPEG (64, 64)."
+    assert len(stub.requests) == 2 and stub.requests[0]["seed"] != stub.requests[1]["seed"]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_passes_by_itself_is_asked_again(stub: Stub, status: int) -> None:
+    stub.reply = lambda number, body: trouble(status) if number < 3 else completion("At last.")
+    assert client(stub).answer([Question("Who?", 0)]) == ["At last."]
+    assert len(stub.requests) == 4
+
+
+def test_waits_double(stub: Stub) -> None:
+    stub.reply = lambda number, body: trouble(503) if number < 4 else completion("At last.")
+    client(stub, first_wait=0.05, longest_wait=0.2).answer([Question("Who?", 0)])
+    waits = [later - earlier for earlier, later in zip(stub.times, stub.times[1:], strict=False)]
+    for wait, most in zip(waits, (0.05, 0.1, 0.2, 0.2), strict=True):  # the last is bounded
+        assert most / 2 <= wait < most + 0.1
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_retry_after_is_obeyed(stub: Stub, form: str) -> None:
+    ahead = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))  # between 1 and 2 seconds from now
+    header = "0.4" if form == "seconds" else ahead
+    stub.reply = lambda number, body: trouble(429, Retry_After=header) if number == 0 else completion("At last.")
+    assert client(stub).answer([Question("Who?", 0)]) == ["At last."]
+    assert stub.times[1] - stub.times[0] >= (0.4 if form == "seconds" else 0.9)
+
+
+def test_a_server_that_hangs_drips_or_answers_nonsense_is_parked(stub: Stub) -> None:
+    stub.reply = lambda number, body: None
+    began = time.monotonic()
+    (hung,) = client(stub, timeout=0.2, retries=1).answer([Question("Who?", 0)])
+    assert isinstance(hung, Failed) and hung.for_now and hung.reason == DOWN and "timed out" in hung.sentence
+    assert 0.4 <= time.monotonic() - began < 2 and len(stub.requests) == 2
+    for nonsense in (b"<html>", b'{"choices": []}', b"[]", completion("A person.")[2][:-9]):
+        stub.reply = lambda number, body, nonsense=nonsense: (200, {}, nonsense)  # type: ignore[misc]
+        (parked,) = client(stub, retries=1).answer([Question("Who?", 0)])
+        assert isinstance(parked, Failed) and parked.for_now, nonsense
+    stub.reply = lambda number, body: (200, {"Content-Length": "500"}, completion("A person.")[2])
+    (cut,) = client(stub, retries=0, timeout=0.3).answer([Question("Who?", 0)])
+    assert isinstance(cut, Failed) and cut.for_now
+
+
+def test_nobody_there_is_parked(stub: Stub) -> None:
+    endpoint = client(stub, retries=1)
+    stub.server.server_close()
+    (parked,) = endpoint.answer([Question("Who?", 0)])
+    assert isinstance(parked, Failed) and parked.for_now and parked.reason == DOWN
+
+
+def test_what_is_wrong_with_one_question_fails_for_good_and_alone(stub: Stub) -> None:
+    def picky(number: int, body: dict[str, Any]) -> Reply:
+        return trouble(400, "image too large") if text_of(body) == "bad" else completion(f"To {text_of(body)}.")
+
+    stub.reply = picky
+    first, bad, last = client(stub).answer([Question("one", 0), Question("bad", 0), Question("two", 0)])
+    assert (first, last) == ("To one.", "To two.")
+    assert isinstance(bad, Failed) and not bad.for_now and bad.reason == NOT_TAKEN and "image too large" in bad.sentence
+    assert len(stub.requests) == 3  # never asked twice
+
+
+@pytest.mark.parametrize("status", [401, 404, 307])
+def test_a_wrong_key_name_or_address_parks_without_retries(stub: Stub, status: int) -> None:
+    stub.reply = lambda number, body: trouble(status, "unknown", Location="http://127.0.0.1:9/v1/chat/completions")
+    (parked,) = client(stub).answer([Question("Who?", 0)])
+    assert isinstance(parked, Failed) and parked.for_now and parked.reason == NOT_ADMITTED
+    assert len(stub.requests) == 1  # and no redirection was followed with the key
+
+
+def test_a_dead_endpoint_is_not_asked_for_every_record(stub: Stub) -> None:
+    stub.reply = lambda number, body: trouble(503)
+    endpoint = client(stub, retries=1, at_once=1, patience=3)
+    parked = endpoint.answer([Question("Who?", number) for number in range(20)])
+    assert all(isinstance(one, Failed) and one.for_now and one.reason == DOWN for one in parked)
+    assert len(stub.requests) == 6
+    stub.reply = lambda number, body: completion("A person.")
+    assert endpoint.answer([Question("Who?", 0)]) == ["A person."]  # the next call tries anew
+
+
+def test_answers_come_in_order_whoever_is_first(stub: Stub) -> None:
+    def slow_first(number: int, body: dict[str, Any]) -> Reply:
+        time.sleep(0.1 if text_of(body) == "0" else 0)
+        return completion(f"To {text_of(body)}.")
+
+    stub.reply = slow_first
+    questions = [Question(str(number), 0) for number in range(8)]
+    assert client(stub, at_once=4).answer(questions) == [f"To {number}." for number in range(8)]
+
+
+def test_refusals_and_cut_answers(stub: Stub) -> None:
+    stub.reply = lambda number, body: [
+        completion(None, refusal="I will not."),
+        completion("Half", finish="content_filter"),
+        completion("One sentence. And half of", finish="length"),
+        completion([{"type": "text", "text": "In "}, {"type": "text", "text": "parts."}]),
+    ][int(text_of(body))]
+    refused, filtered, cut, parts = client(stub).answer([Question(str(number), 0) for number in range(4)])
+    assert isinstance(refused, Failed) and refused.reason == REFUSED
+    assert isinstance(filtered, Failed) and filtered.reason == REFUSED
+    assert (cut, parts) == ("One sentence.", "In parts.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "tidied"),
+    [
+        ("<think>Is he old?</think>\nAn old man.", "An old man."),
+        ('Sure! Here is the rewritten caption:\n\n"A woman\nsmiles."', "A woman smiles."),
+        ("**Caption:** A man with “OK” on it.", "A man with “OK” on it."),
+        ('"A", said the woman, "B"', '"A", said the woman, "B"'),
+        ("Here, a man sits: he waits.", "Here, a man sits: he waits."),
+        ("I'm sorry, but I can't describe people.", REFUSED),
+        ("Sorry-looking dogs.", "Sorry-looking dogs."),
+        ("Here is a man: he waits.", "Here is a man: he waits."),
+        (" \n", EMPTY),
+    ],
+)
+def test_answers_are_tidied(answer: str, tidied: str) -> None:
+    told = tidy(answer, complete=True)
+    assert (told.reason if isinstance(told, Failed) else told) == tidied
+
+
+def test_of_an_unfinished_answer_whole_sentences_stay() -> None:
+    assert tidy('He says "no." She is 1.5 m ta', complete=False) == 'He says "no."'
+    cut = tidy("A man with", complete=False)
+    assert isinstance(cut, Failed) and cut.reason == CUT
+
+
+def test_rewriters_are_told_caption_and_aims(stub: Stub) -> None:
+    stub.reply = lambda number, body: completion(text_of(body))
+    reference = Reference("r", b"")
+    settings = EndpointRewriter.Settings(model="m", url=stub.url, instruction="[{aims}] {caption}")
+    rewriter = EndpointRewriter(settings)
+    rewriter.load()
+    braces = Target(reference, "A {aims} of {style}.", {"gaze": "left", "scene": "beach"}, 3)
+    same = Target(reference, "A man.", {}, 4)
+    assert rewriter.rewrite([braces, same]) == ["[- gaze: left - scene: beach] A {aims} of {style}.", "A man."]
+    assert [body["seed"] for body in stub.requests] == [3]  # nothing is to change: nobody is asked
+    assert stub.requests[0]["temperature"] == 0.7
+
+
+def test_settings_are_checked_and_only_those_that_change_answers_are_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValidationError, match="url"):
+        EndpointSettings(model="m", url="file:///etc/passwd")
+    with pytest.raises(ValidationError, match=r"where \{aims\}"):
+        EndpointRewriter.Settings(model="m", instruction="Rewrite {caption}")
+    with pytest.raises(ValidationError, match="modle"):
+        EndpointCaptioner.Settings(model="m", modle="n")  # type: ignore[call-arg]
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(ConfigError, match="SOME_KEY"):
+        Endpoint(EndpointSettings(model="m", key_from="SOME_KEY")).load()
+    kept = EndpointCaptioner.Settings(model="m").model_dump()
+    assert set(kept) == {"model", "max_tokens", "temperature", "body", "instruction", "longest_side"}
+    here, there = (EndpointCaptioner(EndpointCaptioner.Settings(model="m", licence="x", timeout=t)) for t in (1, 2))
+    assert here.identity == there.identity and here.identity["model"] == "m" and here.identity["licence"] == "x"

@@ -1,0 +1,236 @@
+"""Recognisers: the shipped judge on rendered people, and InsightFace's own classes on tiny graphs."""
+
+import importlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_synth.backends.contracts import Failed
+from data_synth.backends.recognisers import (
+    InsightFaceRecogniser,
+    JudgeRecogniser,
+    KnownFace,
+    make_finder,
+    make_recogniser,
+    similarity,
+)
+from imagine.errors import ConfigError, WeightsError
+from imagine.people.faces import InsightFaceFinder
+from imagine.world import render, sample_contexts, sample_people
+from imagine.world.seeds import HELD_OUT
+
+# insightface aligns faces by a function that scikit-image will not have for ever.
+pytestmark = pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")
+
+
+# --- our judge --------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    """Six held-out people in two contexts each, one after the other."""
+    people = sample_people([HELD_OUT[number] for number in range(6) for _ in range(2)])
+    images = render(people, sample_contexts(range(12)), 128).images
+    return [Image.fromarray((each.clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()) for each in images]
+
+
+@pytest.fixture(scope="module")
+def judge() -> JudgeRecogniser:
+    made = JudgeRecogniser(JudgeRecogniser.Settings())
+    made.load()
+    return made
+
+
+def only(faces: tuple[KnownFace, ...] | Failed) -> KnownFace:
+    assert isinstance(faces, tuple) and len(faces) == 1
+    return faces[0]
+
+
+def test_the_judge_knows_people_again(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
+    seen = judge.recognise(pictures)
+    faces = [each[0] for each in seen if isinstance(each, tuple) and each]
+    assert len(faces) == len(pictures)
+    same = [similarity(faces[2 * number], faces[2 * number + 1]) for number in range(6)]
+    other = [
+        similarity(faces[2 * number], faces[2 * place + 1])
+        for number in range(6)
+        for place in range(6)
+        if place != number
+    ]
+    assert float(np.mean(same)) > float(np.mean(other)) + 0.2
+    assert all(abs(float(np.linalg.norm(face.embedding)) - 1) < 1e-5 for face in faces)
+
+
+def test_each_picture_is_seen_as_if_alone(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
+    file = io.BytesIO()
+    pictures[0].save(file, "PNG")
+    mixed = judge.recognise([file.getvalue(), b"no picture", Image.new("RGB", (64, 64)), pictures[1]])
+    assert isinstance(mixed[1], Failed) and not mixed[1].for_now
+    assert mixed[2] == ()
+    (first,), (last,) = judge.recognise([pictures[0]])[0], judge.recognise([pictures[1]])[0]  # type: ignore[misc]
+    assert np.array_equal(only(mixed[0]).embedding, first.embedding)
+    assert np.array_equal(only(mixed[3]).embedding, last.embedding)
+
+
+def test_all_faces_of_a_group_are_known_each(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
+    group = Image.new("RGB", (256, 128))
+    group.paste(pictures[0], (0, 0))
+    group.paste(pictures[2], (128, 0))
+    (faces,) = judge.recognise([group])
+    assert isinstance(faces, tuple) and len(faces) == 2
+    left, right = sorted(faces, key=lambda face: face.box.left)
+    alone = [only(each) for each in judge.recognise([pictures[0], pictures[2]])]
+    assert similarity(left, alone[0]) > similarity(left, alone[1])
+    assert similarity(right, alone[1]) > similarity(right, alone[0])
+
+
+def test_which_judge_is_in_its_identity(judge: JudgeRecogniser, tmp_path: Path) -> None:
+    from imagine.evaluation.judge import Recogniser
+
+    assert judge.identity["model"] == "recogniser" and judge.identity["finder"]
+    Recogniser(32, (8, 8, 8, 8), 1, 16).save(tmp_path / "judge" / "recogniser")
+    other = make_recogniser("judge", {"judge": str(tmp_path / "judge")})
+    assert (judge.identity["licence"], other.identity["licence"]) == ("Apache-2.0", "")
+    assert other.identity["weights"] != judge.identity["weights"] and other.identity["finder"] == ""
+    with pytest.raises(WeightsError, match="recogniser"):
+        make_recogniser("judge", {"judge": str(tmp_path)}).load()
+
+
+def test_recognisers_are_made_by_name() -> None:
+    assert isinstance(make_recogniser("judge"), JudgeRecogniser)
+    assert isinstance(make_recogniser("data_synth.backends.recognisers:InsightFaceRecogniser"), InsightFaceRecogniser)
+    with pytest.raises(ConfigError, match="no recogniser 'juge'"):
+        make_recogniser("juge")
+    with pytest.raises(ConfigError, match=r"insightface: there is no key 'pck' .*valid: pack, root, threshold"):
+        make_recogniser("insightface", {"pck": "x"})
+
+
+# --- InsightFace ------------------------------------------------------------------------------------------------------
+def tiny_pack(folder: Path, side: int = 64, landmarks: bool = True, recogniser: bool = True) -> Path:
+    """A model pack: an SCRFD graph that sees a face in every bright 32 x 32 cell, and random numbers for an ArcFace."""
+    onnx = importlib.import_module("onnx")
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    nodes, constants, outputs = [], [], []
+
+    def constant(name: str, values: Any, dtype: Any = np.float32) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(values, dtype), name))
+        return name
+
+    counts = {stride: 2 * (side // stride) ** 2 for stride in (8, 16, 32)}
+    nodes.append(helper.make_node("AveragePool", ["input"], ["cells"], kernel_shape=[32, 32], strides=[32, 32]))
+    nodes.append(helper.make_node("ReduceMean", ["cells", constant("channels", [1], np.int64)], ["bright"], keepdims=1))
+    nodes.append(helper.make_node("Reshape", ["bright", constant("column", [-1, 1], np.int64)], ["flat"]))
+    nodes.append(helper.make_node("Concat", ["flat", "flat"], ["anchors"], axis=1))
+    nodes.append(helper.make_node("Reshape", ["anchors", "column"], ["tall"]))
+    nodes.append(helper.make_node("Mul", ["tall", constant("gain", 8.0)], ["steep"]))
+    nodes.append(helper.make_node("Sigmoid", ["steep"], ["score_32"]))
+    for stride in (8, 16):
+        empty = constant(f"none_{stride}", np.zeros((counts[stride], 1)))
+        nodes.append(helper.make_node("Identity", [empty], [f"score_{stride}"]))
+    # From the cell's corner, in strides: a box of its middle half, and eyes, nose and mouth where they are in a face.
+    marks = [0.1, 0.1, 0.4, 0.1, 0.25, 0.25, 0.12, 0.4, 0.38, 0.4]
+    reaches = {"box": [-0.25, -0.25, 0.75, 0.75], **({"mark": marks} if landmarks else {})}
+    for kind, reach in reaches.items():
+        for stride, count in counts.items():
+            rows = constant(f"{kind}_rows_{stride}", np.tile(reach, (count, 1)))
+            nodes.append(helper.make_node("Identity", [rows], [f"{kind}_{stride}"]))
+    for kind, width in {"score": 1, **{kind: len(reach) for kind, reach in reaches.items()}}.items():
+        outputs += [helper.make_tensor_value_info(f"{kind}_{s}", 1, [counts[s], width]) for s in counts]
+    picture = helper.make_tensor_value_info("input", 1, [1, 3, side, side])
+    _save(onnx, helper.make_graph(nodes, "tiny", [picture], outputs, constants), folder / "det.onnx")
+    if recogniser:
+        crop = helper.make_tensor_value_info("input", 1, ["N", 3, 112, 112])
+        pooled = helper.make_node("AveragePool", ["input"], ["pooled"], kernel_shape=[28, 28], strides=[28, 28])
+        flat = helper.make_node("Flatten", ["pooled"], ["rows"])
+        mixing = numpy_helper.from_array(np.random.default_rng(0).normal(size=(48, 16)).astype(np.float32), "mixing")
+        product = helper.make_node("MatMul", ["rows", "mixing"], ["embedding"])
+        ends = [helper.make_tensor_value_info("embedding", 1, ["N", 16])]
+        _save(onnx, helper.make_graph([pooled, flat, product], "tiny", [crop], ends, [mixing]), folder / "w600k.onnx")
+    return folder
+
+
+def _save(onnx: Any, graph: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9), path)
+
+
+def faces_at(*corners: tuple[int, int], colour: str = "white") -> Image.Image:
+    """128 x 128, black, with a bright cell of the detector (64 pixels a side here) at each corner."""
+    image = Image.new("RGB", (128, 128))
+    for left, top in corners:
+        image.paste(colour, (left, top, left + 64, top + 64))
+    return image
+
+
+@pytest.fixture(scope="module")
+def arcface(tmp_path_factory: pytest.TempPathFactory) -> InsightFaceRecogniser:
+    pack = tiny_pack(tmp_path_factory.mktemp("pack"))
+    made = InsightFaceRecogniser(InsightFaceRecogniser.Settings(pack=str(pack)))
+    made.load()
+    return made
+
+
+def test_insightface_finds_and_embeds_every_face(arcface: InsightFaceRecogniser) -> None:
+    white, none, two, broken = arcface.recognise(
+        [faces_at((64, 64)), faces_at(), faces_at((0, 0), (64, 64)), b"no picture"]
+    )
+    face = only(white)
+    # The detector's box is (40, 40) to (56, 56) of 64 pixels, so (80, 80) to (112, 112) here; ours begins lower.
+    assert (face.box.left, face.box.width) == pytest.approx((80, 32))
+    assert face.box.top == pytest.approx(80 + 0.12 * 32)
+    assert face.embedding.shape == (16,) and abs(float(np.linalg.norm(face.embedding)) - 1) < 1e-5
+    assert none == () and isinstance(two, tuple) and len(two) == 2
+    assert isinstance(broken, Failed)
+
+
+def test_insightface_tells_faces_apart_and_aligns_them(arcface: InsightFaceRecogniser) -> None:
+    def picture(turn: int, corner: int) -> Image.Image:
+        cell = Image.new("RGB", (64, 64), "white")
+        cell.paste((255, 120, 0), (14, 10, 40, 20))
+        image = Image.new("RGB", (128, 128))
+        image.paste(cell.rotate(turn), (corner, corner))
+        return image
+
+    here, there, turned = (only(each) for each in arcface.recognise([picture(0, 64), picture(0, 0), picture(180, 64)]))
+    assert similarity(here, here) == pytest.approx(1)
+    assert similarity(here, there) > similarity(here, turned)
+
+
+def test_packs_that_cannot_be_used_are_refused_in_sentences(tmp_path: Path) -> None:
+    def load(pack: Path) -> InsightFaceRecogniser:
+        made = InsightFaceRecogniser(InsightFaceRecogniser.Settings(pack=str(pack), root=str(tmp_path)))
+        made.load()
+        return made
+
+    with pytest.raises(WeightsError, match="no InsightFace model pack"):
+        load(Path("buffalo_l"))
+    with pytest.raises(WeightsError, match="no recogniser"):
+        load(tiny_pack(tmp_path / "blind", recogniser=False))
+    (tiny_pack(tmp_path / "headless") / "det.onnx").unlink()
+    with pytest.raises(WeightsError, match="no face detector"):
+        load(tmp_path / "headless")
+    with pytest.raises(WeightsError, match="is a file"):
+        load(tmp_path / "headless" / "w600k.onnx")
+    flat = load(tiny_pack(tmp_path / "flat", landmarks=False))
+    with pytest.raises(WeightsError, match="no landmarks"):
+        flat.recognise([faces_at((64, 64))])
+
+
+def test_finders_for_refiners(tmp_path: Path) -> None:
+    pack = tiny_pack(tmp_path / "pack")
+    assert isinstance(make_finder(str(pack)), InsightFaceFinder)
+    assert hasattr(make_finder(), "find")
+
+
+def test_identity_of_a_pack_is_its_content(arcface: InsightFaceRecogniser) -> None:
+    known = arcface.identity
+    assert len(known["weights"]) == 16 and "research" in known["licence"]
+    assert set(arcface.settings.model_dump()) == {"threshold"}
+
+
+def test_embeddings_need_no_gradients(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
+    assert not any(parameter.requires_grad for parameter in judge.network.parameters())
+    assert torch.is_grad_enabled() and judge.recognise([pictures[0]])[0] != ()

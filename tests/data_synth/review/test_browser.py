@@ -1,0 +1,372 @@
+"""The review page in a real browser: by keyboard, by touch, at phone width, and by two reviewers at once."""
+
+import io
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+
+from data_synth.records import Measures, Pair
+from data_synth.review.decisions import FILE, REASONS, Decision, Opinion, Review, decisions, open_queue
+from data_synth.review.server import ReviewServer
+from imagine.world import render, sample_contexts, sample_people
+from tests.review_pairs import pair
+
+
+def chromium() -> str | None:
+    """The browser of this machine, or else the one that `playwright install chromium` put there."""
+    if found := shutil.which("chromium") or shutil.which("chromium-browser"):
+        return found
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    return own if Path(own).is_file() else None
+
+
+CHROMIUM = chromium()
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def portraits() -> list[Pair]:
+    """Five pairs of people of the world."""
+    people = sample_people([3, 3, 5, 5, 8, 8, 13, 13, 21, 21])
+    drawn = render(people, sample_contexts(list(range(10))), size=128).images
+    files = []
+    for image in drawn:
+        file = io.BytesIO()
+        Image.fromarray((image.clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()).save(file, "PNG")
+        files.append(file.getvalue())
+    return [pair(n, target=files[2 * n + 1], reference=files[2 * n]) for n in range(5)]
+
+
+@pytest.fixture
+def review(tmp_path: Path, portraits: list[Pair]) -> Iterator[Review]:
+    """A queue of five pairs being served; all want two opinions."""
+    keys = [one.target.key for one in portraits]
+    open_queue(portraits, tmp_path / FILE, {keys[0]: [0.31, 0.44, 0.52]}, {keys[0]: ["Passed: similarity 0.52."]})
+    yield Review(tmp_path / FILE, opinions=2, overlap=1.0)
+
+
+@pytest.fixture
+def address(review: Review) -> Iterator[str]:
+    with ReviewServer(review, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server.address
+        server.shutdown()
+        thread.join()
+
+
+Visit = Callable[..., Page]
+
+
+@pytest.fixture
+def visit(browser: Browser, address: str) -> Iterator[Visit]:
+    """Opens the page in a context of its own, as if on another computer; its complaints fail the test."""
+    contexts: list[BrowserContext] = []
+    complaints: list[str] = []
+    addresses: list[str] = []
+
+    def opened(reviewer: str = "", **settings: Any) -> Page:
+        contexts.append(browser.new_context(**{"viewport": DESKTOP, **settings}))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(10_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("request", lambda request: addresses.append(request.url))
+        page.goto(address + (f"?reviewer={reviewer}" if reviewer else ""))
+        settled(page)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert [text for text in complaints if not text.startswith("Failed to load resource")] == []  # refused on purpose
+    assert [asked for asked in addresses if not asked.startswith((address, "data:,"))] == []
+
+
+def settled(page: Page) -> str:
+    """Wait until the page is done with what it was asked; returns the key of the pair in sight, or ""."""
+    page.wait_for_selector("body:not([aria-busy])")
+    return page.text_content("#key") or "" if page.is_visible("#pair") else ""
+
+
+def press(page: Page, *keys: str) -> str:
+    """Press keys one after the other, and return the key of the pair then in sight."""
+    for key in keys:
+        page.keyboard.press(key)
+        settled(page)
+    return settled(page)
+
+
+def decided(review: Review) -> dict[str, Decision]:
+    return decisions(review.database)
+
+
+def test_keep_reject_fix_and_undo_by_keyboard(visit: Visit, review: Review) -> None:
+    page = visit("Ann")
+    first = settled(page)
+    second = press(page, "k")
+    assert decided(review)[first].verdict == "keep"
+    third = press(page, "r", "4")
+    assert (decided(review)[second].verdict, decided(review)[second].reason) == ("reject", REASONS[3])
+    page.keyboard.press("f")
+    expect(page.locator("#fixed")).to_have_value(page.text_content("#prompt") or "")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("kr: a fixed caption, u?")  # letters that are commands elsewhere
+    fourth = press(page, "Enter")
+    assert (decided(review)[third].verdict, decided(review)[third].caption) == ("fix", "kr: a fixed caption, u?")
+    assert len({first, second, third, fourth}) == 4
+    assert page.text_content("#counts") == "3 of 5 decided, 3 by you"
+    assert press(page, "u") == third
+    assert third not in decided(review)
+    assert press(page, "u") == second
+    assert press(page, "u") == first
+    assert decided(review) == {}
+    expect(page.locator("#undo")).to_be_disabled()
+
+
+def test_escape_leaves_everything_as_it_was(visit: Visit, review: Review) -> None:
+    page = visit("Ann")
+    for key in ("r", "f", "?"):
+        page.keyboard.press(key)
+        expect(page.locator("dialog[open]")).to_have_count(1)
+        page.keyboard.press("k")  # not while a dialog is open
+        page.keyboard.press("Escape")
+        expect(page.locator("dialog[open]")).to_have_count(0)
+    page.keyboard.press("f")
+    page.keyboard.press("Enter")
+    expect(page.locator("#fix-trouble")).to_have_text("The caption is as it was: change it, or keep the pair.")
+    assert decided(review) == {}
+
+
+def test_a_key_held_down_decides_once(visit: Visit, review: Review) -> None:
+    page = visit("Ann")
+    for _ in range(6):
+        page.keyboard.down("k")  # down again without up is what a held key sends
+        settled(page)
+    page.keyboard.up("k")
+    assert len(decided(review)) == 1
+
+
+def test_letters_are_found_on_other_keyboards(visit: Visit, review: Review) -> None:
+    page = visit("Ann")
+    send = "([key, code]) => document.dispatchEvent(new KeyboardEvent('keydown', {key, code}))"
+    page.evaluate(send, ["л", "KeyK"])  # Russian
+    settled(page)
+    page.evaluate(send, ["к", "KeyR"])
+    page.evaluate(send, ["é", "Digit2"])  # French
+    settled(page)
+    page.evaluate(send, ["t", "KeyK"])  # Dvorak: the letter that is printed counts
+    settled(page)
+    assert sorted((one.verdict, one.reason) for one in decided(review).values()) == [
+        ("keep", ""),
+        ("reject", REASONS[1]),
+    ]
+
+
+def test_arrows_go_back_to_decisions_and_skip(visit: Visit, review: Review) -> None:
+    page = visit("Ann")
+    first = settled(page)
+    second = press(page, "k")
+    assert press(page, "ArrowLeft") == first
+    assert page.text_content("#opinions") == "You: keep."
+    press(page, "r", "1")
+    assert decided(review)[first].reason == REASONS[0], "a mind may be changed"
+    third = press(page, "ArrowRight")
+    assert third not in (first, second)
+    for _ in range(3):
+        press(page, "k")
+    assert settled(page) == second, "what was skipped comes last"
+    assert press(page, "k") == ""
+    expect(page.locator("#finished")).to_contain_text("Nothing is waiting for you")
+    assert len(decided(review)) == 5
+
+
+def test_the_page_shows_the_pair(visit: Visit, review: Review, portraits: list[Pair]) -> None:
+    page = visit("Ann")
+    first = portraits[0]
+    while settled(page) != first.target.key:
+        press(page, "ArrowRight")
+    sides = page.evaluate("['reference', 'target'].map(id => document.getElementById(id).naturalWidth)")
+    assert sides == [128, 128]
+    assert page.text_content("#prompt") == first.ask.prompt
+    assert page.text_content("#aims") == "expression: smiling ✗ looks neutral"
+    assert page.locator("#rounds b").all_text_contents() == ["0.31", "0.44", "0.52"]
+    assert page.text_content("#rounds .chosen b") == "0.44", "the target is the one after round 1"
+    assert "Passed: similarity 0.52." in (page.text_content("#remarks") or "")
+    assert "difference0.30" in (page.text_content("#measures") or "")
+
+
+def test_captions_are_text_and_never_markup(visit: Visit, review: Review) -> None:
+    nasty = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & ‮kcab"
+    one = pair(9, prompt=nasty)
+    open_queue([one], review.database, remarks={one.target.key: [nasty]})
+    page = visit("%3Cb%3EAnn")
+    assert page.text_content("#prompt") == nasty
+    assert page.text_content("#who") == "<b>Ann"
+    assert "owned" not in page.title()
+
+
+def test_a_picture_that_cannot_be_shown_can_still_be_rejected(visit: Visit, review: Review) -> None:
+    one = pair(9, target=b"\x89PNG and nothing more")
+    open_queue([one], review.database)
+    page = visit("Ann")
+    expect(page.locator("#status")).to_have_text("A picture of this pair cannot be shown.")
+    press(page, "r", "5")
+    assert decided(review)[one.target.key].reason == REASONS[4]
+
+
+def test_two_reviewers_at_once(visit: Visit, review: Review) -> None:
+    ann, bob = visit("Ann"), visit("Bob")
+    for _ in range(5):  # turn by turn, so that each works on what the other has just changed
+        press(ann, "k")
+        assert ann.is_hidden("#opinions")
+        press(bob, "k") if settled(bob) != "p0002-0-0-1" else press(bob, "r", "1")
+    assert settled(ann) == settled(bob) == ""
+    found = decided(review)
+    assert len(found) == 5
+    assert all(one.reviewers == ("Ann", "Bob") for one in found.values())
+    assert [key for key, one in found.items() if one.verdict == "reject"] == ["p0002-0-0-1"]
+    expect(bob.locator("#agreement")).to_have_text("Agreement 80 %, κ -0.11")
+    bob.click("#agreement")
+    expect(bob.locator("#agreement-table tbody")).to_contain_text("Ann and Bob")
+    bob.keyboard.press("Escape")
+    press(bob, "ArrowLeft")
+    assert "You: " in (bob.text_content("#opinions") or "") and "Ann: keep." in (bob.text_content("#opinions") or "")
+    cy = visit("Cy")
+    assert settled(cy) == "p0002-0-0-1", "only the tie wants a third opinion"
+
+
+def test_pairs_that_others_have_finished_are_passed_over(visit: Visit, review: Review) -> None:
+    page = visit("Ann")
+    first = settled(page)
+    others = [number for number in review.state("Ann")["open"] if review.pair(number, "Ann")["key"] != first]
+    for number in others:
+        for name in ("Bob", "Cy"):
+            review.decide(number, Opinion(name, "keep"))
+    assert press(page, "k") == ""
+    assert page.text_content("#counts") == "5 of 5 decided, 1 by you"
+
+
+def test_a_name_is_asked_for_and_kept_in_the_address(visit: Visit, review: Review) -> None:
+    page = visit()
+    expect(page.locator("#who-dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#who-dialog")).to_be_visible()
+    page.keyboard.type("  ")
+    page.keyboard.press("Enter")
+    expect(page.locator("#who-trouble")).to_have_text("Give a reviewer's name of 1 to 40 characters.")
+    page.fill("#name", "Zoë Q")
+    press(page, "Enter")
+    expect(page.locator("#who-dialog")).to_be_hidden()
+    press(page, "k")
+    page.reload()
+    settled(page)
+    assert page.text_content("#counts") == "1 of 5 decided, 1 by you"
+    assert next(iter(decided(review).values())).reviewers == ("Zoë Q",)
+
+
+def test_a_server_that_is_gone_is_said_and_nothing_is_lost(visit: Visit, review: Review) -> None:
+    page = visit("Ann")
+    first = settled(page)
+    page.route("**/api/decisions", lambda route: route.abort())
+    assert press(page, "k") == first
+    expect(page.locator("#status")).to_contain_text("The server does not answer")
+    page.unroute("**/api/decisions")
+    assert press(page, "k") != first
+    assert list(decided(review)) == [first]
+
+
+def test_a_phone_shows_large_pictures_and_takes_taps(visit: Visit, review: Review) -> None:
+    page = visit("Ann", viewport=PHONE, has_touch=True, is_mobile=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], "nothing to scroll sideways"
+    boxes: dict[str, Any] = {
+        id_: page.locator(f"#{id_}").bounding_box() or {} for id_ in ("reference", "target", "keep", "fix", "reject")
+    }
+    assert all(boxes[id_]["width"] > 350 and boxes[id_]["height"] >= 200 for id_ in ("reference", "target"))
+    assert all(box["y"] + box["height"] <= PHONE["height"] for box in boxes.values()), "both pictures and all verdicts"
+    assert all(min(boxes[id_]["width"], boxes[id_]["height"]) >= 44 for id_ in ("keep", "fix", "reject"))
+    page.tap("#keep")
+    settled(page)
+    page.tap("#reject")
+    page.tap("#reasons button:nth-child(2)")
+    settled(page)
+    page.tap("#previous")
+    settled(page)
+    page.tap("#undo")
+    settled(page)
+    assert [one.verdict for one in decided(review).values()] == ["keep"]
+
+
+CONTRASTS = """() => {
+  const channels = colour => colour.match(/[\\d.]+/g).map(Number);
+  const luminance = colour => channels(colour).slice(0, 3).map(value => value / 255)
+    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, value, channel) => sum + value * [0.2126, 0.7152, 0.0722][channel], 0);
+  const behind = node => {
+    for (; node; node = node.parentElement) {
+      const colour = getComputedStyle(node).backgroundColor, parts = channels(colour);
+      if (parts.length < 4 || parts[3] === 1) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const found = {}, walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement, text = walker.currentNode.data.trim();
+    if (!text || !node.checkVisibility() || node.closest("script")) continue;
+    const light = [getComputedStyle(node).color, behind(node)].map(luminance).sort((a, b) => b - a);
+    found[text] = (light[0] + 0.05) / (light[1] + 0.05);
+  }
+  return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out(visit: Visit, review: Review, portraits: list[Pair], scheme: str) -> None:
+    met = Measures(faces=1, attributes={"expression": "smiling"})
+    open_queue([portraits[0], replace(portraits[1], measures=met)], review.database)
+    page = visit("Ann", color_scheme=scheme)
+    contrasts: dict[str, float] = page.evaluate(CONTRASTS)
+    for key in ("k", "ArrowLeft"):
+        press(page, key)
+        contrasts |= page.evaluate(CONTRASTS)
+    for key in ("r", "f", "?"):
+        page.keyboard.press(key)
+        contrasts |= page.evaluate(CONTRASTS)
+        page.keyboard.press("Escape")
+    assert len(contrasts) > 40
+    assert {text: ratio for text, ratio in contrasts.items() if ratio < 4.5} == {}
+
+
+def test_everything_is_reached_and_named_without_a_mouse(visit: Visit, review: Review) -> None:
+    page = visit("Ann")
+    press(page, "k")
+    reached = []
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id"))
+    wanted = {"agreement", "who", "help", "previous", "keep", "fix", "reject", "undo", "next"}
+    assert wanted <= set(reached)
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('button, img, textarea, input')].filter(node => !(node.textContent.trim() "
+        "|| node.alt || node.getAttribute('aria-labelledby') || node.getAttribute('aria-label'))).length"
+    )
+    assert unnamed == 0
+    assert page.evaluate("document.getElementById('status').getAttribute('aria-live')") == "polite"
+    assert page.evaluate("document.documentElement.lang") == "en"

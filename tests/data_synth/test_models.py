@@ -1,0 +1,128 @@
+"""A build by the production class of every step together, at tiny sizes: files, endpoints, diffusers, inpainting.
+
+The detector sees faces where pictures are bright (test_pairs_recognisers.tiny_pack), so random pictures have some.
+"""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from data_synth.backends.embedded import WorldPeople
+from data_synth.backends.endpoint import DOWN
+from data_synth.config import BuildConfig
+from imagine.shards.reading import open_records
+from tests import tiny, tiny_models
+from tests.data_synth.backends.test_endpoint import Reply, Stub, completion, text_of, trouble
+from tests.data_synth.backends.test_recognisers import tiny_pack
+from tests.toy_pairs import built, contents
+
+pytestmark = pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")
+
+CAPTION = "a person in a red hat"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two photos, and the models of all steps that need some."""
+    from diffusers import AutoencoderKL
+
+    root = tmp_path_factory.mktemp("models")
+    (root / "photos").mkdir()
+    for number, reference in enumerate(WorldPeople(WorldPeople.Settings(identities=2)).draw([0, 1])):
+        photo = Image.open(io.BytesIO(reference.image))
+        bright = Image.blend(photo, Image.new("RGB", photo.size, "white"), 0.6)
+        bright.save(root / "photos" / f"{number}.bmp")  # seeds follow from its bytes, which no encoder chooses
+    vae = AutoencoderKL.from_pretrained(tiny_models.stable_diffusion(root / "drawing") / "vae")
+    vae.decoder.conv_out.bias.data += 0.6  # bright pictures, each another
+    vae.save_pretrained(root / "drawing" / "vae")
+    tiny.pipeline().save_pretrained(root / "refining")
+    tiny_pack(root / "pack")
+    return root
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    """The endpoint of captioner and rewriter."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    made = Stub()
+    yield made
+    made.close()
+    assert made.malformed == []
+
+
+def config(folder: Path, url: str, least: float = 0.9999) -> BuildConfig:
+    """Two photos with two targets each, which are refined below a similarity of `least`."""
+    endpoint = {"backend": "endpoint", "model": "some/model", "url": url, "retries": 0, "at_once": 1}
+    faces = {"recogniser": "insightface", "recogniser_settings": {"pack": str(folder / "pack")}}
+    local = {"device": "cpu", "steps": 2}
+    return BuildConfig.model_validate({
+        "references": {"backend": "files", "source": str(folder / "photos"), "faces": "some", **faces},
+        "captioner": endpoint,
+        "rewriter": endpoint,
+        "generator": {"backend": "diffusers", "model": str(folder / "drawing"), **local},
+        "refiner": {
+            "backend": "inpaint", "model": str(folder / "refining"), "insightface": str(folder / "pack"),
+            "strength": 0.9, "guidance_scale": 1.0, **local,
+        },
+        "measurer": {"backend": "pictures", **faces},
+        "targets_per_reference": 2,
+        "targets": {"distribution": {"gaze": {"left": 1, "right": 1}}},
+        "rounds": 1,
+        "filters": {
+            "faces": None, "similarity": [least, 1.0], "difference": None, "quality": None, "sharpness": None,
+            "text": None, "duplicates": None,
+        },
+    })  # fmt: skip
+
+
+def told(number: int, body: dict[str, Any]) -> Reply:
+    """A caption of a picture; else the caption with the gaze that was asked for."""
+    text = text_of(body)
+    if "painter" in text:
+        return completion(CAPTION)
+    return completion(f"{CAPTION}, looking {'left' if 'gaze: left' in text else 'right'}")
+
+
+def between(rejections: Path) -> float:
+    """A similarity that some candidates have before they are refined, and others have not."""
+    lines = [json.loads(line) for line in rejections.read_text().splitlines()]
+    drawn = [line["detail"] for line in lines if line["key"].endswith("-0-0")]  # attempt 0, round 0
+    numbers = [float(detail.removeprefix("Similarity ").partition(",")[0]) for detail in drawn]
+    assert len(numbers) == 4 and min(numbers) + 0.003 < max(numbers), "told to three digits"
+    return (min(numbers) + max(numbers)) / 2
+
+
+def test_real_models_park_what_an_endpoint_owes_and_then_build_what_a_fresh_build_does(
+    stub: Stub, folder: Path, tmp_path: Path
+) -> None:
+    stub.reply = lambda number, body: trouble(503)
+    down = built(config(folder, stub.url), tmp_path / "out")
+    parked = [json.loads(line) for line in (tmp_path / "out" / "parked.jsonl").read_text().splitlines()]
+    assert down.manifest["counts"]["pairs"] == 0 and len(parked) == 4
+    assert {(line["step"], line["reason"]) for line in parked} == {("caption", DOWN)}
+
+    stub.reply = told
+    made = built(config(folder, stub.url), tmp_path / "out")
+    assert (tmp_path / "out" / "parked.jsonl").read_text() == ""
+    assert made.made["caption"] == 2 and made.made["rewrite"] == made.made["generate"] == 4 > made.made["import"]
+    assert made.funnel.as_json()["rounds"]["1"]["before"]["count"] == made.made["refine"] == 4, "nothing is so alike"
+
+    least = between(tmp_path / "out" / "rejections.jsonl")
+    again = built(config(folder, stub.url, least), tmp_path / "out")
+    refined = again.funnel.as_json()["rounds"]["1"]["before"]["count"]
+    assert again.made == {} and 0 < refined < 4, "another band makes no picture"
+    records = [record for record in open_records(tmp_path / "out", cache=tmp_path / "cache") if record.reference]
+    assert len(records) == again.manifest["counts"]["pairs"] > 0
+    assert all(record.caption == f"{CAPTION}, looking {record.extra['aims']['gaze']}" for record in records)
+    classes = {kind: model["identity"]["class"].rpartition(":")[2] for kind, model in made.manifest["models"].items()}
+    assert classes == {
+        "references": "Files", "captioner": "EndpointCaptioner", "rewriter": "EndpointRewriter",
+        "generator": "DiffusersGenerator", "refiner": "InpaintRefiner", "measurer": "Measurer",
+    }  # fmt: skip
+    built(config(folder, stub.url, least), tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
