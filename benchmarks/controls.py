@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from imagine.evaluation import report
-from imagine.evaluation.cases import Cases, Real, look, look_at_real, make_cases
+from imagine.evaluation.cases import Cases, JudgedReal, judge_pictures, judge_real_pictures, make_cases
 from imagine.evaluation.judge import Judge, boxes_by
 from imagine.evaluation.scores import score
 from imagine.evaluation.suites import PORTRAITS
 from imagine.networks.weights import default_folder
-from imagine.people.faces import cut_squares, default_finder, sharpness
+from imagine.people.faces import crop_unmasked, default_finder, sharpness
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.pipeline.second_pass import RefineFaces
 from imagine.world import render
@@ -54,7 +54,7 @@ def main() -> int:
     pipe.set_progress_bar_config(disable=True)
     prompts, settings = (HALF_BODY, SECOND_PASSES) if options.faces else (SENTENCES, CONTROLS)
     cases = make_cases(prompts, options.identities, SEED, gallery=options.identities)
-    real = look_at_real(cases, judge)
+    real = judge_real_pictures(cases, judge)
     photos = render(cases.people[: cases.identities], cases.references).images
     personas = [pipe.enroll([report.to_pil(photo)], on_no_face="whole") for photo in photos]
     drawn: dict[str, Tensor] = {}
@@ -88,12 +88,12 @@ def _draw(pipe: ImaginePipeline, cases: Cases, personas: list[Any], setting: Map
     return torch.cat(parts), refined
 
 
-def _judged(judge: Judge, cases: Cases, real: Real, drawn: Tensor, plain: Tensor) -> dict[str, float]:
+def _judged(judge: Judge, cases: Cases, real: JudgedReal, drawn: Tensor, plain: Tensor) -> dict[str, float]:
     """Means over all pictures; faces are looked for in the plain pictures, so that all are measured in one place."""
     boxes = boxes_by(default_finder(default_folder() / "finder"))(plain)
-    seen = look(judge, len(cases), lambda start, stop: (drawn[start:stop], boxes[start:stop]))
+    seen = judge_pictures(judge, len(cases), lambda start, stop: (drawn[start:stop], boxes[start:stop]))
     numbers = {name: float(values.mean()) for name, values in score(cases, seen, real).items() if name != "rank1"}
-    squares = cut_squares(drawn, boxes, 64)
+    squares = crop_unmasked(drawn, boxes, 64)
     numbers["sharpness"] = sum(map(sharpness, squares)) / len(squares)
     return numbers
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagine.evaluation.cases import Cases, look, look_at_real, make_cases
+from imagine.evaluation.cases import Cases, judge_pictures, judge_real_pictures, make_cases
 from imagine.evaluation.judge import Judge
 from imagine.evaluation.report import to_pil, to_tensor
 from imagine.evaluation.scores import METRICS, score
@@ -32,7 +32,7 @@ def main() -> int:
     judge, pipe = Judge.from_pretrained(), ImaginePipeline.from_pretrained(options.weights)
     pipe.set_progress_bar_config(disable=True)
     cases = make_cases(load_suite("portraits")[: options.prompts], options.identities, SEED)
-    real = look_at_real(cases, judge)
+    real = judge_real_pictures(cases, judge)
     photos = render(cases.people[: cases.identities], cases.references).images
     personas = [pipe.enroll([to_pil(photo)], on_no_face="whole") for photo in photos]
     ceiling = score(cases, real.rows["ceiling"], real)
@@ -40,12 +40,10 @@ def main() -> int:
     for text, identity, steps in itertools.product(options.text, options.identity or [None], options.steps):
         settings = {"guidance_scale": text, "identity_guidance_scale": identity, "num_inference_steps": steps}
         began = time.monotonic()
-        seen = look(judge, len(cases), _pictures(pipe, cases, personas, settings))
+        seen = judge_pictures(judge, len(cases), _pictures(pipe, cases, personas, settings))
         numbers = {name: float(values.mean()) for name, values in score(cases, seen, real).items()}
-        told = {**numbers, "seconds": time.monotonic() - began}
-        print(
-            json.dumps({**settings, **told}) if options.json else _line(f"{text} {identity} {steps}", told), flush=True
-        )
+        row = {**numbers, "seconds": time.monotonic() - began}
+        print(json.dumps({**settings, **row}) if options.json else _line(f"{text} {identity} {steps}", row), flush=True)
     return 0
 
 

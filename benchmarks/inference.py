@@ -32,15 +32,15 @@ from imagine.adapter.attention import attention_layers
 from imagine.ip_adapter.layout import projection_shapes
 from imagine.networks.encoders import CLIP_MEAN, CLIP_STD, trim_clip_vocabulary
 from imagine.planning.bases import Blueprint, Component, Networks, add_branches, build, read_base
-from imagine.planning.inference import conditioned, seen_tokens, unet_inputs
+from imagine.planning.inference import build_conditioning, unet_inputs, vision_token_count
 from imagine.records import Conditioning, Tokens
-from imagine.stock.pipelines import imagined
+from imagine.stock.pipelines import personalised_class
 
 PROMPT = "a person smiling on a beach, wearing a red hat, as a pencil sketch"
 VISION, T5 = "vision", "t5"
 GROWTH = (1, 2, 4, 8)
 PLUS_TOKENS = 16
-_EYES = {"projection_dim": 1024, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"}
+_VISION_CONFIG = {"projection_dim": 1024, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"}
 
 Times = dict[str, list[float]]
 Work = Callable[[], object]
@@ -78,8 +78,8 @@ def full_size() -> Blueprint:
     """SDXL, with the vision encoder that IP-Adapters come with."""
     base = read_base("sdxl")
     sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-    eyes = Component("CLIPVisionModelWithProjection", {**_EYES, **sizes})
-    return replace(base, components={**base.components, "image_encoder": eyes})
+    vision_encoder = Component("CLIPVisionModelWithProjection", {**_VISION_CONFIG, **sizes})
+    return replace(base, components={**base.components, "image_encoder": vision_encoder})
 
 
 def middle_size() -> Blueprint:
@@ -91,11 +91,11 @@ def middle_size() -> Blueprint:
     }  # fmt: skip
     vae = dict(base.components["vae"].config) | {"block_out_channels": [64, 128, 256, 256]}
     text = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512}
-    eyes = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 12, "num_attention_heads": 8}
+    vision_encoder = {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 12, "num_attention_heads": 8}
     changed = {
         "unet": Component("UNet2DConditionModel", unet),
         "vae": Component("AutoencoderKL", vae),
-        "image_encoder": Component("CLIPVisionModelWithProjection", {**_EYES, **eyes}),
+        "image_encoder": Component("CLIPVisionModelWithProjection", {**_VISION_CONFIG, **vision_encoder}),
     }
     for name in ("text_encoder", "text_encoder_2"):
         old = base.components[name]
@@ -139,7 +139,7 @@ def steps(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
     works = {"bare": bare(networks, options), "four branches": attached(networks, guided, options)}
     if options.size == "middle":
         works["CLIP alone, adapters on"] = attached(networks, Conditioning(), options)
-    return compared(in_turns(works, options.rounds), "four branches", "bare")
+    return compared(time_interleaved(works, options.rounds), "four branches", "bare")
 
 
 def pictures(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def pictures(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
 
             return work
 
-        times = in_turns({"diffusers": draw("diffusers", theirs), "ours": draw("ours", ours)}, options.pictures)
+        times = time_interleaved({"diffusers": draw("diffusers", theirs), "ours": draw("ours", ours)}, options.pictures)
     finally:
         for adapter in networks.adapters.values():
             adapter.attach(networks.unet)
@@ -193,7 +193,7 @@ def growth(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
             regions[0, number, :, columns] = 1
         works[f"{count} people in regions"] = attached(networks, replace(many, regions={VISION: regions}), options)
     works["a full projection's 257 tokens"] = attached(networks, full_projection(networks), options)
-    times = in_turns(works, options.rounds)
+    times = time_interleaved(works, options.rounds)
     medians = {name: statistics.median(some) for name, some in times.items()}
     return {name: _spread(times[name]) | {"ratio": round(medians[name] / medians["1 reference"], 3)} for name in times}
 
@@ -242,7 +242,7 @@ def bare(networks: Networks, options: argparse.Namespace) -> Work:
     def work() -> None:
         for adapter in networks.adapters.values():
             adapter.detach(networks.unet)
-        _clocked(lambda: networks.unet(**inputs, return_dict=False))
+        _run_and_wait(lambda: networks.unet(**inputs, return_dict=False))
         for adapter in networks.adapters.values():
             adapter.attach(networks.unet)
 
@@ -253,7 +253,7 @@ def attached(networks: Networks, conditioning: Conditioning, options: argparse.N
     """A guided step that attends to this; what a picture computes once is there from the second one on."""
     inputs = unet_inputs(networks.unet, 2, _sides(options))
     ready = prepare(networks.unet, conditioning)
-    return lambda: _clocked(
+    return lambda: _run_and_wait(
         lambda: networks.unet(**inputs, cross_attention_kwargs={"conditioning": ready}, return_dict=False)
     )
 
@@ -265,7 +265,9 @@ def _sides(options: argparse.Namespace) -> tuple[int, int]:
 
 def conditioning_of(networks: Networks, references: int = 1) -> Conditioning:
     """All branches of a guided step: the unconditional row shows nobody."""
-    found = conditioned(networks, 2, references, seen_tokens(networks.models[networks.eyes or ""]))
+    found = build_conditioning(
+        networks, 2, references, vision_token_count(networks.models[networks.vision_encoder or ""])
+    )
     return replace(found, scales={VISION: torch.tensor([0.0, 1.0])})
 
 
@@ -273,7 +275,7 @@ def full_projection(networks: Networks) -> Conditioning:
     """The same with as many vision tokens as the paper's projection makes: one global, and one a patch."""
     found = conditioning_of(networks)
     values = found.branches[VISION].values
-    seen = seen_tokens(networks.models[networks.eyes or ""])
+    seen = vision_token_count(networks.models[networks.vision_encoder or ""])
     many = torch.randn(2, seen, values.shape[2], dtype=values.dtype)
     return replace(found, branches={**found.branches, VISION: Tokens(many)})
 
@@ -290,7 +292,10 @@ def pipelines(networks: Networks) -> tuple[Any, Any]:
     twin = twin_of(networks.unet)
     tensors = ip_adapter_plus(networks)
     made = []
-    for kind, unet in ((imagined(StableDiffusionXLPipeline), networks.unet), (StableDiffusionXLPipeline, twin)):
+    for kind, unet in (
+        (personalised_class(StableDiffusionXLPipeline), networks.unet),
+        (StableDiffusionXLPipeline, twin),
+    ):
         pipe = kind(**parts, unet=unet, scheduler=EulerDiscreteScheduler(), add_watermarker=False)
         pipe.set_progress_bar_config(disable=True)
         pipe.load_ip_adapter([tensors], subfolder=[""], weight_name=[""], image_encoder_folder=None)
@@ -331,10 +336,10 @@ def ip_adapter_plus(networks: Networks) -> dict[str, dict[str, Tensor]]:
     return {"image_proj": {name: random(shape) for name, shape in shapes.items()}, "ip_adapter": keys}
 
 
-_clock: list[float] = []  # what the work that ran last took; only what is inside `_clocked` counts
+_clock: list[float] = []  # what the work that ran last took; only what is inside `_run_and_wait` counts
 
 
-def _clocked(work: Work) -> None:
+def _run_and_wait(work: Work) -> None:
     _wait()
     began = time.perf_counter()
     work()
@@ -348,7 +353,7 @@ def _wait() -> None:
         torch.accelerator.synchronize()
 
 
-def in_turns(works: Mapping[str, Work], rounds: int) -> Times:
+def time_interleaved(works: Mapping[str, Work], rounds: int) -> Times:
     """Seconds of each work in turns, after one round that does not count; every other round goes backwards."""
     times: Times = {name: [] for name in works}
     for number in range(rounds + 1):

@@ -21,11 +21,11 @@ ROOT = Path(__file__).parent.parent
 def main() -> int:
     """Build in a fresh folder, with each executor; returns the exit code."""
     options = _options()
-    ways = ("single", "local", "ray") if options.ray else ("local",)
-    report: dict[str, Any] = {name: measured(name, options) for name in ways}
-    records = [report[name].pop("records") for name in ways]
+    executors = ("single", "local", "ray") if options.ray else ("local",)
+    report: dict[str, Any] = {name: measured(name, options) for name in executors}
+    records = [report[name].pop("records") for name in executors]
     if options.ray:
-        speeds = {name: report[name]["pairs_per_second"] for name in ways}
+        speeds = {name: report[name]["pairs_per_second"] for name in executors}
         report["ratio"] = round(speeds["ray"] / speeds["local"], 2)
         report["ratio_to_single"] = round(speeds["ray"] / speeds["single"], 2)
         report["same_records"] = all(each == records[0] for each in records)
@@ -33,13 +33,13 @@ def main() -> int:
     return 0
 
 
-def measured(way: str, options: argparse.Namespace) -> dict[str, Any]:
+def measured(executor: str, options: argparse.Namespace) -> dict[str, Any]:
     """Pairs per second beyond what starting costs, and what starting costs."""
-    if way == "ray":  # a cluster is started once, whoever builds on it how often
+    if executor == "ray":  # a cluster is started once, whoever builds on it how often
         import ray
 
         ray.init(log_to_driver=False, include_dashboard=False)
-    small, large = (_built(way, count, options) for count in (options.identities // 5, options.identities))
+    small, large = (_built(executor, count, options) for count in (options.identities // 5, options.identities))
     more = {name: large[name] - small[name] for name in ("seconds", "targets", "pairs")}
     return {
         "pairs": large["pairs"],
@@ -51,7 +51,7 @@ def measured(way: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _built(way: str, identities: int, options: argparse.Namespace) -> dict[str, Any]:
+def _built(executor: str, identities: int, options: argparse.Namespace) -> dict[str, Any]:
     """Build the pairs of so many people in a fresh folder: in this process alone, in `workers` beside it, or by Ray."""
     from data_synth.build import build
     from data_synth.config import load_config
@@ -59,11 +59,11 @@ def _built(way: str, identities: int, options: argparse.Namespace) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
             ROOT / "configs" / "pairs_world.yaml",
-            _overrides(identities, options, 0 if way == "single" else options.workers),
+            _overrides(identities, options, 0 if executor == "single" else options.workers),
         )
-        begun = time.perf_counter()
-        built = build(config, folder, "ray" if way == "ray" else "local", lambda *_: None)
-        seconds = time.perf_counter() - begun
+        started_at = time.perf_counter()
+        built = build(config, folder, "ray" if executor == "ray" else "local", lambda *_: None)
+        seconds = time.perf_counter() - started_at
     return {
         "seconds": seconds,
         "targets": built.funnel.targets,

@@ -32,10 +32,10 @@ from imagine.pipeline.sampling import pooled_text
 from imagine.records import Conditioning
 from train.config import Stage
 from train.initial_weights import load_initial
-from train.loop import Course
+from train.loop import StageRun
 from train.run import parts
 from train.run.ema import Average
-from train.task import Start
+from train.task import TaskContext
 from train.tasks.adapter import AdapterSettings, AdapterTask
 
 TRAIN = {"vision_encoder": 1e-4, "vision_branch": 6e-4, "vision_projection": 4e-4, "lora": 1e-3}
@@ -54,7 +54,7 @@ def main() -> int:
         for number in range(0, PEOPLE, options.batch):  # every caption once, as after a run's first minutes
             task.batch(number, options.batch)
         loops: dict[str, TrainersLoop | PlainLoop] = {"ours": ours, **plain}
-        times = take_turns(loops, options)
+        times = time_interleaved(loops, options)
         shares = {name: loop.clock.shares() for name, loop in loops.items()}
     seconds = {name: statistics.median(some) for name, some in times.items()}
     speeds = {name: [options.batch / some for some in loop] for name, loop in times.items()}
@@ -71,7 +71,7 @@ def main() -> int:
     return 0
 
 
-def take_turns(loops: "Mapping[str, TrainersLoop | PlainLoop]", options: Any) -> dict[str, list[float]]:
+def time_interleaved(loops: "Mapping[str, TrainersLoop | PlainLoop]", options: Any) -> dict[str, list[float]]:
     """Seconds of each loop's steps, after some that do not count."""
     unmeasured = 4 if options.compile else 1  # sentences of other lengths are compiled for again
     times: dict[str, list[float]] = {name: [] for name in loops}
@@ -90,8 +90,8 @@ def build_task(folder: Path, widths: tuple[int, ...]) -> AdapterTask:
     torch.manual_seed(0)
     data = {"folder": str(folder / "data"), "identities": PEOPLE, "pictures": 2}
     settings = AdapterSettings(widths=widths, middle_attention=False)
-    start = Start("adapter", 0, torch.device("cpu"), folder, data, default_folder())
-    task = AdapterTask(settings, start)
+    context = TaskContext("adapter", 0, torch.device("cpu"), folder, data, default_folder())
+    task = AdapterTask(settings, context)
     encoders = ("image_encoder", "text_encoder", "text_encoder_2", "text_encoder_3")
     load_initial({name: task.modules[name] for name in encoders}, default_folder())
     parts.freeze_all_but(task.modules, {})
@@ -131,18 +131,18 @@ class TrainersLoop:
         given |= {"precision": options.precision, "compile": options.compile, "report_every_seconds": 1e9}
         stage = Stage.model_validate(given)
         self.clock, self.task = Clock(), task
-        self.course = Course("adapter", stage, task, folder, Accelerator(cpu=True))
-        self.precision = self.course.state.precision
-        self.pieces = self.course.pieces()
+        self.stage_run = StageRun("adapter", stage, task, folder, Accelerator(cpu=True))
+        self.precision = self.stage_run.state.precision
+        self.micro_batches = self.stage_run.micro_batches()
 
     def step(self, _: int) -> None:
         """One optimiser step, its parts timed."""
         timed = [(self.task, "batch", "data"), (self.task, "vision_tokens", "vision encoder")]
-        timed += [(self.task, "guess", "denoiser"), (self.course.accelerator, "backward", "backward")]
+        timed += [(self.task, "prediction", "denoiser"), (self.stage_run.accelerator, "backward", "backward")]
         for where, method, name in timed:
             setattr(where, method, self._on(name, getattr(where, method)))
         with self.clock.on("optimiser, average and the rest"):
-            self.course.step(self.pieces)
+            self.stage_run.step(self.micro_batches)
         for where, method, _name in timed:
             delattr(where, method)
 
@@ -163,11 +163,11 @@ class PlainLoop:
         self.parameters = parts.named(task.modules, chosen)
         self.optimiser = parts.optimiser(chosen, TRAIN, (0.9, 0.99), 0.01)
         self.average = Average(self.parameters, 1_500)
-        self.folder, stock = folder, task.stocks["train"]
-        self.gallery = stock.pictures.gallery
+        self.folder, gallery_cache = folder, task.gallery_caches["train"]
+        self.gallery = gallery_cache.pictures.gallery
         folder.mkdir(parents=True)
         rows = torch.arange(len(self.gallery))
-        images, self.boxes = stock.pictures.take(rows)
+        images, self.boxes = gallery_cache.pictures.take(rows)
         for row, image in enumerate(images):
             Image.fromarray((image.permute(1, 2, 0) * 255).byte().numpy()).save(folder / f"{row}.png")
 
@@ -194,7 +194,7 @@ class PlainLoop:
             drawn = task.mixture.draw(0, number, size)
             targets, references = self._read(drawn.targets), self._read(drawn.references)
             crops = crop_faces(references, self.boxes[drawn.references], task.crop_side())
-            captions = self.gallery.captions(drawn.targets, drawn.manners)
+            captions = self.gallery.captions(drawn.targets, drawn.caption_styles)
         with self.clock.on("autoencoder"), torch.no_grad():
             clean = task.codec.encode(targets * 2 - 1)
         with self.clock.on("text encoders"), torch.no_grad():
@@ -203,13 +203,13 @@ class PlainLoop:
             vision = task.vision_tokens(crops)
         with self.clock.on("denoiser"):
             noise, t = torch.randn_like(clean), logit_normal(torch.randn(size))
-            guess = task.unet(
+            prediction = task.unet(
                 add_noise(clean, noise, t), t * 1000, encoder_hidden_states=clip.values,
                 encoder_attention_mask=clip.mask, class_labels=pooled_text(task.unet, clip, branches),
                 cross_attention_kwargs={"conditioning": Conditioning({**branches, "vision": vision})},
             ).sample  # fmt: skip
-            wanted = velocity(clean, noise)
-            return torch.nn.functional.mse_loss(guess, wanted)
+            target = velocity(clean, noise)
+            return torch.nn.functional.mse_loss(prediction, target)
 
 
 def _words(report: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one builder command; returns the exit code."""
-    options = _parsed(arguments)
+    options = _parse_options(arguments)
     try:
         options.run(options)
     except ImagineError as error:
@@ -39,14 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; overrides may stand before and after them, which argparse does not allow by itself."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and (options.command != "build" or any(text.startswith("-") for text in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
+    options, unparsed = parser.parse_known_args(arguments)
+    if unparsed and (options.command != "build" or any(text.startswith("-") for text in unparsed)):
+        parser.error(f"unrecognized arguments: {' '.join(unparsed)}")
+    if unparsed:
+        options.overrides = [*options.overrides, *unparsed]
     return options
 
 
@@ -100,7 +100,7 @@ def _add_world(commands: Any) -> None:
 def _build(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
     from data_synth.build import build  # after the file is read: a typo is told before torch is loaded
-    from data_synth.card.funnel import show
+    from data_synth.card.funnel import print_funnel
 
     with _progress() as progress:
         tasks: dict[str, Any] = {}
@@ -111,7 +111,7 @@ def _build(options: argparse.Namespace) -> None:
             progress.update(tasks[what], completed=done)
 
         built = build(config, options.output, options.backend, report)
-    show(built.funnel, Console())
+    print_funnel(built.funnel, Console())
     print(f"{built.manifest['counts']['pairs']:,} pairs in {len(built.manifest['shards'])} shards: {options.output}")
 
 

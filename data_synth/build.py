@@ -24,18 +24,20 @@ from data_synth.card.funnel import Funnel
 from data_synth.config import BuildConfig
 from data_synth.executors import Executor, choose_executor
 from data_synth.filters import FilterSettings, duplicate_rejections
-from data_synth.pair_shards import refuse_foreign
+from data_synth.pair_shards import check_foreign_shards
 from data_synth.preparing import prepare
 from data_synth.publishing import publish
 from data_synth.records import Pair, Rejection
 from data_synth.review import decisions as review
-from data_synth.steps import Find, Outcome, Recipe, Task, among, tellings
+from data_synth.steps import Find, Outcome, Recipe, Task, find_in, replay_targets
 from data_synth.store import Result, Store
 from data_synth.verdicts import Verdict, reviewed, verdict, without_duplicates
 from imagine.errors import ConfigError
 
 # Two tasks at work at once may both ask an endpoint for one photo's caption, and be told different ones.
-_CHANGED = Rejection("", "caption", "its caption was written twice", "Another caption of it was kept: build again.")
+_CAPTION_CHANGED = Rejection(
+    "", "caption", "its caption was written twice", "Another caption of it was kept: build again."
+)
 
 Report = Callable[[str, int, int], None]  # what is going on, how many are done, of how many (0: nobody knows yet)
 
@@ -58,14 +60,14 @@ def build(config: BuildConfig, output: str, backend: str = "local", report: Repo
     executor = choose_executor(config, backend)
     work = _work_folder(config, output)
     _check_output(output)
-    with Store(work / store.FILE) as kept:
-        refuse_foreign(output, kept)
-        prepared = prepare(config, kept, lambda done: report("photos", done, 0))
+    with Store(work / store.FILE) as result_store:
+        check_foreign_shards(output, result_store)
+        prepared = prepare(config, result_store, lambda done: report("photos", done, 0))
         total = prepared.recipe.total
-        made = _make(prepared.recipe, kept, executor, report)
-        verdicts = _judged(prepared.recipe, kept, made, work)
+        made = _run_steps(prepared.recipe, result_store, executor, report)
+        verdicts = _all_verdicts(prepared.recipe, result_store, made, work)
         funnel, manifest = publish(
-            prepared, verdicts, output, work, kept, lambda done: report("pairs written", done, total)
+            prepared, verdicts, output, work, result_store, lambda done: report("pairs written", done, total)
         )
     return Built(funnel, made.results, manifest)
 
@@ -103,48 +105,48 @@ def _check_output(output: str) -> None:
 
 # --- making -----------------------------------------------------------------------------------------------------------
 @dataclass
-class _Made:
+class _BuildProgress:
     """What was seen while every story was told to its end."""
 
     results: Counter[str] = field(default_factory=Counter)  # by step: worked out this time, not found in the store
-    parked: dict[int, Rejection] = field(default_factory=dict)  # stories that could not be told to their end
+    deferred: dict[int, Rejection] = field(default_factory=dict)  # stories that could not be told to their end
     hashes: dict[str, str] = field(default_factory=dict)  # of the targets of pairs so far, for near-duplicates
-    told: int = 0
+    finished: int = 0
 
-    def hear(self, outcomes: Iterable[Outcome | None], filters: FilterSettings) -> None:
+    def record(self, outcomes: Iterable[Outcome | None], filters: FilterSettings) -> None:
         """Take down how stories ended."""
         for outcome in outcomes:
             assert outcome is not None, "an executor gave back a story before its end"
-            self.told += 1
-            if outcome.parked is not None:
-                self.parked[outcome.number] = outcome.parked
+            self.finished += 1
+            if outcome.deferred is not None:
+                self.deferred[outcome.number] = outcome.deferred
             pair = verdict(outcome, filters).pair
             if pair is not None:
                 self.hashes[pair.target.key] = pair.measures.picture_hash
 
 
-def _make(recipe: Recipe, kept: Store, executor: Executor, report: Report) -> _Made:
+def _run_steps(recipe: Recipe, result_store: Store, executor: Executor, report: Report) -> _BuildProgress:
     """Have everything done that the store lacks, a chunk at a time."""
-    made, sent, filters = _Made(), deque[Task](), recipe.config.filters
+    made, sent, filters = _BuildProgress(), deque[Task](), recipe.config.filters
 
     def missing() -> Iterator[Task]:
         for numbers in _chunks(recipe):
             known: dict[bytes, Result] = {}
-            started = tellings(recipe, numbers, _remembering(kept, known))
-            made.hear((one.outcome for one in started if not one.wants), filters)
-            report("targets", made.told, recipe.total)
-            if undone := [number for number, one in zip(numbers, started, strict=True) if one.wants]:
-                sent.append(Task(undone, known))
+            started = replay_targets(recipe, numbers, _recording_find(result_store, known))
+            made.record((one.outcome for one in started if not one.pending), filters)
+            report("targets", made.finished, recipe.total)
+            if unfinished := [number for number, one in zip(numbers, started, strict=True) if one.pending]:
+                sent.append(Task(unfinished, known))
                 yield sent[-1]
 
     for done in executor(recipe, missing()):
-        asked = sent.popleft()
-        lasting = _lasting(done)
-        kept.save(lasting)
-        made.results.update(step for _, step, _ in lasting)
-        ended = tellings(recipe, asked.numbers, among({**asked.known, **done.known}))
-        made.hear((one.outcome for one in ended), filters)
-        report("targets", made.told, recipe.total)
+        sent_task = sent.popleft()
+        permanent = _without_deferred(done)
+        result_store.save(permanent)
+        made.results.update(step for _, step, _ in permanent)
+        ended = replay_targets(recipe, sent_task.numbers, find_in({**sent_task.known, **done.known}))
+        made.record((one.outcome for one in ended), filters)
+        report("targets", made.finished, recipe.total)
     return made
 
 
@@ -154,50 +156,50 @@ def _chunks(recipe: Recipe) -> Iterator[range]:
     return (range(start, min(start + each, recipe.total)) for start in range(0, recipe.total, each))
 
 
-def _remembering(kept: Store, known: dict[bytes, Result]) -> Find:
+def _recording_find(result_store: Store, known: dict[bytes, Result]) -> Find:
     """The store; what is found in it is put into `known` too."""
 
     def find(keys: Sequence[bytes]) -> Mapping[bytes, Result]:
-        found = kept.find(keys)
+        found = result_store.find(keys)
         known.update(found)
         return found
 
     return find
 
 
-def _lasting(done: Task) -> list[tuple[bytes, str, Result]]:
+def _without_deferred(done: Task) -> list[tuple[bytes, str, Result]]:
     """What was worked out, without what is to be tried again."""
     results = ((key, step, done.known[key]) for key, step in done.made.items())
     return [one for one in results if not (isinstance(one[2], Failed) and one[2].for_now)]
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
-def _judged(recipe: Recipe, kept: Store, made: _Made, work: Path) -> Iterator[Verdict]:
+def _all_verdicts(recipe: Recipe, result_store: Store, made: _BuildProgress, work: Path) -> Iterator[Verdict]:
     """Every verdict of the build, in order; the reviewers' queue is filled first, if there are reviewers."""
     filters, choice = recipe.config.filters, recipe.config.review
     mined = recipe.config.generator is None  # a photo is the target of several, and the import compared photos
-    close = {} if mined else {one.key: one for one in duplicate_rejections(made.hashes, filters)}
+    duplicates = {} if mined else {one.key: one for one in duplicate_rejections(made.hashes, filters)}
 
     def filtered() -> Iterator[Verdict]:
-        outcomes = _outcomes(recipe, kept, made.parked)
-        return without_duplicates((verdict(outcome, filters) for outcome in outcomes), close)
+        outcomes = _outcomes(recipe, result_store, made.deferred)
+        return without_duplicates((verdict(outcome, filters) for outcome in outcomes), duplicates)
 
     if choice == "none":
         return filtered()
     database = work / review.FILE
     rounds: dict[str, list[float | None]] = {}
-    review.open_queue(_queued(filtered(), rounds), database, rounds)
+    review.open_queue(_review_pairs(filtered(), rounds), database, rounds)
     return reviewed(filtered(), review.decisions(database), choice == "required")
 
 
-def _outcomes(recipe: Recipe, kept: Store, parked: Mapping[int, Rejection]) -> Iterator[Outcome]:
+def _outcomes(recipe: Recipe, result_store: Store, deferred: Mapping[int, Rejection]) -> Iterator[Outcome]:
     """How every story ended, from the store."""
     for numbers in _chunks(recipe):
-        for number, one in zip(numbers, tellings(recipe, numbers, kept.find), strict=True):
-            yield one.outcome or Outcome(number, parked=parked.get(number, _CHANGED))
+        for number, one in zip(numbers, replay_targets(recipe, numbers, result_store.find), strict=True):
+            yield one.outcome or Outcome(number, deferred=deferred.get(number, _CAPTION_CHANGED))
 
 
-def _queued(verdicts: Iterable[Verdict], rounds: dict[str, list[float | None]]) -> Iterator[Pair]:
+def _review_pairs(verdicts: Iterable[Verdict], rounds: dict[str, list[float | None]]) -> Iterator[Pair]:
     """The pairs that reviewers are to see; `rounds` learns of each what refinement did to it, just before."""
     for one in verdicts:
         if one.pair is not None:

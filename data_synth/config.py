@@ -17,19 +17,19 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from data_synth.filters import FilterSettings
 from data_synth.targets import TargetSettings
 from imagine.errors import ConfigError
-from imagine.settings import checked, read_settings, read_value
+from imagine.settings import read_settings, read_value, validated
 
 Model = TypeVar("Model", bound=BaseModel)
 
 _KINDS = ("references", "captioner", "rewriter", "generator", "refiner", "measurer")  # of backends
 
 
-def _by_name(value: Any) -> Any:
+def _expand_name(value: Any) -> Any:
     """A backend without settings may be written as its name alone."""
     return {"backend": value} if isinstance(value, str) else value
 
 
-class Choice(BaseModel):
+class BackendChoice(BaseModel):
     """One backend: its name in the registry, or "package.module:Class", and beside it the backend's own settings."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -42,11 +42,11 @@ class Choice(BaseModel):
         return dict(self.model_extra or {})
 
 
-Chosen = Annotated[Choice, BeforeValidator(_by_name)]
+BackendField = Annotated[BackendChoice, BeforeValidator(_expand_name)]
 HomePath = Annotated[Path, AfterValidator(Path.expanduser)]  # no shell has seen the ~ in a file
 
 
-class Share(BaseModel):
+class StageResources(BaseModel):
     """What of a Ray cluster some steps get."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,7 +56,7 @@ class Share(BaseModel):
     num_cpus: float = Field(default=1, ge=0)
 
 
-class Cluster(Share):
+class Cluster(StageResources):
     """How steps are spread when a build runs with `--backend ray`; results do not depend on it.
 
     Steps that are named in `steps` have copies of their own; the others run together, in copies that hold all of them.
@@ -64,13 +64,13 @@ class Cluster(Share):
 
     address: str | None = None  # of a running cluster; None: the one that RAY_ADDRESS names, or one on this machine
     window: int = Field(default=64, ge=1)  # chunks handed to Ray Data at a time
-    steps: dict[Literal["import", "caption", "rewrite", "generate", "refine", "measure"], Share] = Field(
+    steps: dict[Literal["import", "caption", "rewrite", "generate", "refine", "measure"], StageResources] = Field(
         default_factory=dict
     )
 
-    def share(self, step: str) -> Share | None:
+    def resources(self, step: str) -> StageResources | None:
         """What `step` has for itself; None if it runs together with others."""
-        return {str(name): share for name, share in self.steps.items()}.get(step)
+        return {str(name): resources for name, resources in self.steps.items()}.get(step)
 
 
 class BuildConfig(BaseModel):
@@ -82,12 +82,14 @@ class BuildConfig(BaseModel):
     licence: str = "not stated"  # of the pairs; those of photos and models are in the manifest
     seed: int = Field(default=0, ge=0)
 
-    references: Chosen
-    captioner: Chosen | None = None  # None: every reference brings its caption
-    rewriter: Chosen | None = None
-    generator: Chosen | None = None  # None: pairs are mined from several photos of one person, and nothing is rewritten
-    refiner: Chosen | None = None
-    measurer: Chosen
+    references: BackendField
+    captioner: BackendField | None = None  # None: every reference brings its caption
+    rewriter: BackendField | None = None
+    generator: BackendField | None = (
+        None  # None: pairs are mined from several photos of one person, and nothing is rewritten
+    )
+    refiner: BackendField | None = None
+    measurer: BackendField
 
     targets_per_reference: int = Field(default=1, ge=1)
     targets: TargetSettings = TargetSettings()
@@ -109,7 +111,7 @@ class BuildConfig(BaseModel):
     work: HomePath | None = None  # a local folder for the store and the review; None: the output folder
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "BuildConfig":
+    def _check_combination(self) -> "BuildConfig":
         if self.generator is not None and self.rewriter is None:
             raise ValueError("a generator needs a rewriter: name one, such as grammar")
         if self.generator is None and (self.rewriter or self.refiner):
@@ -121,11 +123,11 @@ class BuildConfig(BaseModel):
     @property
     def facts(self) -> dict[str, Any]:
         """What results depend on, for a manifest; backends say it of themselves."""
-        aside = {"work", "workers", "ray", "chunk", *_KINDS}
-        return self.model_dump(mode="json", exclude=aside)
+        excluded = {"work", "workers", "ray", "chunk", *_KINDS}
+        return self.model_dump(mode="json", exclude=excluded)
 
     @property
-    def choices(self) -> dict[str, Choice]:
+    def choices(self) -> dict[str, BackendChoice]:
         """The chosen backend of each kind, in the order of the work."""
         return {kind: choice for kind in _KINDS if (choice := getattr(self, kind)) is not None}
 
@@ -135,7 +137,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> BuildConfig:
     content = read_settings(path, "build", "keys such as `references:` and `generator:`")
     for text in overrides:
         _override(content, text)
-    return checked(BuildConfig, content, str(path))
+    return validated(BuildConfig, content, str(path))
 
 
 def _override(content: dict[str, Any], text: str) -> None:
@@ -144,15 +146,15 @@ def _override(content: dict[str, Any], text: str) -> None:
     keys = address.split(".")
     if not equals or not all(keys):
         raise ConfigError(f"The override {text!r} is not of the form key=value, for example generator.drift=0.1.")
-    place = content
+    node = content
     for key in keys[:-1]:
-        inner = place.get(key) or {}
-        inner = _by_name(inner) if place is content and key in _KINDS else inner
+        inner = node.get(key) or {}
+        inner = _expand_name(inner) if node is content and key in _KINDS else inner
         if not isinstance(inner, dict):
             raise ConfigError(f"override {text}: {key} is a single value and holds no keys.")
-        place[key] = inner
-        place = inner
-    given = read_value(value, text)
-    if len(keys) == 2 and keys[-1] == "backend" and place.get("backend") != given:
-        place.clear()  # one backend's settings say nothing to another
-    place[keys[-1]] = given
+        node[key] = inner
+        node = inner
+    new_value = read_value(value, text)
+    if len(keys) == 2 and keys[-1] == "backend" and node.get("backend") != new_value:
+        node.clear()  # one backend's settings say nothing to another
+    node[keys[-1]] = new_value

@@ -19,19 +19,19 @@ from itertools import islice
 from multiprocessing import get_context, parent_process
 from typing import Any
 
-from data_synth.config import BuildConfig, Cluster, Share
-from data_synth.steps import STEPS, Backends, Recipe, Task, advance, among, tellings
+from data_synth.config import BuildConfig, Cluster, StageResources
+from data_synth.steps import STEPS, Backends, Recipe, Task, advance, find_in, replay_targets
 from imagine.errors import ConfigError, ImagineError
 
 Executor = Callable[[Recipe, Iterable[Task]], Iterator[Task]]
 
-_AHEAD = 2  # tasks a worker that are waiting for it: it need never wait for the driver
+_QUEUED_PER_WORKER = 2  # tasks a worker that are waiting for it: it need never wait for the driver
 
 
 def choose_executor(config: BuildConfig, backend: str) -> Executor:
     """The executor for `--backend local` or `ray`. Raises ConfigError if it is not there."""
     if backend == "ray":
-        _ray()
+        _import_ray()
         return on_ray
     if backend != "local":
         raise ConfigError(f"There is no backend {backend!r} to build on: give local or ray.")
@@ -51,9 +51,9 @@ def in_processes(recipe: Recipe, tasks: Iterable[Task]) -> Iterator[Task]:
     workers = recipe.config.workers
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Spawned, not forked: a fork of a process in which torch has threads may hang.
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (recipe, threads)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (recipe, threads)) as pool:
         try:
-            yield from _in_order((pool.submit(_work, task) for task in tasks), _AHEAD * workers)
+            yield from _in_order((pool.submit(_run_task, task) for task in tasks), _QUEUED_PER_WORKER * workers)
         except BrokenProcessPool as error:
             raise ConfigError(
                 "A worker process was killed, perhaps for want of memory: lower workers or chunk, and run this again."
@@ -62,25 +62,25 @@ def in_processes(recipe: Recipe, tasks: Iterable[Task]) -> Iterator[Task]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _in_order(started: Iterator["Future[Task]"], ahead: int) -> Iterator[Task]:
-    running: deque[Future[Task]] = deque(islice(started, ahead))
+def _in_order(started: Iterator["Future[Task]"], queue_size: int) -> Iterator[Task]:
+    running: deque[Future[Task]] = deque(islice(started, queue_size))
     while running:
         yield running.popleft().result()
         running.extend(islice(started, 1))
 
 
-_worker: tuple[Recipe, Backends]  # of a worker process, from its first moment on
+_worker_state: tuple[Recipe, Backends]  # of a worker process, from its first moment on
 
 
-def _begin_worker(recipe: Recipe, threads: int) -> None:
-    global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _start_worker(recipe: Recipe, threads: int) -> None:
+    global _worker_state
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the driver says what there is to say
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for torch, which is not loaded yet
-    _worker = recipe, Backends(recipe.config)
+    _worker_state = recipe, Backends(recipe.config)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     """A driver that is killed cannot tell its workers: they must notice."""
     parent = parent_process()
     if parent is not None:
@@ -88,11 +88,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(task: Task) -> Task:
-    return _only_made(advance(_worker[0], task, _worker[1]))
+def _run_task(task: Task) -> Task:
+    return _new_results_only(advance(_worker_state[0], task, _worker_state[1]))
 
 
-def _only_made(task: Task) -> Task:
+def _new_results_only(task: Task) -> Task:
     """What the driver does not have yet."""
     return Task(task.numbers, {key: task.known[key] for key in task.made}, task.made)
 
@@ -103,15 +103,15 @@ def on_ray(recipe: Recipe, tasks: Iterable[Task]) -> Iterator[Task]:
 
     A window goes through the stages that its stories want, and again while a round leads back to an earlier one.
     """
-    ray, stages = _ray(), stages_of(recipe)
+    ray, stages = _import_ray(), stages_of(recipe)
     _connect(ray, recipe.config.ray, stages)
     waiting = iter(tasks)
     while window := list(islice(waiting, recipe.config.ray.window)):
         done = dict(enumerate(window))
-        while wanted := {place: want for place, task in done.items() if (want := _wants(recipe, task))}:
-            now = _needed(stages, set[str]().union(*wanted.values()))
-            done |= _passed(recipe, {place: done[place] for place in wanted}, now)
-        yield from (_only_made(done[place]) for place in range(len(window)))
+        while wanted := {place: want for place, task in done.items() if (want := _wanted_steps(recipe, task))}:
+            pending_stages = _needed(stages, set[str]().union(*wanted.values()))
+            done |= _run_stages(recipe, {place: done[place] for place in wanted}, pending_stages)
+        yield from (_new_results_only(done[place]) for place in range(len(window)))
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class StagePlan:
     """Steps that run together, and what they get of the cluster."""
 
     steps: tuple[str, ...]
-    share: Share
+    resources: StageResources
 
 
 def stages_of(recipe: Recipe) -> list[StagePlan]:
@@ -127,11 +127,11 @@ def stages_of(recipe: Recipe) -> list[StagePlan]:
     stages: list[StagePlan] = []
     cluster = recipe.config.ray
     for step in (step for step in STEPS if step in recipe.identities):
-        own = cluster.share(step)
-        if own is None and stages and stages[-1].share is cluster:
+        step_resources = cluster.resources(step)
+        if step_resources is None and stages and stages[-1].resources is cluster:
             stages[-1] = StagePlan((*stages[-1].steps, step), cluster)
         else:
-            stages.append(StagePlan((step,), own or cluster))
+            stages.append(StagePlan((step,), step_resources or cluster))
     return stages
 
 
@@ -141,7 +141,7 @@ def _needed(stages: Sequence[StagePlan], wanted: set[str]) -> list[StagePlan]:
     return [stage for stage in stages[first:] if stage.steps != ("refine",) or "refine" in wanted]
 
 
-def _ray() -> Any:
+def _import_ray() -> Any:
     try:
         importlib.import_module("ray.data")
         return importlib.import_module("ray")
@@ -160,22 +160,22 @@ def _connect(ray: Any, cluster: Cluster, stages: Sequence[StagePlan]) -> None:
                 f"There is no Ray cluster {where} ({' '.join(str(error).split())}): start one with `ray start --head`, "
                 "or leave ray.address out for one on this machine."
             ) from error
-    there = ray.cluster_resources()
+    available = ray.cluster_resources()
     for name, kind in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-        wanted = sum(getattr(stage.share, name) * stage.share.concurrency for stage in stages)
-        if cluster.address is None and wanted > there.get(kind, 0):
+        wanted = sum(getattr(stage.resources, name) * stage.resources.concurrency for stage in stages)
+        if cluster.address is None and wanted > available.get(kind, 0):
             raise ConfigError(
-                f"The stages of this build want {wanted:g} {kind}s and Ray has {there.get(kind, 0):g}: lower "
+                f"The stages of this build want {wanted:g} {kind}s and Ray has {available.get(kind, 0):g}: lower "
                 f"ray.concurrency, ray.{name} or those of ray.steps."
             )
 
 
-def _wants(recipe: Recipe, task: Task) -> set[str]:
+def _wanted_steps(recipe: Recipe, task: Task) -> set[str]:
     """The steps that the task's stories want next."""
-    return {one.wants.step for one in tellings(recipe, task.numbers, among(task.known)) if one.wants}
+    return {one.pending.step for one in replay_targets(recipe, task.numbers, find_in(task.known)) if one.pending}
 
 
-def _passed(recipe: Recipe, tasks: Mapping[int, Task], stages: Sequence[StagePlan]) -> dict[int, Task]:
+def _run_stages(recipe: Recipe, tasks: Mapping[int, Task], stages: Sequence[StagePlan]) -> dict[int, Task]:
     """The tasks, by place, after one pass through `stages`."""
     data: Any = importlib.import_module("ray.data")
     data.DataContext.get_current().enable_progress_bars = False  # there is one for the whole build
@@ -186,9 +186,9 @@ def _passed(recipe: Recipe, tasks: Mapping[int, Task], stages: Sequence[StagePla
         dataset = dataset.map_batches(
             Stage,
             fn_constructor_args=(recipe, stage.steps),
-            compute=data.ActorPoolStrategy(size=stage.share.concurrency),
-            num_cpus=stage.share.num_cpus,
-            num_gpus=stage.share.num_gpus,
+            compute=data.ActorPoolStrategy(size=stage.resources.concurrency),
+            num_cpus=stage.resources.num_cpus,
+            num_gpus=stage.resources.num_gpus,
             batch_size=1,
         )
     passed = {}
@@ -211,9 +211,9 @@ class Stage:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Tasks on their way, as Ray Data's batches of pickled rows; an ImagineError takes its task's place."""
-        return {"place": batch["place"], "task": [self._advanced(task) for task in batch["task"]]}
+        return {"place": batch["place"], "task": [self._advance_row(task) for task in batch["task"]]}
 
-    def _advanced(self, row: bytes) -> bytes:
+    def _advance_row(self, row: bytes) -> bytes:
         task = pickle.loads(row)
         if isinstance(task, ImagineError):  # of a stage before
             return row

@@ -26,27 +26,27 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_synth.backends.contracts import Draft, Failed
 from data_synth.backends.measuring import picture_hash
 from data_synth.backends.recognisers import KnownFace, Recogniser
-from data_synth.records import Ask, Candidate, Reference, Rejection
+from data_synth.records import Candidate, Reference, Rejection, TargetSpec
 from imagine.errors import BadRecordError, ConfigError, ImagineError, PictureError, WeightsError
 from imagine.people.photos import Photo, read_photo
 from imagine.shards.reading import open_records
 from imagine.shards.writing import check_picture
 
-UNREAD = "a file that cannot be read"
+UNREADABLE = "a file that cannot be read"
 DAMAGED = "a damaged picture or none"
-SMALL = "a picture that is too small"
-SAME = "the same file as another"
-NEAR = "nearly the same picture as another"
+TOO_SMALL = "a picture that is too small"
+SAME_FILE = "the same file as another"
+NEAR_DUPLICATE = "nearly the same picture as another"
 NO_FACE = "no face"
-SEVERAL = "more than one face"
+SEVERAL_FACES = "more than one face"
 SMALL_FACE = "a face that is too small"
-BREAKS = "a photo that breaks the recogniser"
+RECOGNISER_CRASHED = "a photo that breaks the recogniser"
 STRANGER = "a stranger among the photos of a person"
-FEW = "too few photos of a person"
+TOO_FEW_PHOTOS = "too few photos of a person"
 
 _PICTURES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|heif)$", re.IGNORECASE)
-_TOGETHER = 16  # photos that are looked at at once
-_SPREAD = 0.05  # of similarities: photos of one person never agree more closely than this
+_BATCH = 16  # photos that are looked at at once
+_MIN_SPREAD = 0.05  # of similarities: photos of one person never agree more closely than this
 
 
 class ImportSettings(BaseModel):
@@ -70,7 +70,7 @@ class ImportSettings(BaseModel):
     least_similarity: float = Field(default=0.2, ge=-1, le=1)  # whatever the spread: less alike is another person
 
 
-class Faces(Protocol):
+class FaceCache(Protocol):
     """Faces that a recogniser found before, by the keys of their photos, so that it sees each photo once."""
 
     def find(self, keys: Sequence[str]) -> Mapping[str, tuple[KnownFace, ...]]:
@@ -83,7 +83,7 @@ class Faces(Protocol):
 
 
 @dataclass(frozen=True)
-class _Found:
+class _FoundPhoto:
     """A photo that was found, and what it became so far."""
 
     name: str  # for a person
@@ -94,7 +94,7 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Looked:
+class _OpenedPhoto:
     """A photo that could be opened, and the faces in it, largest first: None where nobody looked."""
 
     reference: Reference
@@ -105,7 +105,7 @@ class _Looked:
 
 
 def import_references(
-    settings: ImportSettings, recogniser: Recogniser | None = None, known: Faces | None = None
+    settings: ImportSettings, recogniser: Recogniser | None = None, known: FaceCache | None = None
 ) -> Iterator[Reference | Rejection]:
     """Every usable photo as a Reference, in a fixed order, and a Rejection (step "import") for every other.
 
@@ -121,20 +121,22 @@ def import_references(
     checked = recogniser is not None and settings.faces != "unchecked"
     if kind == "people" and not checked:
         raise ConfigError("A folder of people is cleaned by their faces: give a recogniser and let it check them.")
-    found = _persons_together(_records(settings)) if kind == "records" else _pictures(settings, kind == "people")
-    looked = _looked(_opened(found, settings), settings, recogniser, known)
-    least = settings.least_photos if kind == "people" else 1  # a record is wanted for itself, not for a person's set
-    for some in _by_person(looked):
+    found = _group_by_person(_records(settings)) if kind == "records" else _pictures(settings, kind == "people")
+    inspected = _find_faces(_open_photos(found, settings), settings, recogniser, known)
+    min_photos = (
+        settings.least_photos if kind == "people" else 1
+    )  # a record is wanted for itself, not for a person's set
+    for some in _split_by_person(inspected):
         if isinstance(some, Rejection):
             yield some
         elif checked and some[0].reference.person is not None:
-            yield from _cleaned(some, settings, least)
+            yield from _without_strangers(some, settings, min_photos)
         else:
-            yield from map(_referenced, some)
+            yield from map(_as_reference, some)
 
 
-def mined_drafts(references: Iterable[Reference], most: int = 4) -> list[Draft]:
-    """Real pairs: every photo of a person is the target of up to `most` others of that person.
+def mined_drafts(references: Iterable[Reference], max_per_photo: int = 4) -> list[Draft]:
+    """Real pairs: every photo of a person is the target of up to `max_per_photo` others of that person.
 
     The prompt of a pair is its target's caption, which may be empty; the candidate holds the photo's own file. People
     with one photo, and references without a person, give none. Same references, same drafts, in whatever order.
@@ -146,11 +148,11 @@ def mined_drafts(references: Iterable[Reference], most: int = 4) -> list[Draft]:
     drafts = []
     for photos in people.values():
         for place, reference in enumerate(photos):
-            for number in range(min(most, len(photos) - 1)):
+            for number in range(min(max_per_photo, len(photos) - 1)):
                 target = photos[(place + number + 1) % len(photos)]
-                ask = Ask(f"{reference.key}-{number}", reference.key, reference.caption, target.caption)
+                spec = TargetSpec(f"{reference.key}-{number}", reference.key, reference.caption, target.caption)
                 facts = {**target.facts, "photo": target.key}
-                drafts.append(Draft(reference, ask, Candidate(f"{ask.key}-0-0", ask.key, target.image, facts=facts)))
+                drafts.append(Draft(reference, spec, Candidate(f"{spec.key}-0-0", spec.key, target.image, facts=facts)))
     return drafts
 
 
@@ -168,7 +170,7 @@ def strangers(embeddings: NDArray[np.float32], outliers: float = 4.0, least_simi
     np.fill_diagonal(cosines, np.nan)
     likeness = np.nanmedian(cosines, axis=1)
     middle = float(np.median(likeness))
-    spread = max(1.4826 * float(np.median(np.abs(likeness - middle))), _SPREAD)
+    spread = max(1.4826 * float(np.median(np.abs(likeness - middle))), _MIN_SPREAD)
     lowest = max(middle - outliers * spread, least_similarity)
     return [int(number) for number in np.flatnonzero(likeness < lowest)]
 
@@ -187,20 +189,20 @@ def _kind(settings: ImportSettings) -> str:
     return "records" if any(name == "metadata.jsonl" or name.endswith(".tar") for name in names) else "pictures"
 
 
-def _records(settings: ImportSettings) -> Iterator[_Found | Rejection]:
+def _records(settings: ImportSettings) -> Iterator[_FoundPhoto | Rejection]:
     """From shards or a metadata.jsonl, with what is broken in them."""
     records = open_records(settings.source, captions=False)
     for record in records:
         facts = {**record.extra, "captions": dict(record.captions), "source": record.source, "file": record.key}
         facts["box"] = None if record.box is None else list(record.box)
         known = {name: value for name, value in facts.items() if value not in (None, "", {})}
-        yield _Found(record.key, record.read, record.identity, record.caption, known)
+        yield _FoundPhoto(record.key, record.read, record.identity, record.caption, known)
     for reason, names in records.problems.items():
         if not reason.startswith("a box"):  # the photo is there all the same
             yield from (_rejected(name, reason, f"{name}: {reason}.") for name in names)
 
 
-def _persons_together(found: Iterable[_Found | Rejection]) -> Iterator[_Found | Rejection]:
+def _group_by_person(found: Iterable[_FoundPhoto | Rejection]) -> Iterator[_FoundPhoto | Rejection]:
     """The same, with all photos of a person where the first of them was; nothing is read for it."""
     places: dict[str, int] = {}
     waiting = list(found)
@@ -211,7 +213,7 @@ def _persons_together(found: Iterable[_Found | Rejection]) -> Iterator[_Found | 
     return (waiting[number] for number in sorted(range(len(waiting)), key=order.__getitem__))
 
 
-def _pictures(settings: ImportSettings, people: bool) -> Iterator[_Found | Rejection]:
+def _pictures(settings: ImportSettings, people: bool) -> Iterator[_FoundPhoto | Rejection]:
     """From a folder and those in it, by name; of people, the first folder below says who it is."""
     filesystem, root = url_to_fs(settings.source)
     try:
@@ -221,16 +223,16 @@ def _pictures(settings: ImportSettings, people: bool) -> Iterator[_Found | Rejec
     photos = [path for path in files if _PICTURES.search(path)]
     if not photos:
         raise ConfigError(f"There are no pictures at {settings.source}: check the address.")
-    there = set(files)
+    existing = set(files)
     for path in photos:
         name = path[len(root.rstrip("/")) + 1 :]
         person = name.split("/", 1)[0] if people and "/" in name else None
         if people and person is None:
-            yield _rejected(name, FEW, f"{name} lies in no person's folder.")
+            yield _rejected(name, TOO_FEW_PHOTOS, f"{name} lies in no person's folder.")
             continue
         text = _PICTURES.sub(".txt", path)
-        yield _Found(
-            name, _reader(filesystem, path), person, _text(filesystem, text) if text in there else "", {"file": name}
+        yield _FoundPhoto(
+            name, _reader(filesystem, path), person, _text(filesystem, text) if text in existing else "", {"file": name}
         )
 
 
@@ -246,9 +248,11 @@ def _text(filesystem: Any, path: str) -> str:
 
 
 # --- opening and looking ----------------------------------------------------------------------------------------------
-def _opened(found: Iterable[_Found | Rejection], settings: ImportSettings) -> Iterator[_Looked | Rejection]:
+def _open_photos(
+    found: Iterable[_FoundPhoto | Rejection], settings: ImportSettings
+) -> Iterator[_OpenedPhoto | Rejection]:
     """What can be opened, is large enough and was not there before."""
-    seen = _Seen(settings.duplicates)
+    seen = _DuplicateIndex(settings.duplicates)
     for one in found:
         if isinstance(one, Rejection):
             yield one
@@ -256,15 +260,17 @@ def _opened(found: Iterable[_Found | Rejection], settings: ImportSettings) -> It
         try:
             content = one.read()
         except Exception as error:  # each filesystem has errors of its own
-            yield _rejected(one.name, UNREAD, f"{one.name}: {error}")
+            yield _rejected(one.name, UNREADABLE, f"{one.name}: {error}")
             continue
-        yield _opened_one(one, content, settings, seen)
+        yield _open_photo(one, content, settings, seen)
 
 
-def _opened_one(found: _Found, content: bytes, settings: ImportSettings, seen: "_Seen") -> _Looked | Rejection:
+def _open_photo(
+    found: _FoundPhoto, content: bytes, settings: ImportSettings, seen: "_DuplicateIndex"
+) -> _OpenedPhoto | Rejection:
     side = _shorter_side(content)
     if side is not None and side < settings.least_side:
-        return _rejected(found.name, SMALL, f"{found.name} is {side} pixels on its shorter side.")
+        return _rejected(found.name, TOO_SMALL, f"{found.name} is {side} pixels on its shorter side.")
     try:
         photo = read_photo(content)
     except PictureError as error:
@@ -279,7 +285,7 @@ def _opened_one(found: _Found, content: bytes, settings: ImportSettings, seen: "
     if stored is not content:  # it is `photo.image` now, and so are its pixels
         facts |= {"box": [value / scale for value in facts["box"]]} if "box" in facts else {}
         scale = 1.0
-    return _Looked(Reference(key, stored, found.person, found.caption, facts), found.name, photo.image, scale)
+    return _OpenedPhoto(Reference(key, stored, found.person, found.caption, facts), found.name, photo.image, scale)
 
 
 def _shorter_side(content: bytes) -> int | None:
@@ -303,50 +309,50 @@ def _stored(content: bytes, photo: Photo) -> bytes:
     return file.getvalue()
 
 
-class _Seen:
+class _DuplicateIndex:
     """The photos so far, to find the same and nearly the same: equal in one of `distance` + 1 bands of the hash."""
 
     def __init__(self, distance: int | None) -> None:
         self.distance = distance
         self.keys: dict[str, str] = {}
         edges = np.linspace(0, 64, (distance or 0) + 2).astype(int).tolist()
-        self.cuts = list(pairwise(edges))
-        self.bands: list[dict[int, list[tuple[int, str]]]] = [{} for _ in self.cuts]
+        self.band_edges = list(pairwise(edges))
+        self.bands: list[dict[int, list[tuple[int, str]]]] = [{} for _ in self.band_edges]
 
     def add(self, key: str, digits: str, name: str) -> tuple[str | None, str]:
         """The name of an earlier photo like this one, and the reason; else (None, "") and it is remembered."""
         if key in self.keys:
-            return self.keys[key], SAME
+            return self.keys[key], SAME_FILE
         number = int(digits, 16)
-        parts = [(number >> low) & ((1 << (high - low)) - 1) for low, high in self.cuts]
+        parts = [(number >> low) & ((1 << (high - low)) - 1) for low, high in self.band_edges]
         if self.distance is not None:
             for band, part in zip(self.bands, parts, strict=True):
                 for other, before in band.get(part, ()):
                     if (number ^ other).bit_count() <= self.distance:
-                        return before, NEAR
+                        return before, NEAR_DUPLICATE
         self.keys[key] = name
         for band, part in zip(self.bands, parts, strict=True):
             band.setdefault(part, []).append((number, name))
         return None, ""
 
 
-def _looked(
-    opened: Iterable[_Looked | Rejection],
+def _find_faces(
+    opened: Iterable[_OpenedPhoto | Rejection],
     settings: ImportSettings,
     recogniser: Recogniser | None,
-    known: Faces | None,
-) -> Iterator[_Looked | Rejection]:
+    known: FaceCache | None,
+) -> Iterator[_OpenedPhoto | Rejection]:
     """With their faces, some photos at a time; without those whose faces do not do."""
     opened = iter(opened)
-    while some := list(islice(opened, _TOGETHER)):
-        photos = [one for one in some if isinstance(one, _Looked)]
+    while some := list(islice(opened, _BATCH)):
+        photos = [one for one in some if isinstance(one, _OpenedPhoto)]
         found = iter([None] * len(photos) if recogniser is None else _faces(photos, recogniser, known))
         for one in some:
             yield one if isinstance(one, Rejection) else _with_faces(one, next(found), settings)
 
 
 def _faces(
-    photos: Sequence[_Looked], recogniser: Recogniser, known: Faces | None
+    photos: Sequence[_OpenedPhoto], recogniser: Recogniser, known: FaceCache | None
 ) -> list[tuple[KnownFace, ...] | Failed]:
     """The faces of each photo; those that are known are not looked for, and those that were not are by now."""
     before = {} if known is None else known.find([one.reference.key for one in photos])
@@ -358,7 +364,7 @@ def _faces(
     return [found[one.reference.key] for one in photos]
 
 
-def _recognised(photos: Sequence[_Looked], recogniser: Recogniser) -> list[tuple[KnownFace, ...] | Failed]:
+def _recognised(photos: Sequence[_OpenedPhoto], recogniser: Recogniser) -> list[tuple[KnownFace, ...] | Failed]:
     """The faces of each photo; one that breaks the recogniser is found by itself and fails alone.
 
     Wrong settings and weights are raised, and if all of several photos break it, that too, as ImagineError.
@@ -376,19 +382,19 @@ def _recognised(photos: Sequence[_Looked], recogniser: Recogniser) -> list[tuple
             except (ConfigError, WeightsError):
                 raise
             except Exception as error:
-                said, broken = f"{type(error).__name__}: {error}", broken + 1
-                found.append(Failed(BREAKS, said))
+                cause, broken = f"{type(error).__name__}: {error}", broken + 1
+                found.append(Failed(RECOGNISER_CRASHED, cause))
         if broken == len(photos) > 1:
             raise ImagineError(
-                f"The recogniser {type(recogniser).__name__} failed at all of {broken} photos ({said}): correct this, "
+                f"The recogniser {type(recogniser).__name__} failed at all of {broken} photos ({cause}): correct this, "
                 "or take another one."
             ) from None
         return found
 
 
 def _with_faces(
-    photo: _Looked, faces: tuple[KnownFace, ...] | Failed | None, settings: ImportSettings
-) -> _Looked | Rejection:
+    photo: _OpenedPhoto, faces: tuple[KnownFace, ...] | Failed | None, settings: ImportSettings
+) -> _OpenedPhoto | Rejection:
     """The photo with the faces that are large enough, or why it cannot be used."""
     if isinstance(faces, Failed):
         return _rejected(photo.name, faces.reason, f"{photo.name}: {faces.sentence}")
@@ -401,7 +407,7 @@ def _with_faces(
         size = _longer_side(faces[0]) * photo.scale
         return _rejected(photo.name, SMALL_FACE, f"The largest face in {photo.name} is {size:.0f} pixels high or wide.")
     if settings.faces == "one" and len(large) > 1:
-        return _rejected(photo.name, SEVERAL, f"{len(large)} faces were found in {photo.name}.")
+        return _rejected(photo.name, SEVERAL_FACES, f"{len(large)} faces were found in {photo.name}.")
     return replace(photo, faces=large)
 
 
@@ -409,7 +415,7 @@ def _longer_side(face: KnownFace) -> float:
     return max(face.box.width, face.box.height)
 
 
-def _referenced(photo: _Looked, face: int = 0) -> Reference:
+def _as_reference(photo: _OpenedPhoto, face: int = 0) -> Reference:
     """The reference, with the box of one of its faces unless the import's own facts have one."""
     if not photo.faces or "box" in photo.reference.facts:
         return photo.reference
@@ -419,10 +425,10 @@ def _referenced(photo: _Looked, face: int = 0) -> Reference:
 
 
 # --- people -----------------------------------------------------------------------------------------------------------
-def _by_person(looked: Iterable[_Looked | Rejection]) -> Iterator[list[_Looked] | Rejection]:
+def _split_by_person(inspected: Iterable[_OpenedPhoto | Rejection]) -> Iterator[list[_OpenedPhoto] | Rejection]:
     """The photos of each person, who follow each other, and of nobody, one at a time; rejections as they come."""
-    photos: list[_Looked] = []
-    for one in looked:
+    photos: list[_OpenedPhoto] = []
+    for one in inspected:
         if isinstance(one, Rejection):
             yield one
             continue
@@ -437,21 +443,23 @@ def _by_person(looked: Iterable[_Looked | Rejection]) -> Iterator[list[_Looked] 
         yield photos
 
 
-def _cleaned(photos: Sequence[_Looked], settings: ImportSettings, least: int) -> Iterator[Reference | Rejection]:
-    """One person's photos without strangers; nothing of a person of whom fewer than `least` are left."""
-    chosen, embeddings = _likest(photos)
+def _without_strangers(
+    photos: Sequence[_OpenedPhoto], settings: ImportSettings, min_photos: int
+) -> Iterator[Reference | Rejection]:
+    """One person's photos without strangers; nothing of a person of whom fewer than `min_photos` are left."""
+    chosen, embeddings = _most_similar_faces(photos)
     out = set(strangers(embeddings, settings.outliers, settings.least_similarity))
     kept = len(photos) - len(out)
     for number, (photo, face) in enumerate(zip(photos, chosen, strict=True)):
         if number in out:
             yield _rejected(photo.name, STRANGER, f"The face in {photo.name} is unlike the others of its person.")
-        elif kept < least:
-            yield _rejected(photo.name, FEW, f"Good photos of {photo.reference.person}: {kept}.")
+        elif kept < min_photos:
+            yield _rejected(photo.name, TOO_FEW_PHOTOS, f"Good photos of {photo.reference.person}: {kept}.")
         else:
-            yield _referenced(photo, face)
+            yield _as_reference(photo, face)
 
 
-def _likest(photos: Sequence[_Looked]) -> tuple[list[int], NDArray[np.float32]]:
+def _most_similar_faces(photos: Sequence[_OpenedPhoto]) -> tuple[list[int], NDArray[np.float32]]:
     """Which face of each photo is most like the largest ones of the others, and those faces' embeddings (N, D)."""
     faces = [cast("Sequence[KnownFace]", photo.faces) for photo in photos]  # a recogniser has looked
     largest = np.stack([some[0].embedding for some in faces])

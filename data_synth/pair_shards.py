@@ -19,24 +19,24 @@ from data_synth.store import Store
 from imagine.errors import ConfigError
 from imagine.shards.index import json_object
 from imagine.shards.reading import Record
-from imagine.shards.writing import SETTINGS, About, ShardWriter
+from imagine.shards.writing import SETTINGS, DatasheetInfo, ShardWriter
 
-_ASIDE = ("box", "captions", "source", "hash", "similarity")  # facts that a record says elsewhere, or nobody needs
+_OMITTED = ("box", "captions", "source", "hash", "similarity")  # facts that a record says elsewhere, or nobody needs
 
 
 class PairShards:
     """Write pairs, in order, and a data sheet at the end; a context manager."""
 
-    def __init__(self, address: str, about: About, records_per_shard: int, store: Store) -> None:
+    def __init__(self, address: str, about: DatasheetInfo, records_per_shard: int, store: Store) -> None:
         self._address, self._about, self._size, self._store = address.rstrip("/"), about, records_per_shard, store
         try:
             self._filesystem, self._folder = url_to_fs(self._address)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"{address} cannot be used as the output folder ({error}): give another one.") from error
-        self._written: dict[str, str] = store.note(self._note) or {}
+        self._written: dict[str, str] = store.read_note(self._note_name) or {}
         self._writer: ShardWriter | None = None
         self._number = 0  # of the shard that is being filled
-        self._waiting: list[Record | str] = []  # its records, and reasons of rejections between them
+        self._buffer: list[Record | str] = []  # its records, and reasons of rejections between them
         self._records = 0
         self._reference = ""
 
@@ -60,51 +60,53 @@ class PairShards:
 
     def reject(self, reason: str) -> None:
         """Count something that is no pair, for the data sheet."""
-        self._waiting.append(reason)
+        self._buffer.append(reason)
 
     @property
-    def _note(self) -> str:
-        return _note(self._address)
+    def _note_name(self) -> str:
+        return _note_name(self._address)
 
     def _add(self, record: Record) -> None:
-        self._waiting.append(record)
+        self._buffer.append(record)
         self._records += 1
         if self._records == self._size:
             self._flush()
 
     def _flush(self) -> None:
         """The shard is complete: write it, unless it is there."""
-        mark = _mark(self._waiting)
-        if self._writer is not None or not self._is_there(mark):
+        content_hash = _content_hash(self._buffer)
+        if self._writer is not None or not self._is_written(content_hash):
             self._open()
-            self._pour()
-            self._remember(mark)
-        self._number, self._records, self._waiting = self._number + 1, 0, []
+            self._write_buffer()
+            self._record_shard(content_hash)
+        self._number, self._records, self._buffer = self._number + 1, 0, []
 
-    def _is_there(self, mark: str) -> bool:
+    def _is_written(self, content_hash: str) -> bool:
         name = f"{self._folder}/{self._number:05d}"
-        there = self._written.get(str(self._number)) == mark
-        return there and self._filesystem.exists(f"{name}.tar") and self._filesystem.exists(f"{name}.json")
+        found = self._written.get(str(self._number)) == content_hash
+        return found and self._filesystem.exists(f"{name}.tar") and self._filesystem.exists(f"{name}.json")
 
-    def _pour(self) -> None:
+    def _write_buffer(self) -> None:
         assert self._writer is not None
-        for one in self._waiting:
+        for one in self._buffer:
             if isinstance(one, Record):
                 self._writer.write(one)
             else:
                 self._writer.reject(one)
 
-    def _remember(self, mark: str) -> None:
-        self._written[str(self._number)] = mark
-        self._store.take_note(self._note, self._written)
+    def _record_shard(self, content_hash: str) -> None:
+        self._written[str(self._number)] = content_hash
+        self._store.write_note(self._note_name, self._written)
 
     def _open(self) -> None:
         """A writer that goes on at this shard; whatever lies there from here on is taken away."""
         if self._writer is not None:
             return
-        refuse_foreign(self._address, self._store)
-        self._written = {number: mark for number, mark in self._written.items() if int(number) < self._number}
-        self._store.take_note(self._note, self._written)
+        check_foreign_shards(self._address, self._store)
+        self._written = {
+            number: content_hash for number, content_hash in self._written.items() if int(number) < self._number
+        }
+        self._store.write_note(self._note_name, self._written)
         for name in self._filesystem.glob(f"{self._folder}/[0-9]*.json"):  # first what says that a shard is whole
             self._remove(name, ".json")
         for name in self._filesystem.glob(f"{self._folder}/[0-9]*.tar"):
@@ -120,47 +122,47 @@ class PairShards:
 
     def _finish(self) -> None:
         """The last shard, which may be short, and the data sheet."""
-        mark, short = _mark(self._waiting), self._records > 0
-        if short and self._writer is None and self._is_there(mark):
-            self._number, short, self._waiting = self._number + 1, False, []
+        content_hash, short = _content_hash(self._buffer), self._records > 0
+        if short and self._writer is None and self._is_written(content_hash):
+            self._number, short, self._buffer = self._number + 1, False, []
         self._open()
         assert self._writer is not None
-        self._pour()
+        self._write_buffer()
         self._writer.__exit__(None, None, None)
         if short:
-            self._remember(mark)
+            self._record_shard(content_hash)
 
 
-def refuse_foreign(address: str, store: Store) -> None:
+def check_foreign_shards(address: str, store: Store) -> None:
     """Raise ConfigError if shards lie at `address` that no build of pairs wrote: they would be written over."""
     filesystem, folder = url_to_fs(address.rstrip("/"))
     filesystem.invalidate_cache()
-    there = [name for name in filesystem.glob(f"{folder}/[0-9]*") if re.search(r"/\d+\.(tar|json)$", name)]
-    if not there:
+    found = [name for name in filesystem.glob(f"{folder}/[0-9]*") if re.search(r"/\d+\.(tar|json)$", name)]
+    if not found:
         return
     if filesystem.exists(f"{folder}/{SETTINGS}"):
         ours = "pairs" in (json_object(filesystem.cat_file(f"{folder}/{SETTINGS}")) or {})
     else:
-        ours = bool(store.note(_note(address.rstrip("/"))))  # killed between the old settings and the new
+        ours = bool(store.read_note(_note_name(address.rstrip("/"))))  # killed between the old settings and the new
     if not ours:
         raise ConfigError(
-            f"{address} holds shards that are no build's ({there[0].rpartition('/')[2]}): give another output folder."
+            f"{address} holds shards that are no build's ({found[0].rpartition('/')[2]}): give another output folder."
         )
 
 
-def _note(address: str) -> str:
+def _note_name(address: str) -> str:
     return f"shards {address}"
 
 
 def _reference_record(pair: Pair) -> Record:
-    reference, caption = pair.reference, pair.ask.caption or pair.reference.caption or pair.ask.prompt
+    reference, caption = pair.reference, pair.spec.caption or pair.reference.caption or pair.spec.prompt
     facts = reference.facts
     return Record(
         key=reference.key,
         image=reference.image,
         caption=caption,
         captions={**_mapping(facts, "captions"), "dense": caption},
-        identity=_who(reference),
+        identity=_person_of(reference),
         box=_box(facts),
         source="real",
         extra=_extra(facts),
@@ -168,28 +170,28 @@ def _reference_record(pair: Pair) -> Record:
 
 
 def _target_record(pair: Pair) -> Record:
-    target, prompt = pair.target, pair.ask.prompt
+    target, prompt = pair.target, pair.spec.prompt
     measured = {spec.name: getattr(pair.measures, spec.name) for spec in fields(pair.measures)}
     return Record(
         key=target.key,
         image=target.image,
         caption=prompt,
         captions={"dense": prompt, "rewritten": prompt, **_mapping(target.facts, "captions")},
-        identity=_who(pair.reference),
+        identity=_person_of(pair.reference),
         reference=pair.reference.key,
         box=_box(target.facts),
         source="real" if "photo" in target.facts else "synthetic",
         extra={
             **_extra(target.facts),
             "attributes": dict(measured.pop("attributes")),
-            "aims": dict(pair.ask.aims),
+            "aims": dict(pair.spec.aims),
             "measures": measured,
-            "made": {"seed": pair.ask.seed, "attempt": target.attempt, "round": target.round},
+            "made": {"seed": pair.spec.seed, "attempt": target.attempt, "round": target.round},
         },
     )
 
 
-def _who(reference: Reference) -> str:
+def _person_of(reference: Reference) -> str:
     return reference.person or reference.key
 
 
@@ -204,10 +206,10 @@ def _box(facts: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
 
 
 def _extra(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in facts.items() if name not in _ASIDE}
+    return {name: value for name, value in facts.items() if name not in _OMITTED}
 
 
-def _mark(events: list[Record | str]) -> str:
+def _content_hash(events: list[Record | str]) -> str:
     """A hash of what a shard holds."""
     whole = hashlib.sha256()
     for one in events:

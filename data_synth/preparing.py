@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_synth.backends.registry import make_backend
-from data_synth.config import BuildConfig, Choice
+from data_synth.config import BackendChoice, BuildConfig
 from data_synth.importing import NO_FACE, mined_drafts
 from data_synth.records import Reference, Rejection
 from data_synth.references import collect, people_of
-from data_synth.steps import KINDS, Recipe
+from data_synth.steps import STEP_CALLS, Recipe
 from data_synth.store import Store
 from imagine.errors import ConfigError
 
@@ -27,20 +27,20 @@ class Prepared:
     models: Mapping[str, Mapping[str, Any]]  # by kind: backend, identity, settings
 
 
-def prepare(config: BuildConfig, kept: Store, report: Callable[[int], None] = lambda done: None) -> Prepared:
+def prepare(config: BuildConfig, store: Store, report: Callable[[int], None] = lambda done: None) -> Prepared:
     """Check what can be checked before anything is loaded, and import the photos; `report` is told how many.
 
     Raises ImagineError for settings that do not fit, and if there is nothing to make pairs of.
     """
     backends = {kind: make_backend(kind, choice) for kind, choice in config.choices.items()}
-    models = {kind: _described(config.choices[kind], backend) for kind, backend in backends.items()}
-    identities = {step: _hash(models[kind]) for step, (kind, _) in KINDS.items() if kind in models}
+    models = {kind: _describe(config.choices[kind], backend) for kind, backend in backends.items()}
+    identities = {step: _hash(models[kind]) for step, (kind, _) in STEP_CALLS.items() if kind in models}
     source, rejections = backends["references"], list[Rejection]()
     if hasattr(source, "collect"):
-        count, rejections = collect(source, identities["import"], kept, report)
+        count, rejections = collect(source, identities["import"], store, report)
     else:
         count = int(source.count)
-    mined = _mined(config, identities["import"], count, kept) if config.generator is None else ()
+    mined = _mined(config, identities["import"], count, store) if config.generator is None else ()
     recipe = Recipe(config, identities, count, mined)
     if not recipe.total:
         what = "no two photos of one person" if count else "no photo that can be used"
@@ -60,7 +60,7 @@ def _advice(settings: Any, reasons: Sequence[str], count: int) -> str:
     return "check the references"
 
 
-def _described(choice: Choice, backend: Any) -> dict[str, Any]:
+def _describe(choice: BackendChoice, backend: Any) -> dict[str, Any]:
     """What a backend's results follow from."""
     settings = backend.settings.model_dump(mode="json")
     return {"backend": choice.backend, "identity": dict(backend.identity), "settings": settings}
@@ -72,17 +72,17 @@ def _hash(model: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
 
 
-def _mined(config: BuildConfig, identity: str, count: int, kept: Store) -> tuple[tuple[int, int, int], ...]:
+def _mined(config: BuildConfig, identity: str, count: int, store: Store) -> tuple[tuple[int, int, int], ...]:
     """Which photos of a person are paired: reference, its turn, target."""
-    if kept.note(f"import {identity}") is None:
+    if store.read_note(f"import {identity}") is None:
         raise ConfigError("Pairs can be mined from photos only: take `references: files`, or name a generator.")
     places: dict[str, int] = {}
-    light = []
-    for number, reference in people_of(identity, count, kept):
+    without_images = []
+    for number, reference in people_of(identity, count, store):
         places[reference.key] = number
-        light.append(Reference(reference.key, b"", reference.person))
-    drafts = mined_drafts(light, config.mined_per_photo)
+        without_images.append(Reference(reference.key, b"", reference.person))
+    drafts = mined_drafts(without_images, config.mined_per_photo)
     return tuple(
-        (places[draft.reference.key], int(draft.ask.key.rpartition("-")[2]), places[draft.candidate.facts["photo"]])
+        (places[draft.reference.key], int(draft.spec.key.rpartition("-")[2]), places[draft.candidate.facts["photo"]])
         for draft in drafts
     )

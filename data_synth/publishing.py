@@ -19,11 +19,11 @@ from data_synth.card.funnel import Funnel, plot
 from data_synth.card.page import write_card
 from data_synth.pair_shards import PairShards
 from data_synth.preparing import Prepared
-from data_synth.records import Case, Loss, Rejection
+from data_synth.records import Case, LostTarget, Rejection
 from data_synth.store import Store
 from data_synth.targets import wished
 from data_synth.verdicts import Verdict
-from imagine.shards.writing import About
+from imagine.shards.writing import DatasheetInfo
 
 REPORTS = ("manifest.json", "funnel.json", "funnel.png", "card.json", "card.html", "rejections.jsonl", "parked.jsonl")
 SETTINGS = "build.json"  # the whole build file with its overrides; it may name places on this machine, and stays here
@@ -37,7 +37,7 @@ def publish(
     verdicts: Iterable[Verdict],
     output: str,
     work: Path,
-    kept: Store,
+    store: Store,
     report: Callable[[int], None] = lambda done: None,
 ) -> tuple[Funnel, dict[str, Any]]:
     """Write shards and reports to `output`, and the whole build file to `work`, a local folder.
@@ -45,17 +45,17 @@ def publish(
     Returns the funnel and the manifest; `report` is told how many targets are through.
     """
     with _reports(output) as folder:
-        funnel, manifest = _published(prepared, verdicts, output, folder, kept, report)
-    _put(work / SETTINGS, prepared.recipe.config.model_dump(mode="json"))
+        funnel, manifest = _write_shards_and_reports(prepared, verdicts, output, folder, store, report)
+    _write_json(work / SETTINGS, prepared.recipe.config.model_dump(mode="json"))
     return funnel, manifest
 
 
-def _published(
+def _write_shards_and_reports(
     prepared: Prepared,
     verdicts: Iterable[Verdict],
     output: str,
     folder: Path,
-    kept: Store,
+    store: Store,
     report: Callable[[int], None],
 ) -> tuple[Funnel, dict[str, Any]]:
     """Shards in `output`, and reports in `folder`."""
@@ -63,24 +63,24 @@ def _published(
     licences: Counter[str] = Counter()
     with ExitStack() as stack:
         shards = stack.enter_context(
-            PairShards(output, _about(prepared), prepared.recipe.config.records_per_shard, kept)
+            PairShards(output, _about(prepared), prepared.recipe.config.records_per_shard, store)
         )
-        lists = [stack.enter_context(_rewritten(folder / name)) for name in ("rejections.jsonl", "parked.jsonl")]
-        passed = _passed(prepared, funnel.watch(verdicts), shards, lists, licences, report)
+        lists = [stack.enter_context(_open_for_writing(folder / name)) for name in ("rejections.jsonl", "parked.jsonl")]
+        passed = _write_verdicts(prepared, funnel.watch(verdicts), shards, lists, licences, report)
         about = {**asdict(_about(prepared)), "models": prepared.models, "licences of references": licences}
         for one in prepared.rejections:
             funnel.reject(one)
         lost: list[Rejection] = []
         card = make_card(_cases(passed, lost), chain(prepared.rejections, lost), about, _wished(prepared))
     write_card(card, folder)
-    _put(folder / "funnel.json", funnel.as_json())
+    _write_json(folder / "funnel.json", funnel.as_json())
     (folder / "funnel.png").write_bytes(plot(funnel))
     manifest = _manifest(prepared, funnel, licences, output)
-    _put(folder / "manifest.json", manifest)
+    _write_json(folder / "manifest.json", manifest)
     return funnel, manifest
 
 
-def _passed(
+def _write_verdicts(
     prepared: Prepared,
     verdicts: Iterable[Verdict],
     shards: PairShards,
@@ -89,8 +89,8 @@ def _passed(
     report: Callable[[int], None],
 ) -> Iterator[Verdict]:
     """The verdicts, each written down on its way."""
-    rejected, parked = lists
-    _put_lines(rejected, prepared.rejections)
+    rejected, deferred = lists
+    _write_lines(rejected, prepared.rejections)
     for rejection in prepared.rejections:
         shards.reject(rejection.reason)
     before = ""
@@ -100,15 +100,15 @@ def _passed(
             if one.pair.reference.key != before:
                 licences[str(one.pair.reference.facts.get("licence") or "not stated")] += 1
                 before = one.pair.reference.key
-        _put_lines(rejected, one.rejections)
+        _write_lines(rejected, one.rejections)
         for rejection in one.rejections:
             shards.reject(rejection.reason)
-        _put_lines(parked, [one.outcome.parked] if one.outcome.parked else [])
+        _write_lines(deferred, [one.outcome.deferred] if one.outcome.deferred else [])
         yield one
         report(number)
 
 
-def _cases(verdicts: Iterable[Verdict], lost: list[Rejection]) -> Iterator[Case | Loss]:
+def _cases(verdicts: Iterable[Verdict], lost: list[Rejection]) -> Iterator[Case | LostTarget]:
     """All measured candidates, and targets without any; what was lost before is put into `lost`, once."""
     seen: set[tuple[str, str]] = set()
     for one in verdicts:
@@ -117,9 +117,9 @@ def _cases(verdicts: Iterable[Verdict], lost: list[Rejection]) -> Iterator[Case 
                 seen.add((loss.step, loss.key))
                 lost.append(loss)
         yield from one.cases
-        out = one.outcome
-        if out.reference is not None and out.parked is None and not out.tries:
-            yield Loss(out.reference, out.ask)
+        outcome = one.outcome
+        if outcome.reference is not None and outcome.deferred is None and not outcome.tries:
+            yield LostTarget(outcome.reference, outcome.spec)
 
 
 def _wished(prepared: Prepared) -> dict[str, dict[str, float]]:
@@ -128,10 +128,10 @@ def _wished(prepared: Prepared) -> dict[str, dict[str, float]]:
     return {} if config.generator is None else wished(config.targets)
 
 
-def _about(prepared: Prepared) -> About:
+def _about(prepared: Prepared) -> DatasheetInfo:
     config = prepared.recipe.config
     made = "Targets are other photos of the same person." if config.generator is None else "Targets are generated."
-    return About(
+    return DatasheetInfo(
         title=config.title,
         purpose=(
             "Pairs of pictures that show one person differently, to train personalised image generation on without "
@@ -156,7 +156,7 @@ def _manifest(prepared: Prepared, funnel: Funnel, licences: Mapping[str, int], o
         "format_version": FORMAT_VERSION,
         "title": config.title,
         "seeds": dict(about.seeds),
-        "counts": {**dict(funnel.rows()), "parked": funnel.parked},
+        "counts": {**dict(funnel.rows()), "parked": funnel.deferred},
         "licences": {"pairs": config.licence, "references": dict(licences), "models": stated},
         "models": prepared.models,
         "config": config.facts,
@@ -189,15 +189,15 @@ def _version(package: str) -> str:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-def _rewritten(path: Path) -> TextIO:
+def _open_for_writing(path: Path) -> TextIO:
     return path.open("w", encoding="utf-8", newline="\n")
 
 
-def _put_lines(file: TextIO, rejections: Iterable[Rejection]) -> None:
+def _write_lines(file: TextIO, rejections: Iterable[Rejection]) -> None:
     file.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in rejections)
 
 
-def _put(path: Path, facts: Mapping[str, Any]) -> None:
+def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 

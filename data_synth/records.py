@@ -22,7 +22,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Ask:
+class TargetSpec:
     """What one target should show: one of possibly several for a reference."""
 
     key: str  # the reference's key with a number: "KEY-0", "KEY-1"
@@ -38,7 +38,7 @@ class Candidate:
     """One picture that tries to be the target."""
 
     key: str  # the ask's key with attempt and round: "KEY-0-1-2" is attempt 1 after two rounds of refinement
-    ask: str  # the ask's key
+    ask: str  # the key of its target specification; stored under this name
     image: bytes = field(repr=False)  # a PNG file
     attempt: int = 0  # which of several tries
     round: int = 0  # 0: as the generator made it; n: after n rounds of refinement
@@ -74,7 +74,7 @@ class Pair:
     """One finished SynPair."""
 
     reference: Reference
-    ask: Ask
+    spec: TargetSpec
     target: Candidate
     measures: Measures
 
@@ -84,15 +84,15 @@ class Case:
     """One measured candidate, and what became of it: no rejection means that it is a pair."""
 
     reference: Reference
-    ask: Ask
+    spec: TargetSpec
     candidate: Candidate
     measures: Measures
     rejection: Rejection | None = None
 
 
 @dataclass(frozen=True)
-class Loss:
+class LostTarget:
     """One target of which no candidate could be measured, for good: to its person's group it is one that failed."""
 
     reference: Reference
-    ask: Ask | None = None  # None: it could not even be asked for
+    spec: TargetSpec | None = None  # None: it could not even be asked for

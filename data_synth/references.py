@@ -27,7 +27,7 @@ from imagine.errors import ConfigError
 from imagine.records import FaceBox
 
 VERSION = 2
-_TOGETHER = 64  # results a transaction
+_BATCH = 64  # results a transaction
 
 
 class Files:
@@ -47,42 +47,42 @@ class Files:
     @property
     def identity(self) -> Mapping[str, Any]:
         """Class, version, what is there, and who looks at it."""
-        looks = {} if self._recogniser is None else _looks(self._recogniser)
-        return identity_of(self, VERSION, files=_listing(self.settings.source), recogniser=looks)
+        recogniser = {} if self._recogniser is None else _recogniser_identity(self._recogniser)
+        return identity_of(self, VERSION, files=_listing(self.settings.source), recogniser=recogniser)
 
     def load(self) -> None:
         """Load the recogniser."""
         if self._recogniser is not None:
             self._recogniser.load()
 
-    def collect(self, kept: Store | None = None) -> Iterator[Reference | Rejection]:
+    def collect(self, store: Store | None = None) -> Iterator[Reference | Rejection]:
         """Every photo there, in a fixed order; kept: where faces are found that were looked for before."""
         names = ImportSettings.model_fields
         wanted = {name: value for name, value in self.settings.model_dump().items() if name in names}
-        known = None if kept is None or self._recogniser is None else _KnownFaces(kept, self._recogniser)
+        known = None if store is None or self._recogniser is None else _StoredFaces(store, self._recogniser)
         return import_references(ImportSettings(**wanted), self._recogniser, known)
 
 
-def _looks(recogniser: Recogniser) -> dict[str, Any]:
+def _recogniser_identity(recogniser: Recogniser) -> dict[str, Any]:
     """What faces follow from, besides the photos."""
     return {**recogniser.identity, "settings": recogniser.settings.model_dump(mode="json")}
 
 
-class _KnownFaces:
+class _StoredFaces:
     """The faces of photos, in the store, under who looked for them."""
 
-    def __init__(self, kept: Store, recogniser: Recogniser) -> None:
-        self._kept = kept
-        self._identity = json.dumps(_looks(recogniser), sort_keys=True, default=dict)
+    def __init__(self, store: Store, recogniser: Recogniser) -> None:
+        self._store = store
+        self._identity = json.dumps(_recogniser_identity(recogniser), sort_keys=True, default=dict)
 
     def find(self, keys: Sequence[str]) -> dict[str, tuple[KnownFace, ...]]:
         """Those of photos that were looked at."""
-        found = self._kept.find([self._key(key) for key in keys])
+        found = self._store.find([self._key(key) for key in keys])
         return {key: _faces_of(str(found[mark])) for key in keys if (mark := self._key(key)) in found}
 
     def save(self, found: Mapping[str, tuple[KnownFace, ...]]) -> None:
         """Keep the faces of these photos."""
-        self._kept.save((self._key(key), "look", _as_text(faces)) for key, faces in found.items())
+        self._store.save((self._key(key), "look", _as_text(faces)) for key, faces in found.items())
 
     def _key(self, key: str) -> bytes:
         return Recipe.key("look", self._identity, key)
@@ -121,7 +121,7 @@ def collect(source: Any, identity: str, store: Store, report: Callable[[int], No
     If it is killed, the next one reads all again, and has the faces that were found from the store. Reference number n
     lies under the key of Recipe.request("import", ...). `report` is told how many there are so far.
     """
-    noted = store.note(f"import {identity}")
+    noted = store.read_note(f"import {identity}")
     if noted is None:
         source.load()
         rejections, waiting, count = [], [], 0
@@ -131,13 +131,15 @@ def collect(source: Any, identity: str, store: Store, report: Callable[[int], No
                 continue
             waiting.append((import_key(identity, count), "import", found))
             count += 1
-            if len(waiting) == _TOGETHER:
-                store.save(waiting, anew=True)  # a kill before may have left others, under numbers that do not hold
+            if len(waiting) == _BATCH:
+                store.save(
+                    waiting, overwrite=True
+                )  # a kill before may have left others, under numbers that do not hold
                 report(count)
                 waiting = []
-        store.save(waiting, anew=True)
+        store.save(waiting, overwrite=True)
         noted = {"count": count, "rejections": [vars(one) for one in rejections]}
-        store.take_note(f"import {identity}", noted)
+        store.write_note(f"import {identity}", noted)
     return noted["count"], [Rejection(**one) for one in noted["rejections"]]
 
 

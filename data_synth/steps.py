@@ -25,12 +25,12 @@ from data_synth.backends.contracts import Draft, Failed, Target
 from data_synth.backends.registry import make_backend
 from data_synth.config import BuildConfig
 from data_synth.filters import rejection
-from data_synth.records import Ask, Candidate, Measures, Reference, Rejection
+from data_synth.records import Candidate, Measures, Reference, Rejection, TargetSpec
 from data_synth.store import Result
 from data_synth.targets import aims
 from imagine.errors import ConfigError, ImagineError, WeightsError
 
-KINDS = {  # step: which backend does it, by which call
+STEP_CALLS = {  # step: which backend does it, by which call
     "import": ("references", "draw"),
     "caption": ("captioner", "caption"),
     "rewrite": ("rewriter", "rewrite"),
@@ -38,8 +38,8 @@ KINDS = {  # step: which backend does it, by which call
     "refine": ("refiner", "refine"),
     "measure": ("measurer", "measure"),
 }
-STEPS = tuple(KINDS)
-BROKE = "the backend broke down"
+STEPS = tuple(STEP_CALLS)
+BACKEND_CRASHED = "the backend broke down"
 
 
 @dataclass(frozen=True)
@@ -84,120 +84,124 @@ class Outcome:
 
     number: int
     reference: Reference | None = None
-    ask: Ask | None = None
+    spec: TargetSpec | None = None
     tries: tuple[tuple[Candidate, Measures], ...] = ()  # in the order in which they were made
     losses: tuple[Rejection, ...] = ()  # what failed before it could be measured
-    parked: Rejection | None = None  # why it could not be told to its end this time
+    deferred: Rejection | None = None  # why it could not be told to its end this time
 
 
-Story = Generator[Request, Any, Outcome]
+TargetSteps = Generator[Request, Any, Outcome]
 Find = Callable[[Sequence[bytes]], Mapping[bytes, Result]]  # keys to those results that are there
 
 
-class _Stop(Exception):
+class _TargetStopped(Exception):
     """A story that cannot go on."""
 
     def __init__(self, key: str, step: str, failed: Failed) -> None:
         self.rejection, self.for_now = Rejection(key, step, failed.reason, failed.sentence), failed.for_now
 
 
-def tell(recipe: Recipe, number: int) -> Story:
+def target_steps(recipe: Recipe, number: int) -> TargetSteps:
     """Story `number`: from its reference to its measured candidates."""
-    told: dict[str, Any] = {"number": number, "tries": [], "losses": []}
+    state: dict[str, Any] = {"number": number, "tries": [], "losses": []}
     try:
-        yield from (_mined if recipe.config.generator is None else _generated)(recipe, number, told)
-    except _Stop as stop:
-        told["parked" if stop.for_now else "lost"] = stop.rejection
-    losses = (*told.pop("losses"), *([told.pop("lost")] if "lost" in told else ()))
-    return Outcome(**{**told, "tries": tuple(told["tries"]), "losses": losses})
+        yield from (_mined_steps if recipe.config.generator is None else _generated_steps)(recipe, number, state)
+    except _TargetStopped as stopped:
+        state["deferred" if stopped.for_now else "lost"] = stopped.rejection
+    losses = (*state.pop("losses"), *([state.pop("lost")] if "lost" in state else ()))
+    return Outcome(**{**state, "tries": tuple(state["tries"]), "losses": losses})
 
 
-def _generated(recipe: Recipe, number: int, told: dict[str, Any]) -> Generator[Request, Any, None]:
+def _generated_steps(recipe: Recipe, number: int, state: dict[str, Any]) -> Generator[Request, Any, None]:
     place, turn = divmod(number, recipe.config.targets_per_reference)
-    reference = told["reference"] = yield from _reference(recipe, place)
+    reference = state["reference"] = yield from _reference(recipe, place)
     key, known = f"{reference.key}-{turn}", digest(reference)
     caption = yield from _caption(recipe, reference)
-    wish = aims(place, turn, recipe.references, recipe.config.targets)
+    target_values = aims(place, turn, recipe.references, recipe.config.targets)
     seed = _seed(recipe.config.seed, key)
-    target = Target(reference, caption, wish, seed)
-    prompt = _good(key, "rewrite", (yield recipe.request("rewrite", target, known, caption, wish, seed)))
-    ask = told["ask"] = Ask(key, reference.key, caption, prompt, wish, seed)
-    asked = [known, key, caption, prompt, wish, seed]
+    target = Target(reference, caption, target_values, seed)
+    prompt = _require_result(
+        key, "rewrite", (yield recipe.request("rewrite", target, known, caption, target_values, seed))
+    )
+    spec = state["spec"] = TargetSpec(key, reference.key, caption, prompt, target_values, seed)
+    asked = [known, key, caption, prompt, target_values, seed]
     for attempt in range(recipe.config.attempts):
-        request = recipe.request("generate", (reference, ask, attempt), *asked, attempt)
+        request = recipe.request("generate", (reference, spec, attempt), *asked, attempt)
         made = yield request
-        if _lost(made, f"{key}-{attempt}-0", "generate", told):
+        if _has_failed(made, f"{key}-{attempt}-0", "generate", state):
             continue
-        yield from _refined(recipe, told, _named(made, ask, attempt, 0), request.key)
-        passed = (rejection(one.key, measured, recipe.config.filters) is None for one, measured in told["tries"])
+        yield from _refined_steps(recipe, state, _with_key(made, spec, attempt, 0), request.key)
+        passed = (rejection(one.key, measured, recipe.config.filters) is None for one, measured in state["tries"])
         if recipe.config.choose == "first" and any(passed):
             return
 
 
-def _refined(
-    recipe: Recipe, told: dict[str, Any], candidate: Candidate, source: bytes
+def _refined_steps(
+    recipe: Recipe, state: dict[str, Any], candidate: Candidate, source: bytes
 ) -> Generator[Request, Any, None]:
     """Measure a candidate and refine it while that is worth a round; everything on the way is a try."""
-    reference, ask, config = told["reference"], told["ask"], recipe.config
+    reference, spec, config = state["reference"], state["spec"], recipe.config
     for turn in range(config.rounds + 1):
-        draft = Draft(reference, ask, candidate)
+        draft = Draft(reference, spec, candidate)
         measured = yield recipe.request("measure", draft, source.hex())
-        if _lost(measured, candidate.key, "measure", told):
+        if _has_failed(measured, candidate.key, "measure", state):
             return
-        told["tries"].append((candidate, measured))
+        state["tries"].append((candidate, measured))
         if turn == config.rounds or not _too_unlike(measured, config):
             return
         request = recipe.request("refine", draft, source.hex())
-        better, source = (yield request), request.key
-        if _lost(better, f"{ask.key}-{candidate.attempt}-{turn + 1}", "refine", told):
+        refined, source = (yield request), request.key
+        if _has_failed(refined, f"{spec.key}-{candidate.attempt}-{turn + 1}", "refine", state):
             return
-        candidate = _named(better, ask, candidate.attempt, turn + 1)
+        candidate = _with_key(refined, spec, candidate.attempt, turn + 1)
 
 
-def _mined(recipe: Recipe, number: int, told: dict[str, Any]) -> Generator[Request, Any, None]:
+def _mined_steps(recipe: Recipe, number: int, state: dict[str, Any]) -> Generator[Request, Any, None]:
     """Two photos of one person; the second one's caption is what the pair asks for."""
     place, turn, other = recipe.mined[number]
-    reference = told["reference"] = yield from _reference(recipe, place)
+    reference = state["reference"] = yield from _reference(recipe, place)
     target = yield from _reference(recipe, other)
     prompt = yield from _caption(recipe, target)
-    ask = told["ask"] = Ask(f"{reference.key}-{turn}", reference.key, reference.caption, prompt)
-    candidate = Candidate(f"{ask.key}-0-0", ask.key, target.image, facts={**target.facts, "photo": target.key})
+    spec = state["spec"] = TargetSpec(f"{reference.key}-{turn}", reference.key, reference.caption, prompt)
+    candidate = Candidate(f"{spec.key}-0-0", spec.key, target.image, facts={**target.facts, "photo": target.key})
     measured = yield recipe.request(
-        "measure", Draft(reference, ask, candidate), digest(reference), digest(target), prompt
+        "measure", Draft(reference, spec, candidate), digest(reference), digest(target), prompt
     )
-    if not _lost(measured, candidate.key, "measure", told):
-        told["tries"].append((candidate, measured))
+    if not _has_failed(measured, candidate.key, "measure", state):
+        state["tries"].append((candidate, measured))
 
 
 def _reference(recipe: Recipe, place: int) -> Generator[Request, Any, Reference]:
-    return _good(f"reference {place}", "import", (yield recipe.request("import", place, place)))
+    return _require_result(f"reference {place}", "import", (yield recipe.request("import", place, place)))
 
 
 def _caption(recipe: Recipe, reference: Reference) -> Generator[Request, Any, str]:
     if reference.caption and (recipe.config.keep_captions or recipe.config.captioner is None):
         return reference.caption
     if recipe.config.captioner is None:
-        raise _Stop(reference.key, "caption", Failed("no caption", "There is no captioner, and it brings no caption."))
-    return _good(reference.key, "caption", (yield recipe.request("caption", reference, digest(reference))))
+        raise _TargetStopped(
+            reference.key, "caption", Failed("no caption", "There is no captioner, and it brings no caption.")
+        )
+    return _require_result(reference.key, "caption", (yield recipe.request("caption", reference, digest(reference))))
 
 
-def _good(key: str, step: str, result: Any) -> Any:
+def _require_result(key: str, step: str, result: Any) -> Any:
     if isinstance(result, Failed):
-        raise _Stop(key, step, result)
+        raise _TargetStopped(key, step, result)
     return result
 
 
-def _lost(result: Any, key: str, step: str, told: dict[str, Any]) -> bool:
+def _has_failed(result: Any, key: str, step: str, state: dict[str, Any]) -> bool:
     """Whether a try is lost, which is noted; the story may go on with another."""
     if isinstance(result, Failed):
         if result.for_now:
-            raise _Stop(key, step, result)
-        told["losses"].append(Rejection(key, step, result.reason, result.sentence))
+            raise _TargetStopped(key, step, result)
+        state["losses"].append(Rejection(key, step, result.reason, result.sentence))
     return isinstance(result, Failed)
 
 
-def _named(made: Candidate, ask: Ask, attempt: int, turn: int) -> Candidate:
-    return replace(made, key=f"{ask.key}-{attempt}-{turn}", ask=ask.key, attempt=attempt, round=turn)
+def _with_key(made: Candidate, spec: TargetSpec, attempt: int, turn: int) -> Candidate:
+    return replace(made, key=f"{spec.key}-{attempt}-{turn}", ask=spec.key, attempt=attempt, round=turn)
 
 
 def _too_unlike(measured: Measures, config: BuildConfig) -> bool:
@@ -233,42 +237,42 @@ class Task:
     made: Mapping[bytes, str] = field(default_factory=dict)  # of `known`, what a worker made: key to step
 
 
-class Telling:
-    """A story under way: what it `wants` next, or its `outcome`."""
+class TargetProgress:
+    """A story under way: what it `pending` next, or its `outcome`."""
 
     def __init__(self, recipe: Recipe, number: int) -> None:
-        self._story = tell(recipe, number)
-        self.wants: Request | None = None
+        self._steps = target_steps(recipe, number)
+        self.pending: Request | None = None
         self.outcome: Outcome | None = None
-        self.hear(None)
+        self.resume(None)
 
-    def hear(self, result: Result | None) -> None:
+    def resume(self, result: Result | None) -> None:
         """Give the story what it wants."""
         try:
-            self.wants = self._story.send(result)
+            self.pending = self._steps.send(result)
         except StopIteration as end:
-            self.wants, self.outcome = None, end.value
+            self.pending, self.outcome = None, end.value
 
 
-def tellings(recipe: Recipe, numbers: Iterable[int], find: Find) -> list[Telling]:
+def replay_targets(recipe: Recipe, numbers: Iterable[int], find: Find) -> list[TargetProgress]:
     """Stories, told as far as `find` knows what they want."""
-    started = [Telling(recipe, number) for number in numbers]
-    follow(started, find)
+    started = [TargetProgress(recipe, number) for number in numbers]
+    feed_results(started, find)
     return started
 
 
-def follow(started: Sequence[Telling], find: Find) -> None:
+def feed_results(started: Sequence[TargetProgress], find: Find) -> None:
     """Tell stories on as far as `find` knows what they want."""
     unknown: set[bytes] = set()
-    while wanted := {one.wants.key: None for one in started if one.wants and one.wants.key not in unknown}:
+    while wanted := {one.pending.key: None for one in started if one.pending and one.pending.key not in unknown}:
         found = find(list(wanted))
         unknown |= wanted.keys() - found.keys()
         for one in started:
-            while one.wants is not None and one.wants.key in found:
-                one.hear(found[one.wants.key])
+            while one.pending is not None and one.pending.key in found:
+                one.resume(found[one.pending.key])
 
 
-def among(known: Mapping[bytes, Result]) -> Find:
+def find_in(known: Mapping[bytes, Result]) -> Find:
     """Finds those of the keys that are in `known`."""
     return lambda keys: {key: known[key] for key in keys if key in known}
 
@@ -276,17 +280,19 @@ def among(known: Mapping[bytes, Result]) -> Find:
 def advance(recipe: Recipe, task: Task, backends: "Backends", steps: Sequence[str] = STEPS) -> Task:
     """Do what the task's stories want of `steps`, in batches of one step, until they want nothing more of them."""
     known, made = dict(task.known), dict(task.made)
-    started = tellings(recipe, task.numbers, among(known))
+    started = replay_targets(recipe, task.numbers, find_in(known))
     while True:
-        wanted = {one.wants.step for one in started if one.wants}
+        wanted = {one.pending.step for one in started if one.pending}
         step = next((step for step in STEPS if step in wanted and step in steps), None)
         if step is None:
             return Task(task.numbers, known, made)
-        requests = {one.wants.key: one.wants.argument for one in started if one.wants and one.wants.step == step}
+        requests = {
+            one.pending.key: one.pending.argument for one in started if one.pending and one.pending.step == step
+        }
         results = perform(backends.of(step), step, list(requests.values()))
         known.update(zip(requests, results, strict=True))
         made.update(dict.fromkeys(requests, step))
-        follow(started, among(known))
+        feed_results(started, find_in(known))
 
 
 class Backends:
@@ -299,7 +305,7 @@ class Backends:
     def of(self, step: str) -> Any:
         """The backend that does `step`, loaded. Raises ImagineError if it cannot be."""
         if step not in self._loaded:
-            kind = KINDS[step][0]
+            kind = STEP_CALLS[step][0]
             backend = make_backend(kind, self._choices[kind])
             backend.load()
             self._loaded[step] = backend
@@ -310,32 +316,32 @@ def perform(backend: Any, step: str, arguments: Sequence[Any]) -> list[Result]:
     """The backend's results for these items, in order; what breaks it is found by itself and fails alone.
 
     An item that cannot be used (ImagineError) fails for good, unless settings or weights are wrong: that is raised. Any
-    other exception may be the machine's fault, so its item is parked. If every one of several ends so, the backend is
+    other exception may be the machine's fault, so its item is deferred. If every one of several ends so, the backend is
     at fault, and ImagineError says with what and where.
     """
-    call = getattr(backend, KINDS[step][1])
+    call = getattr(backend, STEP_CALLS[step][1])
     try:
-        return _complete(call(arguments), len(arguments), backend)
+        return _checked_results(call(arguments), len(arguments), backend)
     except (ConfigError, WeightsError):
         raise
     except Exception:
         results, errors = [], []
         for argument in arguments:
             try:
-                results += _complete(call([argument]), 1, backend)
+                results += _checked_results(call([argument]), 1, backend)
             except (ConfigError, WeightsError):
                 raise
             except ImagineError as error:
                 results.append(Failed("an item that cannot be used", str(error)))
             except Exception as error:
-                results.append(Failed(BROKE, f"{type(error).__name__}: {error}", for_now=True))
+                results.append(Failed(BACKEND_CRASHED, f"{type(error).__name__}: {error}", for_now=True))
                 errors.append(error)
         if len(errors) == len(arguments) > 1:
-            raise ImagineError(_broken(backend, step, errors)) from errors[-1]
+            raise ImagineError(_crash_message(backend, step, errors)) from errors[-1]
         return results
 
 
-def _broken(backend: Any, step: str, errors: Sequence[Exception]) -> str:
+def _crash_message(backend: Any, step: str, errors: Sequence[Exception]) -> str:
     last = errors[-1]
     place = traceback.extract_tb(last.__traceback__)[-1]  # said here, since an error that travels loses its trace
     what = f"{type(last).__name__}: {' '.join(str(last).split())[:300]}"
@@ -345,6 +351,6 @@ def _broken(backend: Any, step: str, errors: Sequence[Exception]) -> str:
     )
 
 
-def _complete(results: list[Result], count: int, backend: Any) -> list[Result]:
+def _checked_results(results: list[Result], count: int, backend: Any) -> list[Result]:
     assert len(results) == count, f"{type(backend).__name__} gave {len(results)} results for {count} items"
     return results

@@ -27,7 +27,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, step TEXT NOT NULL, body TEXT NOT NULL, picture BLOB);
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
 """
-_AT_ONCE = 500  # keys a query: SQLite takes a limited number of parameters
+_KEYS_PER_QUERY = 500  # keys a query: SQLite takes a limited number of parameters
 
 
 class Store:
@@ -45,8 +45,8 @@ class Store:
                 raise ConfigError(f"{path} was written by another version: give another folder, or delete it.")
             self._connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_FORMAT};")
             # Two drivers would do everything twice. Held until this one ends, however it does.
-            self._claim = sqlite3.connect(path.with_suffix(".lock"), timeout=0, isolation_level=None)
-            self._claim.execute("BEGIN EXCLUSIVE")
+            self._lock = sqlite3.connect(path.with_suffix(".lock"), timeout=0, isolation_level=None)
+            self._lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:
             why = "another build is at work in it" if "locked" in str(error) else str(error)
             raise ConfigError(f"{path} cannot be used ({why}): wait for it, or give another folder.") from error
@@ -60,34 +60,36 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._connection.close()
-        self._claim.close()
+        self._lock.close()
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Result]:
         """Those of the results that are there."""
         found: dict[bytes, Result] = {}
-        for start in range(0, len(keys), _AT_ONCE):
-            some = keys[start : start + _AT_ONCE]
-            marks = ",".join("?" * len(some))
-            rows = self._connection.execute(f"SELECT key, body, picture FROM results WHERE key IN ({marks})", some)
+        for start in range(0, len(keys), _KEYS_PER_QUERY):
+            some = keys[start : start + _KEYS_PER_QUERY]
+            placeholders = ",".join("?" * len(some))
+            rows = self._connection.execute(
+                f"SELECT key, body, picture FROM results WHERE key IN ({placeholders})", some
+            )
             found |= {key: _decode(body, picture) for key, body, picture in rows}
         return found
 
-    def save(self, results: Iterable[tuple[bytes, str, Result]], anew: bool = False) -> None:
+    def save(self, results: Iterable[tuple[bytes, str, Result]], overwrite: bool = False) -> None:
         """Keep (key, step, result) rows: all of them, or none if this is killed.
 
         A key that is there stays as it is; anew: its result is replaced.
         """
         rows = [(key, step, *_encode(result)) for key, step, result in results]
-        how = "REPLACE" if anew else "IGNORE"
+        how = "REPLACE" if overwrite else "IGNORE"
         with _transaction(self._connection):
             self._connection.executemany(f"INSERT OR {how} INTO results VALUES (?, ?, ?, ?)", rows)
 
-    def note(self, name: str) -> Any:
+    def read_note(self, name: str) -> Any:
         """What is noted under that name; None if nothing is."""
         row = self._connection.execute("SELECT body FROM notes WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
 
-    def take_note(self, name: str, body: Any) -> None:
+    def write_note(self, name: str, body: Any) -> None:
         """Note something that JSON can say, in place of what was noted under that name."""
         self._connection.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(body)))
 

@@ -22,7 +22,7 @@ BLOCK = 100  # about so many references: few enough that a part of a build has n
 LARGEST_BLOCK = 10_000
 
 # What the world's captions can say; any other words do for rewriters that are language models.
-EVEN: dict[str, dict[str, float]] = {
+DEFAULT_DISTRIBUTION: dict[str, dict[str, float]] = {
     "expression": {"neutral": 1, "smiling": 1, "laughing": 1, "sad": 1, "surprised": 1, "angry": 1},
     "gaze": {"left": 1, "ahead": 2, "right": 1},
     "yaw": {"left": 1, "front": 1, "right": 1},
@@ -43,12 +43,12 @@ class TargetSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    distribution: Mapping[str, Mapping[str, float]] = Field(default_factory=lambda: EVEN)
+    distribution: Mapping[str, Mapping[str, float]] = Field(default_factory=lambda: DEFAULT_DISTRIBUTION)
     seed: int = Field(default=0, ge=0)
 
     @field_validator("distribution")
     @classmethod
-    def _can_be_dealt(cls, wished: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
+    def _check_shares(cls, wished: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
         for name, shares in wished.items():
             if not shares or any(not math.isfinite(share) or share < 0 for share in shares.values()):
                 raise ValueError(f"the shares of {name} must be numbers of 0 or more, at least one of them")
@@ -59,16 +59,16 @@ class TargetSettings(BaseModel):
         return wished
 
 
-def aims(place: int, turn: int, references: int, settings: TargetSettings) -> dict[str, str]:
-    """What target `turn` of reference `place` should show: attribute -> value, in the order of the settings.
+def aims(index: int, turn: int, references: int, settings: TargetSettings) -> dict[str, str]:
+    """What target `turn` of reference `index` should show: attribute -> value, in the order of the settings.
 
     place: 0 to references - 1; turn: 0 or more. Over all references and the first T turns, each value comes up as often
     as its share says, rounded up or down to a whole number, whatever T is. Raises ValueError for a place out of range.
     """
-    if not 0 <= place < references or turn < 0:
-        raise ValueError(f"target {turn} of reference {place} of {references} is out of range")
+    if not 0 <= index < references or turn < 0:
+        raise ValueError(f"target {turn} of reference {index} of {references} is out of range")
     return {
-        name: _dealt(name, tuple(shares.items()), place, turn, references, settings.seed)
+        name: _value_of(name, tuple(shares.items()), index, turn, references, settings.seed)
         for name, shares in settings.distribution.items()
     }
 
@@ -91,18 +91,20 @@ def _counts(shares: Mapping[str, float]) -> list[int]:
 
 
 @lru_cache(maxsize=256)
-def _shape(shares: tuple[tuple[str, float], ...]) -> tuple[int, ...]:
+def _cached_counts(shares: tuple[tuple[str, float], ...]) -> tuple[int, ...]:
     """`_counts`, which takes longer than all the rest, once."""
     return tuple(_counts(dict(shares)))
 
 
-def _dealt(name: str, shares: tuple[tuple[str, float], ...], place: int, turn: int, references: int, seed: int) -> str:
-    counts = _shape(shares)
+def _value_of(
+    name: str, shares: tuple[tuple[str, float], ...], index: int, turn: int, references: int, seed: int
+) -> str:
+    counts = _cached_counts(shares)
     size = sum(counts) * max(1, round(BLOCK / sum(counts)))
-    block = place // size
-    here = min(size, references - block * size)
+    block = index // size
+    block_size = min(size, references - block * size)
     values = [value for value, _ in shares]
-    return values[_block(name, counts, here, block, turn, seed)[place - block * size]]
+    return values[_block(name, counts, block_size, block, turn, seed)[index - block * size]]
 
 
 @lru_cache(maxsize=256)
@@ -110,10 +112,10 @@ def _block(name: str, counts: tuple[int, ...], size: int, block: int, turn: int,
     """Which value each place of a block has in one turn: as many as the shares say so far, and shuffled."""
     if size % sum(counts):
         length = 1 << (size * (turn + 1) - 1).bit_length()  # powers of two, so that few lengths are worked out
-        dealt = np.sort(_sequence(name, counts, length, block, seed)[size * turn : size * (turn + 1)])
+        block_values = np.sort(_sequence(name, counts, length, block, seed)[size * turn : size * (turn + 1)])
     else:
-        dealt = np.repeat(np.arange(len(counts)), np.array(counts) * (size // sum(counts)))
-    places: list[int] = dealt[np.argsort(_bits(name, seed, size, block, turn), kind="stable")].tolist()
+        block_values = np.repeat(np.arange(len(counts)), np.array(counts) * (size // sum(counts)))
+    places: list[int] = block_values[np.argsort(_random_bits(name, seed, size, block, turn), kind="stable")].tolist()
     return places
 
 
@@ -127,18 +129,18 @@ def _sequence(name: str, counts: tuple[int, ...], length: int, block: int, seed:
     are broken by the seed, so that no two attributes go hand in hand. A longer sequence begins with the shorter one.
     """
     total, used = sum(counts), [0] * len(counts)
-    ties = _bits(name, seed, length, block, 1 << 32).tolist()
+    ties = _random_bits(name, seed, length, block, 1 << 32).tolist()
     found = np.empty(length, np.int64)
-    for place in range(length):
-        may = [value for value, count in enumerate(counts) if count and used[value] * total // count <= place]
-        ends = [-(-(used[value] + 1) * total // counts[value]) for value in may]
-        first = [value for value, end in zip(may, ends, strict=True) if end == min(ends)]
-        found[place] = first[ties[place] % len(first)]
-        used[found[place]] += 1
+    for index in range(length):
+        allowed = [value for value, count in enumerate(counts) if count and used[value] * total // count <= index]
+        deadlines = [-(-(used[value] + 1) * total // counts[value]) for value in allowed]
+        first = [value for value, end in zip(allowed, deadlines, strict=True) if end == min(deadlines)]
+        found[index] = first[ties[index] % len(first)]
+        used[found[index]] += 1
     return found
 
 
-def _bits(name: str, seed: int, count: int, *which: int) -> NDArray[np.uint64]:
+def _random_bits(name: str, seed: int, count: int, *which: int) -> NDArray[np.uint64]:
     """Raw bits, which numpy promises never to change; each attribute has its own."""
     entropy = (seed, zlib.crc32(name.encode()), *which)
     return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)

@@ -34,19 +34,21 @@ def verdict(outcome: Outcome, filters: FilterSettings) -> Verdict:
 
     A story that is parked is worth nothing yet.
     """
-    if outcome.parked is not None or outcome.reference is None or outcome.ask is None:
+    if outcome.deferred is not None or outcome.reference is None or outcome.spec is None:
         return Verdict(outcome)
-    said = [rejection(candidate.key, measures, filters) for candidate, measures in outcome.tries]
-    passed = [number for number, one in enumerate(said) if one is None]
+    candidate_rejections = [rejection(candidate.key, measures, filters) for candidate, measures in outcome.tries]
+    passed = [number for number, one in enumerate(candidate_rejections) if one is None]
     pair = None
     if passed:
         kept, others = best([outcome.tries[number] for number in passed])
         by_key = {one.key: one for one in others}
-        said = [one or by_key.get(outcome.tries[number][0].key) for number, one in enumerate(said)]
-        pair = Pair(outcome.reference, outcome.ask, *outcome.tries[passed[kept]])
+        candidate_rejections = [
+            one or by_key.get(outcome.tries[number][0].key) for number, one in enumerate(candidate_rejections)
+        ]
+        pair = Pair(outcome.reference, outcome.spec, *outcome.tries[passed[kept]])
     cases = (
-        Case(outcome.reference, outcome.ask, candidate, measures, one)
-        for (candidate, measures), one in zip(outcome.tries, said, strict=True)
+        Case(outcome.reference, outcome.spec, candidate, measures, one)
+        for (candidate, measures), one in zip(outcome.tries, candidate_rejections, strict=True)
     )
     return Verdict(outcome, tuple(cases), pair)
 
@@ -63,23 +65,23 @@ def reviewed(verdicts: Iterable[Verdict], decided: Mapping[str, Decision], requi
         if one.pair is None:
             yield one
             continue
-        left = judged(one.pair, decided)
-        if left is None and required:
-            left = Rejection(one.pair.target.key, "review", UNDECIDED)
-        if isinstance(left, Rejection):
-            yield _rejected(one, left)
+        review_result = judged(one.pair, decided)
+        if review_result is None and required:
+            review_result = Rejection(one.pair.target.key, "review", UNDECIDED)
+        if isinstance(review_result, Rejection):
+            yield _rejected(one, review_result)
         else:
-            yield one if left is None else replace(one, pair=_in_their_words(one.pair, left))
+            yield one if review_result is None else replace(one, pair=_without_old_captions(one.pair, review_result))
 
 
-def _in_their_words(pair: Pair, left: Pair) -> Pair:
+def _without_old_captions(pair: Pair, review_result: Pair) -> Pair:
     """A pair whose prompt was fixed keeps no other captions of its target: they may be wrong in the same way."""
-    if left.ask.prompt == pair.ask.prompt:
-        return left
-    facts = {name: value for name, value in left.target.facts.items() if name != "captions"}
-    return replace(left, target=replace(left.target, facts=facts))
+    if review_result.spec.prompt == pair.spec.prompt:
+        return review_result
+    facts = {name: value for name, value in review_result.target.facts.items() if name != "captions"}
+    return replace(review_result, target=replace(review_result.target, facts=facts))
 
 
-def _rejected(one: Verdict, why: Rejection) -> Verdict:
-    cases = tuple(replace(case, rejection=why) if case.rejection is None else case for case in one.cases)
+def _rejected(one: Verdict, reason: Rejection) -> Verdict:
+    cases = tuple(replace(case, rejection=reason) if case.rejection is None else case for case in one.cases)
     return replace(one, cases=cases, pair=None)

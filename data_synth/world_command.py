@@ -21,7 +21,7 @@ from torch import Tensor
 
 from imagine.errors import ConfigError
 from imagine.shards.reading import Record
-from imagine.shards.writing import SETTINGS, About, ShardWriter
+from imagine.shards.writing import SETTINGS, DatasheetInfo, ShardWriter
 from imagine.world import Contexts, People, attributes, captions, render, sample_contexts, sample_people
 from imagine.world.seeds import DEMO, HELD_OUT, JUDGE, TRAIN
 
@@ -107,9 +107,9 @@ def build_shards(settings: WorldSettings, output: str, report: Callable[[int], N
     assert settings.shards is not None, "these settings are for PNG files"
     with ShardWriter(output, _about(settings), settings.shards) as writer:
         done = 0
-        report(writer.taken)
+        report(writer.processed)
         for batch in _batches(settings):
-            missing = range(max(writer.taken - done, 0), len(batch))
+            missing = range(max(writer.processed - done, 0), len(batch))
             for record in _records(settings, batch, missing) if missing else ():
                 writer.write(record)
             done += len(batch)
@@ -118,8 +118,8 @@ def build_shards(settings: WorldSettings, output: str, report: Callable[[int], N
     return f"{output.rstrip('/')}/datasheet.json"
 
 
-def _about(settings: WorldSettings) -> About:
-    return About(
+def _about(settings: WorldSettings) -> DatasheetInfo:
+    return DatasheetInfo(
         title="Pictures of the portrait world",
         purpose=(
             "Made to train and to measure personalised image generation where the truth is known. These are stylised "
@@ -162,7 +162,7 @@ def _seed(*parts: int) -> int:
 def _draw(settings: WorldSettings, batch: list[_Job], missing: Sequence[int], output: Path, table: Path) -> None:
     rows = []
     for job, png, row in _drawn(settings, batch, missing):
-        _write_whole(output / job.file, png)
+        _write_atomically(output / job.file, png)
         rows.append({"file": job.file, **row})
     _append(table, rows)
 
@@ -221,7 +221,7 @@ def _png(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def _write_atomically(path: Path, content: bytes) -> None:
     """So that the file is either whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -264,18 +264,18 @@ def _file_of(line: str) -> str | None:
 def _open_folder(settings: WorldSettings, output: Path) -> None:
     """Make the folder, or check that it was made with the same settings."""
     wanted = {"version": FORMAT_VERSION, "size": settings.size, "seed": settings.seed, "people": settings.people}
-    note = output / "world.json"
+    settings_file = output / "world.json"
     if (output / SETTINGS).exists():
         raise ConfigError(f"{output} holds shards: give another folder for PNG files.")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if not note.exists():
-            part = note.with_suffix(".part")
+        if not settings_file.exists():
+            part = settings_file.with_suffix(".part")
             part.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
-            os.replace(part, note)
-        there = json.loads(note.read_text(encoding="utf-8"))
+            os.replace(part, settings_file)
+        existing = json.loads(settings_file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{output} cannot be used as the output folder ({error}): give another one.") from error
-    if there != wanted:
-        said = ", ".join(f"{key} {there.get(key)}" for key in wanted if there.get(key) != wanted[key])
-        raise ConfigError(f"{output} holds pictures made with {said}: give the same settings or another folder.")
+    if existing != wanted:
+        differences = ", ".join(f"{key} {existing.get(key)}" for key in wanted if existing.get(key) != wanted[key])
+        raise ConfigError(f"{output} holds pictures made with {differences}: give the same settings or another folder.")

@@ -18,7 +18,7 @@ Kind = Literal["file", "folder", "other", "nothing"]
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP)
 _ABSENT_ON_WINDOWS = (21, 123, 1921)  # not ready, not a valid name, a link that leads nowhere
-_SHOWN = 200  # characters of a path in a sentence
+_LONGEST_SHOWN = 200  # characters of a path in a sentence
 
 PACKAGE = Path(__file__).resolve().parent  # the folder of the package `imagine`
 
@@ -49,8 +49,8 @@ def kind_of(path: Path, error: type[ImagineError]) -> Kind:
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as a sentence can hold it: a very long one is cut in its middle."""
     text = os.fspath(path)
-    half = _SHOWN // 2
-    return text if len(text) <= _SHOWN else f"{text[:half]}...{text[-half:]}"
+    half = _LONGEST_SHOWN // 2
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:half]}...{text[-half:]}"
 
 
 def writable_file(path: Path, suffixes: Collection[str]) -> Path:
@@ -62,7 +62,7 @@ def writable_file(path: Path, suffixes: Collection[str]) -> Path:
         raise ConfigError(f"--output {path} is a folder: name a file in it.")
     if kind_of(path.parent, ConfigError) != "folder":
         raise ConfigError(f"There is no folder {path.parent} for --output {path.name}: make it first.")
-    if not _is_open(path.parent):
+    if not _is_writable(path.parent):
         raise ConfigError(f"Nothing can be written to {path.parent}: choose another folder for --output.")
     return path
 
@@ -78,7 +78,7 @@ def writable_folder(path: Path) -> Path:
     if taken:
         raise ConfigError(f"--output {path} is there already: name a folder that is new or empty.")
     parent = path.absolute().parent
-    if kind_of(parent, ConfigError) != "folder" or not _is_open(parent):
+    if kind_of(parent, ConfigError) != "folder" or not _is_writable(parent):
         raise ConfigError(f"Nothing can be written to {parent}: choose another place for --output.")
     return path
 
@@ -91,10 +91,10 @@ def folder_to_fill(path: Path) -> Path:
         here = here.parent
     if kind_of(here, ConfigError) != "folder":
         raise ConfigError(f"{here} is a file, so that --output {path} cannot be a folder: choose another.")
-    if not _is_open(here):
+    if not _is_writable(here):
         raise ConfigError(f"Nothing can be written to {here}: choose another place for --output.")
     return path
 
 
-def _is_open(folder: Path) -> bool:
+def _is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)

@@ -64,14 +64,14 @@ class Conditioning:
     0 to 1. The branch's tokens then are those of so many references, equally many of each, one after the other;
     each is attended to alone, and its output multiplied by its weights.
 
-    `memory`, which `adapter.prepare` provides, keeps what does not change between the steps of one picture, keys and
+    `cache`, which `adapter.prepare` provides, keeps what does not change between the steps of one picture, keys and
     values above all, from the first step that needs it on. None: nothing is kept, as in training.
     """
 
     branches: Mapping[str, Tokens] = field(default_factory=dict)
     scales: Mapping[str, "Scale | Mapping[str, Scale]"] = field(default_factory=dict)
     regions: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    memory: "dict[tuple[str, str], Any] | None" = None
+    cache: "dict[tuple[str, str], Any] | None" = None
 
 
 def take(tokens: Tokens, rows: torch.Tensor | Sequence[int]) -> Tokens:

@@ -47,7 +47,7 @@ def read_value(text: str, override: str) -> Any:
         raise ConfigError(f"override {override}: the value is not valid YAML; quote it.") from None
 
 
-def checked(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
+def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
     """`values` as a `model`; what is wrong becomes one ConfigError sentence with `where` and the valid keys."""
     try:
         return model.model_validate(dict(values))

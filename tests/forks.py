@@ -19,7 +19,7 @@ _FORKS.set_forkserver_preload(
 )  # fmt: skip
 
 
-def forked(target: Callable[..., None], *given: Any, daemon: bool = False) -> ForkServerProcess:
+def fork_process(target: Callable[..., None], *given: Any, daemon: bool = False) -> ForkServerProcess:
     """A process that does `target(*given)`; a daemon ends with this one."""
     paths, root = os.environ.get("PYTHONPATH", "").split(os.pathsep), str(Path(__file__).parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *(path for path in paths if path not in ("", root))])  # for it

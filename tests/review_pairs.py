@@ -4,7 +4,7 @@ import io
 
 from PIL import Image
 
-from data_synth.records import Ask, Candidate, Measures, Pair, Reference
+from data_synth.records import Candidate, Measures, Pair, Reference, TargetSpec
 
 
 def picture(colour: tuple[int, int, int], kind: str = "PNG", side: int = 8) -> bytes:
@@ -18,11 +18,13 @@ def pair(number: int, prompt: str = "", target: bytes = b"", reference: bytes = 
     """Pair `number`, "p0007-0-0-1" being the key of the seventh; equal arguments, equal pair."""
     key = f"p{number:04d}"
     caption = f"person {number} in a garden"
-    ask = Ask(f"{key}-0", key, caption, prompt or f"person {number} smiling on a beach", {"expression": "smiling"})
+    spec = TargetSpec(
+        f"{key}-0", key, caption, prompt or f"person {number} smiling on a beach", {"expression": "smiling"}
+    )
     return Pair(
         Reference(key, reference or picture((number % 256, 0, 0), "JPEG")),
-        ask,
-        Candidate(f"{key}-0-0-1", ask.key, target or picture((0, number % 256, 9)), round=1),
+        spec,
+        Candidate(f"{key}-0-0-1", spec.key, target or picture((0, number % 256, 9)), round=1),
         Measures(faces=1, similarity=0.5, difference=0.3, attributes={"expression": "neutral"}),
     )
 

@@ -23,7 +23,7 @@ from imagine.networks.encoders import (
     trim_clip_vocabulary,
 )
 from imagine.networks.models import build_autoencoder, build_denoiser
-from imagine.people.faces import KnownGeometry
+from imagine.people.faces import KnownBoxesFinder
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import FaceBox
 
@@ -89,7 +89,7 @@ def pipeline(seed: int = 0, fresh: bool = False, with_adapter: bool = True) -> I
         latents_std=[1.0, 2.0, 0.5, 1.5],
         default_steps=3,
     )
-    pipe.finder = KnownGeometry([BOX])
+    pipe.finder = KnownBoxesFinder([BOX])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

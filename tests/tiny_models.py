@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from data_synth.records import Ask, Candidate, Reference
+from data_synth.records import Candidate, Reference, TargetSpec
 from tests import tiny
 
 WORDS = "a person man woman with red black hair smiling laughing looking left right on the beach in forest hat . ,"
@@ -163,5 +163,5 @@ def reference(seed: int) -> Reference:
     return Reference(f"r{seed}", png(tiny.photo(seed)), person=f"p{seed}")
 
 
-def ask(of: Reference, number: int = 0, prompt: str = tiny.SENTENCES[0]) -> Ask:
-    return Ask(f"{of.key}-{number}", of.key, "a person", prompt, {"expression": "smiling"}, seed=100 + number)
+def spec(of: Reference, number: int = 0, prompt: str = tiny.SENTENCES[0]) -> TargetSpec:
+    return TargetSpec(f"{of.key}-{number}", of.key, "a person", prompt, {"expression": "smiling"}, seed=100 + number)

@@ -6,8 +6,8 @@ import torch
 
 from imagine.adapter.adapter import Adapter, BranchSpec
 from imagine.networks.encoders import VisionEncoder, build_byt5, build_clip_text, build_t5
-from imagine.people.faces import KnownGeometry
-from imagine.stock.pipelines import imagined
+from imagine.people.faces import KnownBoxesFinder
+from imagine.stock.pipelines import personalised_class
 from tests import tiny
 
 SIDE = 16  # pixels
@@ -107,8 +107,8 @@ def identity(denoiser: Any, seed: int = 1, **spec: Any) -> Adapter:
 
 def personal(pipe: Any, **more: Any) -> Any:
     """The pipeline that knows people, around a stock one, with an identity adapter."""
-    made = imagined(type(pipe)).from_pipe(pipe, vision_encoder=encoder(), **more)
-    made.finder = KnownGeometry([tiny.BOX])
+    made = personalised_class(type(pipe)).from_pipe(pipe, vision_encoder=encoder(), **more)
+    made.finder = KnownBoxesFinder([tiny.BOX])
     made.load_adapter(identity(made.unet))
     made.set_progress_bar_config(disable=True)
     return made

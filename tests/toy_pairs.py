@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_synth.backends.contracts import Draft, Failed, Target
 from data_synth.config import BuildConfig
-from data_synth.records import Ask, Candidate, Measures, Reference
+from data_synth.records import Candidate, Measures, Reference, TargetSpec
 from imagine.errors import PictureError, WeightsError
-from tests.forks import forked
+from tests.forks import fork_process
 
 if TYPE_CHECKING:
     from data_synth.build import Built
@@ -71,7 +71,7 @@ class Toy:
     def load(self) -> None:
         self.is_loaded = True
 
-    def _seen(self, key: str) -> Failed | None:
+    def _failure_of(self, key: str) -> Failed | None:
         assert self.is_loaded, "used before it was loaded"
         time.sleep(self.settings.pause)
         if key in self.settings.breaking:
@@ -99,14 +99,14 @@ class ToyPeople(Toy):
             Reference(f"p{number}", picture("face", number), f"person {number}", facts={"licence": "CC-BY-4.0"})
             for number in numbers
         ]
-        return [self._seen(one.key) or one for one in made]
+        return [self._failure_of(one.key) or one for one in made]
 
 
 class ToyCaptioner(Toy):
     step = "caption"
 
     def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
-        return [self._seen(one.key) or f"a face called {one.key}{self.settings.flavour}" for one in references]
+        return [self._failure_of(one.key) or f"a face called {one.key}{self.settings.flavour}" for one in references]
 
 
 class ToyRewriter(Toy):
@@ -114,7 +114,7 @@ class ToyRewriter(Toy):
 
     def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
         return [
-            self._seen(one.reference.key) or ", ".join([one.caption, *one.aims.values(), str(one.seed % 1000)])
+            self._failure_of(one.reference.key) or ", ".join([one.caption, *one.aims.values(), str(one.seed % 1000)])
             for one in targets
         ]
 
@@ -122,11 +122,11 @@ class ToyRewriter(Toy):
 class ToyGenerator(Toy):
     step = "generate"
 
-    def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
-        return [self._seen(f"{ask.key}-{attempt}") or self._drawn(ask, attempt) for _, ask, attempt in work]
+    def generate(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
+        return [self._failure_of(f"{spec.key}-{attempt}") or self._drawn(spec, attempt) for _, spec, attempt in work]
 
-    def _drawn(self, ask: Ask, attempt: int) -> Candidate:
-        parts = (ask.prompt, ask.seed, attempt, self.settings.flavour)
+    def _drawn(self, spec: TargetSpec, attempt: int) -> Candidate:
+        parts = (spec.prompt, spec.seed, attempt, self.settings.flavour)
         facts = {"similarity": round(0.2 + 0.5 * share("likeness", *parts), 4)}
         return Candidate("", "", picture(*parts), facts=facts)
 
@@ -135,7 +135,7 @@ class ToyRefiner(Toy):
     step = "refine"
 
     def refine(self, drafts: Sequence[Draft]) -> list[Candidate | Failed]:
-        return [self._seen(one.candidate.key) or self._refined(one) for one in drafts]
+        return [self._failure_of(one.candidate.key) or self._refined(one) for one in drafts]
 
     def _refined(self, draft: Draft) -> Candidate:
         better = round(draft.candidate.facts["similarity"] + 0.1, 4)
@@ -146,7 +146,7 @@ class ToyMeasurer(Toy):
     step = "measure"
 
     def measure(self, drafts: Sequence[Draft]) -> list[Measures | Failed]:
-        return [self._seen(one.candidate.key) or self._measured(one) for one in drafts]
+        return [self._failure_of(one.candidate.key) or self._measured(one) for one in drafts]
 
     def _measured(self, draft: Draft) -> Measures:
         image = draft.candidate.image
@@ -159,7 +159,7 @@ class ToyMeasurer(Toy):
             sharpness=0.1,
             text=0.0,
             picture_hash=digits,
-            attributes=dict(draft.ask.aims),
+            attributes=dict(draft.spec.aims),
         )
 
 
@@ -174,7 +174,7 @@ class ToyRecogniser(Toy):
 
         faces = []
         for image in pictures:
-            assert self._seen("photo") is None
+            assert self._failure_of("photo") is None
             tint = np.asarray(image, np.float32).mean((0, 1))
             tint -= tint.mean()
             faces.append((KnownFace(FaceBox(8, 8, 48, 48, 1.0), tint / np.linalg.norm(tint)),))
@@ -194,7 +194,7 @@ class StoppedRecogniser(ToyRecogniser):
 class PlacedGenerator(ToyGenerator):
     """Also notes which GPUs Ray gave to the process that it runs in."""
 
-    def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
+    def generate(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
         _note_place(self.settings, "generate")
         return super().generate(work)
 
@@ -261,4 +261,4 @@ def _build(config: BuildConfig, output: Path) -> None:
 
 def started(config: BuildConfig, output: Path) -> ForkServerProcess:
     """A process that builds."""
-    return forked(_build, config, output)
+    return fork_process(_build, config, output)

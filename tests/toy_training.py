@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 import train.loop
 from imagine.errors import BadRecordError, ImagineError
-from tests.forks import forked
+from tests.forks import fork_process
 from train.__main__ import DONE, STOPPED, WRONG
-from train.cache.rows import keep
+from train.cache.rows import cache_rows
 from train.config import Run
 from train.data.order import normals
 from train.stages import run_stages
-from train.task import Loss, Start
+from train.task import Loss, TaskContext
 
 
 class ToySettings(BaseModel):
@@ -73,8 +73,8 @@ class ToyTask:
     Settings: ClassVar[type[BaseModel]] = ToySettings
     PARTS: ClassVar[tuple[str, ...]] = ("first", "second", "both")
 
-    def __init__(self, settings: ToySettings, start: Start) -> None:
-        self.settings, self.start = settings, start
+    def __init__(self, settings: ToySettings, context: TaskContext) -> None:
+        self.settings, self.context = settings, context
         width = settings.width
         first = _Convolution(width) if settings.image else nn.Linear(3, width)
         self.modules: dict[str, nn.Module] = {
@@ -82,7 +82,7 @@ class ToyTask:
             "head": nn.Linear(width, 2),
         }
         if settings.careful:
-            _fill(start.folder / "built")
+            _fill(context.folder / "built")
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         first, second = list(self.modules["body"].parameters()), list(self.modules["head"].parameters())
@@ -94,13 +94,13 @@ class ToyTask:
     def prepare(self) -> None:
         assert not self.modules["head"].training
         if self.settings.careful:
-            _fill(self.start.folder / "cache")
+            _fill(self.context.folder / "cache")
         if self.settings.rows:
-            folder = self.start.folder / "cache"
-            keep(folder / "rows.f32", _Rows(self.settings.rows), (1,), np.float32, self._make, "filling rows")
+            folder = self.context.folder / "cache"
+            cache_rows(folder / "rows.f32", _Rows(self.settings.rows), (1,), np.float32, self._make, "filling rows")
 
     def _make(self, rows: Tensor) -> Tensor:
-        once = self.start.folder / "asked"
+        once = self.context.folder / "asked"
         if self.settings.end_in_row in rows.tolist() and not once.exists():
             once.touch()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -116,7 +116,7 @@ class ToyTask:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.settings.hang_at == here:
             time.sleep(2.5)
-        x = normals(self.start.seed, "x", images_seen, size, (3,))
+        x = normals(self.context.seed, "x", images_seen, size, (3,))
         y = x[:, :2] * 2 - x[:, 2:]
         if any(images_seen <= bad < images_seen + size for bad in self.settings.bad):
             y = y * float("nan")
@@ -126,7 +126,7 @@ class ToyTask:
         path.write_text(json.dumps(batch.x.tolist()))
 
     def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
-        noise = normals(self.start.seed, "noise", images_seen, len(batch.x), (2,)) * 0.1
+        noise = normals(self.context.seed, "noise", images_seen, len(batch.x), (2,)) * 0.1
         error = self.modules["head"](self.modules["body"](batch.x)) - batch.y - noise
         return Loss(error.square().mean(1), {"largest": error.detach().abs().max()})
 
@@ -162,7 +162,7 @@ def _fill(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessSpec:
     """Which process of how many, where they meet, and what else they find in their environment."""
 
     rank: int = 0
@@ -171,16 +171,16 @@ class Place:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def started(
-    run: Run, output: Path, place: Place = Place(), tasks: Mapping[str, Any] | None = None
+def start_training(
+    run: Run, output: Path, spec: ProcessSpec = ProcessSpec(), tasks: Mapping[str, Any] | None = None
 ) -> ForkServerProcess:
     """A process that trains `run` with the toy task, or with these, and ends with DONE, STOPPED or WRONG."""
-    return forked(_train, run, output, place, tasks or {"toy": ToyTask}, daemon=True)
+    return fork_process(_train, run, output, spec, tasks or {"toy": ToyTask}, daemon=True)
 
 
-def told(output: Path, rank: int = 0) -> str:
+def stderr_of(output: Path, rank: int = 0) -> str:
     """What that process of the last start wrote to stderr."""
-    return _words(output, rank).read_text()
+    return _stderr_file(output, rank).read_text()
 
 
 def run_in_processes(
@@ -193,29 +193,31 @@ def run_in_processes(
     """Train `run` in `count` processes that share each batch; how each of them ended."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    together = [started(run, output, Place(rank, count, port, environment or {}), tasks) for rank in range(count)]
+    together = [
+        start_training(run, output, ProcessSpec(rank, count, port, environment or {}), tasks) for rank in range(count)
+    ]
     for process in together:
         process.join()
     return [process.exitcode for process in together]
 
 
-def _words(output: Path, rank: int) -> Path:
+def _stderr_file(output: Path, rank: int) -> Path:
     return output.with_name(f"{output.name}.{rank}.txt")
 
 
-def _train(run: Run, output: Path, place: Place, tasks: Mapping[str, Any]) -> None:
-    with _words(output, place.rank).open("w") as file:
+def _train(run: Run, output: Path, spec: ProcessSpec, tasks: Mapping[str, Any]) -> None:
+    with _stderr_file(output, spec.rank).open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
     os.environ.update(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
-    if place.processes > 1:
+    if spec.processes > 1:
         os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(place.port), RANK=str(place.rank), LOCAL_RANK=str(place.rank),
-            WORLD_SIZE=str(place.processes), LOCAL_WORLD_SIZE=str(place.processes),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(spec.port), RANK=str(spec.rank), LOCAL_RANK=str(spec.rank),
+            WORLD_SIZE=str(spec.processes), LOCAL_WORLD_SIZE=str(spec.processes),
         )  # fmt: skip
-    os.environ.update(place.environment)
-    if "TOY_HURRY" in os.environ:
-        train.loop.HURRY = timedelta(seconds=float(os.environ["TOY_HURRY"]))
+    os.environ.update(spec.environment)
+    if "TOY_STEP_TIMEOUT" in os.environ:
+        train.loop.STEP_TIMEOUT = timedelta(seconds=float(os.environ["TOY_STEP_TIMEOUT"]))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         _shard_on_cpus()
     try:

@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None
         chosen = TASKS if tasks is None else tasks
         only = [name for name in options.only.split(",") if name]
         if options.dry_run:
-            from train.plan import plan, words
+            from train.plan import format_plan, plan
 
-            print(words(plan(run, options.output, chosen)))
+            print(format_plan(plan(run, options.output, chosen)))
             return DONE
         if options.self_test:
             from train.selftest import self_test

@@ -21,14 +21,14 @@ import torch
 
 from imagine.adapter.adapter import FILE_NAME
 from imagine.errors import ImagineError, WeightsError
-from imagine.networks.weights import fingerprint, forget_paths, load_model
+from imagine.networks.weights import fingerprint, load_model, remove_local_paths
 from train.cache.latents import load_autoencoder
 from train.data.language import load_text_encoders
 from train.run.checkpoint import read_tensors, replacing, write_tensors
 
 log = logging.getLogger("train")
-ADAPTERS = ("adapter", "diffusers_adapter")  # tasks whose stages leave something to draw with
-JUDGE = {"recogniser": "recogniser", "reader": "reader"}  # stage -> the folder it exports
+ADAPTER_TASKS = ("adapter", "diffusers_adapter")  # tasks whose stages leave something to draw with
+JUDGE_FOLDERS = {"recogniser": "recogniser", "reader": "reader"}  # stage -> the folder it exports
 
 
 def assemble(
@@ -47,16 +47,16 @@ def assemble(
     With `best` that adapter is the stage's best by its `best_by`, not its last.
     `defaults` go to the pipeline: what a call uses that names no steps or guidance (`benchmarks/guidance.py` measures).
     """
-    drawing = _export(run, stage) if stage else _last_adapter(run)  # with the base that it was trained on
+    adapter_export = _export(run, stage) if stage else _last_adapter(run)  # with the base that it was trained on
     if best:
-        drawing = _best(drawing.parent)
+        adapter_export = _best(adapter_export.parent)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".assembled-", dir=output) as place:
         draft = Path(place)
-        if (drawing / "unet").is_dir():
-            _assemble_pipeline(run, drawing, initial, draft, dtype, defaults)
+        if (adapter_export / "unet").is_dir():
+            _assemble_pipeline(run, adapter_export, initial, draft, dtype, defaults)
         else:
-            _assemble_adapters(drawing, draft, dtype)
+            _assemble_adapters(adapter_export, draft, dtype)
         _put(draft, output)
 
 
@@ -72,7 +72,7 @@ def _put(draft: Path, output: Path) -> None:
 
 
 def _assemble_pipeline(
-    run: Path, drawing: Path, initial: Path | None, output: Path, dtype: torch.dtype, defaults: Mapping[str, Any]
+    run: Path, adapter_export: Path, initial: Path | None, output: Path, dtype: torch.dtype, defaults: Mapping[str, Any]
 ) -> None:
     """The pipeline around the base that was trained with this adapter, beside judge and finder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
@@ -82,8 +82,8 @@ def _assemble_pipeline(
     from imagine.pipeline.pipeline import ImaginePipeline
 
     vae, mean, std = load_autoencoder(_autoencoder(run, initial))
-    unet = UNet2DConditionModel.from_pretrained(drawing / "unet", torch_dtype=torch.float32)
-    text = load_text_encoders(drawing)
+    unet = UNet2DConditionModel.from_pretrained(adapter_export / "unet", torch_dtype=torch.float32)
+    text = load_text_encoders(adapter_export)
     pipe = ImaginePipeline(
         unet=unet,
         vae=vae,
@@ -93,10 +93,10 @@ def _assemble_pipeline(
         tokenizer_2=text.t5_tokenizer,
         text_encoder_3=text.byt5,
         tokenizer_3=text.byt5_tokenizer,
-        image_encoder=VisionEncoder.from_pretrained(drawing / "image_encoder", torch_dtype=torch.float32),
+        image_encoder=VisionEncoder.from_pretrained(adapter_export / "image_encoder", torch_dtype=torch.float32),
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000),
-        text_adapter=Adapter.load(drawing / "text_adapter", unet).float(),
-        adapter=Adapter.load(drawing / "adapter", unet).float(),
+        text_adapter=Adapter.load(adapter_export / "text_adapter", unet).float(),
+        adapter=Adapter.load(adapter_export / "adapter", unet).float(),
         latents_mean=mean.tolist(),
         latents_std=std.tolist(),
         **defaults,
@@ -106,20 +106,20 @@ def _assemble_pipeline(
         assert part is not None, "both adapters were just given"
         part.to(dtype)
     pipe.save_pretrained(output)
-    for stage, folder in (*((name, f"judge/{name}") for name in JUDGE), ("finder", "finder")):
+    for stage, folder in (*((name, f"judge/{name}") for name in JUDGE_FOLDERS), ("finder", "finder")):
         source = run / stage / "export" / stage
         if source.is_dir():
             shutil.copytree(source, output / folder, dirs_exist_ok=True)
 
 
-def _assemble_adapters(drawing: Path, output: Path, dtype: torch.dtype) -> None:
+def _assemble_adapters(adapter_export: Path, output: Path, dtype: torch.dtype) -> None:
     """The vision encoder and the adapters that a stage on a public base left, in this precision."""
-    encoder = load_model(drawing / "image_encoder", "imagine.networks.encoders", "VisionEncoder", dtype)
+    encoder = load_model(adapter_export / "image_encoder", "imagine.networks.encoders", "VisionEncoder", dtype)
     encoder.save_pretrained(output / "image_encoder")
-    forget_paths(output / "image_encoder")
+    remove_local_paths(output / "image_encoder")
     for name in ("adapter", "text_adapter"):
-        if (drawing / name).is_dir():
-            tensors, facts = read_tensors(drawing / name / FILE_NAME)
+        if (adapter_export / name).is_dir():
+            tensors, facts = read_tensors(adapter_export / name / FILE_NAME)
             (output / name).mkdir(parents=True, exist_ok=True)
             cast = {key: value.to(dtype) for key, value in tensors.items()}
             write_tensors(output / name / FILE_NAME, cast, {**facts, "encoder_fingerprint": fingerprint(encoder)})
@@ -133,7 +133,7 @@ def _last_adapter(run: Path) -> Path:
     if not described.is_file():
         raise WeightsError(f"{run} holds no run (there is no run.yaml): name the folder that a training left.")
     stages = yaml.safe_load(described.read_text(encoding="utf-8"))["stages"]
-    adapters = [name for name, stage in stages.items() if stage["task"] in ADAPTERS]
+    adapters = [name for name, stage in stages.items() if stage["task"] in ADAPTER_TASKS]
     found = [name for name in adapters if (run / name / "export").is_dir()]
     if not found:
         raise WeightsError(f"No adapter stage of {run} is trained yet: train it first with `make weights`.")

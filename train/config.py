@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from imagine.errors import ConfigError
-from imagine.settings import checked, listed, read_settings, read_value, unknown_name
+from imagine.settings import listed, read_settings, read_value, unknown_name, validated
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -137,9 +137,9 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     defaults = content.get("defaults") or {}
     merged = {str(name): {**defaults, **stage} for name, stage in stages.items()}
     for name, stage in merged.items():
-        merged[name] = checked(Stage, stage, f"stage {name}").model_dump()
+        merged[name] = validated(Stage, stage, f"stage {name}").model_dump()
     shared = {"trackers": content["trackers"]} if "trackers" in content else {}
-    return checked(Run, {"data": content.get("data") or {}, "stages": merged, **shared}, str(path))
+    return validated(Run, {"data": content.get("data") or {}, "stages": merged, **shared}, str(path))
 
 
 def _override(content: dict[str, Any], text: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imagine.errors import WeightsError
 from train.run import checkpoint
 
-PLACES = {  # module -> its folder among the weights; what is not here (heads that are thrown away) starts fresh
+WEIGHT_FOLDERS = {  # module -> its folder among the weights; what is not here (heads that are thrown away) starts fresh
     "vae": "vae", "unet": "unet", "text_adapter": "text_adapter", "adapter": "adapter",
     "image_encoder": "image_encoder", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2",
     "text_encoder_3": "text_encoder_3",
@@ -22,9 +22,9 @@ PLACES = {  # module -> its folder among the weights; what is not here (heads th
 def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
     """Load every module that the folder `weights` holds, strictly; the names of those that were.
 
-    Raises WeightsError as `found_in` does, and if a module has other names or shapes.
+    Raises WeightsError as `find_weights` does, and if a module has other names or shapes.
     """
-    present = found_in(modules, weights)
+    present = find_weights(modules, weights)
     for name, file in present.items():
         stored = {key: value.float() for key, value in checkpoint.read_tensors(file)[0].items()}
         tensors = {f"{name}.{key}": value for key, value in _untied(modules[name], stored).items()}
@@ -32,17 +32,19 @@ def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
     return list(present)
 
 
-def found_in(modules: Iterable[str], weights: Path) -> dict[str, Path]:
+def find_weights(modules: Iterable[str], weights: Path) -> dict[str, Path]:
     """Module -> its file, of those that the folder `weights` holds.
 
     Raises WeightsError if the folder is missing, or holds none of those that weights can hold.
     """
     if not weights.is_dir():
         raise WeightsError(f"There is no folder {weights} to begin from: name one that holds weights, or leave it out.")
-    files = {name: _file(weights / PLACES[name]) for name in modules if name in PLACES}
+    files = {name: _file(weights / WEIGHT_FOLDERS[name]) for name in modules if name in WEIGHT_FOLDERS}
     present = {name: file for name, file in files.items() if file is not None}
     if files and not present:
-        expected = ", ".join(str(weights / PLACES[name]) for name in files) or "weights of this stage's networks"
+        expected = (
+            ", ".join(str(weights / WEIGHT_FOLDERS[name]) for name in files) or "weights of this stage's networks"
+        )
         raise WeightsError(f"{weights} holds nothing that this stage can begin from; expected: {expected}.")
     return present
 

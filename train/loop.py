@@ -31,30 +31,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from imagine.errors import BadRecordError, ConfigError, ImagineError
 from imagine.settings import unknown_name
 from train.config import Stage
-from train.data.order import ahead, key, to_device
+from train.data.order import derive_seed, prefetched, to_device
 from train.run import checkpoint, parts, trackers
-from train.run.checkpoint import Progress, Saved, State
+from train.run.checkpoint import Checkpoint, Progress, State
 from train.run.ema import Average
 from train.run.report import Report, faster_precision
 from train.run.stopping import Stopped, Stopping
 from train.task import Loss, Task
 
 log = logging.getLogger("train")
-MOST_BAD_BATCHES = 3  # in a row
-SHOWN = 32  # images of the first batch that are saved for people to see
+MAX_BAD_BATCHES = 3  # in a row
+FIRST_BATCH_IMAGES = 32  # images of the first batch that are saved for people to see
 # How long processes wait for each other; one that dies is noticed at once.
-PATIENCE = timedelta(hours=24)  # for the main one, while it renders pictures, encodes them, validates or exports
-HURRY = timedelta(hours=1)  # within steps, so that one that hangs does not hold all machines for a day
+SETUP_TIMEOUT = timedelta(hours=24)  # for the main one, while it renders pictures, encodes them, validates or exports
+STEP_TIMEOUT = timedelta(hours=1)  # within steps, so that one that hangs does not hold all machines for a day
 Metrics = Mapping[str, float | Tensor]
 Value = TypeVar("Value")
-Given = ParamSpec("Given")
+Arguments = ParamSpec("Arguments")
 
 
 class TrainingError(ImagineError):
     """Training cannot go on with these settings."""
 
 
-def on_any(accelerator: Accelerator, *flags: bool) -> list[bool]:
+def on_any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
     """Each flag as it is on any process: true on all of them if on one."""
     if accelerator.num_processes == 1:
         return list(flags)
@@ -62,43 +62,45 @@ def on_any(accelerator: Accelerator, *flags: bool) -> list[bool]:
     return [count > 0 for count in counts.tolist()]
 
 
-def from_main(accelerator: Accelerator, value: Value) -> Value:
+def broadcast_from_main(accelerator: Accelerator, value: Value) -> Value:
     """The main process's value, on all of them."""
     shared: list[Value] = [value] if accelerator.num_processes == 1 else broadcast_object_list([value])
     return shared[0]
 
 
-def wait(accelerator: Accelerator, patience: timedelta) -> None:
+def set_process_timeout(accelerator: Accelerator, timeout: timedelta) -> None:
     """How long this process waits for the others from now on, whatever for."""
     if accelerator.num_processes > 1:
         from torch.distributed import distributed_c10d as distributed
 
         set_timeout = getattr(distributed, "set_timeout", None) or distributed._set_pg_timeout  # as older torch has it
-        set_timeout(patience)
+        set_timeout(timeout)
 
 
 @contextmanager
-def hurried(accelerator: Accelerator) -> Iterator[None]:
+def step_timeout(accelerator: Accelerator) -> Iterator[None]:
     """For the block processes wait no longer than steps may take."""
-    wait(accelerator, HURRY)
+    set_process_timeout(accelerator, STEP_TIMEOUT)
     try:
         yield
     finally:
-        wait(accelerator, PATIENCE)
+        set_process_timeout(accelerator, SETUP_TIMEOUT)
 
 
-def patiently(method: "Callable[Concatenate[Course, Given], Value]") -> "Callable[Concatenate[Course, Given], Value]":
+def with_setup_timeout(
+    method: "Callable[Concatenate[StageRun, Arguments], Value]",
+) -> "Callable[Concatenate[StageRun, Arguments], Value]":
     """A method of a hurried course that the main process may take its time for."""
 
     @functools.wraps(method)
-    def patient(course: "Course", /, *args: Given.args, **kwargs: Given.kwargs) -> Value:
-        wait(course.accelerator, PATIENCE)
+    def with_timeout(stage_run: "StageRun", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
+        set_process_timeout(stage_run.accelerator, SETUP_TIMEOUT)
         try:
-            return method(course, *args, **kwargs)
+            return method(stage_run, *args, **kwargs)
         finally:
-            wait(course.accelerator, HURRY)
+            set_process_timeout(stage_run.accelerator, STEP_TIMEOUT)
 
-    return patient
+    return with_timeout
 
 
 def train_stage(
@@ -112,35 +114,35 @@ def train_stage(
     TrainingError if three batches in a row cannot be used, or `best_by` names no number of the validation.
     """
     try:
-        course = Course(name, stage, task, folder, accelerator, stopping)
+        stage_run = StageRun(name, stage, task, folder, accelerator, stopping)
     except Stopped as stopped:
         log.info("%s: stopped before its first step: %s.", name, stopped)
         return None
-    state = course.state
-    with course.report, closing(course.pieces()) as pieces, hurried(accelerator):
+    state = stage_run.state
+    with stage_run.report, closing(stage_run.micro_batches()) as micro_batches, step_timeout(accelerator):
         while state.progress.images_seen < stage.images:
             reason = stopping.reason
-            stop, checkpoint_is_due = on_any(accelerator, reason is not None, course.checkpoint_is_due())
+            stop, checkpoint_is_due = on_any_process(accelerator, reason is not None, stage_run.checkpoint_is_due())
             if stop or checkpoint_is_due:
-                course.save()
+                stage_run.save()
             if stop:
-                course.leave_weights()
+                stage_run.leave_weights()
                 why = reason or "another process was asked to"
                 log.info("%s: stopped at %s images: %s.", name, f"{state.progress.images_seen:,}", why)
                 return None
             before = state.progress.images_seen
-            course.step(pieces)
+            stage_run.step(micro_batches)
             if _crossed(stage.validate_every, before, state.progress.images_seen, stage.images):
-                course.validate()
+                stage_run.validate()
             if before < stage.decay_start <= state.progress.images_seen:
-                course.save(for_good=True)
-        course.save()
-        numbers = course.validate()
-        course.leave_weights(at_the_end=True)
+                stage_run.save(permanent=True)
+        stage_run.save()
+        numbers = stage_run.validate()
+        stage_run.leave_weights(at_the_end=True)
     return numbers
 
 
-class Course:
+class StageRun:
     """One stage under way: the task, what changes while it trains, and the steps of the loop."""
 
     def __init__(
@@ -155,59 +157,59 @@ class Course:
         self.name, self.stage, self.task, self.folder, self.accelerator = name, stage, task, folder, accelerator
         chosen = parts.choose(task.parts(), stage.train, name)
         self.training = parts.freeze_all_but(task.modules, chosen)
-        self._shape_up()
+        self._compile_modules()
         self._prepare(stopping or Stopping())
         with accelerator.main_process_first():
-            saved = checkpoint.load(folder / "checkpoints", self._same_course)
+            saved = checkpoint.load(folder / "checkpoints", self._can_resume_from)
             self.best = self._best_so_far(saved)
         self.state = self._state(chosen, saved)
         if saved is not None:
             checkpoint.restore(self.state, saved, f"{folder / 'checkpoints'}")
-        self._tell(chosen)
+        self._log_start(chosen)
         every, seen = stage.report_every_seconds, self.state.progress.images_seen
         self.report = Report(folder, name, stage.images, seen, every, accelerator.is_main_process, accelerator.log)
         self.saved_at = self.started_at = time.monotonic()
         self.saved_images = seen
         self.seconds_before = self.state.progress.seconds
 
-    def pieces(self) -> Generator[tuple[int, Any], None, None]:
+    def micro_batches(self) -> Generator[tuple[int, Any], None, None]:
         """(first image number, batch) of every piece of every step from here to the end, this process's share.
 
         In place of a batch with a bad record stands the BadRecordError, so that the pieces after it still come.
         """
-        return ahead(torch.no_grad()(self._batch), self._numbers(), self.stage.prefetch)
+        return prefetched(torch.no_grad()(self._batch), self._micro_batch_ranges(), self.stage.prefetch)
 
-    def step(self, pieces: Iterator[tuple[int, Any]]) -> None:
+    def step(self, micro_batches: Iterator[tuple[int, Any]]) -> None:
         """One optimiser step on `batch_size` images, or none if a record or a number in them is bad."""
         progress, stage = self.state.progress, self.stage
         parts.set_rates(self.state.optimiser, stage.rate(progress.images_seen))
-        batches = list(islice(pieces, stage.accumulation))
-        trouble = self._unreadable(batches) or self._learn(batches)
+        batches = list(islice(micro_batches, stage.accumulation))
+        skip_reason = self._bad_record_reason(batches) or self._optimiser_step(batches)
         progress.images_seen += stage.batch_size
         progress.seconds = self.seconds_before + time.monotonic() - self.started_at
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if trouble else 0
-        if trouble:
-            self._skip(trouble)
-        self.report.maybe_row(progress.images_seen, self._fixed())
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skip_reason else 0
+        if skip_reason:
+            self._skip(skip_reason)
+        self.report.row_if_due(progress.images_seen, self._rates_and_progress())
 
-    @patiently
+    @with_setup_timeout
     def validate(self) -> dict[str, float]:
         """The task's numbers and pictures with the averaged weights in place, written to metrics.jsonl and samples/."""
         seen = self.state.progress.images_seen
-        self.report.row(seen, self._fixed())
+        self.report.row(seen, self._rates_and_progress())
         began = time.monotonic()
         with self._averaged():
-            numbers = from_main(self.accelerator, self._measure() if self.accelerator.is_main_process else {})
-            self._keep_if_best(numbers)
+            numbers = broadcast_from_main(self.accelerator, self._measure() if self.accelerator.is_main_process else {})
+            self._save_if_best(numbers)
         self.report.validation(seen, numbers)
         self.report.pause(time.monotonic() - began)
         return numbers
 
-    @patiently
-    def save(self, for_good: bool = False) -> None:
+    @with_setup_timeout
+    def save(self, permanent: bool = False) -> None:
         """Write a checkpoint."""
         began, main = time.monotonic(), self.accelerator.is_main_process
-        checkpoint.save(self.folder / "checkpoints", self.state, self.stage.keep, for_good, main)
+        checkpoint.save(self.folder / "checkpoints", self.state, self.stage.keep, permanent, main)
         self.saved_at, self.saved_images = time.monotonic(), self.state.progress.images_seen
         self.report.pause(self.saved_at - began)
 
@@ -216,7 +218,7 @@ class Course:
         waited = time.monotonic() - self.saved_at >= self.stage.checkpoint_every_seconds
         return waited and self.state.progress.images_seen > self.saved_images
 
-    @patiently
+    @with_setup_timeout
     def leave_weights(self, at_the_end: bool = False) -> None:
         """Write the averaged weights for later stages and the task's own export; in the end also one of the best."""
         best = self.folder / checkpoint.BEST
@@ -241,33 +243,33 @@ class Course:
         except BadRecordError as error:
             return error
 
-    def _unreadable(self, batches: list[tuple[int, Any]]) -> str:
+    def _bad_record_reason(self, batches: list[tuple[int, Any]]) -> str:
         """Why no process may take this step, if one of them met a bad record, in one line; "" if all can take it."""
         reasons = [str(batch) for _, batch in batches if isinstance(batch, BadRecordError)]
-        if not on_any(self.accelerator, bool(reasons))[0]:
+        if not on_any_process(self.accelerator, bool(reasons))[0]:
             return ""
         return " ".join("; ".join(gather_object(reasons)).split())[:300].rstrip(".")
 
-    def _learn(self, batches: list[tuple[int, Any]]) -> str:
+    def _optimiser_step(self, batches: list[tuple[int, Any]]) -> str:
         """Move the weights by one step, or leave them and say why; "" if they moved."""
         loss, metrics = self._forward_backward(batches)
         norm = self._clip()
-        fine, size = math.isfinite(float(loss + norm)), self.stage.batch_size
-        if fine:
+        is_finite, size = math.isfinite(float(loss + norm)), self.stage.batch_size
+        if is_finite:
             self.optimiser.step()
             self.state.average.update(self.state.progress.images_seen + size, size)
             self.report.count({"loss": loss, "gradient_norm": norm}, size)
             for piece in metrics:
                 self.report.count(piece, size // self.stage.accumulation)
         self.optimiser.zero_grad(set_to_none=True)
-        return "" if fine else "a number in it is not finite"
+        return "" if is_finite else "a number in it is not finite"
 
     def _forward_backward(self, batches: list[tuple[int, Any]]) -> tuple[Tensor, list[Metrics]]:
         """Gradients of the mean loss over the whole batch, piece by piece; that mean, and the metrics of each piece."""
         count, total = len(batches), torch.zeros((), device=self.accelerator.device)
         metrics: list[Metrics] = []
         for number, (first, batch) in enumerate(batches):
-            torch.manual_seed(key(self.task.start.seed, "step", first))  # for dropout and the like inside the networks
+            torch.manual_seed(derive_seed(self.task.context.seed, "step", first))  # for dropout and the like
             batch = to_device(batch, self.accelerator.device)
             with self._without_sync(number + 1 < count), self._autocast(), self._attention():
                 per_sample, measured = self.model(batch, first)
@@ -282,17 +284,17 @@ class Course:
     def _clip(self) -> Tensor:
         """Norm of the gradients before they are cut to `clip`."""
         norm = nn.utils.clip_grad_norm_(list(self.state.trained.values()), self.stage.clip or math.inf)
-        return checkpoint.whole(norm.detach())
+        return checkpoint.gather_full(norm.detach())
 
-    def _skip(self, trouble: str) -> None:
+    def _skip(self, skip_reason: str) -> None:
         progress = self.state.progress
         progress.skipped += 1
         where = f"{progress.images_seen:,}"
-        log.warning("%s: the batch before image %s is left out: %s.", self.name, where, trouble)
-        if progress.skipped_in_a_row >= MOST_BAD_BATCHES:
+        log.warning("%s: the batch before image %s is left out: %s.", self.name, where, skip_reason)
+        if progress.skipped_in_a_row >= MAX_BAD_BATCHES:
             raise TrainingError(
-                f"Stage {self.name} stopped at {where} images because {MOST_BAD_BATCHES} batches in a row had to be "
-                f"left out, the last because {trouble}: look at its data, or lower its learning rates or its clip, "
+                f"Stage {self.name} stopped at {where} images because {MAX_BAD_BATCHES} batches in a row had to be "
+                f"left out, the last because {skip_reason}: look at its data, or lower its learning rates or its clip, "
                 "and run it again."
             )
 
@@ -311,7 +313,7 @@ class Course:
         trackers.show(self.accelerator, pictures, seen)
         return {name: float(value) for name, value in numbers.items()}
 
-    def _keep_if_best(self, numbers: Mapping[str, float]) -> None:
+    def _save_if_best(self, numbers: Mapping[str, float]) -> None:
         """Write best.safetensors if the number that `best_by` names was never as good; averaged weights in place."""
         wanted = self.stage.best_by
         if not wanted:
@@ -326,13 +328,13 @@ class Course:
         if self.accelerator.is_main_process:
             self._write_weights(checkpoint.BEST, {"best_by": wanted, "best_is": self.stage.best_is, "value": value})
 
-    def _best_so_far(self, saved: Saved | None) -> float | None:
+    def _best_so_far(self, saved: Checkpoint | None) -> float | None:
         """The best number up to that checkpoint; best.safetensors goes back to where it was then."""
         if not self.stage.best_by:
             return None
         if self.accelerator.is_main_process:
-            checkpoint.rewind_best(self.folder / "checkpoints", saved.progress.images_seen if saved else 0)
-        note = checkpoint.read_note(self.folder / checkpoint.BEST)
+            checkpoint.restore_best(self.folder / "checkpoints", saved.progress.images_seen if saved else 0)
+        note = checkpoint.read_provenance(self.folder / checkpoint.BEST)
         same = (note.get("best_by"), note.get("best_is")) == (self.stage.best_by, self.stage.best_is)
         return note["value"] if same else None
 
@@ -342,19 +344,19 @@ class Course:
         tensors = checkpoint.weights(self.task.modules, self.training)
         checkpoint.write_tensors(self.folder / name, tensors, {"from": json.dumps(facts)})
 
-    def _fixed(self) -> dict[str, float]:
+    def _rates_and_progress(self) -> dict[str, float]:
         rates = {group["part"]: group["lr"] for group in self.state.optimiser.param_groups}
         named = {"lr": next(iter(rates.values())), **{f"lr/{part}": rate for part, rate in rates.items()}}
         return {**named, "skipped": self.state.progress.skipped, "seconds": round(self.state.progress.seconds, 1)}
 
-    def _numbers(self) -> Iterator[tuple[int, int]]:
+    def _micro_batch_ranges(self) -> Iterator[tuple[int, int]]:
         shares = self.stage.accumulation * self.accelerator.num_processes
         size, rank = self.stage.batch_size // shares, self.accelerator.process_index
-        for start in range(self.state.progress.images_seen, self.stage.images, self.stage.batch_size):
+        for step_start in range(self.state.progress.images_seen, self.stage.images, self.stage.batch_size):
             for piece in range(self.stage.accumulation):
-                yield start + (piece * self.accelerator.num_processes + rank) * size, size
+                yield step_start + (piece * self.accelerator.num_processes + rank) * size, size
 
-    def _same_course(self, saved: Saved) -> bool:
+    def _can_resume_from(self, saved: Checkpoint) -> bool:
         """Whether this stage, run straight, would have passed through that checkpoint: its rate did not fall yet."""
         facts = ("images", "batch_size", "schedule", "decay")
         then = self.stage.model_copy(update={fact: saved.stage[fact] for fact in facts})
@@ -363,7 +365,7 @@ class Course:
         last_step = saved.progress.images_seen - then.batch_size
         return self.stage.schedule == "constant" or last_step <= min(then.decay_start, self.stage.decay_start)
 
-    def _state(self, chosen: parts.Parts, saved: Saved | None) -> State:
+    def _state(self, chosen: parts.Parts, saved: Checkpoint | None) -> State:
         """What changes while training; from here on FSDP, if it is used, has cut the modules into shards."""
         stage, paths = self.stage, list(parts.named(self.task.modules, chosen))
         optimiser = parts.optimiser(
@@ -371,21 +373,21 @@ class Course:
         )  # fmt: skip
         losses = _Losses(self.task, self.training)
         self.model, self.optimiser = self.accelerator.prepare(losses, optimiser)
-        trained = parts.at(self.task.modules, paths)
+        trained = parts.parameters_at(self.task.modules, paths)
         if stage.optimiser == "adamw8bit" and any(checkpoint.is_sharded(p) for p in trained.values()):
             raise ConfigError(f"stage {self.name}: optimiser adamw8bit cannot train shards (FSDP): take adamw.")
         modules = {name: self.task.modules[name] for name in self.training}
         described, average = stage.model_dump(mode="json"), Average(trained, stage.ema)
         return State(modules, trained, optimiser, average, Progress(), described, self._precision(saved))
 
-    def _precision(self, saved: Saved | None) -> str:
+    def _precision(self, saved: Checkpoint | None) -> str:
         """What the stage says, or what its checkpoint began with, or what the run found to be faster."""
         if self.stage.precision != "auto":
             return self.stage.precision
         if saved is not None:
             return saved.precision
         main = self.accelerator.is_main_process  # which measures for all
-        precision, words = from_main(self.accelerator, self._faster() if main else ("", ""))
+        precision, words = broadcast_from_main(self.accelerator, self._faster() if main else ("", ""))
         log.info("%s: trains in %s (%s)", self.name, precision, words)
         return precision
 
@@ -404,14 +406,14 @@ class Course:
     def _prepare(self, stopping: Stopping) -> None:
         """The main process first: it fills the caches that the others find. Stopped, on all, if it is to stop there."""
         main, reason = self.accelerator.is_main_process, ""
-        for turn in (True, False):
-            if main == turn and not reason:
+        for main_turn in (True, False):
+            if main == main_turn and not reason:
                 try:
-                    with stopping.anywhere():
+                    with stopping.interruptible():
                         self._prepare_task()
                 except Stopped as stopped:
                     reason = str(stopped)
-            if on_any(self.accelerator, bool(reason))[0]:
+            if on_any_process(self.accelerator, bool(reason))[0]:
                 raise Stopped(reason or "another process was asked to")
 
     def _prepare_task(self) -> None:
@@ -426,20 +428,20 @@ class Course:
         path = self.folder / "first_batch.png"
         if not self.accelerator.is_main_process or path.exists():
             return
-        batch = self._batch(0, min(SHOWN, self.stage.batch_size))
+        batch = self._batch(0, min(FIRST_BATCH_IMAGES, self.stage.batch_size))
         if isinstance(batch, BadRecordError):
             log.warning("%s: there is no first_batch.png, since a record is bad: %s", self.name, batch)
             return
         with checkpoint.replacing(path) as draft:
             self.task.show(batch, draft)
 
-    def _tell(self, chosen: parts.Parts) -> None:
+    def _log_start(self, chosen: parts.Parts) -> None:
         seen = self.state.progress.images_seen
         sizes = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.sizes(chosen).items())
         begins = f"carries on at {seen:,}" if seen else "starts"
         log.info("%s: %s of %s images, training %s", self.name, begins, f"{self.stage.images:,}", sizes)
 
-    def _shape_up(self) -> None:
+    def _compile_modules(self) -> None:
         if self.stage.compile and self.accelerator.device.type == "cpu" and not _cpp_compiler():
             raise ConfigError(
                 f"stage {self.name}: compile: true needs a C++ compiler on a CPU: install g++ or clang++ (or name "
@@ -456,7 +458,7 @@ class Course:
         """Averaged weights in whole modules, eval mode, no gradients; afterwards all as before. For all processes."""
         main = self.accelerator.is_main_process  # the only one that uses them
         modules = self.task.modules
-        with torch.no_grad(), self.state.average.in_place(), parts.in_one_piece(modules.values(), main):
+        with torch.no_grad(), self.state.average.applied(), parts.unsharded(modules.values(), main):
             parts.train_mode(modules, ())
             try:
                 yield

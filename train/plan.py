@@ -17,10 +17,10 @@ from typing import Any
 
 from imagine.planning.cards import UTILISATION, speeds
 from imagine.planning.inference import Precision
-from imagine.planning.training import Lesson, Recipe, Training, TrainingPlan
+from imagine.planning.training import Recipe, Training, TrainingPlan, TrainingWorkload
 from train.config import Run, Stage
 from train.run import parts
-from train.stages import TASKS, outlined, resolved
+from train.stages import TASKS, build_on_meta, resolved
 from train.task import Task
 
 _FLOAT = 4  # bytes; what trains, its gradients and averages are float32 whatever a step computes in
@@ -68,11 +68,11 @@ def plan(run: Run, output: Path, tasks: Mapping[str, Any] = TASKS) -> list[Stage
     stages = {name: resolved(name, stage, tasks) for name, stage in run.stages.items()}
     with tempfile.TemporaryDirectory() as folder:  # what tasks write while they are built, tokenizers once for all
         run = run.model_copy(update={"stages": stages})
-        lessons: dict[str, Training] = {}  # stages of one recipe share most of what is planned
-        return [_plan_stage(name, run, output, tasks, Path(folder), lessons) for name in stages]
+        trainings: dict[str, Training] = {}  # stages of one recipe share most of what is planned
+        return [_plan_stage(name, run, output, tasks, Path(folder), trainings) for name in stages]
 
 
-def words(plans: list[StagePlan]) -> str:
+def format_plan(plans: list[StagePlan]) -> str:
     """The plans as text: a line a stage, a line a part."""
     lines = []
     for each in plans:
@@ -93,9 +93,9 @@ def words(plans: list[StagePlan]) -> str:
 
 
 def _plan_stage(
-    name: str, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path, lessons: dict[str, Training]
+    name: str, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path, trainings: dict[str, Training]
 ) -> StagePlan:
-    stage, task = run.stages[name], outlined(name, run, output, folder, tasks)
+    stage, task = run.stages[name], build_on_meta(name, run, output, folder, tasks)
     remarks = task.check()
     chosen = parts.choose(task.parts(), stage.train, name)
     everything = {id(p): p for module in task.modules.values() for p in module.parameters()}.values()
@@ -105,20 +105,20 @@ def _plan_stage(
     begins = ", ".join([*([str(stage.initial)] if stage.initial else []), *stage.start_from]) or "nothing"
     frozen = sum(p.numel() for p in everything) - sum(trained.values())
     return StagePlan(
-        name, begins, trained, dict(stage.train), frozen, memory, _plan_step(stage, task, lessons), stage.images,
+        name, begins, trained, dict(stage.train), frozen, memory, _plan_step(stage, task, trainings), stage.images,
         min(seen, stage.images), stage.batch_size, speed, remarks,
     )  # fmt: skip
 
 
-def _plan_step(stage: Stage, task: Task, lessons: dict[str, Training]) -> TrainingPlan | None:
+def _plan_step(stage: Stage, task: Task, trainings: dict[str, Training]) -> TrainingPlan | None:
     """What a step takes in one process, if the task has a blueprint; `auto` is taken to be bf16, as on every card."""
     blueprint = getattr(task, "blueprint", None)
     if blueprint is None:
         return None
     base, settings = blueprint(), stage.settings
-    lesson = Lesson(settings["resolution"], stage.batch_size, tuple(stage.train))
+    lesson = TrainingWorkload(settings["resolution"], stage.batch_size, tuple(stage.train))
     key = repr((base, lesson))
-    training = lessons[key] = lessons.get(key) or Training(base, lesson)
+    training = trainings[key] = trainings.get(key) or Training(base, lesson)
     precision: Precision = "fp32" if stage.precision == "fp32" else "bf16"
     recipe = Recipe(
         precision, settings["gradient_checkpointing"], stage.optimiser, stage.accumulation, bool(stage.ema)
@@ -136,9 +136,9 @@ def _training_state(stage: Stage, chosen: parts.Parts) -> int:
     total = 0
     for part, parameters in chosen.items():
         for parameter in parameters:
-            moments = 1 if part in stage.muon and parameter.ndim >= 2 else 2
-            each = parts.bytes_per_moment(parameter, stage.optimiser)
-            total += int(parameter.numel() * (_FLOAT * (1 + bool(stage.ema)) + moments * each))
+            optimiser_states = 1 if part in stage.muon and parameter.ndim >= 2 else 2
+            each = parts.bytes_per_state_value(parameter, stage.optimiser)
+            total += int(parameter.numel() * (_FLOAT * (1 + bool(stage.ema)) + optimiser_states * each))
     return total
 
 

@@ -27,19 +27,19 @@ from train.data.order import to_device
 from train.loop import plain_attention
 from train.run import parts
 from train.run.report import faster_precision
-from train.stages import TASKS, begun, resolved, start_of, wanted_stages
+from train.stages import TASKS, build_with_weights, resolved, task_context, wanted_stages
 from train.task import Task
 
 log = logging.getLogger("train")
 STEPS = 200
 SECONDS = 100.0  # for all stages together, whatever they spend them on
 IMAGES = 8
-ENOUGH = 0.7  # a loss at this share of its first value is learnt by heart
-FALLING = 0.98  # and at this one it falls, if there is no time for more
-WILD = 10.0  # neither counts if it rose to so many times its first value on the way
+PASS_RATIO = 0.7  # a loss at this share of its first value is learnt by heart
+FALLING_RATIO = 0.98  # and at this one it falls, if there is no time for more
+DIVERGENCE_RATIO = 10.0  # neither counts if it rose to so many times its first value on the way
 _PEOPLE = 32  # of each gallery, or records
-_SETTLED = 10  # steps after which every part must have felt the loss: gates and LoRA begin at zero
-_FEWEST = 30  # steps that a stage takes even if its time is over
+_GRADIENT_CHECK_STEPS = 10  # steps after which every part must have felt the loss: gates and LoRA begin at zero
+_MIN_STEPS = 30  # steps that a stage takes even if its time is over
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,27 @@ def self_test(
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="imagine-self-test-") as place:
         data = {**run.data, "folder": str(Path(place) / "data"), "most": _PEOPLE}
-        bench = _Bench(Run(data=data, stages=stages), output, Path(place), tasks)
+        builder = _StageBuilder(Run(data=data, stages=stages), output, Path(place), tasks)
         for left, name in zip(range(len(wanted), 0, -1), wanted, strict=True):
             now = time.monotonic()
-            outcomes.append(bench.outcome(name, steps, now + (end - now) / left))
+            outcomes.append(builder.outcome(name, steps, now + (end - now) / left))
             log.info("%s: %s", name, outcomes[-1].sentence)
     return outcomes
 
 
-class _Bench:
+class _StageBuilder:
     """Builds stages in a folder of its own, whatever the run's folder holds."""
 
     def __init__(self, run: Run, output: Path, place: Path, tasks: Mapping[str, Any]) -> None:
         self.run, self.output, self.place, self.tasks = run, output, place, tasks
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def outcome(self, name: str, steps: int, until: float) -> Outcome:
+    def outcome(self, name: str, steps: int, deadline: float) -> Outcome:
         """How the stage does in so many steps at most, and up to that moment."""
         try:
-            passed, sentence = _taught(_Pupil(name, self.run.stages[name], self.ready(name)), steps, until)
+            passed, sentence = _overfit_one_batch(
+                _OverfitRun(name, self.run.stages[name], self.prepared_task(name)), steps, deadline
+            )
         except BadRecordError as error:
             passed, sentence = False, f"its first batch cannot be made: {error}"
         gc.collect()  # the next stage needs the memory
@@ -94,12 +96,14 @@ class _Bench:
             torch.cuda.empty_cache()
         return Outcome(name, passed, sentence)
 
-    def ready(self, name: str) -> Task:
+    def prepared_task(self, name: str) -> Task:
         """The stage's task with its data, from what was trained so far."""
         stage = self.run.stages[name]
         trained = [self.output / source for source in stage.start_from if self._is_trained(source)]
-        start = start_of(name, self.run, self.output, self.device, self.place / "stages")
-        task = begun(stage, replace(start, earlier=_Exports(self, stage.start_from)), trained, self.tasks)
+        context = task_context(name, self.run, self.output, self.device, self.place / "stages")
+        task = build_with_weights(
+            stage, replace(context, earlier=_Exports(self, stage.start_from)), trained, self.tasks
+        )
         parts.train_mode(task.modules, ())
         with torch.no_grad():
             task.prepare()
@@ -113,7 +117,7 @@ class _Bench:
         if not folder.exists():
             folder.mkdir(parents=True)
             with torch.no_grad():
-                self.ready(name).export(folder)
+                self.prepared_task(name).export(folder)
         return folder
 
     def _is_trained(self, name: str) -> bool:
@@ -123,13 +127,13 @@ class _Bench:
 class _Exports(Mapping[str, Path]):
     """Earlier stages and their exports, made when one is asked for: few stages ask, and networks may be large."""
 
-    def __init__(self, bench: _Bench, names: Sequence[str]) -> None:
-        self._bench, self._names = bench, names
+    def __init__(self, builder: _StageBuilder, names: Sequence[str]) -> None:
+        self._builder, self._names = builder, names
 
     def __getitem__(self, name: str) -> Path:
         if name not in self._names:
             raise KeyError(name)
-        return self._bench.export(name)
+        return self._builder.export(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -141,7 +145,7 @@ class _Exports(Mapping[str, Path]):
         return len(self._names)
 
 
-class _Pupil:
+class _OverfitRun:
     """A stage with one piece of its first batch, as the loop would train it."""
 
     def __init__(self, name: str, stage: Stage, task: Task) -> None:
@@ -157,7 +161,7 @@ class _Pupil:
         self.precision = faster_precision(self.device)[0] if stage.precision == "auto" else stage.precision
         with torch.no_grad():
             self.batch = to_device(task.batch(0, self.images), self.device)
-        self.felt: set[str] = set()
+        self.reached: set[str] = set()
 
     def loss(self) -> float:
         """The batch's loss, and its gradients in place."""
@@ -169,10 +173,10 @@ class _Pupil:
             if math.isfinite(value := float(loss.detach())):
                 loss.backward()
         if math.isfinite(value):
-            self.felt |= {part for part, own in self.chosen.items() if any(_is_felt(p) for p in own)}
+            self.reached |= {part for part, own in self.chosen.items() if any(_has_gradient(p) for p in own)}
         return value
 
-    def learn(self) -> None:
+    def optimiser_step(self) -> None:
         """One step down those gradients."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self.stage.clip or math.inf)
         self.optimiser.step()
@@ -180,32 +184,41 @@ class _Pupil:
     @property
     def unreached(self) -> list[str]:
         """Parts that trained and that no gradient came to."""
-        return sorted(set(self.chosen) - self.felt)
+        return sorted(set(self.chosen) - self.reached)
 
 
-def _taught(pupil: _Pupil, steps: int, until: float) -> tuple[bool, str]:
+def _overfit_one_batch(overfit_run: _OverfitRun, steps: int, deadline: float) -> tuple[bool, str]:
     """Show the batch until it is learnt, or steps or time are over: whether the stage passes, and why."""
-    first = last = pupil.loss()
-    step, wild = 0, False
-    while math.isfinite(last) and step < steps and not (step >= _SETTLED and last <= ENOUGH * first and not wild):
-        if (step >= _SETTLED and pupil.unreached) or (step >= _FEWEST and time.monotonic() > until):
+    first = last = overfit_run.loss()
+    step, diverged = 0, False
+    while (
+        math.isfinite(last)
+        and step < steps
+        and not (step >= _GRADIENT_CHECK_STEPS and last <= PASS_RATIO * first and not diverged)
+    ):
+        if (step >= _GRADIENT_CHECK_STEPS and overfit_run.unreached) or (
+            step >= _MIN_STEPS and time.monotonic() > deadline
+        ):
             break
-        pupil.learn()
-        last, step = pupil.loss(), step + 1
-        wild = wild or last > WILD * first
+        overfit_run.optimiser_step()
+        last, step = overfit_run.loss(), step + 1
+        diverged = diverged or last > DIVERGENCE_RATIO * first
     if not math.isfinite(last):
         return False, _not_finite(step)
-    if pupil.unreached:
-        return False, _unreached(pupil.unreached)
+    if overfit_run.unreached:
+        return False, _unreached(overfit_run.unreached)
     numbers = f"{first:.4g} to {last:.4g} in {step} steps"
-    if last <= ENOUGH * first and not wild:
-        return True, f"learns {pupil.images} images by heart: loss {numbers}, in {pupil.precision}."
-    if last <= FALLING * first and not wild:
-        return True, f"begins to learn {pupil.images} images by heart: loss {numbers}, in {pupil.precision}."
-    return False, _stuck(numbers, wild or last > first)
+    if last <= PASS_RATIO * first and not diverged:
+        return True, f"learns {overfit_run.images} images by heart: loss {numbers}, in {overfit_run.precision}."
+    if last <= FALLING_RATIO * first and not diverged:
+        return (
+            True,
+            f"begins to learn {overfit_run.images} images by heart: loss {numbers}, in {overfit_run.precision}.",
+        )
+    return False, _stuck(numbers, diverged or last > first)
 
 
-def _is_felt(parameter: torch.nn.Parameter) -> bool:
+def _has_gradient(parameter: torch.nn.Parameter) -> bool:
     return parameter.grad is not None and bool(parameter.grad.any())
 
 
@@ -217,8 +230,8 @@ def _not_finite(step: int) -> str:
 
 def _unreached(names: Sequence[str]) -> str:
     return (
-        f"no gradient reaches the part {' or '.join(names)} in {_SETTLED} steps: with these settings the loss does not "
-        "depend on it; leave it out of `train`, or change the settings that switch it off."
+        f"no gradient reaches the part {' or '.join(names)} in {_GRADIENT_CHECK_STEPS} steps: with these settings "
+        "the loss does not depend on it; leave it out of `train`, or change the settings that switch it off."
     )
 
 

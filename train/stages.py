@@ -39,14 +39,14 @@ from accelerate.utils import (
 from torch import nn
 
 from imagine.errors import ConfigError, ImagineError
-from imagine.settings import checked, unknown_name
+from imagine.settings import unknown_name, validated
 from train.config import Run, Stage
-from train.data.order import key
-from train.initial_weights import found_in, load_initial
-from train.loop import PATIENCE, from_main, on_any, train_stage
+from train.data.order import derive_seed
+from train.initial_weights import find_weights, load_initial
+from train.loop import SETUP_TIMEOUT, broadcast_from_main, on_any_process, train_stage
 from train.run import checkpoint, parts, trackers
 from train.run.stopping import Stopping
-from train.task import Start, Task
+from train.task import Task, TaskContext
 
 log = logging.getLogger("train")
 
@@ -62,7 +62,7 @@ TASKS: dict[str, str] = {  # name -> "module:Class", imported when a run uses it
     "diffusers_adapter": "train.tasks.diffusers:DiffusersTask",
 }
 # settings that do not change what is learnt
-HARMLESS = {
+SETTINGS_THAT_MAY_CHANGE = {
     "validate_every", "checkpoint_every_seconds", "report_every_seconds", "keep", "prefetch", "best_by", "best_is",
 }  # fmt: skip
 # How a stage's random numbers are keyed; stage.yaml says it, so that a stage keeps the numbers that it began with.
@@ -87,16 +87,18 @@ def run_stages(
     run = run.model_copy(update={"stages": {n: resolved(n, stage, tasks) for n, stage in run.stages.items()}})
     wanted = wanted_stages(run, only)
     stopping, accelerator = Stopping(max_minutes), _accelerator(run, output)
-    _check_shares(run, wanted, accelerator.num_processes)
-    _agree(run, wanted, output, resume)
-    wrong = from_main(accelerator, _foreseen(run, wanted, output, tasks) if accelerator.is_main_process else "")
+    _check_batch_divides(run, wanted, accelerator.num_processes)
+    _check_unchanged(run, wanted, output, resume)
+    wrong = broadcast_from_main(
+        accelerator, _check_later_stages(run, wanted, output, tasks) if accelerator.is_main_process else ""
+    )
     if wrong:
         raise ConfigError(wrong)
     accelerator.wait_for_everyone()  # all have looked at the folder before one of them writes into it
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         _write_yaml(output / "run.yaml", run.model_dump(mode="json"))
-    with stopping.listening(), trackers.tracked(accelerator, output):
+    with stopping.handling_signals(), trackers.tracked(accelerator, output):
         finished = _run_in_order(wanted, run, output, accelerator, stopping, tasks)
     accelerator.end_training()
     return finished
@@ -115,7 +117,7 @@ def _run_in_order(
             log.info("%s: done.", name)
             _warn_if_stale(name, run.stages[name], output)
             continue
-        (stop,) = on_any(accelerator, stopping.reason is not None)
+        (stop,) = on_any_process(accelerator, stopping.reason is not None)
         if stop or not _run_stage(name, run, output, accelerator, stopping, tasks):
             log.info("Run the same command again to carry on.")
             return False
@@ -130,12 +132,12 @@ def _accelerator(run: Run, output: Path) -> Accelerator:
         log_with=trackers.installed(run, output) or None,
         project_dir=output / "tracking",
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE),
+            InitProcessGroupKwargs(timeout=SETUP_TIMEOUT),
             # a batch need not reach every parameter: one without letters does not reach ByT5
             DistributedDataParallelKwargs(find_unused_parameters=True),
         ],
     )
-    _check_engine(accelerator)
+    _check_distributed_type(accelerator)
     if not accelerator.is_main_process:
         log.setLevel(logging.ERROR)  # the main process speaks for all
     for name in trackers.missing(run):
@@ -143,7 +145,7 @@ def _accelerator(run: Run, output: Path) -> Accelerator:
     return accelerator
 
 
-def _check_engine(accelerator: Accelerator) -> None:
+def _check_distributed_type(accelerator: Accelerator) -> None:
     """ConfigError for a way of sharing the work that the loop does not know."""
     engine = accelerator.distributed_type
     if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
@@ -156,7 +158,7 @@ def _check_engine(accelerator: Accelerator) -> None:
         raise ConfigError("Several processes were launched, but there is no GPU for them: set ACCELERATE_USE_CPU=true.")
 
 
-def _check_shares(run: Run, wanted: Sequence[str], processes: int) -> None:
+def _check_batch_divides(run: Run, wanted: Sequence[str], processes: int) -> None:
     """ConfigError unless each wanted stage's batch can be cut into equal pieces for all processes."""
     for name in wanted:
         stage = run.stages[name]
@@ -173,7 +175,7 @@ def resolved(name: str, stage: Stage, tasks: Mapping[str, Any]) -> Stage:
     for part in stage.train:
         if part not in task.PARTS:
             raise ConfigError(f"stage {name}: {unknown_name('part', part, task.PARTS)}.")
-    settings = checked(task.Settings, stage.settings, f"stage {name}, settings").model_dump(mode="json")
+    settings = validated(task.Settings, stage.settings, f"stage {name}, settings").model_dump(mode="json")
     return stage.model_copy(update={"settings": settings})
 
 
@@ -190,7 +192,7 @@ def _run_stage(
     check_start(name, run, output)
     folder.mkdir(exist_ok=True)
     if accelerator.is_main_process:
-        _write_yaml(folder / "stage.yaml", _described(run, name, output))
+        _write_yaml(folder / "stage.yaml", _stage_record(run, name, output))
     with accelerator.main_process_first():  # tasks may write what they build from, such as tokenizers
         task = build(name, run, output, accelerator.device, tasks)
     numbers = train_stage(name, stage, task, folder, accelerator, stopping)
@@ -215,28 +217,28 @@ def check_start(name: str, run: Run, output: Path) -> None:
 def build(name: str, run: Run, output: Path, device: torch.device, tasks: Mapping[str, Any]) -> Task:
     """The task on its device, with every module that an earlier stage in `start_from` trained under the same name."""
     stage = run.stages[name]
-    start = start_of(name, run, output, device, output / name)
-    return begun(stage, start, [output / source for source in stage.start_from], tasks)
+    context = task_context(name, run, output, device, output / name)
+    return build_with_weights(stage, context, [output / source for source in stage.start_from], tasks)
 
 
-def outlined(name: str, run: Run, output: Path, folder: Path, tasks: Mapping[str, Any]) -> Task:
+def build_on_meta(name: str, run: Run, output: Path, folder: Path, tasks: Mapping[str, Any]) -> Task:
     """The task without numbers, on torch's meta device; ConfigError or WeightsError if the run could not build it.
 
     Not checked by `Task.check` yet. `folder` stands for the stage's own.
     """
     stage = run.stages[name]
     kind = task_class(stage.task, tasks, name)
-    settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
+    settings = validated(kind.Settings, stage.settings, f"stage {name}, settings")
     with torch.device("meta"):
-        task: Task = kind(settings, start_of(name, run, output, torch.device("meta"), folder))
+        task: Task = kind(settings, task_context(name, run, output, torch.device("meta"), folder))
     parts.choose(task.parts(), stage.train, name)
-    inherits = _inheriting(stage, task, name)
+    inherits = _inherited_modules(stage, task, name)
     if stage.initial is not None:
-        found_in(inherits, stage.initial)
+        find_weights(inherits, stage.initial)
     return task
 
 
-def _foreseen(run: Run, wanted: Sequence[str], output: Path, tasks: Mapping[str, Any]) -> str:
+def _check_later_stages(run: Run, wanted: Sequence[str], output: Path, tasks: Mapping[str, Any]) -> str:
     """What stages after the first could be told to be wrong only when the others are trained, in a sentence; or "".
 
     The first one is about to be built anyway.
@@ -246,22 +248,22 @@ def _foreseen(run: Run, wanted: Sequence[str], output: Path, tasks: Mapping[str,
         with tempfile.TemporaryDirectory() as place:
             for name in todo[1:]:
                 there = (output / name / "cache").exists()  # tokenizers, which take seconds to make
-                outlined(name, run, output, output / name if there else Path(place), tasks).check()
+                build_on_meta(name, run, output, output / name if there else Path(place), tasks).check()
     except ImagineError as error:
         return str(error)
     return ""
 
 
-def start_of(name: str, run: Run, output: Path, device: torch.device, folder: Path) -> Start:
+def task_context(name: str, run: Run, output: Path, device: torch.device, folder: Path) -> TaskContext:
     """What the stage's task is told, with `folder` as its own."""
     stage = run.stages[name]
     earlier = {source: output / source / "export" for source in stage.start_from}
     current = _numbering(output / name) == NUMBERING
-    seed = key(stage.seed, f"stage {name}") if current else stage.seed
-    return Start(name, seed, device, folder, run.data, stage.initial, earlier, tuple(stage.train), current)
+    seed = derive_seed(stage.seed, f"stage {name}") if current else stage.seed
+    return TaskContext(name, seed, device, folder, run.data, stage.initial, earlier, tuple(stage.train), current)
 
 
-def _inheriting(stage: Stage, task: Task, name: str) -> dict[str, nn.Module]:
+def _inherited_modules(stage: Stage, task: Task, name: str) -> dict[str, nn.Module]:
     """The modules that do not begin anew; ConfigError for a name in `fresh` that none of them has."""
     for module in stage.fresh:
         if module not in task.modules:
@@ -269,16 +271,16 @@ def _inheriting(stage: Stage, task: Task, name: str) -> dict[str, nn.Module]:
     return {module: network for module, network in task.modules.items() if module not in stage.fresh}
 
 
-def begun(stage: Stage, start: Start, sources: Sequence[Path], tasks: Mapping[str, Any]) -> Task:
+def build_with_weights(stage: Stage, context: TaskContext, sources: Sequence[Path], tasks: Mapping[str, Any]) -> Task:
     """The task on its device, from `stage.initial` and then from the weights in the folders of these stages."""
-    name = start.name
+    name = context.name
     kind = task_class(stage.task, tasks, name)
-    settings = checked(kind.Settings, stage.settings, f"stage {name}, settings")
-    torch.manual_seed(key(start.seed, "build"))
-    task: Task = kind(settings, start)
+    settings = validated(kind.Settings, stage.settings, f"stage {name}, settings")
+    torch.manual_seed(derive_seed(context.seed, "build"))
+    task: Task = kind(settings, context)
     for sentence in task.check():
         log.warning("%s: %s", name, sentence)
-    inherits = _inheriting(stage, task, name)
+    inherits = _inherited_modules(stage, task, name)
     if stage.initial is not None:
         log.info("%s: from %s: %s", name, stage.initial, ", ".join(load_initial(inherits, stage.initial)))
     for source in sources:
@@ -286,7 +288,7 @@ def begun(stage: Stage, start: Start, sources: Sequence[Path], tasks: Mapping[st
         loaded = checkpoint.load_weights(inherits, checkpoint.read_tensors(path)[0], str(path))
         log.info("%s: from %s: %s", name, source.name, ", ".join(loaded) or "no module of the same name")
     for network in task.modules.values():
-        network.to(start.device)
+        network.to(context.device)
     return task
 
 
@@ -309,7 +311,7 @@ def wanted_stages(run: Run, only: Sequence[str]) -> list[str]:
     return [name for name in run.stages if not only or name in only]
 
 
-def _agree(run: Run, wanted: Sequence[str], output: Path, resume: bool) -> None:
+def _check_unchanged(run: Run, wanted: Sequence[str], output: Path, resume: bool) -> None:
     """Refuse a folder that holds something else; with `resume`, say what changed and go on."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"{output} is a file; name a folder for the run.")
@@ -338,12 +340,12 @@ def _changes(run: Run, name: str, output: Path) -> list[tuple[str, Any, Any]]:
     path = output / name / "stage.yaml"
     if not path.exists():
         return []
-    before, now = _flat(_before(path)), _flat(_described(run, name, output))
-    names = [setting for setting in {**before, **now} if setting not in HARMLESS]
+    before, now = _flat(_previous_settings(path)), _flat(_stage_record(run, name, output))
+    names = [setting for setting in {**before, **now} if setting not in SETTINGS_THAT_MAY_CHANGE]
     return [(n, before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)]
 
 
-def _before(path: Path) -> dict[str, Any]:
+def _previous_settings(path: Path) -> dict[str, Any]:
     """The stage as it was described then; what could not be said yet was as it is now by default."""
     defaults = Stage.model_validate({"task": "", "train": {"": 0}, "images": 1}).model_dump(mode="json")
     return {**defaults, "numbering": 1, **yaml.safe_load(path.read_text(encoding="utf-8"))}
@@ -356,7 +358,7 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _described(run: Run, name: str, output: Path) -> dict[str, Any]:
+def _stage_record(run: Run, name: str, output: Path) -> dict[str, Any]:
     numbering = _numbering(output / name)
     return {**run.stages[name].model_dump(mode="json"), "data": run.data, "numbering": numbering}
 
@@ -364,7 +366,7 @@ def _described(run: Run, name: str, output: Path) -> dict[str, Any]:
 def _numbering(folder: Path) -> int:
     """How the stage in this folder keys its random numbers: as it began, or the current way if it is yet to begin."""
     path = folder / "stage.yaml"
-    return int(_before(path)["numbering"]) if path.exists() else NUMBERING
+    return int(_previous_settings(path)["numbering"]) if path.exists() else NUMBERING
 
 
 def _warn_if_stale(name: str, stage: Stage, output: Path) -> None:

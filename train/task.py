@@ -1,6 +1,6 @@
 """What a stage trains: the small contract between the loop, which knows no networks, and the tasks, which know no loop.
 
-A task is a class in the table `train.stages.TASKS`. The loop builds it with `Task(settings, start)`, loads what earlier
+A task is a class in `train.stages.TASKS`. The loop builds it with `Task(settings, context)`, loads what earlier
 stages trained into its modules, moves them to the device, calls `prepare`, and then asks for batches and losses by the
 number of images seen. Nothing a task draws may come from a generator that outlives the call: every random number is a
 function of (seed, purpose, image number), see `train.data.order`, so that a resumed run equals a straight one.
@@ -20,7 +20,7 @@ Weight = Annotated[float, Field(ge=0)]  # of one term of a loss among others
 
 
 @dataclass(frozen=True)
-class Start:
+class TaskContext:
     """What a task is told beside its own settings."""
 
     name: str  # the stage's name
@@ -43,19 +43,19 @@ class Loss:
 
 
 class Task(Protocol):
-    """One kind of training. Classes need not inherit from this; they are `Task(settings: Settings, start: Start)`.
+    """One kind of training: a class `Task(settings: Settings, context: TaskContext)`; it need not inherit from this.
 
     Settings: the pydantic model (frozen, extra="forbid") of the stage's `settings`, checked before any stage starts.
-    start: what the task was told.
+    context: what the task was told.
     PARTS: every part name this task can offer, so that a typo in a stage's `train` is refused in the first second.
     modules: all networks by name, trained and frozen. A module has the same name and keys in every stage that uses it:
         what an earlier stage in `start_from` trained under that name is loaded here, strictly. The constructor only
-        builds (torch is seeded before it); it may read sizes or vectors from `start.earlier[stage]`.
+        builds (torch is seeded before it); it may read sizes or vectors from `context.earlier[stage]`.
     """
 
     Settings: ClassVar[type[BaseModel]]
     PARTS: ClassVar[tuple[str, ...]]
-    start: Start
+    context: TaskContext
     modules: dict[str, nn.Module]
 
     def parts(self) -> dict[str, list[nn.Parameter]]:

@@ -36,7 +36,7 @@ class TransformersCaptioner:
 
     def __init__(self, settings: "TransformersCaptioner.Settings") -> None:
         self.settings = settings
-        self.talker = ChatModel(settings, "image-text-to-text")
+        self.language_model = ChatModel(settings, "image-text-to-text")
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
@@ -45,11 +45,13 @@ class TransformersCaptioner:
 
     def load(self) -> None:
         """Load the model; WeightsError if it is not there or cannot see."""
-        self.talker.load()
+        self.language_model.load()
 
     def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
         """A dense caption of each reference."""
-        return answers(self.talker, _questions(references, self.settings.instruction, self.settings.longest_side))
+        return answers(
+            self.language_model, _questions(references, self.settings.instruction, self.settings.longest_side)
+        )
 
 
 class EndpointCaptioner:
@@ -63,7 +65,7 @@ class EndpointCaptioner:
 
     def __init__(self, settings: "EndpointCaptioner.Settings") -> None:
         self.settings = settings
-        self.talker = Endpoint(settings)
+        self.language_model = Endpoint(settings)
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
@@ -72,11 +74,13 @@ class EndpointCaptioner:
 
     def load(self) -> None:
         """Find the key; ConfigError if there is none."""
-        self.talker.load()
+        self.language_model.load()
 
     def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
         """A dense caption of each reference."""
-        return answers(self.talker, _questions(references, self.settings.instruction, self.settings.longest_side))
+        return answers(
+            self.language_model, _questions(references, self.settings.instruction, self.settings.longest_side)
+        )
 
 
 def _questions(references: Sequence[Reference], instruction: str, longest_side: int) -> list[Question | Failed]:

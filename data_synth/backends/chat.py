@@ -22,9 +22,9 @@ from imagine.errors import PictureError, WeightsError
 if TYPE_CHECKING:
     import torch
 
-EMPTY, CUT, REFUSED = "an empty answer", "an answer that was cut off", "the model refused"
+EMPTY, TRUNCATED, REFUSED = "an empty answer", "an answer that was cut off", "the model refused"
 
-_THINKING = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL | re.IGNORECASE)
+_THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL | re.IGNORECASE)
 _PREAMBLE = re.compile(
     r"\A(?:(?:sure|certainly|of course)\b[^:\n]{0,80}:|(?:here(?: is|['’]s) )?(?:the |a )?(?:new |rewritten )?"
     r"(?:caption|description)\b[^:\n]{0,40}:)\s*",
@@ -47,7 +47,7 @@ class Question:
     image: Image.Image | None = None  # RGB, upright
 
 
-class Talker(Protocol):
+class LanguageModel(Protocol):
     """Whoever answers questions."""
 
     def answer(self, questions: Sequence[Question]) -> list[str | Failed]:
@@ -55,9 +55,9 @@ class Talker(Protocol):
         ...
 
 
-def answers(talker: Talker, questions: Sequence[Question | Failed]) -> list[str | Failed]:
+def answers(language_model: LanguageModel, questions: Sequence[Question | Failed]) -> list[str | Failed]:
     """The talker's answers; what already failed is not asked and stays in its place."""
-    asked = iter(talker.answer([question for question in questions if isinstance(question, Question)]))
+    asked = iter(language_model.answer([question for question in questions if isinstance(question, Question)]))
     return [next(asked) if isinstance(question, Question) else question for question in questions]
 
 
@@ -85,7 +85,7 @@ def tidy(answer: str, complete: bool) -> str | Failed:
     complete: whether the model came to its own end; if not, only whole sentences are kept. A refusal, or an answer of
     which nothing is left, is a failure.
     """
-    text = _THINKING.sub("", answer).replace("**", "").strip()
+    text = _THOUGHTS.sub("", answer).replace("**", "").strip()
     text = " ".join(_PREAMBLE.sub("", text).split())
     if len(text) > 1 and text[0] + text[-1] in ('""', "''", "“”", "‘’") and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
@@ -96,7 +96,7 @@ def tidy(answer: str, complete: bool) -> str | Failed:
     if complete:
         return text
     ends = [found.end() for found in _SENTENCE_END.finditer(text)]
-    return text[: ends[-1]] if ends else Failed(CUT, "Not one sentence was finished: give a larger max_tokens.")
+    return text[: ends[-1]] if ends else Failed(TRUNCATED, "Not one sentence was finished: give a larger max_tokens.")
 
 
 class ChatSettings(ModelSettings):
@@ -120,25 +120,25 @@ class ChatModel:
         """Load through transformers' Auto classes; WeightsError if that cannot be done, or it is no chat model."""
         import transformers
 
-        settings, sees = self.settings, self.task == "image-text-to-text"
+        settings, has_vision = self.settings, self.task == "image-text-to-text"
         device = choose_device(settings.device)
         source = {} if settings.revision is None else {"revision": settings.revision}
         trusted = {name: value for name, value in settings.options.items() if name == "trust_remote_code"}
         with loading(settings.model):
-            reader = transformers.AutoProcessor if sees else transformers.AutoTokenizer
-            kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
-            self.processor = reader.from_pretrained(settings.model, **source, **trusted)
+            processor_class = transformers.AutoProcessor if has_vision else transformers.AutoTokenizer
+            model_class = transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
+            self.processor = processor_class.from_pretrained(settings.model, **source, **trusted)
             dtype = choose_dtype(settings.dtype, device)
-            model = kind.from_pretrained(settings.model, dtype=dtype, **source, **settings.options)
+            model = model_class.from_pretrained(settings.model, dtype=dtype, **source, **settings.options)
             # With a device_map the library has already put it somewhere.
             self.model = (model if "device_map" in settings.options else model.to(device)).eval()
         if not getattr(self.processor, "chat_template", None):
             raise WeightsError(
                 f"The model {settings.model} has no chat template: choose one that was trained to follow instructions."
             )
-        # Words are drawn by `_Choice`, whatever the model's own file prefers.
-        own = self.model.generation_config
-        own.do_sample, own.temperature, own.top_p, own.top_k = False, None, None, None
+        # Words are drawn by `_SeededSampler`, whatever the model's own file prefers.
+        config = self.model.generation_config
+        config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
 
     def answer(self, questions: Sequence[Question]) -> list[str | Failed]:
         """One answer a question, each as if it were the only one."""
@@ -159,29 +159,31 @@ class ChatModel:
         }
         with torch.inference_mode():
             tokens = self.model.generate(
-                **inputs, max_new_tokens=self.settings.max_tokens, logits_processor=self._choices(question.seed)
+                **inputs,
+                max_new_tokens=self.settings.max_tokens,
+                logits_processor=self._logits_processors(question.seed),
             )[0, inputs["input_ids"].shape[1] :]
         text = getattr(self.processor, "tokenizer", self.processor).decode(tokens, skip_special_tokens=True)
-        return tidy(text, complete=bool(torch.isin(tokens.cpu(), self._ends()).any()))
+        return tidy(text, complete=bool(torch.isin(tokens.cpu(), self._stop_tokens()).any()))
 
     def _content(self, question: Question) -> Any:
         if self.task == "text-generation":
             return question.text
         return [{"type": "image", "image": question.image}, {"type": "text", "text": question.text}]
 
-    def _choices(self, seed: int) -> list[Any]:
+    def _logits_processors(self, seed: int) -> list[Any]:
         if not self.settings.temperature:
             return []
-        return [_Choice(seed, self.settings.temperature, self.settings.top_p)]
+        return [_SeededSampler(seed, self.settings.temperature, self.settings.top_p)]
 
-    def _ends(self) -> "torch.Tensor":
+    def _stop_tokens(self) -> "torch.Tensor":
         import torch
 
         ends = self.model.generation_config.eos_token_id
         return torch.tensor([] if ends is None else ends, dtype=torch.long).reshape(-1)
 
 
-class _Choice:
+class _SeededSampler:
     """Draws the next word of one answer, as a step of transformers' generate.
 
     Adding Gumbel noise to the scores and then taking the largest draws from their softmax (Maddison et al.,
@@ -205,5 +207,5 @@ class _Choice:
             before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of all likelier words together
             unlikely = torch.zeros_like(before, dtype=torch.bool).scatter(-1, places, before >= self.top_p)
             scores = scores.masked_fill(unlikely, -torch.inf)
-        waits = torch.empty(scores.shape).exponential_(generator=self.generator)
-        return scores - waits.log().to(scores.device)
+        exponential_noise = torch.empty(scores.shape).exponential_(generator=self.generator)
+        return scores - exponential_noise.log().to(scores.device)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel
 
-from data_synth.records import Ask, Candidate, Measures, Reference, Rejection
+from data_synth.records import Candidate, Measures, Reference, Rejection, TargetSpec
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Draft:
     """A candidate to be refined, with all that belongs to it."""
 
     reference: Reference
-    ask: Ask
+    spec: TargetSpec
     candidate: Candidate
 
 
@@ -68,7 +68,7 @@ class Backend(Protocol):
         ...
 
 
-class Numbered(Backend, Protocol):
+class IndexedReferences(Backend, Protocol):
     """References that are drawn by their number, as any other step's results."""
 
     @property
@@ -81,7 +81,7 @@ class Numbered(Backend, Protocol):
         ...
 
 
-class Collected(Backend, Protocol):
+class CollectedReferences(Backend, Protocol):
     """References that only a look at all of them tells, read once and kept; `identity` must change when they do."""
 
     def collect(self) -> Iterator[Reference | Rejection]:
@@ -108,7 +108,7 @@ class Rewriter(Backend, Protocol):
 class Generator(Backend, Protocol):
     """Makes candidates."""
 
-    def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
+    def generate(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
         """For each (reference, ask, attempt) a candidate of round 0; its noise follows from ask.seed and attempt."""
         ...
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from data_synth.backends.contracts import Draft, Failed, Target
 from data_synth.backends.local_models import identity_of
 from data_synth.backends.measuring import attribute_difference, picture_hash
-from data_synth.records import Ask, Candidate, Measures, Reference
+from data_synth.records import Candidate, Measures, Reference, TargetSpec
 from imagine.errors import ConfigError
 from imagine.world import Contexts, People, attributes, captions, render, sample_contexts, sample_people
-from imagine.world.contexts import bins
+from imagine.world.contexts import attribute_indices
 from imagine.world.people import CONTINUOUS, drift
 from imagine.world.render import Painters, compiled_painters
 from imagine.world.seeds import DEMO, HELD_OUT, JUDGE, TRAIN
@@ -36,13 +36,13 @@ from imagine.world.vocabulary import ATTRIBUTES, CLOTHES, FRAMINGS, STYLES
 RANGES = {"train": TRAIN, "judge": JUDGE, "held_out": HELD_OUT, "demo": DEMO}
 LICENCE = "Apache-2.0"
 VERSION = 1
-NOT_OURS = "not a person of the portrait world"
+NOT_WORLD_PERSON = "not a person of the portrait world"
 
-_TOGETHER = 16  # pictures painted at once, always so many: compiled painters take no other number
+_BATCH = 16  # pictures painted at once, always so many: compiled painters take no other number
 _STRIDE = 7_368_787  # a prime: people are taken from a range of seeds far apart, and each once
-_STRANGERS = 0.373  # root mean square distance of two people's continuous traits
+_STRANGER_DISTANCE = 0.373  # root mean square distance of two people's continuous traits
 _TURNS = {"yaw": 0.49, "pitch": 0.3, "roll": 0.26, "gaze": 0.9}  # clearly to one side, in radians or shares
-_LETTERED = ("t-shirt", "hoodie")
+_CLOTHES_WITH_LETTERS = ("t-shirt", "hoodie")
 _SKINS = ("fair", "light", "tan", "brown", "dark")
 
 
@@ -56,7 +56,7 @@ def world_groups(skin: float, age: float) -> dict[str, str]:
     return {"skin tone": _SKINS[min(len(_SKINS) - 1, int(skin * len(_SKINS)))], "age": years}
 
 
-class _Painting(BaseModel):
+class _DrawSettings(BaseModel):
     """How pictures are drawn."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,22 +65,22 @@ class _Painting(BaseModel):
     compiled: bool = False  # twice as fast, after up to a minute; needs a C++ compiler; differs in rounding
 
 
-def _check_compiler(settings: _Painting) -> None:
+def _check_compiler(settings: _DrawSettings) -> None:
     if settings.compiled and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
         raise ConfigError(
             "Compiled painters need a C++ compiler, and there is none: install g++, or set compiled to false."
         )
 
 
-def _draw(people: People, contexts: Contexts, settings: _Painting) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _draw(people: People, contexts: Contexts, settings: _DrawSettings) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each portrait as a PNG file, and what is known of it."""
     painters = compiled_painters() if settings.compiled else Painters()
     known = attributes(people, contexts)
-    for start in range(0, len(people), _TOGETHER):
-        rows = torch.arange(start, start + _TOGETHER).clamp(max=len(people) - 1)  # the last one fills up the batch
+    for start in range(0, len(people), _BATCH):
+        rows = torch.arange(start, start + _BATCH).clamp(max=len(people) - 1)  # the last one fills up the batch
         drawn = render(people[rows], contexts[rows], settings.size, painters)
         pixels = (drawn.images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
-        for row in range(min(_TOGETHER, len(people) - start)):
+        for row in range(min(_BATCH, len(people) - start)):
             image = Image.fromarray(pixels[row])
             places = {"box": _rounded(drawn.boxes[row]), "landmarks": _rounded(drawn.landmarks[row])}
             yield (
@@ -103,7 +103,7 @@ def _rounded(values: Tensor) -> Any:
 class WorldPeople:
     """So many people of the portrait world, each in one photo."""
 
-    class Settings(_Painting):
+    class Settings(_DrawSettings):
         """Who, and how many: the first N people of a seed are the same whatever N is."""
 
         identities: int = Field(ge=1, exclude=True)
@@ -158,7 +158,7 @@ def noise_seed(*parts: int) -> int:
     return int(np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _of_the_world(references: Sequence[Reference]) -> list[int]:
+def _world_rows(references: Sequence[Reference]) -> list[int]:
     """The rows of those that WorldPeople drew."""
     return [row for row, reference in enumerate(references) if "world" in reference.facts]
 
@@ -167,11 +167,11 @@ def _people(references: Sequence[Reference]) -> People:
     return sample_people([reference.facts["world"]["identity"] for reference in references])
 
 
-def _spread(count: int, rows: Sequence[int], results: Sequence[Any]) -> list[Any]:
+def _scatter_results(count: int, rows: Sequence[int], results: Sequence[Any]) -> list[Any]:
     """Results at their rows, and a failure everywhere else."""
-    there = dict(zip(rows, results, strict=True))
-    missing = Failed(NOT_OURS, "Its reference was not made by `references: world`: take another backend.")
-    return [there.get(row, missing) for row in range(count)]
+    existing = dict(zip(rows, results, strict=True))
+    missing = Failed(NOT_WORLD_PERSON, "Its reference was not made by `references: world`: take another backend.")
+    return [existing.get(row, missing) for row in range(count)]
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -196,13 +196,13 @@ class GrammarCaptioner:
 
     def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
         """The person and everything around them; Failed for a photo from elsewhere."""
-        rows = _of_the_world(references)
-        ours = [references[row] for row in rows]
-        if not ours:
-            return _spread(len(references), [], [])
-        seeds = [reference.facts["world"]["context"] for reference in ours]
+        rows = _world_rows(references)
+        world_items = [references[row] for row in rows]
+        if not world_items:
+            return _scatter_results(len(references), [], [])
+        seeds = [reference.facts["world"]["context"] for reference in world_items]
         contexts = sample_contexts(seeds).replace(style=STYLES.index("photo"))
-        return _spread(len(references), rows, captions(_people(ours), contexts, "dense", seeds))
+        return _scatter_results(len(references), rows, captions(_people(world_items), contexts, "dense", seeds))
 
 
 class GrammarRewriter:
@@ -223,30 +223,30 @@ class GrammarRewriter:
 
     def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
         """What the renderer draws for the same aims and seed; Failed for a photo from elsewhere."""
-        rows = _of_the_world([target.reference for target in targets])
-        ours = [targets[row] for row in rows]
-        if not ours:
-            return _spread(len(targets), [], [])
-        seeds = [target.seed for target in ours]
-        contexts = asked_contexts([target.aims for target in ours], seeds)
-        people = _people([target.reference for target in ours])
-        return _spread(len(targets), rows, captions(people, contexts, "dense", seeds))
+        rows = _world_rows([target.reference for target in targets])
+        world_items = [targets[row] for row in rows]
+        if not world_items:
+            return _scatter_results(len(targets), [], [])
+        seeds = [target.seed for target in world_items]
+        contexts = target_contexts([target.aims for target in world_items], seeds)
+        people = _people([target.reference for target in world_items])
+        return _scatter_results(len(targets), rows, captions(people, contexts, "dense", seeds))
 
 
-def asked_contexts(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Contexts:
+def target_contexts(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Contexts:
     """One context a row: drawn from its seed, with what was asked for put in.
 
     Raises ConfigError for an attribute or a value that the world does not have.
     """
     contexts = sample_contexts(seeds)
-    there = bins(contexts)
+    existing = attribute_indices(contexts)
     columns = {}
     for name in dict.fromkeys(name for row in asked for name in row):
         wanted = torch.tensor([_number(name, row.get(name)) for row in asked])
         values = getattr(contexts, name)
         given = (wanted - 1) * _TURNS[name] if name in _TURNS else wanted
-        columns[name] = torch.where((wanted < 0) | (wanted == there[name]), values, given.to(values.dtype))
-    return _possible(contexts.replace(**columns))
+        columns[name] = torch.where((wanted < 0) | (wanted == existing[name]), values, given.to(values.dtype))
+    return _without_impossible(contexts.replace(**columns))
 
 
 def _number(name: str, value: str | None) -> int:
@@ -257,10 +257,10 @@ def _number(name: str, value: str | None) -> int:
     return -1 if value is None else ATTRIBUTES[name].index(value)
 
 
-def _possible(contexts: Contexts) -> Contexts:
+def _without_impossible(contexts: Contexts) -> Contexts:
     """Without letters on clothes that bear none, and with nothing that a close-up cuts off."""
     plain = torch.zeros(len(contexts), dtype=torch.bool)
-    for word in _LETTERED:
+    for word in _CLOTHES_WITH_LETTERS:
         plain |= contexts.clothes == CLOTHES.index(word)
     near = contexts.framing == FRAMINGS.index("close-up")
     letters = torch.where((plain & ~near).unsqueeze(1), contexts.letters, 0)
@@ -271,7 +271,7 @@ def _possible(contexts: Contexts) -> Contexts:
 class Renderer:
     """Draws exactly what was asked for, of a person who has drifted: the fault of synthetic pairs, as a number."""
 
-    class Settings(_Painting):
+    class Settings(_DrawSettings):
         """How far people drift, and how often somebody else is drawn."""
 
         drift: float = Field(
@@ -293,31 +293,31 @@ class Renderer:
         """Check that painters can be compiled, if they are to be; raises ConfigError."""
         _check_compiler(self.settings)
 
-    def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
+    def generate(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
         """A picture for each (reference, ask, attempt); Failed for a person from elsewhere."""
-        rows = _of_the_world([reference for reference, _, _ in work])
-        ours = [work[row] for row in rows]
-        if not ours:
-            return _spread(len(work), [], [])
-        seeds = [ask.seed for _, ask, _ in ours]
-        contexts = asked_contexts([ask.aims for _, ask, _ in ours], seeds)
-        exact = _people([reference for reference, _, _ in ours])
-        people = self._drifted(exact, [noise_seed(ask.seed, attempt) for _, ask, attempt in ours])
+        rows = _world_rows([reference for reference, _, _ in work])
+        world_items = [work[row] for row in rows]
+        if not world_items:
+            return _scatter_results(len(work), [], [])
+        seeds = [spec.seed for _, spec, _ in world_items]
+        contexts = target_contexts([spec.aims for _, spec, _ in world_items], seeds)
+        exact = _people([reference for reference, _, _ in world_items])
+        people = self._drifted(exact, [noise_seed(spec.seed, attempt) for _, spec, attempt in world_items])
         written = captions(people, contexts, "rewritten", seeds)
         likeness = _likeness(exact, people)
         made = [
             Candidate(
-                f"{ask.key}-{attempt}-0",
-                ask.key,
+                f"{spec.key}-{attempt}-0",
+                spec.key,
                 png,
                 attempt,
                 facts={**facts, "similarity": likeness[row], "captions": {"rewritten": written[row]}},
             )
-            for row, ((_, ask, attempt), (png, facts)) in enumerate(
-                zip(ours, _draw(people, contexts, self.settings), strict=True)
+            for row, ((_, spec, attempt), (png, facts)) in enumerate(
+                zip(world_items, _draw(people, contexts, self.settings), strict=True)
             )
         ]
-        return _spread(len(work), rows, made)
+        return _scatter_results(len(work), rows, made)
 
     def _drifted(self, people: People, seeds: Sequence[int]) -> People:
         if self.settings.strangers:
@@ -330,8 +330,8 @@ class Renderer:
 
 def _likeness(one: People, two: People) -> list[float]:
     """How alike two people are by their traits: 1 the same, 0 as unlike as strangers are on average."""
-    apart = torch.stack([getattr(one, name) - getattr(two, name) for name in CONTINUOUS]).square().mean(0).sqrt()
-    return [round(float(value), 4) for value in (1 - apart / _STRANGERS).clamp(min=-1)]
+    distance = torch.stack([getattr(one, name) - getattr(two, name) for name in CONTINUOUS]).square().mean(0).sqrt()
+    return [round(float(value), 4) for value in (1 - distance / _STRANGER_DISTANCE).clamp(min=-1)]
 
 
 class Truth:
@@ -359,6 +359,6 @@ def _truth(draft: Draft) -> Measures | Failed:
     facts = draft.candidate.facts
     if "similarity" not in facts:
         return Failed("nothing is known of it", "Only the renderer says the truth of its pictures: measure them.")
-    known, shown = draft.reference.facts.get("attributes", {}), facts["attributes"]
-    difference = attribute_difference(known, shown)
-    return Measures(1, facts["similarity"], difference, picture_hash=facts["hash"], attributes=shown)
+    known, visible = draft.reference.facts.get("attributes", {}), facts["attributes"]
+    difference = attribute_difference(known, visible)
+    return Measures(1, facts["similarity"], difference, picture_hash=facts["hash"], attributes=visible)

@@ -29,11 +29,11 @@ from data_synth.backends.chat import REFUSED, Question, tidy
 from data_synth.backends.contracts import Failed
 from imagine.errors import ConfigError
 
-DOWN, NOT_ADMITTED, NOT_TAKEN = "the endpoint does not answer", "the endpoint denies access", "the endpoint refused it"
+DOWN, DENIED, REJECTED = "the endpoint does not answer", "the endpoint denies access", "the endpoint refused it"
 
-_LARGEST = 16 << 20  # bytes of an answer; more is not a chat answer
-_PASSING = {408, 409, 425, 429}  # and everything from 500 on: the same question may be answered later
-_NOT_ADMITTING = {301, 302, 303, 307, 308, 401, 402, 403, 404, 405}  # nothing is wrong with the question
+_MAX_ANSWER_BYTES = 16 << 20  # bytes of an answer; more is not a chat answer
+_TRANSIENT_STATUSES = {408, 409, 425, 429}  # and everything from 500 on: the same question may be answered later
+_ACCESS_STATUSES = {301, 302, 303, 307, 308, 401, 402, 403, 404, 405}  # nothing is wrong with the question
 
 
 class EndpointSettings(BaseModel):
@@ -62,15 +62,15 @@ class EndpointSettings(BaseModel):
     patience: int = Field(default=8, ge=1, exclude=True)
 
 
-class _Problem(Exception):
+class _RequestError(Exception):
     """Why there is no answer yet."""
 
-    def __init__(self, failed: Failed, again: bool, wait: float = 0.0) -> None:
+    def __init__(self, failed: Failed, retry: bool, wait: float = 0.0) -> None:
         super().__init__(failed.sentence)
-        self.failed, self.again, self.wait = failed, again, wait
+        self.failed, self.retry, self.wait = failed, retry, wait
 
 
-class _StayHere(urllib.request.HTTPRedirectHandler):
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Follows no redirection: a key must not travel to an address that nobody gave."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
@@ -94,7 +94,7 @@ class Endpoint:
             )
         if name:
             self._headers["Authorization"] = f"Bearer {os.environ[name]}"
-        self._opener = urllib.request.build_opener(_StayHere)
+        self._opener = urllib.request.build_opener(_NoRedirects)
 
     def answer(self, questions: Sequence[Question]) -> list[str | Failed]:
         """One tidied answer a question, in order."""
@@ -110,9 +110,9 @@ class Endpoint:
                 return failed
             try:
                 answer = _text_of(self._post(body))
-            except _Problem as problem:
+            except _RequestError as problem:
                 failed = problem.failed
-                if not problem.again:
+                if not problem.retry:
                     break
                 if attempt < self.settings.retries:
                     time.sleep(self._wait(attempt, problem.wait))
@@ -122,10 +122,10 @@ class Endpoint:
         self._failures += failed.for_now
         return failed
 
-    def _wait(self, attempt: int, asked_for: float) -> float:
+    def _wait(self, attempt: int, retry_after: float) -> float:
         """Seconds before the next attempt: between half and all of the doubled wait, at least what was asked for."""
         doubled = self.settings.first_wait * 2**attempt * random.uniform(0.5, 1.0)
-        return min(max(doubled, asked_for), self.settings.longest_wait)
+        return min(max(doubled, retry_after), self.settings.longest_wait)
 
     def _body(self, question: Question) -> dict[str, Any]:
         settings = self.settings
@@ -142,21 +142,21 @@ class Endpoint:
         return {**body, **settings.body}
 
     def _post(self, body: bytes) -> Any:
-        """The endpoint's answer as JSON; _Problem for everything else."""
+        """The endpoint's answer as JSON; _RequestError for everything else."""
         address = f"{self.settings.url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(address, body, self._headers)
-        until = time.monotonic() + self.settings.timeout
+        deadline = time.monotonic() + self.settings.timeout
         try:
             with self._opener.open(request, timeout=self.settings.timeout) as response:
-                return json.loads(_read(response, until))
+                return json.loads(_read(response, deadline))
         except urllib.error.HTTPError as error:
             with error:
-                raise _refusal(error, address) from error
+                raise _status_error(error, address) from error
         except (OSError, http.client.HTTPException) as error:  # silence, a cut connection, nobody there
             reason = getattr(error, "reason", None) or str(error) or type(error).__name__
-            raise _Problem(Failed(DOWN, f"{address}: {reason}", for_now=True), again=True) from error
+            raise _RequestError(Failed(DOWN, f"{address}: {reason}", for_now=True), retry=True) from error
         except ValueError as error:  # a proxy's page, half an answer
-            raise _Problem(Failed(DOWN, f"{address} answered no JSON.", for_now=True), again=True) from error
+            raise _RequestError(Failed(DOWN, f"{address} answered no JSON.", for_now=True), retry=True) from error
 
 
 def data_url(image: Image.Image) -> str:
@@ -166,32 +166,32 @@ def data_url(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _read(response: http.client.HTTPResponse, until: float) -> bytes:
+def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
     """All of a response that ends in time: the socket's own timeout starts anew with every byte."""
     parts: list[bytes] = []
     size = 0
     while part := response.read1(1 << 16):
         parts.append(part)
         size += len(part)
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise TimeoutError("timed out")
-        if size > _LARGEST:
+        if size > _MAX_ANSWER_BYTES:
             raise ValueError("too long")
     if response.length:  # it promised more than came
         raise http.client.IncompleteRead(b"", response.length)
     return b"".join(parts)
 
 
-def _refusal(error: urllib.error.HTTPError, address: str) -> _Problem:
+def _status_error(error: urllib.error.HTTPError, address: str) -> _RequestError:
     """What an answer with an error's status means."""
     status = error.code
     sentence = f"{address} answered {status}: {_message(error) or error.reason}"
-    if status in _PASSING or status >= 500:
+    if status in _TRANSIENT_STATUSES or status >= 500:
         wait = _seconds(error.headers.get("Retry-After"))
-        return _Problem(Failed(DOWN, sentence, for_now=True), again=True, wait=wait)
-    if status in _NOT_ADMITTING:
-        return _Problem(Failed(NOT_ADMITTED, sentence, for_now=True), again=False)
-    return _Problem(Failed(NOT_TAKEN, sentence), again=False)
+        return _RequestError(Failed(DOWN, sentence, for_now=True), retry=True, wait=wait)
+    if status in _ACCESS_STATUSES:
+        return _RequestError(Failed(DENIED, sentence, for_now=True), retry=False)
+    return _RequestError(Failed(REJECTED, sentence), retry=False)
 
 
 def _message(error: urllib.error.HTTPError) -> str:
@@ -201,12 +201,12 @@ def _message(error: urllib.error.HTTPError) -> str:
     except (OSError, http.client.HTTPException):
         return ""
     try:
-        told = json.loads(content)
-        told = told.get("error", told) if isinstance(told, dict) else told
-        told = told.get("message", told) if isinstance(told, dict) else told
+        message = json.loads(content)
+        message = message.get("error", message) if isinstance(message, dict) else message
+        message = message.get("message", message) if isinstance(message, dict) else message
     except ValueError:
-        told = content.decode("utf-8", "replace")
-    return " ".join(str(told).split())[:200]
+        message = content.decode("utf-8", "replace")
+    return " ".join(str(message).split())[:200]
 
 
 def _seconds(header: str | None) -> float:
@@ -226,14 +226,14 @@ def _seconds(header: str | None) -> float:
 
 
 def _text_of(answer: Any) -> str | Failed:
-    """The text of a chat completion, tidied; _Problem if it is not one."""
+    """The text of a chat completion, tidied; _RequestError if it is not one."""
     try:
         choice: Mapping[str, Any] = answer["choices"][0]
         message: Mapping[str, Any] = choice["message"]
         content, refusal = message.get("content"), message.get("refusal")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         failed = Failed(DOWN, "Its answer is not a chat completion.", for_now=True)
-        raise _Problem(failed, again=True) from error
+        raise _RequestError(failed, retry=True) from error
     if isinstance(content, list):  # some answer in parts, as they are asked
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     finish = choice.get("finish_reason")

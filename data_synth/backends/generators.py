@@ -26,12 +26,12 @@ from data_synth.backends.local_models import (
     loading,
     model_identity,
 )
-from data_synth.records import Ask, Candidate, Reference
+from data_synth.records import Candidate, Reference, TargetSpec
 from imagine.errors import ImagineError, WeightsError
-from imagine.networks.weights import dtype_word
+from imagine.networks.weights import dtype_argument
 from imagine.pipeline.pipeline import ImaginePipeline
 
-Work = tuple[Reference, Ask, int]
+Work = tuple[Reference, TargetSpec, int]
 
 BLOCKED = "blocked by the model's safety checker"
 VERSION = 1
@@ -70,8 +70,8 @@ class DiffusersGenerator:
         from diffusers import DiffusionPipeline
 
         self.pipe = load_pipeline(DiffusionPipeline, self.settings, self.settings.offload)
-        takes = inspect.signature(self.pipe.__call__).parameters
-        if not {"prompt", "generator"} <= set(takes):
+        parameters = inspect.signature(self.pipe.__call__).parameters
+        if not {"prompt", "generator"} <= set(parameters):
             raise WeightsError(
                 f"{self.settings.model} is a {type(self.pipe).__name__}, which does not draw from a sentence: name a "
                 "text-to-image pipeline."
@@ -85,31 +85,31 @@ class DiffusersGenerator:
     def _draw(self, work: Sequence[Work]) -> list[Candidate | Failed]:
         """A batch; if something in it is wrong, each by itself, so that one item fails and not all."""
         settings = self.settings
-        prompts = [settings.prompt.replace("{prompt}", ask.prompt) for _, ask, _ in work]
-        chosen = {
+        prompts = [settings.prompt.replace("{prompt}", spec.prompt) for _, spec, _ in work]
+        call_options = {
             "width": settings.width,
             "height": settings.height,
             "num_inference_steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "negative_prompt": [settings.negative_prompt] * len(work) if settings.negative_prompt else None,
         }
-        arguments = {name: value for name, value in chosen.items() if value is not None} | settings.arguments
-        noise = [noise_of(ask.seed, attempt) for _, ask, attempt in work]
+        arguments = {name: value for name, value in call_options.items() if value is not None} | settings.arguments
+        noise = [noise_of(spec.seed, attempt) for _, spec, attempt in work]
         try:
             out = self.pipe(prompt=prompts, generator=noise, **arguments)
         except (ImagineError, ValueError) as error:
             return [failure(error)] if len(work) == 1 else [one for each in work for one in self._draw([each])]
         unsafe = getattr(out, "nsfw_content_detected", None) or [False] * len(work)
         return [
-            Failed(BLOCKED) if blocked else candidate_of(ask, attempt, 0, image)
-            for (_, ask, attempt), image, blocked in zip(work, out.images, unsafe, strict=True)
+            Failed(BLOCKED) if blocked else candidate_of(spec, attempt, 0, image)
+            for (_, spec, attempt), image, blocked in zip(work, out.images, unsafe, strict=True)
         ]
 
 
 def load_pipeline(kind: Any, settings: ModelSettings, offload: bool = False) -> Any:
     """A diffusers pipeline by `kind.from_pretrained`, quiet, in the settings' precision, on their device."""
     device = choose_device(settings.device)
-    options = {dtype_word(kind): choose_dtype(settings.dtype, device), **settings.options}
+    options = {dtype_argument(kind): choose_dtype(settings.dtype, device), **settings.options}
     if settings.revision is not None:
         options["revision"] = settings.revision
     with loading(settings.model):
@@ -140,8 +140,8 @@ def noise_of(seed: int, attempt: int, round: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(mixed, "big") >> 1)
 
 
-def candidate_of(ask: Ask, attempt: int, round: int, image: Image.Image) -> Candidate:
+def candidate_of(spec: TargetSpec, attempt: int, round: int, image: Image.Image) -> Candidate:
     """A picture as a candidate: a PNG file under the ask's key with attempt and round."""
     file = io.BytesIO()
     image.convert("RGB").save(file, "PNG")
-    return Candidate(f"{ask.key}-{attempt}-{round}", ask.key, file.getvalue(), attempt, round)
+    return Candidate(f"{spec.key}-{attempt}-{round}", spec.key, file.getvalue(), attempt, round)

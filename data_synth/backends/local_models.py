@@ -20,8 +20,8 @@ from imagine.errors import FaceError, ImagineError, PictureError, PromptError, W
 if TYPE_CHECKING:  # the settings are checked without torch, which takes a second to import
     import torch
 
-_WHOLE, _BLOCK, _BLOCKS = 1 << 20, 4096, 64  # bytes; larger files are known by as many blocks, evenly spaced
-_ASIDE = {".md", ".png", ".jpg", ".jpeg", ".webp", ".gif"}  # what a model does not depend on
+_READ_WHOLE, _BLOCK, _BLOCKS = 1 << 20, 4096, 64  # bytes; larger files are known by as many blocks, evenly spaced
+_IGNORED_SUFFIXES = {".md", ".png", ".jpg", ".jpeg", ".webp", ".gif"}  # what a model does not depend on
 _LICENCE = re.compile(r"^licen[sc]e:\s*(\S.*?)\s*$", re.MULTILINE)
 _REASONS: dict[type[Exception], str] = {
     FaceError: "no usable face",
@@ -30,12 +30,12 @@ _REASONS: dict[type[Exception], str] = {
 }
 
 
-def _at_home(source: str) -> str:
+def _expand_home(source: str) -> str:
     return str(Path(source).expanduser()) if source.startswith("~") else source
 
 
 # A folder, a file or a hub repository owner/name; ~ means what it means to a shell, which has not seen it in a file.
-ModelSource = Annotated[str, AfterValidator(_at_home)]
+ModelSource = Annotated[str, AfterValidator(_expand_home)]
 
 
 class ModelSettings(BaseModel):
@@ -81,12 +81,14 @@ def fingerprint(path: Path) -> str:
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
     for file in files:
         name = Path(file.name) if file == path else file.relative_to(path)
-        if file != path and (file.suffix.lower() in _ASIDE or any(part.startswith(".") for part in name.parts)):
+        if file != path and (
+            file.suffix.lower() in _IGNORED_SUFFIXES or any(part.startswith(".") for part in name.parts)
+        ):
             continue
         size = file.stat().st_size
         digest.update(f"{name.as_posix()} {size}\n".encode())
         with file.open("rb") as stream:
-            if size <= _WHOLE:
+            if size <= _READ_WHOLE:
                 digest.update(stream.read())
                 continue
             for number in range(_BLOCKS):
@@ -133,10 +135,10 @@ def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
 @contextmanager
 def loading(model: str) -> Iterator[None]:
     """Load something quietly in this block; whatever the libraries raise becomes one WeightsError about `model`."""
-    from imagine.networks.weights import hushed
+    from imagine.networks.weights import quiet_libraries
 
     try:
-        with hushed():
+        with quiet_libraries():
             yield
     except ImagineError:
         raise

@@ -31,7 +31,7 @@ from data_synth.records import Measures
 from imagine.errors import PictureError
 from imagine.evaluation.judge import Reader
 from imagine.networks.weights import default_folder
-from imagine.people.faces import cut_squares, sharpness
+from imagine.people.faces import crop_unmasked, sharpness
 from imagine.people.photos import Photo, read_photo
 from imagine.records import FaceBox
 
@@ -42,7 +42,7 @@ VERSION = 1  # of this file's arithmetic: another number, other measures
 _QUOTED = re.compile(rf'["“][^"“”]{{{LETTERS},}}["”]')  # shorter writing is none to text_share
 _QUALITY_SIDE = 256
 _NOISE = 0.15  # of 0 to 1: the standard deviation of noise at which nothing is left of a picture's quality
-_FACE_SIDE, _SLACK = 32, 3  # pixels of the compared face, and how far its parts may lie apart
+_FACE_SIDE, _MAX_SHIFT = 32, 3  # pixels of the compared face, and how far its parts may lie apart
 _BANDS = ((0.1, 0.55), (0.5, 1.0))  # of the face box's height: brows and eyes; mouth and chin
 
 
@@ -100,13 +100,13 @@ class Measurer:
 
     def measure(self, drafts: Sequence[Draft]) -> list[Measures | Failed]:
         """The measures of each candidate beside its reference; Failed where either is no picture."""
-        references: dict[str, _Looked | Failed] = {}
+        references: dict[str, _InspectedPicture | Failed] = {}
         for draft in drafts:
             if draft.reference.key not in references:
-                references[draft.reference.key] = self._look(draft.reference.image, draft.reference.facts)
+                references[draft.reference.key] = self._inspect(draft.reference.image, draft.reference.facts)
         return [self._measured(draft, references[draft.reference.key]) for draft in drafts]
 
-    def _look(self, content: bytes, facts: Mapping[str, Any]) -> "_Looked | Failed":
+    def _inspect(self, content: bytes, facts: Mapping[str, Any]) -> "_InspectedPicture | Failed":
         try:
             photo = read_photo(content)
         except PictureError as error:
@@ -118,7 +118,7 @@ class Measurer:
         face = _nearest(faces, box) if box is not None else next(iter(faces), None)
         count = int(box is not None) if self._recogniser is None else len(faces)
         around = face.box if box is None and face is not None else box
-        return _Looked(photo.image, count, face, around, self._attributes(photo.image, facts))
+        return _InspectedPicture(photo.image, count, face, around, self._attributes(photo.image, facts))
 
     def _attributes(self, image: Image.Image, facts: Mapping[str, Any]) -> Mapping[str, str]:
         known = facts.get("attributes")
@@ -132,37 +132,39 @@ class Measurer:
             words = self._reader.words(self._reader(picture))[0]
         return {name: word for name, word in words.items() if name in self._reader.attributes}
 
-    def _measured(self, draft: Draft, reference: "_Looked | Failed") -> Measures | Failed:
+    def _measured(self, draft: Draft, reference: "_InspectedPicture | Failed") -> Measures | Failed:
         if isinstance(reference, Failed):
             return reference
-        shown = self._look(draft.candidate.image, draft.candidate.facts)
-        if isinstance(shown, Failed):
-            return shown
-        both = reference.face is not None and shown.face is not None
+        inspected = self._inspect(draft.candidate.image, draft.candidate.facts)
+        if isinstance(inspected, Failed):
+            return inspected
+        both = reference.face is not None and inspected.face is not None
         return Measures(
-            faces=shown.count,
-            similarity=_rounded(similarity(reference.face, shown.face) if both else None),  # type: ignore[arg-type]
-            difference=_rounded(self._difference(reference, shown)),
-            quality=_rounded(quality(shown.image)),
-            sharpness=_rounded(face_sharpness(shown.image, shown.box, self.settings.crop) if shown.box else None, 6),
-            text=_rounded(text_share(shown.image, shown.box) if self._is_read(draft) else None),
-            picture_hash=picture_hash(shown.image),
-            attributes=shown.attributes,
+            faces=inspected.count,
+            similarity=_rounded(similarity(reference.face, inspected.face) if both else None),  # type: ignore[arg-type]
+            difference=_rounded(self._difference(reference, inspected)),
+            quality=_rounded(quality(inspected.image)),
+            sharpness=_rounded(
+                face_sharpness(inspected.image, inspected.box, self.settings.crop) if inspected.box else None, 6
+            ),
+            text=_rounded(text_share(inspected.image, inspected.box) if self._looks_for_text(draft) else None),
+            picture_hash=picture_hash(inspected.image),
+            attributes=inspected.attributes,
         )
 
-    def _difference(self, one: "_Looked", two: "_Looked") -> float | None:
+    def _difference(self, one: "_InspectedPicture", two: "_InspectedPicture") -> float | None:
         words = attribute_difference(one.attributes, two.attributes)
         if self.settings.difference == "attributes" or (self.settings.difference == "auto" and words is not None):
             return words
         return face_difference(one.image, one.box, two.image, two.box) if one.box and two.box else None
 
-    def _is_read(self, draft: Draft) -> bool:
+    def _looks_for_text(self, draft: Draft) -> bool:
         """Whether writing is looked for: where a long one was asked for, nobody can tell it from one that was not."""
-        return self.settings.text and not _QUOTED.search(draft.ask.prompt)
+        return self.settings.text and not _QUOTED.search(draft.spec.prompt)
 
 
 @dataclass(frozen=True)
-class _Looked:
+class _InspectedPicture:
     """A picture that was looked at."""
 
     image: Image.Image
@@ -234,7 +236,7 @@ def _noise(grey: NDArray[np.float32]) -> float:
 def face_sharpness(image: Image.Image, box: FaceBox, crop: int) -> float:
     """Variance of the Laplacian of the face crop at `crop` pixels, as `imagine.people.faces.sharpness`."""
     edges = torch.tensor([[box.left, box.top, box.width, box.height]])
-    return sharpness(cut_squares(_tensor(image)[None], edges, crop)[0])
+    return sharpness(crop_unmasked(_tensor(image)[None], edges, crop)[0])
 
 
 def face_difference(one: Image.Image, one_box: FaceBox, two: Image.Image, two_box: FaceBox) -> float:
@@ -269,7 +271,7 @@ def _detail(image: Image.Image, box: FaceBox) -> NDArray[np.float32]:
 
 def _best_correlation(one: NDArray[np.float32], two: NDArray[np.float32]) -> float:
     """The highest correlation, at least 0, of the middle of `one` with any place in `two`."""
-    middle = one[_SLACK:-_SLACK, _SLACK:-_SLACK]
+    middle = one[_MAX_SHIFT:-_MAX_SHIFT, _MAX_SHIFT:-_MAX_SHIFT]
     places = np.lib.stride_tricks.sliding_window_view(two, middle.shape)
     middle = middle - middle.mean()
     places = places - places.mean(axis=(2, 3), keepdims=True)

@@ -9,7 +9,7 @@ from pydantic import Field
 from data_synth.backends.contracts import Failed
 from data_synth.backends.generators import candidate_of, load_imagine, noise_of
 from data_synth.backends.local_models import ModelSettings, ModelSource, failure, identity_of, source_identity
-from data_synth.records import Ask, Candidate, Reference
+from data_synth.records import Candidate, Reference, TargetSpec
 from imagine.errors import ImagineError
 from imagine.networks.weights import default_folder
 
@@ -45,19 +45,19 @@ class ImagineGenerator:
         """Load the pipeline; WeightsError if there is none."""
         self.pipe = load_imagine(self.settings)
 
-    def generate(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
+    def generate(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
         """A picture for each (reference, ask, attempt)."""
         size = self.settings.batch_size
         return [one for start in range(0, len(work), size) for one in self._draw(work[start : start + size])]
 
-    def _draw(self, work: Sequence[tuple[Reference, Ask, int]]) -> list[Candidate | Failed]:
+    def _draw(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
         """A batch; if something in it is wrong, each by itself."""
         settings = self.settings
         try:
             drawn = self.pipe(
-                [ask.prompt for _, ask, _ in work],
+                [spec.prompt for _, spec, _ in work],
                 reference=[reference.image for reference, _, _ in work] if settings.identity_scale else None,
-                generator=[noise_of(ask.seed, attempt) for _, ask, attempt in work],
+                generator=[noise_of(spec.seed, attempt) for _, spec, attempt in work],
                 num_inference_steps=settings.steps,
                 guidance_scale=settings.guidance_scale,
                 identity_guidance_scale=settings.identity_guidance_scale,
@@ -66,5 +66,5 @@ class ImagineGenerator:
         except ImagineError as error:
             return [failure(error)] if len(work) == 1 else [one for each in work for one in self._draw([each])]
         return [
-            candidate_of(ask, attempt, 0, image) for (_, ask, attempt), image in zip(work, drawn.images, strict=True)
+            candidate_of(spec, attempt, 0, image) for (_, spec, attempt), image in zip(work, drawn.images, strict=True)
         ]

@@ -33,7 +33,7 @@ from imagine.people.faces import (
 )
 from imagine.people.photos import PhotoSource, open_photo
 from imagine.records import FaceBox
-from imagine.settings import checked
+from imagine.settings import validated
 
 RECOGNISERS: Mapping[str, str] = {
     "judge": "data_synth.backends.recognisers:JudgeRecogniser",
@@ -67,15 +67,17 @@ def make_recogniser(name: str, settings: Mapping[str, Any] | None = None) -> Rec
 
     Raises ConfigError if there is no such recogniser, or it does not know one of the settings.
     """
-    place = RECOGNISERS.get(name, name)
-    module, _, kind = place.partition(":")
+    class_path = RECOGNISERS.get(name, name)
+    module, _, kind = class_path.partition(":")
     try:
-        made = getattr(importlib.import_module(module), kind)
+        recogniser_class = getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"There is no recogniser {name!r}: choose {', '.join(RECOGNISERS)} or name a class as package.module:Class."
         ) from error
-    recogniser: Recogniser = made(checked(made.Settings, settings or {}, f"recogniser {name}"))
+    recogniser: Recogniser = recogniser_class(
+        validated(recogniser_class.Settings, settings or {}, f"recogniser {name}")
+    )
     return recogniser
 
 
@@ -103,8 +105,8 @@ class JudgeRecogniser:
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
         """Class, version and the weights of the judge and of the finder beside it."""
-        beside = self._folder.parent / "finder"
-        finder = fingerprint(beside) if beside.is_dir() else ""
+        finder_folder = self._folder.parent / "finder"
+        finder = fingerprint(finder_folder) if finder_folder.is_dir() else ""
         licence = "" if self.settings.judge else "Apache-2.0"  # of the shipped weights
         return identity_of(self, 1, **source_identity(str(self._folder / "recogniser"), licence=licence), finder=finder)
 
@@ -112,9 +114,9 @@ class JudgeRecogniser:
         """Load the recogniser and the face finder beside it; WeightsError if there is none."""
         self._device = choose_device(self.settings.device)
         self.network = RecogniserNetwork.load(self._folder / "recogniser").to(self._device).requires_grad_(False)
-        beside = self._folder.parent / "finder"
+        finder_folder = self._folder.parent / "finder"
         # Only what was trained for these pictures counts faces in them reliably; without it, whatever there is.
-        self.finder = LearnedFinder.from_folder(beside) if beside.is_dir() else default_finder()
+        self.finder = LearnedFinder.from_folder(finder_folder) if finder_folder.is_dir() else default_finder()
 
     @torch.inference_mode()
     def recognise(self, pictures: Sequence[PhotoSource]) -> list[tuple[KnownFace, ...] | Failed]:

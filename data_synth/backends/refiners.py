@@ -44,13 +44,13 @@ from imagine.people.faces import CROP_SIDE, FaceFinder, InsightFaceFinder
 from imagine.people.persona import Persona
 from imagine.people.photos import open_photo
 from imagine.pipeline.pipeline import ImaginePipeline
-from imagine.pipeline.second_pass import cells, ellipse_around, keep_outside, square_around
+from imagine.pipeline.second_pass import covered_latents, ellipse_around, keep_outside, square_around
 from imagine.records import FaceBox
 
 NO_FACE = "no face to refine"
 VERSION = 1
 
-_KEPT = 256  # references whose faces are remembered: the drafts of one follow each other
+_CACHE_SIZE = 256  # references whose faces are remembered: the drafts of one follow each other
 
 
 # --- where in a picture something is redrawn --------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def face_patch(image: Image.Image, box: FaceBox, region: Region) -> Patch:
     return Patch(image, place, ellipse_around(box, place, region.reach, region.edge))
 
 
-def fitted(size: tuple[int, int], usual: int, step: int) -> tuple[int, int]:
+def drawable_size(size: tuple[int, int], usual: int, step: int) -> tuple[int, int]:
     """Width and height of the same shape that a model can draw: about usual x usual pixels, multiples of step."""
     scale = usual / (size[0] * size[1]) ** 0.5
     width, height = (max(1, round(side * scale / step)) * step for side in size)
@@ -123,7 +123,7 @@ def refined(draft: Draft, cut: Cut, draw: Draw) -> Candidate | Failed:
         return failure(error)
     if isinstance(drawn, Failed):
         return drawn
-    return candidate_of(draft.ask, draft.candidate.attempt, draft.candidate.round + 1, patch.put_back(drawn))
+    return candidate_of(draft.spec, draft.candidate.attempt, draft.candidate.round + 1, patch.put_back(drawn))
 
 
 def largest_face(finder: FaceFinder, region: Region) -> Cut:
@@ -137,7 +137,7 @@ def largest_face(finder: FaceFinder, region: Region) -> Cut:
 
 
 def _noise(draft: Draft) -> torch.Generator:
-    return noise_of(draft.ask.seed, draft.candidate.attempt, draft.candidate.round + 1)
+    return noise_of(draft.spec.seed, draft.candidate.attempt, draft.candidate.round + 1)
 
 
 # --- our own pipeline -------------------------------------------------------------------------------------------------
@@ -194,15 +194,15 @@ class ImagineRefiner:
     def _draw(self, draft: Draft, patch: Patch) -> Image.Image:
         settings, pipe = self.settings, self.pipe
         persona = self._persona(draft.reference)
-        size = fitted(patch.part.size, int(pipe.unet.config.sample_size) * pipe.vae_scale_factor, _step(pipe))
+        size = drawable_size(patch.part.size, int(pipe.unet.config.sample_size) * pipe.vae_scale_factor, _step(pipe))
         clean = encoded(pipe, patch.part.resize(size, Image.Resampling.LANCZOS))
         noise = torch.randn(clean.shape, generator=_noise(draft)).to(clean.device)
         levels = [settings.strength * (settings.steps - number) / settings.steps for number in range(settings.steps)]
         keep = None
         if patch.opacity is not None:
-            keep = keep_outside(clean, noise, levels, cells(patch.opacity, clean))
+            keep = keep_outside(clean, noise, levels, covered_latents(patch.opacity, clean))
         out = pipe(
-            draft.ask.prompt,
+            draft.spec.prompt,
             persona,
             width=size[0],
             height=size[1],
@@ -220,7 +220,7 @@ class ImagineRefiner:
     def _persona(self, reference: Reference) -> Persona:
         """Whoever the reference shows, looked at once; FaceError or PictureError if it cannot be used."""
         if reference.key not in self._personas:
-            if len(self._personas) >= _KEPT:
+            if len(self._personas) >= _CACHE_SIZE:
                 self._personas.pop(next(iter(self._personas)))
             self._personas[reference.key] = self.pipe.enroll(open_photo(reference.image))
         return self._personas[reference.key]
@@ -295,7 +295,7 @@ class IPAdapterRefiner:
         self.settings = settings
         self.pipe: Any = None
         self.finder: FaceFinder  # after loading; may be exchanged
-        self._looks: dict[str, Image.Image] = {}
+        self._adapter_images: dict[str, Image.Image] = {}
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
@@ -318,7 +318,7 @@ class IPAdapterRefiner:
             self.pipe.set_ip_adapter_scale(settings.scale)
             self.pipe.to(self.pipe.device, self.pipe.dtype)
         self.finder = make_finder(settings.insightface)
-        self._looks.clear()
+        self._adapter_images.clear()
 
     def refine(self, drafts: Sequence[Draft]) -> list[Candidate | Failed]:
         """Each draft's face, or all of its picture, redrawn after the reference."""
@@ -328,19 +328,19 @@ class IPAdapterRefiner:
 
     def _draw(self, draft: Draft, patch: Patch) -> Image.Image | Failed:
         settings, pipe = self.settings, self.pipe
-        look = self._look(draft.reference)
+        adapter_image = self._adapter_image(draft.reference)
         unet = getattr(pipe, "unet", None)
         usual = settings.usual or (1024 if unet is None else int(unet.config.sample_size) * pipe.vae_scale_factor)
-        size = fitted(patch.part.size, usual, _step(pipe))
-        chosen = {"guidance_scale": settings.guidance_scale, "negative_prompt": settings.negative_prompt or None}
+        size = drawable_size(patch.part.size, usual, _step(pipe))
+        call_options = {"guidance_scale": settings.guidance_scale, "negative_prompt": settings.negative_prompt or None}
         out = pipe(
-            prompt=draft.ask.prompt,
+            prompt=draft.spec.prompt,
             image=patch.part.resize(size, Image.Resampling.LANCZOS),
-            ip_adapter_image=look,
+            ip_adapter_image=adapter_image,
             strength=settings.strength,
             num_inference_steps=settings.steps,
             generator=_noise(draft),
-            **{name: value for name, value in chosen.items() if value is not None},
+            **{name: value for name, value in call_options.items() if value is not None},
             **settings.arguments,
         )
         if (getattr(out, "nsfw_content_detected", None) or [False])[0]:
@@ -348,19 +348,19 @@ class IPAdapterRefiner:
         image: Image.Image = out.images[0]
         return image
 
-    def _look(self, reference: Reference) -> Image.Image:
+    def _adapter_image(self, reference: Reference) -> Image.Image:
         """What the adapter sees of the reference; FaceError if it should be a face and there is none."""
-        if reference.key not in self._looks:
+        if reference.key not in self._adapter_images:
             image = open_photo(reference.image)
             if self.settings.look_at == "face":
                 found = self.finder.find(image)
                 if not found:
                     raise FaceError(f"No face was found in the reference {reference.key}.")
                 image = image.crop(square_around(found[0], image.size, CROP_SIDE))
-            if len(self._looks) >= _KEPT:
-                self._looks.pop(next(iter(self._looks)))
-            self._looks[reference.key] = image
-        return self._looks[reference.key]
+            if len(self._adapter_images) >= _CACHE_SIZE:
+                self._adapter_images.pop(next(iter(self._adapter_images)))
+            self._adapter_images[reference.key] = image
+        return self._adapter_images[reference.key]
 
 
 def _image_to_image(settings: ModelSettings) -> Any:

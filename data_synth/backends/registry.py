@@ -8,9 +8,9 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_synth.config import Choice
+from data_synth.config import BackendChoice
 from imagine.errors import ConfigError
-from imagine.settings import checked, unknown_name
+from imagine.settings import unknown_name, validated
 
 BACKENDS: Mapping[str, Mapping[str, str]] = {
     "references": {
@@ -54,30 +54,32 @@ CALLS: Mapping[str, Sequence[str]] = {  # what a backend of each kind must have 
 }
 
 
-def make_backend(kind: str, choice: Choice) -> Any:
+def make_backend(kind: str, choice: BackendChoice) -> Any:
     """The backend of that kind that a build file chose, its settings checked and nothing loaded.
 
     Raises ConfigError, naming the valid ones, for a name or a setting that there is not, and for a class that lacks
     something that every build asks for.
     """
-    place = BACKENDS[kind].get(choice.backend, choice.backend)
-    module, colon, name = place.partition(":")
+    class_path = BACKENDS[kind].get(choice.backend, choice.backend)
+    module, colon, name = class_path.partition(":")
     if not colon:
         raise ConfigError(f"{kind}: {unknown_name('backend', choice.backend, list(BACKENDS[kind]))}.")
     try:
-        made = getattr(importlib.import_module(module), name)
+        backend_class = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{kind}: {place} cannot be imported ({error}): install it, or correct its name.") from error
-    if not hasattr(made, "Settings"):
-        raise ConfigError(_lacking(kind, place, ["Settings"]))
-    backend = made(checked(made.Settings, choice.settings, f"{kind} {choice.backend}"))
-    there = dir(backend)  # nothing is asked for: `identity` may read a whole model
-    calls = ("collect",) if kind == "references" and "collect" in there else CALLS[kind]
-    if missing := [name for name in ("settings", "identity", "load", *calls) if name not in there]:
-        raise ConfigError(_lacking(kind, place, missing))
+        raise ConfigError(
+            f"{kind}: {class_path} cannot be imported ({error}): install it, or correct its name."
+        ) from error
+    if not hasattr(backend_class, "Settings"):
+        raise ConfigError(_missing_message(kind, class_path, ["Settings"]))
+    backend = backend_class(validated(backend_class.Settings, choice.settings, f"{kind} {choice.backend}"))
+    members = dir(backend)  # nothing is asked for: `identity` may read a whole model
+    calls = ("collect",) if kind == "references" and "collect" in members else CALLS[kind]
+    if missing := [name for name in ("settings", "identity", "load", *calls) if name not in members]:
+        raise ConfigError(_missing_message(kind, class_path, missing))
     return backend
 
 
-def _lacking(kind: str, place: str, missing: Sequence[str]) -> str:
+def _missing_message(kind: str, class_path: str, missing: Sequence[str]) -> str:
     lacks = " and no ".join(missing)
-    return f"{kind}: {place} has no {lacks}: data_synth/backends/contracts.py says what a backend must have."
+    return f"{kind}: {class_path} has no {lacks}: data_synth/backends/contracts.py says what a backend must have."

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from data_synth.backends.chat import ChatModel, ChatSettings, Question, Talker, answers
+from data_synth.backends.chat import ChatModel, ChatSettings, LanguageModel, Question, answers
 from data_synth.backends.contracts import Failed, Target
 from data_synth.backends.endpoint import Endpoint, EndpointSettings
 from data_synth.backends.local_models import identity_of, model_identity
@@ -47,7 +47,7 @@ class TransformersRewriter:
 
     def __init__(self, settings: "TransformersRewriter.Settings") -> None:
         self.settings = settings
-        self.talker = ChatModel(settings, "text-generation")
+        self.language_model = ChatModel(settings, "text-generation")
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
@@ -56,11 +56,11 @@ class TransformersRewriter:
 
     def load(self) -> None:
         """Load the model; WeightsError if it is not there or knows no conversation."""
-        self.talker.load()
+        self.language_model.load()
 
     def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
         """Each target's caption with its aims brought in."""
-        return _rewritten(self.talker, targets, self.settings.instruction)
+        return _rewritten(self.language_model, targets, self.settings.instruction)
 
 
 class EndpointRewriter:
@@ -74,7 +74,7 @@ class EndpointRewriter:
 
     def __init__(self, settings: "EndpointRewriter.Settings") -> None:
         self.settings = settings
-        self.talker = Endpoint(settings)
+        self.language_model = Endpoint(settings)
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
@@ -83,17 +83,19 @@ class EndpointRewriter:
 
     def load(self) -> None:
         """Find the key; ConfigError if there is none."""
-        self.talker.load()
+        self.language_model.load()
 
     def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
         """Each target's caption with its aims brought in."""
-        return _rewritten(self.talker, targets, self.settings.instruction)
+        return _rewritten(self.language_model, targets, self.settings.instruction)
 
 
-def _rewritten(talker: Talker, targets: Sequence[Target], instruction: str) -> list[str | Failed]:
+def _rewritten(language_model: LanguageModel, targets: Sequence[Target], instruction: str) -> list[str | Failed]:
     """Ask for every target that has aims; where nothing is to change, the caption is the answer."""
     asked = [target for target in targets if target.aims]
-    texts = iter(answers(talker, [Question(_instruction(target, instruction), target.seed) for target in asked]))
+    texts = iter(
+        answers(language_model, [Question(_instruction(target, instruction), target.seed) for target in asked])
+    )
     return [next(texts) if target.aims else target.caption for target in targets]
 
 

@@ -19,16 +19,16 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_synth.filters import STAGES, stage_of
-from data_synth.records import Ask, Case, Loss, Measures, Reference, Rejection
+from data_synth.records import Case, LostTarget, Measures, Reference, Rejection, TargetSpec
 
 UNKNOWN = "not known"
 PEOPLE = ("skin tone", "age")  # groups that every card speaks of, known or not
 POSE = ("expression", "yaw", "pitch", "roll", "gaze")
-SHOWN = (*POSE, "scene", "light", "style", "framing", "clothes", "headwear", "held")
+CARD_ATTRIBUTES = (*POSE, "scene", "light", "style", "framing", "clothes", "headwear", "held")
 BINS = 50  # of similarity, from -1 to 1, and of difference, from 0 to 1
 VERSION = 1  # of card.json
 
-_LATER = ("choice", "duplicates", "review")  # what was taken out there passed by itself
+_LATER_STAGES = ("choice", "duplicates", "review")  # what was taken out there passed by itself
 Item = TypeVar("Item")
 
 
@@ -55,7 +55,7 @@ class Card:
 
 
 def make_card(
-    cases: Iterable[Case | Loss],
+    cases: Iterable[Case | LostTarget],
     others: Iterable[Rejection] = (),
     about: Mapping[str, Any] | None = None,
     wished: Mapping[str, Mapping[str, float]] | None = None,
@@ -70,8 +70,8 @@ def make_card(
     settings = settings or CardSettings()
     tally = _Tally(settings)
     for case in cases:
-        if isinstance(case, Loss):
-            tally.add_loss(case)
+        if isinstance(case, LostTarget):
+            tally.add_lost_target(case)
         else:
             tally.add(case)
     for rejection in others:
@@ -81,8 +81,8 @@ def make_card(
 
 def groups_of(reference: Reference) -> dict[str, str]:
     """The groups that the import says a reference's person belongs to, and UNKNOWN for those of PEOPLE it does not."""
-    said = reference.facts.get("groups")
-    known = {str(name): str(value) for name, value in said.items()} if isinstance(said, Mapping) else {}
+    stated = reference.facts.get("groups")
+    known = {str(name): str(value) for name, value in stated.items()} if isinstance(stated, Mapping) else {}
     return {**dict.fromkeys(PEOPLE, UNKNOWN), **known}
 
 
@@ -93,23 +93,23 @@ class _Tally:
     def __init__(self, settings: CardSettings) -> None:
         self.settings = settings
         self.rejected: Counter[tuple[str, str]] = Counter()  # step and reason
-        self.asks: set[str] = set()
-        self.made = 0
+        self.spec_keys: set[str] = set()
+        self.num_candidates = 0
         self.kept = 0
         self.people: dict[str, _Person] = {}
         self.aims: dict[tuple[str, str], _Sums] = {}  # of candidates
-        self.asked: Counter[tuple[str, str]] = Counter()  # aims of asks, each ask once
-        self.kept_asks: Counter[tuple[str, str]] = Counter()  # aims of pairs
-        self.shown: Counter[tuple[str, str]] = Counter()  # attributes of pairs' targets
+        self.aim_counts: Counter[tuple[str, str]] = Counter()  # aims of asks, each ask once
+        self.pair_aim_counts: Counter[tuple[str, str]] = Counter()  # aims of pairs
+        self.pair_attribute_counts: Counter[tuple[str, str]] = Counter()  # attributes of pairs' targets
         self.histograms = {name: _Histogram(low) for name, low in (("similarity", -1.0), ("difference", 0.0))}
         self.rounds: dict[int, _Sums] = {}
         self.pairs: _Sample[Case] = _Sample(settings.pairs)
         self.examples: dict[str, _Sample[Case]] = {}
 
     def add(self, case: Case) -> None:
-        self.made += 1
+        self.num_candidates += 1
         stage = _stage(case)
-        self._add_groups(case, stage in ("", *_LATER))
+        self._add_groups(case, stage in ("", *_LATER_STAGES))
         for name, histogram in self.histograms.items():
             histogram.add(getattr(case.measures, name), stage)
         if case.rejection is None:
@@ -119,35 +119,35 @@ class _Tally:
         self.rejected[case.rejection.step, reason] += 1
         self.examples.setdefault(reason, _Sample(self.settings.examples)).add(case.candidate.key, case)
 
-    def add_loss(self, loss: Loss) -> None:
+    def add_lost_target(self, loss: LostTarget) -> None:
         """Count a target that came to nothing."""
         self._person(loss.reference).sums.lost += 1
-        if loss.ask is not None:
-            self._add_ask(loss.ask)
-            for aim in loss.ask.aims.items():
+        if loss.spec is not None:
+            self._add_spec(loss.spec)
+            for aim in loss.spec.aims.items():
                 self.aims.setdefault(aim, _Sums()).lost += 1
 
     def _add_groups(self, case: Case, passed: bool) -> None:
         self._person(case.reference).sums.add(case.measures, passed)
         self.rounds.setdefault(case.candidate.round, _Sums()).add(case.measures, passed)
-        self._add_ask(case.ask)
-        for aim in case.ask.aims.items():
+        self._add_spec(case.spec)
+        for aim in case.spec.aims.items():
             self.aims.setdefault(aim, _Sums()).add(case.measures, passed)
 
     def _person(self, reference: Reference) -> "_Person":
         return self.people.setdefault(reference.person or reference.key, _Person(groups_of(reference)))
 
-    def _add_ask(self, ask: Ask) -> None:
-        if ask.key not in self.asks:
-            self.asks.add(ask.key)
-            self.asked.update(ask.aims.items())
+    def _add_spec(self, spec: TargetSpec) -> None:
+        if spec.key not in self.spec_keys:
+            self.spec_keys.add(spec.key)
+            self.aim_counts.update(spec.aims.items())
 
     def _add_pair(self, case: Case) -> None:
         self.kept += 1
-        self.kept_asks.update(case.ask.aims.items())
+        self.pair_aim_counts.update(case.spec.aims.items())
         self.people[case.reference.person or case.reference.key].pairs += 1
-        names = dict.fromkeys((*SHOWN, *case.ask.aims))
-        self.shown.update((name, case.measures.attributes.get(name, UNKNOWN)) for name in names)
+        names = dict.fromkeys((*CARD_ATTRIBUTES, *case.spec.aims))
+        self.pair_attribute_counts.update((name, case.measures.attributes.get(name, UNKNOWN)) for name in names)
         self.pairs.add(case.candidate.key, case)
 
     def examples_by_reason(self) -> dict[str, tuple[Case, ...]]:
@@ -158,11 +158,16 @@ class _Tally:
         steps: dict[str, dict[str, int]] = {}
         for (step, reason), count in sorted(self.rejected.items()):
             steps.setdefault(step, {})[reason] = count
-        tested = _tests(self._groups(), self._aims(), self.settings)
+        tested = _test_groups(self._groups(), self._aims(), self.settings)
         return {
             "version": VERSION,
             "about": dict(about),
-            "counts": {"people": len(self.people), "asks": len(self.asks), "candidates": self.made, "pairs": self.kept},
+            "counts": {
+                "people": len(self.people),
+                "asks": len(self.spec_keys),
+                "candidates": self.num_candidates,
+                "pairs": self.kept,
+            },
             "rejected": steps,
             "attributes": self._attributes(wished),
             "people": self._people(),
@@ -178,21 +183,23 @@ class _Tally:
 
     def _attributes(self, wished: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         """Attribute -> value -> share wished, how many asks and pairs ask for it, and how many pairs show it."""
-        names = dict.fromkeys([*SHOWN, *wished, *sorted({name for name, _ in (*self.asked, *self.shown)})])
+        names = dict.fromkeys(
+            [*CARD_ATTRIBUTES, *wished, *sorted({name for name, _ in (*self.aim_counts, *self.pair_attribute_counts)})]
+        )
         table: dict[str, Any] = {}
         for name in names:
-            counted = {value for which, value in (*self.asked, *self.shown) if which == name}
+            counted = {value for which, value in (*self.aim_counts, *self.pair_attribute_counts) if which == name}
             values = dict.fromkeys([*wished.get(name, {}), *sorted(counted - {UNKNOWN}), *sorted(counted & {UNKNOWN})])
             if values:
-                table[name] = {value: self._line(name, value, wished) for value in values}
+                table[name] = {value: self._value_row(name, value, wished) for value in values}
         return table
 
-    def _line(self, name: str, value: str, wished: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    def _value_row(self, name: str, value: str, wished: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         return {
             "wished": wished.get(name, {}).get(value),
-            "asked": self.asked[name, value],
-            "asked_in_pairs": self.kept_asks[name, value],
-            "shown_in_pairs": self.shown[name, value],
+            "asked": self.aim_counts[name, value],
+            "asked_in_pairs": self.pair_aim_counts[name, value],
+            "shown_in_pairs": self.pair_attribute_counts[name, value],
         }
 
     def _groups(self) -> dict[tuple[str, str], list["_Person"]]:
@@ -337,7 +344,7 @@ class _Mean:
         return _Mean(statistics.fmean(values), statistics.variance(values), len(values))
 
 
-def _tests(
+def _test_groups(
     groups: Mapping[tuple[str, str], list[_Person]], aims: Mapping[tuple[str, str], _Sums], settings: CardSettings
 ) -> dict[str, Any]:
     """Which groups of people, and which aims, fall clearly behind all others; and how that was found out.
@@ -346,23 +353,25 @@ def _tests(
     on pass rate and on similarity. People are the units of their groups, each with the mean of their candidates,
     because the candidates of one person go together; of aims, candidates are the units.
     """
-    found, few = [], []
+    found, too_few = [], []
     for kind, table in (("people", _people_means(groups)), ("aims", _aim_means(aims))):
         for (name, value), means in table.items():
             line = {"kind": kind, "group": name, "value": value}
-            tested = [_compared(what, *pair) for what, pair in means.items() if pair and _many(pair, settings)]
+            tested = [
+                _compare(what, *pair) for what, pair in means.items() if pair and _is_large_enough(pair, settings)
+            ]
             found += [{**line, **one} for one in tested]
-            few += [] if tested else [line]
+            too_few += [] if tested else [line]
     level = settings.level / max(len(found), 1)
     named = [
         line
         for line in found
         if line["p"] < level and line["others"] - line["mean"] >= getattr(settings, line["measure"])
     ]
-    return {"named": named, "too_few": few, "tests": len(found), "how": _how(settings)}
+    return {"named": named, "too_few": too_few, "tests": len(found), "how": _method_text(settings)}
 
 
-def _many(pair: tuple[_Mean, _Mean], settings: CardSettings) -> bool:
+def _is_large_enough(pair: tuple[_Mean, _Mean], settings: CardSettings) -> bool:
     return min(pair[0].count, pair[1].count) >= settings.least
 
 
@@ -391,8 +400,8 @@ def _aim_means(aims: Mapping[tuple[str, str], _Sums]) -> dict[tuple[str, str], M
     table: dict[tuple[str, str], Means] = {}
     for name, value in aims:
         both = aims[name, value], _Sums.of(sums for (n, v), sums in aims.items() if n == name and v != value)
-        rates = [_from_sums(s.tried, s.passed, s.passed) for s in both]
-        likeness = [_from_sums(*s.similarities) for s in both]
+        rates = [_mean_from_sums(s.tried, s.passed, s.passed) for s in both]
+        likeness = [_mean_from_sums(*s.similarities) for s in both]
         table[name, value] = {
             "pass_rate": (rates[0], rates[1]) if rates[0] and rates[1] else None,
             "similarity": (likeness[0], likeness[1]) if likeness[0] and likeness[1] else None,
@@ -400,14 +409,14 @@ def _aim_means(aims: Mapping[tuple[str, str], _Sums]) -> dict[tuple[str, str], M
     return table
 
 
-def _from_sums(count: float, total: float, squares: float) -> _Mean | None:
+def _mean_from_sums(count: float, total: float, squares: float) -> _Mean | None:
     if count < 2:
         return None
     mean = total / count
     return _Mean(mean, max(0.0, squares - count * mean * mean) / (count - 1), int(count))
 
 
-def _compared(what: str, group: _Mean, others: _Mean) -> dict[str, Any]:
+def _compare(what: str, group: _Mean, others: _Mean) -> dict[str, Any]:
     """Means and p, the chance of such a gap if there were none: by the normal distribution, as counts are large."""
     gap = others.value - group.value
     error = math.sqrt(group.variance / group.count + others.variance / others.count)
@@ -421,7 +430,7 @@ def _compared(what: str, group: _Mean, others: _Mean) -> dict[str, Any]:
     }
 
 
-def _how(settings: CardSettings) -> str:
+def _method_text(settings: CardSettings) -> str:
     return (
         f"A group is named if it and the others have {settings.least} people or more (an aim: candidates), its mean "
         f"lies below the others' by {settings.pass_rate:g} of the pass rate or {settings.similarity:g} of the "

@@ -30,19 +30,23 @@ class Funnel:
     photos: int = 0  # found by the import
     references: int = 0
     targets: int = 0
-    waiting: Counter[tuple[str, str]] = field(default_factory=Counter)  # (step, reason) of targets that are parked
-    said: dict[tuple[str, str], str] = field(default_factory=dict)  # of each of those, the first one's sentence
+    deferred_reasons: Counter[tuple[str, str]] = field(
+        default_factory=Counter
+    )  # (step, reason) of targets that are parked
+    example_details: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # of each of those, the first one's sentence
     reached: Counter[str] = field(default_factory=Counter)  # how far targets got: step or filter
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  # (step, reason) of everything that fell out
-    refined: dict[int, "_Effect"] = field(default_factory=dict)  # by round
+    refined: dict[int, "_RefinementEffect"] = field(default_factory=dict)  # by round
     measured: "_Means" = field(default_factory=lambda: _Means())  # all candidates
     kept: "_Means" = field(default_factory=lambda: _Means())  # pairs
     seen: set[str] = field(default_factory=set)  # keys of what several targets lost together
 
     @property
-    def parked(self) -> int:
+    def deferred(self) -> int:
         """How many targets wait for the next build."""
-        return self.waiting.total()
+        return self.deferred_reasons.total()
 
     def watch(self, verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
         """Count verdicts as they pass by."""
@@ -53,10 +57,10 @@ class Funnel:
     def add(self, verdict: Verdict) -> None:
         """Count one target."""
         self.targets += 1
-        if (parked := verdict.outcome.parked) is not None:
-            self.waiting[parked.step, parked.reason] += 1
-            self.said.setdefault((parked.step, parked.reason), parked.detail)
-        for name in _passed(verdict):
+        if (deferred := verdict.outcome.deferred) is not None:
+            self.deferred_reasons[deferred.step, deferred.reason] += 1
+            self.example_details.setdefault((deferred.step, deferred.reason), deferred.detail)
+        for name in _passed_steps(verdict):
             self.reached[name] += 1
         for rejection in verdict.rejections:
             self.reject(rejection)
@@ -66,7 +70,7 @@ class Funnel:
             self.kept.add(verdict.pair.measures)
         for before, after in pairwise(verdict.cases):
             if after.candidate.round == before.candidate.round + 1:
-                self.refined.setdefault(after.candidate.round, _Effect()).add(before, after)
+                self.refined.setdefault(after.candidate.round, _RefinementEffect()).add(before, after)
 
     def reject(self, rejection: Rejection) -> None:
         """Count what fell out, once: a caption that failed is lost to all of its reference's targets."""
@@ -88,7 +92,7 @@ class Funnel:
         return {
             "rows": [{"name": name, "count": count} for name, count in self.rows()],
             "rejected": _by_step(self.reasons),
-            "parked": _by_step(self.waiting),
+            "parked": _by_step(self.deferred_reasons),
             "rounds": {str(number): self.refined[number].as_json() for number in sorted(self.refined)},
             "candidates": self.measured.as_json(),
             "pairs": self.kept.as_json(),
@@ -117,7 +121,7 @@ class _Means:
 
 
 @dataclass
-class _Effect:
+class _RefinementEffect:
     """What one round of refinement did to those candidates that it was tried on."""
 
     before: _Means = field(default_factory=_Means)
@@ -142,21 +146,21 @@ def _by_step(counted: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return table
 
 
-def _passed(verdict: Verdict) -> list[str]:
+def _passed_steps(verdict: Verdict) -> list[str]:
     """The steps and filters that a target's best try got past."""
     lost = {rejection.step for rejection in verdict.outcome.losses}
-    if verdict.outcome.parked is not None:
-        lost.add(verdict.outcome.parked.step)
+    if verdict.outcome.deferred is not None:
+        lost.add(verdict.outcome.deferred.step)
     steps = list(_STEPS)
     if not verdict.cases:
         order = ["import", "caption", "rewrite", "generate", "refine", "measure"]
         first = min((order.index(step) for step in lost if step in order), default=0)
         return [name for name, step in _STEPS.items() if order.index(step) < first and step != "generate"]
     stages = list(STAGES)
-    return steps + stages[: max(_fell_at(case, stages) for case in verdict.cases)]
+    return steps + stages[: max(_failed_stage(case, stages) for case in verdict.cases)]
 
 
-def _fell_at(case: Case, stages: Sequence[str]) -> int:
+def _failed_stage(case: Case, stages: Sequence[str]) -> int:
     """The place of the filter that a candidate did not pass; beyond the last for a pair."""
     if case.rejection is None:
         return len(stages)
@@ -164,7 +168,7 @@ def _fell_at(case: Case, stages: Sequence[str]) -> int:
 
 
 # --- showing it -------------------------------------------------------------------------------------------------------
-def show(funnel: Funnel, console: Console) -> None:
+def print_funnel(funnel: Funnel, console: Console) -> None:
     """Print the funnel, the reasons and the effect of each round."""
     rows = funnel.rows()
     most = max(count for _, count in rows) or 1
@@ -183,11 +187,11 @@ def show(funnel: Funnel, console: Console) -> None:
             f"Round {number} of refinement: {effect.before.count} candidates, similarity {before.get('similarity')} -> "
             f"{after.get('similarity')}, difference {before.get('difference')} -> {after.get('difference')}"
         )
-    if funnel.parked:
-        console.print(f"{funnel.parked:,} targets are parked (parked.jsonl): the same command tries them again.")
+    if funnel.deferred:
+        console.print(f"{funnel.deferred:,} targets are parked (parked.jsonl): the same command tries them again.")
         table = Table(title="Parked", title_justify="left", box=None, show_header=False)
-        for (step, reason), count in funnel.waiting.most_common():
-            table.add_row(step, reason, f"{count:,}", f"such as: {funnel.said[step, reason]}")
+        for (step, reason), count in funnel.deferred_reasons.most_common():
+            table.add_row(step, reason, f"{count:,}", f"such as: {funnel.example_details[step, reason]}")
         console.print(table)
 
 

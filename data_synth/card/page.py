@@ -31,7 +31,7 @@ figcaption{font-size:13px;color:#555;max-width:330px}.behind{border-left:4px sol
 """
 _BEFORE, _AFTER = "#c9ced6", "#2f6fb0"
 _COLUMNS = ("people", "candidates", "lost", "pairs", "pass_rate", "similarity")  # of a group of people
-_ACROSS = 3  # pairs in a row of the contact sheet
+_PAIRS_PER_ROW = 3  # pairs in a row of the contact sheet
 _TITLES = {"yaw": "head turn", "pitch": "chin", "roll": "head tilt"}
 
 
@@ -49,9 +49,9 @@ def page(card: Card) -> str:
     title = html.escape(str(facts["about"].get("title", "Pairs")))
     parts = [
         f"<h1>Data card: {title}</h1>", _counts(facts), _about(facts["about"]),
-        "<h2>Who falls behind</h2>", _behind(facts["behind"]),
+        "<h2>Who falls behind</h2>", _groups_behind(facts["behind"]),
         "<h2>People</h2>", _people(facts["people"]),
-        "<h2>Pairs</h2>", _sheet(card.pairs),
+        "<h2>Pairs</h2>", _pair_sheet(card.pairs),
         "<h2>Distributions</h2>", _attributes(facts["attributes"]),
         "<h2>Identity similarity and difference, filter by filter</h2>", _histograms(facts["histograms"]),
         _rounds(facts["rounds"]),
@@ -80,17 +80,17 @@ def _counts(facts: Mapping[str, Any]) -> str:
 
 
 def _about(about: Mapping[str, Any]) -> str:
-    rows = [[name, _said(value)] for name, value in about.items() if name != "title"]
+    rows = [[name, _value_text(value)] for name, value in about.items() if name != "title"]
     return _table(["About", ""], rows, "words") if rows else ""
 
 
-def _said(value: object) -> str:
+def _value_text(value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {_said(one)}" for name, one in value.items())
+        return ", ".join(f"{name}: {_value_text(one)}" for name, one in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _behind(tested: Mapping[str, Any]) -> str:
+def _groups_behind(tested: Mapping[str, Any]) -> str:
     named = [
         f"<li><b>{_title(line['group'])}: {html.escape(line['value'])}</b>{' (asked for)' * (line['kind'] == 'aims')}: "
         f"{line['measure'].replace('_', ' ')} {line['mean']:.3f}, all others {line['others']:.3f} "
@@ -98,11 +98,17 @@ def _behind(tested: Mapping[str, Any]) -> str:
         for line in tested["named"]
     ]
     few = ", ".join(f"{_title(line['group'])}: {html.escape(line['value'])}" for line in tested["too_few"])
-    said = f'<ul class="behind">{"".join(named)}</ul>' if named else f'<p class="even">{_nobody(tested)}</p>'
-    return said + (f"<p>Too few to say anything: {few}.</p>" if few else "") + f"<p>{html.escape(tested['how'])}</p>"
+    description = (
+        f'<ul class="behind">{"".join(named)}</ul>' if named else f'<p class="even">{_no_group_behind(tested)}</p>'
+    )
+    return (
+        description
+        + (f"<p>Too few to say anything: {few}.</p>" if few else "")
+        + f"<p>{html.escape(tested['how'])}</p>"
+    )
 
 
-def _nobody(tested: Mapping[str, Any]) -> str:
+def _no_group_behind(tested: Mapping[str, Any]) -> str:
     return f"No group falls behind in {tested['tests']:,} tests." if tested["tests"] else "No group could be tested."
 
 
@@ -119,11 +125,11 @@ def _people(people: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 def _attributes(attributes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """One drawing an attribute: bars of what pairs show, with what was wished and asked in figures beside them."""
-    said = (
+    description = (
         "Bars: what the targets of the pairs show. Red ticks: the wished share. Beside them, the share of all asks "
         "that asked for it, of the pairs that did, and of the pairs that show it."
     )
-    return f"<p>{said}</p>" + "".join(_attribute(name, table) for name, table in attributes.items())
+    return f"<p>{description}</p>" + "".join(_attribute(name, table) for name, table in attributes.items())
 
 
 def _attribute(name: str, table: Mapping[str, Mapping[str, Any]]) -> str:
@@ -191,8 +197,8 @@ def _histogram(name: str, histogram: Mapping[str, Any], before: str, after: str)
             body.append(_rectangle(x, 100 - count * high, max(step - 1, 1), count * high, colour))
     ends = (low + first * width, low + last * width)
     body += [_text(10, 114, f"{ends[0]:.2f}", "start"), _text(310, 114, f"{ends[1]:.2f}", "end")]
-    said = f"{name.capitalize()} {after}: {sum(two):,} of {sum(one):,} stay, {_mean_words(histogram, one, two)}"
-    return f"<figure>{_svg(320, 118, body, said)}<figcaption>{html.escape(said)}</figcaption></figure>"
+    description = f"{name.capitalize()} {after}: {sum(two):,} of {sum(one):,} stay, {_mean_words(histogram, one, two)}"
+    return f"<figure>{_svg(320, 118, body, description)}<figcaption>{html.escape(description)}</figcaption></figure>"
 
 
 def _mean_words(histogram: Mapping[str, Any], one: Sequence[int], two: Sequence[int]) -> str:
@@ -221,13 +227,13 @@ def _rejected(steps: Mapping[str, Mapping[str, int]]) -> str:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-def _sheet(cases: Sequence[Case]) -> str:
+def _pair_sheet(cases: Sequence[Case]) -> str:
     if not cases:
         return "<p>There are none.</p>"
-    rows = [cases[start : start + _ACROSS] for start in range(0, len(cases), _ACROSS)]
+    rows = [cases[start : start + _PAIRS_PER_ROW] for start in range(0, len(cases), _PAIRS_PER_ROW)]
     cells = [[cell for case in row for cell in _cells(case)] for row in rows]
-    sheet = contact_sheet(["reference", "target"] * min(_ACROSS, len(cases)), cells)
-    prompts = "".join(f"<li>{html.escape(case.candidate.key)}: {html.escape(case.ask.prompt)}</li>" for case in cases)
+    sheet = contact_sheet(["reference", "target"] * min(_PAIRS_PER_ROW, len(cases)), cells)
+    prompts = "".join(f"<li>{html.escape(case.candidate.key)}: {html.escape(case.spec.prompt)}</li>" for case in cases)
     below = f"<details><summary>Prompts</summary><ol>{prompts}</ol></details>"
     return _picture(sheet, "pairs of reference and target") + below
 
@@ -239,7 +245,7 @@ def _cells(case: Case) -> list[Cell]:
         if value is not None
     ]
     notes: list[tuple[str, bool | None]] = [(number, None) for number in numbers]
-    return [Cell(_opened(case.reference.image)), Cell(_opened(case.candidate.image), notes)]
+    return [Cell(_open_or_grey(case.reference.image)), Cell(_open_or_grey(case.candidate.image), notes)]
 
 
 def _examples(examples: Mapping[str, Sequence[Case]]) -> str:
@@ -250,36 +256,36 @@ def _examples(examples: Mapping[str, Sequence[Case]]) -> str:
         row = [
             cell
             for case in cases
-            for cell in (Cell(_opened(case.reference.image)), Cell(_opened(case.candidate.image)))
+            for cell in (Cell(_open_or_grey(case.reference.image)), Cell(_open_or_grey(case.candidate.image)))
         ]
         sheet = contact_sheet(["reference", "candidate"] * len(cases), [row])
-        said = "".join(
+        description = "".join(
             f"<li>{html.escape(case.candidate.key)}: {html.escape(case.rejection.detail)}</li>"
             for case in cases
             if case.rejection is not None
         )
-        parts.append(f"<h3>{html.escape(reason)}</h3>{_picture(sheet, f'rejected: {reason}')}<ul>{said}</ul>")
+        parts.append(f"<h3>{html.escape(reason)}</h3>{_picture(sheet, f'rejected: {reason}')}<ul>{description}</ul>")
     return "".join(parts)
 
 
-def _opened(content: bytes) -> Image.Image:
+def _open_or_grey(content: bytes) -> Image.Image:
     try:
         return open_photo(content)
     except PictureError:
         return Image.new("RGB", (32, 32), (128, 128, 128))
 
 
-def _picture(image: Image.Image, said: str) -> str:
+def _picture(image: Image.Image, description: str) -> str:
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=88)
     code = base64.b64encode(file.getvalue()).decode()
-    return f'<p><img alt="{html.escape(said)}" src="data:image/jpeg;base64,{code}"></p>'
+    return f'<p><img alt="{html.escape(description)}" src="data:image/jpeg;base64,{code}"></p>'
 
 
 # --- pieces of the page -----------------------------------------------------------------------------------------------
-def _svg(width: float, height: float, body: Iterable[str], said: str) -> str:
+def _svg(width: float, height: float, body: Iterable[str], description: str) -> str:
     return (
-        f'<svg role="img" aria-label="{html.escape(said)}" width="{width:g}" height="{height:g}" '
+        f'<svg role="img" aria-label="{html.escape(description)}" width="{width:g}" height="{height:g}" '
         f'viewBox="0 0 {width:g} {height:g}">{"".join(body)}</svg>'
     )
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 
 @dataclass(frozen=True)
-class TwoReviewers:
+class ReviewerPair:
     """Two reviewers on the things that both have judged."""
 
     first: str
@@ -25,16 +25,18 @@ class Agreement:
     num_pairs: int
     share: float | None  # of the pairs of opinions on one thing, equal; averaged over things; None without any
     kappa: float | None  # Fleiss'; None where it says nothing: only one verdict was ever given
-    reviewers: tuple[TwoReviewers, ...]  # every two who have met
+    reviewers: tuple[ReviewerPair, ...]  # every two who have met
 
 
 def agreement(opinions: Sequence[Mapping[str, str]]) -> Agreement:
     """Agreement over things, each given as {reviewer: verdict}; fewer than two opinions on one count for nothing."""
-    several = [of_one for of_one in opinions if len(of_one) > 1]
-    ratings = [list(of_one.values()) for of_one in several]
-    share = fmean(_equal_share(of_one) for of_one in ratings) if ratings else None
-    met = Counter(two for of_one in several for two in combinations(sorted(of_one), 2))
-    return Agreement(len(several), share, fleiss(ratings), tuple(_two(several, *two) for two in sorted(met)))
+    several = [item for item in opinions if len(item) > 1]
+    ratings = [list(item.values()) for item in several]
+    share = fmean(_equal_share(item) for item in ratings) if ratings else None
+    reviewer_pairs = Counter(two for item in several for two in combinations(sorted(item), 2))
+    return Agreement(
+        len(several), share, fleiss(ratings), tuple(_compare_reviewers(several, *two) for two in sorted(reviewer_pairs))
+    )
 
 
 def cohen(first: Sequence[str], second: Sequence[str]) -> float | None:
@@ -52,11 +54,11 @@ def fleiss(ratings: Sequence[Sequence[str]]) -> float | None:
     """
     if not ratings:
         return None
-    verdicts = {verdict for of_one in ratings for verdict in of_one}
+    verdicts = {verdict for item in ratings for verdict in item}
     if len(verdicts) == 1:
         return None
-    observed = fmean(_equal_share(of_one) for of_one in ratings)
-    shares = [fmean(of_one.count(verdict) / len(of_one) for of_one in ratings) for verdict in verdicts]
+    observed = fmean(_equal_share(item) for item in ratings)
+    shares = [fmean(item.count(verdict) / len(item) for item in ratings) for verdict in verdicts]
     chance = sum(share**2 for share in shares)
     return (observed - chance) / (1 - chance)
 
@@ -67,8 +69,8 @@ def _equal_share(verdicts: Sequence[str]) -> float:
     return equal / (len(verdicts) * (len(verdicts) - 1))
 
 
-def _two(opinions: Sequence[Mapping[str, str]], first: str, second: str) -> TwoReviewers:
-    both = [of_one for of_one in opinions if first in of_one and second in of_one]
-    verdicts = [of_one[first] for of_one in both], [of_one[second] for of_one in both]
+def _compare_reviewers(opinions: Sequence[Mapping[str, str]], first: str, second: str) -> ReviewerPair:
+    both = [item for item in opinions if first in item and second in item]
+    verdicts = [item[first] for item in both], [item[second] for item in both]
     share = fmean(a == b for a, b in zip(*verdicts, strict=True))
-    return TwoReviewers(first, second, len(both), share, cohen(*verdicts))
+    return ReviewerPair(first, second, len(both), share, cohen(*verdicts))

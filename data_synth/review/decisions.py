@@ -44,7 +44,7 @@ REASONS = (  # in the order of the keys 1 to 8; rejections are counted by them
     "unsuitable",
     "something else",
 )
-SPLIT = "reviewers differ"  # the reason where as many keep as reject
+REVIEWERS_DIFFER = "reviewers differ"  # the reason where as many keep as reject
 OPEN_SENT = 50  # how many open pairs a page is told of at a time
 LONGEST_NAME, LONGEST_CAPTION = 40, 2000
 _FORMAT = 1
@@ -124,8 +124,10 @@ def open_queue(
     while chunk := list(islice(remaining, _CHUNK)):
         with _transaction(database, write=True) as connection:
             for pair in chunk:
-                shown = _shown(pair, (rounds or {}).get(pair.target.key, ()), (remarks or {}).get(pair.target.key, ()))
-                wanted.append((_insert(connection, pair, shown),))
+                details = _details_json(
+                    pair, (rounds or {}).get(pair.target.key, ()), (remarks or {}).get(pair.target.key, ())
+                )
+                wanted.append((_insert(connection, pair, details),))
     with _transaction(database, write=True) as connection:
         connection.execute("UPDATE pairs SET current = 0")
         connection.executemany("UPDATE pairs SET current = 1 WHERE fingerprint = ?", wanted)
@@ -148,7 +150,9 @@ def decisions(database: Path) -> dict[str, Decision]:
     with _transaction(database) as connection:
         opinions = _opinions(connection)
         rows = connection.execute("SELECT number, key, fingerprint FROM pairs WHERE current").fetchall()
-    return {key: _together(key, print_, opinions[number]) for number, key, print_ in rows if opinions.get(number)}
+    return {
+        key: _combined_decision(key, digest, opinions[number]) for number, key, digest in rows if opinions.get(number)
+    }
 
 
 def judged(pair: Pair, decided: Mapping[str, Decision]) -> Pair | Rejection | None:
@@ -159,12 +163,12 @@ def judged(pair: Pair, decided: Mapping[str, Decision]) -> Pair | Rejection | No
     names = ", ".join(decision.reviewers)
     if decision.verdict == "reject":
         return Rejection(pair.target.key, "review", decision.reason, f"Reviewed by {names}.")
-    return replace(pair, ask=replace(pair.ask, prompt=decision.caption)) if decision.verdict == "fix" else pair
+    return replace(pair, spec=replace(pair.spec, prompt=decision.caption)) if decision.verdict == "fix" else pair
 
 
 def fingerprint(pair: Pair) -> str:
     """64 hexadecimal digits of what a reviewer judges: key, both pictures and the prompt."""
-    parts = [pair.target.key, _hash(pair.reference.image), _hash(pair.target.image), pair.ask.prompt]
+    parts = [pair.target.key, _hash(pair.reference.image), _hash(pair.target.image), pair.spec.prompt]
     return _hash(json.dumps(parts).encode())
 
 
@@ -190,8 +194,8 @@ class Review:
             opinions = _opinions(connection)
             pairs = connection.execute("SELECT number, fingerprint FROM pairs WHERE current").fetchall()
             done = _decided(connection, reviewer)
-        needs = {number: self._needs(print_, opinions.get(number, {})) for number, print_ in pairs}
-        open_ = [(number, print_) for number, print_ in pairs if needs[number] and number not in done]
+        needs = {number: self._needs_opinion(digest, opinions.get(number, {})) for number, digest in pairs}
+        open_ = [(number, digest) for number, digest in pairs if needs[number] and number not in done]
         open_.sort(key=lambda pair: _hash(f"{reviewer} {pair[1]}".encode()))
         return {
             "reviewer": reviewer,
@@ -204,7 +208,7 @@ class Review:
                 "yours": len(done),
                 "open": len(open_),
             },
-            "agreement": asdict(_agreement(opinions)),
+            "agreement": asdict(_pair_agreement(opinions)),
         }
 
     def pair(self, number: int, reviewer: str) -> dict[str, Any]:
@@ -224,7 +228,7 @@ class Review:
             "reference": row[2],
             "target": row[3],
             **json.loads(row[4]),
-            "open": mine is None and self._needs(row[1], opinions),
+            "open": mine is None and self._needs_opinion(row[1], opinions),
             "mine": asdict(mine) if mine else None,
             "others": [asdict(opinion) for opinion in opinions.values()] if mine else [],
         }
@@ -274,9 +278,9 @@ class Review:
             connection.execute("UPDATE decisions SET undone_at = ? WHERE number = ?", (_now(), row[0]))
         return int(row[1])
 
-    def _needs(self, print_: str, opinions: Mapping[str, Opinion]) -> bool:
+    def _needs_opinion(self, digest: str, opinions: Mapping[str, Opinion]) -> bool:
         """Whether one more opinion is wanted."""
-        several = int(print_[:8], 16) < self.overlap * 2**32
+        several = int(digest[:8], 16) < self.overlap * 2**32
         tie = 2 * _rejecting(opinions.values()) == len(opinions) > 0
         return tie or len(opinions) < (self.opinions if several else 1)
 
@@ -311,7 +315,7 @@ def _tidy(text: str) -> str:
     return tidy
 
 
-def _together(key: str, print_: str, opinions: Mapping[str, Opinion]) -> Decision:
+def _combined_decision(key: str, digest: str, opinions: Mapping[str, Opinion]) -> Decision:
     """One decision out of several opinions, which come oldest first."""
     rejecting, all_ = _rejecting(opinions.values()), len(opinions)
     captions = [opinion.caption for opinion in opinions.values() if opinion.verdict == "fix"]
@@ -320,17 +324,17 @@ def _together(key: str, print_: str, opinions: Mapping[str, Opinion]) -> Decisio
         reasons = Counter(opinion.reason for opinion in opinions.values() if opinion.verdict == "reject")
         verdict, reason = "reject", reasons.most_common(1)[0][0]
     elif 2 * rejecting == all_:
-        verdict, reason = "reject", SPLIT
+        verdict, reason = "reject", REVIEWERS_DIFFER
     elif captions:
         verdict, caption = "fix", captions[-1]
-    return Decision(key, verdict, reason, caption, tuple(sorted(opinions)), print_)
+    return Decision(key, verdict, reason, caption, tuple(sorted(opinions)), digest)
 
 
 def _rejecting(opinions: Iterable[Opinion]) -> int:
     return sum(opinion.verdict == "reject" for opinion in opinions)
 
 
-def _agreement(opinions: Mapping[int, Mapping[str, Opinion]]) -> Agreement:
+def _pair_agreement(opinions: Mapping[int, Mapping[str, Opinion]]) -> Agreement:
     verdicts = [{name: one.verdict for name, one in of_pair.items()} for of_pair in opinions.values()]
     return agreement(verdicts)
 
@@ -360,14 +364,14 @@ def _decided(connection: sqlite3.Connection, reviewer: str) -> dict[int, None]:
     return dict.fromkeys(number for (number,) in rows)
 
 
-def _shown(pair: Pair, rounds: Sequence[float | None], remarks: Sequence[str]) -> str:
+def _details_json(pair: Pair, rounds: Sequence[float | None], remarks: Sequence[str]) -> str:
     """What the page says beside the pictures, as JSON."""
     measures = asdict(pair.measures)
     return json.dumps(
         {
-            "prompt": pair.ask.prompt,
-            "caption": pair.ask.caption,
-            "aims": dict(pair.ask.aims),
+            "prompt": pair.spec.prompt,
+            "caption": pair.spec.caption,
+            "aims": dict(pair.spec.aims),
             "seen": measures.pop("attributes"),
             "measures": {name: value for name, value in measures.items() if name != "picture_hash"},
             "round": pair.target.round,
@@ -378,20 +382,20 @@ def _shown(pair: Pair, rounds: Sequence[float | None], remarks: Sequence[str]) -
     )
 
 
-def _insert(connection: sqlite3.Connection, pair: Pair, shown: str) -> str:
+def _insert(connection: sqlite3.Connection, pair: Pair, details: str) -> str:
     """Lay the pair down, outside the queue if it is new, and return its fingerprint."""
     hashes = [_hash(image) for image in (pair.reference.image, pair.target.image)]
     connection.executemany(
         "INSERT OR IGNORE INTO pictures VALUES (?, ?)",
         zip(hashes, (pair.reference.image, pair.target.image), strict=True),
     )
-    print_ = fingerprint(pair)
+    digest = fingerprint(pair)
     connection.execute(
         "INSERT INTO pairs (fingerprint, key, reference, target, shown) VALUES (?, ?, ?, ?, ?) "
         "ON CONFLICT (fingerprint) DO UPDATE SET shown = excluded.shown",
-        (print_, pair.target.key, *hashes, shown),
+        (digest, pair.target.key, *hashes, details),
     )
-    return print_
+    return digest
 
 
 def _create(database: Path) -> None:

@@ -34,8 +34,8 @@ from imagine.errors import ConfigError, ImagineError
 
 PORT = 8420
 LARGEST_BODY = 64 * 1024
-_HERE = ("127.0.0.1", "localhost", "::1")
-_KINDS = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"RIFF", "image/webp"))
+_LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+_CONTENT_TYPES = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"RIFF", "image/webp"))
 
 
 class ReviewServer(ThreadingHTTPServer):
@@ -105,15 +105,17 @@ def run(options: argparse.Namespace, announce: Callable[[str], None] | None = No
     pairs = review.state(name or "nobody")["progress"]["pairs"]
     with ReviewServer(review, options.port) as server:
         address = server.address + (f"?reviewer={quote(name)}" if name else "")
-        (announce or _say)(f"{pairs} pairs to review: open {address} (stop with Ctrl+C; decisions are kept at once)")
+        (announce or _print_to_stderr)(
+            f"{pairs} pairs to review: open {address} (stop with Ctrl+C; decisions are kept at once)"
+        )
         server.serve_forever()
 
 
-def _say(text: str) -> None:
+def _print_to_stderr(text: str) -> None:
     Console(stderr=True).print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-class _Refused(Exception):
+class _HTTPError(Exception):
     """A request that is answered with a status and a sentence."""
 
     def __init__(self, status: int, sentence: str) -> None:
@@ -135,21 +137,21 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         """Say nothing: every picture would be a line."""
 
-    def _answer(self, of: Callable[[], None]) -> None:
+    def _answer(self, handler: Callable[[], None]) -> None:
         """Answer, whatever happens; after an error the connection closes, as its body may not have been read."""
         try:
             self._check_host()
-            of()
-        except _Refused as refused:
-            self._refuse(refused.status, str(refused))
+            handler()
+        except _HTTPError as refused:
+            self._send_error(refused.status, str(refused))
         except GoneError as error:
-            self._refuse(404, str(error))
+            self._send_error(404, str(error))
         except ImagineError as error:
-            self._refuse(400, str(error))
+            self._send_error(400, str(error))
         except (ConnectionError, TimeoutError):
             raise  # nobody is there to be told
         except Exception:
-            self._refuse(500, "Something is broken in the server: its terminal says what.")
+            self._send_error(500, "Something is broken in the server: its terminal says what.")
             raise
 
     def _get(self) -> None:
@@ -162,16 +164,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(200, review.pair(int(match[1]), self._reviewer()))
         elif match := re.fullmatch(r"/pictures/([0-9a-f]{64})", path):
             picture = review.picture(match[1])
-            self._send(200, _kind(picture), picture, {"Cache-Control": "private, max-age=31536000, immutable"})
+            self._send(200, _content_type(picture), picture, {"Cache-Control": "private, max-age=31536000, immutable"})
         elif path in ("/api/decisions", "/api/undo"):
-            raise _Refused(405, f"{path} takes POST.")
+            raise _HTTPError(405, f"{path} takes POST.")
         else:
-            raise _Refused(404, f"There is nothing at {path}.")
+            raise _HTTPError(404, f"There is nothing at {path}.")
 
     def _post(self) -> None:
         path, review = urlsplit(self.path).path, self.server.review
         if path not in ("/api/decisions", "/api/undo"):
-            raise _Refused(404, f"Nothing can be posted to {path}.")
+            raise _HTTPError(404, f"Nothing can be posted to {path}.")
         body = self._body()
         reviewer = _text(body, "reviewer")
         if path == "/api/undo":
@@ -187,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _reviewer(self) -> str:
         given = parse_qs(urlsplit(self.path).query).get("reviewer")
         if not given:
-            raise _Refused(400, "Say who is looking: ?reviewer=NAME.")
+            raise _HTTPError(400, "Say who is looking: ?reviewer=NAME.")
         return given[0]
 
     def _check_host(self) -> None:
@@ -196,26 +198,26 @@ class _Handler(BaseHTTPRequestHandler):
             name = urlsplit(f"//{host}").hostname
         except ValueError:
             name = None
-        if name not in _HERE or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
-            raise _Refused(403, "This server is for its own page on this machine.")
+        if name not in _LOCAL_HOSTS or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            raise _HTTPError(403, "This server is for its own page on this machine.")
 
     def _body(self) -> dict[str, Any]:
         if self.headers.get_content_type() != "application/json":
-            raise _Refused(415, "Post JSON, with its content type.")
+            raise _HTTPError(415, "Post JSON, with its content type.")
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"\d{1,15}", length):
-            raise _Refused(411, "Say how long the body is: Content-Length.")
+            raise _HTTPError(411, "Say how long the body is: Content-Length.")
         if int(length) > LARGEST_BODY:
-            raise _Refused(413, f"A body may have {LARGEST_BODY} bytes.")
+            raise _HTTPError(413, f"A body may have {LARGEST_BODY} bytes.")
         try:
             body = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
-            raise _Refused(400, f"The body is not JSON ({error}).") from error
+            raise _HTTPError(400, f"The body is not JSON ({error}).") from error
         if not isinstance(body, dict):
-            raise _Refused(400, "The body must be a JSON object.")
+            raise _HTTPError(400, "The body must be a JSON object.")
         return body
 
-    def _refuse(self, status: int, sentence: str) -> None:
+    def _send_error(self, status: int, sentence: str) -> None:
         self.close_connection = True
         self._send_json(status, {"error": sentence})
 
@@ -224,8 +226,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, kind: str, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        said = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Content-Type-Options": "nosniff", **headers}
-        for name, value in {**said, "Content-Security-Policy": self.server.policy}.items():
+        base_headers = {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "X-Content-Type-Options": "nosniff",
+            **headers,
+        }
+        for name, value in {**base_headers, "Content-Security-Policy": self.server.policy}.items():
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
@@ -246,19 +253,19 @@ def _policy(page: str) -> str:
     )
 
 
-def _kind(picture: bytes) -> str:
-    return next((kind for start, kind in _KINDS if picture.startswith(start)), "application/octet-stream")
+def _content_type(picture: bytes) -> str:
+    return next((kind for start, kind in _CONTENT_TYPES if picture.startswith(start)), "application/octet-stream")
 
 
 def _text(body: dict[str, Any], name: str, default: str | None = None) -> str:
     value = body.get(name, default)
     if not isinstance(value, str):
-        raise _Refused(400, f"Give {name!r} as a text.")
+        raise _HTTPError(400, f"Give {name!r} as a text.")
     return value
 
 
 def _number(body: dict[str, Any], name: str) -> int:
     value = body.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
-        raise _Refused(400, f"Give {name!r} as a whole number.")
+        raise _HTTPError(400, f"Give {name!r} as a whole number.")
     return value

@@ -31,8 +31,8 @@ from imagine.adapter.attention import (
     LayerWeights,
     LowRank,
     ParallelAttention,
-    acting,
     attention_layers,
+    branch_strength,
     processor_of,
     strength_key,
     usable_mask,
@@ -47,13 +47,13 @@ from imagine.adapter.projections import (
     PlusProjection,
 )
 from imagine.errors import ConfigError, WeightsError
-from imagine.networks.weights import check_names
+from imagine.networks.weights import check_tensor_names
 from imagine.paths import as_path, kind_of, shown
 from imagine.records import Conditioning, Scale, Tokens
 
 FORMAT_VERSION = "1"
 FILE_NAME = "adapter.safetensors"
-DESCRIBED_BY = ("base", "encoder", "feature_layer", "tokens", "licence")  # what every saved adapter says of itself
+REQUIRED_METADATA = ("base", "encoder", "feature_layer", "tokens", "licence")  # what every saved adapter says of itself
 Fusion = Literal["parallel", "concatenated"]
 LoraTarget = Literal["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS: tuple[LoraTarget, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -127,16 +127,16 @@ class Adapter(nn.Module):
         for name, attn in attention_layers(denoiser).items():
             # Only transformer blocks hand the conditioning on to their attention layers.
             block = denoiser.get_submodule(name.rpartition(".")[0])
-            _place(self, name, self._layer_weights(attn, isinstance(block, BasicTransformerBlock)))
+            _add_submodule(self, name, self._layer_weights(attn, isinstance(block, BasicTransformerBlock)))
             self._layer_names.append(name)
         for spec in branches:
             if (projection := spec.build_projection()) is not None:
-                _place(self, f"projections.{spec.name}", projection)
+                _add_submodule(self, f"projections.{spec.name}", projection)
 
     def _layer_weights(self, attn: Attention, conditioned: bool) -> LayerWeights:
         specs = self.branch_specs
-        beside = frozenset(spec.name for spec in specs if spec.fusion == "concatenated")
-        layer = LayerWeights(specs[0].name, {spec.name: spec.scale for spec in specs}, beside)
+        concatenated = frozenset(spec.name for spec in specs if spec.fusion == "concatenated")
+        layer = LayerWeights(specs[0].name, {spec.name: spec.scale for spec in specs}, concatenated)
         if not conditioned:
             return layer
         for spec in self.branch_specs if attn.is_cross_attention else ():
@@ -147,7 +147,7 @@ class Adapter(nn.Module):
             layer.add_module(spec.name, branch)
         for target in self.lora_targets:
             linear = _linear(attn, target)
-            _place(layer, target, LowRank(linear.in_features, linear.out_features, self.lora_rank))
+            _add_submodule(layer, target, LowRank(linear.in_features, linear.out_features, self.lora_rank))
         return layer
 
     # --- on the denoiser and off again ------------------------------------------------------------------------------
@@ -163,11 +163,11 @@ class Adapter(nn.Module):
         """
         targets, mine = attention_layers(denoiser), self.layers()
         self._check_fits(targets)
-        present = {name: _ours(name, attn) for name, attn in targets.items()}
+        present = {name: _processor_for(name, attn) for name, attn in targets.items()}
         for name, processor in present.items():
             _check_can_join(processor, mine[name])
         for name, processor in present.items():
-            _install(targets[name], _with(processor, [*processor.layers, mine[name]]))
+            _install(targets[name], _with_layers(processor, [*processor.layers, mine[name]]))
         on_exit = ExitStack()
         on_exit.callback(self.detach, denoiser)
         return on_exit
@@ -177,9 +177,9 @@ class Adapter(nn.Module):
         check_attached(denoiser, [self])
         mine = self.layers()
         for name, attn in attention_layers(denoiser).items():
-            processor = _ours(name, attn)
+            processor = _processor_for(name, attn)
             rest = [layer for layer in processor.layers if layer is not mine[name]]
-            _install(attn, _with(processor, rest) if rest else processor.stock)
+            _install(attn, _with_layers(processor, rest) if rest else processor.stock)
 
     def _check_fits(self, targets: Mapping[str, Attention]) -> None:
         if list(targets) != self._layer_names:
@@ -226,7 +226,7 @@ class Adapter(nn.Module):
         return next(self.parameters()).dtype
 
     @property
-    def acts(self) -> bool:
+    def active(self) -> bool:
         """Whether it changes any picture: fresh from nothing, with every gate and LoRA at zero, it does not.
 
         It reads the weights, which waits for the device.
@@ -261,7 +261,7 @@ class Adapter(nn.Module):
 
         `metadata` must say base, encoder, feature_layer, tokens and licence, and may say more.
         """
-        if lacking := [key for key in DESCRIBED_BY if key not in metadata]:
+        if lacking := [key for key in REQUIRED_METADATA if key not in metadata]:
             raise ValueError(f"metadata of a saved adapter must also say {', '.join(lacking)}")
         self.metadata = {
             **metadata,
@@ -336,48 +336,48 @@ def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
     Raises WeightsError if a branch has tokens but nothing attached reads it.
     """
     targets = {name: attn for name, attn in attention_layers(denoiser).items() if attn.is_cross_attention}
-    readers = {
+    layer_of_branch = {
         branch: layer
         for name, attn in targets.items()
-        for layer in _ours(name, attn).layers
+        for layer in _processor_for(name, attn).layers
         for branch in layer.branches()
     }
     branches: dict[str, Tokens] = {}
     scales: dict[str, Scale | Mapping[str, Scale]] = {}
     for name, tokens in conditioning.branches.items():
-        if name not in readers:
+        if name not in layer_of_branch:
             raise WeightsError(
                 f"Nothing attached reads the branch {name!r}; attach its adapter, or leave its tokens out."
             )
-        scale = _folded(conditioning.scales.get(name, readers[name].default_scales[name]), tokens)
-        if any(map(_acts, scale.values() if isinstance(scale, Mapping) else [scale])):
+        scale = _mask_scale(conditioning.scales.get(name, layer_of_branch[name].default_scales[name]), tokens)
+        if any(map(_is_nonzero, scale.values() if isinstance(scale, Mapping) else [scale])):
             mask = None if tokens.mask is None or bool(tokens.mask.all()) else usable_mask(tokens)
             branches[name], scales[name] = Tokens(tokens.values, mask), scale
-    return Conditioning(branches, scales, conditioning.regions, memory=_strengths(scales))
+    return Conditioning(branches, scales, conditioning.regions, cache=_initial_cache(scales))
 
 
-def _strengths(scales: Mapping[str, Scale | Mapping[str, Scale]]) -> dict[tuple[str, str], Any]:
+def _initial_cache(scales: Mapping[str, Scale | Mapping[str, Scale]]) -> dict[tuple[str, str], Any]:
     """A call's memory that knows of every strength in which rows it acts, beside the tensor for which that is so."""
-    memory: dict[tuple[str, str], Any] = {}
+    cache: dict[tuple[str, str], Any] = {}
     for branch, scale in scales.items():
         layers: Mapping[str, Scale] = scale if isinstance(scale, Mapping) else {"": scale}
         for layer, each in layers.items():
             if isinstance(each, Tensor):
-                memory[strength_key(branch, layer)] = (each, acting(each))
-    return memory
+                cache[strength_key(branch, layer)] = (each, branch_strength(each))
+    return cache
 
 
-def _folded(scale: Scale | Mapping[str, Scale], tokens: Tokens) -> Scale | Mapping[str, Scale]:
+def _mask_scale(scale: Scale | Mapping[str, Scale], tokens: Tokens) -> Scale | Mapping[str, Scale]:
     """A scale with 0 for those batch items none of whose tokens count."""
     if isinstance(scale, Mapping):
-        return {name: cast(Scale, _folded(each, tokens)) for name, each in scale.items()}
+        return {name: cast(Scale, _mask_scale(each, tokens)) for name, each in scale.items()}
     if tokens.mask is None:
         return scale
     there = tokens.mask.any(dim=1)
     return scale if bool(there.all()) else scale * there.to(tokens.values.dtype)
 
 
-def _acts(scale: Scale) -> bool:
+def _is_nonzero(scale: Scale) -> bool:
     return bool(scale.any()) if isinstance(scale, Tensor) else scale != 0
 
 
@@ -399,7 +399,7 @@ def _check_specs(branches: Sequence[BranchSpec]) -> None:
             )
 
 
-def _ours(name: str, attn: Attention) -> ParallelAttention:
+def _processor_for(name: str, attn: Attention) -> ParallelAttention:
     """Return the layer's processor; a stock one as an empty one of ours. Raises WeightsError for any other."""
     processor = processor_of(attn)
     if isinstance(processor, ParallelAttention):
@@ -421,7 +421,7 @@ def _check_can_join(processor: ParallelAttention, layer: LayerWeights) -> None:
         raise WeightsError(f"Another attached adapter has a branch {min(shared)!r} too; detach that adapter first.")
 
 
-def _with(processor: ParallelAttention, layers: Sequence[LayerWeights]) -> ParallelAttention:
+def _with_layers(processor: ParallelAttention, layers: Sequence[LayerWeights]) -> ParallelAttention:
     """The same processor for other layers of adapters, on the same attention backend."""
     new = ParallelAttention(processor.name, processor.stock, layers)
     new._attention_backend = processor._attention_backend
@@ -438,7 +438,7 @@ def _linear(attn: Attention, target: str) -> nn.Linear:
     return cast(nn.Linear, attn.get_submodule(target))  # or a layer that stands for one, such as peft's
 
 
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+def _add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module at a dotted path below root, with plain containers on the way: its path is its state-dict name."""
     *parents, last = path.split(".")
     for part in parents:
@@ -478,7 +478,7 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _check_tensors(file: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    check_names(str(file.parent), sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys()))
+    check_tensor_names(str(file.parent), sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys()))
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise WeightsError(

@@ -90,28 +90,28 @@ class LowRank(nn.Module):
 
 
 @dataclass(frozen=True)
-class Acting:
+class BranchStrength:
     """How strongly a branch acts in a batch: in all rows, or (faster) in a slice of them, the others having none."""
 
-    everywhere: Scale
+    scale: Scale
     rows: slice | None = None
-    there: Scale = 1.0  # the strength within `rows`
+    active_scale: Scale = 1.0  # the strength within `rows`
 
 
-def acting(strength: Scale) -> Acting:
+def branch_strength(strength: Scale) -> BranchStrength:
     """Find the rows that a strength (batch,) leaves out at either end, as guidance's unconditional ones are.
 
     It reads the numbers, which waits for the device: once a picture rather than in every step.
     """
     if not isinstance(strength, Tensor):
-        return Acting(strength)
+        return BranchStrength(strength)
     numbers = strength.tolist()
     acts = [row for row, number in enumerate(numbers) if number != 0]
     if not acts:
-        return Acting(0.0)
+        return BranchStrength(0.0)
     rows = slice(acts[0], acts[-1] + 1)
-    there = 1.0 if all(number == 1 for number in numbers[rows]) else strength[rows]
-    return Acting(strength, rows, there)
+    active_scale = 1.0 if all(number == 1 for number in numbers[rows]) else strength[rows]
+    return BranchStrength(strength, rows, active_scale)
 
 
 class LayerWeights(nn.Module):
@@ -140,7 +140,7 @@ class LayerWeights(nn.Module):
             module = None if module is None else module._modules.get(part)
         return module if isinstance(module, LowRank) else None
 
-    def strength(self, conditioning: Conditioning, branch: str, name: str) -> Acting | None:
+    def strength(self, conditioning: Conditioning, branch: str, name: str) -> BranchStrength | None:
         """Return how strongly a branch acts in this call and layer `name`; None: it is off.
 
         A batch item none of whose tokens count has no such branch, so its factor is 0.
@@ -153,16 +153,16 @@ class LayerWeights(nn.Module):
         if isinstance(scale, Mapping):
             scale = scale.get(name, 0.0)
         if not isinstance(scale, Tensor):
-            found = Acting(scale)
-        elif (known := (conditioning.memory or {}).get(key)) is not None and known[0] is scale:
+            found = BranchStrength(scale)
+        elif (known := (conditioning.cache or {}).get(key)) is not None and known[0] is scale:
             found = known[1]
         else:
-            found = Acting(scale)
-        if not isinstance(found.everywhere, Tensor) and found.everywhere == 0:
+            found = BranchStrength(scale)
+        if not isinstance(found.scale, Tensor) and found.scale == 0:
             return None
-        if tokens.mask is None or conditioning.memory is not None:  # `prepare` has folded the mask in already
+        if tokens.mask is None or conditioning.cache is not None:  # `prepare` has folded the mask in already
             return found
-        return Acting(scale * tokens.mask.any(dim=1).to(tokens.values.dtype))
+        return BranchStrength(scale * tokens.mask.any(dim=1).to(tokens.values.dtype))
 
 
 class ParallelAttention:
@@ -206,11 +206,11 @@ class ParallelAttention:
         else:
             key, value = self._text_keys_values(attn, encoder_hidden_states, conditioning)
             mask = _stock_mask(attn, attention_mask, key)
-            beside = self._present(attn, query, conditioning, concatenated=True)
-            if beside:
-                key, value, mask = _joined(key, value, mask, beside)
+            concatenated = self._active_branches(attn, query, conditioning, concatenated=True)
+            if concatenated:
+                key, value, mask = _concatenate_branches(key, value, mask, concatenated)
             mixed = self._attend(query, key, value, mask)
-            for each in self._present(attn, query, conditioning, concatenated=False):
+            for each in self._active_branches(attn, query, conditioning, concatenated=False):
                 mixed = self._add_branch(mixed, query, each)
         out = self._linear(attn, "to_out.0", mixed.to(query.dtype), conditioning)
         out = attn.to_out[1](out)  # dropout
@@ -220,17 +220,17 @@ class ParallelAttention:
             out = out + residual
         return cast(Tensor, out / attn.rescale_output_factor)
 
-    def _add_branch(self, mixed: Tensor, query: Tensor, each: "_Present") -> Tensor:
+    def _add_branch(self, mixed: Tensor, query: Tensor, each: "_ActiveBranch") -> Tensor:
         """The outputs so far (batch, positions, inner) with a branch's added, where in the picture it acts."""
         mask = None if each.mask is None else each.mask[:, None, None]
         if each.regions is None:
-            return _add_where(mixed, each.acting, self._attend, query, each.key, each.value, mask)
+            return _add_scaled_rows(mixed, each.branch_strength, self._attend, query, each.key, each.value, mask)
         count = each.regions.shape[1]
         masks: Sequence[Tensor | None] = [None] * count if mask is None else mask.chunk(count, -1)
-        alone = zip(each.key.chunk(count, 2), each.value.chunk(count, 2), masks, strict=True)
-        for number, (key, value, counted) in enumerate(alone):
+        per_region = zip(each.key.chunk(count, 2), each.value.chunk(count, 2), masks, strict=True)
+        for number, (key, value, counted) in enumerate(per_region):
             region = each.regions[:, number, :, None]
-            mixed = _add_where(mixed, each.acting, self._attend_in, query, key, value, counted, region)
+            mixed = _add_scaled_rows(mixed, each.branch_strength, self._attend_in, query, key, value, counted, region)
         return mixed
 
     def _attend_in(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, region: Tensor) -> Tensor:
@@ -247,13 +247,13 @@ class ParallelAttention:
 
     def _text_keys_values(self, attn: Attention, text: Tensor, conditioning: Conditioning) -> KeysValues:
         """The denoiser's own keys and values (LoRA included) of text tokens (batch, length, width)."""
-        known = (conditioning.memory or {}).get((self.name, TEXT))
+        known = (conditioning.cache or {}).get((self.name, TEXT))
         if known is not None and known[0] is text:  # the same tensor, which the memory keeps alive
             return cast(KeysValues, known[1])
         read = text if attn.norm_cross is None else attn.norm_encoder_hidden_states(text)
         found = self._keys_values(attn, read, conditioning)
-        if conditioning.memory is not None:
-            conditioning.memory[self.name, TEXT] = (text, found)
+        if conditioning.cache is not None:
+            conditioning.cache[self.name, TEXT] = (text, found)
         return found
 
     def _keys_values(self, attn: Attention, source: Tensor, conditioning: Conditioning) -> KeysValues:
@@ -266,12 +266,12 @@ class ParallelAttention:
             low_rank = layer.low_rank(target)
             acts = None if low_rank is None else layer.strength(conditioning, layer.owner, self.name)
             if low_rank is not None and acts is not None:
-                out = _add_where(out, acts, low_rank, states).to(out.dtype)
+                out = _add_scaled_rows(out, acts, low_rank, states).to(out.dtype)
         return out
 
-    def _present(
+    def _active_branches(
         self, attn: Attention, query: Tensor, conditioning: Conditioning, concatenated: bool
-    ) -> "list[_Present]":
+    ) -> "list[_ActiveBranch]":
         """The branches of one kind that this call attends to, in a fixed order."""
         present = []
         for layer in self.layers:
@@ -280,33 +280,31 @@ class ParallelAttention:
                 if acts is None or (name in layer.concatenated) != concatenated:
                     continue
                 tokens = conditioning.branches[name]
-                key, value = _remembered(
-                    conditioning, (self.name, name), partial(branch.keys_values, attn, tokens.values)
-                )
-                mask = tokens.mask if conditioning.memory is not None else usable_mask(tokens)
+                key, value = _cached(conditioning, (self.name, name), partial(branch.keys_values, attn, tokens.values))
+                mask = tokens.mask if conditioning.cache is not None else usable_mask(tokens)
                 regions = _regions_at(conditioning, name, query)
-                present.append(_Present(acts, key.to(query.dtype), value.to(query.dtype), mask, regions))
+                present.append(_ActiveBranch(acts, key.to(query.dtype), value.to(query.dtype), mask, regions))
         return present
 
 
 @dataclass(frozen=True)
-class _Present:
+class _ActiveBranch:
     """A branch in one call: its keys and values (batch, heads, length, head width), and which tokens count."""
 
-    acting: Acting
+    branch_strength: BranchStrength
     key: Tensor
     value: Tensor
     mask: Tensor | None  # (batch, length)
     regions: Tensor | None  # (batch, references, positions)
 
 
-def _remembered(conditioning: Conditioning, key: tuple[str, str], compute: Callable[[], Any]) -> Any:
+def _cached(conditioning: Conditioning, key: tuple[str, str], compute: Callable[[], Any]) -> Any:
     """What the call's memory holds under this key; computed, and kept if there is a memory, when it is missing."""
-    if conditioning.memory is None:
+    if conditioning.cache is None:
         return compute()
-    if key not in conditioning.memory:
-        conditioning.memory[key] = compute()
-    return conditioning.memory[key]
+    if key not in conditioning.cache:
+        conditioning.cache[key] = compute()
+    return conditioning.cache[key]
 
 
 def _regions_at(conditioning: Conditioning, branch: str, query: Tensor) -> Tensor | None:
@@ -323,11 +321,11 @@ def _regions_at(conditioning: Conditioning, branch: str, query: Tensor) -> Tenso
         each = [IPAdapterMaskProcessor.downsample(one, batch, positions, 1)[..., 0] for one in regions.unbind(1)]
         return torch.stack(each, 1).to(query.device, query.dtype)
 
-    return cast(Tensor, _remembered(conditioning, (f"regions of {branch}", str(positions)), resized))
+    return cast(Tensor, _cached(conditioning, (f"regions of {branch}", str(positions)), resized))
 
 
-def _joined(
-    key: Tensor, value: Tensor, mask: Tensor | None, beside: Sequence[_Present]
+def _concatenate_branches(
+    key: Tensor, value: Tensor, mask: Tensor | None, concatenated: Sequence[_ActiveBranch]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The text's keys, values and additive mask with those of other branches beside them.
 
@@ -337,14 +335,14 @@ def _joined(
     batch, heads = key.shape[:2]
     text = key.new_zeros(batch, 1, 1, key.shape[2]) if mask is None else mask
     keys, values, masks = [key], [value], [text.expand(batch, heads, 1, -1)]
-    for each in beside:
-        strength = torch.as_tensor(each.acting.everywhere, dtype=key.dtype, device=key.device).expand(batch)
+    for each in concatenated:
+        strength = torch.as_tensor(each.branch_strength.scale, dtype=key.dtype, device=key.device).expand(batch)
         keys.append(each.key)
         values.append(each.value * strength.view(-1, 1, 1, 1))
         counts = (strength != 0)[:, None] & (each.mask if each.mask is not None else each.key.new_ones(()).bool())
-        away = torch.zeros(batch, each.key.shape[2], dtype=key.dtype, device=key.device)
-        away = away.masked_fill(~counts, -torch.inf)
-        masks.append(away[:, None, None].expand(batch, heads, 1, -1))
+        bias = torch.zeros(batch, each.key.shape[2], dtype=key.dtype, device=key.device)
+        bias = bias.masked_fill(~counts, -torch.inf)
+        masks.append(bias[:, None, None].expand(batch, heads, 1, -1))
     return torch.cat(keys, 2), torch.cat(values, 2), torch.cat(masks, -1)
 
 
@@ -369,24 +367,26 @@ def usable_mask(tokens: Tokens) -> Tensor | None:
 
 
 def strength_key(branch: str, layer: str = "") -> tuple[str, str]:
-    """Where a call's memory keeps what `acting` found of a branch's strength, which may differ by layer."""
+    """Where a call's memory keeps what `branch_strength` found of a branch's strength, which may differ by layer."""
     return f"strength of {branch}", layer
 
 
-def _add_where(base: Tensor, acts: Acting, addition: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+def _add_scaled_rows(
+    base: Tensor, acts: BranchStrength, addition: Callable[..., Tensor], *inputs: Tensor | None
+) -> Tensor:
     """Return base with strength times addition(*inputs), which is not even computed for rows in which it does not act.
 
     `base` must be the caller's own: without gradients it is changed in place.
     """
     rows = acts.rows
     if rows is None:
-        return _add(base, addition(*inputs), acts.everywhere)
+        return _add(base, addition(*inputs), acts.scale)
     part = base[rows]
     added = addition(*(each if each is None or len(each) == 1 else each[rows] for each in inputs))
     if not torch.is_grad_enabled():
-        part.add_(_times(added, acts.there))
+        part.add_(_scaled(added, acts.active_scale))
         return base
-    summed = _add(part, added, acts.there)
+    summed = _add(part, added, acts.active_scale)
     if len(part) == len(base):
         return summed
     return torch.cat((base[: rows.start], summed.to(base.dtype), base[rows.stop :]))
@@ -394,10 +394,10 @@ def _add_where(base: Tensor, acts: Acting, addition: Callable[..., Tensor], *inp
 
 def _add(base: Tensor, addition: Tensor, strength: Scale) -> Tensor:
     """Return base + strength * addition; items whose strength is 0 keep the base bit for bit, whatever the addition."""
-    return base + _times(addition, strength)
+    return base + _scaled(addition, strength)
 
 
-def _times(addition: Tensor, strength: Scale) -> Tensor:
+def _scaled(addition: Tensor, strength: Scale) -> Tensor:
     """Strength times an addition, and exactly 0 in the items (batch first) whose strength is 0."""
     if not isinstance(strength, Tensor):
         return addition if strength == 1 else strength * addition

@@ -66,20 +66,21 @@ class PlusProjection(nn.Module):
         self.proj_out = nn.Linear(inner_width, width)
         self.norm_out = nn.LayerNorm(width)
         self.layers = nn.ModuleList(
-            nn.ModuleList([_Look(inner_width, attention_width), _feed_forward(inner_width)]) for _ in range(PLUS_DEPTH)
+            nn.ModuleList([_PerceiverAttention(inner_width, attention_width), _feed_forward(inner_width)])
+            for _ in range(PLUS_DEPTH)
         )
 
     def forward(self, features: Tensor) -> Tensor:
         """Map one picture's features (batch, length, input width) to (batch, tokens, width)."""
         tokens = self.latents.expand(len(features), -1, -1)
         features = self.proj_in(features)
-        for look, think in cast("list[tuple[nn.Module, nn.Module]]", self.layers):
-            tokens = look(features, tokens) + tokens
-            tokens = think(tokens) + tokens
+        for attention, feed_forward in cast("list[tuple[nn.Module, nn.Module]]", self.layers):
+            tokens = attention(features, tokens) + tokens
+            tokens = feed_forward(tokens) + tokens
         return cast(Tensor, self.norm_out(self.proj_out(tokens)))
 
 
-class _Look(nn.Module):
+class _PerceiverAttention(nn.Module):
     """Attention of tokens to features and tokens."""
 
     def __init__(self, width: int, attention_width: int) -> None:

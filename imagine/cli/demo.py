@@ -43,7 +43,7 @@ SENTENCES = (
     Prompt("a person, wearing a crown, in space", "headwear", {"headwear": "crown", "scene": "space"}),
     Prompt("a pencil sketch of a person, looking surprised", "style", {"style": "pencil", "expression": "surprised"}),
 )
-YOUR_TURN = "a person, smiling, wearing a sun hat, on a beach"
+EXAMPLE_PROMPT = "a person, smiling, wearing a sun hat, on a beach"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _run(output: Path, weights: Path | None, seed: int) -> None:
 
     pipeline = ImaginePipeline.from_pretrained(weights)
     pipeline.set_progress_bar_config(disable=True)
-    references, judge = _beside(weights)
+    references, judge = _references_and_judge(weights)
     print(f"Drawing {len(references)} people x {len(SENTENCES)} sentences ...", flush=True)
     sheet = draw_sheet(pipeline, judge, references, output, seed)
     print(f"Similarity to another picture of the person: {sheet.similarity:.2f} (real pictures: {sheet.ceiling:.2f})")
@@ -124,7 +124,7 @@ def _run(output: Path, weights: Path | None, seed: int) -> None:
     print(f"\nOpen {sheet.path.resolve()}\n\nYour turn:\n  {generate_line(references[0], output, weights)}")
 
 
-def _beside(weights: Path | None) -> tuple[list[Path], Judge]:
+def _references_and_judge(weights: Path | None) -> tuple[list[Path], Judge]:
     """The example pictures and the judge that came with these weights, else the shipped ones."""
     folder = weights if weights and (weights / EXAMPLES).is_dir() else default_folder()
     references = sorted((folder / EXAMPLES).glob("*.png"))
@@ -136,7 +136,7 @@ def _beside(weights: Path | None) -> tuple[list[Path], Judge]:
 
 def generate_line(reference: Path, output: Path, weights: Path | None) -> str:
     """An `imagine generate` command that works when pasted into a shell in the current folder."""
-    words = [*_command(), "generate", "--reference", _short(reference), "--prompt", YOUR_TURN]
+    words = [*_command(), "generate", "--reference", _short(reference), "--prompt", EXAMPLE_PROMPT]
     words += ["--output", _short(output / "mine.png")] + (["--weights", _short(weights)] if weights else [])
     return shlex.join(words)
 

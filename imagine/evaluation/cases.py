@@ -16,20 +16,20 @@ from imagine.evaluation.suites import Prompt, contexts_for
 from imagine.world import Contexts, People, attributes, render, sample_people, seeds
 
 GALLERY = 1000
-Pictures = Callable[
+PictureLoader = Callable[
     [int, int], tuple[Tensor, Tensor | None]
 ]  # rows start..stop -> pictures (n, 3, H, W), boxes or None
 
 
 @dataclass(frozen=True)
-class Seen:
+class Judged:
     """What the judge saw in a list of pictures."""
 
     embeddings: Tensor  # (N, D), unit length
     read: list[dict[str, str]]
 
-    def __getitem__(self, rows: Tensor) -> "Seen":
-        return Seen(self.embeddings[rows], [self.read[row] for row in rows.tolist()])
+    def __getitem__(self, rows: Tensor) -> "Judged":
+        return Judged(self.embeddings[rows], [self.read[row] for row in rows.tolist()])
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Cases:
 
 
 @dataclass(frozen=True)
-class Real:
+class JudgedReal:
     """What the judge saw in the real renders, and what the references truly show."""
 
-    references: Seen
+    references: Judged
     reference_attributes: list[dict[str, str]]
-    truths: Seen
-    gallery: Seen
-    rows: dict[str, Seen]  # ceiling, other, copy
+    truths: Judged
+    gallery: Judged
+    rows: dict[str, Judged]  # ceiling, other, copy
 
 
 def make_cases(prompts: Sequence[Prompt], identities: int, seed: int, gallery: int = GALLERY) -> Cases:
@@ -83,25 +83,25 @@ def make_cases(prompts: Sequence[Prompt], identities: int, seed: int, gallery: i
     )
 
 
-def look_at_real(cases: Cases, judge: Judge) -> Real:
+def judge_real_pictures(cases: Cases, judge: Judge) -> JudgedReal:
     """Render everything real, a batch at a time, and judge it."""
     evaluated = cases.people[: cases.identities]
     each = evaluated.repeat(len(cases.prompts))
-    references = look(judge, cases.identities, _rendered(evaluated, cases.references, true_boxes=True))
+    references = judge_pictures(judge, cases.identities, _rendered(evaluated, cases.references, true_boxes=True))
     # Judged as the pipeline's pictures are: face found, not known.
-    ceiling = look(judge, len(cases), _rendered(each, cases.ceilings, true_boxes=False))
+    ceiling = judge_pictures(judge, len(cases), _rendered(each, cases.ceilings, true_boxes=False))
     other = torch.arange(len(cases)).roll(len(cases.prompts))  # the previous person, same prompt
-    seen_copies = look(judge, cases.identities, _rendered(evaluated, cases.references, true_boxes=False))
-    return Real(
+    copies = judge_pictures(judge, cases.identities, _rendered(evaluated, cases.references, true_boxes=False))
+    return JudgedReal(
         references=references,
         reference_attributes=attributes(evaluated, cases.references),
-        truths=look(judge, len(cases), _rendered(each, cases.truths, true_boxes=True)),
-        gallery=look(judge, len(cases.gallery), _rendered(cases.people, cases.gallery, true_boxes=True)),
-        rows={"ceiling": ceiling, "other": ceiling[other], "copy": seen_copies[cases.person]},
+        truths=judge_pictures(judge, len(cases), _rendered(each, cases.truths, true_boxes=True)),
+        gallery=judge_pictures(judge, len(cases.gallery), _rendered(cases.people, cases.gallery, true_boxes=True)),
+        rows={"ceiling": ceiling, "other": ceiling[other], "copy": copies[cases.person]},
     )
 
 
-def _rendered(people: People, contexts: Contexts, true_boxes: bool) -> Pictures:
+def _rendered(people: People, contexts: Contexts, true_boxes: bool) -> PictureLoader:
     def pictures(start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         drawn = render(people[start:stop], contexts[start:stop])
         return drawn.images, drawn.boxes if true_boxes else None
@@ -109,11 +109,11 @@ def _rendered(people: People, contexts: Contexts, true_boxes: bool) -> Pictures:
     return pictures
 
 
-def look(judge: Judge, count: int, pictures: Pictures, batch: int = 64) -> Seen:
+def judge_pictures(judge: Judge, count: int, pictures: PictureLoader, batch: int = 64) -> Judged:
     """Judge `count` pictures without holding more than a batch of them."""
     embeddings, read = [], []
     for start in range(0, count, batch):
         images, boxes = pictures(start, min(start + batch, count))
         embeddings.append(judge.embed(images, boxes))
         read += judge.read(images)
-    return Seen(torch.cat(embeddings), read)
+    return Judged(torch.cat(embeddings), read)

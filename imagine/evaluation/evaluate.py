@@ -28,7 +28,15 @@ from torch import Tensor
 
 from imagine.errors import ConfigError
 from imagine.evaluation import report
-from imagine.evaluation.cases import GALLERY, Cases, Pictures, Seen, look, look_at_real, make_cases
+from imagine.evaluation.cases import (
+    GALLERY,
+    Cases,
+    Judged,
+    PictureLoader,
+    judge_pictures,
+    judge_real_pictures,
+    make_cases,
+)
 from imagine.evaluation.judge import Judge
 from imagine.evaluation.scores import METRICS, score, summarise
 from imagine.evaluation.suites import Prompt, load_suite
@@ -66,20 +74,20 @@ def run(
     judge = judge or Judge.from_pretrained()
     cases = make_cases(chosen[:prompts], identities, seed, gallery)
     settings = {"suite": suite, "identities": identities, "prompts": prompts, "seed": seed}
-    _claim(output, {**settings, "options": dict(options or {}), "weights": fingerprint(pipeline)})
+    _check_settings_file(output, {**settings, "options": dict(options or {}), "weights": fingerprint(pipeline)})
     started = time.monotonic()
     references = _render_references(cases, output)
     _draw(pipeline, cases, references, output, rows, seed, batch, dict(options or {}), progress)
     drawing = time.monotonic() - started
-    real = look_at_real(cases, judge)
-    seen = {row: look(judge, len(cases), _from_disk(output, row, cases)) for row in rows} | real.rows
-    scores = {row: score(cases, seen[row], real) for row in seen}
+    real = judge_real_pictures(cases, judge)
+    judged = {row: judge_pictures(judge, len(cases), _from_disk(output, row, cases)) for row in rows} | real.rows
+    scores = {row: score(cases, judged[row], real) for row in judged}
     summary = {
         "format_version": FORMAT_VERSION, **settings, "commit": commit(), "gallery": len(cases.gallery),
         "options": dict(options or {}), "seconds": round(drawing, 1),
-        **summarise(cases, scores, seen, real, seed),
+        **summarise(cases, scores, judged, real, seed),
     }  # fmt: skip
-    _write(output, summary, cases, scores, seen, rows)
+    _write(output, summary, cases, scores, judged, rows)
     return summary
 
 
@@ -100,7 +108,7 @@ def _render_references(cases: Cases, output: Path) -> list[Image.Image]:
     pictures = render(cases.people[: cases.identities], cases.references).images
     images = [report.to_pil(picture) for picture in pictures]
     for index, image in enumerate(images):
-        _save_whole(image, output / "pictures" / "reference" / f"{index:03}.png")
+        _save_atomically(image, output / "pictures" / "reference" / f"{index:03}.png")
     return images
 
 
@@ -136,16 +144,16 @@ def _draw(
             drawn = pipeline(
                 [cases.prompt(case).text for case in some],
                 reference=[personas[case // len(cases.prompts)] for case in some] if row == "full" else None,
-                generator=[_noise(seed, case) for case in some],
+                generator=[_generator_for(seed, case) for case in some],
                 output_type="pil",
                 **options,
             )
             for case, image in zip(some, drawn.images, strict=True):
-                _save_whole(image, _picture_path(output, row, cases, case))
+                _save_atomically(image, _picture_path(output, row, cases, case))
             advance(len(some))
 
 
-def _noise(seed: int, case: int) -> torch.Generator:
+def _generator_for(seed: int, case: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + case) % 2**63)  # torch knows no larger seeds
 
 
@@ -168,7 +176,7 @@ def _bar(total: int, left: int, shown: bool) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def _from_disk(output: Path, row: str, cases: Cases) -> Pictures:
+def _from_disk(output: Path, row: str, cases: Cases) -> PictureLoader:
     def pictures(start: int, stop: int) -> tuple[Tensor, None]:
         return torch.stack([read_picture(_picture_path(output, row, cases, case)) for case in range(start, stop)]), None
 
@@ -184,17 +192,17 @@ def read_picture(path: Path) -> Tensor:
         raise ConfigError(f"{path} cannot be read as a picture: delete it, and it is drawn again.") from error
 
 
-def _save_whole(image: Image.Image, path: Path) -> None:
+def _save_atomically(image: Image.Image, path: Path) -> None:
     """Written aside and then renamed, so that a file that exists is a whole picture."""
-    with _writing(path):
+    with _config_error_on_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        image.save(aside, format="PNG")
-        os.replace(aside, path)
+        partial_path = path.with_suffix(".part")
+        image.save(partial_path, format="PNG")
+        os.replace(partial_path, path)
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _config_error_on_failure(path: Path) -> Iterator[None]:
     """Turn what keeps a file from being written into a ConfigError."""
     try:
         yield
@@ -216,21 +224,21 @@ def _check(suite: Sequence[Prompt], identities: int, prompts: int, rows: Sequenc
         raise ConfigError(f"Rows {', '.join(rows) or '(none)'} cannot be drawn: choose among {', '.join(DRAWN_ROWS)}.")
 
 
-def _claim(output: Path, settings: Mapping[str, Any]) -> None:
+def _check_settings_file(output: Path, settings: Mapping[str, Any]) -> None:
     """Remember what this folder measures; refuse to mix it with pictures of another evaluation."""
     path = output / "evaluation.json"
     wanted = json.loads(json.dumps(settings, default=str))
     if kind_of(path, ConfigError) != "nothing":
-        found = _read_claim(path)
+        found = _read_settings_file(path)
         if found != wanted:
             other = ", ".join(key for key in wanted if found.get(key) != wanted[key])
             raise ConfigError(f"{output} holds an evaluation with other {other}; choose another --output folder.")
-    with _writing(path):
+    with _config_error_on_failure(path):
         output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_claim(path: Path) -> dict[str, Any]:
+def _read_settings_file(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -261,21 +269,23 @@ def _git(root: Path, *words: str) -> str:
 
 def _write(
     output: Path, summary: Mapping[str, Any], cases: Cases, scores: Mapping[str, Mapping[str, Tensor]],
-    seen: Mapping[str, Seen], rows: Sequence[str],
+    judged: Mapping[str, Judged], rows: Sequence[str],
 ) -> None:  # fmt: skip
     samples = _samples(output, rows[0], cases)
-    with _writing(output / "report.html"):
+    with _config_error_on_failure(output / "report.html"):
         with (output / "pictures.jsonl").open("w", encoding="utf-8") as lines:
             for row in rows:
                 for case in range(len(cases)):
-                    line = _line(output, row, cases, case, scores[row], seen[row])
+                    line = _line(output, row, cases, case, scores[row], judged[row])
                     lines.write(json.dumps(line) + "\n")
         samples.save(output / "samples.png")
         (output / "report.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         (output / "report.html").write_text(report.html(summary), encoding="utf-8")
 
 
-def _line(output: Path, row: str, cases: Cases, case: int, scores: Mapping[str, Tensor], seen: Seen) -> dict[str, Any]:
+def _line(
+    output: Path, row: str, cases: Cases, case: int, scores: Mapping[str, Tensor], judged: Judged
+) -> dict[str, Any]:
     prompt = cases.prompt(case)
     return {
         "row": row,
@@ -283,7 +293,7 @@ def _line(output: Path, row: str, cases: Cases, case: int, scores: Mapping[str, 
         "identity": case // len(cases.prompts),
         "text": prompt.text,
         "asked": dict(prompt.asked),
-        "read": seen.read[case],
+        "read": judged.read[case],
         **{name: round(float(scores[name].view(-1)[case]), 4) for name in METRICS},
     }
 

@@ -54,7 +54,7 @@ class ResidualBlock(nn.Module):
         return cast(Tensor, x + self.conv2(F.relu(self.norm2(h))))
 
 
-class Body(nn.Module):
+class Backbone(nn.Module):
     """Stem, then stages that halve the side; gives the maps of every stage, finest first.
 
     Pictures (B, 3, S, S) in 0..1 -> [(B, w1, s/2, s/2), (B, w2, s/4, s/4), ...] with s = S / stem_stride.
@@ -95,7 +95,7 @@ class Recogniser(nn.Module):
             "size": size, "widths": list(widths), "blocks": blocks, "dimensions": dimensions,
         }  # fmt: skip
         self.size = size
-        self.body = Body(widths, stem_stride=2, blocks=blocks)
+        self.body = Backbone(widths, stem_stride=2, blocks=blocks)
         self.head = nn.Linear(widths[-1] * (size // 16) ** 2, dimensions)
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class Reader(nn.Module):
             "size": size, "widths": list(widths), "blocks": blocks, "hidden": hidden,
         }  # fmt: skip
         self.size = size
-        self.body = Body(widths, stem_stride=2, blocks=blocks)
+        self.body = Backbone(widths, stem_stride=2, blocks=blocks)
         cells = (size >> len(widths)) ** 2
         thin = nn.Conv2d(widths[-1], widths[-1] // 2, 1)  # so that flattening, which keeps places, stays affordable
         self.trunk = nn.Sequential(thin, nn.Flatten(), nn.Linear(widths[-1] // 2 * cells, hidden), nn.ReLU())
@@ -253,9 +253,9 @@ class Judge:
         Without `find_boxes`, faces are found by the small finder that lies beside the folder, if one does.
         """
         folder = default_folder() / "judge" if folder is None else Path(folder)
-        beside = folder.parent / "finder"
-        if find_boxes is None and beside.is_dir():
-            find_boxes = boxes_by(LearnedFinder.from_folder(beside))
+        finder_folder = folder.parent / "finder"
+        if find_boxes is None and finder_folder.is_dir():
+            find_boxes = boxes_by(LearnedFinder.from_folder(finder_folder))
         return cls(Recogniser.load(folder / "recogniser"), Reader.load(folder / "reader"), find_boxes)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from imagine.evaluation import metrics
-from imagine.evaluation.cases import Cases, Real, Seen
+from imagine.evaluation.cases import Cases, Judged, JudgedReal
 from imagine.evaluation.suites import Prompt
 
 METRICS = ("prompt", "sim_gt", "sim_ref", "rank1", "copy_paste")
@@ -19,23 +19,23 @@ FLOORS = {"prompt": "copy", "sim_gt": "other", "sim_ref": "other", "rank1": "oth
 OF_CEILING = ("prompt", "sim_gt", "rank1")
 
 
-def score(cases: Cases, seen: Seen, real: Real) -> dict[str, Tensor]:
+def score(cases: Cases, judged: Judged, real: JudgedReal) -> dict[str, Tensor]:
     """One number a case (I, P) for each metric; "prompt" is a share of that prompt's attributes."""
     reference = real.references.embeddings[cases.person]
     truth = real.truths.embeddings
-    shares = [_share(cases.prompt(case), seen.read[case]) for case in range(len(cases))]
+    shares = [_share(cases.prompt(case), judged.read[case]) for case in range(len(cases))]
     numbers = {
         "prompt": torch.tensor(shares),
-        "sim_gt": metrics.similarity(seen.embeddings, truth),
-        "sim_ref": metrics.similarity(seen.embeddings, reference),
-        "rank1": metrics.rank1(seen.embeddings, real.gallery.embeddings, cases.person),
-        "copy_paste": metrics.copy_paste(seen.embeddings, truth, reference),
+        "sim_gt": metrics.similarity(judged.embeddings, truth),
+        "sim_ref": metrics.similarity(judged.embeddings, reference),
+        "rank1": metrics.rank1(judged.embeddings, real.gallery.embeddings, cases.person),
+        "copy_paste": metrics.copy_paste(judged.embeddings, truth, reference),
     }
     return {name: values.view(cases.identities, -1) for name, values in numbers.items()}
 
 
 def summarise(
-    cases: Cases, scores: Mapping[str, Mapping[str, Tensor]], seen: Mapping[str, Seen], real: Real, seed: int
+    cases: Cases, scores: Mapping[str, Mapping[str, Tensor]], judged: Mapping[str, Judged], real: JudgedReal, seed: int
 ) -> dict[str, Any]:
     """The tables of the report, as plain numbers: metrics, rows, attributes, groups, leakage."""
     counts = torch.tensor([float(len(prompt.asked)) for prompt in cases.prompts])
@@ -52,9 +52,9 @@ def summarise(
         "metrics": headline,
         "of_ceiling": {name: headline[name]["value"] / max(headline[name]["ceiling"], 1e-9) for name in OF_CEILING},
         "rows": table,
-        "attributes": _attribute_table(cases, seen),
+        "attributes": _attribute_table(cases, judged),
         "groups": _group_table(cases, scores),
-        "leakage": _leakage_table(cases, seen, real.reference_attributes),
+        "leakage": _leakage_table(cases, judged, real.reference_attributes),
     }
 
 
@@ -70,14 +70,14 @@ def _summary(values: Tensor, weights: Tensor, seed: int) -> dict[str, float]:
     return {"value": float(people.mean()), "low": low, "high": high}
 
 
-def _attribute_table(cases: Cases, seen: Mapping[str, Seen]) -> dict[str, dict[str, float]]:
+def _attribute_table(cases: Cases, judged: Mapping[str, Judged]) -> dict[str, dict[str, float]]:
     """Attribute -> how often it was asked for, and the share found in each row."""
     names = dict.fromkeys(name for prompt in cases.prompts for name in prompt.asked)
     table: dict[str, dict[str, float]] = {}
     for name in names:
         some = [case for case in range(len(cases)) if name in cases.prompt(case).asked]
         table[name] = {"asked": len(some)}
-        for row, what in seen.items():
+        for row, what in judged.items():
             right = [metrics.found(cases.prompt(case).asked, what.read[case])[name] for case in some]
             table[name][row] = sum(right) / len(right)
     return table
@@ -97,11 +97,11 @@ def _group_table(cases: Cases, scores: Mapping[str, Mapping[str, Tensor]]) -> di
 
 
 def _leakage_table(
-    cases: Cases, seen: Mapping[str, Seen], references: Sequence[Mapping[str, str]]
+    cases: Cases, judged: Mapping[str, Judged], references: Sequence[Mapping[str, str]]
 ) -> dict[str, dict[str, float]]:
     """Attribute -> how often it could leak from the reference, and the share that did in each row; "all" pools them."""
-    counts: dict[str, dict[str, list[bool]]] = {"all": {row: [] for row in seen}}
-    for row, what in seen.items():
+    counts: dict[str, dict[str, list[bool]]] = {"all": {row: [] for row in judged}}
+    for row, what in judged.items():
         for case in range(len(cases)):
             shown = references[case // len(cases.prompts)]
             for name, did in metrics.leaked(cases.prompt(case).asked, shown, what.read[case]).items():

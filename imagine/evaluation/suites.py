@@ -18,7 +18,7 @@ from imagine.world.vocabulary import ATTRIBUTES, CLOTHES
 
 _TURNS = {"yaw": radians(28), "pitch": radians(17), "roll": radians(15), "gaze": 0.9}  # clearly to one side
 _LETTERED = ("t-shirt", "hoodie")  # clothes that may carry letters
-_PLAIN = {
+_DEFAULTS = {
     "style": "photo", "light": "soft", "headwear": "none", "held": "none", "letters": "", "framing": "portrait",
     "pitch": "level", "roll": "upright",
 }  # fmt: skip
@@ -154,12 +154,12 @@ def contexts_for(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Co
     contexts = sample_contexts(seeds)
     columns = {name: getattr(contexts, name).clone() for name in (*ATTRIBUTES, "letters")}
     for row, wanted in enumerate(asked):
-        for name, word in {**_PLAIN, **_made_possible(wanted, columns, row), **wanted}.items():
+        for name, word in {**_DEFAULTS, **_required_changes(wanted, columns, row), **wanted}.items():
             columns[name][row] = _value(name, word, columns[name][row])
     return contexts.replace(**columns)
 
 
-def _made_possible(wanted: Mapping[str, str], columns: Mapping[str, Tensor], row: int) -> dict[str, str]:
+def _required_changes(wanted: Mapping[str, str], columns: Mapping[str, Tensor], row: int) -> dict[str, str]:
     """What must change so that asked-for letters can be seen at all."""
     if "letters" in wanted and CLOTHES[int(columns["clothes"][row])] not in _LETTERED:
         return {"clothes": "t-shirt"}

@@ -20,7 +20,7 @@ from imagine.ip_adapter.layout import BRANCHES, KOHYA_FILE, LINEAR_TOKENS, LORA_
 from imagine.ip_adapter.reading import ENCODER_FOLDER, check_encoder, cross_attention, numbered
 from imagine.networks.encoders import VisionEncoder
 from imagine.networks.vision_conversion import to_transformers
-from imagine.networks.weights import forget_paths, hushed
+from imagine.networks.weights import quiet_libraries, remove_local_paths
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -163,9 +163,9 @@ def _facts(adapter: Adapter, layout: Layout) -> dict[str, str]:
 
 def _save_encoder(image_encoder: Any, folder: Path) -> Path:
     model = to_transformers(image_encoder) if isinstance(image_encoder, VisionEncoder) else image_encoder
-    with hushed():
+    with quiet_libraries():
         model.save_pretrained(folder)
-    forget_paths(folder)
+    remove_local_paths(folder)
     return folder
 
 

@@ -21,9 +21,9 @@ from imagine.ip_adapter.export import ExportReport, export_adapter
 from imagine.ip_adapter.reading import (
     ENCODER_FOLDER,
     check_encoder,
+    find_weights_file,
     import_adapter,
     load_encoder,
-    locate,
     read_ip_adapter,
 )
 from imagine.networks import weights
@@ -49,7 +49,7 @@ def import_folder(
     looked for in `image_encoder`, else beside the file. Raises WeightsError or ConfigError in one sentence.
     """
     denoiser = _denoiser(read_base(base).components[DENOISER].config)
-    path = locate(source, subfolder, weight_name)
+    path = find_weights_file(source, subfolder, weight_name)
     file = read_ip_adapter(path)
     adapter, report = import_adapter(file, denoiser)
     place = Path(image_encoder).expanduser() if image_encoder else path.parent / ENCODER_FOLDER
@@ -60,11 +60,11 @@ def import_folder(
         theirs = load_encoder(place.parent, place.name, stored_precision(place), {})
         check_encoder(file.layout, theirs)
         encoder = from_transformers(theirs)
-    with weights.hushed():
+    with weights.quiet_libraries():
         denoiser.save_config(output / DENOISER)
         if encoder is not None:
             encoder.save_pretrained(output / ENCODER_FOLDER)
-    weights.forget_paths(output)
+    weights.remove_local_paths(output)
     adapter.save(output / ADAPTER, adapter.metadata)
     notes = [] if encoder is not None else ["No image encoder was found beside the file: give it with --image-encoder."]
     return {**report.as_dict(), "output": str(output), "image_encoder": encoder is not None, "notes": notes}

@@ -25,7 +25,7 @@ PLUS_HEAD = 64  # and takes every head for this wide
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for, beside the file
 KOHYA_FILE = "lora_kohya.safetensors"  # the same under the names that ComfyUI reads
 
-NAMES = {"linear": "base", "full": "full", "plus": "plus", "faceid": "FaceID", "faceid-plus": "FaceID Plus"}
+VARIANT_NAMES = {"linear": "base", "full": "full", "plus": "plus", "faceid": "FaceID", "faceid-plus": "FaceID Plus"}
 FAMILIES = {(70, 2048): "Stable Diffusion XL", (16, 768): "Stable Diffusion 1.5", (16, 1024): "Stable Diffusion 2"}
 ENCODERS = {  # width of the tokens and of the pooled embedding
     "OpenCLIP ViT-H/14": (1280, 1024), "OpenCLIP ViT-bigG/14": (1664, 1280), "CLIP ViT-L/14": (1024, 768),
@@ -51,7 +51,7 @@ class Layout:
     @property
     def variant(self) -> str:
         """The variant's usual name."""
-        return NAMES.get(self.kind or "", "without a projection we know")
+        return VARIANT_NAMES.get(self.kind or "", "without a projection we know")
 
     @property
     def family(self) -> str | None:
@@ -214,7 +214,7 @@ def _projection_problem(kind: str, sizes: tuple[int | None, ...], found: Mapping
         return f"has heads of another width than {PLUS_HEAD} in its Plus projection, which diffusers would misread"
     needed = (input_width, width, *((tokens, inner, attention) if kind == "plus" else ()))
     if None in needed:
-        return f"lacks tensors of its {NAMES[kind]} projection: download it again"
+        return f"lacks tensors of its {VARIANT_NAMES[kind]} projection: download it again"
     assert input_width is not None and width is not None
     wanted = projection_shapes(kind, tokens, input_width, width, inner, attention)
     return _difference(PROJECTION, wanted, found)

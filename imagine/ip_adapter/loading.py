@@ -35,7 +35,7 @@ DEFAULT_SIDE = 224  # pixels of the crops, where no encoder says otherwise
 Scales = dict[str, "Scale | Mapping[str, Scale]"]
 
 
-class IPAdapters:
+class IPAdapterLoaderMixin:
     """The part of a pipeline that loads IP-Adapters and works out what their branches read.
 
     It stands before the stock pipeline, whose `encode_image` it uses. `ip_adapters` are on the denoiser, with
@@ -66,11 +66,11 @@ class IPAdapters:
         An image encoder that an adapter does not fit is replaced by the one that lies there.
         Raises WeightsError or ConfigError, in one sentence, and then leaves everything as it was.
         """
-        self._check_at_hand()
+        self._check_weights_loaded()
         sources, subfolders, names = _lists(pretrained_model_name_or_path_or_dict, subfolder, weight_name)
         hub = _hub_options(kwargs)
         files = [read_ip_adapter(*each, **hub) for each in zip(sources, subfolders, names, strict=True)]
-        made = [import_adapter(file, self._bare_unet(), f"ip_{number}") for number, file in enumerate(files)]
+        made = [import_adapter(file, self._unwrapped_unet(), f"ip_{number}") for number, file in enumerate(files)]
         encoder = self._encoder_for(files, sources, subfolders, image_encoder_folder, hub)
         if encoder is not None:
             for file in files:
@@ -78,7 +78,7 @@ class IPAdapters:
         self._detach_ip_adapters()
         self._register(encoder)
         for adapter, _ in made:
-            adapter.to(self.unet.device, self.unet.dtype).eval().attach(self._bare_unet())
+            adapter.to(self.unet.device, self.unet.dtype).eval().attach(self._unwrapped_unet())
             self.ip_adapters.append(adapter)
         self._ip_scales = [1.0] * len(made)
         return [report for _, report in made]
@@ -97,7 +97,7 @@ class IPAdapters:
                 f"There are {len(given)} scales for {len(self.ip_adapters)} IP-Adapters: give one for each, as a list."
             )
         try:
-            expanded = _maybe_expand_lora_scales(self._bare_unet(), given, default_scale=0.0)
+            expanded = _maybe_expand_lora_scales(self._unwrapped_unet(), given, default_scale=0.0)
         except (ValueError, KeyError) as error:
             raise ConfigError(f"These scales do not fit the denoiser: {str(error).rstrip('.')}.") from error
         self._ip_scales = [
@@ -123,16 +123,16 @@ class IPAdapters:
         """Whether diffusers' own IP-Adapter is on the denoiser, from before the pipeline was made to know people."""
         return getattr(self.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
 
-    def _check_at_hand(self) -> None:
+    def _check_weights_loaded(self) -> None:
         if self.unet.device.type == "meta":
             raise ConfigError("The denoiser's weights are away: load adapters before enable_sequential_cpu_offload.")
 
     def _detach_ip_adapters(self) -> None:
         for adapter in self.ip_adapters:
-            adapter.detach(self._bare_unet())
+            adapter.detach(self._unwrapped_unet())
         self.ip_adapters, self._ip_scales = [], []
 
-    def _bare_unet(self) -> nn.Module:
+    def _unwrapped_unet(self) -> nn.Module:
         """The denoiser itself, which torch.compile may have wrapped."""
         return cast(nn.Module, getattr(self.unet, "_orig_mod", self.unet))
 

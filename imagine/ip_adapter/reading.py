@@ -82,12 +82,12 @@ def read_ip_adapter(
     """
     if isinstance(source, Mapping):
         return _checked("the state dict", _flat(source), {}, None)
-    file = locate(source, subfolder, weight_name, **hub)
+    file = find_weights_file(source, subfolder, weight_name, **hub)
     tensors, metadata = _read(file)
     return _checked(str(file), tensors, metadata, licence_of(file, metadata))
 
 
-def locate(
+def find_weights_file(
     source: str | os.PathLike[str], subfolder: str | None = None, weight_name: str | None = None, **hub: Any
 ) -> Path:
     """Return the file that diffusers would find under these names. Only a hub id is ever downloaded.

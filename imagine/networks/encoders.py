@@ -240,10 +240,10 @@ def pooled(clip: Tokens, t5: Tokens) -> Tensor:
 
     CLIP's last token is its end token, where it pools by itself; of several windows it is the last one's.
     """
-    return torch.cat((_last(clip), _mean(t5)), dim=1)
+    return torch.cat((_last_token(clip), _mean_token(t5)), dim=1)
 
 
-def _last(tokens: Tokens) -> Tensor:
+def _last_token(tokens: Tokens) -> Tensor:
     if tokens.mask is None:
         return tokens.values[:, -1]
     positions = torch.arange(tokens.mask.shape[1], device=tokens.mask.device)
@@ -251,7 +251,7 @@ def _last(tokens: Tokens) -> Tensor:
     return tokens.values[torch.arange(len(ends), device=ends.device), ends]
 
 
-def _mean(tokens: Tokens) -> Tensor:
+def _mean_token(tokens: Tokens) -> Tensor:
     if tokens.mask is None:
         return tokens.values.mean(1)
     weight = tokens.mask.unsqueeze(2).to(tokens.values.dtype)
@@ -323,13 +323,13 @@ class TextEncoders:
     def encode_byt5(self, prompts: Sequence[str]) -> Tokens:
         """Read the bytes between double quotes, padded to a multiple of 16; nothing quoted is the end token alone."""
         sentence = "The text between quotes is {length} bytes long"
-        spelt = [quoted(prompt) for prompt in prompts]
-        different = list(dict.fromkeys(spelt))  # most prompts quote nothing, and that is read once
-        ids = self._ids(self.byt5_tokenizer, different, QUOTED_BYTES, sentence)
+        quoted_texts = [quoted(prompt) for prompt in prompts]
+        unique_texts = list(dict.fromkeys(quoted_texts))  # most prompts quote nothing, and that is read once
+        ids = self._ids(self.byt5_tokenizer, unique_texts, QUOTED_BYTES, sentence)
         read = self._encode(self.byt5, self.byt5_tokenizer, ids, BYT5_STEP)
-        if len(different) == len(spelt):
+        if len(unique_texts) == len(quoted_texts):
             return read
-        rows = torch.tensor([different.index(text) for text in spelt], device=read.values.device)
+        rows = torch.tensor([unique_texts.index(text) for text in quoted_texts], device=read.values.device)
         return Tokens(read.values[rows], None if read.mask is None else read.mask[rows])
 
     def _clip_windows(self, prompt: str, window: int) -> list[list[int]]:
@@ -346,11 +346,11 @@ class TextEncoders:
         return [[tokenizer.bos_token_id, *piece, tokenizer.eos_token_id] for piece in pieces]
 
     @staticmethod
-    def _ids(tokenizer: Any, texts: Sequence[str], limit: int, complaint: str) -> list[list[int]]:
+    def _ids(tokenizer: Any, texts: Sequence[str], limit: int, message: str) -> list[list[int]]:
         ids: list[list[int]] = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
         longest = max(map(len, ids))
         if longest > limit:
-            raise PromptError(f"{complaint.format(length=longest - 1)} and {limit - 1} fit: shorten it.")
+            raise PromptError(f"{message.format(length=longest - 1)} and {limit - 1} fit: shorten it.")
         return ids
 
     def _encode(self, model: Any, tokenizer: Any, ids: list[list[int]], step: int) -> Tokens:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from imagine.errors import WeightsError
 from imagine.networks.encoders import VisionEncoder
-from imagine.networks.vision_names import PROJECTION, as_ours, their_names
+from imagine.networks.vision_names import PROJECTION, hf_names, to_our_tensor
 
 EPSILON = 1e-5  # of every normalisation in open_clip
 
@@ -53,7 +53,7 @@ def to_transformers(encoder: VisionEncoder) -> Any:
     )
     ours = {name.removeprefix("tower."): tensor for name, tensor in encoder.state_dict().items()}
     theirs: dict[str, Tensor] = {}
-    for here, names in their_names(sizes.layers).items():
+    for here, names in hf_names(sizes.layers).items():
         tensor = ours[here].T if here == PROJECTION else ours[here]
         for name, part in zip(names, tensor.chunk(len(names)), strict=True):
             theirs[name] = part.clone(memory_format=torch.contiguous_format)
@@ -79,8 +79,8 @@ def from_transformers(model: Any) -> VisionEncoder:
     )
     theirs = model.state_dict()
     ours = {
-        f"tower.{here}": as_ours(theirs, names).clone(memory_format=torch.contiguous_format)
-        for here, names in their_names(config.num_hidden_layers).items()
+        f"tower.{here}": to_our_tensor(theirs, names).clone(memory_format=torch.contiguous_format)
+        for here, names in hf_names(config.num_hidden_layers).items()
     }
     return _filled(encoder, ours)
 

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROJECTION = "proj"  # which the two layouts hold transposed
-_MARKS = ("visual_projection.weight", "vision_model.embeddings.class_embedding")
+_REQUIRED_NAMES = ("visual_projection.weight", "vision_model.embeddings.class_embedding")
 _LAYERS = "vision_model.encoder.layers."
 
 
-def their_names(layers: int) -> dict[str, tuple[str, ...]]:
+def hf_names(layers: int) -> dict[str, tuple[str, ...]]:
     """Our name of every tensor -> theirs; queries, keys and values, which are one tensor here, are three there."""
     embeddings = "vision_model.embeddings"
     names: dict[str, tuple[str, ...]] = {
@@ -39,21 +39,21 @@ def their_names(layers: int) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def as_ours(theirs: "Mapping[str, Tensor]", names: tuple[str, ...]) -> "Tensor":
+def to_our_tensor(theirs: "Mapping[str, Tensor]", names: tuple[str, ...]) -> "Tensor":
     """The tensor of ours that these tensors of theirs are; a view where it can be."""
     import torch
 
-    if names == _MARKS[:1]:
+    if names == _REQUIRED_NAMES[:1]:
         return theirs[names[0]].T
     return theirs[names[0]] if len(names) == 1 else torch.cat([theirs[name] for name in names])
 
 
 def names_in(tensors: "Mapping[str, Tensor]") -> dict[str, tuple[str, ...]] | None:
-    """`their_names` if these are all the tensors of a transformers vision tower with its projection, else None."""
-    if not all(mark in tensors for mark in _MARKS):
+    """`hf_names` if these are all the tensors of a transformers vision tower with its projection, else None."""
+    if not all(mark in tensors for mark in _REQUIRED_NAMES):
         return None
     numbers = {int(name[len(_LAYERS) :].split(".")[0]) for name in tensors if name.startswith(_LAYERS)}
-    names = their_names(len(numbers))
+    names = hf_names(len(numbers))
     unnamed = tensors.keys() - {there for each in names.values() for there in each}
     complete = all(there in tensors for each in names.values() for there in each)
     return names if complete and unnamed <= {"vision_model.embeddings.position_ids"} else None

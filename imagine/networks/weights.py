@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagine.errors import WeightsError
-from imagine.networks.vision_names import as_ours, names_in
+from imagine.networks.vision_names import names_in, to_our_tensor
 from imagine.paths import PACKAGE, as_path, kind_of, shown
 
 if TYPE_CHECKING:  # headers and folders are looked at without torch, which takes a second to import
@@ -65,11 +65,14 @@ def default_folder() -> Path:
 
 
 def resolve_folder(
-    source: str | os.PathLike[str] | None = None, also: Collection[str] = (), variant: str | None = None, **hub: Any
+    source: str | os.PathLike[str] | None = None,
+    other_classes: Collection[str] = (),
+    variant: str | None = None,
+    **hub: Any,
 ) -> Path:
     """Return the folder that `source` means: None is the default, else a folder, else a hub repository owner/name.
 
-    `also` names pipelines of others that are welcome too, `variant` which of their files. `hub` are options of
+    `other_classes` names pipelines of others that are welcome too, `variant` which of their files. `hub` are options of
     huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).
     Raises WeightsError if there are no weights there.
     """
@@ -78,12 +81,12 @@ def resolve_folder(
     folder = as_path(source)
     kind = kind_of(folder, WeightsError)
     if kind == "folder":
-        read_index(folder, also)
+        read_index(folder, other_classes)
         return folder
     if kind != "nothing":
         raise WeightsError(f"{source} is a file; name the folder of weights that holds {INDEX}.")
     if is_hub_id(source):
-        return _fetch(os.fspath(source), also, variant, hub)
+        return _fetch(os.fspath(source), other_classes, variant, hub)
     raise WeightsError(
         f"There is no folder {shown(source)}; name one that holds weights, or leave it out for the default."
     )
@@ -95,8 +98,8 @@ def is_hub_id(source: str | os.PathLike[str]) -> bool:
     return _HUB_ID.fullmatch(os.fspath(source)) is not None and kind_of(Path(source).parent, WeightsError) != "folder"
 
 
-def read_index(folder: Path, also: Collection[str] = ()) -> dict[str, Any]:
-    """Return what model_index.json says. Raises WeightsError unless the pipeline is ours, or one of `also`."""
+def read_index(folder: Path, other_classes: Collection[str] = ()) -> dict[str, Any]:
+    """Return what model_index.json says. Raises WeightsError unless the pipeline is ours, or one of `other_classes`."""
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -106,10 +109,10 @@ def read_index(folder: Path, also: Collection[str] = ()) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise WeightsError(f"{folder / INDEX} cannot be read as JSON; copy or download the weights again.") from error
     name = index.get("_class_name") if isinstance(index, dict) else None
-    if name in also:
+    if name in other_classes:
         return index
     if name != PIPELINE:
-        others = " or one of Stable Diffusion 1.5 or XL" if also else ""
+        others = " or one of Stable Diffusion 1.5 or XL" if other_classes else ""
         raise WeightsError(f"{folder} holds a {name}, not an {PIPELINE}; name a folder that imagine saved{others}.")
     version = index.get("format_version")
     if version != FORMAT_VERSION:
@@ -161,8 +164,8 @@ def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype"
         raise WeightsError(f"{folder} has no safetensors file; copy or download the weights again.")
     try:
         cls = getattr(importlib.import_module(library), class_name)
-        options = {"use_safetensors": True, "local_files_only": True, **options, dtype_word(cls): dtype}
-        with hushed():  # the libraries' own reports come out as an error below
+        options = {"use_safetensors": True, "local_files_only": True, **options, dtype_argument(cls): dtype}
+        with quiet_libraries():  # the libraries' own reports come out as an error below
             model, found = cls.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
@@ -171,7 +174,7 @@ def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype"
         raise WeightsError(
             f"The weights in {folder} cannot be loaded ({reason}); copy or download them again."
         ) from error
-    check_names(
+    check_tensor_names(
         str(folder),
         missing=list(found["missing_keys"]),
         unexpected=list(found["unexpected_keys"]),
@@ -199,7 +202,7 @@ def check_tokenizer(folder: Path, class_name: str) -> None:
         raise WeightsError(f"{folder} has no {' or '.join(needed)}; copy or download the weights again.")
 
 
-def check_names(
+def check_tensor_names(
     where: str, missing: Sequence[str] = (), unexpected: Sequence[str] = (), misshapen: Sequence[str] = ()
 ) -> None:
     """Raise WeightsError, saying what does not fit in the file or folder `where`, unless nothing is given."""
@@ -215,7 +218,7 @@ def check_names(
         raise WeightsError(f"The file in {where} {' and '.join(problems)}; copy or download the weights again.")
 
 
-def forget_paths(folder: Path) -> None:
+def remove_local_paths(folder: Path) -> None:
     """Remove from the configurations in a saved folder where on this machine each model once came from."""
     for file in folder.rglob("*.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -242,7 +245,7 @@ def fingerprint_of(tensors: "Mapping[str, Tensor]") -> str:
     ours = {name: (name,) for name in tensors} if names is None else {f"tower.{n}": each for n, each in names.items()}
     digests = hashlib.sha256(), hashlib.sha256()
     for name, parts in sorted(ours.items()):
-        tensor = tensors[name] if names is None else as_ours(tensors, parts)
+        tensor = tensors[name] if names is None else to_our_tensor(tensors, parts)
         flat = tensor.detach().reshape(-1)
         sample: Tensor = flat[:: max(1, -(-flat.numel() // _SAMPLES))].cpu()
         halved = sample.half() if sample.is_floating_point() else sample
@@ -261,11 +264,11 @@ def same_encoder(one: str, other: str) -> bool:
     return output == other_output and not set(first.split("-")).isdisjoint(second.split("-"))
 
 
-def _fetch(repository: str, also: Collection[str], variant: str | None, hub: dict[str, Any]) -> Path:
+def _fetch(repository: str, other_classes: Collection[str], variant: str | None, hub: dict[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     with fetching(repository):
-        index = read_index(Path(hf_hub_download(repository, INDEX, **hub)).parent, also)
+        index = read_index(Path(hf_hub_download(repository, INDEX, **hub)).parent, other_classes)
         if index["_class_name"] == PIPELINE:
             return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **hub))
         from diffusers import DiffusionPipeline  # which knows what to leave out of such a repository
@@ -300,7 +303,7 @@ def fetch_component(source: str | os.PathLike[str], **hub: Any) -> Path:
         return Path(snapshot_download(os.fspath(source), allow_patterns=_HUB_FILES, **hub))
 
 
-def dtype_word(cls: type) -> str:
+def dtype_argument(cls: type) -> str:
     """diffusers before 0.40 says torch_dtype; transformers (4.56 on) and newer diffusers say dtype."""
     if cls.__module__.startswith("transformers."):
         return "dtype"
@@ -308,7 +311,7 @@ def dtype_word(cls: type) -> str:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keep diffusers and transformers from drawing progress bars and warning while they load or save."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -11,7 +11,7 @@ gives it. Finders made for other conventions are moved to ours by constant facto
 - `LearnedFinder`: our own small network (`finder`), trained on the portrait world with its drawings and turned heads.
 - `CombinedFinder`: several of them, double finds merged. `default_finder` is the two above.
 - `InsightFaceFinder`: optional, for photos at large: `pip install -e '.[faces]'` and a model pack.
-- `KnownGeometry`: boxes that the caller already has.
+- `KnownBoxesFinder`: boxes that the caller already has.
 """
 
 import importlib
@@ -48,12 +48,12 @@ def crop_faces(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     outside the ellipse is grey 0.5. Differentiable in the images; each row depends on its own image and box only.
     Raises FaceError when the shapes do not belong together.
     """
-    squares = cut_squares(images, boxes, size)
+    squares = crop_unmasked(images, boxes, size)
     mask = ellipse(size, squares.device)
     return (squares - 0.5) * mask + 0.5
 
 
-def cut_squares(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+def crop_unmasked(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     """As `crop_faces`, background unmasked: sharpness is measured on it."""
     if images.ndim != 4 or boxes.shape != (images.shape[0], 4):
         raise FaceError(
@@ -121,10 +121,12 @@ def crop_face(
     index = _choose(found, face, image.size)
     box = found[index]
     edges = torch.tensor([[box.left, box.top, box.width, box.height]])
-    square = cut_squares(_to_tensor(image)[None], edges, size)[0]
+    square = crop_unmasked(_to_tensor(image)[None], edges, size)[0]
     masked = (square - 0.5) * ellipse(size) + 0.5
-    clear = sharpness(square)
-    return FaceCrop(_to_image(masked), box, found, index, clear, _quality(found, index, face, size, clear))
+    face_sharpness = sharpness(square)
+    return FaceCrop(
+        _to_image(masked), box, found, index, face_sharpness, _quality(found, index, face, size, face_sharpness)
+    )
 
 
 def sharpness(square: Tensor) -> float:
@@ -160,22 +162,24 @@ def _choose(found: tuple[FaceBox, ...], face: FaceChoice, size: tuple[int, int])
     return face
 
 
-def _quality(found: tuple[FaceBox, ...], index: int, face: FaceChoice, size: int, clear: float) -> str:
+def _quality(found: tuple[FaceBox, ...], index: int, face: FaceChoice, size: int, face_sharpness: float) -> str:
     box = found[index]
-    poor = []
+    problems = []
     if len(found) > 1 and not isinstance(face, int):
         chosen = "the largest" if face == "largest" else "the one nearest to the centre"
-        poor.append(
+        problems.append(
             f"the photo holds {len(found)} faces and {chosen} was used (face={index}; 0, the largest, "
             f"to {len(found) - 1} chooses another)"
         )
     if CROP_SIDE * max(box.width, box.height) < SMALL_FACE * size:
-        poor.append(f"the face is only {round(box.width)} pixels wide, so a closer photo will give a better likeness")
-    if clear < BLURRED:
-        poor.append("the face looks blurred, so a sharper photo will give a better likeness")
-    if not poor:
+        problems.append(
+            f"the face is only {round(box.width)} pixels wide, so a closer photo will give a better likeness"
+        )
+    if face_sharpness < BLURRED:
+        problems.append("the face looks blurred, so a sharper photo will give a better likeness")
+    if not problems:
         return "good"
-    sentence = "; ".join(poor)
+    sentence = "; ".join(problems)
     return sentence[0].upper() + sentence[1:] + "."
 
 
@@ -205,14 +209,14 @@ def default_finder(folder: Path | None = None) -> FaceFinder:
     return CombinedFinder((LearnedFinder.from_folder(folder), CascadeFinder()))
 
 
-def merge(boxes: Sequence[FaceBox], overlap: float = 0.4) -> tuple[FaceBox, ...]:
+def non_maximum_suppression(boxes: Sequence[FaceBox], overlap: float = 0.4) -> tuple[FaceBox, ...]:
     """Non-maximum suppression: of boxes that share much of their area the surest stays. Largest first.
 
     Two boxes are one face when intersection over union exceeds `overlap`, or when one lies almost wholly in the other.
     """
     kept: list[FaceBox] = []
     for box in sorted(boxes, key=lambda box: box.score, reverse=True):
-        if all(_shared(box, other) <= overlap and _inside(box, other) <= 0.75 for other in kept):
+        if all(_overlap(box, other) <= overlap and _containment(box, other) <= 0.75 for other in kept):
             kept.append(box)
     return tuple(sorted(kept, key=_area, reverse=True))
 
@@ -221,22 +225,22 @@ def _area(box: FaceBox) -> float:
     return box.width * box.height
 
 
-def _common(one: FaceBox, two: FaceBox) -> float:
+def _intersection(one: FaceBox, two: FaceBox) -> float:
     across = min(one.left + one.width, two.left + two.width) - max(one.left, two.left)
     down = min(one.top + one.height, two.top + two.height) - max(one.top, two.top)
     return max(0.0, across) * max(0.0, down)
 
 
-def _shared(one: FaceBox, two: FaceBox) -> float:
-    common = _common(one, two)
+def _overlap(one: FaceBox, two: FaceBox) -> float:
+    common = _intersection(one, two)
     return common / max(_area(one) + _area(two) - common, 1e-6)
 
 
-def _inside(one: FaceBox, two: FaceBox) -> float:
-    return _common(one, two) / max(min(_area(one), _area(two)), 1e-6)
+def _containment(one: FaceBox, two: FaceBox) -> float:
+    return _intersection(one, two) / max(min(_area(one), _area(two)), 1e-6)
 
 
-class KnownGeometry:
+class KnownBoxesFinder:
     """The boxes are known beforehand: rendered pictures, or a caller with a finder of their own."""
 
     def __init__(self, boxes: Sequence[FaceBox]) -> None:
@@ -255,7 +259,7 @@ class CombinedFinder:
 
     def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
         """Every face that any of the finders sees."""
-        return merge([box for finder in self.finders for box in finder.find(image)])
+        return non_maximum_suppression([box for finder in self.finders for box in finder.find(image)])
 
 
 class LearnedFinder:
@@ -280,7 +284,7 @@ class LearnedFinder:
             for (left, top, width, height), score in zip(boxes[0].tolist(), scores[0].tolist(), strict=True)
             if score >= self.threshold
         ]
-        return merge([box for box in found if _centred_within(box, image.size)])
+        return non_maximum_suppression([box for box in found if _centred_within(box, image.size)])
 
 
 def _centred_within(box: FaceBox, size: tuple[int, int]) -> bool:
@@ -326,11 +330,13 @@ class CascadeFinder:
         looks = _resized(canvas, finer)
         boxes: list[FaceBox] = []
         for left, top, width in _clusters(self._hits(small, 24, min(small.size)) / scale):
-            square = self._look_again(looks, (left * finer, top * finer, width * finer))
+            square = self._refine_hit(looks, (left * finer, top * finer, width * finer))
             if square is not None:
                 left, top, width, score = square[0] / finer, square[1] / finer, square[2] / finer, square[3]
                 boxes.append(self._to_box(left - margin, top - margin, width, score))
-        return merge([box for box in boxes if box.score >= self.threshold and _centred_within(box, image.size)])
+        return non_maximum_suppression(
+            [box for box in boxes if box.score >= self.threshold and _centred_within(box, image.size)]
+        )
 
     def _to_box(self, left: float, top: float, width: float, score: float) -> FaceBox:
         right, down, wide, high = self.window
@@ -349,7 +355,7 @@ class CascadeFinder:
         )  # fmt: skip
         return np.array([(hit["c"], hit["r"], hit["width"]) for hit in hits], dtype=np.float64).reshape(-1, 3)
 
-    def _look_again(
+    def _refine_hit(
         self, image: Image.Image, square: tuple[float, float, float]
     ) -> tuple[float, float, float, float] | None:
         """Left, top, width and score after two rounds of looks, or None if the first round does not agree.
@@ -444,7 +450,7 @@ class InsightFaceFinder:
         for side in (None,) if fixed else (None, 320, 160):
             edges, _ = self.detector.detect(pixels, input_size=side and (side, side))
             if len(edges):
-                return merge([self._to_box(*row) for row in edges.tolist()])
+                return non_maximum_suppression([self._to_box(*row) for row in edges.tolist()])
         return ()
 
     def _to_box(self, left: float, top: float, right: float, bottom: float, score: float) -> FaceBox:

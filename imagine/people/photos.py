@@ -74,11 +74,11 @@ def open_photo(source: PhotoSource) -> Image.Image:
 def read_photo(source: PhotoSource) -> Photo:
     """As `open_photo`, together with the facts about the picture as it was stored."""
     if isinstance(source, torch.Tensor):
-        return _finish(_from_array(_channels_last(source)), "the picture", "memory")
+        return _normalise(_from_array(_channels_last(source)), "the picture", "memory")
     if isinstance(source, np.ndarray):
-        return _finish(_from_array(source), "the picture", "memory")
+        return _normalise(_from_array(source), "the picture", "memory")
     if isinstance(source, Image.Image):
-        return _finish(source, "the picture", source.format or "memory")
+        return _normalise(source, "the picture", source.format or "memory")
     if isinstance(source, (bytes, bytearray, memoryview)):
         name, data = "the picture", io.BytesIO(bytes(source))
     elif isinstance(source, (str, os.PathLike)):
@@ -92,8 +92,8 @@ def read_photo(source: PhotoSource) -> Photo:
             # libjpeg decodes straight to 1/2, 1/4 or 1/8; twice the final side leaves the last step to a good filter.
             stored = image.size
             image.draft(None, (2 * MAX_SIDE, 2 * MAX_SIDE))
-            return replace(_finish(image, name, image.format), size=stored)
-        return _finish(image, name, image.format or "unknown")
+            return replace(_normalise(image, name, image.format), size=stored)
+        return _normalise(image, name, image.format or "unknown")
 
 
 def _read_file(source: "str | os.PathLike[str]") -> tuple[str, io.BytesIO]:
@@ -151,7 +151,7 @@ def _enable_heic(name: str) -> None:
     importlib.import_module("pillow_heif").register_heif_opener()
 
 
-def _finish(image: Image.Image, name: str, stored_format: str) -> Photo:
+def _normalise(image: Image.Image, name: str, stored_format: str) -> Photo:
     """Checks the size, decodes, turns upright, converts to RGB and shrinks."""
     stored_mode, stored_size = image.mode, image.size
     _check_size(image.size, name)

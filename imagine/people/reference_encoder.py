@@ -28,7 +28,7 @@ from imagine.records import VISION, Tokens, repeat
 from imagine.request import Person, Request
 
 FINDER = "finder"  # its folder among a pipeline's files
-MOST_KEPT = 64  # photos' personas, of which each takes about a megabyte
+MAX_CACHED_PERSONAS = 64  # photos' personas, of which each takes about a megabyte
 
 OnNoFace = Literal["error", "whole"]
 
@@ -42,16 +42,16 @@ def vision_features(encoder: nn.Module, crops: Tensor, pooled: bool = False) -> 
         if (hook := getattr(encoder, "_hf_hook", None)) is not None:  # offloaded: accelerate minds `forward` alone
             hook.pre_forward(encoder)
         return encoder.embed(crops)[:, None]
-    mean, std = (torch.tensor(each, device=crops.device, dtype=crops.dtype).view(3, 1, 1) for each in _CLIP_COLOURS)
+    mean, std = (torch.tensor(each, device=crops.device, dtype=crops.dtype).view(3, 1, 1) for each in _CLIP_MEAN_STD)
     seen = encoder((crops - mean) / std, output_hidden_states=True)
     return cast(Tensor, seen.image_embeds[:, None] if pooled else seen.hidden_states[-2])
 
 
-_CLIP_COLOURS = (CLIP_MEAN, CLIP_STD)
+_CLIP_MEAN_STD = (CLIP_MEAN, CLIP_STD)
 
 
 @dataclass(frozen=True)
-class Eyes:
+class EncoderInfo:
     """What is to be known of a vision encoder: its fingerprint, its crops' side in pixels, its tokens per crop."""
 
     fingerprint: str
@@ -59,20 +59,20 @@ class Eyes:
     tokens: int
 
     @classmethod
-    def of(cls, encoder: nn.Module) -> "Eyes":
+    def of(cls, encoder: nn.Module) -> "EncoderInfo":
         config = cast(Any, encoder).config
         patches = int(config.image_size) // int(config.patch_size)
         return cls(weights.fingerprint(encoder), int(config.image_size), 1 + patches**2)
 
 
-class Looking:
+class ReferenceEncoderMixin:
     """The part of a pipeline that looks at people. Others give it `adapter`, `reference_encoder` and the device."""
 
     adapter: Adapter | None
     _finder: FaceFinder | None = None
     _finder_folder: Path | None = None
-    _eyes: "tuple[nn.Module | None, int, Eyes] | None" = None
-    _empty: "tuple[str, Tensor] | None" = None
+    _encoder_info: "tuple[nn.Module | None, int, EncoderInfo] | None" = None
+    _zero_features: "tuple[str, Tensor] | None" = None
 
     @property
     @abstractmethod
@@ -82,7 +82,7 @@ class Looking:
     @property
     def encoder_fingerprint(self) -> str:
         """Tells this vision encoder from others: personas and adapters say which one they were made with."""
-        return self._known_eyes().fingerprint
+        return self._current_encoder_info().fingerprint
 
     @property
     def finder(self) -> FaceFinder:
@@ -95,7 +95,7 @@ class Looking:
     @finder.setter
     def finder(self, finder: FaceFinder) -> None:
         self._finder = finder
-        self.__dict__.pop("_seen", None)
+        self.__dict__.pop("_persona_cache", None)
 
     # --- from photos to personas ------------------------------------------------------------------------------------
 
@@ -109,12 +109,12 @@ class Looking:
         references = tuple(photos) if isinstance(photos, (list, tuple)) else (photos,)
         if not references:
             raise PromptError("There is no photo to enroll: give at least one.")
-        return self._look(Person("", references), face, on_no_face)
+        return self._enroll_person(Person("", references), face, on_no_face)
 
-    def _known_eyes(self) -> Eyes:
+    def _current_encoder_info(self) -> EncoderInfo:
         """What is to be known of the encoder, worked out again only when its weights have changed."""
         encoder = self.reference_encoder
-        known = self._eyes
+        known = self._encoder_info
         if encoder is None and known is not None and known[0] is None:  # freed, but personas made by it are still good
             return known[2]
         if encoder is None:
@@ -126,7 +126,7 @@ class Looking:
             return known[2]  # offloaded piece by piece: there are no weights to look at
         version = hash(tuple((id(each), 0 if each.is_inference() else each._version) for each in encoder.parameters()))
         if known is None or known[0] is not encoder or known[1] != version:
-            known = self._eyes = (encoder, version, Eyes.of(encoder))
+            known = self._encoder_info = (encoder, version, EncoderInfo.of(encoder))
         return known[2]
 
     @property
@@ -134,49 +134,49 @@ class Looking:
         spec = identity_spec(self.adapter)
         return spec is not None and spec.projection == "linear"
 
-    def _sight(self) -> str:
+    def _encoder_key(self) -> str:
         """Tells personas apart by what made them: the encoder, and whether its pooled embedding was taken."""
         return self.encoder_fingerprint + (":pooled" if self._reads_pooled else "")
 
-    def _look(self, person: Person, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
+    def _enroll_person(self, person: Person, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
         """One person's photos and personas as one persona; faces are called after the photos."""
         known = [
-            each if isinstance(each, Persona) else self._look_at(each, number, face, on_no_face)
+            each if isinstance(each, Persona) else self._enroll_photo(each, number, face, on_no_face)
             for number, each in enumerate(person.references, 1)
         ]
-        sight = self._sight()
+        encoder_key = self._encoder_key()
         for each in known:
-            each.check_encoder(sight)
+            each.check_encoder(encoder_key)
         faces = [one for each in known for one in each.faces]
         if person.name:
             faces = [replace(one, reference=f"{person.name}: {one.reference}") for one in faces]
-        return Persona(concatenate([each.features.to("cpu") for each in known]), sight, tuple(faces))
+        return Persona(concatenate([each.features.to("cpu") for each in known]), encoder_key, tuple(faces))
 
-    def _look_at(self, photo: Any, number: int, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
+    def _enroll_photo(self, photo: Any, number: int, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
         file = as_path(photo) if isinstance(photo, (str, os.PathLike)) else None
         if file is not None and file.suffix == ".safetensors":
             return Persona.load(file)
-        sight = self._sight()
+        encoder_key = self._encoder_key()
         there = file is not None and kind_of(file, PictureError) == "file"
-        key = (_state(cast(Path, file)), face, on_no_face, sight) if there else None
-        seen: dict[Any, Persona] = self.__dict__.setdefault("_seen", {})
+        key = (_file_state(cast(Path, file)), face, on_no_face, encoder_key) if there else None
+        seen: dict[Any, Persona] = self.__dict__.setdefault("_persona_cache", {})
         if key is not None and key in seen:
             return seen[key]
-        eyes, encoder = self._known_eyes(), self.reference_encoder
+        info, encoder = self._current_encoder_info(), self.reference_encoder
         if encoder is None:
             raise WeightsError("The vision encoder was freed: give a persona that was enrolled before, not a photo.")
-        crop = crop_face(open_photo(photo), self.finder, eyes.image_size, face, on_no_face)
+        crop = crop_face(open_photo(photo), self.finder, info.image_size, face, on_no_face)
         pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].float() / 255
         features = vision_features(encoder, pixels.to(cast(Any, self)._execution_device), self._reads_pooled)[0]
         name = f"photo {number}" if file is None else os.fspath(photo)
-        persona = Persona(features.float().cpu(), sight, (Face.of(crop, name),))
+        persona = Persona(features.float().cpu(), encoder_key, (Face.of(crop, name),))
         if key is not None:
-            while len(seen) >= MOST_KEPT:
+            while len(seen) >= MAX_CACHED_PERSONAS:
                 seen.pop(next(iter(list(seen))), None)  # threads may draw at once
             seen[key] = persona
         return persona
 
-    def _see(self, requests: Sequence[Request], face: FaceChoice, on_no_face: OnNoFace) -> list[list[Persona]]:
+    def _personas_for(self, requests: Sequence[Request], face: FaceChoice, on_no_face: OnNoFace) -> list[list[Persona]]:
         """Look at everybody once, however many pictures they are in; one list of people per request."""
         if self.adapter is None and any(request.people for request in requests):
             raise WeightsError(
@@ -193,48 +193,52 @@ class Looking:
                     *(each if isinstance(each, (str, os.PathLike)) else id(each) for each in person.references),
                 )
                 if key not in seen:
-                    seen[key] = self._look(person, face, on_no_face)
+                    seen[key] = self._enroll_person(person, face, on_no_face)
                 people[-1].append(seen[key])
         return people
 
     # --- from personas to tokens ------------------------------------------------------------------------------------
 
-    def _vision(self, personas: Sequence[Sequence[Persona]], copies: int) -> Tokens | None:
+    def _vision_tokens(self, personas: Sequence[Sequence[Persona]], copies: int) -> Tokens | None:
         """Vision tokens (pictures, longest, width) of everybody in each picture; None if there is nobody at all."""
         if not any(personas):
             return None
         rows = [concatenate([persona.features for persona in people]) if people else None for people in personas]
-        return repeat(self._projected(rows), copies)
+        return repeat(self._project(rows), copies)
 
-    def _nobody(self, count: int) -> Tokens:
+    def _absent_tokens(self, count: int) -> Tokens:
         """What the identity branch reads in `count` pictures where nobody is shown, if it was trained on "zeros".
 
         As in IP-Adapters: the features of a picture that is zero after normalisation, or a zero embedding.
         """
         spec = identity_spec(self.adapter)
         assert spec is not None
-        row = torch.zeros(1, spec.input_width or spec.width) if spec.projection == "linear" else self._empty_sight()
-        return repeat(self._projected([row]), count)
+        row = (
+            torch.zeros(1, spec.input_width or spec.width)
+            if spec.projection == "linear"
+            else self._zero_picture_features()
+        )
+        return repeat(self._project([row]), count)
 
-    def _empty_sight(self) -> Tensor:
+    def _zero_picture_features(self) -> Tensor:
         """What the encoder sees in a picture of zeros, (tokens, width), worked out once."""
-        eyes, encoder = self._known_eyes(), self.reference_encoder
-        if self._empty is None or self._empty[0] != eyes.fingerprint:
-            assert encoder is not None  # or `_remember_eyes` would have been called before it was freed
+        info, encoder = self._current_encoder_info(), self.reference_encoder
+        if self._zero_features is None or self._zero_features[0] != info.fingerprint:
+            assert encoder is not None  # or `_keep_encoder_info` would have been called before it was freed
             grey = torch.tensor(CLIP_MEAN, device=cast(Any, self)._execution_device).view(3, 1, 1)
-            crops = grey.expand(1, 3, eyes.image_size, eyes.image_size)
-            self._empty = (eyes.fingerprint, vision_features(encoder, crops)[0].float().cpu())
-        return self._empty[1]
+            crops = grey.expand(1, 3, info.image_size, info.image_size)
+            self._zero_features = (info.fingerprint, vision_features(encoder, crops)[0].float().cpu())
+        return self._zero_features[1]
 
-    def _remember_eyes(self) -> None:
+    def _keep_encoder_info(self) -> None:
         """Keep what has to be known of the encoder when it is gone."""
-        self._empty_sight()
-        self._eyes = (None, 0, self._known_eyes())
+        self._zero_picture_features()
+        self._encoder_info = (None, 0, self._current_encoder_info())
 
-    def _projected(self, rows: Sequence[Tensor | None]) -> Tokens:
+    def _project(self, rows: Sequence[Tensor | None]) -> Tokens:
         """The identity branch's tokens of features (length, width), row by row; a missing row has none that counts."""
         adapter, spec = self.adapter, identity_spec(self.adapter)
-        assert adapter is not None and spec is not None  # or `_see` would have raised
+        assert adapter is not None and spec is not None  # or `_personas_for` would have raised
         present = [row for row in rows if row is not None]
         longest, width = max(map(len, present)), present[0].shape[1]
         if width != (spec.input_width or spec.width):
@@ -249,8 +253,8 @@ class Looking:
                 mask[number, : len(row)] = True
         if spec.projection == "plus":  # which looks at each picture for itself
             features, mask = (
-                features.unflatten(1, (-1, self._known_eyes().tokens)),
-                mask[:, :: self._known_eyes().tokens],
+                features.unflatten(1, (-1, self._current_encoder_info().tokens)),
+                mask[:, :: self._current_encoder_info().tokens],
             )
         device = cast(Any, self)._execution_device
         values = adapter.tokens(VISION, features.to(device, adapter.dtype)).values
@@ -258,7 +262,7 @@ class Looking:
             return Tokens(values)
         return Tokens(values, mask.repeat_interleave(values.shape[1] // mask.shape[1], 1).to(device))
 
-    def _strength(self, scale: Any, personas: Sequence[Sequence[Persona]], copies: int) -> Tensor:
+    def _identity_strength(self, scale: Any, personas: Sequence[Sequence[Persona]], copies: int) -> Tensor:
         """The identity scale of every picture, (pictures,); 0 where it shows nobody."""
         try:
             scales = torch.as_tensor(scale, dtype=torch.float32).flatten()
@@ -288,13 +292,13 @@ def check_encoder(adapter: Adapter, encoder: str) -> None:
         )
 
 
-def facts(adapter: Adapter) -> Mapping[str, str]:
+def saved_metadata(adapter: Adapter) -> Mapping[str, str]:
     """What a saved adapter must say of itself, from its own file if it came from one."""
     unknown = {name: "unspecified" for name in ("base", "encoder", "feature_layer", "tokens", "licence")}
     return {**unknown, **adapter.metadata}
 
 
-def _state(file: Path) -> tuple[str, int, int]:
+def _file_state(file: Path) -> tuple[str, int, int]:
     """Tells whether a file is still what it was."""
     found = file.stat()
     return str(file.resolve()), found.st_mtime_ns, found.st_size

@@ -46,13 +46,13 @@ class Window:
             raise ConfigError(f"identity_window={given!r} must begin at 0 or later, end at 1 or earlier, and in order.")
         return cls(start, end)
 
-    def holds(self, share: float) -> bool:
+    def contains(self, share: float) -> bool:
         """Whether the person acts in a step that begins when this share of all steps is done."""
         return self.start <= share < self.end
 
     def steps(self, count: int) -> list[bool]:
         """The same for each of `count` steps."""
-        return [self.holds(number / count) for number in range(count)]
+        return [self.contains(number / count) for number in range(count)]
 
 
 def block_factors(denoiser: nn.Module, blocks: Blocks) -> Factors | None:

@@ -36,11 +36,18 @@ from imagine.networks.diffusion import add_noise, denormalise_latents, normalise
 from imagine.networks.encoders import TextEncoders
 from imagine.people.faces import FaceChoice, FaceFinder
 from imagine.people.persona import Face, Persona
-from imagine.people.reference_encoder import FINDER, Looking, check_encoder, facts
+from imagine.people.reference_encoder import FINDER, ReferenceEncoderMixin, check_encoder, saved_metadata
 from imagine.pipeline import families
 from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factors
 from imagine.pipeline.sampling import Guidance, GuidedDenoiser, Inputs, TextTokens, text_rows
-from imagine.pipeline.second_pass import RefineFaces, SecondPass, SmallFace, keep_outside, noise_after, shown_cells
+from imagine.pipeline.second_pass import (
+    RefineFaces,
+    SecondPass,
+    SmallFace,
+    keep_outside,
+    noise_from_latents,
+    visible_latents,
+)
 from imagine.records import Tokens, repeat
 from imagine.request import (
     Request,
@@ -82,7 +89,7 @@ class ImagineOutput(BaseOutput):
 
 
 @dataclass
-class _Call:
+class _CallState:
     """What diffusers keeps on the pipeline while it draws, and callbacks read or set; ours is kept per thread."""
 
     guidance: Guidance
@@ -90,10 +97,10 @@ class _Call:
     interrupt: bool = False
 
 
-_call: ContextVar[_Call | None] = ContextVar("imagine_call", default=None)
+_call_state: ContextVar[_CallState | None] = ContextVar("imagine_call", default=None)
 
 
-class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Makes pictures of a person from one photo and a sentence.
 
     `latents_mean` and `latents_std` (one number per latent channel) normalise the latents. The `default_*` values,
@@ -201,7 +208,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         parts = {**_load_models(folder, index, given, chosen, kwargs.get("variant")), **given}
         parts |= {name: part for name, part in _load_adapters(folder, parts, chosen).items() if name not in given}
         try:
-            with weights.hushed():
+            with weights.quiet_libraries():
                 pipe = cast(ImaginePipeline, super().from_pretrained(os.fspath(folder), **parts, **kwargs))
         except (OSError, ValueError, KeyError) as error:  # a tokenizer or the scheduler, whose files are missing or cut
             reason = str(error).strip().split("\n")[0][:200].rstrip(".")
@@ -224,15 +231,15 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save every component in its present precision, our adapters and the face finder's files included."""
         folder = Path(save_directory)
-        with weights.hushed():
+        with weights.quiet_libraries():
             super().save_pretrained(os.fspath(folder), **kwargs)
         for name in ADAPTERS:
             part = getattr(self, name)
             if part is None:
                 shutil.rmtree(folder / name, ignore_errors=True)  # not one that an earlier save left there
             else:
-                part.save(folder / name, {**facts(part), "encoder_fingerprint": self.encoder_fingerprint})
-        weights.forget_paths(folder)  # where the parts came from is nobody's business who gets them next
+                part.save(folder / name, {**saved_metadata(part), "encoder_fingerprint": self.encoder_fingerprint})
+        weights.remove_local_paths(folder)  # where the parts came from is nobody's business who gets them next
         source = self._finder_folder
         if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
             shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
@@ -270,7 +277,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
     @property
     def guidance_scale(self) -> float | None:
         """The running call's guidance scale; None outside a call."""
-        call = _call.get()
+        call = _call_state.get()
         return None if call is None else call.guidance.text
 
     @property
@@ -279,7 +286,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
 
     @_guidance_scale.setter
     def _guidance_scale(self, value: float) -> None:
-        call = self._running()
+        call = self._current_call()
         call.guidance = replace(call.guidance, text=float(value))
 
     @property
@@ -290,13 +297,13 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
     @property
     def num_timesteps(self) -> int:
         """How many steps the running call makes."""
-        call = _call.get()
+        call = _call_state.get()
         return 0 if call is None else call.timesteps
 
     @property
     def interrupt(self) -> bool:
         """Whether a callback has asked to stop."""
-        call = _call.get()
+        call = _call_state.get()
         return call is not None and call.interrupt
 
     @property
@@ -305,11 +312,11 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
 
     @_interrupt.setter
     def _interrupt(self, value: bool) -> None:
-        self._running().interrupt = bool(value)
+        self._current_call().interrupt = bool(value)
 
     @staticmethod
-    def _running() -> _Call:
-        call = _call.get()
+    def _current_call() -> _CallState:
+        call = _call_state.get()
         if call is None:
             raise RuntimeError("no call is running: set this from callback_on_step_end")
         return call
@@ -340,7 +347,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
     def free_encoders(self) -> None:
         """Drop every encoder for good, to make room: from then on give personas and both kinds of prompt_embeds."""
         if self.image_encoder is not None:
-            self._remember_eyes()
+            self._keep_encoder_info()
         for name in ENCODERS:
             setattr(self, name, None)
         self.maybe_free_model_hooks()  # which else would still hold them
@@ -401,53 +408,58 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         """
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         size, copies = self._latent_size(height, width), whole("num_images_per_prompt", num_images_per_prompt)
-        plan = _Plan(
+        plan = _CallSettings(
             self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale, guidance_balance),
             self._scheduler(num_inference_steps, sigmas, size), Window.read(identity_window), output_type,
             block_factors(self.unet, identity_blocks), self._refining(refine_faces, output_type),
-            _OnStep.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs),
+            _StepCallback.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs),
         )  # fmt: skip
         check_attached(self.unet, self._adapters())
-        requests, text, negative = self._read(
+        requests, text, negative = self._encode_requests(
             prompt, reference, prompt_embeds, negative_prompt, negative_prompt_embeds, copies
         )
-        personas = self._see(requests, face, on_no_face)
-        strength = self._strength(identity_scale, personas, copies)
-        inputs = Inputs(text, negative, self._vision(personas, copies), plan.factors)
-        start = self._noise(len(strength), size, generator, latents)
+        personas = self._personas_for(requests, face, on_no_face)
+        strength = self._identity_strength(identity_scale, personas, copies)
+        inputs = Inputs(text, negative, self._vision_tokens(personas, copies), plan.factors)
+        start = self._start_latents(len(strength), size, generator, latents)
         denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
-        out = self._draw(plan, denoiser, start, strength, personas)
+        out = self._generate(plan, denoiser, start, strength, personas)
         return out if return_dict else cast(Any, out.to_tuple())
 
-    def _draw(
-        self, plan: "_Plan", denoiser: GuidedDenoiser, start: Tensor, strength: Tensor, people: list[list[Persona]]
+    def _generate(
+        self,
+        plan: "_CallSettings",
+        denoiser: GuidedDenoiser,
+        start: Tensor,
+        strength: Tensor,
+        people: list[list[Persona]],
     ) -> ImagineOutput:
         """All pictures of a call from their start latents on, people (one list a prompt) at a strength (pictures,)."""
         steps = len(plan.scheduler.timesteps)
         refined, notes = 0, list[str]()
-        token = _call.set(_Call(plan.guidance, steps))
+        token = _call_state.set(_CallState(plan.guidance, steps))
         try:
             images = self._denoise(denoiser, start, strength, plan.scheduler, plan.window.steps(steps), plan.on_step)
             if plan.refining is not None:
                 images = self._decode(images, "pt")
                 shown = [each for each in people for _ in range(len(start) // len(people))]
-                again = SecondPass(
+                second_pass = SecondPass(
                     plan.refining, plan.refining.levels(steps), plan.window, start, strength, shown, denoiser
                 )
                 # a fresh adapter gives the base's picture bit for bit, small faces included
-                if not self.interrupt and self.adapter is not None and self.adapter.acts:
+                if not self.interrupt and self.adapter is not None and self.adapter.active:
                     side = int(self.unet.config.sample_size) * self.vae_scale_factor
-                    refined, notes = again.refine(images, side, self.finder, self._redraw)
+                    refined, notes = second_pass.refine(images, side, self.finder, self._redraw)
                 images = self.image_processor.postprocess(images, plan.output_type, [False] * len(images))
             elif plan.output_type != "latent":
                 images = self._decode(images, plan.output_type)
         finally:
-            _call.reset(token)
+            _call_state.reset(token)
         self.maybe_free_model_hooks()
         faces = [face for shown in people for persona in shown for face in persona.faces]
         return ImagineOutput(images, faces, refined, notes)
 
-    def _read(
+    def _encode_requests(
         self,
         prompt: "str | Sequence[str] | None",
         reference: Any,
@@ -505,14 +517,14 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
             )
         options: dict[str, Any] = {} if sigmas is None else {"sigmas": numbers("sigmas", sigmas)}
         if scheduler.config.get("use_dynamic_shifting"):
-            options["mu"] = _shift(scheduler.config, size[0] * size[1])
+            options["mu"] = _timestep_shift(scheduler.config, size[0] * size[1])
         count = whole("num_inference_steps", self.config.default_steps if steps is None else steps)
         if sigmas is None:
             options["num_inference_steps"] = count
         scheduler.set_timesteps(device=self._execution_device, **options)
         return scheduler
 
-    def _noise(
+    def _start_latents(
         self,
         count: int,
         size: tuple[int, int],
@@ -540,19 +552,19 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
         latents: Tensor,
         strength: Tensor,
         scheduler: Any,
-        acts: Sequence[bool],
-        on_step: "_OnStep | None",
+        active: Sequence[bool],
+        on_step: "_StepCallback | None",
     ) -> Tensor:
-        """Take every step from noise to clean latents, in float32; `acts`: whether the people act in each step."""
+        """Take every step from noise to clean latents, in float32; `active`: whether the people act in each step."""
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        call, nobody = self._running(), torch.zeros_like(strength)
+        call, zero_strength = self._current_call(), torch.zeros_like(strength)
         with self.progress_bar(total=len(scheduler.timesteps)) as bar:
             for number, timestep in enumerate(scheduler.timesteps):
                 if call.interrupt:
                     break
                 scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)(latents, timestep)
-                acting = strength if acts[number] else nobody
-                velocity = denoiser.velocity(scaled.to(self.unet.dtype), timestep, acting, call.guidance)
+                current_strength = strength if active[number] else zero_strength
+                velocity = denoiser.velocity(scaled.to(self.unet.dtype), timestep, current_strength, call.guidance)
                 latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
                 if on_step is not None:
                     tensors = {"latents": latents, "identity_scale": strength}
@@ -563,23 +575,23 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
                 bar.update()
         return latents
 
-    def _redraw(self, faces: Sequence[SmallFace], squares: Tensor, again: SecondPass) -> Tensor:
+    def _redraw(self, faces: Sequence[SmallFace], squares: Tensor, second_pass: SecondPass) -> Tensor:
         """Each face's square (faces, 3, S, S) in 0..1 drawn again as its person, with the same sentence."""
         clean = self.encode_pictures(squares)
-        noise = torch.stack([noise_after(again.start[face.picture], clean.shape[1:]) for face in faces])
-        rows = torch.tensor([face.picture for face in faces], device=again.strength.device)
-        vision = self._vision([[again.people[face.picture][face.person]] for face in faces], 1)
+        noise = torch.stack([noise_from_latents(second_pass.start[face.picture], clean.shape[1:]) for face in faces])
+        rows = torch.tensor([face.picture for face in faces], device=second_pass.strength.device)
+        vision = self._vision_tokens([[second_pass.people[face.picture][face.person]] for face in faces], 1)
         # Plain noise levels: what `sigmas` says is what is used, whatever schedule the first pass took.
         scheduler = FlowMatchEulerDiscreteScheduler()
-        scheduler.set_timesteps(sigmas=again.levels, device=clean.device)
-        keep = keep_outside(clean, noise, again.levels, shown_cells(faces, clean, again.settings))
+        scheduler.set_timesteps(sigmas=second_pass.levels, device=clean.device)
+        keep = keep_outside(clean, noise, second_pass.levels, visible_latents(faces, clean, second_pass.settings))
         latents = self._denoise(
-            GuidedDenoiser(self.unet, again.denoiser.inputs.rows(rows, vision), again.denoiser.arguments),
-            add_noise(clean, noise, torch.full((len(faces),), again.levels[0], device=clean.device)),
-            again.strength[rows],
+            GuidedDenoiser(self.unet, second_pass.denoiser.inputs.rows(rows, vision), second_pass.denoiser.arguments),
+            add_noise(clean, noise, torch.full((len(faces),), second_pass.levels[0], device=clean.device)),
+            second_pass.strength[rows],
             scheduler,
-            again.acts,
-            _OnStep(keep, ("latents",)),
+            second_pass.active,
+            _StepCallback(keep, ("latents",)),
         )
         return cast(Tensor, self._decode(latents, "pt"))
 
@@ -606,7 +618,7 @@ class ImaginePipeline(Looking, DiffusionPipeline, StableDiffusionLoraLoaderMixin
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _CallSettings:
     """How a call draws, whatever it draws: its arguments, checked."""
 
     guidance: Guidance
@@ -615,18 +627,18 @@ class _Plan:
     output_type: str
     factors: Factors | None
     refining: RefineFaces | None
-    on_step: "_OnStep | None"
+    on_step: "_StepCallback | None"
 
 
 @dataclass(frozen=True)
-class _OnStep:
+class _StepCallback:
     """A call's callback and the tensors it wants to see."""
 
     callback: Callback
     inputs: tuple[str, ...]
 
     @classmethod
-    def make(cls, callback: Callback | None, inputs: Sequence[str], known: Sequence[str]) -> "_OnStep | None":
+    def make(cls, callback: Callback | None, inputs: Sequence[str], known: Sequence[str]) -> "_StepCallback | None":
         if callback is None:
             return None
         if not callable(callback):
@@ -682,7 +694,7 @@ def _copies(text: TextTokens, copies: int) -> TextTokens:
     return repeat(text[0], copies), {name: repeat(tokens, copies) for name, tokens in text[1].items()}
 
 
-def _shift(config: Mapping[str, Any], positions: int) -> float:
+def _timestep_shift(config: Mapping[str, Any], positions: int) -> float:
     """The shift of the noise schedule for this many latent positions (arXiv 2403.03206; diffusers' Flux pipeline)."""
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     return float(config["base_shift"] + slope * (positions - config["base_image_seq_len"]))

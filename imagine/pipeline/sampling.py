@@ -22,7 +22,7 @@ from imagine.records import VISION, Conditioning, Tokens, join, take
 TextTokens = tuple[Tokens, dict[str, Tokens]]  # CLIP's tokens, and those of the other text branches
 Pass = tuple[bool, bool]  # with the sentence?, with the people?
 
-NOTHING, SENTENCE, PEOPLE = (False, False), (True, False), (True, True)
+UNCONDITIONAL, TEXT_ONLY, TEXT_AND_IDENTITY = (False, False), (True, False), (True, True)
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Guidance:
 
     def passes(self, people: bool) -> tuple[Pass, ...]:
         """Return the passes that a step takes, for pictures with or without people."""
-        full = PEOPLE if people else SENTENCE
+        full = TEXT_AND_IDENTITY if people else TEXT_ONLY
         together = self.identity in (None, self.text) and not (self.balanced and self.text > 1)
         if together or not people:
-            return (full,) if self.text <= 1 else (NOTHING, full)
-        return NOTHING, SENTENCE, PEOPLE
+            return (full,) if self.text <= 1 else (UNCONDITIONAL, full)
+        return UNCONDITIONAL, TEXT_ONLY, TEXT_AND_IDENTITY
 
     def combine(self, predictions: Sequence[Tensor], people: Tensor | None = None) -> Tensor:
         """Combine the predictions of `passes`, in their order; people (pictures,): which show anybody (None: all)."""
@@ -94,9 +94,9 @@ class GuidedDenoiser:
 
     def __init__(self, unet: nn.Module, inputs: Inputs, arguments: Mapping[str, Any]) -> None:
         self.unet, self.inputs, self.arguments = unet, inputs, dict(arguments)
-        self._made_for: tuple[tuple[Pass, ...], Tensor] | None = None
+        self._prepared_for: tuple[tuple[Pass, ...], Tensor] | None = None
         self._last: tuple[Tensor, int | None] | None = None
-        self._anybody = False
+        self._any_person = False
         self._clip = inputs.text[0]
         self._pooled: Tensor | None = None
         self._conditioning = Conditioning()
@@ -105,8 +105,8 @@ class GuidedDenoiser:
         """Predict the guided velocity of latents (pictures, ...), people at this strength (pictures,)."""
         unchanged = self._is_unchanged(strength)
         if not unchanged:
-            self._anybody = self.inputs.vision is not None and bool(strength.any())
-        passes = guidance.passes(self._anybody)
+            self._any_person = self.inputs.vision is not None and bool(strength.any())
+        passes = guidance.passes(self._any_person)
         self._prepare(passes, strength, unchanged)
         options = {**self.arguments, "conditioning": self._conditioning} if self._conditioning.branches else None
         predicted = self.unet(
@@ -127,14 +127,14 @@ class GuidedDenoiser:
         return version is not None and known is not None and known[0] is strength and known[1] == version
 
     def _prepare(self, passes: tuple[Pass, ...], strength: Tensor, unchanged: bool) -> None:
-        made = self._made_for
+        made = self._prepared_for
         if made is not None and made[0] == passes and (unchanged or torch.equal(made[1], strength)):
             return
         self._clip, conditioning = self.inputs.stacked(passes, strength)
         self._pooled = pooled_text(self.unet, self._clip, conditioning.branches)
         # Kept under its own scales where the denoiser's LoRA depends on them, so a new strength means a new memory.
         self._conditioning = prepare(self.unet, conditioning)
-        self._made_for = (passes, strength.clone())
+        self._prepared_for = (passes, strength.clone())
 
 
 def pooled_text(unet: Any, clip: Tokens, branches: Mapping[str, Tokens]) -> Tensor | None:

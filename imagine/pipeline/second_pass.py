@@ -38,28 +38,28 @@ class RefineFaces:
     edge: float = 0.3  # it fades over this part of its radius
 
     @classmethod
-    def read(cls, given: "RefineFaces | bool | None", output_type: str, usual: bool) -> "RefineFaces | None":
-        """What a call gave as refine_faces, or what is `usual` with these weights; None: no second pass.
+    def read(cls, given: "RefineFaces | bool | None", output_type: str, default: bool) -> "RefineFaces | None":
+        """What a call gave as refine_faces, or what is `default` with these weights; None: no second pass.
 
         Raises ConfigError, naming the setting.
         """
         if given is None:
-            given = usual and output_type != "latent"
+            given = default and output_type != "latent"
         if given is False:
             return None
-        chosen = cls() if given is True else given
-        if not isinstance(chosen, RefineFaces):
+        settings = cls() if given is True else given
+        if not isinstance(settings, RefineFaces):
             raise ConfigError(f"refine_faces={given!r} must be True, False or a RefineFaces(...).")
         if output_type == "latent":
             raise ConfigError("refine_faces needs pictures: choose output_type pil, np or pt, or leave it out.")
         for name in ("below", "strength", "around", "reach", "edge"):
-            if finite(f"RefineFaces.{name}", getattr(chosen, name)) <= 0:
-                raise ConfigError(f"RefineFaces.{name}={getattr(chosen, name)} must be more than 0.")
-        if chosen.strength > 1 or chosen.edge > 1 or chosen.around < 1:
+            if finite(f"RefineFaces.{name}", getattr(settings, name)) <= 0:
+                raise ConfigError(f"RefineFaces.{name}={getattr(settings, name)} must be more than 0.")
+        if settings.strength > 1 or settings.edge > 1 or settings.around < 1:
             raise ConfigError("RefineFaces: strength and edge must be at most 1, and around at least 1.")
-        if chosen.steps is not None:
-            whole("RefineFaces.steps", chosen.steps)
-        return chosen
+        if settings.steps is not None:
+            whole("RefineFaces.steps", settings.steps)
+        return settings
 
     def levels(self, steps: int) -> list[float]:
         """The noise level at which each step begins, when the first pass took so many."""
@@ -102,9 +102,9 @@ class SecondPass:
     denoiser: GuidedDenoiser
 
     @property
-    def acts(self) -> list[bool]:
+    def active(self) -> list[bool]:
         """Whether the person acts, step by step: at noise level s of a straight schedule a share 1 - s is done."""
-        return [self.window.holds(1 - level) for level in self.levels]
+        return [self.window.contains(1 - level) for level in self.levels]
 
     def refine(
         self,
@@ -117,13 +117,13 @@ class SecondPass:
 
         Return how many there were, and a sentence for each picture where it is unclear which face is whose.
         """
-        if not any(self.acts):
+        if not any(self.active):
             return 0, []
         shown = [len(people) if strength else 0 for people, strength in zip(self.people, self.strength, strict=True)]
         faces, notes = find_small_faces(pictures, shown, finder, self.settings, side)
-        most = len(self.start)  # at once: as many as the first pass drew, which had the memory for it
+        max_batch = len(self.start)  # at once: as many as the first pass drew, which had the memory for it
         drawn = redraw_faces(
-            pictures, faces, side, self.settings, lambda some, squares: redraw(some, squares, self), most
+            pictures, faces, side, self.settings, lambda some, squares: redraw(some, squares, self), max_batch
         )
         return len(drawn), notes
 
@@ -132,22 +132,22 @@ def redraw_faces(
     pictures: Tensor,
     faces: Sequence[SmallFace],
     side: int,
-    chosen: RefineFaces,
+    settings: RefineFaces,
     redraw: Redraw,
-    most: int,
+    max_batch: int,
     within: Tensor | None = None,
 ) -> list[SmallFace]:
     """Cut faces out of pictures (B, 3, H, W) in 0..1 as squares of `side` pixels, redraw them, and put them back.
 
-    In place, `most` at a time, and only so far as `within` (B, 1, H, W) lets them show. Return those put back.
+    In place, `max_batch` at a time, and only so far as `within` (B, 1, H, W) lets them show. Return those put back.
     """
-    squares = [cut(pictures, face, (side, side)) for face in faces]  # all before any is put back
+    squares = [crop_square(pictures, face, (side, side)) for face in faces]  # all before any is put back
     shown = list[SmallFace]()
-    for first in range(0, len(faces), most):
-        some = faces[first : first + most]
-        for face, drawn in zip(some, redraw(some, torch.cat(squares[first : first + most])), strict=True):
+    for first in range(0, len(faces), max_batch):
+        some = faces[first : first + max_batch]
+        for face, drawn in zip(some, redraw(some, torch.cat(squares[first : first + max_batch])), strict=True):
             if drawn is not None:
-                put_back(pictures, face, drawn, chosen, within)
+                put_back(pictures, face, drawn, settings, within)
                 shown.append(face)
     return shown
 
@@ -156,7 +156,7 @@ def find_small_faces(
     pictures: Tensor,
     people: Sequence[int],
     finder: FaceFinder,
-    chosen: RefineFaces,
+    settings: RefineFaces,
     side: int,
     within: Tensor | None = None,
 ) -> tuple[list[SmallFace], list[str]]:
@@ -172,7 +172,7 @@ def find_small_faces(
             pixels = (pictures[picture].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
             image = Image.fromarray(pixels)
             found = [box for box in finder.find(image) if within is None or _lies_in(box, within[picture, 0])]
-            small, note = small_faces(found, count, picture, image.size, chosen)
+            small, note = small_faces(found, count, picture, image.size, settings)
             faces += [face for face in small if face.place[2] - face.place[0] < side]
             notes += [note] if note else []
     return faces, notes
@@ -187,7 +187,7 @@ def _lies_in(box: FaceBox, region: Tensor) -> bool:
 
 
 def small_faces(
-    found: Sequence[FaceBox], people: int, picture: int, size: tuple[int, int], chosen: RefineFaces
+    found: Sequence[FaceBox], people: int, picture: int, size: tuple[int, int], settings: RefineFaces
 ) -> tuple[list[SmallFace], str]:
     """The faces of one picture (width, height) that are small, each with its person, or a note why none is.
 
@@ -200,9 +200,9 @@ def small_faces(
         return [], f"Picture {picture + 1}: {count} found for {who}, so that none was refined."
     largest = max(found, key=lambda box: box.width * box.height)
     mine = sorted(found, key=lambda box: box.centre[0]) if people > 1 else [largest]
-    limit = chosen.below * min(size)
+    limit = settings.below * min(size)
     return [
-        SmallFace(picture, person, box, square_around(box, size, chosen.around))
+        SmallFace(picture, person, box, square_around(box, size, settings.around))
         for person, box in enumerate(mine)
         if max(box.width, box.height) < limit
     ], ""
@@ -226,33 +226,33 @@ def ellipse_around(box: FaceBox, place: tuple[int, int, int, int], reach: float,
     return ((1 - radius) / edge).clamp(0, 1)
 
 
-def cut(pictures: Tensor, face: SmallFace, size: tuple[int, int]) -> Tensor:
+def crop_square(pictures: Tensor, face: SmallFace, size: tuple[int, int]) -> Tensor:
     """A face's square out of pictures (B, 3, H, W) in 0..1, at another size: (1, 3, height, width)."""
     left, top, right, bottom = face.place
     return _resized(pictures[face.picture : face.picture + 1, :, top:bottom, left:right], size)
 
 
 def put_back(
-    pictures: Tensor, face: SmallFace, drawn: Tensor, chosen: RefineFaces, within: Tensor | None = None
+    pictures: Tensor, face: SmallFace, drawn: Tensor, settings: RefineFaces, within: Tensor | None = None
 ) -> None:
     """Lay a redrawn square (3, height, width) over its picture, in place; pixels where none of it shows stay as is."""
     left, top, right, bottom = face.place
     old = pictures[face.picture, :, top:bottom, left:right]
     new = _resized(drawn[None], (bottom - top, right - left))[0]
-    shown = ellipse_around(face.box, face.place, chosen.reach, chosen.edge).to(old.device)
+    shown = ellipse_around(face.box, face.place, settings.reach, settings.edge).to(old.device)
     if within is not None:
         shown = shown * within[face.picture, 0, top:bottom, left:right].to(old.device)
     pictures[face.picture, :, top:bottom, left:right] = old + shown * (new - old)
 
 
-def shown_cells(faces: Sequence[SmallFace], latents: Tensor, chosen: RefineFaces) -> Tensor:
+def visible_latents(faces: Sequence[SmallFace], latents: Tensor, settings: RefineFaces) -> Tensor:
     """Which latents (faces, 1, h, w) of each square some of the shown pixels hang on, for latents (faces, c, h, w)."""
     return torch.cat([
-        cells(ellipse_around(face.box, face.place, chosen.reach, chosen.edge), latents) for face in faces
+        covered_latents(ellipse_around(face.box, face.place, settings.reach, settings.edge), latents) for face in faces
     ])  # fmt: skip
 
 
-def cells(opacity: Tensor, latents: Tensor) -> Tensor:
+def covered_latents(opacity: Tensor, latents: Tensor) -> Tensor:
     """Which latents (1, 1, h, w) some of the shown pixels (height, width) hang on."""
     return F.adaptive_max_pool2d(opacity[None, None], latents.shape[-2:]).to(latents.device) > 0
 
@@ -267,13 +267,13 @@ def keep_outside(
     ends = [*levels[1:], 0.0]
 
     def put_back(pipe: Any, number: int, timestep: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = add_noise(clean, noise, torch.full((len(clean),), ends[number], device=clean.device))
-        return {"latents": torch.where(redrawn, tensors["latents"], kept)}
+        noised = add_noise(clean, noise, torch.full((len(clean),), ends[number], device=clean.device))
+        return {"latents": torch.where(redrawn, tensors["latents"], noised)}
 
     return put_back
 
 
-def noise_after(start: Tensor, shape: Sequence[int]) -> Tensor:
+def noise_from_latents(start: Tensor, shape: Sequence[int]) -> Tensor:
     """Noise that follows from a picture's start latents alone, on their device.
 
     So it follows from the call's generator without drawing from it: neither a picture's neighbours nor what a generator

@@ -23,7 +23,7 @@ from imagine.networks.weights import ADAPTERS, INDEX, default_folder
 
 PORTRAIT = "portrait"  # the shipped weights
 VISION, T5, BYT5 = "vision", "t5", "byt5"  # our branches
-SEEING = ("vision_encoder", "image_encoder")  # who looks at references, in order of preference
+VISION_ENCODERS = ("vision_encoder", "image_encoder")  # who looks at references, in order of preference
 _OURS = ("VisionEncoder",)
 _DIFFUSERS = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderDC")
 _TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "CLIPVisionModelWithProjection")
@@ -67,11 +67,11 @@ class Networks:
         return self.models["unet"]
 
     @property
-    def eyes(self) -> str | None:
+    def vision_encoder(self) -> str | None:
         """The name of the network that looks at references; None if there is none."""
-        return next((name for name in SEEING if name in self.models), None)
+        return next((name for name in VISION_ENCODERS if name in self.models), None)
 
-    def readers(self) -> list[str]:
+    def text_encoders(self) -> list[str]:
         """The names of the networks that read text."""
         return [
             name for name in self.models if name.startswith("text_encoder") or name in ("t5_encoder", "byt5_encoder")
@@ -128,7 +128,7 @@ _SD15 = {
     "vae": _autoencoder(512, False),
     "text_encoder": _CLIP_L,
 }  # fmt: skip
-KNOWN = {"sdxl": _SDXL, "sd15": _SD15}
+KNOWN_BASES = {"sdxl": _SDXL, "sd15": _SD15}
 
 
 def _t5(d_model: int, d_ff: int, layers: int, heads: int, d_kv: int, vocabulary: int = 32128) -> Component:
@@ -138,7 +138,7 @@ def _t5(d_model: int, d_ff: int, layers: int, heads: int, d_kv: int, vocabulary:
     })  # fmt: skip
 
 
-READERS = {  # what may read the sentence beside CLIP, and the letters
+TEXT_ENCODERS = {  # what may read the sentence beside CLIP, and the letters
     "t5-xl": _t5(2048, 5120, 24, 32, 64),
     "t5-xxl": _t5(4096, 10240, 24, 64, 64),
     "ul2": _t5(4096, 16384, 32, 16, 256),
@@ -152,12 +152,12 @@ VIT_H = Component("VisionEncoder", {
 
 
 def read_base(source: str) -> Blueprint:
-    """Return what `source` means: a word of `KNOWN`, "portrait", a folder, or a hub id that is already on this machine.
+    """Return what `source` means: a name in `KNOWN_BASES`, "portrait", a folder, or a hub id that is in the cache.
 
     Raises ConfigError or WeightsError, in one sentence, for anything else; nothing is downloaded.
     """
-    if source in KNOWN:
-        return Blueprint(source, KNOWN[source])
+    if source in KNOWN_BASES:
+        return Blueprint(source, KNOWN_BASES[source])
     folder = default_folder() if source == PORTRAIT else Path(source).expanduser()
     if not folder.is_dir():
         folder = _cached(source)
@@ -168,40 +168,40 @@ def read_base(source: str) -> Blueprint:
     return Blueprint(source, components, {name: _shape(folder / name) for name in ADAPTERS if (folder / name).is_dir()})
 
 
-def add_branches(base: Blueprint, readers: Sequence[str], projection: str, lora_rank: int) -> Blueprint:
+def add_branches(base: Blueprint, text_encoders: Sequence[str], projection: str, lora_rank: int) -> Blueprint:
     """The base with our encoders and adapters, unless it has adapters already.
 
-    `readers` are names of `READERS`, each with a branch; "plus" or "full" is the vision branch's projection. Raises
-    ConfigError if two readers would feed one branch, or a name is unknown.
+    `text_encoders` are names of `TEXT_ENCODERS`, each with a branch; "plus" or "full" is the projection of the
+    vision branch. Raises ConfigError if two text encoders would feed one branch, or a name is unknown.
     """
     if base.adapters:
         return base
     components = dict(base.components)
     text: list[BranchSpec] = []
-    for name in readers:
-        if name not in READERS:
-            raise ConfigError(f"There is no text encoder {name!r} to plan for: choose from {', '.join(READERS)}.")
+    for name in text_encoders:
+        if name not in TEXT_ENCODERS:
+            raise ConfigError(f"There is no text encoder {name!r} to plan for: choose from {', '.join(TEXT_ENCODERS)}.")
         branch = BYT5 if name.startswith("byt5") else T5
         if any(spec.name == branch for spec in text):
-            raise ConfigError(f"{' and '.join(readers)} would feed one branch, {branch}: choose one of them.")
-        components[f"{branch}_encoder"] = READERS[name]
-        text.append(BranchSpec(branch, READERS[name].config["d_model"]))
-    eyes = next((name for name in SEEING if name in components), None)
-    if eyes is None:
-        eyes = SEEING[0]
-        components[eyes] = VIT_H
-    seen = components[eyes].config
+            raise ConfigError(f"{' and '.join(text_encoders)} would feed one branch, {branch}: choose one of them.")
+        components[f"{branch}_encoder"] = TEXT_ENCODERS[name]
+        text.append(BranchSpec(branch, TEXT_ENCODERS[name].config["d_model"]))
+    vision_encoder = next((name for name in VISION_ENCODERS if name in components), None)
+    if vision_encoder is None:
+        vision_encoder = VISION_ENCODERS[0]
+        components[vision_encoder] = VIT_H
+    seen = components[vision_encoder].config
     width = int(seen.get("width") or seen["hidden_size"])
-    across = _text_width(components["unet"])
+    text_width = _text_width(components["unet"])
     # IP-Adapter Plus has 1280 for SDXL and 768 for SD 1.5; heads are 64 wide.
-    inner = -(-min(width, across) // PLUS_HEAD) * PLUS_HEAD
+    inner = -(-min(width, text_width) // PLUS_HEAD) * PLUS_HEAD
     sizes = {"inner_width": inner, "attention_width": inner} if projection == "plus" else {}
-    vision = BranchSpec(VISION, across, projection=projection, input_width=width, **sizes)  # type: ignore[arg-type]
+    vision = BranchSpec(VISION, text_width, projection=projection, input_width=width, **sizes)  # type: ignore[arg-type]
     adapters = {"text_adapter": AdapterShape(tuple(text))} if text else {}
     return Blueprint(base.name, components, {**adapters, "adapter": AdapterShape((vision,), lora_rank)})
 
 
-def usual_resolution(base: Blueprint) -> int:
+def default_resolution(base: Blueprint) -> int:
     """Pixels a side of the pictures that a base was made for."""
     latents = int(base.components["unet"].config.get("sample_size") or 64)
     vae = base.components["vae"].config
@@ -264,10 +264,12 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _shape(folder: Path) -> AdapterShape:
-    said = read_metadata(folder / FILE_NAME)
+    metadata = read_metadata(folder / FILE_NAME)
     try:
-        specs = tuple(BranchSpec(**spec) for spec in json.loads(said["branches"]))
-        return AdapterShape(specs, int(said["lora_rank"]), tuple(json.loads(said["lora_targets"])) or LORA_TARGETS)
+        specs = tuple(BranchSpec(**spec) for spec in json.loads(metadata["branches"]))
+        return AdapterShape(
+            specs, int(metadata["lora_rank"]), tuple(json.loads(metadata["lora_targets"])) or LORA_TARGETS
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{folder} does not describe its branches and LoRA properly; save it again.") from error
 
@@ -282,7 +284,7 @@ def _cached(source: str) -> Path:
     except HFValidationError:
         found = None
     if not isinstance(found, str):
-        words = ", ".join((*KNOWN, PORTRAIT))
+        words = ", ".join((*KNOWN_BASES, PORTRAIT))
         raise ConfigError(
             f"There is no base {source!r}: name a folder, one of {words}, or a hub id that was downloaded before."
         )

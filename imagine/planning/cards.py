@@ -13,7 +13,9 @@ from imagine.errors import ConfigError
 
 GIB = 2**30
 UTILISATION = 0.4  # of a card's published speed; an assumption, and every plan says so
-BUS = 12e9  # bytes a second from the computer's memory to a card, over PCIe 4 with 16 lanes in practice; an assumption
+BUS_BANDWIDTH = (
+    12e9  # bytes a second from the computer's memory to a card, over PCIe 4 with 16 lanes in practice; an assumption
+)
 
 # What a card holds beside tensors: the driver's context, work space of convolutions, and blocks lost between tensors.
 RESERVE = 0.6 * GIB
@@ -32,8 +34,14 @@ CARDS = {  # FLOP a second in half precision
     "a100": 312e12,
     "h100": 989e12,
 }
-SHOWN = ("rtx3060", "rtx3090", "rtx4090", "a100", "h100")  # what times are given for where nobody names a device
-HERE = "here"
+DEFAULT_CARDS = (
+    "rtx3060",
+    "rtx3090",
+    "rtx4090",
+    "a100",
+    "h100",
+)  # what times are given for where nobody names a device
+THIS_MACHINE = "here"
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,15 @@ def speeds(device: str | None, flops: str | None, half: bool) -> dict[str, Speed
     """
     if flops is not None:
         return {flops: Speed(read_flops(flops), "as given with --flops")}
-    if device == HERE:
-        return {HERE: measured_speed(half)}
+    if device == THIS_MACHINE:
+        return {THIS_MACHINE: measured_speed(half)}
     if device is not None and device not in CARDS:
-        raise ConfigError(f"There is no device {device!r}: choose from {', '.join(CARDS)}, {HERE}, or give --flops.")
+        raise ConfigError(
+            f"There is no device {device!r}: choose from {', '.join(CARDS)}, {THIS_MACHINE}, or give --flops."
+        )
     share = UTILISATION * (1 if half else 0.25)
     how = f"{share:.0%} of the card's published half-precision speed, an assumption"
-    return {name: Speed(CARDS[name] * share, how) for name in ([device] if device else SHOWN)}
+    return {name: Speed(CARDS[name] * share, how) for name in ([device] if device else DEFAULT_CARDS)}
 
 
 def measured_speed(half: bool, side: int = 1536) -> Speed:

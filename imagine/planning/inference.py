@@ -7,7 +7,7 @@
 
 The parts take turns, so that memory depends on which weights lie beside the part at work: all of them, its own and the
 adapters', or (sequential) those of one layer. `Drawing.plan` measures each part once and keeps what it found;
-`Drawing.choices` are what a plan may be made of, the best first.
+`Drawing.combinations` are what a plan may be made of, the best first.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -22,7 +22,7 @@ from imagine.adapter.adapter import Adapter, BranchSpec, prepare
 from imagine.errors import ConfigError
 from imagine.networks.weights import ADAPTERS
 from imagine.planning.bases import T5, VISION, Blueprint, Networks, build
-from imagine.planning.cards import BUS, with_reserve
+from imagine.planning.cards import BUS_BANDWIDTH, with_reserve
 from imagine.planning.meter import Meter, parameter_count, planned_kernels, weight_bytes
 from imagine.records import Conditioning, Tokens
 
@@ -30,12 +30,12 @@ Offload = Literal["none", "model", "sequential"]
 OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")  # the fastest first
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SENTENCE = {T5: 128, "byt5": 32}  # tokens that T5 and ByT5 are planned with; CLIP always reads a whole window
+TEXT_LENGTHS = {T5: 128, "byt5": 32}  # tokens that T5 and ByT5 are planned with; CLIP always reads a whole window
 TILE = 64  # side of the autoencoder's tiles in latents; diffusers' own would leave a picture of 1024 px whole
 
 
 @dataclass(frozen=True)
-class Picture:
+class DrawingWorkload:
     """What is to be drawn: pictures at once, pixels a side, steps, references in each, and whether guided by text."""
 
     resolution: int
@@ -51,7 +51,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Choice:
+class DrawingOptions:
     """The switches of a call that change how much memory it takes."""
 
     precision: Precision = "bf16"
@@ -92,7 +92,7 @@ class Part:
 class DrawingPlan:
     """What a call takes under one choice of switches."""
 
-    choice: Choice
+    options: DrawingOptions
     parts: Mapping[str, Part]
     flops_step: int  # of the second step and all later ones
     flops: int  # of the whole call
@@ -110,7 +110,7 @@ class DrawingPlan:
 
     def seconds(self, speed: float) -> float:
         """Seconds for the call at so many FLOP a second; weights cross the bus meanwhile without overlap."""
-        return self.flops / speed + self.moved / BUS
+        return self.flops / speed + self.moved / BUS_BANDWIDTH
 
 
 def unet_inputs(unet: nn.Module, rows: int, sides: tuple[int, int], text_length: int = 77) -> dict[str, Any]:
@@ -135,9 +135,9 @@ def unet_inputs(unet: nn.Module, rows: int, sides: tuple[int, int], text_length:
     return inputs
 
 
-def branch_tokens(adapter: Adapter, spec: BranchSpec, rows: int, references: int, seen: int) -> Tokens:
-    """A branch's tokens: a sentence's, or those of references, each `seen` features of the vision encoder."""
-    length = SENTENCE.get(spec.name, seen)
+def branch_tokens(adapter: Adapter, spec: BranchSpec, rows: int, references: int, vision_tokens: int) -> Tokens:
+    """A branch's tokens: a sentence's, or those of references, each `vision_tokens` features of the vision encoder."""
+    length = TEXT_LENGTHS.get(spec.name, vision_tokens)
     width = spec.input_width or spec.width
     if spec.name != VISION:
         shape: tuple[int, ...] = (rows, length, width)
@@ -148,32 +148,36 @@ def branch_tokens(adapter: Adapter, spec: BranchSpec, rows: int, references: int
     return adapter.tokens(spec.name, torch.randn(*shape, device=adapter.device, dtype=adapter.dtype))
 
 
-def conditioned(networks: Networks, rows: int, references: int, seen: int) -> Conditioning:
+def build_conditioning(networks: Networks, rows: int, references: int, vision_tokens: int) -> Conditioning:
     """What the denoiser attends to beside its own text: a sequence for every branch of every adapter."""
     return Conditioning({
-        spec.name: branch_tokens(adapter, spec, rows, references, seen)
+        spec.name: branch_tokens(adapter, spec, rows, references, vision_tokens)
         for adapter in networks.adapters.values()
         for spec in adapter.branch_specs
     })  # fmt: skip
 
 
-def seen_tokens(eyes: Any) -> int:
+def vision_token_count(vision_encoder: Any) -> int:
     """How many tokens the vision encoder makes of one reference."""
-    return 1 + (int(eyes.config.image_size) // int(eyes.config.patch_size)) ** 2
+    return 1 + (int(vision_encoder.config.image_size) // int(vision_encoder.config.patch_size)) ** 2
 
 
-def read(encoder: Any, rows: int, branch: str) -> Any:
+def encode_text(encoder: Any, rows: int, branch: str) -> Any:
     """Run a text encoder on sentences of the length that it is planned with."""
-    length = getattr(encoder.config, "max_position_embeddings", None) or SENTENCE[branch]
+    length = getattr(encoder.config, "max_position_embeddings", None) or TEXT_LENGTHS[branch]
     return encoder(input_ids=torch.zeros(rows, length, dtype=torch.long, device=next(encoder.parameters()).device))
 
 
-def see(eyes: Any, references: int) -> Any:
+def encode_crops(vision_encoder: Any, references: int) -> Any:
     """Run a vision encoder, ours or transformers', on so many references."""
-    side = int(eyes.config.image_size)
-    like = next(eyes.parameters())
+    side = int(vision_encoder.config.image_size)
+    like = next(vision_encoder.parameters())
     crops = torch.zeros(references, 3, side, side, device=like.device, dtype=like.dtype)
-    return eyes(crops) if hasattr(eyes, "tower") else eyes(pixel_values=crops, output_hidden_states=True)
+    return (
+        vision_encoder(crops)
+        if hasattr(vision_encoder, "tower")
+        else vision_encoder(pixel_values=crops, output_hidden_states=True)
+    )
 
 
 def decode(vae: Any, batch: int, sides: tuple[int, int]) -> Tensor:
@@ -187,61 +191,64 @@ def decode(vae: Any, batch: int, sides: tuple[int, int]) -> Tensor:
 class Drawing:
     """A base's networks without numbers, measured part by part; what was measured once is kept."""
 
-    def __init__(self, base: Blueprint, picture: Picture) -> None:
-        self.base, self.picture = base, picture
+    def __init__(self, base: Blueprint, workload: DrawingWorkload) -> None:
+        self.base, self.workload = base, workload
         self.networks = build(base)
-        self.side = latent_side(self.networks.models["vae"], self.networks.unet, picture.resolution)
-        self._kept: dict[tuple[str, Precision, bool], tuple[Part, int]] = {}
+        self.side = latent_side(self.networks.models["vae"], self.networks.unet, workload.resolution)
+        self._cache: dict[tuple[str, Precision, bool], tuple[Part, int]] = {}
 
     @cached_property
     def parameters(self) -> dict[str, int]:
         return {name: parameter_count(module) for name, module in self.networks.modules().items()}
 
-    def choices(self, first: Choice, kept: Collection[str] = ()) -> Iterator[Choice]:
+    def combinations(self, first: DrawingOptions, fixed: Collection[str] = ()) -> Iterator[DrawingOptions]:
         """Every choice of switches, the fastest first; tiles, whose seams may show, after doing without.
 
-        What `kept` names of `first` stays as it is there. A precision that is not kept is bf16: fp16 takes no less.
+        What `fixed` names of `first` stays as it is there. A precision that is not kept is bf16: fp16 takes no less.
         """
-        precision = first.precision if "precision" in kept else "bf16"
-        for offload in (first.offload,) if "offload" in kept else OFFLOADS:
-            for tiling in (first.tiling,) if "tiling" in kept else (False, True):
-                yield Choice(precision, offload, tiling)
+        precision = first.precision if "precision" in fixed else "bf16"
+        for offload in (first.offload,) if "offload" in fixed else OFFLOADS:
+            for tiling in (first.tiling,) if "tiling" in fixed else (False, True):
+                yield DrawingOptions(precision, offload, tiling)
 
-    def plan(self, choice: Choice) -> DrawingPlan:
+    def plan(self, options: DrawingOptions) -> DrawingPlan:
         """What a call takes under these switches."""
         parts: dict[str, Part] = {}
-        later = 0
-        for name in self._working():
-            parts[name], flops = self._measured(name, choice.precision, choice.tiling)
-            later = flops if name == "unet" else later
+        second_step_flops = 0
+        for name in self._part_names():
+            parts[name], flops = self._measured(name, options.precision, options.tiling)
+            second_step_flops = flops if name == "unet" else second_step_flops
         for name, module in self.networks.adapters.items():
-            weights = self._bytes(module, choice.precision)
+            weights = self._bytes(module, options.precision)
             parts[name] = Part(self.parameters[name], weights, 0, 0, 0)
-        repeats = self.picture.steps - 1
-        total = sum(part.flops for part in parts.values()) + repeats * later
-        at_once = {name: self._beside(parts, name, choice.offload) + parts[name].working for name in self._working()}
-        return DrawingPlan(choice, parts, later, total, at_once, self._moved(parts, choice.offload))
+        repeats = self.workload.steps - 1
+        total = sum(part.flops for part in parts.values()) + repeats * second_step_flops
+        at_once = {
+            name: self._weights_on_device(parts, name, options.offload) + parts[name].working
+            for name in self._part_names()
+        }
+        return DrawingPlan(options, parts, second_step_flops, total, at_once, self._moved(parts, options.offload))
 
-    def _working(self) -> list[str]:
+    def _part_names(self) -> list[str]:
         """The parts that take turns."""
-        eyes = [self.networks.eyes] if self.networks.eyes else []
-        return [*self.networks.readers(), *eyes, "unet", "vae"]
+        vision_encoder = [self.networks.vision_encoder] if self.networks.vision_encoder else []
+        return [*self.networks.text_encoders(), *vision_encoder, "unet", "vae"]
 
-    def _beside(self, parts: Mapping[str, Part], at_work: str, offload: Offload) -> int:
+    def _weights_on_device(self, parts: Mapping[str, Part], at_work: str, offload: Offload) -> int:
         """Bytes of weights on the device while a part works."""
         if offload == "none":
             return sum(part.weights for part in parts.values())
         adapters = sum(parts[name].weights for name in ADAPTERS if name in parts)
         if offload == "model":
             return adapters + parts[at_work].weights
-        eyes = self.networks.eyes  # it stays, since it is not run through `forward` alone
-        staying = parts[eyes].weights if eyes else 0
-        return adapters + staying + (0 if at_work == eyes else parts[at_work].largest_layer)
+        vision_encoder = self.networks.vision_encoder  # it stays, since it is not run through `forward` alone
+        staying = parts[vision_encoder].weights if vision_encoder else 0
+        return adapters + staying + (0 if at_work == vision_encoder else parts[at_work].largest_layer)
 
     def _moved(self, parts: Mapping[str, Part], offload: Offload) -> int:
         if offload == "none":
             return 0
-        times = self.picture.steps if offload == "sequential" else 1
+        times = self.workload.steps if offload == "sequential" else 1
         return sum(part.weights * (times if name == "unet" else 1) for name, part in parts.items())
 
     def _bytes(self, module: nn.Module, precision: Precision) -> int:
@@ -251,32 +258,32 @@ class Drawing:
         """A part measured, and the arithmetic of doing it again."""
         tiling = tiling and name == "vae"
         key = (name, precision, tiling)
-        if key not in self._kept:
+        if key not in self._cache:
             module = self.networks.models[name]
             # diffusers decodes in float32 where an autoencoder is known to overflow in fp16.
             upcast = name == "vae" and precision == "fp16" and bool(getattr(module.config, "force_upcast", False))
             for each in self.networks.modules().values():  # diffusers' own `to` would warn of what is meant
                 nn.Module.to(each, DTYPES["fp32" if upcast else precision])
             with torch.no_grad(), planned_kernels(), Meter() as meter:
-                again = self._work(name, tiling, meter)
+                again = self._run_part(name, tiling, meter)
             largest = max((_own_bytes(layer) for layer in module.modules()), default=0)
             weights = weight_bytes(module)
-            self._kept[key] = (Part(self.parameters[name], weights, meter.peak, meter.flops - again, largest), again)
-        return self._kept[key]
+            self._cache[key] = (Part(self.parameters[name], weights, meter.peak, meter.flops - again, largest), again)
+        return self._cache[key]
 
-    def _work(self, name: str, tiling: bool, meter: Meter) -> int:
+    def _run_part(self, name: str, tiling: bool, meter: Meter) -> int:
         """Let a part work; returns the arithmetic of a second time, where there is one."""
-        networks, picture = self.networks, self.picture
+        networks, workload = self.networks, self.workload
         module = networks.models[name]
         if name == "unet":
-            return step_twice(networks, picture.rows, (self.side, self.side), picture.references, meter)
+            return step_twice(networks, workload.rows, (self.side, self.side), workload.references, meter)
         if name == "vae":
             _tile(module, tiling)
-            decode(module, picture.batch, (self.side, self.side))
-        elif name == networks.eyes:
-            see(module, picture.references * picture.batch)
+            decode(module, workload.batch, (self.side, self.side))
+        elif name == networks.vision_encoder:
+            encode_crops(module, workload.references * workload.batch)
         else:
-            read(module, picture.rows, "byt5" if name in ("byt5_encoder", "text_encoder_3") else T5)
+            encode_text(module, workload.rows, "byt5" if name in ("byt5_encoder", "text_encoder_3") else T5)
         return 0
 
 
@@ -287,9 +294,9 @@ def step_twice(
 
     Without a meter around it that is not known, and 0.
     """
-    seen = seen_tokens(networks.models[networks.eyes]) if networks.eyes else 0
+    vision_tokens = vision_token_count(networks.models[networks.vision_encoder]) if networks.vision_encoder else 0
     inputs = unet_inputs(networks.unet, rows, sides)
-    conditioning = prepare(networks.unet, conditioned(networks, rows, references, seen))
+    conditioning = prepare(networks.unet, build_conditioning(networks, rows, references, vision_tokens))
     options = {"conditioning": conditioning} if conditioning.branches else None
     before = 0
     for _ in range(2):

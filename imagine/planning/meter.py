@@ -27,30 +27,30 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.flops = 0
-        self._known: dict[int, Any] = {}  # every storage seen and still alive, by its address
+        self._storages: dict[int, Any] = {}  # every storage seen and still alive, by its address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
         for tensor in _tensors((args, options)):
-            self._see(tensor, 0)  # whatever was not made in the block is not ours to count
+            self._track(tensor, 0)  # whatever was not made in the block is not ours to count
         out = func(*args, **options)
         for tensor in _tensors(out):
-            self._see(tensor, tensor.untyped_storage().nbytes())
+            self._track(tensor, tensor.untyped_storage().nbytes())
         if (formula := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += int(formula(*args, **options, out_val=out))
         return out
 
-    def _see(self, tensor: Tensor, size: int) -> None:
+    def _track(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
         address = storage._cdata
-        if address in self._known:
+        if address in self._storages:
             return
-        self._known[address] = weakref.ref(storage, partial(self._gone, address, size))
+        self._storages[address] = weakref.ref(storage, partial(self._untrack, address, size))
         self.live += size
         self.peak = max(self.peak, self.live)
 
-    def _gone(self, address: int, size: int, _: object) -> None:
-        del self._known[address]
+    def _untrack(self, address: int, size: int, _: object) -> None:
+        del self._storages[address]
         self.live -= size
 
 

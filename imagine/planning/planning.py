@@ -18,9 +18,26 @@ from imagine.adapter.adapter import BranchSpec
 from imagine.errors import ConfigError
 from imagine.planning.bases import AdapterShape, Blueprint, Component, Networks, build
 from imagine.planning.cards import GIB, Speed
-from imagine.planning.inference import Choice, Drawing, DrawingPlan, Picture, compression, decode, step_twice
+from imagine.planning.inference import (
+    Drawing,
+    DrawingOptions,
+    DrawingPlan,
+    DrawingWorkload,
+    compression,
+    decode,
+    step_twice,
+)
 from imagine.planning.meter import Meter, parameter_count, planned_kernels, profiled_peak
-from imagine.planning.training import Lesson, Recipe, Training, TrainingPlan, backward, checkpoint, choose_parts, settle
+from imagine.planning.training import (
+    Recipe,
+    Training,
+    TrainingPlan,
+    TrainingWorkload,
+    backward,
+    checkpoint,
+    choose_parts,
+    set_trainable,
+)
 
 Plan = TypeVar("Plan", DrawingPlan, TrainingPlan)
 TOLERANCE = 0.15  # how far planned and measured memory may lie apart
@@ -28,27 +45,27 @@ TOLERANCE = 0.15  # how far planned and measured memory may lie apart
 
 def plan_drawing(
     base: Blueprint,
-    picture: Picture,
-    choice: Choice,
+    workload: DrawingWorkload,
+    options: DrawingOptions,
     limit: int | None,
     speeds: Mapping[str, Speed],
-    kept: Collection[str] = (),
+    fixed: Collection[str] = (),
 ) -> dict[str, Any]:
     """The plan of a call with these switches; with a `limit` in bytes, with the fastest that fit under it.
 
-    Whatever `kept` names of `choice` ("precision", "offload", "tiling") stays under a limit, too. Raises ConfigError,
+    Whatever `fixed` names of `options` ("precision", "offload", "tiling") stays under a limit, too. Raises ConfigError,
     naming the least that would do, if none fit.
     """
-    drawing = Drawing(base, picture)
+    drawing = Drawing(base, workload)
     if limit is None:
-        plan = drawing.plan(choice)
+        plan = drawing.plan(options)
     else:
-        plan = fitting(map(drawing.plan, drawing.choices(choice, kept)), limit, _words_of(base, picture), kept)
+        plan = fitting(map(drawing.plan, drawing.combinations(options, fixed)), limit, _describe(base, workload), fixed)
     vae = drawing.networks.models["vae"]
     return {
-        "base": base.name, "resolution": picture.resolution, "batch": picture.batch, "steps": picture.steps,
-        "references": picture.references, "guided": picture.guided, "precision": plan.choice.precision,
-        "offload": plan.choice.offload, "tiling": plan.choice.tiling,
+        "base": base.name, "resolution": workload.resolution, "batch": workload.batch, "steps": workload.steps,
+        "references": workload.references, "guided": workload.guided, "precision": plan.options.precision,
+        "offload": plan.options.offload, "tiling": plan.options.tiling,
         "parts": {
             name: {
                 "parameters": part.parameters, "weights": part.weights, "working": part.working, "flops": part.flops,
@@ -61,31 +78,31 @@ def plan_drawing(
         "peak": plan.peak, "busiest": plan.busiest, "limit": limit,
         "seconds": {name: plan.seconds(speed.flops) for name, speed in speeds.items()},
         "speeds": {name: speed.how for name, speed in speeds.items()},
-        "switches": plan.choice.switches(vae, picture.batch),
+        "switches": plan.options.switches(vae, workload.batch),
     }  # fmt: skip
 
 
 def plan_training(
     base: Blueprint,
-    lesson: Lesson,
+    workload: TrainingWorkload,
     recipe: Recipe,
     limit: int | None,
     speeds: Mapping[str, Speed],
-    kept: Collection[str] = (),
+    fixed: Collection[str] = (),
 ) -> dict[str, Any]:
     """The plan of a training step with these settings; with a `limit` in bytes, with the fastest that fit under it.
 
-    Whatever `kept` names of `recipe` (any of its fields) stays under a limit, too. Raises ConfigError, naming the least
+    Whatever `fixed` names of `recipe` (any fields) stays under a limit, too. Raises ConfigError, naming the least
     that would do, if none fit.
     """
-    training = Training(base, lesson)
+    training = Training(base, workload)
     if limit is None:
         plan = training.plan(recipe)
     else:
-        what = f"Training {_words_of(base, lesson)}"
-        plan = fitting(map(training.plan, training.recipes(recipe, kept)), limit, what, kept)
+        what = f"Training {_describe(base, workload)}"
+        plan = fitting(map(training.plan, training.recipes(recipe, fixed)), limit, what, fixed)
     return {
-        "base": base.name, "resolution": lesson.resolution, "batch": lesson.batch, "trained": dict(plan.trained),
+        "base": base.name, "resolution": workload.resolution, "batch": workload.batch, "trained": dict(plan.trained),
         "frozen": plan.frozen, "precision": plan.recipe.precision, "checkpointing": plan.recipe.checkpointing,
         "optimiser": plan.recipe.optimiser, "accumulation": plan.recipe.accumulation, "average": plan.recipe.average,
         "memory": dict(plan.memory), "peak": plan.peak, "limit": limit, "flops_step": plan.flops,
@@ -95,10 +112,10 @@ def plan_training(
     }  # fmt: skip
 
 
-def fitting(plans: Iterable[Plan], limit: int, what: str, kept: Collection[str] = ()) -> Plan:
+def fitting(plans: Iterable[Plan], limit: int, what: str, fixed: Collection[str] = ()) -> Plan:
     """The first plan that needs no more than `limit` bytes. Raises ConfigError, naming the least, if none does.
 
-    `kept` are the switches that were given, for the sentence.
+    `fixed` are the switches that were given, for the sentence.
     """
     tried: list[Plan] = []
     for plan in plans:
@@ -108,18 +125,18 @@ def fitting(plans: Iterable[Plan], limit: int, what: str, kept: Collection[str] 
     least = min(tried, key=lambda plan: plan.peak)
     most = least.busiest if isinstance(least, DrawingPlan) else max(least.memory, key=lambda name: least.memory[name])
     raise ConfigError(
-        f"{what} does not fit into {_gib(limit)}: with every switch{_but(kept)} it still takes {_gib(least.peak)}, "
+        f"{what} does not fit into {_gib(limit)}: with every switch{_except(fixed)} it still takes {_gib(least.peak)}, "
         f"most of it for {most.replace('_', ' ')}; take a card with {_card(least.peak)} GB, a lower resolution or a "
         + ("smaller batch." if isinstance(least, DrawingPlan) else "smaller batch, or train fewer parts.")
     )
 
 
-def _but(kept: Collection[str]) -> str:
-    return f" but the given {' and '.join(sorted(kept))}" if kept else ""
+def _except(fixed: Collection[str]) -> str:
+    return f" but the given {' and '.join(sorted(fixed))}" if fixed else ""
 
 
-def _words_of(base: Blueprint, wish: Picture | Lesson) -> str:
-    return f"{base.name} at {wish.resolution} px in batches of {wish.batch}"
+def _describe(base: Blueprint, workload: DrawingWorkload | TrainingWorkload) -> str:
+    return f"{base.name} at {workload.resolution} px in batches of {workload.batch}"
 
 
 def words(report: Mapping[str, Any]) -> list[str]:
@@ -196,7 +213,7 @@ def small_base() -> Blueprint:
         "block_out_channels": [32, 64, 64], "down_block_types": ["DownEncoderBlock2D"] * 3, "layers_per_block": 1,
         "up_block_types": ["UpDecoderBlock2D"] * 3, "latent_channels": 4, "sample_size": 128,
     }  # fmt: skip
-    eyes = {"image_size": 64, "patch_size": 8, "width": 64, "layers": 3, "heads": 2, "embed_width": 32}
+    vision_encoder = {"image_size": 64, "patch_size": 8, "width": 64, "layers": 3, "heads": 2, "embed_width": 32}
     text = AdapterShape((BranchSpec("t5", 48), BranchSpec("byt5", 32)))
     vision = BranchSpec("vision", 64, projection="full", input_width=64)
     return Blueprint(
@@ -204,7 +221,7 @@ def small_base() -> Blueprint:
         {
             "unet": Component("UNet2DConditionModel", unet),
             "vae": Component("AutoencoderKL", vae),
-            "vision_encoder": Component("VisionEncoder", eyes),
+            "vision_encoder": Component("VisionEncoder", vision_encoder),
         },
         {"text_adapter": text, "adapter": AdapterShape((vision,), lora_rank=4)},
     )
@@ -223,10 +240,10 @@ def check(batch: int = 2, resolution: int = 128) -> dict[str, Any]:
     rows = {"parameters": _row(*counts)}
     _check_rows(rows)
     side = resolution // compression(real.models["vae"])
-    for name, work in _works(batch, side).items():
-        held = {f"{name}, {key}": row for key, row in _held(name, work, planned, real).items()}
-        _check_rows(held)
-        rows |= held
+    for name, work in _checks(batch, side).items():
+        compared = {f"{name}, {key}": row for key, row in _compare(name, work, planned, real).items()}
+        _check_rows(compared)
+        rows |= compared
     return {"tolerance": TOLERANCE, "rows": rows}
 
 
@@ -252,7 +269,7 @@ def check_words(report: Mapping[str, Any]) -> list[str]:
 Work = Callable[[Networks], Any]
 
 
-def _works(batch: int, side: int) -> dict[str, Work]:
+def _checks(batch: int, side: int) -> dict[str, Work]:
     sides = (side, side)
 
     @torch.no_grad()
@@ -269,23 +286,23 @@ def _works(batch: int, side: int) -> dict[str, Work]:
     return {"drawing": steps, "decoding": decoding, "training": training, "training, recomputed": training}
 
 
-def _held(name: str, work: Work, planned: Networks, real: Networks) -> dict[str, dict[str, Any]]:
+def _compare(name: str, work: Work, planned: Networks, real: Networks) -> dict[str, dict[str, Any]]:
     """Planned and measured arithmetic and memory of one kind of work."""
     for networks in (planned, real):
         if name.startswith("training"):
-            settle(networks, choose_parts(networks, ()), torch.float32)
+            set_trainable(networks, choose_parts(networks, ()), torch.float32)
             checkpoint(networks, name.endswith("recomputed"))
     with planned_kernels(), Meter() as meter:
         work(planned)
     with FlopCounterMode(display=False) as counter:
         work(real)
-    _forget_gradients(planned, real)
+    _clear_gradients(planned, real)
     peak = profiled_peak(lambda: work(real))
-    _forget_gradients(real)
+    _clear_gradients(real)
     return {"FLOP": _row(meter.flops, int(counter.get_total_flops())), "memory": _row(meter.peak, peak)}
 
 
-def _forget_gradients(*networks: Networks) -> None:
+def _clear_gradients(*networks: Networks) -> None:
     for each in networks:
         for module in each.modules().values():
             for parameter in module.parameters():

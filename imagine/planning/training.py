@@ -20,7 +20,7 @@ from imagine.adapter.adapter import Adapter
 from imagine.errors import ConfigError
 from imagine.planning.bases import VISION, Blueprint, Networks, build
 from imagine.planning.cards import with_reserve
-from imagine.planning.inference import DTYPES, SENTENCE, Precision, latent_side, unet_inputs
+from imagine.planning.inference import DTYPES, TEXT_LENGTHS, Precision, latent_side, unet_inputs
 from imagine.planning.meter import Meter, planned_kernels
 from imagine.records import Conditioning
 
@@ -31,7 +31,7 @@ _HALF_LIFE = 1000  # steps, of the average that a plan proposes; how long it is 
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingWorkload:
     """What is to be trained: pixels a side, images a step, and the parts; () is all of them."""
 
     resolution: int
@@ -73,38 +73,40 @@ class TrainingPlan:
 class Training:
     """A base's networks without numbers, a step of them measured."""
 
-    def __init__(self, base: Blueprint, lesson: Lesson) -> None:
-        self.base, self.lesson = base, lesson
-        readers = [name for name in base.components if name.startswith("text_encoder") or name.endswith("t5_encoder")]
-        self.networks = build(base, leave_out=["vae", *readers])
-        self.side = _side(base, self.networks.unet, lesson.resolution)
+    def __init__(self, base: Blueprint, workload: TrainingWorkload) -> None:
+        self.base, self.workload = base, workload
+        text_encoders = [
+            name for name in base.components if name.startswith("text_encoder") or name.endswith("t5_encoder")
+        ]
+        self.networks = build(base, leave_out=["vae", *text_encoders])
+        self.side = _side(base, self.networks.unet, workload.resolution)
         # Stock bases are for the task diffusers_adapter, which has settings for them; our own world's task has none.
         self.stock = base.components["vae"].kind == "AutoencoderKL"
-        self.parts = choose_parts(self.networks, lesson.parts)
-        self._kept: dict[tuple[Precision, bool, int, bool], tuple[int, int, int]] = {}
+        self.parts = choose_parts(self.networks, workload.parts)
+        self._cache: dict[tuple[Precision, bool, int, bool], tuple[int, int, int]] = {}
 
-    def recipes(self, first: Recipe, kept: Collection[str] = ()) -> Iterator[Recipe]:
+    def recipes(self, first: Recipe, fixed: Collection[str] = ()) -> Iterator[Recipe]:
         """`first`, then ever less hungry ones: recomputation, small optimiser states, smaller pieces, no average.
 
-        What `kept` names of `first` stays as it is there. A precision that is not kept is bf16.
+        What `fixed` names of `first` stays as it is there. A precision that is not kept is bf16.
         """
-        now = first if "precision" in kept else replace(first, precision="bf16")
+        now = first if "precision" in fixed else replace(first, precision="bf16")
         yield now
-        batch = self.lesson.batch
-        pieces = [count for count in range(now.accumulation + 1, batch + 1) if batch % count == 0]
+        batch = self.workload.batch
+        divisors = [count for count in range(now.accumulation + 1, batch + 1) if batch % count == 0]
         steps: list[tuple[str, Any]] = [("checkpointing", True)] if self.stock else []
-        steps += [("optimiser", "adamw8bit"), *(("accumulation", count) for count in pieces), ("average", False)]
+        steps += [("optimiser", "adamw8bit"), *(("accumulation", count) for count in divisors), ("average", False)]
         for name, value in steps:
-            if name not in kept and getattr(now, name) != value:
+            if name not in fixed and getattr(now, name) != value:
                 now = replace(now, **{name: value})
                 yield now
 
     def switches(self, recipe: Recipe) -> list[str]:
         """The same as lines of a stage of our trainer's config; whatever it is not told there it would do otherwise."""
-        batch, shape = self.lesson.batch, self.base.adapters.get("adapter")
+        batch, shape = self.workload.batch, self.base.adapters.get("adapter")
         settings: dict[str, Any] = {}
         if self.stock:
-            settings = {"resolution": self.lesson.resolution, "base_precision": recipe.precision}
+            settings = {"resolution": self.workload.resolution, "base_precision": recipe.precision}
             settings["gradient_checkpointing"] = str(recipe.checkpointing).lower()
         if shape:
             settings["lora_rank"] = shape.lora_rank
@@ -117,24 +119,24 @@ class Training:
 
     def plan(self, recipe: Recipe) -> TrainingPlan:
         """What a step takes under this recipe. Raises ConfigError if the trainer would not follow it."""
-        if self.lesson.batch % recipe.accumulation:
+        if self.workload.batch % recipe.accumulation:
             raise ConfigError(
-                f"A batch of {self.lesson.batch} does not divide into {recipe.accumulation} pieces: choose a divisor."
+                f"A batch of {self.workload.batch} does not divide into {recipe.accumulation} pieces: choose a divisor."
             )
         if recipe.checkpointing and not self.stock:
             raise ConfigError(f"Our trainer recomputes no activations of {self.base.name}: leave --checkpointing out.")
-        piece = self.lesson.batch // recipe.accumulation
+        micro_batch = self.workload.batch // recipe.accumulation
         accumulates = recipe.accumulation > 1
-        working, learning, flops = self._measured(recipe.precision, recipe.checkpointing, piece, accumulates)
+        working, trained_count, flops = self._measured(recipe.precision, recipe.checkpointing, micro_batch, accumulates)
         modules = self.networks.modules()
         trained = {id(p) for parameters in self.parts.values() for p in parameters}
         bytes_of = {id(p): p.numel() * p.element_size() for m in modules.values() for p in m.parameters()}
-        moments = 2 * (1 + FLOAT / _BLOCK) if recipe.optimiser == "adamw8bit" else 2 * FLOAT
-        gradients = FLOAT * learning
+        optimiser_state = 2 * (1 + FLOAT / _BLOCK) if recipe.optimiser == "adamw8bit" else 2 * FLOAT
+        gradients = FLOAT * trained_count
         memory = {
             "frozen weights": sum(size for key, size in bytes_of.items() if key not in trained),
             "trained weights": sum(size for key, size in bytes_of.items() if key in trained),
-            "optimiser": int(moments * learning),
+            "optimiser": int(optimiser_state * trained_count),
             "average": sum(size for key, size in bytes_of.items() if key in trained) * recipe.average,
             # While backward runs, gradients take the place of activations; the optimiser meets gradients alone.
             "activations and gradients": working + gradients if accumulates else max(working, gradients),
@@ -144,32 +146,34 @@ class Training:
         return TrainingPlan(recipe, counts, frozen, memory, flops * recipe.accumulation)
 
     def _measured(
-        self, precision: Precision, checkpointing: bool, piece: int, accumulates: bool
+        self, precision: Precision, checkpointing: bool, micro_batch: int, accumulates: bool
     ) -> tuple[int, int, int]:
         """Bytes of one forward and backward, how many numbers got a gradient, and the arithmetic."""
-        key = (precision, checkpointing, piece, accumulates)
-        if key not in self._kept:
-            settle(self.networks, self.parts, DTYPES[precision] if self.stock else torch.float32)
+        key = (precision, checkpointing, micro_batch, accumulates)
+        if key not in self._cache:
+            set_trainable(self.networks, self.parts, DTYPES[precision] if self.stock else torch.float32)
             checkpoint(self.networks, checkpointing)
-            learnt: dict[int, int] = {}
+            with_gradient: dict[int, int] = {}
             hooks = []
             for parameter in {id(p): p for part in self.parts.values() for p in part}.values():
                 # The gradients of earlier pieces are there already; one that none will be added to is not counted.
                 parameter.grad = torch.zeros_like(parameter) if accumulates else None
-                hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: learnt.update({id(p): p.numel()})))
+                hooks.append(
+                    parameter.register_post_accumulate_grad_hook(lambda p: with_gradient.update({id(p): p.numel()}))
+                )
             with planned_kernels(None if precision == "fp32" else DTYPES[precision]), Meter() as meter:
-                backward(self.networks, piece, self.side)
+                backward(self.networks, micro_batch, self.side)
             for hook in hooks:
                 hook.remove()
-            self._kept[key] = (meter.peak, sum(learnt.values()), meter.flops)
-        return self._kept[key]
+            self._cache[key] = (meter.peak, sum(with_gradient.values()), meter.flops)
+        return self._cache[key]
 
 
 def choose_parts(networks: Networks, names: Sequence[str]) -> dict[str, list[nn.Parameter]]:
     """The parts of these names, all if there are none. Raises ConfigError, listing them, for a name that is unknown."""
     parts: dict[str, list[nn.Parameter]] = {}
-    if networks.eyes:
-        parts[VISION_ENCODER] = list(networks.models[networks.eyes].parameters())
+    if networks.vision_encoder:
+        parts[VISION_ENCODER] = list(networks.models[networks.vision_encoder].parameters())
     for adapter in networks.adapters.values():
         parts |= adapter.parts()
     if unknown := [name for name in names if name not in parts]:
@@ -177,7 +181,7 @@ def choose_parts(networks: Networks, names: Sequence[str]) -> dict[str, list[nn.
     return {name: parts[name] for name in names or parts}
 
 
-def settle(networks: Networks, parts: Mapping[str, Sequence[nn.Parameter]], frozen: torch.dtype) -> None:
+def set_trainable(networks: Networks, parts: Mapping[str, Sequence[nn.Parameter]], frozen: torch.dtype) -> None:
     """Let these parts train, in float32, and freeze everything else: the denoiser in that precision, others in float32.
 
     That is how our trainer does it: a frozen vision encoder or branch is what it was loaded as.
@@ -199,13 +203,13 @@ def checkpoint(networks: Networks, on: bool) -> None:
     unet = networks.unet
     unet.train(on)  # diffusers and transformers recompute only while training; without dropout nothing else changes
     (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
-    if networks.eyes:
-        eyes: Any = networks.models[networks.eyes]
-        eyes.train(on)
-        if hasattr(eyes, "tower"):
-            eyes.tower.set_grad_checkpointing(on)
+    if networks.vision_encoder:
+        vision_encoder: Any = networks.models[networks.vision_encoder]
+        vision_encoder.train(on)
+        if hasattr(vision_encoder, "tower"):
+            vision_encoder.tower.set_grad_checkpointing(on)
         else:
-            (eyes.gradient_checkpointing_enable if on else eyes.gradient_checkpointing_disable)()
+            (vision_encoder.gradient_checkpointing_enable if on else vision_encoder.gradient_checkpointing_disable)()
 
 
 def backward(networks: Networks, batch: int, side: int) -> None:
@@ -216,10 +220,10 @@ def backward(networks: Networks, batch: int, side: int) -> None:
         for adapter in networks.adapters.values()
         for spec in adapter.branch_specs
     })  # fmt: skip
-    guess = networks.unet(
+    predicted = networks.unet(
         **inputs, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False,
     )[0]  # fmt: skip
-    loss = nn.functional.mse_loss(guess.float(), torch.randn_like(guess, dtype=torch.float32))
+    loss = nn.functional.mse_loss(predicted.float(), torch.randn_like(predicted, dtype=torch.float32))
     torch.autograd.backward(loss)
 
 
@@ -227,21 +231,21 @@ def _features(networks: Networks, adapter: Adapter, branch: str, batch: int) -> 
     """What a branch reads: what the vision encoder sees, which may train, or cached states of a text encoder."""
     spec = next(spec for spec in adapter.branch_specs if spec.name == branch)
     like = next(networks.unet.parameters())
-    if branch != VISION or networks.eyes is None:
-        shape = (batch, SENTENCE.get(branch, 1), spec.input_width or spec.width)
+    if branch != VISION or networks.vision_encoder is None:
+        shape = (batch, TEXT_LENGTHS.get(branch, 1), spec.input_width or spec.width)
         return torch.randn(*shape, device=like.device, dtype=like.dtype)
-    eyes: Any = networks.models[networks.eyes]
-    side = int(eyes.config.image_size)
+    vision_encoder: Any = networks.models[networks.vision_encoder]
+    side = int(vision_encoder.config.image_size)
     crops = torch.rand(batch, 3, side, side, device=like.device, dtype=like.dtype)
     pooled = spec.projection == "linear"
-    if hasattr(eyes, "tower"):
-        found: Tensor = eyes.embed(crops) if pooled else eyes(crops)
+    if hasattr(vision_encoder, "tower"):
+        found: Tensor = vision_encoder.embed(crops) if pooled else vision_encoder(crops)
     else:
-        seen = eyes(pixel_values=crops, output_hidden_states=True)
+        seen = vision_encoder(pixel_values=crops, output_hidden_states=True)
         found = seen.image_embeds if pooled else seen.hidden_states[-2]
     return found if spec.projection is None else found[:, None]
 
 
 def _side(base: Blueprint, unet: Any, resolution: int) -> int:
-    alone = build(replace(base, components={"vae": base.components["vae"]}, adapters={}))
-    return latent_side(alone.models["vae"], unet, resolution)
+    vae_only = build(replace(base, components={"vae": base.components["vae"]}, adapters={}))
+    return latent_side(vae_only.models["vae"], unet, resolution)

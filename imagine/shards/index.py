@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
 METADATA = "metadata.jsonl"
-MISSING = "a shard that does not exist"
+MISSING_SHARD = "a shard that does not exist"
 FIELDS = ("key", "caption", "captions", "identity", "reference", "box", "source", "width", "height")  # of our JSON
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -44,7 +44,7 @@ class Index:
         return self._lines[self._ends[row] + 1 : self._ends[row + 1]].tobytes()
 
 
-def _packed(rows: Iterable[Mapping[str, Any]], problems: Mapping[str, list[str]], **header: Any) -> bytes:
+def _serialise(rows: Iterable[Mapping[str, Any]], problems: Mapping[str, list[str]], **header: Any) -> bytes:
     lines = [json.dumps(row) for row in rows]
     header = {"version": FORMAT_VERSION, "records": len(lines), "problems": problems, **header}
     return "".join(f"{line}\n" for line in (json.dumps(header), *lines)).encode()
@@ -58,42 +58,42 @@ def open_index(filesystem: Any, path: str, cache: Path, captions: bool = True) -
     try:
         info = filesystem.info(path)
     except FileNotFoundError:
-        lines = _packed([], {MISSING: [""]}, digest="", folder=False)
+        lines = _serialise([], {MISSING_SHARD: [""]}, digest="", folder=False)
         return Index(np.frombuffer(lines, np.uint8))
     changing = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "created", "md5Hash", "ino")
     state = {name: str(info[name]) for name in changing if info.get(name) is not None}
     name = filesystem.unstrip_protocol(path) + ("" if captions else "\nwithout captions")
-    kept = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.jsonl"
-    index = _kept_index(kept, state)
+    cache_file = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.jsonl"
+    index = _cached_index(cache_file, state)
     if index is None:
         with filesystem.open(path, "rb") as file:
             lines = _index_tar(file, int(info["size"]), state, captions)
-        _keep(kept, lines)
-        index = _kept_index(kept, state) or Index(np.frombuffer(lines, np.uint8))
+        _write_cache(cache_file, lines)
+        index = _cached_index(cache_file, state) or Index(np.frombuffer(lines, np.uint8))
     return index
 
 
-def _kept_index(kept: Path, state: Mapping[str, str]) -> Index | None:
+def _cached_index(cache_file: Path, state: Mapping[str, str]) -> Index | None:
     try:
-        index = Index(np.memmap(kept, np.uint8, mode="r"))
+        index = Index(np.memmap(cache_file, np.uint8, mode="r"))
     except (OSError, ValueError, IndexError):  # not there, empty, not JSON, without a line
         return None
     written = {name: index.header.get(name) for name in ("version", "state", "records")}
     return index if written == {"version": FORMAT_VERSION, "state": state, "records": len(index)} else None
 
 
-def _keep(kept: Path, lines: bytes) -> None:
+def _write_cache(cache_file: Path, lines: bytes) -> None:
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as draft:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache_file.parent, delete=False) as draft:
             draft.write(lines)
-        os.replace(draft.name, kept)
+        os.replace(draft.name, cache_file)
     except OSError:  # no room or no right to write: then the shard is read through again next time
         return
 
 
 @dataclass
-class _Pieces:
+class _RecordMembers:
     """The members of one record."""
 
     picture: tuple[int, int] | None = None  # start and size
@@ -104,7 +104,7 @@ class _Pieces:
 def _index_tar(file: BinaryIO, size: int, state: Mapping[str, str], captions: bool) -> bytes:
     """Read a tar through, picture bytes excepted."""
     problems: dict[str, list[str]] = {}
-    found: dict[str, _Pieces] = {}
+    found: dict[str, _RecordMembers] = {}
     digest = hashlib.sha256()
     key = ""
     try:
@@ -116,21 +116,21 @@ def _index_tar(file: BinaryIO, size: int, state: Mapping[str, str], captions: bo
             if kind not in ("picture", "txt", "json"):
                 continue
             key = f"{folder}/{stem}" if folder else stem
-            pieces = found.setdefault(key, _Pieces())
-            if getattr(pieces, kind) is not None:
-                note(problems, "a key that is used twice", key)
+            members = found.setdefault(key, _RecordMembers())
+            if getattr(members, kind) is not None:
+                add_problem(problems, "a key that is used twice", key)
             elif kind == "picture":
-                pieces.picture = (member.offset_data, member.size)
+                members.picture = (member.offset_data, member.size)
             else:
                 content = _text_of(file, member)
                 digest.update(content)
-                setattr(pieces, kind, content)
+                setattr(members, kind, content)
     except (tarfile.TarError, ValueError, OverflowError):
         # Nobody can say whether the last record is whole: its facts may be what was cut off.
         found.pop(key, None)
-        note(problems, "a shard that is cut off or damaged", f"after {key}" if key else "")
-    rows = [row for key, pieces in found.items() if (row := _row(key, pieces, problems, captions)) is not None]
-    return _packed(rows, problems, state=state, digest=digest.hexdigest(), folder=False)
+        add_problem(problems, "a shard that is cut off or damaged", f"after {key}" if key else "")
+    rows = [row for key, members in found.items() if (row := _row(key, members, problems, captions)) is not None]
+    return _serialise(rows, problems, state=state, digest=digest.hexdigest(), folder=False)
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
@@ -154,17 +154,17 @@ def _text_of(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     return file.read(member.size)
 
 
-def _row(key: str, pieces: _Pieces, problems: dict[str, list[str]], captions: bool) -> dict[str, Any] | None:
+def _row(key: str, members: _RecordMembers, problems: dict[str, list[str]], captions: bool) -> dict[str, Any] | None:
     """A record as a line of the index, or None and a problem."""
-    facts = json_object(pieces.json) if pieces.json is not None else {}
-    if pieces.picture is None:
-        note(problems, "a record without a picture", key)
+    facts = json_object(members.json) if members.json is not None else {}
+    if members.picture is None:
+        add_problem(problems, "a record without a picture", key)
     elif facts is None:
-        note(problems, "JSON that cannot be read", key)
+        add_problem(problems, "JSON that cannot be read", key)
     else:
-        start, size = pieces.picture
-        text = (pieces.txt or b"").decode("utf-8", "replace").strip()
-        row = {"key": key, "start": start, "size": size, **_normal(text, facts)}
+        start, size = members.picture
+        text = (members.txt or b"").decode("utf-8", "replace").strip()
+        row = {"key": key, "start": start, "size": size, **_normalised_facts(text, facts)}
         return _captioned(row, facts, problems, captions)
     return None
 
@@ -183,24 +183,24 @@ def index_folder(filesystem: Any, folder: str, captions: bool = True) -> Index:
         if not line.strip():
             continue
         facts = json_object(line)
-        file = _word(facts.pop("file_name", None)) or _word(facts.pop("file", None)) if facts else ""
+        file = _text_or_empty(facts.pop("file_name", None)) or _text_or_empty(facts.pop("file", None)) if facts else ""
         if facts is None:
-            note(problems, "JSON that cannot be read", f"line {number}")
+            add_problem(problems, "JSON that cannot be read", f"line {number}")
         elif file not in sizes:
-            note(problems, "a record without a picture", file or f"line {number}")
+            add_problem(problems, "a record without a picture", file or f"line {number}")
         else:
             row = _folder_row(file, sizes[file], facts, problems, captions)
             if row is not None and rows.setdefault(row["key"], row) is not row:
-                note(problems, "a key that is used twice", row["key"])
+                add_problem(problems, "a key that is used twice", row["key"])
     digest = hashlib.sha256(json.dumps(list(rows.values())).encode()).hexdigest()
-    return Index(np.frombuffer(_packed(rows.values(), problems, digest=digest, folder=True), np.uint8))
+    return Index(np.frombuffer(_serialise(rows.values(), problems, digest=digest, folder=True), np.uint8))
 
 
 def _folder_row(
     file: str, size: int, facts: dict[str, Any], problems: dict[str, list[str]], captions: bool
 ) -> dict[str, Any] | None:
     """A record as a line of the index: its key is the picture's name without the ending, here and in references."""
-    row = _normal(_word(facts.pop("text", None)), facts)
+    row = _normalised_facts(_text_or_empty(facts.pop("text", None)), facts)
     ending = re.compile(rf"\.({'|'.join(_PICTURES)})$", re.IGNORECASE)
     row["reference"] = row["reference"] and ending.sub("", row["reference"])
     row = {"key": ending.sub("", file), "file": file, "start": 0, "size": size, **row}
@@ -211,10 +211,10 @@ def _captioned(
     row: dict[str, Any], facts: Mapping[str, Any], problems: dict[str, list[str]], captions: bool
 ) -> dict[str, Any] | None:
     if facts.get("box") is not None and row["box"] is None:
-        note(problems, "a box that is not four numbers", row["key"])
+        add_problem(problems, "a box that is not four numbers", row["key"])
     if row["caption"] or not captions:
         return row
-    note(problems, "a record without a caption", row["key"])
+    add_problem(problems, "a record without a caption", row["key"])
     return None
 
 
@@ -227,14 +227,18 @@ def json_object(content: bytes) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) else None
 
 
-def _normal(text: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _normalised_facts(text: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts with Record's names and types; what is not of a field's type is as if it were not there.
 
     `text` is the short caption beside the facts. Where the facts have a longer one of their own, it is the terse one.
     """
     given = facts.get("captions")
-    captions = {name: _word(word) for name, word in given.items() if _word(word)} if isinstance(given, dict) else {}
-    caption = _word(facts.get("caption")) or captions.get("dense") or text or next(iter(captions.values()), "")
+    captions = (
+        {name: _text_or_empty(word) for name, word in given.items() if _text_or_empty(word)}
+        if isinstance(given, dict)
+        else {}
+    )
+    caption = _text_or_empty(facts.get("caption")) or captions.get("dense") or text or next(iter(captions.values()), "")
     if text and text != caption:
         captions.setdefault("terse", text)
     return {
@@ -243,14 +247,14 @@ def _normal(text: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "identity": _name(facts.get("identity")),
         "reference": _name(facts.get("reference")),
         "box": _box(facts.get("box")),
-        "source": _word(facts.get("source")),
+        "source": _text_or_empty(facts.get("source")),
         "width": _side(facts.get("width")),
         "height": _side(facts.get("height")),
         "extra": {name: value for name, value in facts.items() if name not in FIELDS},
     }
 
 
-def _word(value: object) -> str:
+def _text_or_empty(value: object) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
@@ -269,7 +273,7 @@ def _box(value: object) -> list[float] | None:
     return numbers if len(numbers) == 4 and min(numbers[2:]) > 0 else None
 
 
-def note(problems: dict[str, list[str]], reason: str, key: str) -> None:
+def add_problem(problems: dict[str, list[str]], reason: str, key: str) -> None:
     """Add a key to the list of those with this problem."""
     names = problems.setdefault(reason, [])
     if key not in names[-1:]:  # the parts of one record follow each other

@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imagine.errors import BadRecordError, ConfigError, PictureError
-from imagine.shards.index import FIELDS, METADATA, MISSING, Index, index_folder, note, open_index
+from imagine.shards.index import FIELDS, METADATA, MISSING_SHARD, Index, add_problem, index_folder, open_index
 
-_AT_ONCE = 8  # shards indexed at a time: what is waited for is the network
-_ROWS_TOGETHER = 1000  # of a folder: it has no shards, but the order of training wants some
+_INDEX_THREADS = 8  # shards indexed at a time: what is waited for is the network
+_FOLDER_SHARD_SIZE = 1000  # of a folder: it has no shards, but the order of training wants some
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Place:
+class ByteRange:
     """Where the bytes of a picture lie: `size` bytes from `start` on, in a file of an fsspec filesystem."""
 
     filesystem: Any = field(repr=False)
@@ -56,7 +56,7 @@ class Record:
     """
 
     key: str
-    image: bytes | Place = field(repr=False)  # a JPEG, PNG or WebP file, or where one lies
+    image: bytes | ByteRange = field(repr=False)  # a JPEG, PNG or WebP file, or where one lies
     caption: str  # the fullest sentence about the picture
     captions: Mapping[str, str] = field(default_factory=dict)  # by manner: "terse", "dense", "rewritten"
     identity: str | None = None  # who it is: equal for pictures of one person
@@ -96,7 +96,7 @@ def load_picture(record: Record) -> Image.Image:
     try:
         return open_photo(record.read())
     except PictureError as error:
-        where = f" in {record.image.path}" if isinstance(record.image, Place) else ""
+        where = f" in {record.image.path}" if isinstance(record.image, ByteRange) else ""
         raise BadRecordError(f"Record {record.key}{where} cannot be used: {error}") from error
 
 
@@ -119,36 +119,36 @@ def open_records(
         filesystem.invalidate_cache()
         if not path.endswith(".tar") and filesystem.exists(f"{path}/{METADATA}"):
             return Records([_Part(filesystem, path, index_folder(filesystem, path, captions))])
-        tars = [tar for one in _expanded(name) for tar in _tars(one)][:shards]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        tars = [tar for one in _expand_braces(name) for tar in _tars(one)][:shards]
+        with ThreadPoolExecutor(_INDEX_THREADS) as pool:
             parts = list(pool.map(lambda tar: _Part(tar[0], tar[1], open_index(tar[0], tar[1], cache, captions)), tars))
     except (OSError, ValueError, ImportError) as error:  # no rights, no such protocol, its package not installed
         raise ConfigError(f"{name} cannot be opened ({error}): check the address.") from error
-    if all(MISSING in part.index.header["problems"] for part in parts):
+    if all(MISSING_SHARD in part.index.header["problems"] for part in parts):
         raise ConfigError(f"There are no shards (*.tar) and there is no {METADATA} at {name}: check the address.")
     return Records(parts)
 
 
-def anything_at(address: str | os.PathLike[str]) -> bool:
+def has_records(address: str | os.PathLike[str]) -> bool:
     """Whether `open_records` would find shards or a folder there; nothing is read. ConfigError if nobody can tell."""
     name = os.fspath(address)
     try:
         filesystem, path = url_to_fs(re.sub(rf"(^|/){METADATA}$", "", name) or ".")
         if not path.endswith(".tar") and filesystem.exists(f"{path}/{METADATA}"):
             return True
-        return any(filesystem.exists(tar) for one in _expanded(name) for filesystem, tar in _tars(one))
+        return any(filesystem.exists(tar) for one in _expand_braces(name) for filesystem, tar in _tars(one))
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{name} cannot be opened ({error}): check the address.") from error
 
 
-def _expanded(address: str) -> list[str]:
+def _expand_braces(address: str) -> list[str]:
     """The address once for each word or number in its braces."""
     braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", address)
     if braces is None:
         return [address]
     low, high, words = braces.groups()
     fills = words.split(",") if words else [f"{n:0{len(low)}d}" for n in range(int(low), int(high) + 1)]
-    return [one for fill in fills for one in _expanded(address[: braces.start()] + fill + address[braces.end() :])]
+    return [one for fill in fills for one in _expand_braces(address[: braces.start()] + fill + address[braces.end() :])]
 
 
 def _tars(address: str) -> list[tuple[Any, str]]:
@@ -183,7 +183,7 @@ class Records:
         part, row = self._find(index)
         facts = json.loads(part.index.line(row))
         path = f"{part.path}/{facts['file']}" if "file" in facts else part.path
-        place = Place(part.filesystem, path, facts["start"], facts["size"])
+        place = ByteRange(part.filesystem, path, facts["start"], facts["size"])
         box = None if facts["box"] is None else tuple(facts["box"])
         named = {name: facts[name] for name in (*FIELDS, "extra")}
         return Record(image=place, **{**named, "box": box})
@@ -244,7 +244,7 @@ class Records:
 
     @cached_property
     def _links(self) -> "_Links":
-        return _linked(self._parts)
+        return _resolve_references(self._parts)
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class _Part:
     @property
     def counts(self) -> list[int]:
         """Records, a shard at a time."""
-        step = _ROWS_TOGETHER if self.index.header["folder"] else max(len(self.index), 1)
+        step = _FOLDER_SHARD_SIZE if self.index.header["folder"] else max(len(self.index), 1)
         return [min(step, len(self.index) - start) for start in range(0, max(len(self.index), 1), step)]
 
 
@@ -274,7 +274,7 @@ class _Links:
     problems: dict[str, list[str]]
 
 
-def _linked(parts: Sequence[_Part]) -> _Links:
+def _resolve_references(parts: Sequence[_Part]) -> _Links:
     """Follow every reference, once all keys are known."""
     links = _Links({}, {}, {})
     rows: dict[str, list[tuple[int, int]]] = {}  # key: (part, number)
@@ -285,7 +285,7 @@ def _linked(parts: Sequence[_Part]) -> _Links:
         facts = json.loads(part.index.line(row))
         rows.setdefault(facts["key"], []).append((place, number))
         if len(rows[facts["key"]]) > 1:
-            note(links.problems, "a key that another shard has too", f"{part.name}: {facts['key']}")
+            add_problem(links.problems, "a key that another shard has too", f"{part.name}: {facts['key']}")
         if facts["identity"] is not None:
             links.people.setdefault(facts["identity"], []).append(number)
             identities[number] = facts["identity"]
@@ -295,15 +295,15 @@ def _linked(parts: Sequence[_Part]) -> _Links:
         there = rows.get(reference, [])
         # Keys need only be unique inside a shard: the own shard's come first.
         near = [row for row in there if row[0] == place] or there
-        problem = _misfit(number, near, identities)
+        problem = _reference_problem(number, near, identities)
         if problem:
-            note(links.problems, problem, f"{parts[place].name}: {key}")
+            add_problem(links.problems, problem, f"{parts[place].name}: {key}")
         else:
             links.references[number] = near[0][1]
     return links
 
 
-def _misfit(target: int, found: Sequence[tuple[int, int]], identities: Mapping[int, str]) -> str:
+def _reference_problem(target: int, found: Sequence[tuple[int, int]], identities: Mapping[int, str]) -> str:
     """What is wrong with the reference of `target`, or nothing."""
     if not found:
         return "a reference that does not exist"
@@ -330,10 +330,10 @@ def order(count_by_shard: Sequence[int], seed: int, first: int, size: int, windo
         raise ConfigError("There are no records to put in order: check the data set, or what is wrong with it.")
     drawn: list[tuple[int, int]] = []
     while len(drawn) < size:
-        turn, place = divmod(first + len(drawn), total)
-        ends = _windows(counts, seed, turn, window)[1]
+        epoch, place = divmod(first + len(drawn), total)
+        ends = _windows(counts, seed, epoch, window)[1]
         number = int(np.searchsorted(ends, place, side="right"))
-        shards, rows = _window(counts, seed, turn, window, number)
+        shards, rows = _window(counts, seed, epoch, window, number)
         start = place - (int(ends[number - 1]) if number else 0)
         part = slice(start, start + size - len(drawn))
         drawn += zip(shards[part].tolist(), rows[part].tolist(), strict=True)
@@ -341,22 +341,24 @@ def order(count_by_shard: Sequence[int], seed: int, first: int, size: int, windo
 
 
 @lru_cache(maxsize=4)
-def _windows(counts: tuple[int, ...], seed: int, turn: int, window: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _windows(
+    counts: tuple[int, ...], seed: int, epoch: int, window: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The shards in this round's order, and after how many records each window of them ends."""
-    shards = _permutation(len(counts), seed, turn, 0)
+    shards = _permutation(len(counts), seed, epoch, 0)
     sizes = np.add.reduceat(np.asarray(counts, np.int64)[shards], np.arange(0, len(shards), window))
     return shards, np.cumsum(sizes)
 
 
 @lru_cache(maxsize=4)
 def _window(
-    counts: tuple[int, ...], seed: int, turn: int, window: int, number: int
+    counts: tuple[int, ...], seed: int, epoch: int, window: int, number: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Shard, and number in the shard, of each record of a window, shuffled."""
-    shards = _windows(counts, seed, turn, window)[0][number * window : (number + 1) * window]
+    shards = _windows(counts, seed, epoch, window)[0][number * window : (number + 1) * window]
     owners = np.repeat(shards, [counts[shard] for shard in shards])
     rows = np.concatenate([np.arange(counts[shard]) for shard in shards])
-    shuffled = _permutation(len(owners), seed, turn, number + 1)
+    shuffled = _permutation(len(owners), seed, epoch, number + 1)
     return owners[shuffled], rows[shuffled]
 
 

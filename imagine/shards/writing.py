@@ -35,7 +35,7 @@ _KEY = re.compile(r"[^./\\\s]+(/[^./\\\s]+)*")  # webdataset takes a name up to 
 
 
 @dataclass(frozen=True)
-class About:
+class DatasheetInfo:
     """What a data sheet says that cannot be counted (Datasheets for Datasets, arXiv 1803.09010, shortened).
 
     `seeds` and `settings` are what the records follow from: a folder that was begun with others is refused.
@@ -53,14 +53,14 @@ class ShardWriter:
     """Write records into shards 00000.tar, 00001.tar ..., and a data sheet at the end; a context manager.
 
     Same records, same bytes. A shard appears when it is whole. If the writing is stopped, a writer for the same address
-    goes on at the first shard that is not finished: it must be given the same records again, without the first `taken`.
+    goes on at the first shard that is not finished: give it the same records again, without the first `processed`.
 
     address: a folder on any fsspec filesystem. Raises ConfigError if it cannot be used, or was begun otherwise.
     """
 
-    taken: int  # records written and rejected that lie in finished shards
+    processed: int  # records written and rejected that lie in finished shards
 
-    def __init__(self, address: str | os.PathLike[str], about: About, records_per_shard: int = 1000) -> None:
+    def __init__(self, address: str | os.PathLike[str], about: DatasheetInfo, records_per_shard: int = 1000) -> None:
         if records_per_shard < 1:
             raise ConfigError(f"{records_per_shard} records do not make a shard: give 1 or more.")
         self._about, self._size = about, records_per_shard
@@ -69,7 +69,7 @@ class ShardWriter:
         while (sidecar := self._sidecar(len(self._finished))) is not None:
             self._finished[f"{len(self._finished):05d}.tar"] = sidecar
         tallies = [_Tally.of(sidecar) for sidecar in self._finished.values()]
-        self.taken = sum(tally.records + sum(tally.rejected.values()) for tally in tallies)
+        self.processed = sum(tally.records + sum(tally.rejected.values()) for tally in tallies)
         self._tally, self._keys = _Tally(), set[str]()
         self._tar: tarfile.TarFile | None = None
         self._draft = Path()
@@ -82,7 +82,7 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             if self._tar is not None:
-                self._finish()
+                self._close_shard()
             self._write_data_sheet()
         elif self._tar is not None:  # a shard with fewer records than it should have must not look finished
             self._tar.close()
@@ -102,7 +102,7 @@ class ShardWriter:
         width, height, ending = check_picture(record.key, picture)
         record = replace(record, width=width, height=height)
         members = {ending: picture, "txt": record.caption.encode("utf-8", "replace"), "json": _json_of(record)}
-        tar = self._tar or self._begin()
+        tar = self._tar or self._open_shard()
         for name in sorted(members):
             member = tarfile.TarInfo(f"{record.key}.{name}")  # owner 0, mode 644, time 0: the same bytes every time
             member.size = len(members[name])
@@ -110,18 +110,18 @@ class ShardWriter:
         self._keys.add(record.key)
         self._tally.add(record)
         if self._tally.records == self._size:
-            self._finish()
+            self._close_shard()
 
     def reject(self, reason: str) -> None:
         """Count something that was not written, for the data sheet: the reason in a few words, always the same ones."""
         self._tally.rejected[reason] += 1
 
-    def _begin(self) -> tarfile.TarFile:
+    def _open_shard(self) -> tarfile.TarFile:
         self._draft = _draft(self._filesystem, self._path(f"{len(self._finished):05d}.tar"))
         self._tar = tarfile.open(self._draft, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 -- _finish closes it
         return self._tar
 
-    def _finish(self) -> None:
+    def _close_shard(self) -> None:
         assert self._tar is not None
         self._tar.close()
         name = f"{len(self._finished):05d}.tar"
@@ -145,13 +145,13 @@ class ShardWriter:
     def _write_data_sheet(self) -> None:
         sheet = _data_sheet(self._about, self._finished, self._tally)
         _put_text(self._filesystem, _pretty(sheet), self._path("datasheet.json"))
-        _put_text(self._filesystem, _as_page(sheet), self._path("datasheet.md"))
+        _put_text(self._filesystem, _as_markdown(sheet), self._path("datasheet.md"))
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
 
 
-def _open_folder(address: str, about: About, records_per_shard: int) -> tuple[Any, str]:
+def _open_folder(address: str, about: DatasheetInfo, records_per_shard: int) -> tuple[Any, str]:
     """Make the folder, or check that it was begun with the same settings."""
     wanted = {"version": FORMAT_VERSION, "records_per_shard": records_per_shard, **about.seeds, **about.settings}
     try:
@@ -287,7 +287,7 @@ def _numbers(name: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
-def _data_sheet(about: About, sidecars: Mapping[str, Mapping[str, Any]], unwritten: _Tally) -> dict[str, Any]:
+def _data_sheet(about: DatasheetInfo, sidecars: Mapping[str, Mapping[str, Any]], unwritten: _Tally) -> dict[str, Any]:
     """Everything that datasheet.json says. `unwritten` holds what was rejected after the last record."""
     whole = _Tally()
     for sidecar in sidecars.values():
@@ -298,7 +298,7 @@ def _data_sheet(about: About, sidecars: Mapping[str, Mapping[str, Any]], unwritt
     return {**asdict(about), **counted, "shards": shards}
 
 
-def _as_page(sheet: Mapping[str, Any]) -> str:
+def _as_markdown(sheet: Mapping[str, Any]) -> str:
     """datasheet.md: the numbers of datasheet.json in a few sentences."""
     records = sheet["records"]
     size = sum(shard["bytes"] for shard in sheet["shards"].values())
@@ -310,7 +310,7 @@ def _as_page(sheet: Mapping[str, Any]) -> str:
         f"{sheet['identities']:,} identities, {sheet['pairs']:,} pairs.",
         f"- sources: {_listed(sheet['sources'])}",
         f"- picture sizes in pixels: {_listed(_most(sheet['sizes']))}",
-        f"- words in a caption: {_spread(sheet['words'])}; captions by manner: {_listed(sheet['manners'])}",
+        f"- words in a caption: {_describe_spread(sheet['words'])}; captions by manner: {_listed(sheet['manners'])}",
         f"- with a face box: {sheet['boxes'] / max(records, 1):.1%}",
         "- `sha256` of every shard: in `datasheet.json`",
         f"## Collection\n{sheet['collection']}",
@@ -331,7 +331,7 @@ def _most(counts: Mapping[str, int], number: int = 5) -> dict[str, int]:
     return {**most, "other": rest} if rest else most
 
 
-def _spread(counts: Mapping[str, int]) -> str:
+def _describe_spread(counts: Mapping[str, int]) -> str:
     """The least, the middle and the most of numbers that are counted by value."""
     values = sorted(Counter({int(value): count for value, count in counts.items()}).elements())
     return f"{values[0]} to {values[-1]}, half of them up to {values[len(values) // 2]}" if values else "none"

@@ -27,4 +27,6 @@ def __getattr__(name: str) -> Any:
     return getattr(_pipelines(), name)
 
 
-register_family(Family("Stable Diffusion 1.5 or XL", STOCK_PIPELINES, lambda stock: _pipelines().imagined(stock)))
+register_family(
+    Family("Stable Diffusion 1.5 or XL", STOCK_PIPELINES, lambda stock: _pipelines().personalised_class(stock))
+)

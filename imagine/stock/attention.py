@@ -10,10 +10,10 @@ from typing import Any, cast
 
 from imagine.adapter.adapter import Adapter
 from imagine.errors import ConfigError
-from imagine.networks.weights import hushed
+from imagine.networks.weights import quiet_libraries
 
 
-class GuardedAttention:
+class AttentionBackendMixin:
     """The part of a pipeline that switches how attention is computed."""
 
     unet: Any
@@ -28,7 +28,7 @@ class GuardedAttention:
         Such as "native" (the default), "xformers", "flash" or "sage". Raises ConfigError if it cannot be had here.
         """
         try:
-            with hushed():
+            with quiet_libraries():
                 self.unet.set_attention_backend(backend)
         except (ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(
@@ -40,7 +40,7 @@ class GuardedAttention:
         from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
         from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 
-        with hushed():
+        with quiet_libraries():
             self.unet.reset_attention_backend()
         # Setting one for the denoiser made it the active one, which processors without one of their own use.
         _AttentionBackendRegistry.set_active_backend(AttentionBackendName(DIFFUSERS_ATTN_BACKEND))

@@ -24,7 +24,7 @@ from imagine.request import Request, read_requests
 Scales = Mapping[str, "Scale | Mapping[str, Scale]"]
 
 DEPRECATED = ("callback", "callback_steps")  # which some stock calls still read from their **kwargs
-ELSEWHERE = ("identity_guidance_scale", "guidance_balance")  # what ImaginePipeline's own loop takes
+IMAGINE_PIPELINE_ONLY = ("identity_guidance_scale", "guidance_balance")  # what ImaginePipeline's own loop takes
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Parts:
+class ConditioningParts:
     """Some of a Conditioning's branches, with their scales and regions."""
 
     branches: Mapping[str, Tokens] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Parts:
     regions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def merged(*parts: Parts) -> Conditioning:
+def merge_parts(*parts: ConditioningParts) -> Conditioning:
     """All parts as one record."""
     return Conditioning(
         {name: each for part in parts for name, each in part.branches.items()},
@@ -65,7 +65,7 @@ def merged(*parts: Parts) -> Conditioning:
     )
 
 
-def by_name(
+def bind_arguments(
     call: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], ours: Collection[str] = ()
 ) -> dict[str, Any]:
     """A stock call's arguments by name, however they were given.
@@ -76,7 +76,7 @@ def by_name(
     known = [name for name, each in signature.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     taken = {*known, *(DEPRECATED if len(known) < len(signature.parameters) else ())}
     for name in options:
-        if name in ELSEWHERE:
+        if name in IMAGINE_PIPELINE_ONLY:
             raise ConfigError(f"Pipelines of stock Stable Diffusion take no {name}, which is ImaginePipeline's own.")
         if name not in taken:  # where a stock call takes any name, it would overlook this one
             near = difflib.get_close_matches(name, [*known, *ours], n=1)
@@ -127,7 +127,7 @@ def _requests(prompt: Any, reference: Any) -> list[Request]:
     ]
 
 
-class Running:
+class ConditioningUpdater:
     """What a running call attends to, kept in the dict that the stock pipeline hands to the denoiser at every step.
 
     `record` makes its Conditioning, for all rows of the batch as it began, with the person or (False) without, as the
@@ -144,21 +144,21 @@ class Running:
     ) -> None:
         self.pipe, self.batch, self.kwargs, self.record, self.window = pipe, batch, kwargs, record, window
         self._scales = pipe.ip_scales
-        self._acts = window.holds(0.0)
+        self._reference_active = window.contains(0.0)
         self._prepare()
 
     def _prepare(self) -> None:
-        record = self.record(self._acts)
-        if self.ended:
+        record = self.record(self._reference_active)
+        if self.guidance_ended:
             record = last_rows(record, self.batch.pictures)
         self.kwargs["conditioning"] = prepare(self.pipe.denoiser, record)
 
     @property
-    def ended(self) -> bool:
+    def guidance_ended(self) -> bool:
         """Whether guidance was on when the call began and is so no more."""
         return self.batch.guided and not self.pipe.do_classifier_free_guidance
 
-    def follow(self, given: dict[str, Any]) -> None:
+    def wrap_callback(self, given: dict[str, Any]) -> None:
         """Put ourselves behind the call's callback, if it has one, to see what it changes; and to count its steps."""
         callback: Callable[..., Any] | None = given.get("callback_on_step_end")
         if callback is None and self.window == Window():
@@ -166,16 +166,16 @@ class Running:
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             given["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
 
-        def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
-            before = self.ended, self._acts
+        def on_step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+            before = self.guidance_ended, self._reference_active
             changed = {} if callback is None else callback(pipe, step, timestep, tensors)
-            self._acts = self.window.holds((step + 1) / self.pipe.num_timesteps)
-            if (self.ended, self._acts) != before or self.pipe.ip_scales is not self._scales:
+            self._reference_active = self.window.contains((step + 1) / self.pipe.num_timesteps)
+            if (self.guidance_ended, self._reference_active) != before or self.pipe.ip_scales is not self._scales:
                 self._scales = self.pipe.ip_scales
                 self._prepare()
             return changed
 
-        given["callback_on_step_end"] = after
+        given["callback_on_step_end"] = on_step_end
 
 
 def last_rows(record: Conditioning, count: int) -> Conditioning:
@@ -195,12 +195,12 @@ def last_rows(record: Conditioning, count: int) -> Conditioning:
     return Conditioning(branches, cast(Any, scales), {name: each[-count:] for name, each in record.regions.items()})
 
 
-def placed(tokens: Tokens, device: torch.device, dtype: torch.dtype) -> Tokens:
+def tokens_to(tokens: Tokens, device: torch.device, dtype: torch.dtype) -> Tokens:
     """Tokens on a device, in a precision."""
     mask = None if tokens.mask is None else tokens.mask.to(device)
     return Tokens(tokens.values.to(device, dtype), mask)
 
 
-def picked(tokens: Tokens, rows: "slice | Sequence[int]") -> Tokens:
+def select_rows(tokens: Tokens, rows: "slice | Sequence[int]") -> Tokens:
     """Some rows of tokens, in the order asked for."""
     return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])

@@ -17,9 +17,9 @@ from imagine.adapter.adapter import Adapter
 from imagine.errors import WeightsError
 from imagine.ip_adapter.reading import fetch
 from imagine.networks import weights
-from imagine.people.reference_encoder import facts
+from imagine.people.reference_encoder import saved_metadata
 
-SCALE = "ip_adapter_scale"  # what a saved IP-Adapter says of the strength it had, as JSON
+SCALE_KEY = "ip_adapter_scale"  # what a saved IP-Adapter says of the strength it had, as JSON
 
 _CLASSES = {  # of parts that may be given by the name of a folder or a hub repository
     "t5_encoder": ("transformers", "T5EncoderModel"),
@@ -71,7 +71,7 @@ def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with weights.hushed():
+        with weights.quiet_libraries():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(f"{folder} holds no tokenizer that can be loaded; copy or download it again.") from error
@@ -97,18 +97,18 @@ def _config(folder: Path) -> dict[str, Any]:
         return {}  # which loading it then says in a sentence
 
 
-def name_dtype(kwargs: dict[str, Any]) -> "torch.dtype | None":
+def normalise_dtype_argument(kwargs: dict[str, Any]) -> "torch.dtype | None":
     """Call the precision in a loader's arguments as this diffusers does; return it, unless it is "auto" or so."""
     older = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", older)
     if dtype is not None:
         from diffusers import DiffusionPipeline
 
-        kwargs[weights.dtype_word(DiffusionPipeline)] = dtype
+        kwargs[weights.dtype_argument(DiffusionPipeline)] = dtype
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
-def save_beside(
+def save_adapters(
     folder: Path,
     adapters: Mapping[str, Adapter | None],
     scales: Mapping[str, Any],
@@ -128,15 +128,20 @@ def save_beside(
             shutil.rmtree(folder / name, ignore_errors=True)
         else:
             more = {} if encoder is None or name in scales else {"encoder_fingerprint": encoder}
-            told = {**more, **facts(adapter)}  # its own word for the encoder that it was trained with counts
-            adapter.save(folder / name, {**told, SCALE: json.dumps(scales[name])} if name in scales else told)
-    weights.forget_paths(folder)  # where the parts came from is nobody's business who gets them next
+            metadata = {
+                **more,
+                **saved_metadata(adapter),
+            }  # its own word for the encoder that it was trained with counts
+            adapter.save(
+                folder / name, {**metadata, SCALE_KEY: json.dumps(scales[name])} if name in scales else metadata
+            )
+    weights.remove_local_paths(folder)  # where the parts came from is nobody's business who gets them next
     index = json.loads((folder / weights.INDEX).read_text(encoding="utf-8"))
-    kept = {name: each for name, each in index.items() if name not in ours or each != [None, None]}
-    (folder / weights.INDEX).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    entries = {name: each for name, each in index.items() if name not in ours or each != [None, None]}
+    (folder / weights.INDEX).write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def saved_beside(folder: Path) -> list[Path]:
+def saved_adapter_folders(folder: Path) -> list[Path]:
     """The adapters in a pipeline's folder, in the order in which they are attached."""
     names = ["text_adapter", "adapter", *(f"ip_{number}" for number in range(len(list(folder.glob("ip_*")))))]
     return [folder / name for name in names if (folder / name).is_dir()]
@@ -144,4 +149,4 @@ def saved_beside(folder: Path) -> list[Path]:
 
 def saved_scale(adapter: Adapter) -> Any:
     """The strength that an IP-Adapter had when it was saved, as set_ip_adapter_scale had made it."""
-    return json.loads(adapter.metadata.get(SCALE, "1.0"))
+    return json.loads(adapter.metadata.get(SCALE_KEY, "1.0"))

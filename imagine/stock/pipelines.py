@@ -1,8 +1,9 @@
 """The stock Stable Diffusion pipelines of diffusers, 1.5 and XL, made to know people.
 
 `from imagine.stock import StableDiffusionXLPipeline` gives diffusers' pipeline of that name with one more base class,
-`Personal`. Its `__call__` takes a reference beside all stock arguments, works out one record of what the denoiser is to
-attend to, and lets the stock `__call__` draw: LoRA, ControlNet, callbacks, schedulers, offloading are diffusers' own.
+`PersonalisationMixin`. Its `__call__` takes a reference beside all stock arguments, builds one record of what the
+denoiser attends to, and lets the stock `__call__` draw. LoRA, ControlNet, callbacks, schedulers and offloading are
+diffusers' own.
 
     reference, prompt -> Conditioning, rows in the order of the stock batch: [negative; positive], copies side by side
     cross_attention_kwargs={..., "conditioning": ...} -> stock __call__ -> U-Net -> ParallelAttention
@@ -27,20 +28,29 @@ from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter, check_attached
 from imagine.errors import ConfigError, PromptError, WeightsError
-from imagine.ip_adapter.loading import IPAdapters
+from imagine.ip_adapter.loading import IPAdapterLoaderMixin
 from imagine.networks.encoders import TextEncoders
-from imagine.networks.weights import HUB_OPTIONS, hushed, resolve_folder
+from imagine.networks.weights import HUB_OPTIONS, quiet_libraries, resolve_folder
 from imagine.people.faces import FaceChoice
 from imagine.people.persona import Persona
-from imagine.people.reference_encoder import FINDER, Looking, OnNoFace, check_encoder, identity_spec
+from imagine.people.reference_encoder import FINDER, OnNoFace, ReferenceEncoderMixin, check_encoder, identity_spec
 from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factors
 from imagine.pipeline.second_pass import RefineFaces
 from imagine.records import VISION, Tokens
 from imagine.stock import STOCK_PIPELINES
-from imagine.stock.attention import GuardedAttention
-from imagine.stock.call import Batch, Parts, Running, by_name, merged, picked, placed, read_call
-from imagine.stock.files import load_parts, name_dtype, save_beside, saved_beside, saved_scale
-from imagine.stock.second_pass import SecondCall, inpainting
+from imagine.stock.attention import AttentionBackendMixin
+from imagine.stock.call import (
+    Batch,
+    ConditioningParts,
+    ConditioningUpdater,
+    bind_arguments,
+    merge_parts,
+    read_call,
+    select_rows,
+    tokens_to,
+)
+from imagine.stock.files import load_parts, normalise_dtype_argument, save_adapters, saved_adapter_folders, saved_scale
+from imagine.stock.second_pass import StockSecondPass, inpainting
 
 T5, BYT5 = "t5", "byt5"  # the text branches, as text adapters call them
 TEXT_BRANCHES = (T5, BYT5)
@@ -49,7 +59,7 @@ ENCODERS = ("vision_encoder", "t5_encoder", "byt5_encoder")
 COMPONENTS = (*ENCODERS, "t5_tokenizer", "byt5_tokenizer")
 
 
-class Personal(GuardedAttention, IPAdapters, Looking):
+class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, ReferenceEncoderMixin):
     """What a stock pipeline gains: adapters on its denoiser, and arguments that say who is in the picture.
 
     `vision_encoder` looks at references; without one, the stock pipeline's own `image_encoder` does. `t5_encoder` and
@@ -63,7 +73,7 @@ class Personal(GuardedAttention, IPAdapters, Looking):
     adapter: Adapter | None
     ip_adapters: list[Adapter]
 
-    def _begin(self) -> None:
+    def _init_adapters(self) -> None:
         self.text_adapter, self.adapter = None, None
         self.ip_adapters, self._ip_scales = [], []
 
@@ -90,11 +100,11 @@ class Personal(GuardedAttention, IPAdapters, Looking):
             if isinstance(part, nn.Module) and pipeline.device.type != "meta" and not hasattr(part, "_hf_hook"):
                 part.to(pipeline.device)  # where the other components are, since diffusers asks only one of them
         made = cast(Any, cls)(**given)
-        if isinstance(pipeline, Personal) and made.unet is pipeline.unet:
+        if isinstance(pipeline, PersonalisationMixin) and made.unet is pipeline.unet:
             made.text_adapter, made.adapter = pipeline.text_adapter, pipeline.adapter
             made.ip_adapters, made._ip_scales = list(pipeline.ip_adapters), pipeline._ip_scales
             made._finder, made._finder_folder = pipeline._finder, pipeline._finder_folder
-            made._eyes, made._empty = pipeline._eyes, pipeline._empty
+            made._encoder_info, made._zero_features = pipeline._encoder_info, pipeline._zero_features
         return made if dtype is None else made.to(dtype=dtype)
 
     # --- files ------------------------------------------------------------------------------------------------------
@@ -110,25 +120,25 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         finder = kwargs.pop("finder", None)
         folder = resolve_folder(source, STOCK_PIPELINES, kwargs.get("variant"), **hub)
-        dtype = name_dtype(kwargs)
+        dtype = normalise_dtype_argument(kwargs)
         modules = cast(Any, cls)._get_signature_keys(cls)[0]  # the other arguments are the loader's
         parts = {name: each for name, each in kwargs.items() if name in modules or name in COMPONENTS}
         kwargs |= load_parts(parts, dtype, **hub)
         kwargs.setdefault("use_safetensors", True)
-        with hushed(), in_a_sentence(folder):
+        with quiet_libraries(), as_weights_error(folder):
             pipe = cast(Any, super()).from_pretrained(os.fspath(folder), **kwargs)
         pipe._finder, pipe._finder_folder = finder, folder / FINDER
-        for path in saved_beside(folder):
-            pipe._add(Adapter.load(path, pipe.denoiser), path.name)
+        for path in saved_adapter_folders(folder):
+            pipe._attach_adapter(Adapter.load(path, pipe.denoiser), path.name)
         return pipe
 
     @classmethod
     def from_single_file(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As the stock loader; without a network, give `config`, a local folder of a pipeline of the same kind."""
-        dtype = name_dtype(kwargs)
+        dtype = normalise_dtype_argument(kwargs)
         kwargs |= load_parts({name: each for name, each in kwargs.items() if name in COMPONENTS}, dtype)
         try:
-            with hushed():
+            with quiet_libraries():
                 return cast(Any, super()).from_single_file(os.fspath(source), **kwargs)
         except (OSError, ValueError) as error:
             raise WeightsError(
@@ -139,13 +149,13 @@ class Personal(GuardedAttention, IPAdapters, Looking):
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the stock components as diffusers does, and beside them our adapters and the face finder's files."""
         folder = Path(save_directory)
-        with hushed():
+        with quiet_libraries():
             cast(Any, super()).save_pretrained(os.fspath(folder), **kwargs)
         adapters: dict[str, Adapter | None] = {"text_adapter": self.text_adapter, "adapter": self.adapter}
         adapters |= {f"ip_{number}": each for number, each in enumerate(self.ip_adapters)}
-        seeing = self.reference_encoder is not None or self._eyes is not None
+        has_encoder = self.reference_encoder is not None or self._encoder_info is not None
         scales = {f"ip_{number}": self._ip_scale(number) for number in range(len(self.ip_adapters))}
-        save_beside(folder, adapters, scales, self.encoder_fingerprint if seeing else None, COMPONENTS)
+        save_adapters(folder, adapters, scales, self.encoder_fingerprint if has_encoder else None, COMPONENTS)
         source = self._finder_folder
         if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
             shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
@@ -165,7 +175,7 @@ class Personal(GuardedAttention, IPAdapters, Looking):
 
         One with the branch "vision" becomes `adapter`; one with text branches only becomes `text_adapter`.
         """
-        self._check_at_hand()
+        self._check_weights_loaded()
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.denoiser)
         names = {spec.name for spec in adapter.branch_specs}
         if unknown := names - {VISION, *TEXT_BRANCHES}:
@@ -178,9 +188,9 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         place: Literal["adapter", "text_adapter"] = "adapter" if VISION in names else "text_adapter"
         if getattr(self, place) is not adapter:
             self.unload_adapter(place)
-            self._add(adapter, place)
+            self._attach_adapter(adapter, place)
 
-    def _add(self, adapter: Adapter, place: str) -> None:
+    def _attach_adapter(self, adapter: Adapter, place: str) -> None:
         """Attach an adapter and remember it as `text_adapter`, `adapter` or one of `ip_adapters`."""
         adapter.to(self.unet.dtype).eval().attach(self.denoiser)
         if place.startswith("ip_"):
@@ -208,22 +218,22 @@ class Personal(GuardedAttention, IPAdapters, Looking):
 
     def enable_group_offload(self, onload_device: Any, **options: Any) -> None:
         """As in diffusers. Our vision encoder stays on the device, since it is not run through `forward` alone."""
-        spared = options.pop("exclude_modules", None) or []
-        spared = [spared] if isinstance(spared, str) else list(spared)
-        cast(Any, super()).enable_group_offload(onload_device, exclude_modules=[*spared, "vision_encoder"], **options)
+        excluded = options.pop("exclude_modules", None) or []
+        excluded = [excluded] if isinstance(excluded, str) else list(excluded)
+        cast(Any, super()).enable_group_offload(onload_device, exclude_modules=[*excluded, "vision_encoder"], **options)
 
     def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
         """As in diffusers, once it is known which encoder looks at references: its weights cannot be read then."""
         if self.reference_encoder is not None:
-            self._known_eyes()
+            self._current_encoder_info()
         cast(Any, super()).enable_sequential_cpu_offload(*arguments, **options)
 
-    def _settle(self) -> None:
+    def _adapters_to_device(self) -> None:
         """Bring the adapters to where the denoiser will run, and in its precision."""
         for adapter in self._adapters():
             adapter.to(cast(Any, self)._execution_device, self.unet.dtype)
 
-    def _rest(self) -> None:
+    def _offload_adapters(self) -> None:
         """Take the adapters off the accelerator again, if the pipeline offloads its models."""
         if getattr(self, "_offload_device", None) is not None:
             for adapter in self._adapters():
@@ -261,36 +271,36 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         Raises ImagineError with one sentence where what we add is used wrongly.
         """
         draw = cast(Any, super()).__call__
-        given = by_name(draw, arguments, options, _OURS)
-        chosen = RefineFaces.read(refine_faces, given.get("output_type", "pil"), usual=False)
+        given = bind_arguments(draw, arguments, options, _OUR_ARGUMENTS)
+        refine_settings = RefineFaces.read(refine_faces, given.get("output_type", "pil"), default=False)
         ours: dict[str, Any] = {
             "identity_scale": identity_scale, "identity_window": Window.read(identity_window),
             "identity_blocks": identity_blocks,
             "branch_embeds": branch_embeds, "negative_branch_embeds": negative_branch_embeds,
         }  # fmt: skip
         if not self._adapters():
-            self._check_unasked(given, reference)
-            if chosen is None:
+            self._check_no_adapter_needed(given, reference)
+            if refine_settings is None:
                 return draw(**given)
             batch = read_call(self, draw, given, None)[0]
-            again = SecondCall.plan(self, draw, chosen, batch, given, [()] * batch.prompts, ours)
-            return self._refined(draw(**given), again)
+            second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, [()] * batch.prompts, ours)
+            return self._add_refined_faces(draw(**given), second_pass)
         check_attached(self.denoiser, self._adapters())
-        self._settle()
+        self._adapters_to_device()
         try:
             batch, requests = read_call(self, draw, given, reference)
-            personas = self._see(requests, face, on_no_face)
+            personas = self._personas_for(requests, face, on_no_face)
             if self.adapter is not None and any(personas):
                 check_encoder(self.adapter, self.encoder_fingerprint)  # which may have come after the adapter
-            again = SecondCall.plan(self, draw, chosen, batch, given, personas, ours)
-            out = self._refined(self._drawn(draw, given, batch, personas, ours), again)
+            second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, personas, ours)
+            out = self._add_refined_faces(self._call_stock(draw, given, batch, personas, ours), second_pass)
         finally:
-            self._rest()
+            self._offload_adapters()
         if hasattr(out, "images"):
             out.faces = [one for people in personas for persona in people for one in persona.faces]
         return out
 
-    def _check_unasked(self, given: Mapping[str, Any], reference: Any) -> None:
+    def _check_no_adapter_needed(self, given: Mapping[str, Any], reference: Any) -> None:
         """Raise WeightsError if somebody is to be shown though we have no adapter that could."""
         asked = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
         if reference is not None or (asked and not self._has_stock_ip_adapter):
@@ -299,7 +309,7 @@ class Personal(GuardedAttention, IPAdapters, Looking):
                 "reference out."
             )
 
-    def _drawn(
+    def _call_stock(
         self,
         draw: Any,
         given: dict[str, Any],
@@ -308,38 +318,40 @@ class Personal(GuardedAttention, IPAdapters, Looking):
         ours: Mapping[str, Any],
     ) -> Any:
         """What the stock call gives while all branches of the batch act."""
-        pictured = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
+        ip_adapter_inputs = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
         given["cross_attention_kwargs"] = kwargs = dict(given.get("cross_attention_kwargs") or {})
         try:
             text, person = (
-                self._text(given, batch, ours["branch_embeds"], ours["negative_branch_embeds"]),
-                self._identity(
+                self._text_parts(given, batch, ours["branch_embeds"], ours["negative_branch_embeds"]),
+                self._identity_parts(
                     personas, ours["identity_scale"], block_factors(self.denoiser, ours["identity_blocks"]), batch
                 ),
             )
-            theirs = self._pictured(*pictured, kwargs.pop("ip_adapter_masks", None), batch)
+            theirs = self._ip_adapter_parts(*ip_adapter_inputs, kwargs.pop("ip_adapter_masks", None), batch)
             parts = {True: (text, person), False: (text,)}  # with and without the person
-            running = Running(self, batch, kwargs, lambda acts: merged(*parts[acts], theirs()), ours["identity_window"])
-            running.follow(given)
+            updater = ConditioningUpdater(
+                self, batch, kwargs, lambda active: merge_parts(*parts[active], theirs()), ours["identity_window"]
+            )
+            updater.wrap_callback(given)
             return draw(**given)
         finally:
             kwargs.pop("conditioning", None)  # the stock pipeline keeps this dict until its next call
 
-    def _refined(self, out: Any, again: SecondCall | None) -> Any:
+    def _add_refined_faces(self, out: Any, second_pass: StockSecondPass | None) -> Any:
         """The stock call's result, its small faces drawn once more if that is wanted."""
         refined, notes = 0, list[str]()
-        if again is not None:
-            refined, notes = again.refine(self, out, lambda: self._painter(again.ip_scales))
+        if second_pass is not None:
+            refined, notes = second_pass.refine(self, out, lambda: self._inpainting_pipeline(second_pass.ip_scales))
             cast(Any, self).maybe_free_model_hooks()  # the sibling has our models, but does not take them away again
         if hasattr(out, "images"):
             out.refined, out.notes = refined, notes
         return out
 
-    def _painter(self, ip_scales: Sequence[Any]) -> Any:
+    def _inpainting_pipeline(self, ip_scales: Sequence[Any]) -> Any:
         """The inpainting pipeline around the same components, with its own scheduler and strengths of IP-Adapters."""
         mine = cast(Any, self)
-        with hushed():
-            made = imagined(inpainting(self)).from_pipe(
+        with quiet_libraries():
+            made = personalised_class(inpainting(self)).from_pipe(
                 self, scheduler=type(mine.scheduler).from_config(mine.scheduler.config)
             )
         made._ip_scales = ip_scales
@@ -348,45 +360,47 @@ class Personal(GuardedAttention, IPAdapters, Looking):
             made.watermark = None  # the picture has one
         return made
 
-    def _identity(
+    def _identity_parts(
         self, personas: Sequence[Sequence[Persona]], scale: Any, factors: Factors | None, batch: Batch
-    ) -> Parts:
+    ) -> ConditioningParts:
         """The identity branch of all rows; nothing if nobody is shown."""
-        spec, shown = identity_spec(self.adapter), self._vision(personas, 1)
+        spec, shown = identity_spec(self.adapter), self._vision_tokens(personas, 1)
         if spec is None or shown is None:
-            return Parts()
+            return ConditioningParts()
         absent = spec.absent == "zeros"
 
         def rows(each: Any) -> Tensor:
-            strength = self._strength(each, personas, batch.copies)
+            strength = self._identity_strength(each, personas, batch.copies)
             return torch.cat([strength * absent, strength]) if batch.guided else strength
 
         strength = {name: rows(each) for name, each in scale.items()} if isinstance(scale, Mapping) else rows(scale)
         if factors is not None:
             by_layer: Mapping[str, Any] = strength if isinstance(strength, dict) else dict.fromkeys(factors, strength)
             strength = {name: by_layer[name] * factor for name, factor in factors.items() if name in by_layer}
-        nobody = self._nobody(batch.prompts) if absent and batch.guided else None
-        return Parts({VISION: batch.rows(shown, nobody)}, {VISION: strength})
+        absent_tokens = self._absent_tokens(batch.prompts) if absent and batch.guided else None
+        return ConditioningParts({VISION: batch.rows(shown, absent_tokens)}, {VISION: strength})
 
-    def _pictured(self, images: Any, embeds: Any, masks: Any, batch: Batch) -> Callable[[], Parts]:
+    def _ip_adapter_parts(self, images: Any, embeds: Any, masks: Any, batch: Batch) -> Callable[[], ConditioningParts]:
         """What makes the branches of IP-Adapters: anew, from features seen once, when a callback sets their scales."""
         if images is None and embeds is None:
-            return Parts
+            return ConditioningParts
         features = self._ip_features(images, embeds, batch.guided)
-        return lambda: Parts(*self.ip_conditioning(None, features, masks, batch.prompts, batch.copies, batch.guided))
+        return lambda: ConditioningParts(
+            *self.ip_conditioning(None, features, masks, batch.prompts, batch.copies, batch.guided)
+        )
 
     # --- the sentence's further readers -----------------------------------------------------------------------------
 
-    def _text(
+    def _text_parts(
         self,
         given: Mapping[str, Any],
         batch: Batch,
         positive: Mapping[str, Tokens] | None,
         negative: Mapping[str, Tokens] | None,
-    ) -> Parts:
+    ) -> ConditioningParts:
         """The text branches of all rows that the text adapter reads."""
         if self.text_adapter is None:
-            return Parts()
+            return ConditioningParts()
         words: list[str] = []
         if positive is None:
             if given.get("prompt") is None:
@@ -402,15 +416,17 @@ class Personal(GuardedAttention, IPAdapters, Looking):
             words += negatives * batch.prompts if len(negatives) == 1 else negatives
         # All at once: an encoder that is offloaded comes to the device once a call, and leaves when the next one comes.
         read = self.encode_branches(words) if words else {}
-        wanted = {name: picked(each, slice(count)) for name, each in read.items()}
-        unread = {name: picked(each, slice(count, None)) for name, each in read.items()}
+        wanted = {name: select_rows(each, slice(count)) for name, each in read.items()}
+        negative_branches = {name: select_rows(each, slice(count, None)) for name, each in read.items()}
         if positive is not None:
-            wanted = self._branches("branch_embeds", positive, batch.prompts)
+            wanted = self._check_branch_embeds("branch_embeds", positive, batch.prompts)
         if negative is not None and batch.guided:
-            unread = self._branches("negative_branch_embeds", negative, batch.prompts)
-        return Parts({name: batch.rows(each, unread[name] if batch.guided else None) for name, each in wanted.items()})
+            negative_branches = self._check_branch_embeds("negative_branch_embeds", negative, batch.prompts)
+        return ConditioningParts(
+            {name: batch.rows(each, negative_branches[name] if batch.guided else None) for name, each in wanted.items()}
+        )
 
-    def _branches(self, argument: str, given: Mapping[str, Tokens], count: int) -> dict[str, Tokens]:
+    def _check_branch_embeds(self, argument: str, given: Mapping[str, Tokens], count: int) -> dict[str, Tokens]:
         """Text branches given as an argument, where the denoiser will run. Raises PromptError if they do not fit."""
         assert self.text_adapter is not None
         names = [spec.name for spec in self.text_adapter.branch_specs]
@@ -423,7 +439,7 @@ class Personal(GuardedAttention, IPAdapters, Looking):
                 f"{argument} has {len(given[wrong[0]].values)} rows of {wrong[0]} for {count} prompts: give one each."
             )
         device = cast(Any, self)._execution_device
-        return {name: placed(given[name], device, self.unet.dtype) for name in names}
+        return {name: tokens_to(given[name], device, self.unet.dtype) for name in names}
 
     @torch.no_grad()
     def encode_branches(self, prompts: "str | Sequence[str]") -> dict[str, Tokens]:
@@ -436,20 +452,23 @@ class Personal(GuardedAttention, IPAdapters, Looking):
                     f"The text adapter reads {name}, but the pipeline has no {name}_encoder with its {name}_tokenizer: "
                     "give both, as in ImaginePipeline.from_pipe(pipe, ...), or unload_adapter('text_adapter')."
                 )
-        readers = TextEncoders(
+        text_encoders = TextEncoders(
             None, None, mine.t5_encoder, mine.t5_tokenizer, mine.byt5_encoder, mine.byt5_tokenizer,
             mine._execution_device,
         )  # fmt: skip
-        read = {T5: readers.encode_t5, BYT5: readers.encode_byt5}
+        read = {T5: text_encoders.encode_t5, BYT5: text_encoders.encode_byt5}
         sentences = [prompts] if isinstance(prompts, str) else list(prompts)
         each = list(dict.fromkeys(sentences))  # the negative of a batch, above all, is usually one sentence
         rows = [each.index(sentence) for sentence in sentences]
-        return {name: picked(placed(read[name](each), mine._execution_device, self.unet.dtype), rows) for name in names}
+        return {
+            name: select_rows(tokens_to(read[name](each), mine._execution_device, self.unet.dtype), rows)
+            for name in names
+        }
 
     def free_encoders(self) -> None:
         """Drop every encoder for good, to make room: from then on give personas, prompt_embeds and branch_embeds."""
         if self.reference_encoder is not None and self.adapter is not None:
-            self._remember_eyes()
+            self._keep_encoder_info()
         for name in (*ENCODERS, "text_encoder", "text_encoder_2", "image_encoder"):
             if getattr(self, name, None) is not None:
                 setattr(self, name, None)
@@ -459,9 +478,9 @@ class Personal(GuardedAttention, IPAdapters, Looking):
             torch.cuda.empty_cache()
 
 
-_OURS = tuple(
+_OUR_ARGUMENTS = tuple(
     name
-    for name, each in inspect.signature(Personal.__call__).parameters.items()
+    for name, each in inspect.signature(PersonalisationMixin.__call__).parameters.items()
     if each.kind is inspect.Parameter.KEYWORD_ONLY
 )
 
@@ -471,7 +490,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def in_a_sentence(folder: Path) -> Iterator[None]:
+def as_weights_error(folder: Path) -> Iterator[None]:
     """Turn what the stock loader raises into a WeightsError: each library fails in its own way."""
     try:
         yield
@@ -484,31 +503,31 @@ def in_a_sentence(folder: Path) -> Iterator[None]:
 # --- the classes ------------------------------------------------------------------------------------------------------
 
 
-def imagined(stock: type) -> Any:
+def personalised_class(stock: type) -> Any:
     """The subclass of a stock pipeline class that knows people; always the same one. Raises ConfigError for others."""
-    if issubclass(stock, Personal):
+    if issubclass(stock, PersonalisationMixin):
         return stock
     if not any(base.__name__ in STOCK_PIPELINES for base in stock.__mro__):
         raise ConfigError(
             f"A {stock.__name__} cannot be made to know people: take one of Stable Diffusion 1.5 or XL, such as "
             "StableDiffusionXLPipeline."
         )
-    return _imagined(cast(Any, stock))
+    return _personalised_class(cast(Any, stock))
 
 
 @functools.cache
-def _imagined(stock: Any) -> Any:
+def _personalised_class(stock: Any) -> Any:
     first = "->".join(ENCODERS)
     members = {
         "__module__": __name__,
-        "__doc__": f"{stock.__doc__}\n    It knows people: see `imagine.stock.pipelines.Personal`.",
+        "__doc__": f"{stock.__doc__}\n    It knows people: see `imagine.stock.pipelines.PersonalisationMixin`.",
         "__init__": _constructor(stock),
         "_optional_components": [*stock._optional_components, *COMPONENTS],
         "model_cpu_offload_seq": f"{first}->{stock.model_cpu_offload_seq}",  # they run first, and leave first
         # Our encoder is not run through `forward` alone, so that hooks on its parts would come too late.
         "_exclude_from_cpu_offload": [*stock._exclude_from_cpu_offload, "vision_encoder"],
     }
-    return type(stock.__name__, (Personal, stock), members)
+    return type(stock.__name__, (PersonalisationMixin, stock), members)
 
 
 def _constructor(stock: Any) -> Any:
@@ -518,7 +537,7 @@ def _constructor(stock: Any) -> Any:
         ours = {name: components.pop(name, None) for name in COMPONENTS}
         stock.__init__(self, *arguments, **components)
         self.register_modules(**ours)
-        self._begin()
+        self._init_adapters()
 
     signature = inspect.signature(stock.__init__)
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in COMPONENTS]
@@ -533,4 +552,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import diffusers
 
-    return imagined(getattr(diffusers, name))
+    return personalised_class(getattr(diffusers, name))

@@ -23,24 +23,24 @@ from imagine.pipeline.controls import Window
 from imagine.pipeline.second_pass import (
     RefineFaces,
     SmallFace,
-    cells,
+    covered_latents,
     ellipse_around,
     find_small_faces,
     redraw_faces,
     seed_of,
 )
-from imagine.stock.call import Batch, picked
+from imagine.stock.call import Batch, select_rows
 
-BY_PROMPT = (
+PER_PROMPT_ARGUMENTS = (
     "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
     "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
 )  # fmt: skip
-FOR_ALL = (
+SHARED_ARGUMENTS = (
     "guidance_scale", "guidance_rescale", "eta", "clip_skip", "aesthetic_score", "negative_aesthetic_score",
     "ip_adapter_image",
 )  # fmt: skip
 DEFAULTS = ("guidance_scale", "num_inference_steps")  # which differ from one stock pipeline to the other
-STEP = 8  # stock pipelines take sides that are multiples of it
+SIDE_MULTIPLE = 8  # stock pipelines take sides that are multiples of it
 
 
 def inpainting(pipe: Any) -> Any:
@@ -52,11 +52,11 @@ def inpainting(pipe: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class SecondCall:
+class StockSecondPass:
     """What the second pass of a stock call takes over from the first, before that has begun.
 
     given: the first one's stock arguments, people in the sentences already in plain words. people: one list per prompt.
-    identity: our own arguments of `Personal.__call__` by name. seeds: one per picture. ip_scales: of IP-Adapters.
+    identity: our arguments of `__call__` by name. seeds: one per picture. ip_scales: of IP-Adapters.
     """
 
     settings: RefineFaces
@@ -77,7 +77,7 @@ class SecondCall:
         given: Mapping[str, Any],
         people: Sequence[Sequence[Persona]],
         identity: Mapping[str, Any],
-    ) -> "SecondCall | None":
+    ) -> "StockSecondPass | None":
         """Note what the first pass may change: the generators' states, scales, arguments; None if none is wanted."""
         if settings is None:
             return None
@@ -99,25 +99,28 @@ class SecondCall:
         if getattr(pipe, "interrupt", False) or not any(shown):
             return 0, []
         pictures = as_tensor(images)
-        side, within = _redrawn_side(pipe, pictures), self._painted(pipe, pictures)
+        side, within = _redrawn_side(pipe, pictures), self._inpainting_mask(pipe, pictures)
         faces, notes = find_small_faces(pictures, shown, pipe.finder, self.settings, side, within)
         if not faces:
             return 0, notes
-        again, size = sibling(), cast("tuple[int, int]", tuple(pictures.shape[-2:]))
+        inpainting_pipeline, size = sibling(), cast("tuple[int, int]", tuple(pictures.shape[-2:]))
 
         def redraw(some: Sequence[SmallFace], squares: Tensor) -> list[Tensor | None]:
-            return [self._redrawn(again, face, square, size) for face, square in zip(some, squares, strict=True)]
+            return [
+                self._redraw_face(inpainting_pipeline, face, square, size)
+                for face, square in zip(some, squares, strict=True)
+            ]
 
         refined = redraw_faces(pictures, faces, side, self.settings, redraw, 1, within)
         for row in {face.picture for face in refined}:
             _write(images, row, pictures[row])
         return len(refined), notes
 
-    def _redrawn(self, pipe: Any, face: SmallFace, square: Tensor, size: tuple[int, int]) -> Tensor | None:
+    def _redraw_face(self, pipe: Any, face: SmallFace, square: Tensor, size: tuple[int, int]) -> Tensor | None:
         """A square (3, S, S) in 0..1 drawn again as its person; None if the safety checker objects."""
         side, step = square.shape[-1], int(pipe.vae_scale_factor)
         ellipse = ellipse_around(face.box, face.place, self.settings.reach, self.settings.edge)
-        mask = cells(ellipse, square[:, ::step, ::step]).float()
+        mask = covered_latents(ellipse, square[:, ::step, ::step]).float()
         out = pipe(
             **self.arguments(face, size, inspect.signature(inpainting(pipe).__call__).parameters),
             image=square[None],
@@ -138,26 +141,26 @@ class SecondCall:
         """The arguments that a face of a picture (height, width) shares with the first pass, so far as `taken`."""
         prompt = face.picture // self.batch.copies
         given = {name: each for name, each in self.given.items() if each is not None and name in taken}
-        call = {name: _row(given[name], prompt) for name in BY_PROMPT if name in given}
-        call |= {name: given[name] for name in FOR_ALL if name in given}
+        call = {name: _value_of_prompt(given[name], prompt) for name in PER_PROMPT_ARGUMENTS if name in given}
+        call |= {name: given[name] for name in SHARED_ARGUMENTS if name in given}
         if (embeds := given.get("ip_adapter_image_embeds")) is not None:
-            call["ip_adapter_image_embeds"] = [_embeds(each, prompt, self.batch.guided) for each in embeds]
+            call["ip_adapter_image_embeds"] = [_embeds_of_prompt(each, prompt, self.batch.guided) for each in embeds]
         kwargs = dict(self.given["cross_attention_kwargs"])
         if kwargs.get("ip_adapter_masks") is not None:
             kwargs["ip_adapter_masks"] = _cut_masks(kwargs["ip_adapter_masks"], face, size)
         call["cross_attention_kwargs"] = kwargs or None
         for name in ("branch_embeds", "negative_branch_embeds"):
             if (branches := self.identity.get(name)) is not None:
-                call[name] = {branch: picked(each, slice(prompt, prompt + 1)) for branch, each in branches.items()}
-        return call | self._identity(prompt, face.person)
+                call[name] = {branch: select_rows(each, slice(prompt, prompt + 1)) for branch, each in branches.items()}
+        return call | self._identity_arguments(prompt, face.person)
 
-    def _identity(self, prompt: int, person: int) -> dict[str, Any]:
+    def _identity_arguments(self, prompt: int, person: int) -> dict[str, Any]:
         """Whose face it is, and how strongly, when and where that acts."""
-        if not self._refers(prompt):
+        if not self._uses_reference(prompt):
             return {}
         return {
             "reference": self.people[prompt][person],
-            "identity_scale": _of_prompt(self.identity["identity_scale"], prompt),
+            "identity_scale": _scale_of_prompt(self.identity["identity_scale"], prompt),
             "identity_window": self._window,
             "identity_blocks": self.identity["identity_blocks"],
         }
@@ -166,25 +169,29 @@ class SecondCall:
     def _window(self) -> Window:
         return self.settings.window(self.identity["identity_window"])
 
-    def _refers(self, prompt: int) -> bool:
+    def _uses_reference(self, prompt: int) -> bool:
         """Whether a reference is to be seen when a prompt's faces are redrawn."""
         if not self.people[prompt]:
             return False
         steps = len(self.settings.levels(_count(self.given)))
-        return _acts(_of_prompt(self.identity["identity_scale"], prompt)) and any(self._window.steps(steps))
+        return _any_nonzero(_scale_of_prompt(self.identity["identity_scale"], prompt)) and any(
+            self._window.steps(steps)
+        )
 
     def _people_in(self, prompt: int) -> int:
         """How many people a prompt's pictures show: those referred to, else those of IP-Adapters."""
-        if self._refers(prompt):
+        if self._uses_reference(prompt):
             return len(self.people[prompt])
         asked = any(self.given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
-        if not asked or (self.ip_scales and not _acts(self.ip_scales)):  # diffusers' own keep their scales elsewhere
+        if not asked or (
+            self.ip_scales and not _any_nonzero(self.ip_scales)
+        ):  # diffusers' own keep their scales elsewhere
             return 0
         masks = self.given["cross_attention_kwargs"].get("ip_adapter_masks")
         regions = [each.shape[-3] for each in ([] if masks is None else masks) if each is not None]
         return max(regions, default=1)  # one person has a region
 
-    def _painted(self, pipe: Any, pictures: Tensor) -> Tensor | None:
+    def _inpainting_mask(self, pipe: Any, pictures: Tensor) -> Tensor | None:
         """Where inpainting painted, (B, 1, H, W) in 0..1: all else is not the model's, and stays."""
         if self.given.get("mask_image") is None:
             return None
@@ -224,7 +231,7 @@ def _redrawn_side(pipe: Any, pictures: Tensor) -> int:
     longest = max(pictures.shape[-2:])
     if native:
         longest = min(longest, (native if isinstance(native, int) else min(native)) * factor)
-    step = math.lcm(STEP, factor)
+    step = math.lcm(SIDE_MULTIPLE, factor)
     return max(step, longest // step * step)
 
 
@@ -259,39 +266,43 @@ def _steps(settings: RefineFaces, given: Mapping[str, Any]) -> int:
     return asked if int(asked * settings.strength) >= wanted else asked + 1  # diffusers rounds down
 
 
-def _row(value: Any, prompt: int) -> Any:
+def _value_of_prompt(value: Any, prompt: int) -> Any:
     """One prompt's part of an argument that may have a row for each."""
     if isinstance(value, Tensor):
         return value[prompt : prompt + 1]
     return value[prompt % len(value)] if isinstance(value, (list, tuple)) else value
 
 
-def _embeds(embeds: Tensor, prompt: int, guided: bool) -> Tensor:
+def _embeds_of_prompt(embeds: Tensor, prompt: int, guided: bool) -> Tensor:
     """One prompt's rows of an IP-Adapter's embeddings, the negative one first if guided."""
     sides = embeds.chunk(2) if guided else (embeds,)
     return torch.cat([side[prompt : prompt + 1] if len(side) > 1 else side for side in sides])
 
 
-def _of_prompt(scale: Any, prompt: int) -> Any:
+def _scale_of_prompt(scale: Any, prompt: int) -> Any:
     """One prompt's part of an identity scale: one number, or one per prompt, or a mapping to these."""
     if isinstance(scale, Mapping):
-        return {name: _of_prompt(each, prompt) for name, each in scale.items()}
+        return {name: _scale_of_prompt(each, prompt) for name, each in scale.items()}
     each = torch.as_tensor(scale, dtype=torch.float32).flatten()
     return float(each[prompt % len(each)])
 
 
-def _acts(scale: Any) -> bool:
+def _any_nonzero(scale: Any) -> bool:
     """Whether anything in a scale, however nested, is not 0."""
     if isinstance(scale, Mapping):
-        return any(map(_acts, scale.values()))
-    return any(map(_acts, scale)) if isinstance(scale, (list, tuple)) else bool(scale)
+        return any(map(_any_nonzero, scale.values()))
+    return any(map(_any_nonzero, scale)) if isinstance(scale, (list, tuple)) else bool(scale)
 
 
 def _cut_masks(masks: Any, face: SmallFace, size: tuple[int, int]) -> Any:
     """The part of IP-Adapters' masks, each (..., images, h, w), that lies in a face's square."""
     left, top, right, bottom = face.place
 
-    def cut(mask: Tensor) -> Tensor:
+    def crop_square(mask: Tensor) -> Tensor:
         return F.interpolate(mask.float(), size=size)[..., top:bottom, left:right].to(mask.dtype)
 
-    return cut(masks) if isinstance(masks, Tensor) else [None if each is None else cut(each) for each in masks]
+    return (
+        crop_square(masks)
+        if isinstance(masks, Tensor)
+        else [None if each is None else crop_square(each) for each in masks]
+    )

@@ -8,7 +8,7 @@ from imagine.world.camera import Light, View, head_place
 from imagine.world.contexts import Contexts
 from imagine.world.glyphs import atlas
 from imagine.world.head import skin_colour
-from imagine.world.paint import colour, column, cover, ellipse, lay, segment, shade
+from imagine.world.paint import blend, colour, coverage, ellipse, per_pixel, segment, shade
 from imagine.world.people import People
 from imagine.world.vocabulary import CLOTHES, COLOUR_RGB, FRAMINGS, HELD, MAX_LETTERS
 
@@ -20,49 +20,49 @@ def paint_body(canvas: Tensor, people: People, contexts: Contexts, view: View, l
     x, y = view.x, view.y
     skin = colour(skin_colour(people))
     soft = 2 * view.pixel
-    neck = cover(torch.maximum(x.abs() - 0.42 * view.width / 0.78, (y - 1.0).abs() - 0.7), soft)
-    lay(canvas, skin * (0.78 * light.on(x, 0 * x, torch.sqrt((1 - x * x).clamp(min=0.1)))).unsqueeze(1), neck)
+    neck = coverage(torch.maximum(x.abs() - 0.42 * view.width / 0.78, (y - 1.0).abs() - 0.7), soft)
+    blend(canvas, skin * (0.78 * light.brightness(x, 0 * x, torch.sqrt((1 - x * x).clamp(min=0.1)))).unsqueeze(1), neck)
     torso = _torso(x, y, soft)
     cloth = canvas.new_tensor(COLOUR_RGB)[contexts.clothes_colour]
     across = (x / (1.1 * _SHOULDER)).clamp(-1, 1)
-    bright = light.on(across, 0 * x - 0.25, torch.sqrt((1 - across**2).clamp(min=0.05))).unsqueeze(1)
-    lay(canvas, colour(cloth) * bright, torso)
-    arms = cover((x.abs() - 1.08 - 0.05 * (y - 2)).abs() - 0.02, 3 * view.pixel) * (y > 1.75) * torso
+    bright = light.brightness(across, 0 * x - 0.25, torch.sqrt((1 - across**2).clamp(min=0.05))).unsqueeze(1)
+    blend(canvas, colour(cloth) * bright, torso)
+    arms = coverage((x.abs() - 1.08 - 0.05 * (y - 2)).abs() - 0.02, 3 * view.pixel) * (y > 1.75) * torso
     shade(canvas, 1 - 0.25 * arms)
-    _paint_cut(canvas, contexts, view, torso, skin, bright, colour(cloth))
+    _paint_clothes_details(canvas, contexts, view, torso, skin, bright, colour(cloth))
     return torch.maximum(neck, torso)
 
 
 def _torso(x: Tensor, y: Tensor, soft: Tensor) -> Tensor:
     line = 1.26 + 0.42 * (x.abs() / _SHOULDER) ** 2.2
-    return cover(torch.maximum(line - y, x.abs() - _SHOULDER - 0.06 * (y - 2)), soft)
+    return coverage(torch.maximum(line - y, x.abs() - _SHOULDER - 0.06 * (y - 2)), soft)
 
 
-def _paint_cut(
+def _paint_clothes_details(
     canvas: Tensor, contexts: Contexts, view: View, torso: Tensor, skin: Tensor, bright: Tensor, cloth: Tensor
 ) -> None:
     """What tells a hoodie from a suit."""
     x, y, soft = view.x, view.y, 2 * view.pixel
-    kind = column(contexts.clothes)
+    kind = per_pixel(contexts.clothes)
     white = canvas.new_tensor((0.96, 0.96, 0.95)).view(1, 3, 1, 1)
     is_shirt = (kind == CLOTHES.index("t-shirt")) | (kind == CLOTHES.index("striped shirt"))
-    collar = cover(ellipse(x, y - 1.22, 0.56, 0.36), soft) * torso
-    lay(canvas, skin * 0.88 * bright, collar * is_shirt)
-    hood = cover((ellipse(x, y - 1.24, 0.92, 0.42)).abs() - 0.13, soft) * (y > 1.16)
+    collar = coverage(ellipse(x, y - 1.22, 0.56, 0.36), soft) * torso
+    blend(canvas, skin * 0.88 * bright, collar * is_shirt)
+    hood = coverage((ellipse(x, y - 1.24, 0.92, 0.42)).abs() - 0.13, soft) * (y > 1.16)
     hoodie = kind == CLOTHES.index("hoodie")
-    lay(canvas, cloth * 0.70 * bright, hood * hoodie * torso)
-    strings = cover(torch.maximum((x.abs() - 0.24).abs() - 0.035, (y - 1.92).abs() - 0.24), soft)
-    lay(canvas, white * bright, strings * hoodie * torso)
+    blend(canvas, cloth * 0.70 * bright, hood * hoodie * torso)
+    strings = coverage(torch.maximum((x.abs() - 0.24).abs() - 0.035, (y - 1.92).abs() - 0.24), soft)
+    blend(canvas, white * bright, strings * hoodie * torso)
     suit = kind == CLOTHES.index("suit")
-    vee = cover(x.abs() - 0.62 + 0.42 * (y - 1.2), soft) * torso * (y < 2.7)
-    lay(canvas, white * bright, vee * suit)
-    lapel = cover((x.abs() - 0.70 + 0.42 * (y - 1.2)).abs() - 0.07, soft) * torso * (y < 2.8)
+    vee = coverage(x.abs() - 0.62 + 0.42 * (y - 1.2), soft) * torso * (y < 2.7)
+    blend(canvas, white * bright, vee * suit)
+    lapel = coverage((x.abs() - 0.70 + 0.42 * (y - 1.2)).abs() - 0.07, soft) * torso * (y < 2.8)
     shade(canvas, 1 - 0.4 * lapel * suit)
-    tie = cover(x.abs() - 0.09 - 0.06 * (y - 1.3), soft) * vee
-    lay(canvas, canvas.new_tensor((0.62, 0.10, 0.14)).view(1, 3, 1, 1) * bright, tie * suit)
-    stripes = cover(((y * 1.9) - (y * 1.9).round()).abs() - 0.22, 3.8 * view.pixel) * torso * (1 - collar)
+    tie = coverage(x.abs() - 0.09 - 0.06 * (y - 1.3), soft) * vee
+    blend(canvas, canvas.new_tensor((0.62, 0.10, 0.14)).view(1, 3, 1, 1) * bright, tie * suit)
+    stripes = coverage(((y * 1.9) - (y * 1.9).round()).abs() - 0.22, 3.8 * view.pixel) * torso * (1 - collar)
     contrast = torch.where(cloth.mean(1, keepdim=True) > 0.7, 0.25, 0.95)
-    lay(canvas, contrast * bright.expand(-1, 3, -1, -1), stripes * (kind == CLOTHES.index("striped shirt")))
+    blend(canvas, contrast * bright.expand(-1, 3, -1, -1), stripes * (kind == CLOTHES.index("striped shirt")))
 
 
 def paint_letters(canvas: Tensor, contexts: Contexts, view: View) -> None:
@@ -71,7 +71,7 @@ def paint_letters(canvas: Tensor, contexts: Contexts, view: View) -> None:
     if not len(rows):
         return
     letters = contexts.letters[rows]
-    count, width, height, middle = (column(value) for value in _word(contexts[rows]))
+    count, width, height, middle = (per_pixel(value) for value in _word(contexts[rows]))
     place = view.x[rows] / width + count / 2  # in letters, from the left edge of the word
     v = (view.y[rows] - middle) / height  # -0.5 to 0.5 within a letter
     sheet = atlas().to(canvas.device)
@@ -83,7 +83,7 @@ def paint_letters(canvas: Tensor, contexts: Contexts, view: View) -> None:
     dark = (canvas.new_tensor(COLOUR_RGB)[contexts.clothes_colour[rows]].mean(1) > 0.42).float()
     tone = (1 - dark).view(-1, 1, 1, 1).expand(-1, 3, 1, 1) * 0.92 + 0.05
     part = canvas[rows]
-    lay(part, tone, ink.clamp(max=1) * _torso(view.x[rows], view.y[rows], 2 * view.pixel[rows]))
+    blend(part, tone, ink.clamp(max=1) * _torso(view.x[rows], view.y[rows], 2 * view.pixel[rows]))
     canvas[rows] = part
 
 
@@ -116,8 +116,8 @@ def paint_held(canvas: Tensor, people: People, contexts: Contexts, view: View, l
         part = canvas[rows]
         x, y, soft = view.x[rows] - 1.22, view.y[rows] - 1.72, 2 * view.pixel[rows]
         mask = _HELD_PAINTERS[HELD[number]](part, x, y, soft)
-        hand = cover(ellipse(x, y - 0.1, 0.24, 0.22), soft)
-        lay(part, colour(skin_colour(people[rows])) * 0.95, hand)
+        hand = coverage(ellipse(x, y - 0.1, 0.24, 0.22), soft)
+        blend(part, colour(skin_colour(people[rows])) * 0.95, hand)
         canvas[rows] = part
         full[rows] = torch.maximum(mask, hand)
     return full
@@ -128,32 +128,32 @@ def _flat(canvas: Tensor, rgb: tuple[float, float, float]) -> Tensor:
 
 
 def _balloon(canvas: Tensor, x: Tensor, y: Tensor, soft: Tensor) -> Tensor:
-    string = cover(torch.maximum((x - 0.12 * y * y * 0.1).abs() - 0.02, (y + 0.8).abs() - 0.9), soft)
-    lay(canvas, _flat(canvas, (0.95, 0.95, 0.95)), string)
-    ball = cover(ellipse(x - 0.12, y + 2.0, 0.40, 0.50), soft)
-    lay(canvas, _flat(canvas, (0.92, 0.20, 0.24)), ball)
-    lay(canvas, _flat(canvas, (1.0, 0.75, 0.75)), cover(ellipse(x + 0.03, y + 2.2, 0.11, 0.14), 2 * soft) * 0.9)
+    string = coverage(torch.maximum((x - 0.12 * y * y * 0.1).abs() - 0.02, (y + 0.8).abs() - 0.9), soft)
+    blend(canvas, _flat(canvas, (0.95, 0.95, 0.95)), string)
+    ball = coverage(ellipse(x - 0.12, y + 2.0, 0.40, 0.50), soft)
+    blend(canvas, _flat(canvas, (0.92, 0.20, 0.24)), ball)
+    blend(canvas, _flat(canvas, (1.0, 0.75, 0.75)), coverage(ellipse(x + 0.03, y + 2.2, 0.11, 0.14), 2 * soft) * 0.9)
     return torch.maximum(string, ball)
 
 
 def _flower(canvas: Tensor, x: Tensor, y: Tensor, soft: Tensor) -> Tensor:
-    stem = cover(torch.maximum(x.abs() - 0.04, (y + 0.35).abs() - 0.5), soft)
-    lay(canvas, _flat(canvas, (0.16, 0.50, 0.20)), stem)
+    stem = coverage(torch.maximum(x.abs() - 0.04, (y + 0.35).abs() - 0.5), soft)
+    blend(canvas, _flat(canvas, (0.16, 0.50, 0.20)), stem)
     radius = torch.hypot(x, y + 0.95)
-    petals = cover(radius - 0.36 - 0.08 * torch.cos(5 * torch.atan2(y + 0.95, x)), soft)
-    lay(canvas, _flat(canvas, (0.98, 0.52, 0.72)), petals)
-    lay(canvas, _flat(canvas, (0.98, 0.84, 0.24)), cover(radius - 0.15, soft))
+    petals = coverage(radius - 0.36 - 0.08 * torch.cos(5 * torch.atan2(y + 0.95, x)), soft)
+    blend(canvas, _flat(canvas, (0.98, 0.52, 0.72)), petals)
+    blend(canvas, _flat(canvas, (0.98, 0.84, 0.24)), coverage(radius - 0.15, soft))
     return torch.maximum(stem, petals)
 
 
 def _cup(canvas: Tensor, x: Tensor, y: Tensor, soft: Tensor) -> Tensor:
-    handle = cover((torch.hypot(x - 0.34, y + 0.30) - 0.17).abs() - 0.05, soft)
-    lay(canvas, _flat(canvas, (0.85, 0.85, 0.88)), handle)
-    mug = cover(torch.maximum(x.abs() - 0.32, (y + 0.30).abs() - 0.38), soft)
-    lay(canvas, _flat(canvas, (0.96, 0.96, 0.97)), mug)
-    lay(canvas, _flat(canvas, (0.20, 0.55, 0.75)), mug * cover((y + 0.30).abs() - 0.10, soft))
+    handle = coverage((torch.hypot(x - 0.34, y + 0.30) - 0.17).abs() - 0.05, soft)
+    blend(canvas, _flat(canvas, (0.85, 0.85, 0.88)), handle)
+    mug = coverage(torch.maximum(x.abs() - 0.32, (y + 0.30).abs() - 0.38), soft)
+    blend(canvas, _flat(canvas, (0.96, 0.96, 0.97)), mug)
+    blend(canvas, _flat(canvas, (0.20, 0.55, 0.75)), mug * coverage((y + 0.30).abs() - 0.10, soft))
     away, _ = segment(x, y, *(x.new_tensor(v) for v in (0.0, -0.95, 0.08, -1.25)))
-    lay(canvas, _flat(canvas, (1.0, 1.0, 1.0)), cover(away - 0.05, 3 * soft) * 0.6)
+    blend(canvas, _flat(canvas, (1.0, 1.0, 1.0)), coverage(away - 0.05, 3 * soft) * 0.6)
     return torch.maximum(mug, handle)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imagine.world.contexts import Contexts
-from imagine.world.paint import column
+from imagine.world.paint import per_pixel
 from imagine.world.people import People
 from imagine.world.vocabulary import LIGHTS
 
@@ -30,7 +30,7 @@ class Light:
     diffuse: Tensor
     tint: Tensor
 
-    def on(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    def brightness(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """How bright a surface with this normal is, (B, H, W)."""
         d = self.direction
         return self.ambient + self.diffuse * (x * d[:, 0] + y * d[:, 1] + z * d[:, 2]).clamp(min=0)
@@ -68,19 +68,19 @@ class View:
         return torch.stack((x, y), -1)
 
 
-def look(people: People, contexts: Contexts, size: int, centre: "Tensor | None", shrink: float) -> View:
+def view_of(people: People, contexts: Contexts, size: int, centre: "Tensor | None", shrink: float) -> View:
     """The view of each person; `centre` (B, 2) overrides the framing's place, `shrink` its size (for groups)."""
     device = contexts.yaw.device
     usual, scale = head_place(contexts)
     centre, scale = usual if centre is None else centre, scale * shrink
     axis = (torch.arange(size, device=device) + 0.5) / size
-    x = ((axis.view(1, 1, -1) - column(centre[:, 0])) / column(scale)).expand(-1, size, -1)
-    y = ((axis.view(1, -1, 1) - column(centre[:, 1])) / column(scale)).expand(-1, -1, size)
-    cos, sin = column(contexts.roll.cos()), column(contexts.roll.sin())
+    x = ((axis.view(1, 1, -1) - per_pixel(centre[:, 0])) / per_pixel(scale)).expand(-1, size, -1)
+    y = ((axis.view(1, -1, 1) - per_pixel(centre[:, 1])) / per_pixel(scale)).expand(-1, -1, size)
+    cos, sin = per_pixel(contexts.roll.cos()), per_pixel(contexts.roll.sin())
     right, down, front = _axes(contexts.yaw, contexts.pitch)
     return View(
-        x, y, cos * x + sin * y, cos * y - sin * x, column(1.0 / (size * scale)), right, down, front,
-        column(0.70 + 0.16 * people.head_width), centre, scale, contexts.roll,
+        x, y, cos * x + sin * y, cos * y - sin * x, per_pixel(1.0 / (size * scale)), right, down, front,
+        per_pixel(0.70 + 0.16 * people.head_width), centre, scale, contexts.roll,
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def light_of(contexts: Contexts) -> Light:
         return torch.tensor([row[index] for row in rows], device=contexts.light.device)[contexts.light]
 
     direction = torch.nn.functional.normalize(table(0), dim=1).view(-1, 3, 1, 1)
-    return Light(direction, column(table(1)), column(table(2)), table(3))
+    return Light(direction, per_pixel(table(1)), per_pixel(table(2)), table(3))
 
 
 def _axes(yaw: Tensor, pitch: Tensor) -> tuple[Tensor, Tensor, Tensor]:

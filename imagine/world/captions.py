@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from imagine.world import vocabulary as words
-from imagine.world.contexts import Contexts, bins, spell
+from imagine.world.contexts import Contexts, attribute_indices, letters_text
 from imagine.world.people import People
 
 PHRASES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -115,11 +115,11 @@ _HAIR = {
 
 def attributes(people: People, contexts: Contexts) -> list[dict[str, str]]:
     """Every named fact about each picture: context attributes, letters (maybe empty) and identity traits."""
-    numbers = bins(contexts)
+    numbers = attribute_indices(contexts)
     rows = []
     for i in range(len(contexts)):
         row = {name: values[int(numbers[name][i])] for name, values in words.ATTRIBUTES.items()}
-        row["letters"] = spell(contexts.letters[i])
+        row["letters"] = letters_text(contexts.letters[i])
         row |= {name: values[int(getattr(people, name)[i])] for name, values in words.TRAITS.items()}
         rows.append(row)
     return rows
@@ -149,14 +149,16 @@ def _garment(row: dict[str, str]) -> str:
     return text + (f' with the letters "{row["letters"]}"' if row["letters"] else "")
 
 
-def _picture(row: dict[str, str], random: np.random.Generator, often: float, default_often: float) -> list[str]:
+def _picture(
+    row: dict[str, str], random: np.random.Generator, probability: float, default_probability: float
+) -> list[str]:
     """What the picture shows, some of it left out, in a fixed order or (half of the time) a shuffled one."""
     parts = []
     for name in _ORDER:
-        chance = default_often if row[name] == _DEFAULTS.get(name) else often
+        chance = default_probability if row[name] == _DEFAULTS.get(name) else probability
         if random.random() < chance:
             parts.append(_choose(random, PHRASES[name][row[name]]))
-    if row["letters"] or random.random() < often:
+    if row["letters"] or random.random() < probability:
         parts.insert(min(2, len(parts)), _garment(row))
     if random.random() < 0.5:
         random.shuffle(parts)
@@ -176,8 +178,8 @@ def _rewritten(people: People, i: int, row: dict[str, str], random: np.random.Ge
 
 def _dense(people: People, i: int, row: dict[str, str], random: np.random.Generator) -> str:
     opening, picture = _opening(row, random), _picture(row, random, 0.9, 0.25)
-    room = _DENSE_LENGTH - _length(opening) - sum(map(_length, picture))
-    return opening + ", ".join([_person(people, i, row, room, random), *picture])
+    tokens_left = _DENSE_LENGTH - _length(opening) - sum(map(_length, picture))
+    return opening + ", ".join([_person(people, i, row, tokens_left, random), *picture])
 
 
 def _length(text: str) -> int:
@@ -185,7 +187,7 @@ def _length(text: str) -> int:
     return len(text.replace("-", " - ").split()) + 1
 
 
-def _person(people: People, i: int, row: dict[str, str], room: int, random: np.random.Generator) -> str:
+def _person(people: People, i: int, row: dict[str, str], tokens_left: int, random: np.random.Generator) -> str:
     """Who is in the picture: what strikes first, then as many finer traits as there is room for."""
     age, skin = float(people.age[i]), float(people.skin[i])
     noun = "a young person" if age < 0.35 else "an old person" if age > 0.7 else "a person"
@@ -201,10 +203,10 @@ def _person(people: People, i: int, row: dict[str, str], room: int, random: np.r
         if value < 0.3 or value > 0.7:
             finer.append(low if value < 0.3 else high)
     random.shuffle(finer)
-    room -= sum(map(_length, parts)) + 4
+    tokens_left -= sum(map(_length, parts)) + 4
     for phrase in finer:
-        room -= _length(phrase)
-        if room >= 0:
+        tokens_left -= _length(phrase)
+        if tokens_left >= 0:
             parts.append(phrase)
     return f"{noun} with {', '.join(parts)}"
 

@@ -48,18 +48,18 @@ def sample_contexts(seeds: Sequence[int]) -> Contexts:
     return Contexts(**{s.name: torch.as_tensor(np.array([row[s.name] for row in rows])) for s in fields(Contexts)})
 
 
-def bins(contexts: Contexts) -> dict[str, Tensor]:
+def attribute_indices(contexts: Contexts) -> dict[str, Tensor]:
     """Each closed attribute as indices (N,) into `vocabulary.ATTRIBUTES`."""
     return {
-        "yaw": _three(contexts.yaw, 0.2),
-        "pitch": _three(contexts.pitch, 0.13),
-        "roll": _three(contexts.roll, 0.12),
-        "gaze": _three(contexts.gaze, 0.4),
+        "yaw": _side_index(contexts.yaw, 0.2),
+        "pitch": _side_index(contexts.pitch, 0.13),
+        "roll": _side_index(contexts.roll, 0.12),
+        "gaze": _side_index(contexts.gaze, 0.4),
         **{name: getattr(contexts, name) for name in words.ATTRIBUTES if name not in ("yaw", "pitch", "roll", "gaze")},
     }
 
 
-def spell(letters: Tensor) -> str:
+def letters_text(letters: Tensor) -> str:
     """One row of letter numbers as text; empty if there are none."""
     return "".join(words.LETTERS[number - 1] for number in letters.tolist() if number > 0)
 
@@ -70,7 +70,7 @@ def letter_numbers(text: str) -> Tensor:
     return torch.tensor(numbers + [0] * (words.MAX_LETTERS - len(numbers)))
 
 
-def _three(values: Tensor, edge: float) -> Tensor:
+def _side_index(values: Tensor, edge: float) -> Tensor:
     return (values > edge).long() - (values < -edge).long() + 1
 
 

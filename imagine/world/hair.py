@@ -6,7 +6,7 @@ from torch import Tensor
 from imagine.world.camera import Light, View
 from imagine.world.contexts import Contexts
 from imagine.world.head import hair_colour, surface
-from imagine.world.paint import colour, column, cover, ellipse, lay, shade
+from imagine.world.paint import blend, colour, coverage, ellipse, per_pixel, shade
 from imagine.world.people import People
 from imagine.world.vocabulary import COLOUR_RGB, HAIR_STYLES
 
@@ -28,7 +28,7 @@ _CAPS = {
 def paint_back_hair(canvas: Tensor, people: People, view: View, light: Light) -> Tensor:
     """What hangs or stands behind the head, before body and face; returns its coverage (B, H, W)."""
     x, y = view.head_x, view.head_y
-    style = column(people.hair_style)
+    style = per_pixel(people.hair_style)
     soft = 2 * view.pixel
     fall = (
         torch.hypot((x.abs() - 0.62).clamp(min=0), ((y - 0.35).abs() - 1.0).clamp(min=0))
@@ -44,31 +44,31 @@ def paint_back_hair(canvas: Tensor, people: People, view: View, light: Light) ->
     }
     mask = torch.zeros_like(x)
     for name, distance in shapes.items():
-        mask = torch.where(style == HAIR_STYLES.index(name), cover(distance, soft), mask)
-    bright = light.on(x * 0.5, y * 0.5, torch.full_like(x, 0.6)) * 0.86
-    lay(canvas, colour(hair_colour(people)) * bright.unsqueeze(1), mask)
+        mask = torch.where(style == HAIR_STYLES.index(name), coverage(distance, soft), mask)
+    bright = light.brightness(x * 0.5, y * 0.5, torch.full_like(x, 0.6)) * 0.86
+    blend(canvas, colour(hair_colour(people)) * bright.unsqueeze(1), mask)
     return mask
 
 
 def paint_hair(canvas: Tensor, people: People, view: View, light: Light) -> Tensor:
     """The cap of hair over the head; returns its coverage (B, H, W)."""
     swell, line, slant, opacity = (
-        column(people.skin.new_tensor([_CAPS[name][i] for name in HAIR_STYLES])[people.hair_style]) for i in range(4)
+        per_pixel(people.skin.new_tensor([_CAPS[name][i] for name in HAIR_STYLES])[people.hair_style]) for i in range(4)
     )
-    style = column(people.hair_style)
+    style = per_pixel(people.hair_style)
     soft = 3 * view.pixel
     cap = surface(people, view, swell)
     edge = line + slant * cap.x + 0.10 * cap.x**2
     edge = edge + (style == HAIR_STYLES.index("curly")) * 0.05 * torch.sin(16 * cap.x)
     # Behind the ears hair reaches lower than at the brow; on a turned head that is what shows at the side.
-    mask = torch.maximum(cover(cap.y - edge, soft), cover(cap.z + 0.08, soft) * cover(cap.y - 0.35, soft))
+    mask = torch.maximum(coverage(cap.y - edge, soft), coverage(cap.z + 0.08, soft) * coverage(cap.y - 0.35, soft))
     mask = mask * cap.inside * opacity
     crest = surface(people, view, 1.34)
-    strip = crest.inside * cover(crest.x.abs() - 0.17, soft) * cover(crest.y + 0.40, soft)
+    strip = crest.inside * coverage(crest.x.abs() - 0.17, soft) * coverage(crest.y + 0.40, soft)
     mask = torch.where(style == HAIR_STYLES.index("mohawk"), torch.maximum(mask, strip), mask)
-    bright = light.on(*cap.normal)
+    bright = light.brightness(*cap.normal)
     gloss = (1 - (cap.y + 0.72).abs() * 5).clamp(0, 1) * 0.16
-    lay(canvas, colour(hair_colour(people)) * (bright + gloss).unsqueeze(1), mask)
+    blend(canvas, colour(hair_colour(people)) * (bright + gloss).unsqueeze(1), mask)
     return mask
 
 
@@ -95,34 +95,34 @@ def _light_rows(light: Light, rows: Tensor) -> Light:
 
 def _cap(canvas: Tensor, people: People, view: View, light: Light, rgb: Tensor) -> Tensor:
     dome = surface(people, view, 1.17)
-    mask = dome.inside * cover(dome.y + 0.42 - 0.1 * dome.x**2, 2 * view.pixel)
-    lay(canvas, rgb * light.on(*dome.normal).unsqueeze(1), mask)
+    mask = dome.inside * coverage(dome.y + 0.42 - 0.1 * dome.x**2, 2 * view.pixel)
+    blend(canvas, rgb * light.brightness(*dome.normal).unsqueeze(1), mask)
     cx, cy = view.place(0.0, -0.42, 1.35)
-    brim = cover(ellipse(view.head_x - cx, view.head_y - cy, 0.74 * view.width / 0.78, 0.17), 2 * view.pixel)
-    lay(canvas, rgb * 0.72, brim)
+    brim = coverage(ellipse(view.head_x - cx, view.head_y - cy, 0.74 * view.width / 0.78, 0.17), 2 * view.pixel)
+    blend(canvas, rgb * 0.72, brim)
     return torch.maximum(mask, brim)
 
 
 def _beanie(canvas: Tensor, people: People, view: View, light: Light, rgb: Tensor) -> Tensor:
     dome = surface(people, view, 1.20)
-    mask = dome.inside * cover(dome.y + 0.36, 2 * view.pixel)
-    lay(canvas, rgb * light.on(*dome.normal).unsqueeze(1), mask)
-    shade(canvas, 1 - 0.28 * mask * cover((dome.y + 0.46).abs() - 0.10, 2 * view.pixel))
+    mask = dome.inside * coverage(dome.y + 0.36, 2 * view.pixel)
+    blend(canvas, rgb * light.brightness(*dome.normal).unsqueeze(1), mask)
+    shade(canvas, 1 - 0.28 * mask * coverage((dome.y + 0.46).abs() - 0.10, 2 * view.pixel))
     cx, cy = view.place(0.0, -1.22, 0.0)
-    ball = cover(torch.hypot(view.head_x - cx, view.head_y - cy) - 0.2, 2 * view.pixel)
-    lay(canvas, rgb * 0.5 + 0.5, ball)
+    ball = coverage(torch.hypot(view.head_x - cx, view.head_y - cy) - 0.2, 2 * view.pixel)
+    blend(canvas, rgb * 0.5 + 0.5, ball)
     return torch.maximum(mask, ball)
 
 
 def _sun_hat(canvas: Tensor, people: People, view: View, light: Light, rgb: Tensor) -> Tensor:
     straw = canvas.new_tensor((0.93, 0.80, 0.52)).view(1, 3, 1, 1)
     cx, cy = view.place(0.0, -0.48, 0.25)
-    brim = cover(ellipse(view.head_x - cx, view.head_y - cy, 1.55, 0.27), 2 * view.pixel)
+    brim = coverage(ellipse(view.head_x - cx, view.head_y - cy, 1.55, 0.27), 2 * view.pixel)
     dome = surface(people, view, 1.22)
-    crown = dome.inside * cover(dome.y + 0.50, 2 * view.pixel)
-    lay(canvas, straw * 0.82 * light.on(0 * view.x, 0 * view.x - 0.5, 0 * view.x + 0.8).unsqueeze(1), brim)
-    lay(canvas, straw * light.on(*dome.normal).unsqueeze(1), crown)
-    lay(canvas, rgb, crown * cover((dome.y + 0.58).abs() - 0.10, 2 * view.pixel))
+    crown = dome.inside * coverage(dome.y + 0.50, 2 * view.pixel)
+    blend(canvas, straw * 0.82 * light.brightness(0 * view.x, 0 * view.x - 0.5, 0 * view.x + 0.8).unsqueeze(1), brim)
+    blend(canvas, straw * light.brightness(*dome.normal).unsqueeze(1), crown)
+    blend(canvas, rgb, crown * coverage((dome.y + 0.58).abs() - 0.10, 2 * view.pixel))
     return torch.maximum(brim, crown)
 
 
@@ -131,9 +131,9 @@ def _crown(canvas: Tensor, people: People, view: View, light: Light, rgb: Tensor
     cx, cy = view.place(0.0, -0.78, 0.1)
     x, y = view.head_x - cx, view.head_y - cy
     spikes = ((x * 2.2) - (x * 2.2).round()).abs() * 0.9
-    mask = cover(
+    mask = coverage(
         torch.maximum(torch.maximum(x.abs() - 0.70, y - 0.24 - 0.1 * (1 - x * x)), -0.42 + spikes - y), 2 * view.pixel
     )
-    lay(canvas, gold * light.on(x, 0 * x, torch.sqrt((1 - x * x).clamp(min=0.1))).unsqueeze(1), mask)
-    lay(canvas, rgb * 0.9, mask * cover(torch.hypot(x, y - 0.08) - 0.09, 2 * view.pixel))
+    blend(canvas, gold * light.brightness(x, 0 * x, torch.sqrt((1 - x * x).clamp(min=0.1))).unsqueeze(1), mask)
+    blend(canvas, rgb * 0.9, mask * coverage(torch.hypot(x, y - 0.08) - 0.09, 2 * view.pixel))
     return mask

@@ -11,11 +11,11 @@ from torch import Tensor
 from imagine.world import vocabulary as words
 from imagine.world.camera import Light, View
 from imagine.world.contexts import Contexts
-from imagine.world.paint import colour, column, cover, ellipse, lay, ramp, segment, shade
+from imagine.world.paint import blend, colour, coverage, ellipse, per_pixel, ramp, segment, shade
 from imagine.world.people import People
 
 # by expression: eye opening, brow raise, brow angle (positive: inner end down), mouth bend, mouth opening, mouth width
-_FACES = {
+_EXPRESSION_VALUES = {
     "neutral": (1.0, 0.0, 0.0, 0.0, 0.0, 1.0),
     "smiling": (0.85, 0.02, 0.0, 0.15, 0.0, 1.15),
     "laughing": (0.5, 0.05, 0.0, 0.14, 0.14, 1.2),
@@ -41,11 +41,11 @@ class Surface:
 
 def surface(people: People, view: View, swell: "Tensor | float" = 1.0) -> Surface:
     """The head's egg, or one `swell` times as large (hair, hats)."""
-    taper = 1 - column(0.36 - 0.26 * people.jaw) * ramp(view.head_y, 0.05, 1.15)
+    taper = 1 - per_pixel(0.36 - 0.26 * people.jaw) * ramp(view.head_y, 0.05, 1.15)
     u = view.head_x / (view.width * taper * swell)
     v = view.head_y / swell
     reach = u * u + v * v
-    inside = cover((torch.sqrt(reach + 1e-9) - 1) * 0.85, 1.5 * view.pixel)
+    inside = coverage((torch.sqrt(reach + 1e-9) - 1) * 0.85, 1.5 * view.pixel)
     w = torch.sqrt((1 - reach).clamp(min=1e-4))
     local = [u * axis[:, 0] + v * axis[:, 1] + w * axis[:, 2] for axis in (view.right, view.down, view.front)]
     return Surface(inside, (u, v, w), *local)
@@ -70,60 +70,64 @@ def paint_head(canvas: Tensor, people: People, contexts: Contexts, view: View, l
     skin = colour(skin_colour(people))
     egg = surface(people, view)
     ears = _paint_ears(canvas, people, view, light, skin)
-    lay(canvas, skin * light.on(*egg.normal).unsqueeze(1), egg.inside)
+    blend(canvas, skin * light.brightness(*egg.normal).unsqueeze(1), egg.inside)
     face = egg.inside * (egg.z > 0)
     _paint_marks(canvas, people, egg, face)
     _paint_beard(canvas, people, view, egg, face, light)
-    feelings = people.skin.new_tensor([_FACES[name] for name in words.EXPRESSIONS])[contexts.expression]
-    bright = light.on(*egg.normal).unsqueeze(1)
-    _paint_mouth(canvas, people, view, egg, face, feelings, skin, bright)
-    _paint_eyes(canvas, people, contexts, view, egg, face, feelings, bright)
+    expression_values = people.skin.new_tensor([_EXPRESSION_VALUES[name] for name in words.EXPRESSIONS])[
+        contexts.expression
+    ]
+    bright = light.brightness(*egg.normal).unsqueeze(1)
+    _paint_mouth(canvas, people, view, egg, face, expression_values, skin, bright)
+    _paint_eyes(canvas, people, contexts, view, egg, face, expression_values, bright)
     _paint_nose(canvas, people, view, light, skin)
     _paint_glasses(canvas, people, view, egg, face)
     return torch.maximum(egg.inside, ears)
 
 
 def _paint_ears(canvas: Tensor, people: People, view: View, light: Light, skin: Tensor) -> Tensor:
-    size = column(0.17 + 0.12 * people.ear_size)
+    size = per_pixel(0.17 + 0.12 * people.ear_size)
     mask = torch.zeros_like(view.x)
     for side in (-1.0, 1.0):
         cx, cy = view.place(side * 0.98, 0.02, -0.05)
         dx, dy = view.head_x - cx, view.head_y - cy
-        mine = cover(ellipse(dx, dy, 0.75 * size, 1.15 * size), 1.5 * view.pixel)
-        bright = light.on(torch.full_like(dx, side * 0.6), 0 * dx, torch.full_like(dx, 0.7))
-        lay(canvas, skin * bright.unsqueeze(1), mine)
-        inner = cover(ellipse(dx, dy, 0.35 * size, 0.65 * size), 2 * view.pixel)
+        ear = coverage(ellipse(dx, dy, 0.75 * size, 1.15 * size), 1.5 * view.pixel)
+        bright = light.brightness(torch.full_like(dx, side * 0.6), 0 * dx, torch.full_like(dx, 0.7))
+        blend(canvas, skin * bright.unsqueeze(1), ear)
+        inner = coverage(ellipse(dx, dy, 0.35 * size, 0.65 * size), 2 * view.pixel)
         shade(canvas, 1 - 0.22 * inner)
-        mask = torch.maximum(mask, mine)
+        mask = torch.maximum(mask, ear)
     return mask
 
 
 def _paint_marks(canvas: Tensor, people: People, egg: Surface, face: Tensor) -> None:
     """Freckles, and the lines that age draws."""
-    has = column(people.freckles.float()) * face
+    has = per_pixel(people.freckles.float()) * face
     spots = torch.zeros_like(face)
     for x, y in _FRECKLES:
-        spots = torch.maximum(spots, cover(torch.hypot(egg.x.abs() - x, egg.y - y) - 0.03, 0.04))
+        spots = torch.maximum(spots, coverage(torch.hypot(egg.x.abs() - x, egg.y - y) - 0.03, 0.04))
     shade(canvas, 1 - 0.38 * has * spots)
-    old = column(ramp(people.age, 0.45, 0.95)) * face
+    old = per_pixel(ramp(people.age, 0.45, 0.95)) * face
     fold, _ = segment(egg.x.abs(), egg.y, *(egg.x.new_tensor(v) for v in (0.20, 0.22, 0.42, 0.52)))
     brow = torch.minimum((egg.y + 0.60).abs(), (egg.y + 0.72).abs()) + 0.3 * (egg.x.abs() - 0.35).clamp(min=0)
     bag = (torch.hypot(egg.x.abs() - 0.38, (egg.y - 0.04) * 1.2) - 0.16).abs() + (0.06 - egg.y).clamp(min=0)
-    lines = torch.maximum(cover(fold - 0.02, 0.06), torch.maximum(cover(brow - 0.012, 0.05), cover(bag - 0.01, 0.05)))
+    lines = torch.maximum(
+        coverage(fold - 0.02, 0.06), torch.maximum(coverage(brow - 0.012, 0.05), coverage(bag - 0.01, 0.05))
+    )
     shade(canvas, 1 - 0.34 * old * lines)
 
 
 def _paint_beard(canvas: Tensor, people: People, view: View, egg: Surface, face: Tensor, light: Light) -> None:
-    kind = column(people.beard)
-    mouth = column(0.42 + 0.10 * people.mouth_height)
+    kind = per_pixel(people.beard)
+    mouth = per_pixel(0.42 + 0.10 * people.mouth_height)
     side = egg.x.abs()
     soft = 3 * view.pixel
-    jaw = cover(0.36 - 0.60 * ramp(side, 0.40, 0.85) - egg.y, soft)
-    lip = cover((egg.y - (mouth - 0.13 + 0.7 * egg.x**2)).abs() - 0.055, soft) * cover(side - 0.30, soft)
-    chin = torch.maximum(cover(ellipse(egg.x, egg.y - 0.80, 0.26, 0.24), soft), 0.0 * lip)
+    jaw = coverage(0.36 - 0.60 * ramp(side, 0.40, 0.85) - egg.y, soft)
+    lip = coverage((egg.y - (mouth - 0.13 + 0.7 * egg.x**2)).abs() - 0.055, soft) * coverage(side - 0.30, soft)
+    chin = torch.maximum(coverage(ellipse(egg.x, egg.y - 0.80, 0.26, 0.24), soft), 0.0 * lip)
     amount = (kind == 1) * 0.42 * jaw + (kind == 2) * lip + (kind == 3) * torch.maximum(chin, lip) + (kind == 4) * jaw
-    bright = (light.on(*egg.normal) * 0.9).unsqueeze(1)
-    lay(canvas, colour(hair_colour(people) * 0.9) * bright, amount * egg.inside * (egg.z > -0.25) * 0.94)
+    bright = (light.brightness(*egg.normal) * 0.9).unsqueeze(1)
+    blend(canvas, colour(hair_colour(people) * 0.9) * bright, amount * egg.inside * (egg.z > -0.25) * 0.94)
 
 
 def _paint_mouth(
@@ -132,30 +136,34 @@ def _paint_mouth(
     view: View,
     egg: Surface,
     face: Tensor,
-    feelings: Tensor,
+    expression_values: Tensor,
     skin: Tensor,
     bright: Tensor,
 ) -> None:
-    bend, opening, stretch = (column(feelings[:, i]) for i in (3, 4, 5))
-    half = column(0.23 + 0.13 * people.mouth_width) * stretch
+    bend, opening, stretch = (per_pixel(expression_values[:, i]) for i in (3, 4, 5))
+    half = per_pixel(0.23 + 0.13 * people.mouth_width) * stretch
     along = egg.x / half
     arch = (1 - along * along).clamp(min=0)
-    line = column(0.44 + 0.10 * people.mouth_height) + bend * (arch - 0.5)
+    line = per_pixel(0.44 + 0.10 * people.mouth_height) + bend * (arch - 0.5)
     gap = opening * arch.sqrt()
-    lips = (column(0.035 + 0.05 * people.lip_fullness)) * arch.sqrt()
+    lips = (per_pixel(0.035 + 0.05 * people.lip_fullness)) * arch.sqrt()
     away = (egg.y - line).abs()
     soft = 1.6 * view.pixel
     red = skin * 0.45 + skin.new_tensor((0.78, 0.22, 0.26)).view(1, 3, 1, 1) * 0.55
     within = face * (arch > 0)
-    lay(canvas, red * bright, within * cover(away - gap - lips - 0.012, soft))
-    lay(canvas, skin.new_tensor((0.28, 0.07, 0.09)).view(1, 3, 1, 1) * bright, within * cover(away - gap - 0.014, soft))
+    blend(canvas, red * bright, within * coverage(away - gap - lips - 0.012, soft))
+    blend(
+        canvas,
+        skin.new_tensor((0.28, 0.07, 0.09)).view(1, 3, 1, 1) * bright,
+        within * coverage(away - gap - 0.014, soft),
+    )
     teeth = (
         within
-        * cover(away - gap + 0.01, soft)
-        * cover(egg.y - line + 0.01, soft)
-        * column((feelings[:, 3] > 0).float())
+        * coverage(away - gap + 0.01, soft)
+        * coverage(egg.y - line + 0.01, soft)
+        * per_pixel((expression_values[:, 3] > 0).float())
     )
-    lay(canvas, skin.new_tensor((0.97, 0.96, 0.93)).view(1, 3, 1, 1) * bright, teeth * (opening > 0.1))
+    blend(canvas, skin.new_tensor((0.97, 0.96, 0.93)).view(1, 3, 1, 1) * bright, teeth * (opening > 0.1))
 
 
 def _paint_eyes(
@@ -165,46 +173,48 @@ def _paint_eyes(
     view: View,
     egg: Surface,
     face: Tensor,
-    feelings: Tensor,
+    expression_values: Tensor,
     bright: Tensor,
 ) -> None:
-    opening, lift, angle = (column(feelings[:, i]) for i in (0, 1, 2))
+    opening, lift, angle = (per_pixel(expression_values[:, i]) for i in (0, 1, 2))
     soft = 1.6 * view.pixel
-    across = egg.x.abs() - column(0.33 + 0.12 * people.eye_spacing)
-    width = column(0.165 + 0.055 * people.eye_size)
-    height = column(0.105 + 0.055 * people.eye_size)
+    across = egg.x.abs() - per_pixel(0.33 + 0.12 * people.eye_spacing)
+    width = per_pixel(0.165 + 0.055 * people.eye_size)
+    height = per_pixel(0.105 + 0.055 * people.eye_size)
     y = egg.y - _EYE_Y
-    white = cover(ellipse(across, y, width, height * opening), soft) * face
-    lid = cover(ellipse(across, y, width + 0.02, height * opening + 0.035), soft) * cover(y, 2 * soft) * face
+    white = coverage(ellipse(across, y, width, height * opening), soft) * face
+    lid = coverage(ellipse(across, y, width + 0.02, height * opening + 0.035), soft) * coverage(y, 2 * soft) * face
     shade(canvas, 1 - 0.72 * lid)
-    lay(canvas, canvas.new_tensor((0.98, 0.98, 0.97)).view(1, 3, 1, 1) * bright.clamp(min=0.7), white)
-    aim = across * egg.x.sign() - column(contexts.gaze) * 0.55 * width
+    blend(canvas, canvas.new_tensor((0.98, 0.98, 0.97)).view(1, 3, 1, 1) * bright.clamp(min=0.7), white)
+    aim = across * egg.x.sign() - per_pixel(contexts.gaze) * 0.55 * width
     ring = torch.hypot(aim, y) - height * 0.80
     iris = canvas.new_tensor(words.EYE_RGB)[people.eye_colour]
-    lay(canvas, colour(iris), white * cover(ring, soft))
-    shade(canvas, 1 - 0.9 * white * cover(ring + height * 0.42, soft))
+    blend(canvas, colour(iris), white * coverage(ring, soft))
+    shade(canvas, 1 - 0.9 * white * coverage(ring + height * 0.42, soft))
     glint = torch.hypot(aim - 0.02, y + 0.035) - 0.022
-    lay(canvas, torch.ones_like(canvas[:, :, :1, :1]), white * cover(glint, soft) * 0.9)
-    thick = column(0.022 + 0.042 * people.brow_thickness)
-    rise = column(0.24 + 0.09 * people.brow_height) + lift
+    blend(canvas, torch.ones_like(canvas[:, :, :1, :1]), white * coverage(glint, soft) * 0.9)
+    thick = per_pixel(0.022 + 0.042 * people.brow_thickness)
+    rise = per_pixel(0.24 + 0.09 * people.brow_height) + lift
     # `across` is negative on the inner half of the brow: a positive angle pulls that end down.
     bow = (y + rise + angle * (across / 0.2) + 0.9 * across**2).abs() - thick
-    brow = cover(bow, soft) * cover(across.abs() - 0.22, 2 * soft) * face
-    lay(canvas, colour(hair_colour(people) * 0.72), brow * 0.95)
+    brow = coverage(bow, soft) * coverage(across.abs() - 0.22, 2 * soft) * face
+    blend(canvas, colour(hair_colour(people) * 0.72), brow * 0.95)
 
 
 def _paint_nose(canvas: Tensor, people: People, view: View, light: Light, skin: Tensor) -> None:
-    length = column(0.17 + 0.17 * people.nose_length)
+    length = per_pixel(0.17 + 0.17 * people.nose_length)
     ax, ay = view.place(0.0, -0.06, 1.0)
     bx, by = view.place(0.0, length, 1.22)
     away, along = segment(view.head_x, view.head_y, ax, ay, bx, by)
-    radius = 0.045 + column(0.06 + 0.09 * people.nose_width) * along
+    radius = 0.045 + per_pixel(0.06 + 0.09 * people.nose_width) * along
     nx = (view.head_x - ax - along * (bx - ax)) / radius
     ny = (view.head_y - ay - along * (by - ay)) / radius
-    bright = light.on(nx * 0.9, ny * 0.9, torch.sqrt((1 - 0.8 * (nx * nx + ny * ny)).clamp(min=0.02)))
-    mask = cover(away - radius, 2 * view.pixel)
-    lay(canvas, skin * (1.04 * bright).unsqueeze(1), mask * ramp(along, 0.1, 0.6))
-    rim = cover((away - radius).abs() - 0.012, 2.5 * view.pixel) * ramp(along, 0.55, 0.95) * (view.head_y > by - 0.02)
+    bright = light.brightness(nx * 0.9, ny * 0.9, torch.sqrt((1 - 0.8 * (nx * nx + ny * ny)).clamp(min=0.02)))
+    mask = coverage(away - radius, 2 * view.pixel)
+    blend(canvas, skin * (1.04 * bright).unsqueeze(1), mask * ramp(along, 0.1, 0.6))
+    rim = (
+        coverage((away - radius).abs() - 0.012, 2.5 * view.pixel) * ramp(along, 0.55, 0.95) * (view.head_y > by - 0.02)
+    )
     shade(canvas, 1 - 0.42 * rim)
     holes = torch.hypot(view.head_x - bx, 0 * view.head_y)
     shade(
@@ -212,17 +222,17 @@ def _paint_nose(canvas: Tensor, people: People, view: View, light: Light, skin: 
         1
         - 0.5
         * mask
-        * cover(torch.hypot(holes - 0.45 * radius, view.head_y - by - 0.55 * radius) - 0.03, 2 * view.pixel),
+        * coverage(torch.hypot(holes - 0.45 * radius, view.head_y - by - 0.55 * radius) - 0.03, 2 * view.pixel),
     )
 
 
 def _paint_glasses(canvas: Tensor, people: People, view: View, egg: Surface, face: Tensor) -> None:
-    kind = column(people.glasses)
-    across = egg.x.abs() - column(0.33 + 0.12 * people.eye_spacing)
+    kind = per_pixel(people.glasses)
+    across = egg.x.abs() - per_pixel(0.33 + 0.12 * people.eye_spacing)
     y = egg.y - _EYE_Y - 0.01
     round_rim = (torch.hypot(across, y) - 0.27).abs()
     square_rim = (torch.maximum(across.abs(), y.abs() * 1.25) - 0.27).abs()
     rim = torch.where(kind == 2, square_rim, round_rim) - 0.022
-    bridge = torch.maximum((y + 0.03).abs() - 0.022, egg.x.abs() - column(0.08 + 0.12 * people.eye_spacing))
-    frame = cover(torch.minimum(rim, bridge), 1.6 * view.pixel) * face * (kind > 0)
-    lay(canvas, canvas.new_tensor((0.10, 0.09, 0.12)).view(1, 3, 1, 1), frame * 0.95)
+    bridge = torch.maximum((y + 0.03).abs() - 0.022, egg.x.abs() - per_pixel(0.08 + 0.12 * people.eye_spacing))
+    frame = coverage(torch.minimum(rim, bridge), 1.6 * view.pixel) * face * (kind > 0)
+    blend(canvas, canvas.new_tensor((0.10, 0.09, 0.12)).view(1, 3, 1, 1), frame * 0.95)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def column(values: Tensor) -> Tensor:
+def per_pixel(values: Tensor) -> Tensor:
     """(B,) to (B, 1, 1), to meet pixels."""
     return values.view(-1, 1, 1)
 
@@ -14,7 +14,7 @@ def colour(values: Tensor) -> Tensor:
     return values.view(-1, 3, 1, 1)
 
 
-def cover(distance: Tensor, soft: "Tensor | float") -> Tensor:
+def coverage(distance: Tensor, soft: "Tensor | float") -> Tensor:
     """1 where a signed distance is inside (negative), 0 outside, a ramp of width `soft` between."""
     return (0.5 - distance / soft).clamp_(0, 1)
 
@@ -38,7 +38,7 @@ def segment(x: Tensor, y: Tensor, ax: Tensor, ay: Tensor, bx: Tensor, by: Tensor
     return torch.sqrt((x - ax - along * dx) ** 2 + (y - ay - along * dy) ** 2 + 1e-9), along
 
 
-def lay(canvas: Tensor, paint: Tensor, alpha: Tensor) -> None:
+def blend(canvas: Tensor, paint: Tensor, alpha: Tensor) -> None:
     """Lay `paint` (B, 3, 1, 1) or (B, 3, H, W) over `canvas` (B, 3, H, W), in place, through `alpha` (B, H, W)."""
     canvas.lerp_(paint.expand_as(canvas), alpha.unsqueeze(-3).expand_as(canvas))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from imagine.world.body import paint_body, paint_held, paint_letters
-from imagine.world.camera import Light, View, light_of, look
+from imagine.world.camera import Light, View, light_of, view_of
 from imagine.world.contexts import Contexts
 from imagine.world.hair import paint_back_hair, paint_hair, paint_headwear
 from imagine.world.head import paint_head
@@ -95,15 +95,15 @@ def _render(people: People, contexts: Contexts, count: int, size: int, painters:
     mask = torch.zeros(len(first), size, size, device=canvas.device)
     boxes, landmarks = [], []
     for slot in range(count):
-        who, how = people[slot::count], contexts[slot::count]
-        how = how.replace(light=first.light)
+        group_people, group_contexts = people[slot::count], contexts[slot::count]
+        group_contexts = group_contexts.replace(light=first.light)
         centre = None
         if count > 1:
-            centre = canvas.new_tensor(_GROUP_PLACES[count][slot]).expand(len(who), 2)
-            how = how.replace(framing=1)
-        view = look(who, how, size, centre, _GROUP_SHRINK[count])
-        mask = torch.maximum(mask, _paint_person(canvas, who, how, view, painters))
-        box, points = _geometry(who, view, size)
+            centre = canvas.new_tensor(_GROUP_PLACES[count][slot]).expand(len(group_people), 2)
+            group_contexts = group_contexts.replace(framing=1)
+        view = view_of(group_people, group_contexts, size, centre, _GROUP_SHRINK[count])
+        mask = torch.maximum(mask, _paint_person(canvas, group_people, group_contexts, view, painters))
+        box, points = _geometry(group_people, view, size)
         boxes.append(box)
         landmarks.append(points)
     canvas = apply_styles(_light_scene(canvas, first), first.style)

@@ -12,12 +12,12 @@ from PIL import Image
 from rich.console import Console
 
 from data_synth.build import build
-from data_synth.card.funnel import show
+from data_synth.card.funnel import print_funnel
 from data_synth.config import BuildConfig
 from data_synth.filters import STAGES, stage_of
 from data_synth.review import decisions as review
 from data_synth.review.decisions import Opinion, Review
-from data_synth.steps import BROKE
+from data_synth.steps import BACKEND_CRASHED
 from imagine.errors import ConfigError, ImagineError
 from imagine.shards.reading import Records, open_records
 from tests.toy_pairs import built, contents, toy_config
@@ -69,11 +69,11 @@ def test_a_pair_is_the_first_candidate_that_passes_and_each_try_is_told(straight
             continue
         measures, made = record.extra["measures"], record.extra["made"]
         assert measures["faces"] == 1 and 0.5 <= measures["similarity"] <= 0.97 and measures["difference"] >= 0.2
-        ask = record.key.rsplit("-", 2)[0]
+        spec = record.key.rsplit("-", 2)[0]
         for attempt in range(made["attempt"]):
-            assert rejected[f"{ask}-{attempt}-0"], "an earlier attempt had a reason"
+            assert rejected[f"{spec}-{attempt}-0"], "an earlier attempt had a reason"
         for number in range(made["round"]):
-            assert stage_of(rejected[f"{ask}-{made['attempt']}-{number}"]) in ("identity", "faces")
+            assert stage_of(rejected[f"{spec}-{made['attempt']}-{number}"]) in ("identity", "faces")
 
 
 def test_the_best_of_all_attempts_is_chosen_where_a_build_says_so(tmp_path: Path) -> None:
@@ -215,12 +215,15 @@ def test_what_cannot_be_done_is_rejected_with_its_reason_and_stays_so(tmp_path: 
 
 def test_what_breaks_the_backend_is_parked_listed_and_done_by_the_next_run(tmp_path: Path) -> None:
     out = built(toy_config({"breaking": ("p2-0-0", "p4")}), tmp_path / "out")
-    parked = lines(tmp_path / "out" / "parked.jsonl")
-    assert {(line["step"], line["reason"]) for line in parked} == {("import", BROKE), ("generate", BROKE)}
-    assert out.funnel.parked == len(parked) == 3 and "RuntimeError: broke at p4" in parked[-1]["detail"]
+    deferred = lines(tmp_path / "out" / "parked.jsonl")
+    assert {(line["step"], line["reason"]) for line in deferred} == {
+        ("import", BACKEND_CRASHED),
+        ("generate", BACKEND_CRASHED),
+    }
+    assert out.funnel.deferred == len(deferred) == 3 and "RuntimeError: broke at p4" in deferred[-1]["detail"]
     assert contents(tmp_path / "out") != contents_of(toy_config(), tmp_path / "fresh")
     again = built(toy_config(), tmp_path / "out")
-    assert again.funnel.parked == 0 and 0 < again.made["generate"] < 12
+    assert again.funnel.deferred == 0 and 0 < again.made["generate"] < 12
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
@@ -230,13 +233,13 @@ def test_an_endpoint_that_is_down_parks_its_items_and_the_build_goes_on(tmp_path
     out = built(config, tmp_path / "out")
     assert out.funnel.as_json()["parked"] == {"import": {"the endpoint is down": 4}}
     console = Console(file=io.StringIO(), width=200)
-    show(out.funnel, console)
+    print_funnel(out.funnel, console)
     said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert "4 targets are parked" in said and "import the endpoint is down 4 such as: p0 was not answered." in said
-    assert out.funnel.parked == 4 and out.manifest["counts"]["parked"] == 4 and out.manifest["counts"]["pairs"] > 0
+    assert out.funnel.deferred == 4 and out.manifest["counts"]["parked"] == 4 and out.manifest["counts"]["pairs"] > 0
     assert {line["reason"] for line in lines(tmp_path / "out" / "parked.jsonl")} == {"the endpoint is down"}
     (tmp_path / "down").unlink()
-    assert built(config, tmp_path / "out").funnel.parked == 0
+    assert built(config, tmp_path / "out").funnel.deferred == 0
     assert read(tmp_path / "out", tmp_path).mark == read_mark(toy_config(), tmp_path / "fresh")
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from data_synth.__main__ import main
 from data_synth.backends.recognisers import RECOGNISERS
 from data_synth.backends.registry import BACKENDS, CALLS, make_backend
-from data_synth.config import BuildConfig, Choice, Cluster, _by_name, load_config
+from data_synth.config import BackendChoice, BuildConfig, Cluster, _expand_name, load_config
 from data_synth.filters import FilterSettings
 from data_synth.targets import TargetSettings
 from imagine.errors import ConfigError
@@ -61,7 +61,7 @@ def test_what_the_documents_show_can_be_built(page: str) -> None:
         for kind in BACKENDS.keys() & content.keys():
             choice = content[kind]
             if isinstance(choice, str) or not {"ADDRESS", "my_package.flux:Generator"} & {*map(str, choice.values())}:
-                made = make_backend(kind, Choice.model_validate(_by_name(choice)))
+                made = make_backend(kind, BackendChoice.model_validate(_expand_name(choice)))
                 assert made.settings is not None
 
 
@@ -86,11 +86,13 @@ def test_every_key_of_a_build_file_is_explained() -> None:
 
 
 def test_one_line_switches_a_backend(tmp_path: Path) -> None:
-    assert loaded(tmp_path).captioner == Choice(backend="grammar")
+    assert loaded(tmp_path).captioner == BackendChoice(backend="grammar")
     switched = loaded(tmp_path, "captioner.backend=endpoint", "captioner.model=some-vlm")
-    assert switched.captioner == Choice.model_validate({"backend": "endpoint", "model": "some-vlm"})
-    assert loaded(tmp_path, "generator.backend=imagine").generator == Choice(backend="imagine")  # without the drift
-    assert loaded(tmp_path, "generator.drift=1e-2").generator == Choice.model_validate(
+    assert switched.captioner == BackendChoice.model_validate({"backend": "endpoint", "model": "some-vlm"})
+    assert loaded(tmp_path, "generator.backend=imagine").generator == BackendChoice(
+        backend="imagine"
+    )  # without the drift
+    assert loaded(tmp_path, "generator.drift=1e-2").generator == BackendChoice.model_validate(
         {"backend": "renderer", "drift": 0.01}
     )
     assert loaded(tmp_path, "filters.similarity=[0.1, 0.9]").filters.similarity == (0.1, 0.9)
@@ -99,7 +101,7 @@ def test_one_line_switches_a_backend(tmp_path: Path) -> None:
 
 def test_a_setting_within_a_setting_opens_up_a_backend_written_as_its_name(tmp_path: Path) -> None:
     refined = loaded(tmp_path, "refiner.region.reach=1.2", refiner="inpaint").refiner
-    assert refined == Choice.model_validate({"backend": "inpaint", "region": {"reach": 1.2}})
+    assert refined == BackendChoice.model_validate({"backend": "inpaint", "region": {"reach": 1.2}})
     assert make_backend("refiner", refined).settings.region.reach == 1.2
 
 
@@ -111,11 +113,11 @@ def test_a_tilde_in_a_build_file_is_the_home_folder(tmp_path: Path, monkeypatch:
         ("generator", "imagine", {}), ("refiner", "inpaint", {"adapter": "~/b"}),
         ("refiner", "ip_adapter", {"adapter": "~/b", "weight_name": "c.safetensors"}),
     ):  # fmt: skip
-        choice = Choice.model_validate({"backend": name, "model": "~/a", **more})
+        choice = BackendChoice.model_validate({"backend": name, "model": "~/a", **more})
         settings = make_backend(kind, choice).settings
         assert settings.model == str(tmp_path / "a"), name
         assert getattr(settings, "adapter", str(tmp_path / "b")) == str(tmp_path / "b"), name
-    hub = Choice.model_validate({"backend": "diffusers", "model": "owner/name"})
+    hub = BackendChoice.model_validate({"backend": "diffusers", "model": "owner/name"})
     assert make_backend("generator", hub).settings.model == "owner/name"
 
 
@@ -150,7 +152,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, overrides: list[str], sentenc
 )
 def test_a_wrong_backend_is_one_sentence(choice: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        make_backend("captioner", Choice.model_validate(choice))
+        make_backend("captioner", BackendChoice.model_validate(choice))
 
 
 class _Half:
@@ -184,7 +186,7 @@ class _Bare:
 )
 def test_a_class_of_ones_own_that_lacks_something_is_one_sentence(kind: str, name: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        make_backend(kind, Choice(backend=f"tests.data_synth.test_config:{name}"))
+        make_backend(kind, BackendChoice(backend=f"tests.data_synth.test_config:{name}"))
 
 
 def test_the_command_line_takes_overrides_on_both_sides_of_its_options(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_synth import importing
-from data_synth.config import BuildConfig, Choice
+from data_synth.config import BackendChoice, BuildConfig
 from data_synth.filters import STAGES
 from imagine.errors import ConfigError
 from imagine.shards.reading import open_records
@@ -61,7 +61,7 @@ def test_what_cannot_be_used_is_counted_by_reason_and_stops_nothing(photos: Path
     out = built(config(photos), tmp_path / "out")
     assert (out.funnel.photos, out.funnel.references, out.funnel.targets) == (8, 5, 10)
     reasons = out.funnel.as_json()["rejected"]["import"]
-    assert reasons == {importing.SAME: 1, importing.DAMAGED: 2}
+    assert reasons == {importing.SAME_FILE: 1, importing.DAMAGED: 2}
     told = [json.loads(line) for line in (tmp_path / "out" / "rejections.jsonl").read_text().splitlines()]
     assert {line["step"] for line in told[:3]} == {"import"} and "broken.jpg" in " ".join(
         line["detail"] for line in told
@@ -115,7 +115,7 @@ def test_an_import_that_was_stopped_looks_only_at_photos_it_had_not_seen(tmp_pat
     whole = config(folder, log=str(log))
     settings = {**whole.references.settings, "recogniser": "tests.toy_pairs:StoppedRecogniser"}
     settings["recogniser_settings"] = {"log": str(log), "down": str(down)}
-    stopped = whole.model_copy(update={"references": Choice(backend="files", **settings)})
+    stopped = whole.model_copy(update={"references": BackendChoice(backend="files", **settings)})
     with pytest.raises(KeyboardInterrupt):
         built(stopped, tmp_path / "out")
     assert steps(log) == {"recognise": 16}

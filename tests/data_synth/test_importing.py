@@ -17,17 +17,17 @@ from PIL import Image
 from data_synth.backends.contracts import Failed
 from data_synth.backends.recognisers import JudgeRecogniser, KnownFace, Recogniser, make_recogniser
 from data_synth.importing import (
-    BREAKS,
     DAMAGED,
-    FEW,
-    NEAR,
+    NEAR_DUPLICATE,
     NO_FACE,
-    SAME,
-    SEVERAL,
-    SMALL,
+    RECOGNISER_CRASHED,
+    SAME_FILE,
+    SEVERAL_FACES,
     SMALL_FACE,
     STRANGER,
-    UNREAD,
+    TOO_FEW_PHOTOS,
+    TOO_SMALL,
+    UNREADABLE,
     ImportSettings,
     import_references,
     mined_drafts,
@@ -110,8 +110,8 @@ def test_broken_tiny_faceless_and_double_photos_are_told_apart(tmp_path: Path) -
     with Image.open(io.BytesIO(references[2].image)) as mended:
         mended.verify()
     assert reasons(rejections) == {
-        "c.png": SAME, "d.jpg": NEAR, "e.png": DAMAGED, "f.png": DAMAGED, "g.jpg": DAMAGED,
-        "h.png": SMALL, "i.png": NO_FACE, "j.png": SEVERAL,
+        "c.png": SAME_FILE, "d.jpg": NEAR_DUPLICATE, "e.png": DAMAGED, "f.png": DAMAGED, "g.jpg": DAMAGED,
+        "h.png": TOO_SMALL, "i.png": NO_FACE, "j.png": SEVERAL_FACES,
     }  # fmt: skip
     assert len(imported(tmp_path, duplicates=None)[0]) == 4  # but never the same file twice
 
@@ -152,7 +152,7 @@ def test_small_faces_and_groups_as_the_settings_say(tmp_path: Path) -> None:
     far.paste(photos()[0][0].resize((40, 40)), (100, 100))
     (tmp_path / "far.png").write_bytes(as_file(far))
     (tmp_path / "two.png").write_bytes(as_file(group_photo()))
-    assert reasons(imported(tmp_path)[1])["two.png"] == SEVERAL
+    assert reasons(imported(tmp_path)[1])["two.png"] == SEVERAL_FACES
     assert [one.facts["file"] for one in imported(tmp_path, faces="some", least_face=30)[0]] == ["two.png"]
     assert reasons(imported(tmp_path, least_face=200)[1])["two.png"] == SMALL_FACE
     assert len(imported(tmp_path, faces="unchecked")[0]) == 2
@@ -268,8 +268,8 @@ def test_people_with_too_few_photos_are_left_out(tmp_path: Path) -> None:
     (folder / "lonely" / "0.png").write_bytes(as_file(photos()[3][0]))
     (folder / "outside.png").write_bytes(as_file(photos()[3][1]))
     references, rejections = imported(folder, kind="people")
-    assert reasons(rejections)["lonely/0.png"] == FEW
-    assert reasons(rejections)["outside.png"] == FEW
+    assert reasons(rejections)["lonely/0.png"] == TOO_FEW_PHOTOS
+    assert reasons(rejections)["outside.png"] == TOO_FEW_PHOTOS
     assert "lonely" not in {one.person for one in references}
 
 
@@ -316,7 +316,7 @@ def test_a_photo_that_breaks_the_recogniser_or_cannot_be_read_falls_out_alone(tm
     fragile.load()
     found = list(import_references(ImportSettings(source=str(tmp_path)), fragile))
     rejections = [one for one in found if isinstance(one, Rejection)]
-    assert reasons(rejections) == {"b.png": BREAKS, "gone.jpg": UNREAD}
+    assert reasons(rejections) == {"b.png": RECOGNISER_CRASHED, "gone.jpg": UNREADABLE}
     assert "RuntimeError: an odd number of windows" in rejections[0].detail
     assert [one.facts["file"] for one in found if isinstance(one, Reference)] == ["a.png", "c.png"]
     for name in ("a.png", "c.png"):
@@ -355,16 +355,16 @@ def test_where_nobody_is_like_anybody_all_are_strangers() -> None:
 def test_mined_pairs_join_different_photos_of_one_person() -> None:
     references = [Reference(f"k{n}", bytes([n]), person, f"caption {n}") for n, person in enumerate("aaaabb")]
     references += [Reference("alone", b"x", "c"), Reference("unknown", b"y")]
-    drafts = mined_drafts(references, most=2)
+    drafts = mined_drafts(references, max_per_photo=2)
     by_key = {one.key: one for one in references}
     assert len(drafts) == 4 * 2 + 2 * 1
     for draft in drafts:
         target = by_key[draft.candidate.facts["photo"]]
         assert target.key != draft.reference.key
         assert target.person == draft.reference.person
-        assert (draft.candidate.image, draft.ask.prompt) == (target.image, target.caption)
-        assert (draft.ask.caption, draft.ask.reference) == (draft.reference.caption, draft.reference.key)
-        assert draft.candidate.ask == draft.ask.key
+        assert (draft.candidate.image, draft.spec.prompt) == (target.image, target.caption)
+        assert (draft.spec.caption, draft.spec.reference) == (draft.reference.caption, draft.reference.key)
+        assert draft.candidate.ask == draft.spec.key
     assert len({draft.candidate.key for draft in drafts}) == len(drafts)
     assert Counter(draft.candidate.facts["photo"] for draft in drafts) == {
         "k0": 2,
@@ -374,4 +374,4 @@ def test_mined_pairs_join_different_photos_of_one_person() -> None:
         "k4": 1,
         "k5": 1,
     }
-    assert mined_drafts(references[::-1], most=2) == drafts
+    assert mined_drafts(references[::-1], max_per_photo=2) == drafts

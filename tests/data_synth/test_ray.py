@@ -30,7 +30,9 @@ def test_steps_with_a_share_of_their_own_are_stages() -> None:
     assert [stage.steps for stage in stages] == [
         ("import",), ("caption",), ("rewrite",), ("generate",), ("refine", "measure"),
     ]  # fmt: skip
-    assert stages[1].share.num_gpus == 1 and stages[3].share.concurrency == 4 and stages[4].share.num_gpus == 0
+    assert (
+        stages[1].resources.num_gpus == 1 and stages[3].resources.concurrency == 4 and stages[4].resources.num_gpus == 0
+    )
 
 
 def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def test_many_keys_are_found_at_once_and_a_key_keeps_its_first_result(tmp_path: 
 def test_a_result_may_be_replaced_on_purpose(tmp_path: Path) -> None:
     with Store(tmp_path / "store.sqlite") as store:
         store.save([(key(1), "import", "one"), (key(2), "import", "two")])
-        store.save([(key(1), "import", "another")], anew=True)
+        store.save([(key(1), "import", "another")], overwrite=True)
         assert store.find([key(1), key(2)]) == {key(1): "another", key(2): "two"}
 
 
@@ -64,10 +64,10 @@ def test_rows_of_one_call_are_there_all_or_none(tmp_path: Path) -> None:
 
 def test_notes_are_kept_and_replaced(tmp_path: Path) -> None:
     with Store(tmp_path / "store.sqlite") as store:
-        assert store.note("shards") is None
-        store.take_note("shards", {"0": "ab"})
-        store.take_note("shards", {"0": "cd"})
-        assert store.note("shards") == {"0": "cd"}
+        assert store.read_note("shards") is None
+        store.write_note("shards", {"0": "ab"})
+        store.write_note("shards", {"0": "cd"})
+        assert store.read_note("shards") == {"0": "cd"}
 
 
 def test_a_second_driver_is_told_to_wait(tmp_path: Path) -> None:

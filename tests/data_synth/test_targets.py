@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from pydantic import ValidationError
 
-from data_synth.targets import EVEN, TargetSettings, aims, wished
+from data_synth.targets import DEFAULT_DISTRIBUTION, TargetSettings, aims, wished
 from imagine.world.vocabulary import ATTRIBUTES
 
 SETTINGS = TargetSettings(
@@ -80,8 +80,8 @@ def test_a_share_of_nothing_is_never_asked_for() -> None:
 
 
 def test_the_usual_distribution_speaks_the_words_of_the_world() -> None:
-    assert all(set(values) <= set(ATTRIBUTES[name]) for name, values in EVEN.items())
-    assert TargetSettings().distribution == EVEN
+    assert all(set(values) <= set(ATTRIBUTES[name]) for name, values in DEFAULT_DISTRIBUTION.items())
+    assert TargetSettings().distribution == DEFAULT_DISTRIBUTION
     assert all(sum(values.values()) == pytest.approx(1) for values in wished(TargetSettings()).values())
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from imagine.errors import ConfigError
-from imagine.settings import checked, read_settings, read_value, unknown_name
+from imagine.settings import read_settings, read_value, unknown_name, validated
 
 
 class Inner(BaseModel):
@@ -27,11 +27,11 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
 
 def test_a_misspelt_key_is_told_before_the_one_that_is_missing_for_it() -> None:
     with pytest.raises(ConfigError, match=r"mine: there is no key 'rat' \(did you mean rate\?\); valid: rate"):
-        checked(Outer, {"inner": {"rat": 1}}, "mine")
+        validated(Outer, {"inner": {"rat": 1}}, "mine")
     with pytest.raises(ConfigError, match=r"mine: inner\.rate is missing"):
-        checked(Outer, {"inner": {}}, "mine")
+        validated(Outer, {"inner": {}}, "mine")
     with pytest.raises(ConfigError, match=r"mine: inner\.rate: .* \(got 'fast'\)"):
-        checked(Outer, {"inner": {"rate": "fast"}}, "mine")
+        validated(Outer, {"inner": {"rate": "fast"}}, "mine")
     assert unknown_name("stage", "x", []).endswith("valid: none")
 
 

@@ -11,7 +11,7 @@ from tests.toy_training import ToyTask
 from train.__main__ import DONE, STOPPED, main
 from train.config import Stage, load_run
 from train.plan import plan
-from train.stages import TASKS, _check_shares, resolved, run_stages, task_class
+from train.stages import TASKS, _check_batch_divides, resolved, run_stages, task_class
 
 TWO_STAGES = """
 defaults: {task: toy, batch_size: 8}
@@ -200,11 +200,11 @@ def test_trackers_are_named_for_the_whole_run(run_file: Path) -> None:
 
 def test_processes_must_share_a_batch_evenly(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load_run(run_file, ["two.accumulation=4"])
-    _check_shares(run, ["one", "two"], processes=2)
+    _check_batch_divides(run, ["one", "two"], processes=2)
     with pytest.raises(
         ConfigError, match="stage two: batch_size 8 does not divide into 4 pieces on each of 4 processes"
     ):
-        _check_shares(run, ["one", "two"], processes=4)
+        _check_batch_divides(run, ["one", "two"], processes=4)
     monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher says it that accelerate finds no device for
     with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU=true"):
         run_stages(run, tmp_path / "out", tasks={"toy": ToyTask})

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.toy_training import started, told
+from tests.toy_training import start_training, stderr_of
 from train.__main__ import DONE
 from train.config import Run, Stage
 from train.run.checkpoint import read_tensors
@@ -50,10 +50,10 @@ def assert_same(left: Path, right: Path) -> None:
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run that was left alone, and how many seconds it took."""
     output = tmp_path_factory.mktemp("runs") / "straight"
-    warm = started(two_stages(), output.with_name("warm"))  # the first start waits for the fork server's imports
+    warm = start_training(two_stages(), output.with_name("warm"))  # the first start waits for the fork server's imports
     warm.join()
     began = time.monotonic()
-    process = started(two_stages(), output)
+    process = start_training(two_stages(), output)
     process.join()
     assert process.exitcode == DONE
     return output, time.monotonic() - began
@@ -63,7 +63,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, straight:
     output, seconds = straight
     dice, kills, runs = random.Random(7), 0, 0
     while kills < KILLS or not (tmp_path / str(runs) / "two" / "done.json").exists():
-        process = started(two_stages(), tmp_path / str(runs))
+        process = start_training(two_stages(), tmp_path / str(runs))
         longest = seconds / dice.choice((1, 4))  # short lives too, so that one run sees many deaths
         process.join(dice.uniform(0, longest) if kills < KILLS else None)
         process.kill()
@@ -71,7 +71,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, straight:
         if process.exitcode == -signal.SIGKILL:
             kills += 1
             continue
-        assert process.exitcode == DONE, told(tmp_path / str(runs))
+        assert process.exitcode == DONE, stderr_of(tmp_path / str(runs))
         assert_same(output, tmp_path / str(runs))
         runs += kills < KILLS  # done before its kill came: the next ones meet a new run
     assert kills >= KILLS
@@ -82,7 +82,7 @@ def test_kills_while_a_checkpoint_is_written_change_nothing(tmp_path: Path, stra
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "one" / "checkpoints"
     half_written = 0
     for _ in range(200):
-        process = started(two_stages(), run)
+        process = start_training(two_stages(), run)
         while process.is_alive() and not list(checkpoints.glob(".*.safetensors.draft")):
             pass
         process.kill()
@@ -91,7 +91,7 @@ def test_kills_while_a_checkpoint_is_written_change_nothing(tmp_path: Path, stra
         if half_written == 3 or process.exitcode == DONE:
             break
     assert half_written == 3
-    process = started(two_stages(), run)
+    process = start_training(two_stages(), run)
     process.join()
     assert process.exitcode == DONE
     assert_same(straight[0], run)

@@ -20,7 +20,7 @@ from tests.toy_training import ToyBatch, ToyTask
 from train.config import Run, Stage
 from train.data.order import normals
 from train.loop import TrainingError
-from train.run.checkpoint import load, read_note, read_tensors
+from train.run.checkpoint import load, read_provenance, read_tensors
 from train.stages import run_stages
 
 TRAIN = {"first": 1e-2, "second": 3e-3}
@@ -195,7 +195,7 @@ SCORES = {40: 0.5, 80: 0.3, 120: 0.4, 160: 0.35}
 
 def best(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     path = output / "one" / "best.safetensors"
-    return read_tensors(path)[0], read_note(path)
+    return read_tensors(path)[0], read_provenance(path)
 
 
 def test_the_best_weights_are_those_of_the_best_validation(tmp_path: Path) -> None:
@@ -324,8 +324,8 @@ def test_a_setting_that_is_newer_than_the_run_does_not_count_as_changed(tmp_path
 
 
 def test_accumulation_changes_nothing_but_memory(tmp_path: Path) -> None:
-    for name, pieces in (("whole", 1), ("pieces", 4)):
-        train(tmp_path / name, one_stage(accumulation=pieces))
+    for name, micro_batches in (("whole", 1), ("pieces", 4)):
+        train(tmp_path / name, one_stage(accumulation=micro_batches))
     whole, pieces_ = state(tmp_path / "whole"), state(tmp_path / "pieces")
     torch.testing.assert_close(whole["weights/head.weight"], pieces_["weights/head.weight"], rtol=1e-4, atol=1e-5)
 

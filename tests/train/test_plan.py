@@ -12,10 +12,10 @@ from tests.root import ROOT
 from tests.toy_training import ToyTask
 from train.__main__ import main
 from train.config import Run, Stage
-from train.plan import plan, words
+from train.plan import format_plan, plan
 from train.stages import run_stages
-from train.task import Start
-from train.tasks.base import idle_images
+from train.task import TaskContext
+from train.tasks.base import images_without_effect
 
 TOY = {"toy": ToyTask}  # 3 x 4 + 4 numbers in part "first", 4 x 2 + 2 in "second"
 
@@ -38,7 +38,7 @@ def test_a_plan_counts_parameters_steps_and_memory(tmp_path: Path) -> None:
         bytewise.bytes
         == 4 * (large + small + 2000 * 2 + 2) + 4 * (large + small) + int(large * 2 * (1 + 4 / 256)) + small * 8
     )
-    assert one.hours is None and "not known" in words([one])
+    assert one.hours is None and "not known" in format_plan([one])
     assert not (tmp_path / "run").exists()
 
 
@@ -51,7 +51,7 @@ def test_a_plan_knows_how_far_a_run_is_and_how_fast_it_was(tmp_path: Path) -> No
     (one,) = plan(wanted, tmp_path, TOY)
     assert (one.images_seen, one.steps, one.speed) == (40, 8, 2.0)
     assert one.hours == pytest.approx(60 / 2 / 3600)
-    text = words([one])
+    text = format_plan([one])
     assert "40 of 100 images, 8 steps of 8" in text and "minutes left" in text and "first" in text and "0.01" in text
     assert "all stages: 60 images and 8 steps still to go, 0 minutes left" in text
 
@@ -65,7 +65,7 @@ def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path) -> None:
 
 def test_a_plan_remarks_on_what_is_odd(tmp_path: Path) -> None:
     plans = plan(run(settings={"width": 1}), tmp_path, TOY)
-    assert "\n  a width of 1 is odd." in words(plans) and "odd" not in words(plan(run(), tmp_path, TOY))
+    assert "\n  a width of 1 is odd." in format_plan(plans) and "odd" not in format_plan(plan(run(), tmp_path, TOY))
 
 
 @pytest.mark.parametrize(
@@ -73,10 +73,10 @@ def test_a_plan_remarks_on_what_is_odd(tmp_path: Path) -> None:
     [(0.1, ("lora", "vision_branch"), True), (0.0, ("lora",), False), (0.1, ("lora", "t5_branch"), False)],
 )
 def test_images_that_teach_nothing_are_remarked_on(share: float, trains: tuple[str, ...], idle: bool) -> None:
-    start = Start("one", 0, torch.device("cpu"), Path("nowhere"), trains=trains)
-    assert [sentence.startswith("drop_vision: 0.1 of the images") for sentence in idle_images(start, share)] == (
-        [True] if idle else []
-    )
+    context = TaskContext("one", 0, torch.device("cpu"), Path("nowhere"), trains=trains)
+    assert [
+        sentence.startswith("drop_vision: 0.1 of the images") for sentence in images_without_effect(context, share)
+    ] == ([True] if idle else [])
 
 
 def test_the_command_prints_the_plan_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

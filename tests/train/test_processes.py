@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.toy_training import run_in_processes, started, told
+from tests.toy_training import run_in_processes, start_training, stderr_of
 from train.__main__ import DONE, STOPPED, WRONG
 from train.config import Run, Stage
-from train.run.checkpoint import load, read_note, read_tensors
+from train.run.checkpoint import load, read_provenance, read_tensors
 
 SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 BLOCKS = {**SHARDS, "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Linear"}
@@ -23,7 +23,7 @@ def one_stage(**settings: Any) -> Run:
 
 
 def alone(run: Run, output: Path) -> int | None:
-    process = started(run, output)
+    process = start_training(run, output)
     process.join()
     return process.exitcode
 
@@ -70,7 +70,7 @@ def test_two_processes_take_the_steps_of_one(
     assert run_in_processes(run, tmp_path / "two", environment) == [DONE, DONE]
     assert alone(run, tmp_path / "one") == DONE
     assert_close(tmp_path / "one", tmp_path / "two", tolerance)
-    assert read_note(tmp_path / "two" / "one" / "best.safetensors")["stage"] == "one"
+    assert read_provenance(tmp_path / "two" / "one" / "best.safetensors")["stage"] == "one"
     assert len(list((tmp_path / "two" / "one" / "samples").iterdir())) == 4
 
 
@@ -103,8 +103,8 @@ def test_a_bad_record_in_one_process_leaves_the_step_out_in_both(tmp_path: Path)
     """Images 20 to 23 of the batch at 16 are the second process's; the batch at 64 is bad for the first."""
     run = one_stage(validate_every=40, best_by="error", settings={"broken": [21, 64], "bad": [110]})
     assert run_in_processes(run, tmp_path / "two") == [DONE, DONE]
-    assert "before image 24 is left out: Record 21 cannot be used: it is torn" in told(tmp_path / "two")
-    assert "left out" not in told(tmp_path / "two", rank=1)
+    assert "before image 24 is left out: Record 21 cannot be used: it is torn" in stderr_of(tmp_path / "two")
+    assert "left out" not in stderr_of(tmp_path / "two", rank=1)
     assert alone(run, tmp_path / "one") == DONE
     assert rows(tmp_path / "two", "skipped")[-1] == 3
     assert_close(tmp_path / "one", tmp_path / "two", 1e-5)
@@ -134,12 +134,12 @@ def test_what_cannot_work_is_one_sentence(
     if "ACCELERATE_USE_CPU" in environment and torch.cuda.is_available():
         pytest.skip("there is a device here")
     assert run_in_processes(one_stage(**extra), tmp_path / "out", environment) == [WRONG, WRONG]
-    assert sentence in told(tmp_path / "out") and not (tmp_path / "out").exists()
+    assert sentence in stderr_of(tmp_path / "out") and not (tmp_path / "out").exists()
 
 
 def test_a_process_that_hangs_is_noticed_soon_and_one_that_validates_is_waited_for(tmp_path: Path) -> None:
     """Both sleep longer than a step may take: one in the middle of a step, one while the other waits for numbers."""
-    soon = {"TOY_HURRY": "1"}
+    soon = {"TOY_STEP_TIMEOUT": "1"}
     hanging = one_stage(images=24, settings={"hang_at": (12, 1)})
     assert not {DONE, STOPPED, WRONG} & set(run_in_processes(hanging, tmp_path / "hanging", soon))
     busy = one_stage(images=24, settings={"hang_at": (10**9, 0)}, validate_every=16)

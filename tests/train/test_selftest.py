@@ -17,10 +17,10 @@ from train.data.language import make_tokenizers
 from train.run.checkpoint import read_tensors
 from train.selftest import self_test
 from train.stages import run_stages
-from train.task import Loss, Start
+from train.task import Loss, TaskContext
 
 
-class Deaf(ToyTask):
+class HeadWithoutGradient(ToyTask):
     """Its loss does not depend on the head."""
 
     def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
@@ -35,11 +35,11 @@ class Diverging(ToyTask):
         return Loss(super().loss(batch, images_seen).per_sample * (float("inf") if self.calls > 3 else 1.0))
 
 
-class Shy(ToyTask):
+class GatedPart(ToyTask):
     """Like a fresh adapter: a gate at zero hides one part from the first gradient, and from the first only."""
 
-    def __init__(self, settings: ToySettings, start: Start) -> None:
-        super().__init__(settings, start)
+    def __init__(self, settings: ToySettings, context: TaskContext) -> None:
+        super().__init__(settings, context)
         self.gate = nn.Parameter(torch.zeros(2))
         self.modules["gate"] = nn.Module()
         self.modules["gate"].register_parameter("value", self.gate)
@@ -60,7 +60,7 @@ def run(**settings: Any) -> Run:
     return Run(stages={"one": Stage.model_validate(given)})
 
 
-@pytest.mark.parametrize("task", [ToyTask, Shy])
+@pytest.mark.parametrize("task", [ToyTask, GatedPart])
 def test_a_stage_that_can_learn_passes_and_leaves_nothing(tmp_path: Path, task: type[ToyTask]) -> None:
     settings = {"careful": True}  # it writes while it is built and prepared
     (outcome,) = self_test(run(settings=settings), tmp_path / "run", tasks={"toy": task})
@@ -72,7 +72,7 @@ def test_a_stage_that_can_learn_passes_and_leaves_nothing(tmp_path: Path, task: 
 @pytest.mark.parametrize(
     ("task", "settings", "says"),
     [
-        (Deaf, {}, "no gradient reaches the part second"),
+        (HeadWithoutGradient, {}, "no gradient reaches the part second"),
         (Diverging, {}, "not finite after 3 steps on one batch: lower"),
         (ToyTask, {"settings": {"bad": [0]}}, "very first loss is not finite"),
         (ToyTask, {"train": {"both": 1e-7}}, "hardly falls on one batch"),
@@ -93,8 +93,8 @@ class Reading(ToyTask):
     def prepare(self) -> None:
         super().prepare()
         self.began.append(self.modules["head"].get_parameter("weight").detach().clone())
-        if "one" in self.start.earlier:
-            self.heads.append(json.loads((self.start.earlier["one"] / "head.json").read_text()))
+        if "one" in self.context.earlier:
+            self.heads.append(json.loads((self.context.earlier["one"] / "head.json").read_text()))
 
 
 def test_a_stage_begins_from_what_is_trained_and_else_from_what_is_not(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_stage_is_tested_in_its_own_pieces_precision_and_few_people(
 
     class Watched(ToyTask):
         def batch(self, images_seen: int, size: int) -> ToyBatch:
-            asked.append((size, self.start.data["most"]))
+            asked.append((size, self.context.data["most"]))
             return super().batch(images_seen, size)
 
         def loss(self, batch: ToyBatch, images_seen: int) -> Loss:

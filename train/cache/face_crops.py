@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagine.people.faces import cut_squares, ellipse
-from train.cache.latents import as_taken
+from imagine.people.faces import crop_unmasked, ellipse
+from train.cache.latents import with_camera_noise
 from train.cache.pictures import AnyPictures
-from train.cache.rows import keep
+from train.cache.rows import cache_rows
 
 
 def margin(size: int) -> int:
@@ -20,7 +20,7 @@ def margin(size: int) -> int:
     return max(3, round(3 * size / 64))
 
 
-class Squares:
+class FaceCrops:
     """Masked face crops (B, 3, size, size) of any rows, from squares larger by a margin, which are kept on disk."""
 
     def __init__(self, pictures: AnyPictures, size: int, folder: Path, noisy: bool) -> None:
@@ -28,19 +28,19 @@ class Squares:
         self.size, self.side = size, size + 2 * self.margin
         self.pictures, self.noisy = pictures, noisy
         path, shape = folder / f"squares-{self.side}.u8", (3, self.side, self.side)
-        self.values = keep(path, pictures.gallery, shape, np.uint8, self._cut, "cutting faces")
+        self.values = cache_rows(path, pictures.gallery, shape, np.uint8, self._cut, "cutting faces")
 
     def _cut(self, rows: Tensor) -> Tensor:
-        images, boxes = as_taken(self.pictures, rows) if self.noisy else self.pictures.take(rows)
-        squares = cut_squares(images, _enlarged(boxes, self.side / self.size), self.side)
-        return (squares.clamp(0, 1) * 255).round().byte()
+        images, boxes = with_camera_noise(self.pictures, rows) if self.noisy else self.pictures.take(rows)
+        face_crops = crop_unmasked(images, _enlarged(boxes, self.side / self.size), self.side)
+        return (face_crops.clamp(0, 1) * 255).round().byte()
 
     def take(self, rows: Tensor, shift: Tensor) -> Tensor:
         """Crops of these rows, each shifted by up to its margin either way (`shift` (B, 2), 0 to 1), masked."""
-        squares = torch.from_numpy(self.values[rows.numpy()])
-        places = (shift * (2 * self.margin + 1)).long().tolist()
-        cut = [s[:, y : y + self.size, x : x + self.size] for s, (y, x) in zip(squares, places, strict=True)]
-        whole = torch.stack(cut) if cut else squares[:, :, : self.size, : self.size]
+        face_crops = torch.from_numpy(self.values[rows.numpy()])
+        offsets = (shift * (2 * self.margin + 1)).long().tolist()
+        cut = [s[:, y : y + self.size, x : x + self.size] for s, (y, x) in zip(face_crops, offsets, strict=True)]
+        whole = torch.stack(cut) if cut else face_crops[:, :, : self.size, : self.size]
         return (whole.float() / 255 - 0.5) * ellipse(self.size) + 0.5
 
 

@@ -16,8 +16,8 @@ from imagine.networks.diffusion import normalise_latents
 from imagine.networks.weights import fingerprint, read_index
 from imagine.world import camera_noise
 from train.cache.pictures import AnyPictures
-from train.cache.rows import keep
-from train.task import Start
+from train.cache.rows import cache_rows
+from train.task import TaskContext
 
 
 class Codec(Protocol):
@@ -96,7 +96,7 @@ class Latents:
         self.side = side or full
         mark = codec.mark + ("" if self.side == full else f"-{self.side}px")
         path, shape = folder / f"latents-{mark}.f16", codec.shape(self.side)
-        self.values = keep(path, pictures.gallery, shape, np.float16, self._encode, "encoding pictures")
+        self.values = cache_rows(path, pictures.gallery, shape, np.float16, self._encode, "encoding pictures")
 
     def take(self, rows: Tensor) -> Tensor:
         return torch.from_numpy(self.values[rows.numpy()]).float()
@@ -104,21 +104,21 @@ class Latents:
     def faces(self, rows: Tensor) -> Tensor:
         """Where the faces of these rows are, (B, 1, h, w), 1 or 0."""
         boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
-        return places(boxes, self.pictures.gallery.size, self.values.shape[-1])
+        return box_mask(boxes, self.pictures.gallery.size, self.values.shape[-1])
 
     def letters(self, rows: Tensor) -> Tensor:
         """Where words on shirts are in the pictures of these rows, likewise."""
         gallery = self.pictures.gallery
-        return places(gallery.letters(rows), gallery.size, self.values.shape[-1])
+        return box_mask(gallery.letters(rows), gallery.size, self.values.shape[-1])
 
     def _encode(self, rows: Tensor) -> Tensor:
-        images = as_taken(self.pictures, rows)[0] * 2 - 1
+        images = with_camera_noise(self.pictures, rows)[0] * 2 - 1
         if self.side != images.shape[-1]:
             images = F.interpolate(images, size=(self.side, self.side), mode="area")
         return self.codec.encode(images).half().cpu()
 
 
-def as_taken(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tensor]:
+def with_camera_noise(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Images and boxes of these rows; real pictures with the noise of their camera, the same at every call."""
     images, boxes = pictures.take(rows)
     noisy = (rows % pictures.gallery.pictures == 0) & pictures.gallery.camera
@@ -127,7 +127,7 @@ def as_taken(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tensor]:
     return images, boxes
 
 
-def places(boxes: Tensor, side: int, cells: int) -> Tensor:
+def box_mask(boxes: Tensor, side: int, cells: int) -> Tensor:
     """(B, 1, cells, cells): 1 where a latent cell of a picture of `side` pixels touches the box, 0 elsewhere.
 
     A box (left, top, width, height) without width touches nothing.
@@ -140,29 +140,29 @@ def places(boxes: Tensor, side: int, cells: int) -> Tensor:
     return (down.unsqueeze(2) & across.unsqueeze(1) & there).unsqueeze(1).float()
 
 
-def squared_error(guess: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+def squared_error(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Mean squared error (B,) of latents (B, C, h, w) in float32, each cell by its weight (B, 1, h, w)."""
-    square = (guess.float() - wanted.float()).square().mean(1, keepdim=True)
+    square = (prediction.float() - target.float()).square().mean(1, keepdim=True)
     return (square * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
 
 
-def autoencoder_of(start: Start) -> Path:
+def autoencoder_of(context: TaskContext) -> Path:
     """The folder that holds it: what an earlier stage left, or the weights that the stage begins with."""
-    check_autoencoder(start)
-    folder = start.earlier.get("autoencoder", start.initial)
+    check_autoencoder(context)
+    folder = context.earlier.get("autoencoder", context.initial)
     assert folder is not None, "as it was checked"
     return folder
 
 
-def check_autoencoder(start: Start) -> None:
+def check_autoencoder(context: TaskContext) -> None:
     """ConfigError if the stage begins with nothing that may hold one."""
-    if "autoencoder" not in start.earlier and start.initial is None:
+    if "autoencoder" not in context.earlier and context.initial is None:
         raise ConfigError(
-            f"Stage {start.name} needs an autoencoder: name a stage `autoencoder` in its start_from, or a "
+            f"Stage {context.name} needs an autoencoder: name a stage `autoencoder` in its start_from, or a "
             "folder of weights as its initial."
         )
-    if "autoencoder" not in start.earlier and start.initial is not None and not (start.initial / "vae").is_dir():
+    if "autoencoder" not in context.earlier and context.initial is not None and not (context.initial / "vae").is_dir():
         raise ConfigError(
-            f"Stage {start.name} needs an autoencoder, and {start.initial} holds none (vae/): name a stage "
+            f"Stage {context.name} needs an autoencoder, and {context.initial} holds none (vae/): name a stage "
             "`autoencoder` in its start_from, or a whole folder of weights as its initial."
         )

@@ -21,7 +21,7 @@ from imagine.world import Contexts, People, captions, drift, render, sample_cont
 from imagine.world.body import letter_boxes
 from imagine.world.render import Painters, compiled_painters
 from imagine.world.seeds import HELD_OUT, JUDGE, TRAIN
-from train.cache.rows import Form, keep_together
+from train.cache.rows import RowFormat, cache_rows_together
 from train.run.checkpoint import write_json
 
 BLOCK = 512  # pictures rendered and stored at a time
@@ -73,13 +73,15 @@ class Gallery:
         """Where the words on the shirts are, in pixels (B, 4), of no width where there is none."""
         return letter_boxes(self.contexts(rows), self.size)
 
-    def captions(self, rows: Tensor, manners: Sequence[str]) -> list[str]:
+    def captions(self, rows: Tensor, caption_styles: Sequence[str]) -> list[str]:
         """Each picture's caption in the manner given for it, always the same one."""
         people, contexts = self.people(rows), self.contexts(rows)
         texts = [""] * len(rows)
-        for manner in set(manners):
-            mine = [i for i, name in enumerate(manners) if name == manner]
-            for i, text in zip(mine, captions(people[mine], contexts[mine], manner, rows[mine].tolist()), strict=True):
+        for caption_style in set(caption_styles):
+            mine = [i for i, name in enumerate(caption_styles) if name == caption_style]
+            for i, text in zip(
+                mine, captions(people[mine], contexts[mine], caption_style, rows[mine].tolist()), strict=True
+            ):
                 texts[i] = text
         return texts
 
@@ -117,7 +119,7 @@ class AnyGallery(Protocol):
 
     def __len__(self) -> int: ...
 
-    def captions(self, rows: Tensor, manners: Sequence[str]) -> list[str]:
+    def captions(self, rows: Tensor, caption_styles: Sequence[str]) -> list[str]:
         """Each picture's caption in the manner given for it, always the same one."""
         ...
 
@@ -170,13 +172,13 @@ class Pictures:
 def open_pictures(gallery: Gallery, folder: Path) -> Pictures:
     """Map the gallery's files in `folder`, rendering what is missing first."""
     size, images, boxes = gallery.size, folder / "images.u8", folder / "boxes.f32"
-    _renew_state(folder / "done.json", images.with_suffix(".json"))
-    forms: dict[Path, Form] = {images: ((3, size, size), np.uint8), boxes: ((4,), np.float32)}
-    rows = keep_together(forms, gallery, _Painting(gallery), f"rendering {gallery.split}", BLOCK)
+    _migrate_state(folder / "done.json", images.with_suffix(".json"))
+    formats: dict[Path, RowFormat] = {images: ((3, size, size), np.uint8), boxes: ((4,), np.float32)}
+    rows = cache_rows_together(formats, gallery, _Renderer(gallery), f"rendering {gallery.split}", BLOCK)
     return Pictures(gallery, *rows)
 
 
-class _Painting:
+class _Renderer:
     """Renders rows of a gallery; with compiled painters if many are missing when it begins."""
 
     def __init__(self, gallery: Gallery) -> None:
@@ -192,7 +194,7 @@ class _Painting:
         return (out.images * 255).round().byte(), out.boxes
 
 
-def _renew_state(old: Path, new: Path) -> None:
+def _migrate_state(old: Path, new: Path) -> None:
     """Say as `train.cache.rows` does what an earlier version left of a gallery."""
     if not old.exists():
         return

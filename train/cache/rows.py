@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from train.run.checkpoint import write_json
-from train.run.stopping import stop_here
+from train.run.stopping import raise_if_stopping
 
 try:
     import fcntl
@@ -29,10 +29,10 @@ log = logging.getLogger("train")
 _BLOCK = 256  # rows worked out and stored at a time
 _PIXELS = 256 * 128**2  # or as many as hold this many pixels, so that large pictures fit into memory
 Rows = np.memmap[tuple[int, ...], Any]
-Form = tuple[Sequence[int], type[Any]]  # a row's shape, and the kind of its numbers
+RowFormat = tuple[Sequence[int], type[Any]]  # a row's shape, and the kind of its numbers
 
 
-class Numbered(Protocol):
+class CachedGallery(Protocol):
     """What is to be known of a gallery whose rows are kept: how many, of how many pixels, and what they depend on."""
 
     @property
@@ -44,42 +44,50 @@ class Numbered(Protocol):
     def __len__(self) -> int: ...
 
 
-def keep(
-    path: Path, gallery: Numbered, shape: Sequence[int], kind: type[Any], make: Callable[[Tensor], Tensor], words: str
+def cache_rows(
+    path: Path,
+    gallery: CachedGallery,
+    shape: Sequence[int],
+    kind: type[Any],
+    make: Callable[[Tensor], Tensor],
+    description: str,
 ) -> Rows:
     """One row of `shape` and `kind` for every picture of the gallery, (len(gallery), *shape), mapped from a file.
 
-    `make` works out some rows (B, *shape) from their numbers; `words` describe it on the progress bar. A gallery that
+    `make` works out some rows (B, *shape) from their numbers; `description` labels the progress bar. A gallery that
     only grew keeps its rows, for a row does not depend on how many there are. The file is `path` with the gallery's
     mark in its name.
     """
     block = max(1, min(_BLOCK, _PIXELS // gallery.size**2))
-    return keep_together({path: (shape, kind)}, gallery, lambda rows: (make(rows),), words, block)[0]
+    return cache_rows_together({path: (shape, kind)}, gallery, lambda rows: (make(rows),), description, block)[0]
 
 
-def keep_together(
-    files: Mapping[Path, Form],
-    gallery: Numbered,
+def cache_rows_together(
+    files: Mapping[Path, RowFormat],
+    gallery: CachedGallery,
     make: Callable[[Tensor], Sequence[Tensor]],
-    words: str,
+    description: str,
     block: int,
 ) -> list[Rows]:
-    """As `keep`, for several files whose rows are made together, `block` at a time. Of two runs one fills them."""
+    """As `cache_rows`, for several files whose rows are made together, `block` at a time. One of two runs does it."""
     first = next(iter(files))
     first.parent.mkdir(parents=True, exist_ok=True)
-    forms = {_marked(path, gallery.mark): form for path, form in files.items()}
+    formats = {_marked(path, gallery.mark): form for path, form in files.items()}
     state, count = _marked(first, gallery.mark).with_suffix(".json"), len(gallery)
-    if _rows_done(state, forms) < count:
-        with state.with_suffix(".lock").open("w") as lock, _alone(lock.fileno(), f"{words}: another run is at it."):
-            _rename_unmarked(list(files), list(forms), state, gallery.mark)
-            _fill(state, forms, count, make, words, block)
-    return [mapped(path, (count, *shape), kind) for path, (shape, kind) in forms.items()]
+    if _rows_done(state, formats) < count:
+        with (
+            state.with_suffix(".lock").open("w") as lock,
+            _exclusive_lock(lock.fileno(), f"{description}: another run is at it."),
+        ):
+            _adopt_unmarked_files(list(files), list(formats), state, gallery.mark)
+            _fill(state, formats, count, make, description, block)
+    return [map_file(path, (count, *shape), kind) for path, (shape, kind) in formats.items()]
 
 
-def mapped(path: Path, shape: Sequence[int], kind: type[Any]) -> Rows:
+def map_file(path: Path, shape: Sequence[int], kind: type[Any]) -> Rows:
     """The file's beginning as an array to read and write; what was never written is zero."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    with path.open("ab") as file, _alone(file.fileno()):
+    with path.open("ab") as file, _exclusive_lock(file.fileno()):
         if os.fstat(file.fileno()).st_size < size:
             os.truncate(file.fileno(), size)
     return np.memmap(path, kind, "r+", shape=tuple(shape))
@@ -87,29 +95,29 @@ def mapped(path: Path, shape: Sequence[int], kind: type[Any]) -> Rows:
 
 def _fill(
     state: Path,
-    forms: Mapping[Path, Form],
+    formats: Mapping[Path, RowFormat],
     count: int,
     make: Callable[[Tensor], Sequence[Tensor]],
-    words: str,
+    description: str,
     block: int,
 ) -> None:
-    done = _rows_done(state, forms)  # once more: another run may have been at it meanwhile
-    values = [mapped(path, (count, *shape), kind) for path, (shape, kind) in forms.items()]
-    for start in track(range(done, count, block), words, disable=done >= count):
+    done = _rows_done(state, formats)  # once more: another run may have been at it meanwhile
+    values = [map_file(path, (count, *shape), kind) for path, (shape, kind) in formats.items()]
+    for start in track(range(done, count, block), description, disable=done >= count):
         rows = torch.arange(start, min(start + block, count))
-        for kept, made in zip(values, make(rows), strict=True):
-            kept[start : start + len(rows)] = made.numpy()
-            kept.flush()
+        for stored, made in zip(values, make(rows), strict=True):
+            stored[start : start + len(rows)] = made.numpy()
+            stored.flush()
         write_json(state, {"rows": start + len(rows)})
-        stop_here()
+        raise_if_stopping()
 
 
-def _rows_done(state: Path, forms: Mapping[Path, Form]) -> int:
+def _rows_done(state: Path, formats: Mapping[Path, RowFormat]) -> int:
     """How many rows are known to be there, and are."""
-    if not state.exists() or not all(path.exists() for path in forms):
+    if not state.exists() or not all(path.exists() for path in formats):
         return 0
     rows = int(json.loads(state.read_text(encoding="utf-8"))["rows"])
-    each = {path: int(np.prod(shape)) * np.dtype(kind).itemsize for path, (shape, kind) in forms.items()}
+    each = {path: int(np.prod(shape)) * np.dtype(kind).itemsize for path, (shape, kind) in formats.items()}
     return min(rows, *(path.stat().st_size // size for path, size in each.items()))
 
 
@@ -117,7 +125,7 @@ def _marked(path: Path, mark: str) -> Path:
     return path.with_name(f"{path.stem}-{mark}{path.suffix}")
 
 
-def _rename_unmarked(before: Sequence[Path], now: Sequence[Path], state: Path, mark: str) -> None:
+def _adopt_unmarked_files(before: Sequence[Path], now: Sequence[Path], state: Path, mark: str) -> None:
     """Take over what an earlier version kept for this gallery, whose mark stood in the file beside the rows alone."""
     old = before[0].with_suffix(".json")
     if state.exists() or not old.exists() or json.loads(old.read_text(encoding="utf-8")).get("gallery") != mark:
@@ -129,7 +137,7 @@ def _rename_unmarked(before: Sequence[Path], now: Sequence[Path], state: Path, m
 
 
 @contextmanager
-def _alone(handle: int, waiting: str = "") -> Iterator[None]:
+def _exclusive_lock(handle: int, waiting: str = "") -> Iterator[None]:
     """For the block no other process is in it for this file; where there are no locks, nothing is waited for."""
     if fcntl is None:
         yield

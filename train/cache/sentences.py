@@ -16,7 +16,7 @@ from imagine.networks.encoders import TextEncoders, quoted
 from imagine.networks.weights import fingerprint
 from imagine.records import Tokens, join
 from train.cache.pictures import AnyGallery
-from train.cache.tokens import KeptTokens, cut
+from train.cache.tokens import TokenCache, trim_padding
 
 STYLES = ("terse", "dense", "rewritten")
 Encode = Callable[[Sequence[str]], Tokens]
@@ -58,38 +58,42 @@ class SentenceStore:
         window = int(text.clip.config.max_position_embeddings)
         made_by = "-".join(fingerprint(encoder)[:16] for encoder in (text.clip, text.t5))
         count, mark = len(gallery) * len(STYLES), f"{made_by}-{gallery.mark}{_process()}"
-        self.clip = KeptTokens(folder / f"clip-{mark}", count, window, int(text.clip.config.hidden_size))
-        self.t5 = KeptTokens(folder / f"t5-{mark}", count, _T5_TOKENS, int(text.t5.config.d_model))
+        self.clip = TokenCache(folder / f"clip-{mark}", count, window, int(text.clip.config.hidden_size))
+        self.t5 = TokenCache(folder / f"t5-{mark}", count, _T5_TOKENS, int(text.t5.config.d_model))
 
     def take(
-        self, rows: Tensor, manners: Sequence[str], left_out: Mapping[str, Tensor] = MappingProxyType({})
+        self, rows: Tensor, caption_styles: Sequence[str], left_out: Mapping[str, Tensor] = MappingProxyType({})
     ) -> Sentences:
         """The captions of these pictures, each in the manner given for it.
 
         `left_out` says for "clip", "t5" and "byt5" which pictures that branch is told nothing of, (B,) bool.
         """
-        texts = self.gallery.captions(rows, manners)
-        places = caption_places(rows, manners)
-        self._read(dict(zip(places, texts, strict=True)))
-        (clip, clip_lengths), (t5, t5_lengths) = self.clip.take(places), self.t5.take(places)
-        gone = {name: left_out.get(name, torch.zeros(len(rows), dtype=torch.bool)) for name in ("clip", "t5", "byt5")}
-        self._leave_out(clip, clip_lengths, gone["clip"], self.text.encode_clip)
-        self._leave_out(t5, t5_lengths, gone["t5"], self.text.encode_t5)
-        letters = ["" if silent else quoted(text) for text, silent in zip(texts, gone["byt5"].tolist(), strict=True)]
-        return Sentences(cut(clip, clip_lengths), cut(t5, t5_lengths), letters)
+        texts = self.gallery.captions(rows, caption_styles)
+        positions = caption_positions(rows, caption_styles)
+        self._read(dict(zip(positions, texts, strict=True)))
+        (clip, clip_lengths), (t5, t5_lengths) = self.clip.take(positions), self.t5.take(positions)
+        dropped = {
+            name: left_out.get(name, torch.zeros(len(rows), dtype=torch.bool)) for name in ("clip", "t5", "byt5")
+        }
+        self._leave_out(clip, clip_lengths, dropped["clip"], self.text.encode_clip)
+        self._leave_out(t5, t5_lengths, dropped["t5"], self.text.encode_t5)
+        letters = [
+            "" if is_dropped else quoted(text) for text, is_dropped in zip(texts, dropped["byt5"].tolist(), strict=True)
+        ]
+        return Sentences(trim_padding(clip, clip_lengths), trim_padding(t5, t5_lengths), letters)
 
-    def _leave_out(self, values: Tensor, lengths: Tensor, gone: Tensor, encode: Encode) -> None:
-        """Put the tokens of the empty sentence where `gone` (B,), in place."""
-        if gone.any():
+    def _leave_out(self, values: Tensor, lengths: Tensor, dropped: Tensor, encode: Encode) -> None:
+        """Put the tokens of the empty sentence where `dropped` (B,), in place."""
+        if dropped.any():
             here = _first(encode([""]))
-            values[gone, : len(here)], lengths[gone] = here, len(here)
+            values[dropped, : len(here)], lengths[dropped] = here, len(here)
 
     @torch.no_grad()
     def _read(self, texts: Mapping[int, str]) -> None:
         """Encode the captions that belong to these places and are not there yet."""
-        for kept, encode in ((self.t5, self.text.encode_t5), (self.clip, self.text.encode_clip)):
-            if places := kept.missing(list(texts)):
-                kept.write(places, encode([texts[place] for place in places]))
+        for cache, encode in ((self.t5, self.text.encode_t5), (self.clip, self.text.encode_clip)):
+            if positions := cache.missing(list(texts)):
+                cache.write(positions, encode([texts[position] for position in positions]))
 
 
 def _process() -> str:
@@ -99,9 +103,12 @@ def _process() -> str:
     return f"-process-{rank}" if rank else ""
 
 
-def caption_places(rows: Tensor, manners: Sequence[str]) -> list[int]:
+def caption_positions(rows: Tensor, caption_styles: Sequence[str]) -> list[int]:
     """Where the captions of these pictures stand in a store, each in the manner given for it."""
-    return [row * len(STYLES) + STYLES.index(manner) for row, manner in zip(rows.tolist(), manners, strict=True)]
+    return [
+        row * len(STYLES) + STYLES.index(caption_style)
+        for row, caption_style in zip(rows.tolist(), caption_styles, strict=True)
+    ]
 
 
 def _first(tokens: Tokens) -> Tensor:

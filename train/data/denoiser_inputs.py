@@ -7,22 +7,22 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from train.cache.face_crops import Squares
+from train.cache.face_crops import FaceCrops
 from train.cache.latents import Codec, Latents
 from train.cache.pictures import AnyPictures
-from train.data.sources import Drawn, in_order
+from train.data.sources import DrawnPairs, in_order
 
 Captions = TypeVar("Captions")
 
 
 @dataclass(frozen=True)
-class Stock(Generic[Captions]):
-    """Everything behind the row numbers of one gallery; `squares` only where a stage needs references."""
+class GalleryCache(Generic[Captions]):
+    """Everything behind the row numbers of one gallery; `face_crops` only where a stage needs references."""
 
     pictures: AnyPictures
     latents: Latents
     sentences: Captions  # the store of its captions' tokens
-    squares: Squares | None = None
+    face_crops: FaceCrops | None = None
 
     def faces(self, rows: Tensor) -> Tensor:
         """Where the faces are in the latents of these rows, (B, 1, h, w), 1 or 0."""
@@ -33,27 +33,27 @@ class Stock(Generic[Captions]):
         return self.latents.letters(rows)
 
     def crops(self, rows: Tensor, shifts: Tensor) -> Tensor:
-        """Face crops (B, 3, S, S) of these rows, shifted a little: `Squares.take`."""
-        assert self.squares is not None, "this task keeps the face crops of all its galleries"
-        return self.squares.take(rows, shifts)
+        """Face crops (B, 3, S, S) of these rows, shifted a little: `FaceCrops.take`."""
+        assert self.face_crops is not None, "this task keeps the face crops of all its galleries"
+        return self.face_crops.take(rows, shifts)
 
 
-def keep_stock(
+def cache_gallery(
     pictures: AnyPictures,
     codec: Codec,
     sentences: Captions,
     folder: Path,
     side: int | None = None,
     crop_side: int | None = None,
-) -> Stock[Captions]:
+) -> GalleryCache[Captions]:
     """Fill `folder` with what is missing of a gallery: latents at `side` pixels, face crops of `crop_side` if given."""
     latents = Latents(pictures, codec, folder, side)
-    squares = None if crop_side is None else Squares(pictures, crop_side, folder, noisy=True)
-    return Stock(pictures, latents, sentences, squares)
+    face_crops = None if crop_side is None else FaceCrops(pictures, crop_side, folder, noisy=True)
+    return GalleryCache(pictures, latents, sentences, face_crops)
 
 
-def references(stocks: Mapping[str, Stock[Any]], drawn: Drawn, shifts: Tensor) -> Tensor:
+def references(gallery_caches: Mapping[str, GalleryCache[Any]], drawn: DrawnPairs, shifts: Tensor) -> Tensor:
     """Face crops (B, 3, S, S) of a batch's references, each shifted a little (B, 2)."""
     by_gallery = drawn.by_gallery()
-    crops = [stocks[name].crops(drawn.references[here], shifts[here]) for name, here in by_gallery.items()]
+    crops = [gallery_caches[name].crops(drawn.references[here], shifts[here]) for name, here in by_gallery.items()]
     return in_order(list(by_gallery.values()), crops)

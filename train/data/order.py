@@ -20,7 +20,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def key(seed: int, purpose: str, number: int = 0) -> int:
+def derive_seed(seed: int, purpose: str, number: int = 0) -> int:
     """A non-negative 63-bit number for (seed, purpose, number), for whatever wants a seed of its own."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -28,7 +28,7 @@ def key(seed: int, purpose: str, number: int = 0) -> int:
 
 def generator(seed: int, purpose: str, images_seen: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator for one batch, for code that must be given one; prefer `normals` and `uniforms`."""
-    return torch.Generator(device).manual_seed(key(seed, purpose, images_seen))
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose, images_seen))
 
 
 def uniforms(
@@ -68,15 +68,17 @@ def choices(
 def shuffled(seed: int, purpose: str, first: int, size: int, population: int) -> Tensor:
     """(size,) int64 on the CPU: which of `population` items each image is, in a new order every round."""
     numbers = torch.arange(first, first + size)
-    rounds = numbers // population
+    epochs = numbers // population
     out = torch.empty_like(numbers)
-    for turn in rounds.unique().tolist():
-        here = rounds == turn
-        out[here] = _order(seed, purpose, turn, population)[numbers[here] % population]
+    for epoch in epochs.unique().tolist():
+        here = epochs == epoch
+        out[here] = _order(seed, purpose, epoch, population)[numbers[here] % population]
     return out
 
 
-def ahead(make: Callable[..., T], calls: Iterable[tuple[int, int]], depth: int) -> Generator[tuple[int, T], None, None]:
+def prefetched(
+    make: Callable[..., T], calls: Iterable[tuple[int, int]], depth: int
+) -> Generator[tuple[int, T], None, None]:
     """(images_seen, make(images_seen, size)) for each call in order, `depth` of them made ahead in one thread."""
     if not depth:
         for call in calls:
@@ -114,13 +116,13 @@ def to_device(record: Any, device: torch.device) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _order(seed: int, purpose: str, turn: int, population: int) -> Tensor:
-    return torch.randperm(population, generator=generator(seed, purpose, turn))
+def _order(seed: int, purpose: str, epoch: int, population: int) -> Tensor:
+    return torch.randperm(population, generator=generator(seed, purpose, epoch))
 
 
 def _bits(seed: int, purpose: str, first: int, size: int, columns: int, device: torch.device | str) -> Tensor:
     """(size, columns) int64, all 64 bits random: the hash of the hash of the row."""
-    rows = _mixed(torch.arange(first + 1, first + size + 1, device=device) * _GOLDEN + key(seed, purpose))
+    rows = _mixed(torch.arange(first + 1, first + size + 1, device=device) * _GOLDEN + derive_seed(seed, purpose))
     return _mixed(rows[:, None] + torch.arange(1, columns + 1, device=device) * _GOLDEN)
 
 

@@ -9,14 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from imagine.errors import ConfigError
-from imagine.settings import checked, unknown_name
-from imagine.shards.reading import anything_at
+from imagine.settings import unknown_name, validated
+from imagine.shards.reading import has_records
 from imagine.world.seeds import HELD_OUT
 from train.cache.pictures import AnyPictures, Gallery, Pictures, open_pictures
 from train.data.order import shuffled
 from train.data.recorded import open_recorded
-from train.data.sources import SOURCES, Source, drawn_from, pairs_of
-from train.task import Start
+from train.data.sources import SOURCES, Source, pairs_of, weighted_sources
+from train.task import TaskContext
 
 SIDE = 128  # pixels of every picture
 _HELD_OUT_FIRST = len(HELD_OUT) - 5_000  # far from the people whom evaluation asks for
@@ -55,40 +55,40 @@ class DataSettings(BaseModel):
     judge_pictures: int = Field(3, ge=1)
     most: int | None = Field(None, ge=2)  # people, or records, that a trial takes of each gallery; none: all
 
-    def few(self, count: int) -> int:
+    def limited(self, count: int) -> int:
         """So many, or as many as a trial takes."""
         return count if self.most is None else min(count, self.most)
 
     def gallery(self, name: str) -> Gallery:
         """The gallery of that name; ConfigError with the valid names if there is none."""
         if name == "train":
-            return Gallery("train", self.few(self.identities), self.pictures, drift=self.drift, first=self.first)
+            return Gallery("train", self.limited(self.identities), self.pictures, drift=self.drift, first=self.first)
         if name not in self.galleries:
             raise ConfigError(f"data: {unknown_name('gallery', name, ['train', *self.galleries])}.")
         it = self.galleries[name]
-        count = self.few(it.identities)
+        count = self.limited(it.identities)
         return Gallery("train", count, it.pictures, drift=it.drift, first=it.first, camera=it.camera)
 
 
 def data_settings(data: Mapping[str, Any]) -> DataSettings:
     """The run's `data` section, checked; ConfigError for what is wrong in it."""
-    return checked(DataSettings, data, "data")
+    return validated(DataSettings, data, "data")
 
 
 def check_sources(data: Mapping[str, Any], weights: Mapping[str, float]) -> None:
     """ConfigError for sources that are unknown, weigh nothing, or have nothing to draw from; no picture is read."""
     settings = data_settings(data)
-    for name in drawn_from(weights, settings.sources):
+    for name in weighted_sources(weights, settings.sources):
         source = settings.sources[name]
         named = settings.galleries.get(source.gallery)
         if named is None or named.records is None:
             known = {gallery: settings.gallery(gallery) for gallery in ("train", *settings.galleries)}
             pairs_of(name, source, known)
-        elif not anything_at(named.records):
+        elif not has_records(named.records):
             raise ConfigError(f"source {name}: there is nothing at {named.records}, where its records should be.")
 
 
-def check_twins(data: Mapping[str, Any]) -> None:
+def check_two_pictures(data: Mapping[str, Any]) -> None:
     """ConfigError unless people of the gallery "train" have two pictures each."""
     if data_settings(data).pictures < 2:
         raise ConfigError("data: this stage compares two pictures of one person; set pictures to 2 or more.")
@@ -117,7 +117,7 @@ def training_pictures(data: Mapping[str, Any]) -> Pictures:
 def judge_pictures(data: Mapping[str, Any]) -> Pictures:
     """Pictures of the people that the judge learns from: exact identities, several pictures each."""
     settings = data_settings(data)
-    gallery = Gallery("judge", settings.few(settings.judge_identities), settings.judge_pictures, drift=0.0)
+    gallery = Gallery("judge", settings.limited(settings.judge_identities), settings.judge_pictures, drift=0.0)
     return open_pictures(gallery, settings.folder / "judge")
 
 
@@ -127,6 +127,6 @@ def held_out_pictures(data: Mapping[str, Any], people: int) -> Pictures:
     return open_pictures(gallery, data_settings(data).folder / f"held-out-{people}")
 
 
-def draw_rows(start: Start, purpose: str, images_seen: int, size: int, count: int) -> Tensor:
+def draw_rows(context: TaskContext, purpose: str, images_seen: int, size: int, count: int) -> Tensor:
     """Which of `count` rows make up this batch, (size,): every row once a round, in a new order each round."""
-    return shuffled(start.seed, purpose, images_seen, size, count)
+    return shuffled(context.seed, purpose, images_seen, size, count)

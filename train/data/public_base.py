@@ -19,14 +19,14 @@ from torch import Tensor
 from imagine.errors import ConfigError, PromptError
 from imagine.networks.encoders import TextEncoders, VisionEncoder
 from imagine.networks.vision_conversion import from_transformers
-from imagine.networks.weights import INDEX, dtype_word, fetching, hushed, is_hub_id, load_model
+from imagine.networks.weights import INDEX, dtype_argument, fetching, is_hub_id, load_model, quiet_libraries
 from imagine.records import Tokens
 
 Encode = Callable[[Sequence[str]], dict[str, Tokens]]
 _KINDS = {2048: "Stable Diffusion XL", 1024: "Stable Diffusion 2", 768: "Stable Diffusion 1.5"}  # by text width
-_LOOKS, _LOOK = 1024, 512  # how often, and how many bytes at a time, a file is looked into to tell it from others
-_READ = (".json", ".model", ".safetensors", ".txt")  # endings of files that say what a component makes
-_SHORTER = 0.75
+_FINGERPRINT_SAMPLES, _FINGERPRINT_BYTES = 1024, 512  # parts of a weights file that are hashed, and their bytes
+_FINGERPRINTED_SUFFIXES = (".json", ".model", ".safetensors", ".txt")  # files that are hashed
+_SHORTENING_FACTOR = 0.75
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class DiffusersBase:
         if self.config("unet")["in_channels"] != self.config("vae")["latent_channels"]:
             raise ConfigError(f"{self.folder} paints into given pictures: name a base that draws from noise alone.")
         if device.type == "meta":
-            with hushed():
+            with quiet_libraries():
                 return UNet2DConditionModel.from_config(self.config("unet")).to(dtype)
         folder = self.folder / "unet"
         return load_model(folder, "diffusers", "UNet2DConditionModel", dtype, variant=_variant(folder))
@@ -119,7 +119,7 @@ def _fetched(name: str, shapes_only: bool) -> Path:
     from diffusers import DiffusionPipeline
     from huggingface_hub import snapshot_download
 
-    with fetching(name), hushed():
+    with fetching(name), quiet_libraries():
         if shapes_only:
             return Path(snapshot_download(name, allow_patterns=["*.json"]))
         return Path(DiffusionPipeline.download(name, use_safetensors=True))
@@ -134,7 +134,7 @@ class BaseCodec:
 
     @property
     def mark(self) -> str:
-        return _mark(self.folder)
+        return _fingerprint(self.folder)
 
     def shape(self, side: int) -> tuple[int, int, int]:
         cells, left = divmod(side, 2 ** (len(self.config["block_out_channels"]) - 1))
@@ -174,7 +174,7 @@ class BaseCodec:
 
 
 @dataclass(frozen=True)
-class BaseReader:
+class BaseTextEncoders:
     """The base's own text encoders: the states that its denoiser reads ("clip"), and in SDXL one vector ("pooled")."""
 
     base: DiffusersBase
@@ -193,7 +193,9 @@ class BaseReader:
     def mark(self) -> str:
         """Digits for what tokens depend on besides their sentence."""
         parts = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if self.base.xl else ()))
-        return _mark(*(self.base.folder / name for name in parts)) + ("-zeros" if self.base.empty_is_zeros else "")
+        return _fingerprint(*(self.base.folder / name for name in parts)) + (
+            "-zeros" if self.base.empty_is_zeros else ""
+        )
 
     def load(self) -> Encode:
         """The encoders in memory, behind a function, by the stock pipeline's own reading of prompts."""
@@ -201,10 +203,10 @@ class BaseReader:
 
         folder = self.base.folder
         kind = diffusers.StableDiffusionXLPipeline if self.base.xl else diffusers.StableDiffusionPipeline
-        more: dict[str, Any] = {dtype_word(kind): torch.float32}
+        more: dict[str, Any] = {dtype_argument(kind): torch.float32}
         if not self.base.xl:
             more |= {"safety_checker": None, "requires_safety_checker": False}
-        with hushed():
+        with quiet_libraries():
             pipe = kind.from_pretrained(
                 folder, unet=None, vae=None, feature_extractor=None, image_encoder=None, use_safetensors=True,
                 local_files_only=True, variant=_variant(folder / "text_encoder"), **more,
@@ -212,21 +214,21 @@ class BaseReader:
         pipe.to(self.device)
 
         def encode(texts: Sequence[str]) -> dict[str, Tokens]:
-            with hushed():  # a caption beyond the window loses its end, as a prompt does
+            with quiet_libraries():  # a caption beyond the window loses its end, as a prompt does
                 found = pipe.encode_prompt(
                     prompt=list(texts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
                 )
             states = {"clip": found[0], **({"pooled": found[2].unsqueeze(1)} if self.base.xl else {})}
             if self.base.empty_is_zeros:
-                silent = torch.tensor([not text for text in texts], device=self.device)
-                states = {name: values.masked_fill(silent.view(-1, 1, 1), 0) for name, values in states.items()}
+                is_empty = torch.tensor([not text for text in texts], device=self.device)
+                states = {name: values.masked_fill(is_empty.view(-1, 1, 1), 0) for name, values in states.items()}
             return {name: Tokens(values) for name, values in states.items()}
 
         return encode
 
 
 @dataclass(frozen=True)
-class T5Reader:
+class T5TextEncoder:
     """T5 ("t5") or ByT5 ("byt5") from a folder with the model and its tokenizer, read as the pipeline reads them."""
 
     name: str
@@ -244,7 +246,7 @@ class T5Reader:
 
     @property
     def mark(self) -> str:
-        return f"{_mark(self.folder)}-{self.tokens}"
+        return f"{_fingerprint(self.folder)}-{self.tokens}"
 
     def load(self) -> Encode:
         from transformers import AutoTokenizer
@@ -259,18 +261,18 @@ class T5Reader:
         def encode(texts: Sequence[str]) -> dict[str, Tokens]:
             with suppress(PromptError):
                 return {self.name: read(texts)}
-            return {self.name: read([_fitting(read, text) for text in texts])}
+            return {self.name: read([_truncated(read, text) for text in texts])}
 
         return encode
 
 
-def _fitting(read: Callable[[Sequence[str]], Tokens], text: str) -> str:
+def _truncated(read: Callable[[Sequence[str]], Tokens], text: str) -> str:
     """The text, or as much of its beginning as can be read."""
     while True:
         try:
             read([text])
         except PromptError:
-            text = text[: int(len(text) * _SHORTER)]
+            text = text[: int(len(text) * _SHORTENING_FACTOR)]
         else:
             return text
 
@@ -289,7 +291,7 @@ def load_vision(folder: Path, device: torch.device) -> VisionEncoder:
         )
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    with hushed():
+    with quiet_libraries():
         if device.type == "meta":
             return from_transformers(CLIPVisionModelWithProjection(CLIPVisionConfig(**config)))
         return from_transformers(load_model(folder, "transformers", "CLIPVisionModelWithProjection", torch.float32))
@@ -326,27 +328,29 @@ def _variant(folder: Path) -> str | None:
     return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
-def _mark(*folders: Path) -> str:
+def _fingerprint(*folders: Path) -> str:
     """Twelve hexadecimal digits that tell these components from others: weights, configuration and vocabulary.
 
     Weights are looked into here and there. Of a config.json counts what it says of the network, not who saved it.
     """
     digest = hashlib.sha256()
-    for file in (file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in _READ):
+    for file in (
+        file for folder in folders for file in sorted(folder.iterdir()) if file.suffix in _FINGERPRINTED_SUFFIXES
+    ):
         size = file.stat().st_size
         if file.suffix != ".safetensors":
-            content = _stated(file) if file.name == "config.json" else file.read_bytes()
+            content = _network_config(file) if file.name == "config.json" else file.read_bytes()
             digest.update(f"{file.name} {len(content)}".encode() + content)
             continue
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as opened:
-            for place in range(0, size, max(_LOOK, size // _LOOKS)):
+            for place in range(0, size, max(_FINGERPRINT_BYTES, size // _FINGERPRINT_SAMPLES)):
                 opened.seek(place)
-                digest.update(opened.read(_LOOK))
+                digest.update(opened.read(_FINGERPRINT_BYTES))
     return digest.hexdigest()[:12]
 
 
-def _stated(config: Path) -> bytes:
+def _network_config(config: Path) -> bytes:
     """What a config.json says of its network."""
-    said = {name: value for name, value in read_config(config.parent).items() if not name.startswith("_")}
-    return json.dumps({**said, "transformers_version": None}, sort_keys=True).encode()
+    network_values = {name: value for name, value in read_config(config.parent).items() if not name.startswith("_")}
+    return json.dumps({**network_values, "transformers_version": None}, sort_keys=True).encode()

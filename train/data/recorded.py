@@ -20,7 +20,7 @@ from imagine.errors import BadRecordError, ConfigError
 from imagine.networks.weights import default_folder
 from imagine.people.faces import FaceFinder, default_finder
 from imagine.shards.reading import Record, Records, open_records
-from train.cache.rows import keep
+from train.cache.rows import cache_rows
 from train.run.checkpoint import write_json
 
 log = logging.getLogger("train")
@@ -30,7 +30,7 @@ _SHARDS = 8  # that a trial looks into: a shard is read through once before its 
 _REASONS = {_BROKEN: "cannot be read", _FACELESS: "show no face"}
 
 
-class FewRecords:
+class RecordSubset:
     """So many records of a data set, behind numbers of their own: those of the first pairs, then the first ones."""
 
     def __init__(self, records: Records, most: int) -> None:
@@ -67,7 +67,7 @@ class RecordGallery:
 
     camera, pictures = False, 1
 
-    def __init__(self, records: Records | FewRecords, size: int) -> None:
+    def __init__(self, records: Records | RecordSubset, size: int) -> None:
         self.records, self.size = records, size
         self.usable = torch.ones(len(records), dtype=torch.bool)
 
@@ -79,10 +79,13 @@ class RecordGallery:
         """Digits for what a row depends on besides its number."""
         return f"{self.records.mark}-{self.size}"
 
-    def captions(self, rows: Tensor, manners: Sequence[str]) -> list[str]:
+    def captions(self, rows: Tensor, caption_styles: Sequence[str]) -> list[str]:
         """Each record's caption in the manner given for it, or the only one it has."""
         records = [self.records[row] for row in rows.tolist()]
-        return [record.captions.get(manner, record.caption) for record, manner in zip(records, manners, strict=True)]
+        return [
+            record.captions.get(caption_style, record.caption)
+            for record, caption_style in zip(records, caption_styles, strict=True)
+        ]
 
     def letters(self, rows: Tensor) -> Tensor:
         """Records do not say where words are: boxes (B, 4) of no width."""
@@ -104,10 +107,12 @@ class RecordPictures:
     def __init__(self, gallery: RecordGallery, folder: Path, finder: FaceFinder | None = None) -> None:
         self.gallery = gallery
         self._finder, self.folder = finder, folder
-        self._facts = keep(folder / "faces_and_frames.f32", gallery, (9,), np.float32, self._look, "finding faces")
+        self._facts = cache_rows(
+            folder / "faces_and_frames.f32", gallery, (9,), np.float32, self._find_faces, "finding faces"
+        )
         self.boxes, self._frames = np.asarray(self._facts[:, :4]), np.asarray(self._facts[:, 5:])
         gallery.usable = torch.from_numpy(self._facts[:, 4] == _USABLE)
-        if left_out := self._tell():
+        if left_out := self._write_left_out():
             words = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
             log.warning("%s: of %s records %s; they are left out.", folder.name, f"{len(gallery):,}", words)
 
@@ -138,9 +143,9 @@ class RecordPictures:
         self.gallery.usable[row] = False
         self._facts[row, 4] = _BROKEN
         self._facts.flush()
-        self._tell()
+        self._write_left_out()
 
-    def _look(self, rows: Tensor) -> Tensor:
+    def _find_faces(self, rows: Tensor) -> Tensor:
         """Face boxes in the squares, whether the record can be used, and what the square was cut from, (B, 9)."""
         facts = torch.zeros(len(rows), 9)
         for i, row in enumerate(rows.tolist()):
@@ -171,7 +176,7 @@ class RecordPictures:
         found = self._finder.find(picture)
         return (found[0].left, found[0].top, found[0].width, found[0].height) if found else None
 
-    def _tell(self) -> dict[str, int]:
+    def _write_left_out(self) -> dict[str, int]:
         """Write down how many records are left out, by reason, and what is wrong with the data set; the former."""
         states = Counter(self._facts[:, 4].tolist())
         left_out = {words: states[state] for state, words in _REASONS.items() if states[state]}
@@ -190,7 +195,7 @@ def open_recorded(
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = open_records(address, folder / "index", shards=None if most is None else _SHARDS)
-    records = found if most is None else FewRecords(found, most)
+    records = found if most is None else RecordSubset(found, most)
     pictures = RecordPictures(RecordGallery(records, size), folder, finder)
     if not bool(pictures.gallery.usable.any()):
         raise ConfigError(f"No record of {address} can be used; {folder / 'left_out.json'} says why.")

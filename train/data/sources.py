@@ -19,9 +19,9 @@ from imagine.settings import unknown_name
 from train.cache.pictures import AnyGallery
 from train.data.order import choices, shuffled
 
-Manner = Literal["terse", "dense", "rewritten"]
+CaptionStyle = Literal["terse", "dense", "rewritten"]
 _GOLDEN = 0.6180339887498949  # turns by this share of a circle spread most evenly, however many there are
-_STRIDE = 8192  # images after which it is noted how many of each source there were
+_COUNT_INTERVAL = 8192  # images after which it is noted how many of each source there were
 
 
 class Source(BaseModel):
@@ -30,11 +30,11 @@ class Source(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     gallery: str = "train"
     target: Literal["self", "other"] = "other"
-    captions: Annotated[dict[Manner, float], Field(min_length=1)] = {"rewritten": 1.0}
+    captions: Annotated[dict[CaptionStyle, float], Field(min_length=1)] = {"rewritten": 1.0}
 
     @field_validator("captions")
     @classmethod
-    def _weighed(cls, captions: dict[Manner, float]) -> dict[Manner, float]:
+    def _weighed(cls, captions: dict[CaptionStyle, float]) -> dict[CaptionStyle, float]:
         if min(captions.values()) < 0 or sum(captions.values()) <= 0:
             raise ValueError("the weights of captions must not be negative, and one must be positive")
         return captions
@@ -47,13 +47,13 @@ SOURCES = {  # what there is if a run names none: the paper's first two stages
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnPairs:
     """Which pictures make up a batch, one entry an image: rows of the gallery that `galleries` names."""
 
     galleries: list[str]
     references: Tensor  # (B,)
     targets: Tensor  # (B,)
-    manners: list[str]  # of the target's caption
+    caption_styles: list[str]  # of the target's caption
 
     def by_gallery(self) -> dict[str, Tensor]:
         """Gallery -> which images of the batch come from it."""
@@ -82,7 +82,7 @@ class Mixture:
         block: int = 1,
         own_counts: bool = True,
     ) -> None:
-        self.names = drawn_from(weights, sources)
+        self.names = weighted_sources(weights, sources)
         self.sources, self.block = [sources[name] for name in self.names], block
         edges = torch.tensor([weights[name] for name in self.names], dtype=torch.float64).cumsum(0)
         self.edges = (edges / edges[-1])[:-1].contiguous()
@@ -94,36 +94,38 @@ class Mixture:
         blocks = torch.arange(first, first + size) // self.block
         return torch.bucketize((blocks.double() * _GOLDEN) % 1, self.edges, right=True)
 
-    def draw(self, seed: int, first: int, size: int) -> Drawn:
+    def draw(self, seed: int, first: int, size: int) -> DrawnPairs:
         """Images number `first` to `first + size`; every pair of a source comes once a round, in a new order each."""
-        which, before = self.which(first, size), self._before(first).tolist() if self.own_counts else []
-        rows, manners = torch.zeros(size, 2, dtype=torch.long), [""] * size
+        which, before = self.which(first, size), self._counts_before(first).tolist() if self.own_counts else []
+        rows, caption_styles = torch.zeros(size, 2, dtype=torch.long), [""] * size
         for number, (name, source, pairs) in enumerate(zip(self.names, self.sources, self.pairs, strict=True)):
             here = (which == number).nonzero().squeeze(1)
             if len(here):
                 purpose = f"pairs of {name}"
                 if self.own_counts:
-                    turns = shuffled(seed, purpose, before[number], len(here), len(pairs))
+                    pair_numbers = shuffled(seed, purpose, before[number], len(here), len(pairs))
                 else:
-                    turns = shuffled(seed, purpose, first, size, len(pairs))[here]
-                rows[here] = pairs[turns]
-                for i, manner in zip(here.tolist(), _manners(source, seed, first, size)[here].tolist(), strict=True):
-                    manners[i] = list(source.captions)[manner]
+                    pair_numbers = shuffled(seed, purpose, first, size, len(pairs))[here]
+                rows[here] = pairs[pair_numbers]
+                for i, caption_style in zip(
+                    here.tolist(), _caption_styles(source, seed, first, size)[here].tolist(), strict=True
+                ):
+                    caption_styles[i] = list(source.captions)[caption_style]
         galleries = [self.sources[number].gallery for number in which.tolist()]
-        return Drawn(galleries, rows[:, 0], rows[:, 1], manners)
+        return DrawnPairs(galleries, rows[:, 0], rows[:, 1], caption_styles)
 
-    def _before(self, first: int) -> Tensor:
+    def _counts_before(self, first: int) -> Tensor:
         """How many images of each source come before image number `first`, (sources,)."""
-        strides, rest = divmod(first, _STRIDE)
+        strides, rest = divmod(first, _COUNT_INTERVAL)
         for stride in range(len(self._counts) - 1, strides):
-            self._counts.append(self._counts[-1] + self._among(stride * _STRIDE, _STRIDE))
-        return self._counts[strides] + self._among(strides * _STRIDE, rest)
+            self._counts.append(self._counts[-1] + self._count_images(stride * _COUNT_INTERVAL, _COUNT_INTERVAL))
+        return self._counts[strides] + self._count_images(strides * _COUNT_INTERVAL, rest)
 
-    def _among(self, first: int, size: int) -> Tensor:
+    def _count_images(self, first: int, size: int) -> Tensor:
         return torch.bincount(self.which(first, size), minlength=len(self.names))
 
 
-def drawn_from(weights: Mapping[str, float], sources: Mapping[str, Source]) -> list[str]:
+def weighted_sources(weights: Mapping[str, float], sources: Mapping[str, Source]) -> list[str]:
     """The sources with a positive weight; ConfigError if one is unknown, weighs less than nothing, or none is left."""
     for name, weight in weights.items():
         if name not in sources:
@@ -149,12 +151,12 @@ def pairs_of(name: str, source: Source, galleries: Mapping[str, AnyGallery]) -> 
     return pairs
 
 
-def _manners(source: Source, seed: int, first: int, size: int) -> Tensor:
+def _caption_styles(source: Source, seed: int, first: int, size: int) -> Tensor:
     return choices(seed, "manner", first, size, list(source.captions.values()))
 
 
-def in_order(places: Sequence[Tensor], pieces: Sequence[Tensor]) -> Tensor:
-    """Rows of `pieces`, each (n, ...), put where `places`, (n,) each, say."""
+def in_order(positions: Sequence[Tensor], pieces: Sequence[Tensor]) -> Tensor:
+    """Rows of `pieces`, each (n, ...), put where `positions`, (n,) each, say."""
     if len(pieces) == 1:
         return pieces[0]
-    return torch.cat(list(pieces))[torch.cat(list(places)).argsort()]
+    return torch.cat(list(pieces))[torch.cat(list(positions)).argsort()]

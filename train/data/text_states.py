@@ -15,17 +15,17 @@ from torch import Tensor
 
 from imagine.records import Tokens
 from train.cache.pictures import AnyGallery
-from train.cache.sentences import STYLES, caption_places
-from train.cache.tokens import KeptTokens, cut
+from train.cache.sentences import STYLES, caption_positions
+from train.cache.tokens import TokenCache, trim_padding
 from train.data.public_base import Encode
-from train.run.stopping import stop_here
+from train.run.stopping import raise_if_stopping
 
 log = logging.getLogger("train")
-_AT_ONCE = 32  # captions
-_NOTHING = 0  # the place of the empty sentence; captions follow
+_CAPTIONS_AT_ONCE = 32  # captions
+_EMPTY_SENTENCE = 0  # the place of the empty sentence; captions follow
 
 
-class Reader(Protocol):
+class FrozenTextEncoder(Protocol):
     """Frozen text encoders that read a sentence together."""
 
     @property
@@ -46,65 +46,71 @@ class Reader(Protocol):
 class TextStates:
     """The captions of a gallery as tokens of several encoders, behind the row numbers of its pictures."""
 
-    def __init__(self, gallery: AnyGallery, readers: Sequence[Reader], folder: Path) -> None:
-        self.gallery, self.readers = gallery, readers
+    def __init__(self, gallery: AnyGallery, text_encoders: Sequence[FrozenTextEncoder], folder: Path) -> None:
+        self.gallery, self.text_encoders = gallery, text_encoders
         count = 1 + len(gallery) * len(STYLES)
-        self.kept = [
+        self.cache = [
             {
-                name: KeptTokens(folder / f"{name}-{reader.mark}-{gallery.mark}", count, *shape)
-                for name, shape in reader.shapes.items()
+                name: TokenCache(folder / f"{name}-{text_encoder.mark}-{gallery.mark}", count, *shape)
+                for name, shape in text_encoder.shapes.items()
             }
-            for reader in readers
+            for text_encoder in text_encoders
         ]
 
     @torch.no_grad()
-    def read(self, rows: Tensor, manners: Sequence[str]) -> None:
+    def read(self, rows: Tensor, caption_styles: Sequence[str]) -> None:
         """Have the captions of these pictures read in these manners, each in all of them, unless they were before."""
-        each = [(row, manner) for row in rows.tolist() for manner in manners]
-        pictures, styles = torch.tensor([row for row, _ in each]), [manner for _, manner in each]
-        places = [_NOTHING, *(1 + place for place in caption_places(pictures, styles))]
-        for reader, kept in zip(self.readers, self.kept, strict=True):
-            missing = {place for one in kept.values() for place in one.missing(places)}
+        each = [(row, caption_style) for row in rows.tolist() for caption_style in caption_styles]
+        pictures, styles = torch.tensor([row for row, _ in each]), [caption_style for _, caption_style in each]
+        positions = [_EMPTY_SENTENCE, *(1 + position for position in caption_positions(pictures, styles))]
+        for text_encoder, cache in zip(self.text_encoders, self.cache, strict=True):
+            missing = {position for one in cache.values() for position in one.missing(positions)}
             if missing:
-                here = [i for i, place in enumerate(places) if place in missing]
-                self._encode(reader.load(), kept, places, pictures, styles, here)
+                here = [i for i, position in enumerate(positions) if position in missing]
+                self._encode(text_encoder.load(), cache, positions, pictures, styles, here)
 
     def _encode(
         self,
         encode: Encode,
-        kept: Mapping[str, KeptTokens],
-        places: Sequence[int],
+        cache: Mapping[str, TokenCache],
+        positions: Sequence[int],
         pictures: Tensor,
         styles: Sequence[str],
         here: Sequence[int],
     ) -> None:
-        """Read and keep the sentences whose places stand at these positions of `places`; the first is the empty one."""
-        for start in track(range(0, len(here), _AT_ONCE), "reading captions"):
-            some = here[start : start + _AT_ONCE]
+        """Read and keep the sentences at these entries of `positions`; the first is the empty one."""
+        for start in track(range(0, len(here), _CAPTIONS_AT_ONCE), "reading captions"):
+            some = here[start : start + _CAPTIONS_AT_ONCE]
             captions = [i - 1 for i in some if i]
             texts = self.gallery.captions(pictures[captions], [styles[i] for i in captions])
             read = encode([*([""] if 0 in some else []), *texts])
             for name, tokens in read.items():
-                kept[name].write([places[i] for i in some], tokens)
-            stop_here()
+                cache[name].write([positions[i] for i in some], tokens)
+            raise_if_stopping()
 
-    def take(self, rows: Tensor, manners: Sequence[str], left_out: Mapping[str, Tensor]) -> dict[str, Tokens]:
+    def take(self, rows: Tensor, caption_styles: Sequence[str], left_out: Mapping[str, Tensor]) -> dict[str, Tokens]:
         """Name -> tokens of these captions, which were read; of the empty sentence where `left_out` (B,) says so."""
-        places = [1 + place for place in caption_places(rows, manners)]
+        positions = [1 + position for position in caption_positions(rows, caption_styles)]
         return {
-            name: _tokens(one, [_NOTHING if gone else place for place, gone in zip(places, silent, strict=True)])
-            for kept in self.kept
-            for name, one in kept.items()
-            for silent in [left_out[name].tolist()]
+            name: _tokens(
+                one,
+                [
+                    _EMPTY_SENTENCE if is_empty else position
+                    for position, is_empty in zip(positions, dropped, strict=True)
+                ],
+            )
+            for cache in self.cache
+            for name, one in cache.items()
+            for dropped in [left_out[name].tolist()]
         }
 
-    def nothing(self, count: int) -> dict[str, Tokens]:
+    def empty_sentences(self, count: int) -> dict[str, Tokens]:
         """Name -> the tokens of so many empty sentences."""
-        return {name: _tokens(one, [_NOTHING] * count) for kept in self.kept for name, one in kept.items()}
+        return {name: _tokens(one, [_EMPTY_SENTENCE] * count) for cache in self.cache for name, one in cache.items()}
 
 
-def _tokens(kept: KeptTokens, places: Sequence[int]) -> Tokens:
+def _tokens(cache: TokenCache, positions: Sequence[int]) -> Tokens:
     """Tokens without a mask where every place is full, as a stock text encoder's are."""
-    values, lengths = kept.take(places)
+    values, lengths = cache.take(positions)
     assert int(lengths.min()), "all captions are read before they are asked for"
-    return Tokens(values) if int(lengths.min()) == values.shape[1] else cut(values, lengths)
+    return Tokens(values) if int(lengths.min()) == values.shape[1] else trim_padding(values, lengths)

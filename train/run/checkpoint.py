@@ -33,7 +33,11 @@ from train.run.ema import Average
 log = logging.getLogger("train")
 FORMAT_VERSION = 1
 BEST = "best.safetensors"  # beside the folder of checkpoints
-_TELLTALES = {"momentum": "muon", "exp_avg": "adamw", "state1": "adamw8bit"}  # what one optimiser keeps and no other
+_OPTIMISER_BY_STATE_KEY = {
+    "momentum": "muon",
+    "exp_avg": "adamw",
+    "state1": "adamw8bit",
+}  # by a key of its state that no other has
 
 
 @dataclass
@@ -60,7 +64,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Saved:
+class Checkpoint:
     """A checkpoint as read: tensors on the CPU, progress, and the stage's settings when it was written."""
 
     tensors: dict[str, Tensor]
@@ -77,7 +81,7 @@ def replacing(path: Path) -> Iterator[Path]:
     finds the one before again when it next comes here.
     """
     draft, before = (path.with_name(f".{path.name}.{kind}") for kind in ("draft", "before"))
-    _put_back(before, path)
+    _restore_previous(before, path)
     _remove(draft)  # what a killed run was writing
     _remove(before)
     try:
@@ -89,7 +93,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(path.parent)
         _remove(before)
     finally:
-        _put_back(before, path)
+        _restore_previous(before, path)
         _remove(draft)
 
 
@@ -104,7 +108,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """The tensor in one piece, gathered if it is sharded; then every process has to ask for it."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full
@@ -155,7 +159,7 @@ def load_weights(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
     """Put tensors into those modules they are named after, strictly; names of the modules they were for."""
     loaded = []
     for name, module in modules.items():
-        own = _below(f"{name}.", tensors)
+        own = _under_prefix(f"{name}.", tensors)
         if not own:
             continue
         now = module.state_dict()
@@ -170,39 +174,39 @@ def load_weights(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
     return loaded
 
 
-def save(folder: Path, state: State, keep: int, for_good: bool = False, here: bool = True) -> Path:
+def save(folder: Path, state: State, keep: int, permanent: bool = False, is_writer: bool = True) -> Path:
     """Write one checkpoint and drop all but the newest `keep`; one written for good is never dropped for its age.
 
     Anything with more images seen than this belongs to a course that was given up, and goes as well. Of several
-    processes each must call it, and only the one that says `here` writes.
+    processes each must call it, and only the one that says `is_writer` writes.
     """
     tensors = {}
     for name, tensor in _contents(state).items():
-        full = whole(tensor)
-        if here:
+        full = gather_full(tensor)
+        if is_writer:
             tensors[name] = full.cpu() if is_sharded(tensor) else full
     seen = state.progress.images_seen
-    path = folder / f"{seen:012d}{'.kept' if for_good else ''}.safetensors"
-    if here:
+    path = folder / f"{seen:012d}{'.kept' if permanent else ''}.safetensors"
+    if is_writer:
         header = {"format_version": FORMAT_VERSION, "progress": asdict(state.progress)}
         header |= {"stage": state.stage, "precision": state.precision}
         folder.mkdir(parents=True, exist_ok=True)
-        _remember_best(folder, seen)
+        _link_best(folder, seen)
         write_tensors(path, tensors, {"checkpoint": json.dumps(header)})
         _drop_old(folder, seen, keep)
     return path
 
 
-def _remember_best(folder: Path, images_seen: int) -> None:
-    _as_there(folder.parent / BEST, _best_at(folder, images_seen))
+def _link_best(folder: Path, images_seen: int) -> None:
+    _link_or_remove(folder.parent / BEST, _best_path(folder, images_seen))
 
 
-def rewind_best(folder: Path, images_seen: int) -> None:
+def restore_best(folder: Path, images_seen: int) -> None:
     """The best weights become those there were at the checkpoint of that number: none, if it knew of none."""
-    _as_there(_best_at(folder, images_seen), folder.parent / BEST)
+    _link_or_remove(_best_path(folder, images_seen), folder.parent / BEST)
 
 
-def _as_there(source: Path, place: Path) -> None:
+def _link_or_remove(source: Path, place: Path) -> None:
     """`place` becomes the file at `source`, or goes if there is none."""
     if source.exists():
         _link(source, place)
@@ -210,7 +214,7 @@ def _as_there(source: Path, place: Path) -> None:
         place.unlink(missing_ok=True)
 
 
-def read_note(path: Path) -> dict[str, Any]:
+def read_provenance(path: Path) -> dict[str, Any]:
     """What the header of a file of weights says about where they are from; empty if there is no such file."""
     if not path.exists():
         return {}
@@ -219,7 +223,7 @@ def read_note(path: Path) -> dict[str, Any]:
     return note
 
 
-def load(folder: Path, fits: Callable[[Saved], bool]) -> Saved | None:
+def load(folder: Path, fits: Callable[[Checkpoint], bool]) -> Checkpoint | None:
     """The newest readable checkpoint that `fits`, or None if the folder holds none; unreadable ones are passed over.
 
     If some can be read but none fits, the newest of them is returned with a warning: a stage never silently starts
@@ -228,7 +232,7 @@ def load(folder: Path, fits: Callable[[Saved], bool]) -> Saved | None:
     for draft in folder.glob(".*.draft"):
         draft.unlink(missing_ok=True)  # what a killed run was writing; another process may be quicker
     paths = _newest_first(folder)
-    newest: Saved | None = None
+    newest: Checkpoint | None = None
     for path in paths:
         try:
             saved = _read(path)
@@ -246,25 +250,25 @@ def load(folder: Path, fits: Callable[[Saved], bool]) -> Saved | None:
 
 
 @torch.no_grad()
-def restore(state: State, saved: Saved, source: str) -> None:
+def restore(state: State, saved: Checkpoint, source: str) -> None:
     """Put a checkpoint's numbers into `state`, strictly: WeightsError for a tensor too many or too few.
 
     Parameters that another optimiser moved then begin with no moments, which a warning tells.
     """
     tensors = saved.tensors
-    loaded = load_weights(state.modules, _below("weights/", tensors), source)
-    averages = _below("average/", tensors)
+    loaded = load_weights(state.modules, _under_prefix("weights/", tensors), source)
+    averages = _under_prefix("average/", tensors)
     if set(loaded) != set(state.modules) or set(averages) != set(state.average.values):
         raise WeightsError(f"The checkpoint in {source} trains other parts; give the stage its old `train` and `ema`.")
     for path, value in averages.items():
         state.average.values[path].copy_(sharded_like(value, state.average.values[path]))
-    others = _moved_otherwise(state, tensors)
+    others = _of_other_optimiser(state, tensors)
     if others:
         log.warning(
             "Carrying on with another optimiser: the moments of %d of %d parameters begin anew.",
             len(others), len(state.trained),
         )  # fmt: skip
-    for name, value in _below("optimiser/", tensors).items():
+    for name, value in _under_prefix("optimiser/", tensors).items():
         key, path = name.split("/", 1)
         if path not in state.trained:
             raise WeightsError(f"The checkpoint in {source} trains {path}: give the stage its old `train`.")
@@ -280,14 +284,18 @@ def restore(state: State, saved: Saved, source: str) -> None:
     state.progress = saved.progress
 
 
-def _moved_otherwise(state: State, tensors: Mapping[str, Tensor]) -> set[str]:
+def _of_other_optimiser(state: State, tensors: Mapping[str, Tensor]) -> set[str]:
     """Paths of the parameters whose stored moments are of another optimiser than they have now."""
     kind = state.stage.get("optimiser", "adamw")
     now = {
         id(p): "muon" if group.get("muon") else kind for group in state.optimiser.param_groups for p in group["params"]
     }
-    stored = [name.split("/", 1) for name in _below("optimiser/", tensors)]
-    before = {path: _TELLTALES[key] for key, path in stored if key in _TELLTALES and path in state.trained}
+    stored = [name.split("/", 1) for name in _under_prefix("optimiser/", tensors)]
+    before = {
+        path: _OPTIMISER_BY_STATE_KEY[key]
+        for key, path in stored
+        if key in _OPTIMISER_BY_STATE_KEY and path in state.trained
+    }
     return {path for path, one in before.items() if now[id(state.trained[path])] != one}
 
 
@@ -301,20 +309,20 @@ def _contents(state: State) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> Saved:
+def _read(path: Path) -> Checkpoint:
     tensors, metadata = read_tensors(path)
     header = json.loads(metadata["checkpoint"])
-    return Saved(tensors, Progress(**header["progress"]), header["stage"], header["precision"])
+    return Checkpoint(tensors, Progress(**header["progress"]), header["stage"], header["precision"])
 
 
 def _drop_old(folder: Path, images_seen: int, keep: int) -> None:
-    passing = []
+    removable = []
     for path in _newest_first(folder):
         if _images_seen(path) > images_seen:
             path.unlink()
         elif not path.stem.endswith(".kept"):
-            passing.append(path)
-    for path in passing[keep:]:
+            removable.append(path)
+    for path in removable[keep:]:
         path.unlink()
     numbers = {_images_seen(path) for path in _newest_first(folder)}
     for path in folder.glob("[0-9]*.best"):
@@ -326,7 +334,7 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.safetensors"), key=lambda path: (_images_seen(path), path.name), reverse=True)
 
 
-def _best_at(folder: Path, images_seen: int) -> Path:
+def _best_path(folder: Path, images_seen: int) -> Path:
     return folder / f"{images_seen:012d}.best"
 
 
@@ -343,11 +351,11 @@ def _images_seen(path: Path) -> int:
     return int(path.name.split(".")[0])
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {path.removeprefix(prefix): value for path, value in tensors.items() if path.startswith(prefix)}
 
 
-def _put_back(before: Path, path: Path) -> None:
+def _restore_previous(before: Path, path: Path) -> None:
     if before.exists() and not path.exists():
         os.replace(before, path)
 

@@ -31,7 +31,7 @@ class Average:
         torch._foreach_lerp_(list(self.values.values()), [p.float() for p in self.parameters.values()], weight)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """The averaged weights stand in the modules for the block; then the trained ones return, bit for bit."""
         trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._put(self.values)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from imagine.errors import ConfigError
-from imagine.evaluation.cases import Cases, Real, look, look_at_real, make_cases
+from imagine.evaluation.cases import Cases, JudgedReal, judge_pictures, judge_real_pictures, make_cases
 from imagine.evaluation.judge import Judge
 from imagine.evaluation.scores import score
 from imagine.evaluation.suites import PORTRAITS
@@ -20,7 +20,7 @@ SEED = 7
 GALLERY = 100  # people among whom rank-1 chooses
 
 
-class Examination:
+class HeldOutEvaluation:
     """A few held-out people asked for a few things; real renders are judged once and remembered.
 
     Raises ConfigError if `weights` holds no judge.
@@ -31,7 +31,7 @@ class Examination:
             raise ConfigError(f"judge: {weights} holds no folder judge; name a folder of weights that does, or none.")
         self.judge = Judge.from_pretrained(weights / "judge")
         self.cases: Cases = make_cases(PORTRAITS[:prompts], people, SEED, gallery)
-        self._real: Real | None = None
+        self._real: JudgedReal | None = None
 
     @property
     def sentences(self) -> list[str]:
@@ -45,8 +45,8 @@ class Examination:
 
     def scores(self, pictures: Tensor) -> dict[str, float]:
         """The judge's numbers for one picture a case (cases, 3, H, W), 0 to 1, and the ceiling of two of them."""
-        real = self._real = self._real or look_at_real(self.cases, self.judge)
-        seen = look(self.judge, len(self.cases), lambda start, stop: (pictures[start:stop], None))
+        real = self._real = self._real or judge_real_pictures(self.cases, self.judge)
+        seen = judge_pictures(self.judge, len(self.cases), lambda start, stop: (pictures[start:stop], None))
         mean = {name: float(values.mean()) for name, values in score(self.cases, seen, real).items()}
         ceiling = {name: float(values.mean()) for name, values in score(self.cases, real.rows["ceiling"], real).items()}
         return {

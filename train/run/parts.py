@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from imagine.errors import ConfigError
 from imagine.settings import unknown_name
-from train.run.checkpoint import is_sharded, sharded_like, whole
+from train.run.checkpoint import gather_full, is_sharded, sharded_like
 from train.run.muon import MuonAdamW, orthogonal
 
 Parts = dict[str, list[nn.Parameter]]
@@ -51,7 +51,7 @@ def named(modules: Mapping[str, nn.Module], chosen: Parts) -> dict[str, nn.Param
     return found
 
 
-def at(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, nn.Parameter]:
+def parameters_at(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, nn.Parameter]:
     """The parameters at these paths (module name first), whatever stands there now."""
     found = {f"{module}.{path}": p for module, network in modules.items() for path, p in network.named_parameters()}
     return {path: found[path] for path in paths}
@@ -74,32 +74,34 @@ def train_mode(modules: Mapping[str, nn.Module], training: Sequence[str]) -> Non
 
 
 @contextmanager
-def in_one_piece(modules: Iterable[nn.Module], here: bool) -> Iterator[None]:
+def unsharded(modules: Iterable[nn.Module], keeps_full: bool) -> Iterator[None]:
     """For the block, sharded modules are as ordinary as others: whole parameters, and no gathering when they are used.
 
-    Every process must enter; where `here` is False it gives its shards and keeps its modules as they are.
+    Every process must enter; where `keeps_full` is False it gives its shards and keeps its modules as they are.
     """
     network = nn.ModuleList(modules)
-    places = [(m, n, p) for m in network.modules() for n, p in m.named_parameters(recurse=False) if is_sharded(p)]
+    sharded = [(m, n, p) for m in network.modules() for n, p in m.named_parameters(recurse=False) if is_sharded(p)]
     full: dict[nn.Parameter, nn.Parameter] = {}
-    for parameter in dict.fromkeys(parameter for _, _, parameter in places):
-        tensor = whole(parameter.detach())
-        if here:
+    for parameter in dict.fromkeys(parameter for _, _, parameter in sharded):
+        tensor = gather_full(parameter.detach())
+        if keeps_full:
             full[parameter] = nn.Parameter(tensor, parameter.requires_grad)
-    units = [module for module in network.modules() if here and hasattr(module, "set_requires_gradient_sync")]  # FSDP's
+    units = [
+        module for module in network.modules() if keeps_full and hasattr(module, "set_requires_gradient_sync")
+    ]  # FSDP's
     hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]  # which would wait for the others
-    owners = {id(module): module for module, _, _ in places if here}.values()
+    owners = {id(module): module for module, _, _ in sharded if keeps_full}.values()
     loaders = [owner._load_state_dict_post_hooks for owner in owners]  # which would look for shards
     try:
         for unit in units:
             unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
         for owner in owners:
             owner._load_state_dict_post_hooks = OrderedDict()
-        for module, name, parameter in places:
+        for module, name, parameter in sharded:
             setattr(module, name, full.get(parameter, parameter))
         yield
     finally:
-        for module, name, parameter in places:
+        for module, name, parameter in sharded:
             setattr(module, name, parameter)
         for unit, (before, after) in zip(units, hooks, strict=True):
             unit._forward_pre_hooks, unit._forward_hooks = before, after
@@ -147,9 +149,9 @@ class _ShardedMuonAdamW(MuonAdamW):
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        moving = state["momentum"].lerp_(gradient, 1 - self.momentum)
-        ahead = whole(gradient.lerp(moving, self.momentum)).flatten(1)
-        update = orthogonal(ahead) * 0.2 * max(ahead.shape) ** 0.5
+        momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
+        lookahead = gather_full(gradient.lerp(momentum, self.momentum)).flatten(1)
+        update = orthogonal(lookahead) * 0.2 * max(lookahead.shape) ** 0.5
         return sharded_like(update.view(parameter.shape), parameter)
 
 
@@ -175,7 +177,7 @@ def _adamw8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torc
     return optimiser
 
 
-def bytes_per_moment(parameter: nn.Parameter, kind: str) -> float:
+def bytes_per_state_value(parameter: nn.Parameter, kind: str) -> float:
     """How many bytes a number of this parameter costs for each moment that the optimiser keeps of it."""
     return 1 + 4 / _BLOCK if kind == "adamw8bit" and parameter.numel() >= _LARGE_ENOUGH else 4
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from train.run.checkpoint import replacing
 
 log = logging.getLogger("train")
-_TIMED = 0.2  # seconds for each precision
+_TIMING_SECONDS = 0.2  # seconds for each precision
 Track = Callable[[dict[str, float], int], None]  # numbers by name, and the images seen
 
 
@@ -42,7 +42,7 @@ class Report:
         self.stage, self.images, self.every, self.active = stage, images, every, active
         self.sums: dict[str, Tensor | float] = {}
         self.counts: dict[str, int] = {}
-        self.since_images, self.since = images_seen, time.monotonic()
+        self.row_first_image, self.row_started = images_seen, time.monotonic()
         self.bar = _bar() if active and sys.stderr.isatty() else None
         if active:
             cut_rows(self.path, images_seen)
@@ -50,7 +50,7 @@ class Report:
     def __enter__(self) -> "Report":
         if self.bar:
             self.bar.start()
-            self.line = self.bar.add_task(self.stage, total=self.images, completed=self.since_images, numbers="")
+            self.line = self.bar.add_task(self.stage, total=self.images, completed=self.row_first_image, numbers="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,21 +64,21 @@ class Report:
             self.sums[name] = self.sums.get(name, 0.0) + value * size
             self.counts[name] = self.counts.get(name, 0) + size
 
-    def maybe_row(self, images_seen: int, fixed: Mapping[str, Any]) -> None:
+    def row_if_due(self, images_seen: int, fixed: Mapping[str, Any]) -> None:
         """Write a row and say a line when `every` seconds have passed since the last."""
-        if time.monotonic() - self.since >= self.every:
+        if time.monotonic() - self.row_started >= self.every:
             self.row(images_seen, fixed)
 
     def row(self, images_seen: int, fixed: Mapping[str, Any]) -> None:
         """Write the averages since the last row, and the `fixed` numbers as they are."""
-        if images_seen == self.since_images:
+        if images_seen == self.row_first_image:
             return
         now = time.monotonic()
-        speed = (images_seen - self.since_images) / max(now - self.since, 1e-9)
+        speed = (images_seen - self.row_first_image) / max(now - self.row_started, 1e-9)
         averages = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
         self._write({"images_seen": images_seen, **averages, **fixed, "images_per_second": round(speed, 2)})
-        self._say(images_seen, averages.get("loss", float("nan")), speed)
-        self.sums, self.counts, self.since_images, self.since = {}, {}, images_seen, now
+        self._show_progress(images_seen, averages.get("loss", float("nan")), speed)
+        self.sums, self.counts, self.row_first_image, self.row_started = {}, {}, images_seen, now
 
     def validation(self, images_seen: int, numbers: Mapping[str, float]) -> None:
         """Write a row of validation numbers, each under "validate/"; its time does not count as training."""
@@ -89,7 +89,7 @@ class Report:
 
     def pause(self, seconds: float) -> None:
         """Leave out `seconds` just spent on something else from the speed of the row that is open."""
-        self.since += seconds
+        self.row_started += seconds
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if not self.active:
@@ -97,14 +97,14 @@ class Report:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.track:
-            told = {f"{self.stage}/{name}": value for name, value in row.items() if name != "images_seen"}
-            self.track(told, row["images_seen"])
+            tracked = {f"{self.stage}/{name}": value for name, value in row.items() if name != "images_seen"}
+            self.track(tracked, row["images_seen"])
 
-    def _say(self, images_seen: int, loss: float, speed: float) -> None:
+    def _show_progress(self, images_seen: int, loss: float, speed: float) -> None:
         if self.bar:
             self.bar.update(self.line, completed=images_seen, numbers=f"loss {loss:.4f}  {speed:.1f} images/s")
         elif self.active:
-            left = _clock((self.images - images_seen) / speed)
+            left = _duration((self.images - images_seen) / speed)
             done = f"{images_seen:,} of {self.images:,} images"
             log.info("%s  %s  loss %.4f  %.1f images/s  %s left", self.stage, done, loss, speed, left)
 
@@ -135,7 +135,7 @@ def faster_precision(device: torch.device) -> tuple[str, str]:
 def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
     """Seconds of the best product of a fifth of a second's: on a busy machine most of them have to wait for others."""
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    best, attempts, end = float("inf"), 0, time.perf_counter() + _TIMED
+    best, attempts, end = float("inf"), 0, time.perf_counter() + _TIMING_SECONDS
     while attempts < 2 or time.perf_counter() < end:
         start = time.perf_counter()
         (matrix @ matrix)[0, 0].item()  # reading a number waits for the device
@@ -149,6 +149,6 @@ def _bar() -> Progress:
     return Progress(*columns, console=Console(stderr=True), refresh_per_second=2)
 
 
-def _clock(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     minutes = round(max(seconds, 0) / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"

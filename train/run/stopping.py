@@ -29,37 +29,37 @@ class Stopping:
         return "the minutes given are over" if time.monotonic() >= self.deadline else None
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def handling_signals(self) -> Iterator[None]:
         """Take note of the two signals; a second one ends the process as usual."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self._handle_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _handle_signal(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     @contextmanager
-    def anywhere(self) -> Iterator[None]:
-        """For the block `stop_here` ends what is under way once there is a reason."""
-        token = _asked.set(self)
+    def interruptible(self) -> Iterator[None]:
+        """For the block `raise_if_stopping` ends what is under way once there is a reason."""
+        token = _interruptible_by.set(self)
         try:
             yield
         finally:
-            _asked.reset(token)
+            _interruptible_by.reset(token)
 
 
-_asked: ContextVar[Stopping | None] = ContextVar("asked", default=None)
+_interruptible_by: ContextVar[Stopping | None] = ContextVar("asked", default=None)
 
 
-def stop_here() -> None:
+def raise_if_stopping() -> None:
     """Raise Stopped if the run is to stop and may do so anywhere; called where nothing done so far would be lost."""
-    stopping = _asked.get()
+    stopping = _interruptible_by.get()
     if stopping is not None and stopping.reason is not None:
         raise Stopped(stopping.reason)

@@ -30,9 +30,9 @@ from train.data.denoiser_inputs import references
 from train.data.language import parameters
 from train.data.order import chance, to_device, uniforms
 from train.run.grids import save_grid
-from train.run.judging import Examination
+from train.run.judging import HeldOutEvaluation
 from train.run.sampling import sample
-from train.task import Loss, Share, Start, Weight
+from train.task import Loss, Share, TaskContext, Weight
 from train.tasks.base import (
     ADAPTER_FACTS,
     IDENTITY_PARTS,
@@ -42,9 +42,9 @@ from train.tasks.base import (
     BaseSettings,
     BaseTask,
     check_lora,
-    idle_images,
+    images_without_effect,
 )
-from train.tasks.likeness_loss import Likeness
+from train.tasks.likeness_loss import LikenessNetwork
 
 _DRAWN_AT_ONCE = 16  # pictures
 _JUDGED_AT = 4.0  # guidance
@@ -85,8 +85,8 @@ class AdapterTask(BaseTask):
     PARTS: ClassVar[tuple[str, ...]] = (*IDENTITY_PARTS, *BaseTask.PARTS)
     settings: AdapterSettings
 
-    def __init__(self, settings: AdapterSettings, start: Start) -> None:
-        super().__init__(settings, start)
+    def __init__(self, settings: AdapterSettings, context: TaskContext) -> None:
+        super().__init__(settings, context)
         self.vision = VisionEncoder()
         width = int(self.vision.config.width)
         tokens = self.unet.config.cross_attention_dim
@@ -95,18 +95,18 @@ class AdapterTask(BaseTask):
         self.adapter.attach(self.unet)
         self.modules |= {"image_encoder": self.vision, "adapter": self.adapter}
         self.likeness = self._teacher()
-        self.examination: Examination | None = None
+        self.evaluation: HeldOutEvaluation | None = None
 
-    def _teacher(self) -> Likeness | None:
+    def _teacher(self) -> LikenessNetwork | None:
         """The network behind the likeness loss, if the stage has one; a stage `likeness` trained it."""
         if not self.settings.likeness:
             return None
-        if "likeness" not in self.start.earlier:
+        if "likeness" not in self.context.earlier:
             raise ConfigError(
-                f"Stage {self.start.name} has a likeness loss, so it needs its teacher: name a stage `likeness` in its "
-                "start_from, or set likeness to 0."
+                f"Stage {self.context.name} has a likeness loss, so it needs its teacher: name a stage `likeness` in "
+                "its start_from, or set likeness to 0."
             )
-        self.modules["likeness"] = teacher = Likeness(int(self.unet.config.in_channels))
+        self.modules["likeness"] = teacher = LikenessNetwork(int(self.unet.config.in_channels))
         return teacher
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
@@ -115,39 +115,39 @@ class AdapterTask(BaseTask):
     def check(self) -> list[str]:
         judge = self.settings.judge
         if judge is not None and not (judge / "judge").is_dir():
-            raise ConfigError(f"Stage {self.start.name}: there is no judge in {judge}; name a folder of weights.")
-        return [*super().check(), *idle_images(self.start, self.settings.drop_vision)]
+            raise ConfigError(f"Stage {self.context.name}: there is no judge in {judge}; name a folder of weights.")
+        return [*super().check(), *images_without_effect(self.context, self.settings.drop_vision)]
 
     def crop_side(self) -> int:
         return int(self.vision.config.image_size)
 
     def batch(self, images_seen: int, size: int) -> AdapterBatch:
-        seed, drawn = self.start.seed, self.mixture.draw(self.start.seed, images_seen, size)
+        seed, drawn = self.context.seed, self.mixture.draw(self.context.seed, images_seen, size)
         targets = self._targets(drawn, images_seen)
         return AdapterBatch(
             targets.latents,
             targets.sentences,
             targets.faces,
             targets.weights,
-            references(self.stocks, drawn, uniforms(seed, "crops", images_seen, size, (2,))),
+            references(self.gallery_caches, drawn, uniforms(seed, "crops", images_seen, size, (2,))),
             1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),
         )
 
     def vision_tokens(self, crops: Tensor) -> Tokens:
         return self.adapter.tokens("vision", self.vision(crops))
 
-    def guess(self, batch: AdapterBatch, vision: Tokens, noise: Tensor, t: Tensor) -> Tensor:
+    def prediction(self, batch: AdapterBatch, vision: Tokens, noise: Tensor, t: Tensor) -> Tensor:
         """The denoiser's velocity (B, C, h, w) with these people to show."""
         noisy = add_noise(batch.latents, noise, t)
         return self.predict(noisy, t, batch.sentences, {"vision": vision}, batch.strength)
 
-    def cosines(self, batch: AdapterBatch, guess: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def cosines(self, batch: AdapterBatch, prediction: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """How alike the clean latents that a guess means are to the target, by the teacher: (B,), 1 is the same."""
         assert self.likeness is not None, "the stage asks for a teacher"
-        clean = clean_from_velocity(add_noise(batch.latents, noise, t), guess, t)
+        clean = clean_from_velocity(add_noise(batch.latents, noise, t), prediction, t)
         with torch.no_grad():
-            wanted = self.likeness(batch.latents, batch.faces)
-        return (self.likeness(clean, batch.faces) * wanted).sum(1)
+            target = self.likeness(batch.latents, batch.faces)
+        return (self.likeness(clean, batch.faces) * target).sum(1)
 
     def show(self, batch: BaseBatch, path: Path) -> None:
         """Each reference, as the vision encoder sees it, with its target to the right."""
@@ -157,51 +157,55 @@ class AdapterTask(BaseTask):
         save_grid(torch.stack((crops, targets), 1).flatten(0, 1), path, columns=8)
 
     def loss(self, batch: AdapterBatch, images_seen: int) -> Loss:  # type: ignore[override]
-        noise, t = self.noise(batch.latents, self.start.seed, images_seen)
-        guess = self.guess(batch, self.vision_tokens(batch.crops), noise, t)
-        errors = self.weighted(squared_error(guess, velocity(batch.latents, noise), batch.weights), t)
+        noise, t = self.noise(batch.latents, self.context.seed, images_seen)
+        prediction = self.prediction(batch, self.vision_tokens(batch.crops), noise, t)
+        errors = self.weighted(squared_error(prediction, velocity(batch.latents, noise), batch.weights), t)
         if self.likeness is None:
             return Loss(errors)
         # Where nobody is to be shown, nobody's likeness is asked for; and the noisier, the less can be known.
-        strange = batch.strength * (1 - t) * (1 - self.cosines(batch, guess, noise, t))
-        return Loss(errors + self.settings.likeness * strange, {"error": errors.mean(), "strange": strange.mean()})
+        likeness_loss = batch.strength * (1 - t) * (1 - self.cosines(batch, prediction, noise, t))
+        return Loss(
+            errors + self.settings.likeness * likeness_loss, {"error": errors.mean(), "strange": likeness_loss.mean()}
+        )
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         # Against two references, both another picture: of the same person, and of somebody else.
-        targets, firsts = self.held_out_batch(), torch.arange(0, 2 * self.watched, 2)
+        targets, firsts = self.held_out_batch(), torch.arange(0, 2 * self.validation_people, 2)
         crops = self.held_out.crops(firsts, _MIDDLE.expand(len(firsts), 2))
         strength = torch.ones(len(firsts))
         batch = AdapterBatch(targets.latents, targets.sentences, targets.faces, targets.weights, crops, strength)
-        batch = to_device(batch, self.start.device)
+        batch = to_device(batch, self.context.device)
         noise, t = self.noise(batch.latents, VALIDATION_SEED, 0)
         vision = self.vision_tokens(batch.crops)
-        guesses = [self.guess(batch, tokens, noise, t) for tokens in (vision, Tokens(vision.values.roll(1, 0)))]
-        wanted = velocity(batch.latents, noise)
-        right, wrong = (float(squared_error(guess, wanted, batch.weights).mean()) for guess in guesses)
+        predictions = [
+            self.prediction(batch, tokens, noise, t) for tokens in (vision, Tokens(vision.values.roll(1, 0)))
+        ]
+        target = velocity(batch.latents, noise)
+        right, wrong = (float(squared_error(prediction, target, batch.weights).mean()) for prediction in predictions)
         self.draw(folder / "pictures.png")
         numbers = {"validation_loss": right, "shuffled_references": wrong, "reference_ratio": wrong / right}
         if self.likeness is not None:
-            numbers["likeness"] = float(self.cosines(batch, guesses[0], noise, t).mean())
-        return numbers | self._examined(folder)
+            numbers["likeness"] = float(self.cosines(batch, predictions[0], noise, t).mean())
+        return numbers | self._judge_scores(folder)
 
-    def _examined(self, folder: Path) -> dict[str, float]:
+    def _judge_scores(self, folder: Path) -> dict[str, float]:
         """The judge's numbers for pictures of held-out people, if the stage names a judge."""
         if self.settings.judge is None:
             return {}
-        exam = self.examination = self.examination or Examination(self.settings.judge)
-        crops, sentences = exam.references(self.crop_side()).to(self.start.device), exam.sentences
+        evaluation = self.evaluation = self.evaluation or HeldOutEvaluation(self.settings.judge)
+        crops, sentences = evaluation.references(self.crop_side()).to(self.context.device), evaluation.sentences
         pieces = []
         noise = self.drawing_noise(len(sentences))
-        for start in range(0, len(sentences), _DRAWN_AT_ONCE):
-            some = slice(start, start + _DRAWN_AT_ONCE)
+        for first in range(0, len(sentences), _DRAWN_AT_ONCE):
+            some = slice(first, first + _DRAWN_AT_ONCE)
             texts = sentences[some]
             vision = self.vision_tokens(crops[some])
-            inputs = Inputs(self.spoken(texts), self.spoken([""] * len(texts)), vision)
+            inputs = Inputs(self.encode_texts(texts), self.encode_texts([""] * len(texts)), vision)
             latents = sample(self.unet, noise[some], inputs, Guidance(_JUDGED_AT), self.DRAWING_STEPS)
             pieces.append(self.decode(latents))
         pictures = torch.cat(pieces)
-        save_grid(pictures, folder / "judged.png", columns=len(exam.cases.prompts))
-        return exam.scores(pictures)
+        save_grid(pictures, folder / "judged.png", columns=len(evaluation.cases.prompts))
+        return evaluation.scores(pictures)
 
     def draw(self, path: Path, seeds: int = 5) -> None:
         """Held-out people by row: the photo, then fixed sentences."""
@@ -211,7 +215,7 @@ class AdapterTask(BaseTask):
         vision = self.vision_tokens(crop_faces(photo.images, photo.boxes, self.vision.config.image_size))
         vision = Tokens(vision.values.repeat_interleave(len(PROMPTS), 0))
         count = seeds * len(PROMPTS)
-        inputs = Inputs(self.spoken(list(PROMPTS) * seeds), self.spoken([""] * count), vision)
+        inputs = Inputs(self.encode_texts(list(PROMPTS) * seeds), self.encode_texts([""] * count), vision)
         latents = sample(self.unet, self.drawing_noise(count), inputs, Guidance(2.0), self.DRAWING_STEPS)
         drawn = self.decode(latents).unflatten(0, (seeds, len(PROMPTS)))
         photos = F.interpolate(photo.images, size=drawn.shape[-2:], mode="area")

@@ -22,7 +22,7 @@ from train.cache.latents import load_autoencoder
 from train.data.order import chance, normals, uniforms
 from train.data.portraits import SIDE, data_settings, draw_rows, training_pictures
 from train.run.grids import save_grid
-from train.task import Loss, Share, Start, Weight
+from train.task import Loss, Share, TaskContext, Weight
 
 
 class AutoencoderSettings(BaseModel):
@@ -56,15 +56,15 @@ class AutoencoderTask:
     Settings: ClassVar[type[BaseModel]] = AutoencoderSettings
     PARTS: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
 
-    def __init__(self, settings: AutoencoderSettings, start: Start) -> None:
-        self.settings, self.start = settings, start
+    def __init__(self, settings: AutoencoderSettings, context: TaskContext) -> None:
+        self.settings, self.context = settings, context
         self.vae = build_autoencoder(settings.latent_channels, settings.widths)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         if settings.features:
-            if start.initial is None:
+            if context.initial is None:
                 raise ConfigError(
-                    f"Stage {start.name} compares features, so it needs a vision encoder: name a folder of weights as "
-                    "its initial, or set features to 0."
+                    f"Stage {context.name} compares features, so it needs a vision encoder: name a folder of weights "
+                    "as its initial, or set features to 0."
                 )
             self.modules["image_encoder"] = VisionEncoder()
 
@@ -72,22 +72,22 @@ class AutoencoderTask:
         return {"encoder": list(self.vae.encoder.parameters()), "decoder": list(self.vae.decoder.parameters())}
 
     def check(self) -> list[str]:
-        data_settings(self.start.data)
+        data_settings(self.context.data)
         return []
 
     def prepare(self) -> None:
-        self.pictures = training_pictures(self.start.data)
+        self.pictures = training_pictures(self.context.data)
 
     def batch(self, images_seen: int, size: int) -> AutoencoderBatch:
-        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
+        rows = draw_rows(self.context, "rows", images_seen, size, len(self.pictures.gallery))
         images, boxes = self.pictures.take(rows)
-        side, crop, seed = images.shape[-1], self.settings.crop, self.start.seed
+        side, crop, seed = images.shape[-1], self.settings.crop, self.context.seed
         anywhere = uniforms(seed, "crop", images_seen, size, (2,)) * ((side - crop) // 16 + 1)
         centres = (boxes[:, :2] + boxes[:, 2:] / 2).flip(1)  # down, across
         on_face = ((centres - crop / 2) / 16).round().clamp(0, (side - crop) // 16)
         which = chance(seed, "faces", images_seen, size, self.settings.faces)
-        places = torch.where(which[:, None], on_face, anywhere).long() * 16
-        cut = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, places.tolist(), strict=True)]
+        corners = torch.where(which[:, None], on_face, anywhere).long() * 16
+        cut = [image[:, y : y + crop, x : x + crop] for image, (y, x) in zip(images, corners.tolist(), strict=True)]
         return AutoencoderBatch(torch.stack(cut) * 2 - 1, which)
 
     def show(self, batch: AutoencoderBatch, path: Path) -> None:
@@ -98,7 +98,7 @@ class AutoencoderTask:
         latents = self.vae.encode(crops).latent
         mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         unit = (mean.square() + (spread - 1).square()).mean()
-        count, device, seed = len(crops), latents.device, self.start.seed
+        count, device, seed = len(crops), latents.device, self.context.seed
         level = self.settings.noise * uniforms(seed, "level", images_seen, count, (1, 1, 1), device)
         noise = level * normals(seed, "noise", images_seen, count, latents.shape[1:], device)
         drawn = cast(Tensor, self.vae.decode(latents + noise).sample)
@@ -108,12 +108,14 @@ class AutoencoderTask:
         per_sample = plain + self.settings.edges * edges + square + self.settings.unit * unit
         numbers = {"l1": plain.mean(), "square": square.mean(), "spread": spread.mean()}
         if self.settings.features and batch.on_face.any():
-            strange = self._strangeness(drawn[batch.on_face], crops[batch.on_face])
-            per_sample = per_sample.index_add(0, batch.on_face.nonzero().squeeze(1), self.settings.features * strange)
-            numbers["features"] = strange.mean()
+            feature_loss = self._feature_loss(drawn[batch.on_face], crops[batch.on_face])
+            per_sample = per_sample.index_add(
+                0, batch.on_face.nonzero().squeeze(1), self.settings.features * feature_loss
+            )
+            numbers["features"] = feature_loss.mean()
         return Loss(per_sample, numbers)
 
-    def _strangeness(self, drawn: Tensor, crops: Tensor) -> Tensor:
+    def _feature_loss(self, drawn: Tensor, crops: Tensor) -> Tensor:
         """How unlike the vision encoder finds crops (B, 3, S, S), -1 to 1, to what they should be: (B,), 0 is alike.
 
         A perceptual loss (arXiv 1603.08155) by what knows faces here: a face may be sharp and somebody else's.
@@ -122,14 +124,14 @@ class AutoencoderTask:
         size = int(encoder.config.image_size)
         mask = ellipse(size, drawn.device) / 2  # as face crops are masked, brought to 0 to 1
         both = F.interpolate(torch.cat((drawn, crops)), size=(size, size), mode="area") * mask + 0.5
-        seen, wanted = encoder(both).chunk(2)
-        wanted = wanted.detach()
-        return (seen - wanted).square().flatten(1).mean(1) / wanted.var()
+        seen, target = encoder(both).chunk(2)
+        target = target.detach()
+        return (seen - target).square().flatten(1).mean(1) / target.var()
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         count = len(self.pictures.gallery)
         rows = torch.arange(0, count, max(1, count // 32))[:32]
-        images = self.pictures.take(rows)[0].to(self.start.device)
+        images = self.pictures.take(rows)[0].to(self.context.device)
         drawn = (self.vae.decode(self.vae.encode(images * 2 - 1).latent).sample / 2 + 0.5).clamp(0, 1)
         save_grid(torch.stack((images[:16], drawn[:16]), 1).flatten(0, 1).cpu(), folder / "pictures.png", columns=8)
         return {"psnr": float(-10 * torch.log10(F.mse_loss(drawn, images)))}
@@ -141,11 +143,11 @@ class AutoencoderTask:
     def _statistics(self) -> dict[str, list[float]]:
         """Mean and spread of each latent channel; those of the folder that a frozen encoder came from."""
         frozen = not any(parameter.requires_grad for parameter in self.vae.encoder.parameters())
-        if frozen and self.start.initial is not None:
-            _, mean, std = load_autoencoder(self.start.initial)
+        if frozen and self.context.initial is not None:
+            _, mean, std = load_autoencoder(self.context.initial)
             return {"mean": mean.tolist(), "std": std.tolist()}
-        rows = draw_rows(self.start, "statistics", 0, 512, len(self.pictures.gallery))
-        images = self.pictures.take(rows)[0].to(self.start.device) * 2 - 1
+        rows = draw_rows(self.context, "statistics", 0, 512, len(self.pictures.gallery))
+        images = self.pictures.take(rows)[0].to(self.context.device) * 2 - 1
         latents = torch.cat([self.vae.encode(part).latent for part in images.split(64)]).float().cpu()
         return {"mean": latents.mean((0, 2, 3)).tolist(), "std": latents.std((0, 2, 3)).tolist()}
 

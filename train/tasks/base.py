@@ -17,14 +17,14 @@ from imagine.records import Conditioning, Tokens
 from train.cache.latents import WorldCodec, autoencoder_of, check_autoencoder, squared_error
 from train.cache.pictures import AnyGallery, AnyPictures
 from train.cache.sentences import Sentences, SentenceStore
-from train.data.denoiser_inputs import Stock, keep_stock
+from train.data.denoiser_inputs import GalleryCache, cache_gallery
 from train.data.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
 from train.data.order import chance, generator, normals, to_device
 from train.data.portraits import SIDE, check_sources, data_settings, held_out_pictures, pictures_of
-from train.data.sources import Drawn, Mixture, drawn_from, in_order
+from train.data.sources import DrawnPairs, Mixture, in_order, weighted_sources
 from train.run.grids import save_grid
 from train.run.sampling import sample
-from train.task import Loss, Share, Start, Weight
+from train.task import Loss, Share, TaskContext, Weight
 
 ADAPTER_FACTS = {
     "base": "imagine portrait world",
@@ -94,9 +94,9 @@ def check_lora(rank: int, targets: Sequence[LoraTarget]) -> None:
         raise ValueError("lora_targets has no effect with lora_rank 0, which is no LoRA: leave it out")
 
 
-def idle_images(start: Start, drop_vision: float) -> list[str]:
+def images_without_effect(context: TaskContext, drop_vision: float) -> list[str]:
     """A sentence about images that teach nothing, if there are any: without a person the frozen base draws alone."""
-    if not drop_vision or not start.trains or not set(start.trains) <= set(IDENTITY_PARTS):
+    if not drop_vision or not context.trains or not set(context.trains) <= set(IDENTITY_PARTS):
         return []
     return [
         f"drop_vision: {drop_vision:g} of the images are shown nobody and teach nothing, as everything that trains is "
@@ -122,10 +122,10 @@ class BaseTask:
     DRAWING_STEPS: ClassVar[int] = 20  # of the sampler, for the sheets of pictures
     VALIDATION_PEOPLE: ClassVar[int] = 128
 
-    def __init__(self, settings: BaseSettings, start: Start) -> None:
-        self.settings, self.start = settings, start
-        make_tokenizers(start.folder / "cache")
-        self.text = build_text_encoders(start.folder / "cache")
+    def __init__(self, settings: BaseSettings, context: TaskContext) -> None:
+        self.settings, self.context = settings, context
+        make_tokenizers(context.folder / "cache")
+        self.text = build_text_encoders(context.folder / "cache")
         pooled = self.text.pooled_width if settings.pooled else None
         self.unet = build_denoiser(
             widths=settings.widths, layers=settings.layers, pooled_width=pooled,
@@ -149,80 +149,85 @@ class BaseTask:
         }  # fmt: skip
 
     def check(self) -> list[str]:
-        check_sources(self.start.data, self.settings.sources)
-        check_autoencoder(self.start)
-        return self._idle_weight()
+        check_sources(self.context.data, self.settings.sources)
+        check_autoencoder(self.context)
+        return self._weight_without_effect()
 
-    def _idle_weight(self) -> list[str]:
+    def _weight_without_effect(self) -> list[str]:
         """A sentence if the letters are to count more where nobody knows of any."""
-        data = data_settings(self.start.data)
+        data = data_settings(self.context.data)
         named = [
-            data.galleries.get(data.sources[name].gallery) for name in drawn_from(self.settings.sources, data.sources)
+            data.galleries.get(data.sources[name].gallery)
+            for name in weighted_sources(self.settings.sources, data.sources)
         ]
         if self.settings.letter_weight == 1 or any(gallery is None or gallery.records is None for gallery in named):
             return []
         return ["letter_weight has no effect: records do not say where words are; leave it out."]
 
     def prepare(self) -> None:
-        data = data_settings(self.start.data)
+        data = data_settings(self.context.data)
         names = {data.sources[name].gallery for name in self.settings.sources if name in data.sources}
-        pictures = {name: pictures_of(self.start.data, name) for name in sorted(names)}
+        pictures = {name: pictures_of(self.context.data, name) for name in sorted(names)}
         galleries = {name: some.gallery for name, some in pictures.items()}
         self.mixture = self._mixture(galleries)
-        self.codec = WorldCodec(autoencoder_of(self.start), self.start.device)
-        self.stocks = {name: self._stock(some, name) for name, some in pictures.items()}
+        self.codec = WorldCodec(autoencoder_of(self.context), self.context.device)
+        self.gallery_caches = {name: self._cache_gallery(some, name) for name, some in pictures.items()}
         self.mixture = self._mixture(galleries)  # once more: a record may have broken since its face was looked for
-        self.watched = data.few(self.VALIDATION_PEOPLE)
-        self.held_out = self._stock(held_out_pictures(self.start.data, self.watched), f"held-out-{self.watched}")
+        self.validation_people = data.limited(self.VALIDATION_PEOPLE)
+        self.held_out = self._cache_gallery(
+            held_out_pictures(self.context.data, self.validation_people), f"held-out-{self.validation_people}"
+        )
 
     def _mixture(self, galleries: Mapping[str, AnyGallery]) -> Mixture:
-        sources, settings = data_settings(self.start.data).sources, self.settings
-        return Mixture(settings.sources, sources, galleries, settings.alternate, self.start.own_counts)
+        sources, settings = data_settings(self.context.data).sources, self.settings
+        return Mixture(settings.sources, sources, galleries, settings.alternate, self.context.own_counts)
 
-    def _stock(self, pictures: AnyPictures, name: str) -> Stock[SentenceStore]:
-        folder = data_settings(self.start.data).folder / name
+    def _cache_gallery(self, pictures: AnyPictures, name: str) -> GalleryCache[SentenceStore]:
+        folder = data_settings(self.context.data).folder / name
         sentences = SentenceStore(pictures.gallery, self.text, folder)
-        return keep_stock(pictures, self.codec, sentences, folder, self.settings.resolution, self.crop_side())
+        return cache_gallery(pictures, self.codec, sentences, folder, self.settings.resolution, self.crop_side())
 
     def crop_side(self) -> int | None:
         """Pixels of the face crops that this task needs, if it does."""
         return None
 
     def batch(self, images_seen: int, size: int) -> BaseBatch:
-        return self._targets(self.mixture.draw(self.start.seed, images_seen, size), images_seen)
+        return self._targets(self.mixture.draw(self.context.seed, images_seen, size), images_seen)
 
-    def _targets(self, drawn: Drawn, images_seen: int) -> BaseBatch:
+    def _targets(self, drawn: DrawnPairs, images_seen: int) -> BaseBatch:
         """The targets of what was drawn, with their captions; some branches are told nothing of some."""
         dropped = self._dropped(images_seen, len(drawn.targets))
-        places, latents, sentences, faces, weights = [], [], [], [], []
+        positions, latents, sentences, faces, weights = [], [], [], [], []
         for name, here in drawn.by_gallery().items():
-            stock, rows = self.stocks[name], drawn.targets[here]
-            places.append(here)
-            latents.append(stock.latents.take(rows))
-            manners = [drawn.manners[i] for i in here.tolist()]
+            gallery_cache, rows = self.gallery_caches[name], drawn.targets[here]
+            positions.append(here)
+            latents.append(gallery_cache.latents.take(rows))
+            caption_styles = [drawn.caption_styles[i] for i in here.tolist()]
             sentences.append(
-                stock.sentences.take(rows, manners, {branch: gone[here] for branch, gone in dropped.items()})
+                gallery_cache.sentences.take(
+                    rows, caption_styles, {branch: mask[here] for branch, mask in dropped.items()}
+                )
             )
-            faces.append(stock.faces(rows))
-            weights.append(self._weights(stock, rows))
-        order = torch.cat(places).argsort()
+            faces.append(gallery_cache.faces(rows))
+            weights.append(self._weights(gallery_cache, rows))
+        order = torch.cat(positions).argsort()
         joined = Sentences.join(sentences)
         return BaseBatch(
-            in_order(places, latents),
-            joined if len(places) == 1 else joined[order],
-            in_order(places, faces),
-            in_order(places, weights),
+            in_order(positions, latents),
+            joined if len(positions) == 1 else joined[order],
+            in_order(positions, faces),
+            in_order(positions, weights),
         )
 
-    def _weights(self, stock: Stock[SentenceStore], rows: Tensor) -> Tensor:
+    def _weights(self, gallery_cache: GalleryCache[SentenceStore], rows: Tensor) -> Tensor:
         """How much each cell of these rows' latents counts in the loss, (B, 1, h, w)."""
         faces, letters = self.settings.face_weight, self.settings.letter_weight
-        weights = 1 + (faces - 1) * stock.faces(rows)
-        return weights if letters == 1 else weights + (letters - 1) * stock.letters(rows)
+        weights = 1 + (faces - 1) * gallery_cache.faces(rows)
+        return weights if letters == 1 else weights + (letters - 1) * gallery_cache.letters(rows)
 
     def _dropped(self, first: int, size: int) -> dict[str, Tensor]:
         """Text branch -> which images it is told nothing of, (size,) bool."""
-        seed, settings = self.start.seed, self.settings
+        seed, settings = self.context.seed, self.settings
         everything = chance(seed, "drop", first, size, settings.drop_text)
         shares = {"clip": settings.drop_clip, "t5": settings.drop_t5, "byt5": settings.drop_byt5}
         return {name: everything | chance(seed, f"drop {name}", first, size, share) for name, share in shares.items()}
@@ -255,18 +260,18 @@ class BaseTask:
 
     def errors(self, batch: BaseBatch, noise: Tensor, t: Tensor) -> Tensor:
         """Squared error of the velocity, weighted towards face and letters, one number an item."""
-        guess = self.predict(add_noise(batch.latents, noise, t), t, batch.sentences)
-        return squared_error(guess, velocity(batch.latents, noise), batch.weights)
+        prediction = self.predict(add_noise(batch.latents, noise, t), t, batch.sentences)
+        return squared_error(prediction, velocity(batch.latents, noise), batch.weights)
 
     def show(self, batch: BaseBatch, path: Path) -> None:
         save_grid(self.decode(batch.latents), path, columns=8)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, S, S), 0 to 1, on the CPU."""
-        return self.codec.decode(latents.to(self.start.device)).cpu()
+        return self.codec.decode(latents.to(self.context.device)).cpu()
 
     def loss(self, batch: BaseBatch, images_seen: int) -> Loss:
-        noise, t = self.noise(batch.latents, self.start.seed, images_seen)
+        noise, t = self.noise(batch.latents, self.context.seed, images_seen)
         return Loss(self.weighted(self.errors(batch, noise, t), t))
 
     def weighted(self, errors: Tensor, t: Tensor) -> Tensor:
@@ -283,12 +288,14 @@ class BaseTask:
 
     def held_out_batch(self) -> BaseBatch:
         """One picture each of people whom nobody was trained on, with its caption."""
-        stock, rows = self.held_out, torch.arange(1, 2 * self.watched, 2)
-        sentences = stock.sentences.take(rows, ["rewritten"] * len(rows))
-        return BaseBatch(stock.latents.take(rows), sentences, stock.faces(rows), self._weights(stock, rows))
+        gallery_cache, rows = self.held_out, torch.arange(1, 2 * self.validation_people, 2)
+        sentences = gallery_cache.sentences.take(rows, ["rewritten"] * len(rows))
+        return BaseBatch(
+            gallery_cache.latents.take(rows), sentences, gallery_cache.faces(rows), self._weights(gallery_cache, rows)
+        )
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        batch = to_device(self.held_out_batch(), self.start.device)  # against their own and others' captions
+        batch = to_device(self.held_out_batch(), self.context.device)  # against their own and others' captions
         noise, t = self.noise(batch.latents, VALIDATION_SEED, 0)
         right = float(self.errors(batch, noise, t).mean())
         wrong = float(self.errors(replace(batch, sentences=batch.sentences.shifted()), noise, t).mean())
@@ -298,11 +305,11 @@ class BaseTask:
     def draw(self, path: Path, seeds: int = 2) -> None:
         """Fixed sentences at fixed seeds, one column a sentence, without and with guidance."""
         noise = self.drawing_noise(len(PROMPTS) * seeds)
-        inputs = Inputs(self.spoken(list(PROMPTS) * seeds), self.spoken([""] * len(noise)), None)
+        inputs = Inputs(self.encode_texts(list(PROMPTS) * seeds), self.encode_texts([""] * len(noise)), None)
         rows = [sample(self.unet, noise, inputs, Guidance(scale), self.DRAWING_STEPS) for scale in (1.0, 3.0)]
         save_grid(self.decode(torch.cat(rows)), path, columns=len(PROMPTS))
 
-    def spoken(self, texts: Sequence[str]) -> TextTokens:
+    def encode_texts(self, texts: Sequence[str]) -> TextTokens:
         """Sentences as the sampler wants them: CLIP's tokens, and those of the other text branches that there are."""
         clip, branches = self.text.encode(texts)
         return clip, {name: branches[name] for name in self.settings.text_branches}
@@ -310,7 +317,7 @@ class BaseTask:
     def drawing_noise(self, count: int) -> Tensor:
         """The same noise (count, C, h, w) at every call, so that sheets can be compared."""
         shape = (count, *self.held_out.latents.values.shape[1:])
-        return torch.randn(shape, generator=generator(0, "draw", 0)).to(self.start.device)
+        return torch.randn(shape, generator=generator(0, "draw", 0)).to(self.context.device)
 
     def export(self, folder: Path) -> None:
         self.unet.save_pretrained(folder / "unet")

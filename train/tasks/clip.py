@@ -21,15 +21,15 @@ from imagine.networks import encoders
 from imagine.networks.encoders import VisionEncoder
 from imagine.world import People, captions
 from imagine.world.tables import join
-from train.cache.face_crops import Squares
+from train.cache.face_crops import FaceCrops
 from train.data.language import build_text_encoders, make_tokenizers, parameters
-from train.data.order import chance, key, uniforms
-from train.data.portraits import check_twins, data_settings, draw_rows, training_pictures
+from train.data.order import chance, derive_seed, uniforms
+from train.data.portraits import check_two_pictures, data_settings, draw_rows, training_pictures
 from train.run.grids import save_grid
-from train.task import Loss, Share, Start, Weight
-from train.tasks.contrastive_loss import Temperature, contrast
-from train.tasks.recogniser import VALIDATION, held_out_crops
-from train.tasks.trait_loss import READINGS, trait_loss
+from train.task import Loss, Share, TaskContext, Weight
+from train.tasks.contrastive_loss import Temperature, info_nce
+from train.tasks.recogniser import HELD_OUT_COUNT, held_out_crops
+from train.tasks.trait_loss import TRAIT_OUTPUTS, trait_loss
 
 
 class ClipSettings(BaseModel):
@@ -60,17 +60,17 @@ class ClipTask:
 
     Settings: ClassVar[type[BaseModel]] = ClipSettings
     PARTS: ClassVar[tuple[str, ...]] = ("vision", "text", "t5")
-    HELD_OUT_PEOPLE: ClassVar[int] = VALIDATION
+    HELD_OUT_PEOPLE: ClassVar[int] = HELD_OUT_COUNT
 
-    def __init__(self, settings: ClipSettings, start: Start) -> None:
-        self.settings, self.start = settings, start
-        tokenizers = start.folder / "cache"
+    def __init__(self, settings: ClipSettings, context: TaskContext) -> None:
+        self.settings, self.context = settings, context
+        tokenizers = context.folder / "cache"
         make_tokenizers(tokenizers)
         self.text = build_text_encoders(tokenizers)
         self.vision = VisionEncoder()
         self.temperature = Temperature(3)  # for CLIP's captions, people, and T5's captions
         self.t5_head = nn.Linear(self.text.t5.config.d_model, self.vision.config.embed_width)
-        self.reading = nn.Linear(self.vision.config.embed_width, READINGS)
+        self.reading = nn.Linear(self.vision.config.embed_width, TRAIT_OUTPUTS)
         self.modules: dict[str, nn.Module] = {
             "image_encoder": self.vision, "text_encoder": self.text.clip, "text_encoder_2": self.text.t5,
             "t5_head": self.t5_head, "temperature": self.temperature, "reading": self.reading,
@@ -84,36 +84,36 @@ class ClipTask:
         }
 
     def check(self) -> list[str]:
-        check_twins(self.start.data)
+        check_two_pictures(self.context.data)
         return []
 
     def prepare(self) -> None:
-        self.pictures = training_pictures(self.start.data)
-        folder = data_settings(self.start.data).folder / "train"
-        self.squares = Squares(self.pictures, self.vision.config.image_size, folder, noisy=True)
+        self.pictures = training_pictures(self.context.data)
+        folder = data_settings(self.context.data).folder / "train"
+        self.face_crops = FaceCrops(self.pictures, self.vision.config.image_size, folder, noisy=True)
 
     def batch(self, images_seen: int, size: int) -> ClipBatch:
         gallery = self.pictures.gallery
-        who = draw_rows(self.start, "people", images_seen, size, gallery.identities)
-        seed = self.start.seed
+        who = draw_rows(self.context, "people", images_seen, size, gallery.identities)
+        seed = self.context.seed
         which = chance(seed, "which", images_seen, size, 0.5).long()
         rows, others = who * gallery.pictures + which, who * gallery.pictures + 1 - which
         side = self.vision.config.image_size
         shifts = uniforms(seed, "shift", images_seen, size, (2, 2))
-        first = self.squares.take(rows, shifts[:, 0])
+        first = self.face_crops.take(rows, shifts[:, 0])
         whole = chance(seed, "whole", images_seen, size, self.settings.whole_share if self.settings.captions else 0)
         first[whole] = F.interpolate(self.pictures.take(rows[whole])[0], size=(side, side), mode="area")
         crops = (~whole).nonzero().squeeze(1)
-        second = self.squares.take(others[crops], shifts[crops, 1])
+        second = self.face_crops.take(others[crops], shifts[crops, 1])
         people = gallery.people(rows)
         texts = self._texts(people, rows, images_seen) if self.settings.captions else []
         return ClipBatch(first, second, texts, crops, people[crops], gallery.people(others[crops]))
 
     def _texts(self, people: People, rows: Tensor, images_seen: int) -> list[str]:
         contexts, size = self.pictures.gallery.contexts(rows), len(rows)
-        seeds = [key(self.start.seed, "captions", images_seen + i) % 2**31 for i in range(size)]
+        seeds = [derive_seed(self.context.seed, "captions", images_seen + i) % 2**31 for i in range(size)]
         dense, rewritten = (captions(people, contexts, style, seeds) for style in ("dense", "rewritten"))
-        share = chance(self.start.seed, "dense", images_seen, size, self.settings.dense_share).tolist()
+        share = chance(self.context.seed, "dense", images_seen, size, self.settings.dense_share).tolist()
         return [long if pick else short for pick, long, short in zip(share, dense, rewritten, strict=True)]
 
     def show(self, batch: ClipBatch, path: Path) -> None:
@@ -133,7 +133,7 @@ class ClipTask:
 
     def _faces(self, crops: Tensor, second: Tensor, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """How badly two pictures of one person are matched, and traits read off them, (P,)."""
-        person, hits = contrast(crops, second, self.temperature.scales()[1])
+        person, hits = info_nce(crops, second, self.temperature.scales()[1])
         seen = torch.cat((crops, second)) * crops.shape[1] ** 0.5
         traits = trait_loss(self.reading(seen), join((batch.people, batch.drifted))).view(2, -1).mean(0)
         faces = self.settings.person_weight * person + self.settings.traits * traits
@@ -147,13 +147,15 @@ class ClipTask:
         text = F.normalize(both[:, :width], dim=1)
         sentence = F.normalize(self.t5_head(both[:, width:]), dim=1)
         scales = self.temperature.scales()
-        caption, caption_hits = contrast(images, text, scales[0])
-        meaning, meaning_hits = contrast(images, sentence, scales[2])
+        caption, caption_hits = info_nce(images, text, scales[0])
+        meaning, meaning_hits = info_nce(images, sentence, scales[2])
         return caption + meaning, {"caption_hits": caption_hits, "t5_hits": meaning_hits}
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         pair = [
-            F.normalize(torch.cat([self.vision.embed(part.to(self.start.device)) for part in crops.split(100)]), dim=1)
+            F.normalize(
+                torch.cat([self.vision.embed(part.to(self.context.device)) for part in crops.split(100)]), dim=1
+            )
             for crops in held_out_crops(self.vision.config.image_size, self.HELD_OUT_PEOPLE)
         ]
         hits = ((pair[0] @ pair[1].T).argmax(1) == torch.arange(len(pair[0]), device=pair[0].device)).float().mean()

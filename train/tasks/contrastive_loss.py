@@ -19,7 +19,7 @@ class Temperature(nn.Module):
         return self.log_scale.clamp(max=math.log(60.0)).exp()
 
 
-def contrast(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def info_nce(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE over matching rows of unit vectors (B, D): one loss per row, and the share of rows matched."""
     logits = scale * a @ b.T
     labels = torch.arange(len(a), device=a.device)

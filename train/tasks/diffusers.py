@@ -21,21 +21,21 @@ from torch import Tensor, nn
 from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
 from imagine.errors import ConfigError
 from imagine.ip_adapter.reading import import_adapter, read_ip_adapter
-from imagine.networks.weights import fingerprint, forget_paths
+from imagine.networks.weights import fingerprint, remove_local_paths
 from imagine.planning.bases import AdapterShape, Blueprint, Component
 from imagine.records import VISION, Conditioning, Tokens, join
 from train.cache.latents import squared_error
 from train.cache.pictures import AnyGallery, AnyPictures
-from train.data.denoiser_inputs import Stock, keep_stock, references
+from train.data.denoiser_inputs import GalleryCache, cache_gallery, references
 from train.data.language import parameters
 from train.data.order import chance, normals, to_device, uniforms
 from train.data.portraits import check_sources, data_settings, gallery_folder, pictures_of
-from train.data.public_base import BaseCodec, BaseReader, T5Reader, load_vision, open_base, time_ids
-from train.data.sources import Drawn, Mixture, in_order
+from train.data.public_base import BaseCodec, BaseTextEncoders, T5TextEncoder, load_vision, open_base, time_ids
+from train.data.sources import DrawnPairs, Mixture, in_order
 from train.data.text_states import TextStates
 from train.run.grids import save_grid
-from train.task import Loss, Share, Start, Weight
-from train.tasks.base import VALIDATION_SEED, Gamma, check_lora, idle_images
+from train.task import Loss, Share, TaskContext, Weight
+from train.tasks.base import VALIDATION_SEED, Gamma, check_lora, images_without_effect
 
 _PLUS_HEAD = 64  # width of a plus projection's heads
 _TOKENS = {"t5": 256, "byt5": 128}  # kept of a caption
@@ -114,58 +114,67 @@ class DiffusersTask:
         "vision_encoder", "vision_branch", "vision_projection", "lora", "t5_branch", "byt5_branch",
     )  # fmt: skip
 
-    def __init__(self, settings: DiffusersSettings, start: Start) -> None:
-        self.settings, self.start = settings, start
-        self.base = open_base(settings.base, shapes_only=start.device.type == "meta")
+    def __init__(self, settings: DiffusersSettings, context: TaskContext) -> None:
+        self.settings, self.context = settings, context
+        self.base = open_base(settings.base, shapes_only=context.device.type == "meta")
         self.schedule = self.base.schedule
         dtype = torch.bfloat16 if settings.base_precision == "bf16" else torch.float32
-        self.unet = self.base.denoiser(start.device, dtype)
+        self.unet = self.base.denoiser(context.device, dtype)
         if settings.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        self.vision = load_vision(settings.vision or self.base.folder / "image_encoder", start.device)
+        self.vision = load_vision(settings.vision or self.base.folder / "image_encoder", context.device)
         self.vision.tower.set_grad_checkpointing(settings.gradient_checkpointing)
         self.adapter = self._identity()
         self.adapter.attach(self.unet)
         self.modules: dict[str, nn.Module] = {
             "unet": self.unet, "image_encoder": self.vision, "adapter": self.adapter,
         }  # fmt: skip
-        self.readers = self._readers()
+        self.text_encoders = self._text_encoders()
         self.text_adapter: Adapter | None = None
-        if len(self.readers) > 1:
-            specs = [BranchSpec(reader.name, reader.width) for reader in self.readers if isinstance(reader, T5Reader)]
+        if len(self.text_encoders) > 1:
+            specs = [
+                BranchSpec(text_encoder.name, text_encoder.width)
+                for text_encoder in self.text_encoders
+                if isinstance(text_encoder, T5TextEncoder)
+            ]
             self.text_adapter = self.modules["text_adapter"] = Adapter(self.unet, specs)
             self.text_adapter.attach(self.unet)
 
     def _identity(self) -> Adapter:
         """The vision branch with its projection and LoRA, from an IP-Adapter's file if there is one."""
         settings, width = self.settings, int(self.unet.config.cross_attention_dim)
-        eyes = int(self.vision.config.width)
-        inner = max(_PLUS_HEAD, min(width, eyes) // _PLUS_HEAD * _PLUS_HEAD) if settings.projection == "plus" else None
+        vision_width = int(self.vision.config.width)
+        inner = (
+            max(_PLUS_HEAD, min(width, vision_width) // _PLUS_HEAD * _PLUS_HEAD)
+            if settings.projection == "plus"
+            else None
+        )
         spec = BranchSpec(
-            VISION, width, 1.0, settings.zero_init is not False, settings.projection or "full", eyes, inner_width=inner
+            VISION, width, 1.0, settings.zero_init is not False, settings.projection or "full", vision_width,
+            inner_width=inner,
         )  # fmt: skip
-        begun: dict[str, Tensor] = {}
+        initial_tensors: dict[str, Tensor] = {}
         if settings.ip_adapter is not None:
             imported = import_adapter(read_ip_adapter(settings.ip_adapter), self.unet)[0]
             (given,) = imported.branch_specs
-            if given.projection == "linear" or given.input_width != eyes:
+            if given.projection == "linear" or given.input_width != vision_width:
                 raise ConfigError(
                     f"{settings.ip_adapter} reads {given.input_width} numbers of its own encoder's "
                     f"{'embedding' if given.projection == 'linear' else 'tokens'}, the vision encoder here gives "
-                    f"tokens of {eyes}: take a Plus or Full file, and the image_encoder that belongs to it."
+                    f"tokens of {vision_width}: take a Plus or Full file, and the image_encoder that belongs to it."
                 )
             # Where nobody is shown, the branch is off from now on: that is how it trains here.
-            spec, begun = replace(given, absent="off"), imported.state_dict()
+            spec, initial_tensors = replace(given, absent="off"), imported.state_dict()
         adapter = Adapter(self.unet, [spec], settings.lora_rank, settings.lora_targets)
-        if begun and self.start.device.type != "meta":
-            adapter.load_state_dict({**adapter.state_dict(), **begun})
+        if initial_tensors and self.context.device.type != "meta":
+            adapter.load_state_dict({**adapter.state_dict(), **initial_tensors})
         return adapter
 
-    def _readers(self) -> "list[BaseReader | T5Reader]":
+    def _text_encoders(self) -> "list[BaseTextEncoders | T5TextEncoder]":
         given = {"t5": self.settings.t5, "byt5": self.settings.byt5}
-        device = self.start.device
-        further = [T5Reader(name, path, _TOKENS[name], device) for name, path in given.items() if path is not None]
-        return [BaseReader(self.base, device), *further]
+        device = self.context.device
+        further = [T5TextEncoder(name, path, _TOKENS[name], device) for name, path in given.items() if path is not None]
+        return [BaseTextEncoders(self.base, device), *further]
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         text = {} if self.text_adapter is None else self.text_adapter.parts()
@@ -187,72 +196,82 @@ class DiffusersTask:
     # --- what is made once and kept ---------------------------------------------------------------------------------
 
     def check(self) -> list[str]:
-        check_sources(self.start.data, self.settings.sources)
+        check_sources(self.context.data, self.settings.sources)
         if self.settings.held_out is not None:
-            check_sources(self.start.data, {self.settings.held_out: 1.0})
-        BaseCodec(self.base, self.start.device).shape(self.settings.resolution)
-        return idle_images(self.start, self.settings.drop_vision)
+            check_sources(self.context.data, {self.settings.held_out: 1.0})
+        BaseCodec(self.base, self.context.device).shape(self.settings.resolution)
+        return images_without_effect(self.context, self.settings.drop_vision)
 
     def prepare(self) -> None:
-        data = data_settings(self.start.data)
-        watched = [self.settings.held_out] if self.settings.held_out else []
-        asked = [*self.settings.sources, *watched]
-        names = sorted({data.sources[name].gallery for name in asked if name in data.sources})
+        data = data_settings(self.context.data)
+        validation_sources = [self.settings.held_out] if self.settings.held_out else []
+        names_in_use = [*self.settings.sources, *validation_sources]
+        names = sorted({data.sources[name].gallery for name in names_in_use if name in data.sources})
         side = self.settings.resolution
-        pictures = {name: pictures_of(self.start.data, name, side) for name in names}
+        pictures = {name: pictures_of(self.context.data, name, side) for name in names}
         galleries = {name: some.gallery for name, some in pictures.items()}
-        self._mix(galleries)
-        self.codec = BaseCodec(self.base, self.start.device)
-        self.stocks = {name: self._stock(some, name) for name, some in pictures.items()}
-        self._mix(galleries)  # once more: a record may have broken since its face was looked for
-        for mixture in (self.mixture, self.watched):
+        self._build_mixtures(galleries)
+        self.codec = BaseCodec(self.base, self.context.device)
+        self.gallery_caches = {name: self._cache_gallery(some, name) for name, some in pictures.items()}
+        self._build_mixtures(galleries)  # once more: a record may have broken since its face was looked for
+        for mixture in (self.mixture, self.validation_sources):
             for source, pairs in zip(mixture.sources, mixture.pairs, strict=True):
-                manners = [manner for manner, weight in source.captions.items() if weight > 0]
-                self.stocks[source.gallery].sentences.read(pairs[:, 1].unique(), manners)
+                caption_styles = [caption_style for caption_style, weight in source.captions.items() if weight > 0]
+                self.gallery_caches[source.gallery].sentences.read(pairs[:, 1].unique(), caption_styles)
         self.codec.free()
 
-    def _mix(self, galleries: Mapping[str, AnyGallery]) -> None:
+    def _build_mixtures(self, galleries: Mapping[str, AnyGallery]) -> None:
         """What is drawn from, to train and to validate."""
-        sources, settings, own = data_settings(self.start.data).sources, self.settings, self.start.own_counts
+        sources, settings, own = data_settings(self.context.data).sources, self.settings, self.context.own_counts
         self.mixture = Mixture(settings.sources, sources, galleries, settings.alternate, own)
         # A validation never trains, so what it draws may be drawn from the same sources with another seed.
-        watched = settings.sources if settings.held_out is None else {settings.held_out: 1.0}
-        self.watched = Mixture(watched, sources, galleries, own_counts=own)
+        validation_sources = settings.sources if settings.held_out is None else {settings.held_out: 1.0}
+        self.validation_sources = Mixture(validation_sources, sources, galleries, own_counts=own)
 
-    def _stock(self, pictures: AnyPictures, name: str) -> Stock[TextStates]:
-        folder = gallery_folder(self.start.data, name, self.settings.resolution)
+    def _cache_gallery(self, pictures: AnyPictures, name: str) -> GalleryCache[TextStates]:
+        folder = gallery_folder(self.context.data, name, self.settings.resolution)
         crop = int(self.vision.config.image_size)
-        states = TextStates(pictures.gallery, self.readers, folder)
-        return keep_stock(pictures, self.codec, states, folder, crop_side=crop)
+        states = TextStates(pictures.gallery, self.text_encoders, folder)
+        return cache_gallery(pictures, self.codec, states, folder, crop_side=crop)
 
     # --- what a step sees -------------------------------------------------------------------------------------------
 
     def batch(self, images_seen: int, size: int) -> DiffusersBatch:
-        seed, settings = self.start.seed, self.settings
-        silent = chance(seed, "drop", images_seen, size, settings.drop_text)
+        seed, settings = self.context.seed, self.settings
+        without_text = chance(seed, "drop", images_seen, size, settings.drop_text)
         shares = {"clip": settings.drop_clip, "t5": settings.drop_t5, "byt5": settings.drop_byt5}
-        gone = {name: silent | chance(seed, f"drop {name}", images_seen, size, rate) for name, rate in shares.items()}
+        dropped = {
+            name: without_text | chance(seed, f"drop {name}", images_seen, size, rate) for name, rate in shares.items()
+        }
         strength = 1 - chance(seed, "drop vision", images_seen, size, settings.drop_vision).float()
-        return self._batch(self.mixture.draw(seed, images_seen, size), images_seen, gone, strength)
+        return self._batch(self.mixture.draw(seed, images_seen, size), images_seen, dropped, strength)
 
-    def _batch(self, drawn: Drawn, first: int, gone: Mapping[str, Tensor], strength: Tensor) -> DiffusersBatch:
-        """What was drawn, with nothing said of the images in `gone`, and people of this strength."""
-        gone = {**gone, "pooled": gone["clip"]}
-        places, latents, sizes, faces, states = [], [], [], [], []
+    def _batch(self, drawn: DrawnPairs, first: int, dropped: Mapping[str, Tensor], strength: Tensor) -> DiffusersBatch:
+        """What was drawn, with nothing said of the images in `dropped`, and people of this strength."""
+        dropped = {**dropped, "pooled": dropped["clip"]}
+        positions, latents, sizes, faces, states = [], [], [], [], []
         for name, here in drawn.by_gallery().items():
-            stock, rows, manners = self.stocks[name], drawn.targets[here], [drawn.manners[i] for i in here.tolist()]
-            places.append(here)
-            latents.append(stock.latents.take(rows))
-            sizes.append(time_ids(stock.pictures.frames(rows), self.settings.resolution))
-            faces.append(stock.faces(rows))
-            states.append(stock.sentences.take(rows, manners, {n: silent[here] for n, silent in gone.items()}))
-        shifts = uniforms(self.start.seed, "crops", first, len(strength), (2,))
+            gallery_cache, rows, caption_styles = (
+                self.gallery_caches[name],
+                drawn.targets[here],
+                [drawn.caption_styles[i] for i in here.tolist()],
+            )
+            positions.append(here)
+            latents.append(gallery_cache.latents.take(rows))
+            sizes.append(time_ids(gallery_cache.pictures.frames(rows), self.settings.resolution))
+            faces.append(gallery_cache.faces(rows))
+            states.append(
+                gallery_cache.sentences.take(
+                    rows, caption_styles, {n: without_text[here] for n, without_text in dropped.items()}
+                )
+            )
+        shifts = uniforms(self.context.seed, "crops", first, len(strength), (2,))
         return DiffusersBatch(
-            in_order(places, latents),
-            {name: _in_order(places, [each[name] for each in states]) for name in states[0]},
-            in_order(places, sizes),
-            in_order(places, faces),
-            references(self.stocks, drawn, shifts),
+            in_order(positions, latents),
+            {name: _in_order(positions, [each[name] for each in states]) for name in states[0]},
+            in_order(positions, sizes),
+            in_order(positions, faces),
+            references(self.gallery_caches, drawn, shifts),
             strength,
         )
 
@@ -270,11 +289,11 @@ class DiffusersTask:
         conditioning = Conditioning(
             {**further, VISION: vision}, {VISION: batch.strength if strength is None else strength}
         )
-        guess: Tensor = self.unet(
+        prediction: Tensor = self.unet(
             noisy.to(dtype), steps, encoder_hidden_states=batch.states["clip"].values.to(dtype),
             added_cond_kwargs=added, cross_attention_kwargs={"conditioning": conditioning},
         ).sample  # fmt: skip
-        return guess
+        return prediction
 
     def vision_tokens(self, crops: Tensor) -> Tokens:
         return self.adapter.tokens(VISION, self.vision(crops))
@@ -289,15 +308,15 @@ class DiffusersTask:
     def errors(self, batch: DiffusersBatch, vision: Tokens, noise: Tensor, steps: Tensor) -> Tensor:
         """Squared error (B,) of what the base predicts, weighted towards the face."""
         noisy = self.schedule.add_noise(batch.latents, noise, steps)
-        wanted = self.schedule.get_velocity(batch.latents, noise, steps) if self._velocity else noise
-        guess = self.predict(noisy, steps, batch, vision)
-        return squared_error(guess, wanted, 1 + (self.settings.face_weight - 1) * batch.faces)
+        target = self.schedule.get_velocity(batch.latents, noise, steps) if self._predicts_velocity else noise
+        prediction = self.predict(noisy, steps, batch, vision)
+        return squared_error(prediction, target, 1 + (self.settings.face_weight - 1) * batch.faces)
 
     @property
-    def _velocity(self) -> bool:
+    def _predicts_velocity(self) -> bool:
         return bool(self.schedule.config.prediction_type == "v_prediction")
 
-    def counting(self, steps: Tensor) -> Tensor:
+    def loss_weights(self, steps: Tensor) -> Tensor:
         """How much an error at these steps counts, (B,): min-SNR, in terms of what is predicted."""
         from diffusers.training_utils import compute_snr
 
@@ -305,16 +324,16 @@ class DiffusersTask:
             return torch.ones_like(steps, dtype=torch.float32)
         snr = compute_snr(self.schedule, steps)
         least = snr.clamp(max=self.settings.min_snr_gamma)
-        return least / (snr + 1) if self._velocity else (self.settings.min_snr_gamma / snr).clamp(max=1)
+        return least / (snr + 1) if self._predicts_velocity else (self.settings.min_snr_gamma / snr).clamp(max=1)
 
     def loss(self, batch: DiffusersBatch, images_seen: int) -> Loss:
         if self.unet.dtype != torch.float32 and not torch.is_autocast_enabled(batch.latents.device.type):
             raise ConfigError(
-                f"Stage {self.start.name} has base_precision bf16 but computes in fp32: set its precision to bf16."
+                f"Stage {self.context.name} has base_precision bf16 but computes in fp32: set its precision to bf16."
             )
-        noise, steps = self.noise(batch.latents, self.start.seed, images_seen)
+        noise, steps = self.noise(batch.latents, self.context.seed, images_seen)
         errors = self.errors(batch, self.vision_tokens(batch.crops), noise, steps)
-        return Loss(errors * self.counting(steps), {"error": errors.mean()})
+        return Loss(errors * self.loss_weights(steps), {"error": errors.mean()})
 
     # --- what people look at ----------------------------------------------------------------------------------------
 
@@ -348,9 +367,9 @@ class DiffusersTask:
         return {"validation_loss": mean, "shuffled_references": other, "reference_ratio": other / mean}
 
     def _validation_batch(self, first: int, size: int) -> DiffusersBatch:
-        drawn = self.watched.draw(VALIDATION_SEED, first, size)
-        told = {name: torch.zeros(size, dtype=torch.bool) for name in ("clip", "t5", "byt5")}
-        return to_device(self._batch(drawn, first, told, torch.ones(size)), self.start.device)
+        drawn = self.validation_sources.draw(VALIDATION_SEED, first, size)
+        branches = {name: torch.zeros(size, dtype=torch.bool) for name in ("clip", "t5", "byt5")}
+        return to_device(self._batch(drawn, first, branches, torch.ones(size)), self.context.device)
 
     def _draw(self, batch: DiffusersBatch, path: Path) -> None:
         """Each reference, its target, and what the captions give with the reference and without."""
@@ -358,9 +377,11 @@ class DiffusersTask:
 
         count = len(batch.latents)
         sampler = DDIMScheduler.from_config(self.schedule.config, clip_sample=False)
-        sampler.set_timesteps(self.settings.drawing_steps, device=self.start.device)
-        nothing = to_device(next(iter(self.stocks.values())).sentences.nothing(count), self.start.device)
-        silent, vision = replace(batch, states=nothing), self.vision_tokens(batch.crops)
+        sampler.set_timesteps(self.settings.drawing_steps, device=self.context.device)
+        empty_sentences = to_device(
+            next(iter(self.gallery_caches.values())).sentences.empty_sentences(count), self.context.device
+        )
+        without_text, vision = replace(batch, states=empty_sentences), self.vision_tokens(batch.crops)
         kinds = [batch.crops, self.codec.decode(batch.latents)]
         for strength in (torch.ones_like(batch.strength), torch.zeros_like(batch.strength)):
             noise, _ = self.noise(batch.latents, VALIDATION_SEED, 0)
@@ -368,16 +389,16 @@ class DiffusersTask:
             for step in sampler.timesteps:
                 steps = step.expand(count)
                 said = self.predict(latents, steps, batch, vision, strength).float()
-                unsaid = self.predict(latents, steps, silent, vision, torch.zeros_like(strength)).float()
-                guess = unsaid + self.settings.drawing_guidance * (said - unsaid)
-                latents = sampler.step(guess, step, latents).prev_sample
+                unconditional = self.predict(latents, steps, without_text, vision, torch.zeros_like(strength)).float()
+                prediction = unconditional + self.settings.drawing_guidance * (said - unconditional)
+                latents = sampler.step(prediction, step, latents).prev_sample
             kinds.append(self.codec.decode(latents))
         self._sheet(path, kinds, columns=1)
 
     def export(self, folder: Path) -> None:
         """The vision encoder as it is now, and the adapters: what a pipeline around the same base loads."""
         self.vision.save_pretrained(folder / "image_encoder")
-        forget_paths(folder)
+        remove_local_paths(folder)
         facts = {
             "base": self.base.kind, "base_name": self.base.folder.resolve().name, "licence": self.settings.licence,
             "encoder": f"ViT of width {self.vision.config.width}, {self.vision.config.image_size} px, "
@@ -387,8 +408,8 @@ class DiffusersTask:
         (spec,) = self.adapter.branch_specs
         self.adapter.save(folder / "adapter", {**facts, "tokens": str(spec.tokens or self.vision.tokens)})
         if self.text_adapter is not None:
-            told = {name: _TOKENS[name] for name in ("t5", "byt5") if getattr(self.settings, name) is not None}
-            tokens = ", ".join(f"{count} {name}" for name, count in told.items())
+            branches = {name: _TOKENS[name] for name in ("t5", "byt5") if getattr(self.settings, name) is not None}
+            tokens = ", ".join(f"{count} {name}" for name, count in branches.items())
             self.text_adapter.save(folder / "text_adapter", {**facts, "tokens": tokens})
 
 
@@ -397,9 +418,9 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def _in_order(places: Sequence[Tensor], pieces: Sequence[Tokens]) -> Tokens:
-    """Tokens put where `places` say, the shorter ones padded."""
+def _in_order(positions: Sequence[Tensor], pieces: Sequence[Tokens]) -> Tokens:
+    """Tokens put where `positions` say, the shorter ones padded."""
     if len(pieces) == 1:
         return pieces[0]
-    order, joined = torch.cat(list(places)).argsort(), join(list(pieces))
+    order, joined = torch.cat(list(positions)).argsort(), join(list(pieces))
     return Tokens(joined.values[order], None if joined.mask is None else joined.mask[order])

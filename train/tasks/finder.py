@@ -15,7 +15,7 @@ from imagine.world.seeds import HELD_OUT, JUDGE
 from train.data.order import chance, uniforms
 from train.data.portraits import data_settings, draw_rows, judge_pictures
 from train.run.grids import save_grid
-from train.task import Loss, Share, Start
+from train.task import Loss, Share, TaskContext
 
 
 class FinderSettings(BaseModel):
@@ -34,8 +34,8 @@ class FinderTask:
     GROUPS: ClassVar[int] = 600  # pictures of two, of three people and of nobody, rendered once
     HELD_OUT_PICTURES: ClassVar[int] = 100  # of one, two and three people each
 
-    def __init__(self, settings: FinderSettings, start: Start) -> None:
-        self.settings, self.start = settings, start
+    def __init__(self, settings: FinderSettings, context: TaskContext) -> None:
+        self.settings, self.context = settings, context
         self.finder = finder.Finder()
         self.modules: dict[str, nn.Module] = {"finder": self.finder}
 
@@ -43,21 +43,21 @@ class FinderTask:
         return {"finder": list(self.finder.parameters())}
 
     def check(self) -> list[str]:
-        data_settings(self.start.data)
+        data_settings(self.context.data)
         return []
 
     def prepare(self) -> None:
-        self.pictures = judge_pictures(self.start.data)
-        few = data_settings(self.start.data).few
-        groups, held_out = few(self.GROUPS), few(self.HELD_OUT_PICTURES)
+        self.pictures = judge_pictures(self.context.data)
+        limited = data_settings(self.context.data).limited
+        groups, held_out = limited(self.GROUPS), limited(self.HELD_OUT_PICTURES)
         self.groups = [_groups(JUDGE.start + 5_000_000, count, groups) for count in (2, 3)]
         self.scenes = paint_scenes(sample_contexts(range(JUDGE.start, JUDGE.start + groups)), 128)
         self.held_out = [_groups(HELD_OUT.stop - 1_000, count, held_out) for count in (1, 2, 3)]
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures (B, 3, S, S), boxes (B, 3, 4) and which of them count (B, 3)."""
-        seed = self.start.seed
-        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
+        seed = self.context.seed
+        rows = draw_rows(self.context, "rows", images_seen, size, len(self.pictures.gallery))
         images, single = self.pictures.take(rows)
         boxes = torch.zeros(size, 3, 4)
         boxes[:, 0] = single
@@ -71,8 +71,8 @@ class FinderTask:
                 valid[i] = False
             elif kind[i] < self.settings.empty_share + self.settings.group_share:
                 count = 2 + int(pick[i] % 2)
-                pictures, places = self.groups[count - 2]
-                images[i], boxes[i, :count] = pictures[pick[i]], places[pick[i]]
+                pictures, face_boxes = self.groups[count - 2]
+                images[i], boxes[i, :count] = pictures[pick[i]], face_boxes[pick[i]]
                 valid[i, :count] = True
         images, boxes = _zoom(images, boxes, uniforms(seed, "zoom", images_seen, size, (6,)))
         grey = chance(seed, "grey", images_seen, size, 0.25)
@@ -84,15 +84,15 @@ class FinderTask:
 
     def loss(self, batch: tuple[Tensor, Tensor, Tensor], images_seen: int) -> Loss:
         images, boxes, valid = batch
-        wanted = finder.targets(boxes, valid, images.shape[-1])
-        return Loss(finder.loss(self.finder(images), wanted))
+        target = finder.targets(boxes, valid, images.shape[-1])
+        return Loss(finder.loss(self.finder(images), target))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         found = right = wrong = 0
         for images, boxes in self.held_out:
-            places, scores = finder.decode(self.finder(images.to(self.start.device)), images.shape[-1])
+            face_boxes, scores = finder.decode(self.finder(images.to(self.context.device)), images.shape[-1])
             for i in range(len(images)):
-                kept = places[i][scores[i] > 0.5].cpu()
+                kept = face_boxes[i][scores[i] > 0.5].cpu()
                 near = (_centres(kept)[:, None] - _centres(boxes[i])[None]).norm(dim=-1) < 0.4 * boxes[i, :, 2]
                 right += int(near.any(0).sum()) if len(kept) else 0
                 wrong += int((~near.any(1)).sum()) if len(kept) else 0

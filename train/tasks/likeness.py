@@ -17,12 +17,12 @@ from train.cache.latents import Latents, WorldCodec, autoencoder_of, check_autoe
 from train.cache.pictures import Pictures
 from train.data.language import parameters
 from train.data.order import chance, normals, uniforms
-from train.data.portraits import check_twins, data_settings, draw_rows, held_out_pictures, training_pictures
+from train.data.portraits import check_two_pictures, data_settings, draw_rows, held_out_pictures, training_pictures
 from train.run.grids import save_grid
-from train.task import Loss, Start, Weight
-from train.tasks.contrastive_loss import Temperature, contrast
-from train.tasks.likeness_loss import DIMENSIONS, Likeness
-from train.tasks.trait_loss import READINGS, trait_loss
+from train.task import Loss, TaskContext, Weight
+from train.tasks.contrastive_loss import Temperature, info_nce
+from train.tasks.likeness_loss import DIMENSIONS, LikenessNetwork
+from train.tasks.trait_loss import TRAIT_OUTPUTS, trait_loss
 
 
 class LikenessSettings(BaseModel):
@@ -50,10 +50,10 @@ class LikenessTask:
     PARTS: ClassVar[tuple[str, ...]] = ("likeness",)
     VALIDATION_PEOPLE: ClassVar[int] = 500
 
-    def __init__(self, settings: LikenessSettings, start: Start) -> None:
-        self.settings, self.start = settings, start
-        self.likeness = Likeness()
-        self.reading, self.temperature = nn.Linear(DIMENSIONS, READINGS), Temperature(1)
+    def __init__(self, settings: LikenessSettings, context: TaskContext) -> None:
+        self.settings, self.context = settings, context
+        self.likeness = LikenessNetwork()
+        self.reading, self.temperature = nn.Linear(DIMENSIONS, TRAIT_OUTPUTS), Temperature(1)
         self.modules: dict[str, nn.Module] = {
             "likeness": self.likeness, "reading": self.reading, "temperature": self.temperature,
         }  # fmt: skip
@@ -62,23 +62,23 @@ class LikenessTask:
         return {"likeness": parameters(self.likeness, self.reading, self.temperature)}
 
     def check(self) -> list[str]:
-        check_twins(self.start.data)
-        check_autoencoder(self.start)
+        check_two_pictures(self.context.data)
+        check_autoencoder(self.context)
         return []
 
     def prepare(self) -> None:
-        self.pictures = training_pictures(self.start.data)
-        self.codec = WorldCodec(autoencoder_of(self.start), self.start.device)
+        self.pictures = training_pictures(self.context.data)
+        self.codec = WorldCodec(autoencoder_of(self.context), self.context.device)
         self.latents = self._latents(self.pictures, "train")
 
     def _latents(self, pictures: Pictures, name: str) -> Latents:
-        folder = data_settings(self.start.data).folder / name
+        folder = data_settings(self.context.data).folder / name
         return Latents(pictures, self.codec, folder)
 
     def batch(self, images_seen: int, size: int) -> LikenessBatch:
         gallery = self.pictures.gallery
-        who = draw_rows(self.start, "people", images_seen, size, gallery.identities)
-        first = chance(self.start.seed, "which", images_seen, size, 0.5).long()
+        who = draw_rows(self.context, "people", images_seen, size, gallery.identities)
+        first = chance(self.context.seed, "which", images_seen, size, 0.5).long()
         rows = torch.stack((who * gallery.pictures + first, who * gallery.pictures + 1 - first), 1)
         latents, faces = (
             take(rows.flatten()).unflatten(0, rows.shape) for take in (self.latents.take, self.latents.faces)
@@ -86,25 +86,25 @@ class LikenessTask:
         return LikenessBatch(latents, faces, gallery.people(rows[:, 0]), gallery.people(rows[:, 1]))
 
     def show(self, batch: LikenessBatch, path: Path) -> None:
-        some = batch.latents[:16].flatten(0, 1).to(self.start.device)
+        some = batch.latents[:16].flatten(0, 1).to(self.context.device)
         save_grid(self.codec.decode(some).cpu(), path, columns=8)
 
     def loss(self, batch: LikenessBatch, images_seen: int) -> Loss:
-        count, seed, device = len(batch.latents), self.start.seed, batch.latents.device
+        count, seed, device = len(batch.latents), self.context.seed, batch.latents.device
         level = self.settings.noise * uniforms(seed, "level", images_seen, count, (2, 1, 1, 1), device)
         noise = level * normals(seed, "noise", images_seen, count, batch.latents.shape[1:], device)
         seen = self.likeness((batch.latents + noise).flatten(0, 1), batch.faces.flatten(0, 1)).unflatten(0, (count, 2))
-        person, hits = contrast(seen[:, 0], seen[:, 1], self.temperature.scales()[0])
+        person, hits = info_nce(seen[:, 0], seen[:, 1], self.temperature.scales()[0])
         read = self.reading(seen * DIMENSIONS**0.5)
         traits = (trait_loss(read[:, 0], batch.people) + trait_loss(read[:, 1], batch.drifted)) / 2
         return Loss(person + self.settings.traits * traits, {"person_hits": hits, "traits": traits.mean()})
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        held_out = held_out_pictures(self.start.data, self.VALIDATION_PEOPLE)
+        held_out = held_out_pictures(self.context.data, self.VALIDATION_PEOPLE)
         latents = self._latents(held_out, f"held-out-{self.VALIDATION_PEOPLE}")
         rows = torch.arange(2 * self.VALIDATION_PEOPLE)
         parts = [(latents.take(some), latents.faces(some)) for some in rows.split(100)]
-        seen = torch.cat([self.likeness(*(x.to(self.start.device) for x in part)) for part in parts])
+        seen = torch.cat([self.likeness(*(x.to(self.context.device) for x in part)) for part in parts])
         similarity = seen[::2] @ seen[1::2].T
         hits = (similarity.argmax(1) == torch.arange(len(similarity), device=similarity.device)).float().mean()
         other = similarity[~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)].mean()

@@ -15,7 +15,7 @@ from imagine.evaluation.judge import ResidualBlock
 DIMENSIONS = 128  # of an embedding
 
 
-class Likeness(nn.Module):
+class LikenessNetwork(nn.Module):
     """Normalised latents (B, C, h, w) and where the face is (B, 1, h, w), 1 or 0 -> unit embeddings (B, 128)."""
 
     def __init__(self, channels: int = 32) -> None:

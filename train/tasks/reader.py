@@ -14,7 +14,7 @@ from imagine.world.vocabulary import ATTRIBUTES, TRAITS
 from train.data.order import normals, uniforms
 from train.data.portraits import data_settings, draw_rows, judge_pictures
 from train.run.grids import save_grid
-from train.task import Loss, Start, Weight
+from train.task import Loss, TaskContext, Weight
 
 
 class ReaderSettings(BaseModel):
@@ -31,8 +31,8 @@ class ReaderTask:
     PARTS: ClassVar[tuple[str, ...]] = ("reader",)
     HELD_OUT_PICTURES: ClassVar[int] = 400
 
-    def __init__(self, settings: ReaderSettings, start: Start) -> None:
-        self.settings, self.start = settings, start
+    def __init__(self, settings: ReaderSettings, context: TaskContext) -> None:
+        self.settings, self.context = settings, context
         self.reader = Reader({**ATTRIBUTES, "letters": ()}, TRAITS)
         self.modules: dict[str, nn.Module] = {"reader": self.reader}
 
@@ -40,22 +40,22 @@ class ReaderTask:
         return {"reader": list(self.reader.parameters())}
 
     def check(self) -> list[str]:
-        data_settings(self.start.data)
+        data_settings(self.context.data)
         return []
 
     def prepare(self) -> None:
-        self.pictures = judge_pictures(self.start.data)
+        self.pictures = judge_pictures(self.context.data)
         gallery = self.pictures.gallery
         rows = torch.arange(len(gallery))
         self.targets = self.reader.targets(attributes(gallery.people(rows), gallery.contexts(rows)))
-        seeds = range(HELD_OUT.stop - data_settings(self.start.data).few(self.HELD_OUT_PICTURES), HELD_OUT.stop)
+        seeds = range(HELD_OUT.stop - data_settings(self.context.data).limited(self.HELD_OUT_PICTURES), HELD_OUT.stop)
         people, contexts = sample_people(seeds), sample_contexts(seeds)
         self.held_out = render(people, contexts).images, attributes(people, contexts)
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
+        rows = draw_rows(self.context, "rows", images_seen, size, len(self.pictures.gallery))
         images = self.pictures.take(rows)[0]
-        seed = self.start.seed
+        seed = self.context.seed
         level = 0.05 * uniforms(seed, "level", images_seen, size, (1, 1, 1))
         images = images + level * normals(seed, "grain", images_seen, size, images.shape[1:])
         shifts = (uniforms(seed, "shift", images_seen, size, (2,)) * 9).long() - 4
@@ -74,7 +74,7 @@ class ReaderTask:
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         images, truth = self.held_out
-        logits = [self.reader(part.to(self.start.device)) for part in images.split(100)]
+        logits = [self.reader(part.to(self.context.device)) for part in images.split(100)]
         read = self.reader.words({name: torch.cat([part[name] for part in logits]) for name in logits[0]})
         names, pairs = [*ATTRIBUTES, *TRAITS], list(zip(read, truth, strict=True))
         right = {name: sum(a[name] == b[name] for a, b in pairs) / len(truth) for name in names}

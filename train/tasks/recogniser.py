@@ -16,15 +16,15 @@ from imagine.evaluation.judge import Recogniser, margin_loss
 from imagine.people.faces import crop_faces
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT, JUDGE
-from train.cache.face_crops import Squares
+from train.cache.face_crops import FaceCrops
 from train.data.language import parameters
 from train.data.order import normals, uniforms
 from train.data.portraits import data_settings, draw_rows, judge_pictures
 from train.run.grids import save_grid
-from train.task import Loss, Start, Weight
-from train.tasks.trait_loss import READINGS, trait_loss
+from train.task import Loss, TaskContext, Weight
+from train.tasks.trait_loss import TRAIT_OUTPUTS, trait_loss
 
-VALIDATION = 500  # held-out people, two pictures each (apart from those that evaluation uses)
+HELD_OUT_COUNT = 500  # held-out people, two pictures each (apart from those that evaluation uses)
 
 
 class RecogniserSettings(BaseModel):
@@ -53,14 +53,14 @@ class RecogniserTask:
 
     Settings: ClassVar[type[BaseModel]] = RecogniserSettings
     PARTS: ClassVar[tuple[str, ...]] = ("recogniser",)
-    HELD_OUT_PEOPLE: ClassVar[int] = VALIDATION
+    HELD_OUT_PEOPLE: ClassVar[int] = HELD_OUT_COUNT
 
-    def __init__(self, settings: RecogniserSettings, start: Start) -> None:
-        self.settings, self.start = settings, start
+    def __init__(self, settings: RecogniserSettings, context: TaskContext) -> None:
+        self.settings, self.context = settings, context
         self.recogniser = Recogniser(dimensions=settings.dimensions)
-        people = int(start.data.get("judge_identities", 4_000))
+        people = int(context.data.get("judge_identities", 4_000))
         self.prototypes = Prototypes(people, settings.dimensions)
-        self.reading = nn.Linear(settings.dimensions, READINGS)
+        self.reading = nn.Linear(settings.dimensions, TRAIT_OUTPUTS)
         self.modules: dict[str, nn.Module] = {
             "recogniser": self.recogniser, "prototypes": self.prototypes, "reading": self.reading,
         }  # fmt: skip
@@ -69,20 +69,20 @@ class RecogniserTask:
         return {"recogniser": parameters(self.recogniser, self.prototypes, self.reading)}
 
     def check(self) -> list[str]:
-        data_settings(self.start.data)
+        data_settings(self.context.data)
         return []
 
     def prepare(self) -> None:
-        self.pictures = judge_pictures(self.start.data)
-        self.squares = Squares(
-            self.pictures, self.recogniser.size, data_settings(self.start.data).folder / "judge", noisy=False
+        self.pictures = judge_pictures(self.context.data)
+        self.face_crops = FaceCrops(
+            self.pictures, self.recogniser.size, data_settings(self.context.data).folder / "judge", noisy=False
         )
         self.people = sample_people([JUDGE.start + i for i in range(self.pictures.gallery.identities)])
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor]:
-        rows = draw_rows(self.start, "rows", images_seen, size, len(self.pictures.gallery))
-        seed = self.start.seed
-        crops = self.squares.take(rows, uniforms(seed, "shift", images_seen, size, (2,)))
+        rows = draw_rows(self.context, "rows", images_seen, size, len(self.pictures.gallery))
+        seed = self.context.seed
+        crops = self.face_crops.take(rows, uniforms(seed, "shift", images_seen, size, (2,)))
         # A cheap camera: the judge must not care about exposure, colour cast and grain.
         cast = torch.tensor([1.0, 0.5, 1.0]).view(3, 1, 1)
         gain = 1 + 0.12 * normals(seed, "gain", images_seen, size, (3, 1, 1)) * cast
@@ -105,7 +105,7 @@ class RecogniserTask:
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         first, second = (
-            torch.cat([self.recogniser(part.to(self.start.device)) for part in crops.split(100)])
+            torch.cat([self.recogniser(part.to(self.context.device)) for part in crops.split(100)])
             for crops in held_out_crops(self.recogniser.size, self.HELD_OUT_PEOPLE)
         )
         similarity = first @ second.T
@@ -118,7 +118,7 @@ class RecogniserTask:
 
 
 @lru_cache(maxsize=2)
-def held_out_crops(size: int, count: int = VALIDATION) -> tuple[Tensor, Tensor]:
+def held_out_crops(size: int, count: int = HELD_OUT_COUNT) -> tuple[Tensor, Tensor]:
     """Face crops of two pictures of each of `count` held-out people; rendered once a process."""
     seeds = range(HELD_OUT.stop - count, HELD_OUT.stop)
     people = sample_people(seeds)

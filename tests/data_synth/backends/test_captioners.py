@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data_synth.backends.captioners import TransformersCaptioner
-from data_synth.backends.chat import _Choice
+from data_synth.backends.chat import _SeededSampler
 from data_synth.backends.contracts import Failed, Target
 from data_synth.backends.local_models import fingerprint, source_identity
 from data_synth.backends.rewriters import TransformersRewriter
@@ -62,7 +62,7 @@ def test_the_model_looks_at_the_picture(seeing: Path) -> None:
     captions = captioner(seeing, temperature=0.0)
     one, two = tiny_models.reference(1), tiny_models.reference(2)
     same_key = Reference(one.key, two.image)
-    told = captions.talker.model.generation_config
+    told = captions.language_model.model.generation_config
     assert not told.do_sample and told.temperature is None
     with torch.inference_mode():
         answers = [captions.caption([each])[0] for each in (one, same_key)]
@@ -91,7 +91,7 @@ def test_words_are_drawn_from_the_models_own_distribution() -> None:
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
 
     def drawn(temperature: float, top_p: float) -> torch.Tensor:
-        choice = _Choice(5, temperature, top_p)
+        choice = _SeededSampler(5, temperature, top_p)
         words = [int(choice(torch.zeros(1, 0), scores).argmax()) for _ in range(4000)]
         return torch.bincount(torch.tensor(words), minlength=4) / len(words)
 

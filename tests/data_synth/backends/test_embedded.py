@@ -13,7 +13,7 @@ from data_synth.__main__ import main
 from data_synth.backends.contracts import Draft, Failed, Target
 from data_synth.backends.embedded import GrammarCaptioner, GrammarRewriter, Renderer, Truth, WorldPeople
 from data_synth.backends.own_generator import ImagineGenerator
-from data_synth.records import Ask, Candidate, Measures, Reference
+from data_synth.records import Candidate, Measures, Reference, TargetSpec
 from imagine.errors import ConfigError
 from imagine.shards.reading import open_records
 from imagine.world.captions import PHRASES
@@ -33,15 +33,15 @@ def people() -> list[Reference]:
     return WorldPeople(WorldPeople.Settings(identities=20, size=32)).draw(range(20))
 
 
-def work(people: list[Reference]) -> list[tuple[Reference, Ask, int]]:
+def work(people: list[Reference]) -> list[tuple[Reference, TargetSpec, int]]:
     """Five asks of four kinds each."""
     return [
-        (one, Ask(f"{one.key}-0", one.key, "", "", AIMS[number % len(AIMS)], 1000 + number), number % 2)
+        (one, TargetSpec(f"{one.key}-0", one.key, "", "", AIMS[number % len(AIMS)], 1000 + number), number % 2)
         for number, one in enumerate(people)
     ]
 
 
-def generated(renderer: Renderer, some: list[tuple[Reference, Ask, int]]) -> list[Candidate]:
+def generated(renderer: Renderer, some: list[tuple[Reference, TargetSpec, int]]) -> list[Candidate]:
     made = renderer.generate(some)
     assert all(isinstance(one, Candidate) for one in made)
     return [one for one in made if isinstance(one, Candidate)]
@@ -63,16 +63,16 @@ def test_targets_are_the_same_in_any_company_and_show_what_was_asked_for(people:
     together = generated(renderer, some)
     apart = [one for part in (some[:1], some[1:8], some[8:17], some[17:]) for one in generated(renderer, part)]
     assert together == apart
-    for (_, ask, _), made in zip(some, together, strict=True):
+    for (_, spec, _), made in zip(some, together, strict=True):
         shown = made.facts["attributes"]
-        wanted = {name: "none" if name == "held" else value for name, value in ask.aims.items()}  # cut off
+        wanted = {name: "none" if name == "held" else value for name, value in spec.aims.items()}  # cut off
         assert {name: shown[name] for name in wanted} == wanted
         assert shown["letters"] == "" or shown["clothes"] in ("t-shirt", "hoodie")
 
 
 def test_the_rewritten_caption_is_of_the_picture_that_is_drawn(people: list[Reference]) -> None:
     some = work(people)
-    targets = [Target(reference, "", ask.aims, ask.seed) for reference, ask, _ in some]
+    targets = [Target(reference, "", spec.aims, spec.seed) for reference, spec, _ in some]
     rewriter = GrammarRewriter(GrammarRewriter.Settings())
     sentences = rewriter.rewrite(targets)
     assert sentences[4:9] == rewriter.rewrite(targets[4:9])
@@ -92,7 +92,7 @@ def test_drift_is_the_distance_that_truth_measures(people: list[Reference]) -> N
     means = []
     for drift in (0.0, 0.06, 0.2):
         made = generated(Renderer(Renderer.Settings(size=32, drift=drift)), some)
-        drafts = [Draft(reference, ask, one) for (reference, ask, _), one in zip(some, made, strict=True)]
+        drafts = [Draft(reference, spec, one) for (reference, spec, _), one in zip(some, made, strict=True)]
         measured = [one for one in Truth(Truth.Settings()).measure(drafts) if isinstance(one, Measures)]
         assert len(measured) == 20 and all(one.faces == 1 and len(one.picture_hash) == 16 for one in measured)
         means.append(np.mean([one.similarity or 0.0 for one in measured]))
@@ -109,19 +109,19 @@ def test_difference_counts_what_changed_of_pose_and_expression(people: list[Refe
     facts = {**people[0].facts, "similarity": 1.0}
     same = Candidate("a", "b", b"", facts=facts)
     other = replace(same, facts={**facts, "attributes": {**facts["attributes"], "yaw": "-", "gaze": "-"}})
-    ask = Ask("b", people[0].key, "", "")
-    measured = Truth(Truth.Settings()).measure([Draft(people[0], ask, same), Draft(people[0], ask, other)])
+    spec = TargetSpec("b", people[0].key, "", "")
+    measured = Truth(Truth.Settings()).measure([Draft(people[0], spec, same), Draft(people[0], spec, other)])
     assert [one.difference for one in measured if isinstance(one, Measures)] == [0.0, 0.4]
 
 
 def test_people_from_elsewhere_fail_alone(people: list[Reference]) -> None:
     captions = GrammarCaptioner(GrammarCaptioner.Settings()).caption([STRANGER, people[0]])
     assert isinstance(captions[0], Failed) and isinstance(captions[1], str)
-    ask = Ask("x-0", "x", "", "", {}, 5)
-    made = Renderer(Renderer.Settings(size=32)).generate([(people[1], ask, 0), (STRANGER, ask, 0)])
+    spec = TargetSpec("x-0", "x", "", "", {}, 5)
+    made = Renderer(Renderer.Settings(size=32)).generate([(people[1], spec, 0), (STRANGER, spec, 0)])
     assert isinstance(made[0], Candidate) and isinstance(made[1], Failed)
     assert isinstance(GrammarRewriter(GrammarRewriter.Settings()).rewrite([Target(STRANGER, "", {}, 1)])[0], Failed)
-    assert isinstance(Truth(Truth.Settings()).measure([Draft(STRANGER, ask, Candidate("", "", b""))])[0], Failed)
+    assert isinstance(Truth(Truth.Settings()).measure([Draft(STRANGER, spec, Candidate("", "", b""))])[0], Failed)
 
 
 @pytest.mark.parametrize(("aims", "sentence"), [({"pose": "x"}, "no pose 'x'"), ({"yaw": "up"}, "no yaw 'up'")])
@@ -154,12 +154,12 @@ def test_the_shipped_build_file_builds(tmp_path: Path, capsys: pytest.CaptureFix
 def test_our_own_pipeline_draws_targets(people: list[Reference], tmp_path: Path) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "weights")
     asks = [
-        replace(ask, prompt=prompt)
-        for (_, ask, _), prompt in zip(
+        replace(spec, prompt=prompt)
+        for (_, spec, _), prompt in zip(
             work(people)[:3], (*tiny.SENTENCES[:1], "a hat " * 40, "an old woman"), strict=True
         )
     ]
-    some = [(reference, ask, 0) for reference, ask in zip(people, asks, strict=False)]
+    some = [(reference, spec, 0) for reference, spec in zip(people, asks, strict=False)]
     made = {}
     for size in (1, 3):
         settings = ImagineGenerator.Settings(model=str(tmp_path / "weights"), steps=2, batch_size=size, device="cpu")

@@ -14,9 +14,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from data_synth.backends.captioners import DESCRIBE, EndpointCaptioner
-from data_synth.backends.chat import CUT, EMPTY, REFUSED, Question, tidy
+from data_synth.backends.chat import EMPTY, REFUSED, TRUNCATED, Question, tidy
 from data_synth.backends.contracts import Failed, Target
-from data_synth.backends.endpoint import DOWN, NOT_ADMITTED, NOT_TAKEN, Endpoint, EndpointSettings
+from data_synth.backends.endpoint import DENIED, DOWN, REJECTED, Endpoint, EndpointSettings
 from data_synth.backends.rewriters import EndpointRewriter
 from data_synth.records import Reference
 from imagine.errors import ConfigError
@@ -211,7 +211,7 @@ def test_what_is_wrong_with_one_question_fails_for_good_and_alone(stub: Stub) ->
     stub.reply = picky
     first, bad, last = client(stub).answer([Question("one", 0), Question("bad", 0), Question("two", 0)])
     assert (first, last) == ("To one.", "To two.")
-    assert isinstance(bad, Failed) and not bad.for_now and bad.reason == NOT_TAKEN and "image too large" in bad.sentence
+    assert isinstance(bad, Failed) and not bad.for_now and bad.reason == REJECTED and "image too large" in bad.sentence
     assert len(stub.requests) == 3  # never asked twice
 
 
@@ -219,7 +219,7 @@ def test_what_is_wrong_with_one_question_fails_for_good_and_alone(stub: Stub) ->
 def test_a_wrong_key_name_or_address_parks_without_retries(stub: Stub, status: int) -> None:
     stub.reply = lambda number, body: trouble(status, "unknown", Location="http://127.0.0.1:9/v1/chat/completions")
     (parked,) = client(stub).answer([Question("Who?", 0)])
-    assert isinstance(parked, Failed) and parked.for_now and parked.reason == NOT_ADMITTED
+    assert isinstance(parked, Failed) and parked.for_now and parked.reason == DENIED
     assert len(stub.requests) == 1  # and no redirection was followed with the key
 
 
@@ -278,7 +278,7 @@ def test_answers_are_tidied(answer: str, tidied: str) -> None:
 def test_of_an_unfinished_answer_whole_sentences_stay() -> None:
     assert tidy('He says "no." She is 1.5 m ta', complete=False) == 'He says "no."'
     cut = tidy("A man with", complete=False)
-    assert isinstance(cut, Failed) and cut.reason == CUT
+    assert isinstance(cut, Failed) and cut.reason == TRUNCATED
 
 
 def test_rewriters_are_told_caption_and_aims(stub: Stub) -> None:

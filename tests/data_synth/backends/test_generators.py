@@ -29,20 +29,20 @@ def generator(folder: Path, **settings: object) -> DiffusersGenerator:
 def test_candidates_follow_from_seed_and_attempt_alone(folder: Path) -> None:
     draws = generator(folder)
     reference = tiny_models.reference(1)
-    ask, other = tiny_models.ask(reference, 0), tiny_models.ask(reference, 1)
-    together = draws.generate([(reference, ask, 0), (reference, ask, 1), (reference, other, 0)])
+    spec, other = tiny_models.spec(reference, 0), tiny_models.spec(reference, 1)
+    together = draws.generate([(reference, spec, 0), (reference, spec, 1), (reference, other, 0)])
     made = [one for one in together if isinstance(one, Candidate)]
     assert [one.key for one in made] == ["r1-0-0-0", "r1-0-1-0", "r1-1-0-0"]
     assert [(one.ask, one.attempt, one.round) for one in made] == [("r1-0", 0, 0), ("r1-0", 1, 0), ("r1-1", 0, 0)]
     assert len({one.image for one in made}) == 3 and made[0].image.startswith(b"\x89PNG")
     torch.manual_seed(99)
-    alone = draws.generate([(reference, other, 0)]) + draws.generate([(reference, ask, 1)])
+    alone = draws.generate([(reference, other, 0)]) + draws.generate([(reference, spec, 1)])
     assert alone == [together[2], together[1]]  # bit for bit
 
 
 def test_a_batch_draws_the_same_pictures_up_to_rounding(folder: Path) -> None:
     reference = tiny_models.reference(1)
-    items = [(reference, tiny_models.ask(reference, number), 0) for number in range(3)]
+    items = [(reference, tiny_models.spec(reference, number), 0) for number in range(3)]
     one_by_one, at_once = generator(folder).generate(items), generator(folder, batch_size=2).generate(items)
     for one, two in zip(one_by_one, at_once, strict=True):
         assert isinstance(one, Candidate) and isinstance(two, Candidate) and one.key == two.key
@@ -51,7 +51,7 @@ def test_a_batch_draws_the_same_pictures_up_to_rounding(folder: Path) -> None:
 
 def test_half_precision_draws_nearly_the_same(folder: Path) -> None:
     reference = tiny_models.reference(1)
-    item = [(reference, tiny_models.ask(reference), 0)]
+    item = [(reference, tiny_models.spec(reference), 0)]
     (exact,), (rough,) = (generator(folder, dtype=dtype).generate(item) for dtype in ("float32", "bfloat16"))
     assert isinstance(exact, Candidate) and isinstance(rough, Candidate)
     assert 0 < np.abs(pixels(exact).astype(int) - pixels(rough)).mean() < 8
@@ -59,7 +59,7 @@ def test_half_precision_draws_nearly_the_same(folder: Path) -> None:
 
 def test_settings_reach_the_pipeline(folder: Path) -> None:
     reference = tiny_models.reference(1)
-    item = [(reference, tiny_models.ask(reference), 0)]
+    item = [(reference, tiny_models.spec(reference), 0)]
     (plain,) = generator(folder).generate(item)
     (wide,) = generator(folder, width=48, height=16).generate(item)
     (framed,) = generator(folder, prompt="{prompt}, as a pencil sketch").generate(item)
@@ -73,7 +73,7 @@ def test_settings_reach_the_pipeline(folder: Path) -> None:
 def test_one_item_that_cannot_be_drawn_fails_alone(folder: Path) -> None:
     draws = generator(folder, batch_size=2)
     reference = tiny_models.reference(1)
-    good, bad = tiny_models.ask(reference, 0), tiny_models.ask(reference, 1)
+    good, bad = tiny_models.spec(reference, 0), tiny_models.spec(reference, 1)
     real = draws.pipe.check_inputs
 
     def refuse(prompt: list[str], *rest: object, **named: object) -> None:
@@ -82,7 +82,7 @@ def test_one_item_that_cannot_be_drawn_fails_alone(folder: Path) -> None:
         real(prompt, *rest, **named)
 
     draws.pipe.check_inputs = refuse  # the pipeline's own check, with one more thing it objects to
-    bad = tiny_models.ask(reference, 1, prompt="unspeakable")
+    bad = tiny_models.spec(reference, 1, prompt="unspeakable")
     first, second = draws.generate([(reference, good, 0), (reference, bad, 0)])
     assert isinstance(first, Candidate)
     assert isinstance(second, Failed) and "not to be drawn" in second.sentence and not second.for_now
@@ -99,7 +99,7 @@ def test_what_a_safety_checker_blocks_is_no_candidate(folder: Path) -> None:
     draws = generator(folder)
     draws.pipe.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessor(size=32, crop_size=32))
     reference = tiny_models.reference(1)
-    (blocked,) = draws.generate([(reference, tiny_models.ask(reference), 0)])
+    (blocked,) = draws.generate([(reference, tiny_models.spec(reference), 0)])
     assert isinstance(blocked, Failed) and blocked.reason == BLOCKED
 
 

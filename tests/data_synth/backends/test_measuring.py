@@ -21,7 +21,7 @@ from data_synth.backends.measuring import (
     quality,
 )
 from data_synth.backends.text_detector import text_share
-from data_synth.records import Ask, Candidate, Measures, Reference
+from data_synth.records import Candidate, Measures, Reference, TargetSpec
 from imagine.evaluation.report import to_pil
 from imagine.people.photos import read_photo
 from imagine.records import FaceBox
@@ -229,7 +229,7 @@ def draft(reference: Shown, candidate: Shown | bytes, prompt: str = "a person, s
     content = candidate if isinstance(candidate, bytes) else candidate.png
     return Draft(
         Reference("r", reference.png, facts=facts.pop("reference_facts", {})),
-        Ask("r-0", "r", "a person", prompt),
+        TargetSpec("r-0", "r", "a person", prompt),
         Candidate("r-0-0-0", "r-0", content, facts=facts),
     )
 

@@ -17,14 +17,14 @@ from data_synth.backends.refiners import (
     InpaintRefiner,
     IPAdapterRefiner,
     Region,
+    drawable_size,
     encoded,
     face_patch,
-    fitted,
     whole_picture,
 )
 from data_synth.records import Candidate, Reference
 from imagine.errors import WeightsError
-from imagine.people.faces import KnownGeometry
+from imagine.people.faces import KnownBoxesFinder
 from imagine.pipeline.second_pass import keep_outside, square_around
 from imagine.records import FaceBox
 from tests import tiny, tiny_models
@@ -52,17 +52,17 @@ def refiner(folder: Path, kind: Any = ImagineRefiner, **settings: object) -> Any
     made = kind(kind.Settings.model_validate(chosen))
     made.load()
     if isinstance(made, IPAdapterRefiner):
-        made.finder = KnownGeometry([tiny.BOX])
+        made.finder = KnownBoxesFinder([tiny.BOX])
     else:
-        made.pipe.finder = KnownGeometry([tiny.BOX])
+        made.pipe.finder = KnownBoxesFinder([tiny.BOX])
     return made
 
 
 def draft(person: int = 1, picture: int = 7, number: int = 0) -> Draft:
     """A candidate of 64 x 64 pixels whose face lies in tiny.BOX, and a reference."""
     reference = tiny_models.reference(person)
-    ask = tiny_models.ask(reference, number)
-    return Draft(reference, ask, candidate_of(ask, 0, 0, tiny.photo(picture)))
+    spec = tiny_models.spec(reference, number)
+    return Draft(reference, spec, candidate_of(spec, 0, 0, tiny.photo(picture)))
 
 
 def refined(made: Any, *drafts: Draft) -> list[Candidate]:
@@ -108,7 +108,7 @@ def test_the_person_and_the_sentence_matter(kinds: list[Any]) -> None:
         one = draft(1)
         (usual,) = refined(made, one)
         (another,) = refined(made, replace(one, reference=tiny_models.reference(3)))
-        (said,) = refined(made, replace(one, ask=replace(one.ask, prompt=tiny.SENTENCES[1])))
+        (said,) = refined(made, replace(one, spec=replace(one.spec, prompt=tiny.SENTENCES[1])))
         assert len({usual.image, another.image, said.image}) == 3
 
 
@@ -169,11 +169,11 @@ def test_one_bad_draft_fails_alone(kinds: list[Any]) -> None:
 
 def test_without_a_face_there_is_nothing_to_refine(ours: Path) -> None:
     made = refiner(ours, InpaintRefiner)
-    made.pipe.finder = KnownGeometry([])
+    made.pipe.finder = KnownBoxesFinder([])
     (failed,) = made.refine([draft()])
     assert isinstance(failed, Failed) and failed.reason == NO_FACE
     whole = refiner(ours)
-    whole.pipe.finder = KnownGeometry([])
+    whole.pipe.finder = KnownBoxesFinder([])
     (failed,) = whole.refine([draft()])
     assert isinstance(failed, Failed) and failed.reason == "no usable face"  # in the reference
 
@@ -196,12 +196,12 @@ def test_squares_lie_within_the_picture() -> None:
 
 
 def test_sizes_keep_the_shape() -> None:
-    assert fitted((128, 128), 128, 16) == (128, 128)
-    assert fitted((1024, 1024), 128, 32) == (128, 128)
-    width, height = fitted((1600, 900), 1024, 64)
+    assert drawable_size((128, 128), 128, 16) == (128, 128)
+    assert drawable_size((1024, 1024), 128, 32) == (128, 128)
+    width, height = drawable_size((1600, 900), 1024, 64)
     assert (width % 64, height % 64) == (0, 0) and abs(width / height - 16 / 9) < 0.1
     assert 0.9 < width * height / 1024**2 < 1.1
-    assert fitted((1000, 10), 64, 32) == (640, 32)
+    assert drawable_size((1000, 10), 64, 32) == (640, 32)
 
 
 def test_a_patch_put_back_as_it_was_changes_nothing() -> None:
@@ -256,7 +256,7 @@ def test_the_ip_adapter_sees_the_face_or_the_picture(stock: tuple[Path, Path]) -
     face = refiner(stock[0], IPAdapterRefiner, **adapter)
     whole = refiner(stock[0], IPAdapterRefiner, **adapter, look_at="picture")
     one = draft()
-    assert face._look(one.reference).size == (56, 56) and whole._look(one.reference).size == (64, 64)
+    assert face._adapter_image(one.reference).size == (56, 56) and whole._adapter_image(one.reference).size == (64, 64)
     off = refiner(stock[0], IPAdapterRefiner, **adapter, scale=0.0)
     assert refined(off, one) == refined(off, replace(one, reference=replace(tiny_models.reference(3), key="r9")))
 

@@ -17,7 +17,7 @@ from PIL import Image
 from data_synth.backends.embedded import world_groups
 from data_synth.card.facts import UNKNOWN, Card, CardSettings, groups_of, make_card
 from data_synth.card.page import write_card
-from data_synth.records import Ask, Candidate, Case, Loss, Measures, Reference, Rejection
+from data_synth.records import Candidate, Case, LostTarget, Measures, Reference, Rejection, TargetSpec
 from imagine.world import captions, sample_contexts, sample_people
 
 
@@ -40,7 +40,7 @@ def case(
     measures = Measures(1, similarity, changes.get("difference", 0.5), attributes=changes.get("attributes", {}))
     return Case(
         Reference(key, png(number % 256), changes.get("person"), facts={"groups": groups} if groups else {}),
-        Ask(f"{key}-0", key, "a person", changes.get("prompt", "a person, smiling"), wanted),
+        TargetSpec(f"{key}-0", key, "a person", changes.get("prompt", "a person, smiling"), wanted),
         Candidate(
             f"{key}-0-{changes.get('attempt', 0)}-{changes.get('round', 0)}",
             f"{key}-0",
@@ -165,7 +165,7 @@ def test_only_some_pictures_are_kept() -> None:
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
-def named(cases: Sequence[Case | Loss], **settings: Any) -> list[tuple[str, str, str]]:
+def named(cases: Sequence[Case | LostTarget], **settings: Any) -> list[tuple[str, str, str]]:
     behind = make_card(cases, settings=CardSettings(**settings)).facts["behind"]
     return [(line["group"], line["value"], line["measure"]) for line in behind["named"]]
 
@@ -176,11 +176,11 @@ def test_a_group_that_falls_behind_is_named_and_no_other() -> None:
 
 def test_a_group_whose_targets_are_lost_early_is_named() -> None:
     """What a generator refuses, or draws without a measurable face, is no candidate, and still a failure."""
-    cases: list[Case | Loss] = list(crowd(0, 150))
+    cases: list[Case | LostTarget] = list(crowd(0, 150))
     dark = [number for number in range(4, 750, 5) if number // 10 % 2]  # half of them, young and old
     for number in dark:
         one = cases[number]
-        cases[number] = Loss(one.reference, one.ask if number % 3 else None)
+        cases[number] = LostTarget(one.reference, one.spec if number % 3 else None)
     assert named(cases) == [("skin tone", "dark", "pass_rate")]
     facts = make_card(cases).facts
     line = facts["people"]["skin tone"]["dark"]
@@ -191,8 +191,8 @@ def test_a_group_whose_targets_are_lost_early_is_named() -> None:
 
 
 def test_an_aim_whose_targets_are_lost_early_is_named() -> None:
-    cases: list[Case | Loss] = [case(n, aims={"gaze": ("left", "ahead", "right")[n % 3]}) for n in range(300)]
-    cases = [Loss(one.reference, one.ask) if n % 6 == 0 else one for n, one in enumerate(cases)]
+    cases: list[Case | LostTarget] = [case(n, aims={"gaze": ("left", "ahead", "right")[n % 3]}) for n in range(300)]
+    cases = [LostTarget(one.reference, one.spec) if n % 6 == 0 else one for n, one in enumerate(cases)]
     assert named(cases) == [("gaze", "left", "pass_rate")]
 
 

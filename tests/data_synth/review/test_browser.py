@@ -205,7 +205,7 @@ def test_the_page_shows_the_pair(visit: Visit, review: Review, portraits: list[P
         press(page, "ArrowRight")
     sides = page.evaluate("['reference', 'target'].map(id => document.getElementById(id).naturalWidth)")
     assert sides == [128, 128]
-    assert page.text_content("#prompt") == first.ask.prompt
+    assert page.text_content("#prompt") == first.spec.prompt
     assert page.text_content("#aims") == "expression: smiling ✗ looks neutral"
     assert page.locator("#rounds b").all_text_contents() == ["0.31", "0.44", "0.52"]
     assert page.text_content("#rounds .chosen b") == "0.44", "the target is the one after round 1"

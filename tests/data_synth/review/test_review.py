@@ -19,7 +19,17 @@ import pytest
 
 from data_synth.records import Pair, Rejection
 from data_synth.review.agreement import agreement, cohen, fleiss
-from data_synth.review.decisions import FILE, REASONS, SPLIT, GoneError, Opinion, Review, decisions, judged, open_queue
+from data_synth.review.decisions import (
+    FILE,
+    REASONS,
+    REVIEWERS_DIFFER,
+    GoneError,
+    Opinion,
+    Review,
+    decisions,
+    judged,
+    open_queue,
+)
 from data_synth.review.server import LARGEST_BODY, ReviewServer
 from imagine.errors import ConfigError, ImagineError
 from tests.review_pairs import pair, pairs, picture
@@ -58,7 +68,7 @@ def test_a_reviewer_sees_what_the_build_handed_over(tmp_path: Path) -> None:
     shown = review.pair(number, "Ann")
     assert review.picture(shown["reference"]) == one.reference.image
     assert review.picture(shown["target"]) == one.target.image
-    assert (shown["key"], shown["prompt"], shown["caption"]) == (key, one.ask.prompt, one.ask.caption)
+    assert (shown["key"], shown["prompt"], shown["caption"]) == (key, one.spec.prompt, one.spec.caption)
     assert (shown["aims"], shown["seen"]) == ({"expression": "smiling"}, {"expression": "neutral"})
     assert (shown["rounds"], shown["remarks"]) == ([0.25, None, 0.5], ["Similar enough."])
     assert (shown["measures"]["similarity"], shown["round"]) == (0.5, 1)
@@ -147,7 +157,7 @@ def test_the_next_build_gets_each_verdict(database: Path) -> None:
     say(database, out, ("Ann", "reject", "text or watermark"))
     decided = decisions(database)
     assert judged(kept, decided) == kept
-    assert judged(fixed, decided) == replace(fixed, ask=replace(fixed.ask, prompt="person 1 laughing on a beach"))
+    assert judged(fixed, decided) == replace(fixed, spec=replace(fixed.spec, prompt="person 1 laughing on a beach"))
     assert judged(out, decided) == Rejection(out.target.key, "review", "text or watermark", "Reviewed by Ann.")
     assert judged(open_, decided) is None
 
@@ -159,7 +169,7 @@ KEEP, REJECT = ("keep",), ("reject", REASONS[0])
     ("opinions", "verdict", "more"),
     [
         ([KEEP, KEEP], "keep", ""),
-        ([KEEP, REJECT], "reject", SPLIT),
+        ([KEEP, REJECT], "reject", REVIEWERS_DIFFER),
         ([KEEP, REJECT, KEEP], "keep", ""),
         ([KEEP, REJECT, REJECT], "reject", REASONS[0]),
         ([("reject", REASONS[3]), ("reject", REASONS[1]), ("reject", REASONS[1])], "reject", REASONS[1]),
@@ -370,7 +380,7 @@ class Site:
     database: Path
     port: int
 
-    def ask(
+    def request(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
         with closing(HTTPConnection("127.0.0.1", self.port, timeout=20)) as connection:
@@ -379,13 +389,13 @@ class Site:
             return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
 
     def get(self, path: str) -> Any:
-        status, _, body = self.ask("GET", path)
+        status, _, body = self.request("GET", path)
         assert status == 200, body
         return json.loads(body)
 
     def post(self, path: str, content: object) -> tuple[int, Any]:
         body = json.dumps(content).encode()
-        status, _, answer = self.ask("POST", path, body, {"Content-Type": "application/json"})
+        status, _, answer = self.request("POST", path, body, {"Content-Type": "application/json"})
         return status, json.loads(answer)
 
 
@@ -405,7 +415,7 @@ def test_a_review_over_http(site: Site) -> None:
     assert len(state["open"]) == 6
     number = state["open"][0]
     shown = site.get(f"/api/pairs/{number}?reviewer=Ann%20B")
-    kinds = [site.ask("GET", f"/pictures/{shown[side]}")[1]["content-type"] for side in ("reference", "target")]
+    kinds = [site.request("GET", f"/pictures/{shown[side]}")[1]["content-type"] for side in ("reference", "target")]
     assert kinds == ["image/jpeg", "image/png"]
     status, state = site.post("/api/decisions", {"reviewer": "Ann B", "pair": number, "verdict": "keep"})
     assert (status, state["done"], state["progress"]["decided"]) == (200, [number], 1)
@@ -415,7 +425,7 @@ def test_a_review_over_http(site: Site) -> None:
 
 
 def test_the_page_loads_nothing_from_elsewhere(site: Site) -> None:
-    status, headers, body = site.ask("GET", "/?reviewer=Ann")
+    status, headers, body = site.request("GET", "/?reviewer=Ann")
     assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'sha256-")
     assert b"http://" not in body and b"https://" not in body
@@ -441,7 +451,7 @@ def test_the_page_loads_nothing_from_elsewhere(site: Site) -> None:
     ],
 )
 def test_wrong_addresses_are_answered_in_a_sentence(site: Site, method: str, path: str, status: int) -> None:
-    found, headers, body = site.ask(method, path)
+    found, headers, body = site.request(method, path)
     assert found == status
     assert headers["content-type"] == "application/json"
     assert json.loads(body)["error"].endswith(".")
@@ -476,7 +486,7 @@ GOOD = {"reviewer": "Ann", "pair": 1, "verdict": "keep"}
     ],
 )
 def test_bad_posts_change_nothing(site: Site, body: bytes, headers: dict[str, str], status: int) -> None:
-    found, _, answer = site.ask("POST", "/api/decisions", body, headers)
+    found, _, answer = site.request("POST", "/api/decisions", body, headers)
     assert found == status, answer
     assert json.loads(answer)["error"].endswith(".")
     assert decisions(site.database) == {}
@@ -536,7 +546,7 @@ def test_the_command_serves_until_it_is_stopped(database: Path) -> None:
             address = told.split("open ")[1].split()[0]
             assert address.endswith("/?reviewer=Ann%20B")
             port = int(address.split(":")[2].split("/")[0])
-            assert Site(database, port).ask("GET", "/")[0] == 200
+            assert Site(database, port).request("GET", "/")[0] == 200
         finally:
             process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130

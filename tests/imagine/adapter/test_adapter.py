@@ -285,8 +285,8 @@ def test_prepared_conditioning_gives_the_same_picture(unet, scale, lora_rank):
         torch.testing.assert_close(first, expected, rtol=0, atol=1e-6 if lora_rank else 0)
         assert torch.equal(call(ready), first)  # and again, out of its memory
     crossing = [name for name, attn in attention_layers(unet).items() if attn.is_cross_attention]
-    assert ready.memory is not None
-    kept = {key for key in ready.memory if not key[0].startswith("strength")}
+    assert ready.cache is not None
+    kept = {key for key in ready.cache if not key[0].startswith("strength")}
     assert kept == set(itertools.product(crossing, ["t5", "byt5", "vision", TEXT]))
 
 
@@ -303,10 +303,10 @@ def test_rows_in_which_the_identity_is_off_cost_nothing_once_prepared(unet):
                     assert torch.equal(call(ready), pictures[name])
             spent[name] = meter.flops
             assert torch.equal(call(ready).detach(), pictures[name])  # with gradients nothing is changed in place
-            whole = call(replace(ready, memory=None)).detach()  # LoRA in all rows, which rounds otherwise
+            whole = call(replace(ready, cache=None)).detach()  # LoRA in all rows, which rounds otherwise
             torch.testing.assert_close(whole, pictures[name], atol=1e-6, rtol=0)
         other = replace(ready, scales={"vision": torch.tensor([1.0, 1.0, 1.0])})  # another strength, the same memory
-        torch.testing.assert_close(call(other), call(replace(other, memory=None)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(call(other), call(replace(other, cache=None)), atol=1e-5, rtol=1e-5)
     assert spent["all"] - spent["two"] == spent["two"] - spent["one"] > 0
 
 

@@ -16,7 +16,7 @@ from skimage import data
 
 from imagine import __version__
 from imagine.cli import BATCH, main
-from imagine.people.faces import KnownGeometry
+from imagine.people.faces import KnownBoxesFinder
 from imagine.people.persona import Persona
 from imagine.pipeline.pipeline import ImaginePipeline
 from tests import pictures, tiny
@@ -122,13 +122,13 @@ def test_many_pictures_are_drawn_a_batch_at_a_time_each_from_its_own_seed(
     run: Run, refining: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
-    usual = ImaginePipeline._strength
+    usual = ImaginePipeline._identity_strength
 
     def counted(self: ImaginePipeline, scale: Any, personas: Any, copies: int) -> Any:
         drawn.append(copies)
         return usual(self, scale, personas, copies)
 
-    monkeypatch.setattr(ImaginePipeline, "_strength", counted)
+    monkeypatch.setattr(ImaginePipeline, "_identity_strength", counted)
     code, out, err = run(*generate(refining, photo, tmp_path / "x.png", "--num-images", BATCH + 2, "--json"))
     assert (code, err, drawn) == (0, "", [BATCH, 2])
     said = json.loads(out)
@@ -159,7 +159,7 @@ def test_the_finder_is_insightface_where_that_is_asked_for(
     code, out, err = run(*asked)
     assert_refused(code, out, err)
     assert "There is no InsightFace model pack buffalo_l" in err
-    monkeypatch.setattr("imagine.people.faces.InsightFaceFinder", lambda: KnownGeometry([tiny.BOX]))
+    monkeypatch.setattr("imagine.people.faces.InsightFaceFinder", lambda: KnownBoxesFinder([tiny.BOX]))
     code, out, _ = run(*asked, "--json")
     assert code == 0 and json.loads(out)["faces"][0]["box"]["width"] == tiny.BOX.width
     code, out, _ = run("doctor", tmp_path / "me.png", "--weights", weights, "--finder", "insightface", "--json")

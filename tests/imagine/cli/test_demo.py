@@ -103,7 +103,7 @@ def test_the_printed_line_is_a_command_that_reads_back(tmp_path: Path, monkeypat
     options = dict(zip(words[1::2], words[2::2], strict=True))
     assert options == {
         "--reference": "my weights/examples/a.png",
-        "--prompt": demo.YOUR_TURN,
+        "--prompt": demo.EXAMPLE_PROMPT,
         "--output": "out/mine.png",
         "--weights": "my weights",
     }

@@ -369,9 +369,9 @@ def test_a_file_that_cannot_be_written_or_read_on_the_way_is_one_sentence(judge:
 
 
 def test_noise_is_there_for_every_seed_and_stays_what_it_was() -> None:
-    assert evaluate._noise(3, 5).initial_seed() == 3 * 1_000_003 + 5
+    assert evaluate._generator_for(3, 5).initial_seed() == 3 * 1_000_003 + 5
     last = 2**63 - 1  # the largest that the command line takes
-    assert evaluate._noise(last, 5).initial_seed() != evaluate._noise(last, 6).initial_seed()
+    assert evaluate._generator_for(last, 5).initial_seed() != evaluate._generator_for(last, 6).initial_seed()
 
 
 # --- contact sheets ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from imagine.evaluation.judge import (
     prior_boxes,
     reading_loss,
 )
-from imagine.people.faces import KnownGeometry
+from imagine.people.faces import KnownBoxesFinder
 from imagine.records import FaceBox
 
 ATTRIBUTES = {"expression": ("neutral", "smiling"), "scene": ("beach", "city", "snow"), "letters": ()}
@@ -96,7 +96,7 @@ def test_only_the_face_inside_the_box_is_recognised(judge: Judge) -> None:
 
 def test_faces_are_looked_for_with_what_was_injected(judge: Judge) -> None:
     images = torch.rand(2, 3, 64, 64)
-    found = boxes_by(KnownGeometry([FaceBox(1, 2, 30, 40, 1.0), FaceBox(5, 6, 7, 8, 1.0)]))
+    found = boxes_by(KnownBoxesFinder([FaceBox(1, 2, 30, 40, 1.0), FaceBox(5, 6, 7, 8, 1.0)]))
     assert found(images).tolist() == [[1, 2, 30, 40]] * 2
     injected = Judge(judge.recogniser, judge.reader, found)
     torch.testing.assert_close(injected.embed(images), judge.embed(images, found(images)))
@@ -104,7 +104,7 @@ def test_faces_are_looked_for_with_what_was_injected(judge: Judge) -> None:
 
 def test_where_no_face_is_found_the_prior_box_stands_in() -> None:
     images = torch.rand(2, 3, 40, 80)
-    assert torch.equal(boxes_by(KnownGeometry([]))(images), prior_boxes(images))
+    assert torch.equal(boxes_by(KnownBoxesFinder([]))(images), prior_boxes(images))
     assert prior_boxes(images)[1].tolist() == pytest.approx(
         [side * share for side, share in zip((80, 40, 80, 40), PRIOR_BOX, strict=True)]
     )

@@ -15,8 +15,8 @@ from imagine.adapter.adapter import Adapter, BranchSpec
 from imagine.errors import ConfigError, ImagineError, WeightsError
 from imagine.ip_adapter.export import export_adapter
 from imagine.ip_adapter.reading import import_adapter, read_ip_adapter
-from imagine.people.faces import KnownGeometry, crop_face
-from imagine.stock.pipelines import imagined
+from imagine.people.faces import KnownBoxesFinder, crop_face
+from imagine.stock.pipelines import personalised_class
 from tests import tiny, tiny_ip, tiny_stock
 
 CLOSE = 1e-5
@@ -29,7 +29,7 @@ def pair(xl: bool) -> tuple[Any, Any]:
 
     stock = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     parts = tiny_ip.components(xl)
-    pipes = stock(**parts), imagined(stock)(**{**parts, "unet": copy.deepcopy(parts["unet"])})
+    pipes = stock(**parts), personalised_class(stock)(**{**parts, "unet": copy.deepcopy(parts["unet"])})
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
     return pipes
@@ -184,7 +184,7 @@ def test_what_goes_out_draws_from_a_photo_in_diffusers_as_here(low: bool, tmp_pa
     """File, image encoder and LoRA as docs/ip_adapter.md loads them, on the crop that our finder would cut out."""
     theirs, ours = pair(False)
     ours.register_modules(vision_encoder=tiny_stock.encoder())
-    ours.finder = KnownGeometry([tiny.BOX])
+    ours.finder = KnownBoxesFinder([tiny.BOX])
     plain = draw(ours, 1.0)
     ours.load_adapter(tiny_stock.identity(ours.unet))
     export_adapter(ours.adapter, ours.denoiser, tmp_path / "ip.safetensors", ours.vision_encoder)
@@ -204,7 +204,7 @@ def test_an_imported_branch_shows_a_reference_as_diffusers_would(kind: str) -> N
     adapter, _ = import_adapter(read_ip_adapter(file), ours.unet)
     before = draw(ours)
     ours.load_adapter(adapter)
-    ours.finder = KnownGeometry([tiny.BOX])
+    ours.finder = KnownBoxesFinder([tiny.BOX])
     persona = ours.enroll(tiny.photo(1))
     shown = draw(ours, reference=persona, identity_scale=0.8)
     theirs.load_ip_adapter(tiny_ip.nested(file), subfolder="", weight_name="", image_encoder_folder=None)

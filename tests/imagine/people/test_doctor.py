@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 
 from imagine.errors import ConfigError, PictureError
 from imagine.people.doctor import COMPONENTS, device_for, report_installation, report_photo
-from imagine.people.faces import KnownGeometry
+from imagine.people.faces import KnownBoxesFinder
 from imagine.records import FaceBox
 from tests import pictures
 
@@ -17,7 +17,7 @@ FACE = FaceBox(70, 50, 60, 60, 0.9)
 
 
 def test_a_good_photo_needs_no_advice() -> None:
-    report = report_photo(NOISE, KnownGeometry([FACE]))
+    report = report_photo(NOISE, KnownBoxesFinder([FACE]))
     assert report.quality == "good" and report.advice == () and report.used == 0 and report.faces == (FACE,)
     assert report.crop.image.size == (64, 64) and 0.4 < report.brightness < 0.6 and report.sharpness > 0
 
@@ -27,7 +27,7 @@ def test_facts_are_those_of_the_stored_file(tmp_path: Path) -> None:
     exif[0x0112] = 6
     path = tmp_path / "phone.jpg"
     pictures.gradient(160, 120).convert("CMYK").save(path, exif=exif)
-    report = report_photo(path, KnownGeometry([FACE]))
+    report = report_photo(path, KnownBoxesFinder([FACE]))
     assert (report.name, report.format, report.mode) == (str(path), "JPEG", "CMYK")
     assert report.size == (160, 120) and report.orientation == 6
 
@@ -45,20 +45,20 @@ def test_facts_are_those_of_the_stored_file(tmp_path: Path) -> None:
     ],
 )
 def test_advice_names_the_trouble(image: Image.Image, boxes: list[FaceBox], words: str) -> None:
-    advice = report_photo(image, KnownGeometry(boxes)).advice
+    advice = report_photo(image, KnownBoxesFinder(boxes)).advice
     assert any(words in sentence for sentence in advice)
     assert all(sentence.endswith(".") and "\n" not in sentence for sentence in advice)
 
 
 def test_photo_report_survives_json() -> None:
-    plain = report_photo(NOISE, KnownGeometry([FACE])).as_dict()
+    plain = report_photo(NOISE, KnownBoxesFinder([FACE])).as_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert plain["faces"] == [{"left": 70, "top": 50, "width": 60, "height": 60, "score": 0.9}]
 
 
 def test_unreadable_photo_is_still_an_error(tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="There is no file"):
-        report_photo(tmp_path / "nobody.jpg", KnownGeometry([]))
+        report_photo(tmp_path / "nobody.jpg", KnownBoxesFinder([]))
 
 
 def test_installation_without_weights_says_how_to_get_them() -> None:

@@ -16,14 +16,14 @@ from imagine.people.faces import (
     CascadeFinder,
     CombinedFinder,
     InsightFaceFinder,
-    KnownGeometry,
+    KnownBoxesFinder,
     LearnedFinder,
     crop_face,
     crop_faces,
-    cut_squares,
+    crop_unmasked,
     default_finder,
     ellipse,
-    merge,
+    non_maximum_suppression,
     sharpness,
 )
 from imagine.people.finder import Finder, save_finder
@@ -44,7 +44,7 @@ def test_crop_shows_the_square_that_the_contract_names(box: tuple[float, ...], s
     side = 1.75 * max(width, height)  # shipped weights are trained on this number
     first_x = left + width / 2 - side / 2
     first_y = top + height / 2 - 0.15 * height - side / 2
-    square = cut_squares(ramp(256, 256), torch.tensor([box]), size)[0]
+    square = crop_unmasked(ramp(256, 256), torch.tensor([box]), size)[0]
     places = (torch.arange(size) + 0.5) * side / size
     assert torch.allclose(square[0], ((first_x + places) / 256).expand(size, -1), atol=1e-4)
     assert torch.allclose(square[1], ((first_y + places) / 256)[:, None].expand(-1, size), atol=1e-4)
@@ -54,7 +54,7 @@ def test_background_and_outside_are_grey() -> None:
     crop = crop_faces(torch.ones(1, 3, 64, 64), torch.tensor([[16.0, 20.0, 32.0, 32.0]]), 64)[0]
     assert torch.all(crop[:, :, 0] == 0.5) and torch.all(crop[:, 0, :16] == 0.5)
     assert torch.equal(crop[:, 32, 32], torch.ones(3))
-    beyond = cut_squares(torch.ones(1, 3, 64, 64), torch.tensor([[-16.0, 20.0, 32.0, 32.0]]), 64)[0]
+    beyond = crop_unmasked(torch.ones(1, 3, 64, 64), torch.tensor([[-16.0, 20.0, 32.0, 32.0]]), 64)[0]
     assert torch.all(beyond[:, :, :31] == 0.5) and torch.all(beyond[:, 20:40, 34:] == 1)
 
 
@@ -67,7 +67,7 @@ def test_mask_is_the_ellipse() -> None:
 
 def test_shrinking_does_not_alias() -> None:
     stripes = (torch.arange(512) % 2).float().expand(1, 3, 512, 512)
-    square = cut_squares(stripes, torch.tensor([[100.0, 110.0, 200.0, 200.0]]), 32)
+    square = crop_unmasked(stripes, torch.tensor([[100.0, 110.0, 200.0, 200.0]]), 32)
     assert (square - 0.5).abs().max() < 0.06  # a bare bilinear sample is 0.5 off
 
 
@@ -98,7 +98,7 @@ LARGE, MIDDLE, SMALL = (
     FaceBox(85, 40, 30, 30, 0.8),
     FaceBox(170, 10, 8, 8, 0.7),
 )
-THREE = KnownGeometry([SMALL, LARGE, MIDDLE])
+THREE = KnownBoxesFinder([SMALL, LARGE, MIDDLE])
 
 
 @pytest.mark.parametrize(("face", "box"), [("largest", LARGE), ("centre", MIDDLE), (0, LARGE), (1, MIDDLE), (2, SMALL)])
@@ -125,7 +125,7 @@ def test_wrong_choices(face: Any, words: str) -> None:
 
 
 def test_no_face() -> None:
-    nobody = KnownGeometry([])
+    nobody = KnownBoxesFinder([])
     with pytest.raises(FaceError, match="No face was found"):
         crop_face(PICTURE, nobody, 32)
     whole = crop_face(PICTURE, nobody, 32, on_no_face="whole")
@@ -137,14 +137,14 @@ def test_quality_says_what_is_poor() -> None:
     assert "holds 3 faces and the largest was used" in crop_face(PICTURE, THREE, 32).quality
     assert "3 faces" not in crop_face(PICTURE, THREE, 32, 1).quality  # an explicit choice needs no reminder
     assert "only 8 pixels wide" in crop_face(PICTURE, THREE, 64, 2).quality
-    assert crop_face(PICTURE, KnownGeometry([LARGE]), 64).quality == "good"
+    assert crop_face(PICTURE, KnownBoxesFinder([LARGE]), 64).quality == "good"
     blurred = PICTURE.filter(ImageFilter.GaussianBlur(5))
-    assert "blurred" in crop_face(blurred, KnownGeometry([LARGE]), 64).quality
+    assert "blurred" in crop_face(blurred, KnownBoxesFinder([LARGE]), 64).quality
 
 
 def test_sharpness_falls_with_blur() -> None:
     def measured(radius: float) -> float:
-        return crop_face(PICTURE.filter(ImageFilter.GaussianBlur(radius)), KnownGeometry([LARGE]), 64).sharpness
+        return crop_face(PICTURE.filter(ImageFilter.GaussianBlur(radius)), KnownBoxesFinder([LARGE]), 64).sharpness
 
     assert measured(0) > measured(1) > measured(2) > measured(4)
     assert sharpness(torch.full((3, 64, 64), 0.7)) < 1e-9
@@ -154,7 +154,7 @@ def test_sharpness_falls_with_blur() -> None:
 def test_merge_keeps_the_surer_of_two_and_both_neighbours() -> None:
     sure, double, inner = FaceBox(10, 10, 20, 20, 0.9), FaceBox(12, 11, 22, 20, 0.6), FaceBox(12, 12, 10, 10, 0.5)
     neighbour = FaceBox(28, 10, 21, 21, 0.4)
-    assert merge([double, inner, sure, neighbour]) == (neighbour, sure)
+    assert non_maximum_suppression([double, inner, sure, neighbour]) == (neighbour, sure)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,7 @@ def corners(box: FaceBox) -> tuple[float, float, float, float]:
 
 
 def test_combined_finder_merges_and_default_is_the_embedded_pair(tmp_path: Path) -> None:
-    twice = CombinedFinder([KnownGeometry([LARGE, MIDDLE]), KnownGeometry([FaceBox(6, 21, 50, 50, 0.5), SMALL])])
+    twice = CombinedFinder([KnownBoxesFinder([LARGE, MIDDLE]), KnownBoxesFinder([FaceBox(6, 21, 50, 50, 0.5), SMALL])])
     assert twice.find(PICTURE) == (LARGE, MIDDLE, SMALL)
     assert isinstance(default_finder(None), CascadeFinder)
     save_finder(Finder(side=64, width=8), tmp_path)

@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline
 
 from imagine.errors import WeightsError
 from imagine.networks.encoders import CLIP_MEAN, CLIP_STD
-from imagine.people.faces import KnownGeometry
-from imagine.people.reference_encoder import Eyes, vision_features
+from imagine.people.faces import KnownBoxesFinder
+from imagine.people.reference_encoder import EncoderInfo, vision_features
 from tests import tiny, tiny_ip, tiny_stock
 
 
@@ -36,7 +36,7 @@ def test_a_file_is_looked_at_once_as_long_as_it_stays_the_same(pipe: Any, tmp_pa
     tiny.photo(2).save(tmp_path / "me.png")
     os.utime(tmp_path / "me.png", ns=(1, 1))
     assert not torch.equal(pipe.enroll(tmp_path / "me.png").features, first.features) and seen == [1, 1]
-    pipe.finder = KnownGeometry([tiny.BOX])
+    pipe.finder = KnownBoxesFinder([tiny.BOX])
     pipe.enroll(tmp_path / "me.png")
     pipe.enroll(tmp_path / "me.png", on_no_face="whole")
     assert seen == [1] * 4
@@ -48,7 +48,7 @@ def test_a_file_is_looked_at_once_as_long_as_it_stays_the_same(pipe: Any, tmp_pa
 
 def test_a_persona_of_another_encoder_or_layer_is_refused(pipe: Any):
     persona, before = pipe.enroll(tiny.photo(1)), pipe.encoder_fingerprint
-    assert before == pipe.encoder_fingerprint == Eyes.of(pipe.vision_encoder).fingerprint
+    assert before == pipe.encoder_fingerprint == EncoderInfo.of(pipe.vision_encoder).fingerprint
     pipe.load_adapter(tiny_stock.identity(pipe.unet, projection="linear", input_width=16))
     with pytest.raises(WeightsError, match="enroll the person again"):
         pipe("a person", reference=persona)
@@ -72,7 +72,7 @@ def test_an_encoder_is_known_while_its_weights_are_away(pipe: Any, monkeypatch: 
     monkeypatch.setattr(DiffusionPipeline, "enable_sequential_cpu_offload", offload)
     pipe.vision_encoder = None
     pipe.register_modules(image_encoder=tiny_ip.encoder())
-    seen = Eyes.of(tiny_ip.encoder())
+    seen = EncoderInfo.of(tiny_ip.encoder())
     pipe.enable_sequential_cpu_offload()
     assert pipe.image_encoder.device.type == "meta" and pipe.encoder_fingerprint == seen.fingerprint
     assert pipe.enroll(tiny.photo(1)).features.shape == (5, 24)
@@ -92,12 +92,12 @@ def test_both_kinds_of_encoder_see_the_penultimate_layer_and_the_pooled_embeddin
         wanted = theirs(pixels, output_hidden_states=True)
         assert torch.equal(vision_features(theirs, crops), wanted.hidden_states[-2])
         assert torch.equal(vision_features(theirs, crops, pooled=True)[:, 0], wanted.image_embeds)
-    assert Eyes.of(theirs).tokens == Eyes.of(ours).tokens == 5
+    assert EncoderInfo.of(theirs).tokens == EncoderInfo.of(ours).tokens == 5
 
 
 def test_a_batch_with_people_of_unequal_length_masks_what_is_not_there(pipe: Any):
     one, two = pipe.enroll(tiny.photo(1)), pipe.enroll([tiny.photo(2), tiny.photo(3)])
-    tokens = pipe._vision([[one], [], [two]], 2)
+    tokens = pipe._vision_tokens([[one], [], [two]], 2)
     assert tokens.values.shape == (6, 10, 16)
-    assert tokens.mask.sum(1).tolist() == [5, 5, 0, 0, 10, 10] and pipe._vision([[one]], 1).mask is None
-    assert pipe._vision([[], []], 1) is None
+    assert tokens.mask.sum(1).tolist() == [5, 5, 0, 0, 10, 10] and pipe._vision_tokens([[one]], 1).mask is None
+    assert pipe._vision_tokens([[], []], 1) is None

@@ -9,7 +9,7 @@ from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
 from imagine.adapter.attention import attention_layers
 from imagine.errors import ConfigError
-from imagine.evaluation.cases import Cases, Real, look, look_at_real, make_cases
+from imagine.evaluation.cases import Cases, JudgedReal, judge_pictures, judge_real_pictures, make_cases
 from imagine.evaluation.judge import Judge
 from imagine.evaluation.report import to_pil
 from imagine.evaluation.scores import score
@@ -258,9 +258,9 @@ class Studio:
         generators = [tiny.generator(100 + number) for number in range(count)]
         return self.pipe([cases.prompt(0).text] * count, reference=self.people, generator=generators, **call)
 
-    def likeness(self, cases: Cases, real: Real, pictures: torch.Tensor) -> float:
+    def likeness(self, cases: Cases, real: JudgedReal, pictures: torch.Tensor) -> float:
         """The mean similarity to another picture of each person."""
-        seen = look(self.judge, len(cases), lambda start, stop: (pictures[start:stop], None))
+        seen = judge_pictures(self.judge, len(cases), lambda start, stop: (pictures[start:stop], None))
         return float(score(cases, seen, real)["sim_gt"].mean())
 
 
@@ -270,7 +270,7 @@ def studio() -> Studio:
 
 
 def test_likeness_follows_from_the_first_steps_and_the_fine_blocks(studio: Studio) -> None:
-    real = look_at_real(studio.cases, studio.judge)
+    real = judge_real_pictures(studio.cases, studio.judge)
 
     def likeness(**options: Any) -> float:
         return studio.likeness(studio.cases, real, studio.draw(studio.cases, **options).images)
@@ -304,7 +304,7 @@ def test_balanced_guidance_pulls_equally_hard_on_the_shipped_weights(studio: Stu
 def test_a_second_pass_makes_small_faces_more_like_the_person() -> None:
     studio = Studio(12)  # among three people chance would decide
     cases = studio.meet(next(n for n, prompt in enumerate(PORTRAITS) if prompt.asked.get("framing") == "half body"))
-    real = look_at_real(cases, studio.judge)
+    real = judge_real_pictures(cases, studio.judge)
     plain, refined = (studio.draw(cases, refine_faces=refine) for refine in (False, True))
     assert plain.refined == 0 and refined.refined + len(refined.notes) == 12 and refined.refined >= 10
     assert studio.likeness(cases, real, refined.images) > studio.likeness(cases, real, plain.images) + 0.01

@@ -20,7 +20,7 @@ from PIL import Image
 from imagine.adapter.adapter import Adapter, BranchSpec, prepare
 from imagine.errors import ConfigError, FaceError, ImagineError, PictureError, PromptError, WeightsError
 from imagine.networks.models import build_denoiser
-from imagine.people.faces import KnownGeometry
+from imagine.people.faces import KnownBoxesFinder
 from imagine.people.persona import Persona
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Conditioning, FaceBox, Tokens
@@ -607,7 +607,7 @@ def test_wrong_calls_are_refused_in_a_sentence(
 
 def test_a_photo_without_a_face_is_refused_or_used_whole() -> None:
     pipe = tiny.pipeline()
-    pipe.finder = KnownGeometry([])
+    pipe.finder = KnownBoxesFinder([])
     with pytest.raises(FaceError, match="No face"):
         draw(pipe, reference=tiny.photo(1))
     out = pipe(PROMPT, reference=tiny.photo(1), on_no_face="whole")
@@ -617,10 +617,10 @@ def test_a_photo_without_a_face_is_refused_or_used_whole() -> None:
 def test_the_chosen_face_is_the_one_that_counts() -> None:
     pipe = tiny.pipeline()
     small = FaceBox(40.0, 4.0, 16.0, 16.0, 1.0)
-    pipe.finder = KnownGeometry([tiny.BOX, small])
+    pipe.finder = KnownBoxesFinder([tiny.BOX, small])
     largest, other = draw(pipe, reference=tiny.photo(1)), draw(pipe, reference=tiny.photo(1), face=1)
     assert not same(largest, other)
-    pipe.finder = KnownGeometry([small])
+    pipe.finder = KnownBoxesFinder([small])
     assert torch.equal(draw(pipe, reference=tiny.photo(1)), other)
 
 

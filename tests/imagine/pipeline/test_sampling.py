@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from imagine.pipeline.sampling import NOTHING, PEOPLE, SENTENCE, Guidance, GuidedDenoiser, Inputs
+from imagine.pipeline.sampling import TEXT_AND_IDENTITY, TEXT_ONLY, UNCONDITIONAL, Guidance, GuidedDenoiser, Inputs
 from imagine.records import Tokens, join, repeat
 from tests import tiny
 
@@ -14,15 +14,15 @@ from tests import tiny
 @pytest.mark.parametrize(
     ("guidance", "people", "passes"),
     [
-        (Guidance(1.0), True, (PEOPLE,)),
-        (Guidance(0.0), True, (PEOPLE,)),
-        (Guidance(1.0), False, (SENTENCE,)),
-        (Guidance(3.0), True, (NOTHING, PEOPLE)),
-        (Guidance(3.0), False, (NOTHING, SENTENCE)),
-        (Guidance(3.0, 3.0), True, (NOTHING, PEOPLE)),
-        (Guidance(3.0, 1.5), True, (NOTHING, SENTENCE, PEOPLE)),
-        (Guidance(1.0, 2.0), True, (NOTHING, SENTENCE, PEOPLE)),
-        (Guidance(3.0, 1.5), False, (NOTHING, SENTENCE)),
+        (Guidance(1.0), True, (TEXT_AND_IDENTITY,)),
+        (Guidance(0.0), True, (TEXT_AND_IDENTITY,)),
+        (Guidance(1.0), False, (TEXT_ONLY,)),
+        (Guidance(3.0), True, (UNCONDITIONAL, TEXT_AND_IDENTITY)),
+        (Guidance(3.0), False, (UNCONDITIONAL, TEXT_ONLY)),
+        (Guidance(3.0, 3.0), True, (UNCONDITIONAL, TEXT_AND_IDENTITY)),
+        (Guidance(3.0, 1.5), True, (UNCONDITIONAL, TEXT_ONLY, TEXT_AND_IDENTITY)),
+        (Guidance(1.0, 2.0), True, (UNCONDITIONAL, TEXT_ONLY, TEXT_AND_IDENTITY)),
+        (Guidance(3.0, 1.5), False, (UNCONDITIONAL, TEXT_ONLY)),
     ],
 )
 def test_passes(guidance: Guidance, people: bool, passes: tuple[tuple[bool, bool], ...]) -> None:
@@ -57,12 +57,12 @@ def test_people_are_off_in_every_pass_without_them() -> None:
     text = (Tokens(torch.ones(2, 3, 4)), {"t5": Tokens(torch.ones(2, 2, 4))})
     nothing = (Tokens(torch.zeros(2, 3, 4)), {"t5": Tokens(torch.zeros(2, 2, 4))})
     inputs = Inputs(text, nothing, Tokens(torch.ones(2, 5, 4)))
-    clip, conditioning = inputs.stacked((NOTHING, SENTENCE, PEOPLE), torch.tensor([0.5, 1.0]))
+    clip, conditioning = inputs.stacked((UNCONDITIONAL, TEXT_ONLY, TEXT_AND_IDENTITY), torch.tensor([0.5, 1.0]))
     assert clip.values[:, 0, 0].tolist() == [0, 0, 1, 1, 1, 1]
     assert conditioning.branches["t5"].values[:, 0, 0].tolist() == [0, 0, 1, 1, 1, 1]
     scales = conditioning.scales["vision"]
     assert isinstance(scales, torch.Tensor) and scales.tolist() == [0, 0, 0, 0, 0.5, 1.0]
-    assert "vision" not in inputs.stacked((NOTHING, SENTENCE), torch.ones(2))[1].branches
+    assert "vision" not in inputs.stacked((UNCONDITIONAL, TEXT_ONLY), torch.ones(2))[1].branches
 
 
 class Asked(TorchFunctionMode):
@@ -81,7 +81,7 @@ class Asked(TorchFunctionMode):
 @torch.no_grad()
 def test_strengths_are_looked_at_only_when_they_may_have_changed() -> None:
     pipe = tiny.pipeline()
-    text, vision = pipe.encode_prompt(["a person"]), pipe._vision([[pipe.enroll(tiny.photo(1))]], 1)
+    text, vision = pipe.encode_prompt(["a person"]), pipe._vision_tokens([[pipe.enroll(tiny.photo(1))]], 1)
     denoiser = GuidedDenoiser(pipe.unet, Inputs(text, text, vision), {})
     strength, latents = torch.ones(1), torch.randn(1, 4, 4, 4, generator=tiny.generator(1))
 

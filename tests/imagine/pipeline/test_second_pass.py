@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from imagine.errors import ConfigError
-from imagine.people.faces import KnownGeometry
+from imagine.people.faces import KnownBoxesFinder
 from imagine.pipeline.controls import Window
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.pipeline.second_pass import (
     RefineFaces,
     ellipse_around,
     find_small_faces,
-    noise_after,
+    noise_from_latents,
     small_faces,
     square_around,
 )
@@ -40,7 +40,7 @@ def people(pipe: ImaginePipeline) -> list[Any]:
 
 
 def draw(pipe: ImaginePipeline, reference: Any, found: list[FaceBox], **options: Any) -> Any:
-    pipe.finder = KnownGeometry(found)
+    pipe.finder = KnownBoxesFinder(found)
     call: dict[str, Any] = {"prompt": PROMPT, "num_inference_steps": 4, "output_type": "pt", **options}
     return pipe(reference=reference, **{"generator": tiny.generator(7), **call})
 
@@ -61,11 +61,11 @@ def test_a_fresh_adapter_gives_the_bases_picture_whatever_the_default() -> None:
     fresh = tiny.pipeline(fresh=True)
     fresh.register_to_config(default_refine_faces=True)
     ann, adapter = fresh.enroll(tiny.photo(1)), fresh.adapter
-    assert adapter is not None and not adapter.acts
+    assert adapter is not None and not adapter.active
     drawn, base = draw(fresh, ann, [SMALL]), draw(fresh, None, [SMALL])
     assert drawn.refined == 0 and torch.equal(drawn.images, base.images)
     adapter.parts()["lora"][-1].data.fill_(0.1)  # the last is a lora_B
-    assert adapter.acts
+    assert adapter.active
     assert draw(fresh, ann, [SMALL]).refined == 1
 
 
@@ -181,9 +181,9 @@ def test_squares_stay_in_the_picture_and_ellipses_in_their_squares() -> None:
 
 def test_noise_of_the_second_pass_is_normal_and_follows_from_the_start() -> None:
     start = torch.randn(4, 8, 8)
-    noise = noise_after(start, (4, 64, 64))
-    assert torch.equal(noise, noise_after(start.clone(), (4, 64, 64)))
-    assert not torch.equal(noise, noise_after(start + 1e-3, (4, 64, 64)))
+    noise = noise_from_latents(start, (4, 64, 64))
+    assert torch.equal(noise, noise_from_latents(start.clone(), (4, 64, 64)))
+    assert not torch.equal(noise, noise_from_latents(start + 1e-3, (4, 64, 64)))
     assert abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
 
 
@@ -197,13 +197,13 @@ def test_a_window_of_the_whole_way_holds_where_it_is_walked_again() -> None:
     for window in (Window(), Window(0.0, 0.5), Window(0.55, 1.0), Window(0.0, 0.4), Window(0.7, 0.75)):
         settings = RefineFaces(strength=0.6, steps=12)
         again = settings.window(window).steps(12)
-        assert again == [window.holds(round(1 - level, 6)) for level in settings.levels(20)]
+        assert again == [window.contains(round(1 - level, 6)) for level in settings.levels(20)]
     assert settings.window(Window(0.0, 0.3)) == Window(0.0, 0.0)
 
 
 def test_a_face_whose_square_is_as_large_as_what_is_drawn_is_not_small() -> None:
     pictures, chosen = torch.zeros(1, 3, 64, 64), RefineFaces()
-    finder = KnownGeometry([FaceBox(20.0, 20.0, 15.0, 15.0, 1.0)])
+    finder = KnownBoxesFinder([FaceBox(20.0, 20.0, 15.0, 15.0, 1.0)])
     assert [len(find_small_faces(pictures, [1], finder, chosen, side)[0]) for side in (36, 37)] == [0, 1]
     region = torch.zeros(1, 1, 64, 64)
     assert find_small_faces(pictures, [1], finder, chosen, 64, region)[0] == []

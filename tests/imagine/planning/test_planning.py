@@ -16,15 +16,15 @@ from torch import nn
 from imagine.cli import main
 from imagine.errors import ConfigError, WeightsError
 from imagine.planning import planning
-from imagine.planning.bases import Blueprint, add_branches, build, read_base, usual_resolution
-from imagine.planning.cards import CARDS, GIB, HERE, UTILISATION, read_flops, read_size, speeds, with_reserve
-from imagine.planning.inference import OFFLOADS, Choice, Drawing, Picture
+from imagine.planning.bases import Blueprint, add_branches, build, default_resolution, read_base
+from imagine.planning.cards import CARDS, GIB, THIS_MACHINE, UTILISATION, read_flops, read_size, speeds, with_reserve
+from imagine.planning.inference import OFFLOADS, Drawing, DrawingOptions, DrawingWorkload
 from imagine.planning.meter import Meter, parameter_count, planned_kernels, profiled_peak
-from imagine.planning.training import Lesson, Recipe, Training
+from imagine.planning.training import Recipe, Training, TrainingWorkload
 from tests import tiny, tiny_models, tiny_stock
 from tests.root import ROOT
 from train.config import load_run
-from train.task import Start
+from train.task import TaskContext
 from train.tasks.diffusers import DiffusersSettings, DiffusersTask
 
 DOCUMENT, CONFIGS = ROOT / "docs" / "planner.md", ROOT / "configs"
@@ -46,15 +46,15 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture(scope="module")
 def sdxl() -> Drawing:
     """SDXL with all branches: what it takes is measured once for all tests that ask."""
-    return Drawing(add_branches(read_base("sdxl"), ["t5-xl", "byt5-small"], "plus", 64), Picture(1024))
+    return Drawing(add_branches(read_base("sdxl"), ["t5-xl", "byt5-small"], "plus", 64), DrawingWorkload(1024))
 
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch, sdxl: Drawing) -> None:
     """Let commands plan with `sdxl` where they would build exactly the same."""
 
-    def drawing(base: Blueprint, picture: Picture) -> Drawing:
-        return sdxl if (base, picture) == (sdxl.base, sdxl.picture) else Drawing(base, picture)
+    def drawing(base: Blueprint, workload: DrawingWorkload) -> Drawing:
+        return sdxl if (base, workload) == (sdxl.base, sdxl.workload) else Drawing(base, workload)
 
     monkeypatch.setattr(planning, "Drawing", drawing)
 
@@ -139,14 +139,14 @@ def test_casting_counts_as_autocast_casts() -> None:
 # --- what is chosen ---------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def drawing() -> Drawing:
-    return Drawing(SMALL, Picture(512, batch=2, steps=10))
+    return Drawing(SMALL, DrawingWorkload(512, batch=2, steps=10))
 
 
 def test_the_fastest_switches_that_fit_are_chosen(drawing: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "Drawing", lambda base, picture: drawing)  # it is what would be built
-    plans = [drawing.plan(choice) for choice in drawing.choices(Choice())]
+    monkeypatch.setattr(planning, "Drawing", lambda base, workload: drawing)  # it is what would be built
+    plans = [drawing.plan(options) for options in drawing.combinations(DrawingOptions())]
     for tiling in (False, True):  # tiles are a last resort at every speed, as their seams may show
-        times = [plan.seconds(1e12) for plan in plans if plan.choice.tiling == tiling]
+        times = [plan.seconds(1e12) for plan in plans if plan.options.tiling == tiling]
         assert times == sorted(times) and len(set(times)) == 3
     for number, plan in enumerate(plans):
         if all(plan.peak < earlier.peak for earlier in plans[:number]):
@@ -154,23 +154,25 @@ def test_the_fastest_switches_that_fit_are_chosen(drawing: Drawing, monkeypatch:
     least = min(plan.peak for plan in plans)
     with pytest.raises(ConfigError, match=r"It does not fit .* it still takes 0\.\d+ GiB, most .* a card with 4 GB"):
         planning.fitting(plans, least - 1, "It")
-    full = Choice("fp32")
-    found = planning.plan_drawing(SMALL, drawing.picture, full, plans[2].peak, {})
+    full = DrawingOptions("fp32")
+    found = planning.plan_drawing(SMALL, drawing.workload, full, plans[2].peak, {})
     assert found["precision"] == "bf16"
     expected = planning.fitting(plans, plans[2].peak, "it")
-    assert (found["offload"], found["tiling"]) == (expected.choice.offload, expected.choice.tiling)
+    assert (found["offload"], found["tiling"]) == (expected.options.offload, expected.options.tiling)
     assert found["peak"] == expected.peak
     with pytest.raises(ConfigError, match="with every switch but the given precision it still takes"):
-        planning.plan_drawing(SMALL, drawing.picture, full, plans[2].peak, {}, ["precision"])
-    assert [plan.choice for plan in plans[2:4]] == list(drawing.choices(Choice("fp16", "model"), ["offload"]))
-    tiled = Choice("fp32", "none", True)
-    assert {(choice.precision, choice.tiling) for choice in drawing.choices(tiled, ["precision", "tiling"])} == {
-        ("fp32", True)
-    }
+        planning.plan_drawing(SMALL, drawing.workload, full, plans[2].peak, {}, ["precision"])
+    assert [plan.options for plan in plans[2:4]] == list(
+        drawing.combinations(DrawingOptions("fp16", "model"), ["offload"])
+    )
+    tiled = DrawingOptions("fp32", "none", True)
+    assert {
+        (options.precision, options.tiling) for options in drawing.combinations(tiled, ["precision", "tiling"])
+    } == {("fp32", True)}
 
 
 def test_what_lies_on_the_device_follows_from_the_offload(drawing: Drawing) -> None:
-    plans = {offload: drawing.plan(Choice("bf16", offload)) for offload in OFFLOADS}
+    plans = {offload: drawing.plan(DrawingOptions("bf16", offload)) for offload in OFFLOADS}
     parts = plans["none"].parts
     weights = {name: part.weights for name, part in parts.items()}
     assert weights["unet"] == 2 * parts["unet"].parameters  # bf16
@@ -185,18 +187,18 @@ def test_what_lies_on_the_device_follows_from_the_offload(drawing: Drawing) -> N
 
 
 def test_tiling_and_precision_change_what_they_should(drawing: Drawing) -> None:
-    plain, tiled = (drawing.plan(Choice("bf16", "none", tiling)) for tiling in (False, True))
+    plain, tiled = (drawing.plan(DrawingOptions("bf16", "none", tiling)) for tiling in (False, True))
     assert tiled.parts["vae"].working < 0.6 * plain.parts["vae"].working
     assert tiled.parts["unet"] == plain.parts["unet"]
-    full = drawing.plan(Choice("fp32"))
+    full = drawing.plan(DrawingOptions("fp32"))
     assert full.parts["unet"].weights == 2 * plain.parts["unet"].weights and full.flops == plain.flops
-    unguided = Drawing(SMALL, Picture(512, batch=2, steps=10, guided=False)).plan(Choice())
+    unguided = Drawing(SMALL, DrawingWorkload(512, batch=2, steps=10, guided=False)).plan(DrawingOptions())
     assert 2 * unguided.flops_step == plain.flops_step < plain.parts["unet"].flops  # the first step makes keys too
     assert plain.flops == sum(part.flops for part in plain.parts.values()) + 9 * plain.flops_step
 
 
 def test_training_takes_ever_less_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(SMALL, Lesson(64, 2))
+    training = Training(SMALL, TrainingWorkload(64, 2))
     plans = [training.plan(recipe) for recipe in training.recipes(Recipe())]
     peaks = [plan.peak for plan in plans]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
@@ -212,13 +214,13 @@ def test_training_takes_ever_less_until_it_fits(monkeypatch: pytest.MonkeyPatch)
     kept = list(training.recipes(Recipe("fp32"), ["precision", "optimiser", "average"]))
     assert [(recipe.checkpointing, recipe.accumulation) for recipe in kept] == [(False, 1), (True, 1), (True, 2)]
     assert all((recipe.precision, recipe.optimiser, recipe.average) == ("fp32", "adamw", True) for recipe in kept)
-    monkeypatch.setattr(planning, "Training", lambda base, lesson: training)  # it is what would be built
+    monkeypatch.setattr(planning, "Training", lambda base, workload: training)  # it is what would be built
     with pytest.raises(ConfigError, match=r"Training a small base at 64 px .* or train fewer parts"):
-        planning.plan_training(SMALL, training.lesson, Recipe(), peaks[-1] - 1, {})
+        planning.plan_training(SMALL, training.workload, Recipe(), peaks[-1] - 1, {})
     with pytest.raises(ConfigError, match=r"A batch of 2 does not divide into 3 pieces"):
         training.plan(Recipe(accumulation=3))
     with pytest.raises(ConfigError, match=r"no part 'visoin' to train: choose from vision_encoder, t5_branch"):
-        Training(SMALL, Lesson(64, 2, ("visoin",)))
+        Training(SMALL, TrainingWorkload(64, 2, ("visoin",)))
 
 
 # --- bases and devices ------------------------------------------------------------------------------------------------
@@ -230,8 +232,8 @@ def test_a_stock_folder_without_weights_is_enough(tmp_path: Path) -> None:
     base = add_branches(read_base(str(folder)), [], "full", 2)
     networks = build(base)
     assert {part: parameter_count(networks.models[part]) for part in real} == real
-    assert usual_resolution(base) == 32
-    plan = Drawing(base, Picture(32)).plan(Choice())
+    assert default_resolution(base) == 32
+    plan = Drawing(base, DrawingWorkload(32)).plan(DrawingOptions())
     assert plan.parts["unet"].flops > 0 and set(plan.at_once) == {"text_encoder", "vision_encoder", "unet", "vae"}
 
 
@@ -250,12 +252,12 @@ def test_our_own_folder_comes_with_its_adapters(tmp_path: Path, capsys: pytest.C
     networks = build(base)
     for name in ("unet", "vae", "text_encoder_2", "image_encoder", "adapter", "text_adapter"):
         assert parameter_count(networks.modules()[name]) == parameter_count(getattr(pipe, name))
-    plan = Drawing(base, Picture(tiny.SIZE, references=2)).plan(Choice("fp32"))
+    plan = Drawing(base, DrawingWorkload(tiny.SIZE, references=2)).plan(DrawingOptions("fp32"))
     assert plan.parts["text_encoder_3"].flops > 0 and plan.parts["image_encoder"].flops > 0
     with pytest.raises(ConfigError, match="multiple of 16"):
-        Drawing(base, Picture(40))
+        Drawing(base, DrawingWorkload(40))
     # Our own world is trained by another task, which keeps its denoiser in float32 and every activation.
-    training = Training(base, Lesson(tiny.SIZE, 2))
+    training = Training(base, TrainingWorkload(tiny.SIZE, 2))
     own = training.plan(Recipe())
     assert own.memory["frozen weights"] == 4 * own.frozen
     assert not any(recipe.checkpointing for recipe in training.recipes(Recipe()))
@@ -273,7 +275,7 @@ def test_speeds_and_sizes_are_read() -> None:
     assert speeds(None, "300T", True)["300T"].flops == 3e14
     (card,) = speeds("a100", None, True).values()
     assert card.flops == CARDS["a100"] * UTILISATION and "assumption" in card.how
-    (here,) = speeds(HERE, None, False).values()
+    (here,) = speeds(THIS_MACHINE, None, False).values()
     assert here.flops > 1e8 and "measured on this machine" in here.how
     assert with_reserve(10 * GIB) > 10.5 * GIB
 
@@ -410,7 +412,7 @@ def test_our_trainer_with_the_printed_switches_holds_the_planned_weights(run: Ru
     assert stage.ema > 0
     settings = DiffusersSettings(**stage.settings, base=str(folder), vision=folder / "vision_encoder")
     with torch.device("meta"):
-        task = DiffusersTask(settings, Start("only", 0, torch.device("meta"), tmp_path))
+        task = DiffusersTask(settings, TaskContext("only", 0, torch.device("meta"), tmp_path))
     assert task.unet.is_gradient_checkpointing and settings.resolution == 32
     trained = {id(p): p for part in stage.train for p in task.parts()[part]}
     every = {id(p): p for module in task.modules.values() for p in module.parameters()}

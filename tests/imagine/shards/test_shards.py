@@ -24,11 +24,13 @@ from PIL import Image
 from imagine.errors import BadRecordError, ConfigError
 from imagine.shards import index as shard_index
 from imagine.shards.reading import Record, Records, load_picture, open_records, order
-from imagine.shards.writing import About, ShardWriter
+from imagine.shards.writing import DatasheetInfo, ShardWriter
 from tests.pictures import gradient
 from tests.root import ROOT
 
-ABOUT = About("A test", "To test with.", "Gradients.", "CC0-1.0", seeds={"seed": 3}, settings={"people": "none"})
+ABOUT = DatasheetInfo(
+    "A test", "To test with.", "Gradients.", "CC0-1.0", seeds={"seed": 3}, settings={"people": "none"}
+)
 
 
 def picture(number: int = 0, kind: str = "PNG", size: tuple[int, int] = (40, 32), **options: Any) -> bytes:
@@ -56,9 +58,9 @@ def record(number: int, **changes: Any) -> Record:
     return replace(plain, **changes)
 
 
-def write(folder: object, records: Iterable[Record], size: int = 4, about: About = ABOUT) -> None:
+def write(folder: object, records: Iterable[Record], size: int = 4, about: DatasheetInfo = ABOUT) -> None:
     with ShardWriter(str(folder), about, size) as writer:
-        for one in list(records)[writer.taken :]:
+        for one in list(records)[writer.processed :]:
             writer.write(one)
 
 
@@ -142,8 +144,8 @@ def test_stopped_and_carried_on_equals_a_straight_run(left: str, ten: Path, tmp_
         (folder / "00001.json").write_bytes((ten / "00001.json").read_bytes()[:50])
     whole = (folder / "00000.tar").stat().st_ino
     with ShardWriter(folder, ABOUT, 4) as writer:
-        assert writer.taken == 4
-        for number in range(writer.taken, 10):
+        assert writer.processed == 4
+        for number in range(writer.processed, 10):
             writer.write(record(number))
     assert contents(folder) == contents(ten)
     assert (folder / "00000.tar").stat().st_ino == whole, "a finished shard was written again"
@@ -153,8 +155,8 @@ def test_killed_without_a_word_and_carried_on_equals_a_straight_run(ten: Path, t
     code = """
 import os, signal, sys
 from imagine.shards.reading import open_records
-from imagine.shards.writing import About, ShardWriter
-about = About(**eval(sys.argv[3]))
+from imagine.shards.writing import DatasheetInfo, ShardWriter
+about = DatasheetInfo(**eval(sys.argv[3]))
 with ShardWriter(sys.argv[2], about, 4) as writer:
     for number, one in enumerate(open_records(sys.argv[1])):
         writer.write(one)
@@ -198,7 +200,7 @@ def test_sidecars_and_data_sheet_count_what_is_there(tmp_path: Path) -> None:
     assert sheet["shards"]["00000.tar"]["sha256"] == listed.stdout.split()[0]
     page = (tmp_path / "datasheet.md").read_text()
     assert "5 records in 2 shards" in page and "no face 2" in page and "face box: 80.0%" in page
-    assert ShardWriter(tmp_path, ABOUT, 4).taken == 5 + 3
+    assert ShardWriter(tmp_path, ABOUT, 4).processed == 5 + 3
 
 
 def test_what_is_rejected_after_the_last_shard_is_in_the_data_sheet_too(tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_what_is_rejected_after_the_last_shard_is_in_the_data_sheet_too(tmp_path
         writer.write(record(0))
         writer.reject("no face")
     assert json.loads((tmp_path / "datasheet.json").read_text())["rejected"] == {"no face": 1}
-    assert ShardWriter(tmp_path, ABOUT, 1).taken == 1  # a rerun sees, and rejects, it again
+    assert ShardWriter(tmp_path, ABOUT, 1).processed == 1  # a rerun sees, and rejects, it again
 
 
 @pytest.mark.parametrize(

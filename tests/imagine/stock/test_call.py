@@ -9,8 +9,8 @@ import torch
 
 from imagine.errors import ConfigError
 from imagine.records import Conditioning, Tokens
-from imagine.stock.call import Batch, by_name, last_rows, read_call
-from imagine.stock.pipelines import imagined
+from imagine.stock.call import Batch, bind_arguments, last_rows, read_call
+from imagine.stock.pipelines import personalised_class
 from tests import tiny, tiny_ip, tiny_stock
 from tests.tiny_stock import draw, same
 
@@ -33,7 +33,7 @@ def pipe(xl: bool) -> Any:
 def test_a_calls_arguments_by_name_and_the_batch_that_it_draws():
     def stock(prompt: Any, height: int = 0, guidance_scale: float = 7.5, **kwargs: Any) -> None: ...
 
-    assert by_name(stock, ("a", 8), {"callback_steps": 1}) == {"prompt": "a", "height": 8, "callback_steps": 1}
+    assert bind_arguments(stock, ("a", 8), {"callback_steps": 1}) == {"prompt": "a", "height": 8, "callback_steps": 1}
     pipe = tiny_stock.stock()
     assert read_call(pipe, stock, {"prompt": "a"}, None)[0] == Batch(1, 1, True)
     given = {"prompt": ["a", "b"], "num_images_per_prompt": 3, "guidance_scale": 1.0}
@@ -110,7 +110,7 @@ def test_a_callback_may_end_ip_adapters_as_in_diffusers():
     parts = tiny_ip.components(False)
     pipes = (
         diffusers.StableDiffusionPipeline(**parts),
-        imagined(diffusers.StableDiffusionPipeline)(**{**parts, "unet": copy.deepcopy(parts["unet"])}),
+        personalised_class(diffusers.StableDiffusionPipeline)(**{**parts, "unet": copy.deepcopy(parts["unet"])}),
     )
     file = tiny_ip.nested(tiny_ip.tensors("plus", pipes[0].unet, 0))
     drawn = []

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from imagine.stock.pipelines import imagined
+from imagine.stock.pipelines import personalised_class
 from tests import tiny, tiny_stock
 from tests.root import ROOT
 
@@ -222,7 +222,7 @@ def test_identity_acts_from_a_single_file(base: str, tmp_path: Path):
         tensors |= open_clip(stock.text_encoder_2.state_dict())
     save_file({name: each.contiguous() for name, each in tensors.items()}, tmp_path / "model.safetensors")
     parts = {"vae": stock.vae, **({} if xl else {"safety_checker": None})}
-    pipe = imagined(type(stock)).from_single_file(
+    pipe = personalised_class(type(stock)).from_single_file(
         tmp_path / "model.safetensors", config=str(tmp_path / "config"), **parts
     )
     if not xl:

@@ -11,7 +11,7 @@ import imagine.stock.pipelines
 from imagine.errors import WeightsError
 from imagine.networks.weights import fingerprint
 from imagine.pipeline.pipeline import ImaginePipeline
-from imagine.stock.pipelines import imagined
+from imagine.stock.pipelines import personalised_class
 from tests import tiny, tiny_ip, tiny_stock
 from tests.tiny_stock import OTHER, draw
 
@@ -58,7 +58,7 @@ def test_a_stock_folder_becomes_a_pipeline_that_knows_people(xl: bool, tmp_path:
         tmp_path / "stock", vision_encoder=tmp_path / "encoder", dtype=torch.float32, variant="fp16"
     )
     pipe.set_progress_bar_config(disable=True)
-    assert type(pipe) is imagined(type(stock)) and same(draw(pipe), draw(stock))
+    assert type(pipe) is personalised_class(type(stock)) and same(draw(pipe), draw(stock))
     assert pipe.encoder_fingerprint == fingerprint(tiny_stock.encoder())
     pipe.load_adapter(tiny_stock.identity(pipe.unet))
     other = getattr(imagine.stock.pipelines, type(pipe).__name__.replace("Pipeline", "Img2ImgPipeline")).from_pipe(pipe)
@@ -66,7 +66,7 @@ def test_a_stock_folder_becomes_a_pipeline_that_knows_people(xl: bool, tmp_path:
 
 
 def test_ip_adapters_come_back_with_their_encoder_and_scales(tmp_path: Path):
-    pipe = imagined(diffusers.StableDiffusionPipeline)(**tiny_ip.components(False))
+    pipe = personalised_class(diffusers.StableDiffusionPipeline)(**tiny_ip.components(False))
     files = [tiny_ip.nested(tiny_ip.tensors(kind, pipe.unet, seed)) for seed, kind in enumerate(("plus", "linear"))]
     pipe.load_ip_adapter(files, image_encoder_folder=None)
     images: dict[str, Any] = {"ip_adapter_image": [tiny.photo(1), tiny.photo(2)], "height": 16, "width": 16}

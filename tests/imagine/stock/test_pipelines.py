@@ -13,7 +13,7 @@ from imagine.adapter.adapter import Adapter, BranchSpec
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Tokens
-from imagine.stock.pipelines import Personal, imagined
+from imagine.stock.pipelines import PersonalisationMixin, personalised_class
 from tests import tiny, tiny_ip, tiny_stock
 from tests.tiny_stock import OTHER, PROMPT, draw, same
 
@@ -62,8 +62,12 @@ def test_copies_of_two_people_stand_in_the_order_of_the_stock_batch(pipe: Any):
 
 
 def test_imagined_classes_are_stock_ones_by_name_and_always_the_same(stock: Any, pipe: Any):
-    assert type(pipe) is imagined(type(stock)) is imagined(type(pipe))
-    assert isinstance(pipe, Personal) and isinstance(pipe, type(stock)) and type(pipe).__name__ == type(stock).__name__
+    assert type(pipe) is personalised_class(type(stock)) is personalised_class(type(pipe))
+    assert (
+        isinstance(pipe, PersonalisationMixin)
+        and isinstance(pipe, type(stock))
+        and type(pipe).__name__ == type(stock).__name__
+    )
 
 
 def test_names_in_the_sentence_and_every_other_form_of_prompt(stock: Any, pipe: Any):
@@ -262,9 +266,9 @@ def test_from_pipe_shares_everything_and_casts_nothing(tmp_path: Path):
 def test_what_cannot_be_shown_is_one_sentence():
     stock = tiny_stock.stock()
     with pytest.raises(ConfigError, match="VQDiffusionPipeline"):
-        imagined(type("VQDiffusionPipeline", (diffusers.DiffusionPipeline,), {}))
+        personalised_class(type("VQDiffusionPipeline", (diffusers.DiffusionPipeline,), {}))
     with pytest.raises(ConfigError, match="controlnet"):
-        imagined(diffusers.StableDiffusionControlNetPipeline).from_pipe(stock)
+        personalised_class(diffusers.StableDiffusionControlNetPipeline).from_pipe(stock)
     pipe = ImaginePipeline.from_pipe(stock)
     for given in ({"reference": tiny.photo(1)}, {"ip_adapter_image": tiny.photo(1)}):
         with pytest.raises(WeightsError, match="load_adapter or load_ip_adapter"):

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from imagine.errors import ConfigError
-from imagine.people.faces import KnownGeometry
+from imagine.people.faces import KnownBoxesFinder
 from imagine.pipeline.controls import Window
 from imagine.pipeline.second_pass import RefineFaces, SmallFace
 from imagine.records import FaceBox
 from imagine.stock.call import Batch
-from imagine.stock.pipelines import Personal, imagined
-from imagine.stock.second_pass import SecondCall
+from imagine.stock.pipelines import PersonalisationMixin, personalised_class
+from imagine.stock.second_pass import StockSecondPass
 from tests import tiny, tiny_ip, tiny_stock
 from tests.imagine.stock.test_combinations import COMBINATIONS
 from tests.tiny_stock import OTHER, PROMPT, SIDE, draw, same
@@ -45,14 +45,14 @@ def pipe(xl: bool) -> Any:
 
 @pytest.fixture(scope="module")
 def enrolled(pipe: Any) -> list[Any]:
-    pipe.finder = KnownGeometry([tiny.BOX])
+    pipe.finder = KnownBoxesFinder([tiny.BOX])
     return [pipe.enroll(tiny.photo(seed)) for seed in (1, 2, 3)]
 
 
 @pytest.fixture
 def people(pipe: Any, enrolled: list[Any]) -> list[Any]:
     """Three personas; from now on the finder finds one small face."""
-    pipe.finder = KnownGeometry([SMALL])
+    pipe.finder = KnownBoxesFinder([SMALL])
     return enrolled
 
 
@@ -99,7 +99,7 @@ def test_it_is_the_person_who_is_drawn_into_it(pipe: Any, people: list[Any]):
 
 
 def test_each_of_several_people_is_drawn_into_their_own_face(pipe: Any, people: list[Any]):
-    pipe.finder = KnownGeometry([RIGHT, LEFT])
+    pipe.finder = KnownBoxesFinder([RIGHT, LEFT])
     prompt = "{a} in a red hat, looking to {b}"
     ab, ac, cb = (
         result(pipe, prompt=prompt, reference={"a": people[a], "b": people[b]}, **LATE)
@@ -111,7 +111,7 @@ def test_each_of_several_people_is_drawn_into_their_own_face(pipe: Any, people: 
     assert not same(ab.images[..., right], ac.images[..., right])
     assert torch.equal(ab.images[..., right], cb.images[..., right])
     assert not same(ab.images[..., left], cb.images[..., left])
-    pipe.finder = KnownGeometry([LEFT])
+    pipe.finder = KnownBoxesFinder([LEFT])
     out = result(pipe, prompt=prompt, reference={"a": people[0], "b": people[1]}, refine_faces=True)
     assert out.refined == 0 and out.notes == ["Picture 1: one face was found for 2 people, so that none was refined."]
 
@@ -154,8 +154,8 @@ def test_its_noise_follows_from_the_call_and_leaves_the_generator_alone(pipe: An
 
 def test_seeds_differ_by_picture_and_are_those_of_the_picture_alone(pipe: Any):
     def seeds(count: int, **given: Any) -> list[int]:
-        call = super(Personal, pipe).__call__
-        again = SecondCall.plan(pipe, call, RefineFaces(), Batch(count, 1, True), given, [], {})
+        call = super(PersonalisationMixin, pipe).__call__
+        again = StockSecondPass.plan(pipe, call, RefineFaces(), Batch(count, 1, True), given, [], {})
         assert again is not None
         return list(again.seeds)
 
@@ -174,7 +174,7 @@ def test_seeds_differ_by_picture_and_are_those_of_the_picture_alone(pipe: Any):
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_pictures_of_every_form_and_large_faces_bit_for_bit(pipe: Any, people: list[Any], output_type: str):
     def pixels(refine: bool, found: FaceBox, **options: Any) -> np.ndarray[Any, Any]:
-        pipe.finder = KnownGeometry([found])
+        pipe.finder = KnownBoxesFinder([found])
         options |= {"reference": people[0], "output_type": output_type, "refine_faces": refine}
         out = result(pipe, prompt=[PROMPT] * 2, **options)
         images = out[0]
@@ -249,7 +249,7 @@ def other_kind(xl: bool, kind: str, **more: Any) -> tuple[Any, Any]:
         more["controlnet"] = tiny_stock.controlnet(xl)
     pipe = tiny_stock.personal(tiny_stock.stock(xl, kind, **more))
     person = pipe.enroll(tiny.photo(1))
-    pipe.finder = KnownGeometry([SMALL])
+    pipe.finder = KnownBoxesFinder([SMALL])
     return pipe, person
 
 
@@ -278,9 +278,9 @@ def test_a_denoiser_made_for_inpainting_refines_too(xl: bool):
     pipe, person = other_kind(xl, "Inpaint")
     torch.manual_seed(0)
     painter = tiny_stock.unet(xl, channels=9)
-    pipe = imagined(type(pipe)).from_pipe(pipe, unet=painter)
+    pipe = personalised_class(type(pipe)).from_pipe(pipe, unet=painter)
     pipe.load_adapter(tiny_stock.identity(painter))
-    pipe.finder = KnownGeometry([SMALL])
+    pipe.finder = KnownBoxesFinder([SMALL])
     pipe.set_progress_bar_config(disable=True)
     call = {**PAINTING, **WHOLE, "reference": person}
     plain, out = (result(pipe, refine_faces=each, **call) for each in (False, True))
@@ -292,10 +292,10 @@ def with_ip_adapter(xl: bool, **more: Any) -> tuple[Any, dict[str, Any]]:
     """A pipeline with an IP-Adapter and nothing else, and its call."""
     parts = tiny_ip.components(xl)
     kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
-    pipe = imagined(kind)(**parts)
+    pipe = personalised_class(kind)(**parts)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_ip_adapter(tiny_ip.nested(tiny_ip.tensors("plus", pipe.unet, 0)), image_encoder_folder=None)
-    pipe.finder = KnownGeometry([SMALL])
+    pipe.finder = KnownBoxesFinder([SMALL])
     return pipe, {"height": SIDE, "width": SIDE, "ip_adapter_image": tiny.photo(1), **more}
 
 
@@ -323,7 +323,7 @@ def test_whom_an_ip_adapter_shows_is_refined(xl: bool):
 
 def test_two_people_of_an_ip_adapter_have_their_regions(xl: bool):
     pipe, call = with_ip_adapter(xl)
-    pipe.finder = KnownGeometry([LEFT, RIGHT])
+    pipe.finder = KnownBoxesFinder([LEFT, RIGHT])
     masks = torch.zeros(1, 2, SIDE, SIDE)
     masks[:, 0, :, :8] = masks[:, 1, :, 8:] = 1
     seen: list[torch.Tensor] = []
@@ -345,9 +345,9 @@ def test_diffusers_own_ip_adapter_is_refined_too():
     stock = diffusers.StableDiffusionPipeline(**tiny_ip.components(False))
     file = tiny_ip.nested(tiny_ip.tensors("plus", stock.unet, 0))
     stock.load_ip_adapter(file, subfolder="", weight_name="", image_encoder_folder=None)
-    pipe = imagined(type(stock)).from_pipe(stock)
+    pipe = personalised_class(type(stock)).from_pipe(stock)
     pipe.set_progress_bar_config(disable=True)
-    pipe.finder = KnownGeometry([SMALL])
+    pipe.finder = KnownBoxesFinder([SMALL])
     call = {"height": SIDE, "width": SIDE, "ip_adapter_image": tiny.photo(1)}
     plain, out = (result(pipe, refine_faces=each, **call) for each in (False, True))
     assert out.refined == 1
@@ -386,7 +386,7 @@ def test_encoders_may_be_gone(xl: bool, absent: str):
     pipe.load_adapter(tiny_stock.identity(pipe.unet, absent=absent))
     pipe.load_adapter(tiny.text_adapter(pipe.unet))
     person = pipe.enroll(tiny.photo(1))
-    pipe.finder = KnownGeometry([SMALL])
+    pipe.finder = KnownBoxesFinder([SMALL])
     wanted = result(pipe, prompt=[OTHER, PROMPT], reference=person, refine_faces=True)
     embeds = pipe.encode_prompt([OTHER, PROMPT], "cpu", 1, True) if not xl else pipe.encode_prompt([OTHER, PROMPT])
     names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
@@ -427,11 +427,11 @@ def test_a_face_that_the_safety_checker_objects_to_stays_as_it_was():
 
 
 def test_a_face_of_the_size_that_the_base_draws_is_not_enlarged(pipe: Any, people: list[Any]):
-    pipe.finder = KnownGeometry([FaceBox(10.0, 10.0, 8.0, 8.0, 1.0)])  # its square has 19 pixels, the base draws 16
+    pipe.finder = KnownBoxesFinder([FaceBox(10.0, 10.0, 8.0, 8.0, 1.0)])  # its square has 19 pixels, the base draws 16
     call = {"reference": people[0], "height": 32, "width": 24}
     plain, out = (result(pipe, refine_faces=each, **call) for each in (False, True))
     assert out.refined == 0 and torch.equal(plain.images, out.images)
-    pipe.finder = KnownGeometry([FaceBox(10.0, 10.0, 6.0, 6.0, 1.0)])
+    pipe.finder = KnownBoxesFinder([FaceBox(10.0, 10.0, 6.0, 6.0, 1.0)])
     sizes: list[int] = []
     hook = pipe.unet.register_forward_pre_hook(lambda _, given: sizes.append(given[0].shape[-1]))
     assert result(pipe, refine_faces=True, **call).refined == 1 and sizes == [12, 12, 8]
@@ -446,7 +446,7 @@ def test_a_faces_call_has_the_firsts_arguments_of_its_prompt():
     }  # fmt: skip
     people: Any = [["ann"], ["bob", "cid"]]
     identity = {"identity_scale": [0.3, 0.5], "identity_window": Window(0.7, 1.0), "identity_blocks": "up"}
-    again = SecondCall(RefineFaces(strength=0.5), Batch(2, 3, True), given, people, identity, [], [])
+    again = StockSecondPass(RefineFaces(strength=0.5), Batch(2, 3, True), given, people, identity, [], [])
     face = SmallFace(4, 1, SMALL, (0, 0, 8, 8))
     call = again.arguments(face, (16, 16), {name: None for name in given if name != "guidance_rescale"})
     assert call.pop("ip_adapter_image_embeds")[0].flatten().tolist() == [1.0, 3.0]

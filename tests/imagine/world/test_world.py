@@ -13,7 +13,7 @@ from imagine.world import Contexts, People, attributes, captions, render, render
 from imagine.world import vocabulary as words
 from imagine.world.body import letter_boxes
 from imagine.world.captions import PHRASES, STYLE_PHRASES
-from imagine.world.contexts import letter_numbers, spell
+from imagine.world.contexts import letter_numbers, letters_text
 from imagine.world.people import CONTINUOUS, DISCRETE
 from imagine.world.seeds import DEMO, HELD_OUT, JUDGE, TRAIN
 from imagine.world.tables import Table, join
@@ -217,7 +217,7 @@ def test_letters_are_drawn_on_the_chest() -> None:
         assert len(rows) > least
         assert rows.min() > chest
         assert columns.min() > 20 and columns.max() < 108
-    assert [spell(row) for row in contexts.letters] == ["", "HI", "HO"]
+    assert [letters_text(row) for row in contexts.letters] == ["", "HI", "HO"]
 
 
 def test_the_letters_are_where_their_boxes_say() -> None:

@@ -21,12 +21,12 @@ from imagine.world import render, sample_contexts, sample_people
 from imagine.world.people import CONTINUOUS, DISCRETE
 from imagine.world.render import compiled_painters
 from imagine.world.seeds import JUDGE, TRAIN
-from train.cache.face_crops import Squares, margin
-from train.cache.latents import Latents, WorldCodec, as_taken
+from train.cache.face_crops import FaceCrops, margin
+from train.cache.latents import Latents, WorldCodec, with_camera_noise
 from train.cache.pictures import BLOCK, Gallery, Pictures, open_pictures
-from train.cache.rows import keep
+from train.cache.rows import cache_rows
 from train.data.portraits import data_settings, draw_rows, judge_pictures, training_pictures
-from train.task import Start
+from train.task import TaskContext
 
 SMALL = Gallery("train", 5, 2, size=32)
 CPU = torch.device("cpu")
@@ -143,11 +143,11 @@ def test_real_pictures_carry_the_noise_of_their_camera(tmp_path: Path) -> None:
     pictures = open_pictures(SMALL, tmp_path)
     rows = torch.arange(6)
     clean, boxes = pictures.take(rows)
-    noisy, same_boxes = as_taken(pictures, rows)
+    noisy, same_boxes = with_camera_noise(pictures, rows)
     assert torch.equal(boxes, same_boxes)
     assert torch.equal(noisy[1::2], clean[1::2])
     assert (noisy[::2] - clean[::2]).abs().flatten(1).mean(1).min() > 0.005
-    assert torch.equal(as_taken(pictures, torch.tensor([4]))[0][0], noisy[4])
+    assert torch.equal(with_camera_noise(pictures, torch.tensor([4]))[0][0], noisy[4])
 
 
 @functools.cache
@@ -157,11 +157,11 @@ def gallery_128() -> Gallery:
 
 def test_squares_hold_the_crops_of_faces(tmp_path: Path) -> None:
     pictures = open_pictures(gallery_128(), tmp_path)
-    squares = Squares(pictures, 32, tmp_path, noisy=False)
+    face_crops = FaceCrops(pictures, 32, tmp_path, noisy=False)
     rows = torch.arange(8)
     side = 32 + 2 * MARGIN
-    assert squares.values.shape == (8, 3, side, side)
-    middle = torch.from_numpy(squares.values[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN]).float() / 255
+    assert face_crops.values.shape == (8, 3, side, side)
+    middle = torch.from_numpy(face_crops.values[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN]).float() / 255
     wanted = crop_faces(*pictures.take(rows), 32)
     inside = (wanted - 0.5).abs().amax(1, keepdim=True) > 0.02
     # Unshifted, the square is the crop itself but for its mask.
@@ -171,15 +171,15 @@ def test_squares_hold_the_crops_of_faces(tmp_path: Path) -> None:
 
 
 def test_squares_are_shifted_within_their_margin_and_masked(tmp_path: Path) -> None:
-    squares = Squares(open_pictures(gallery_128(), tmp_path), 32, tmp_path, noisy=True)
+    face_crops = FaceCrops(open_pictures(gallery_128(), tmp_path), 32, tmp_path, noisy=True)
     rows = torch.tensor([5] * 40)
     shift = torch.rand(40, 2, generator=torch.Generator().manual_seed(1))
-    crops = squares.take(rows, shift)
-    assert torch.equal(crops, squares.take(rows, shift))
-    assert torch.equal(crops[3:4], squares.take(rows[3:4], shift[3:4]))
+    crops = face_crops.take(rows, shift)
+    assert torch.equal(crops, face_crops.take(rows, shift))
+    assert torch.equal(crops[3:4], face_crops.take(rows[3:4], shift[3:4]))
     assert len({crop.numpy().tobytes() for crop in crops}) > 20
     assert (crops[:, :, 0, 0] - 0.5).abs().max() < 1e-6 and (crops[:, :, -1, -1] - 0.5).abs().max() < 1e-6
-    raw = torch.from_numpy(squares.values[5]).float() / 255
+    raw = torch.from_numpy(face_crops.values[5]).float() / 255
     places = [(y, x) for y in range(2 * MARGIN + 1) for x in range(2 * MARGIN + 1)]
     windows = torch.stack([raw[:, y + 8 : y + 24, x + 8 : x + 24] for y, x in places])
     nearest = torch.cdist(crops[:, :, 8:24, 8:24].flatten(1), windows.flatten(1)).min(1).values
@@ -188,14 +188,14 @@ def test_squares_are_shifted_within_their_margin_and_masked(tmp_path: Path) -> N
 
 def test_squares_are_carried_on_after_a_kill(tmp_path: Path) -> None:
     pictures = open_pictures(gallery_128(), tmp_path)
-    whole = np.array(Squares(pictures, 32, tmp_path, noisy=True).values)
+    whole = np.array(FaceCrops(pictures, 32, tmp_path, noisy=True).values)
     state = tmp_path / f"squares-{32 + 2 * MARGIN}-{gallery_128().mark}.json"
     values = np.memmap(state.with_suffix(".u8"), np.uint8, "r+", shape=whole.shape)
     assert json.loads(state.read_text())["rows"] == 8
     forget(state, 6)
     values[5], values[6:] = 9, 0
     values.flush()
-    again = Squares(pictures, 32, tmp_path, noisy=True).values
+    again = FaceCrops(pictures, 32, tmp_path, noisy=True).values
     assert (again[5] == 9).all()  # counted as done: not cut again
     assert np.array_equal(again[6:], whole[6:])
 
@@ -215,8 +215,8 @@ class Doubles:
         self.asked.extend(rows.tolist())
         return (rows * 2).to(torch.uint8)[:, None].expand(-1, 3)
 
-    def keep(self, path: Path, gallery: Gallery) -> list[list[int]]:
-        rows: list[list[int]] = keep(path, gallery, (3,), np.uint8, self, "").tolist()
+    def cache_rows(self, path: Path, gallery: Gallery) -> list[list[int]]:
+        rows: list[list[int]] = cache_rows(path, gallery, (3,), np.uint8, self, "").tolist()
         assert rows == [[2 * row] * 3 for row in range(len(gallery))]
         return rows
 
@@ -229,18 +229,18 @@ def test_rows_are_kept_whether_a_gallery_grows_or_shrinks(
         monkeypatch.setattr("train.cache.rows.fcntl", None)
     make, path = Doubles(), tmp_path / "rows.u8"
     for identities in (3, 5, 2, 6, 1, 6):
-        make.keep(path, Gallery("train", identities, 2))
+        make.cache_rows(path, Gallery("train", identities, 2))
     assert make.asked == list(range(12))
-    first = keep(path, Gallery("train", 6, 2), (3,), np.uint8, make, "")
-    make.keep(path, Gallery("train", 2, 2, drift=0.5))  # another gallery of the same name
+    first = cache_rows(path, Gallery("train", 6, 2), (3,), np.uint8, make, "")
+    make.cache_rows(path, Gallery("train", 2, 2, drift=0.5))  # another gallery of the same name
     assert make.asked[12:] == [0, 1, 2, 3] and first[11, 0] == 22
 
 
 def test_a_file_that_was_cut_short_is_filled_again(tmp_path: Path) -> None:
     make, path, gallery = Doubles(), tmp_path / "rows.u8", Gallery("train", 3, 2)
-    make.keep(path, gallery)
+    make.cache_rows(path, gallery)
     os.truncate(tmp_path / f"rows-{gallery.mark}.u8", 3 * 4)
-    make.keep(path, gallery)
+    make.cache_rows(path, gallery)
     assert make.asked == [0, 1, 2, 3, 4, 5, 4, 5]
 
 
@@ -248,8 +248,8 @@ def test_rows_of_an_earlier_version_are_taken_over(tmp_path: Path) -> None:
     make, path, gallery = Doubles(), tmp_path / "rows.u8", Gallery("train", 3, 2)
     path.write_bytes(bytes([0, 0, 0, 2, 2, 2]))
     path.with_suffix(".json").write_text(json.dumps({"gallery": gallery.mark, "rows": 2}))
-    make.keep(path, Gallery("train", 3, 2, drift=0.5))
-    make.keep(path, gallery)
+    make.cache_rows(path, Gallery("train", 3, 2, drift=0.5))
+    make.cache_rows(path, gallery)
     assert make.asked == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5] and not path.exists()
 
 
@@ -264,9 +264,9 @@ def test_of_two_runs_one_fills_a_file_and_the_other_waits(tmp_path: Path, caplog
 
     caplog.set_level("INFO", "train")
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(keep, path, gallery, (3,), np.uint8, slowly, "filling")
+        first = pool.submit(cache_rows, path, gallery, (3,), np.uint8, slowly, "filling")
         assert begun.wait(20)
-        second = pool.submit(two.keep, path, gallery)
+        second = pool.submit(two.cache_rows, path, gallery)
         deadline = time.monotonic() + 20
         while "another run is at it" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -294,7 +294,7 @@ def test_galleries_pair_real_pictures_with_themselves_or_with_the_others() -> No
 def test_pictures_without_a_camera_stay_as_they_were_drawn(tmp_path: Path) -> None:
     pictures = open_pictures(Gallery("train", 2, 2, size=32, camera=False), tmp_path)
     rows = torch.arange(4)
-    assert torch.equal(as_taken(pictures, rows)[0], pictures.take(rows)[0])
+    assert torch.equal(with_camera_noise(pictures, rows)[0], pictures.take(rows)[0])
 
 
 def exported_autoencoder(folder: Path, seed: int = 0) -> Path:
@@ -312,7 +312,7 @@ def test_latents_are_encoded_once_and_carried_on_after_a_kill(tmp_path: Path) ->
     rows = torch.arange(10)
     whole = first.take(rows)
     with torch.no_grad():
-        raw = codec.vae.encode(as_taken(pictures, rows)[0] * 2 - 1).latent
+        raw = codec.vae.encode(with_camera_noise(pictures, rows)[0] * 2 - 1).latent
     wanted = (raw - codec.mean.view(1, -1, 1, 1)) / codec.std.view(1, -1, 1, 1)
     assert whole.shape == (10, 4, 4, 4)
     assert torch.allclose(whole, wanted, atol=5e-3, rtol=1e-3)
@@ -344,7 +344,7 @@ def test_a_stage_at_low_resolution_sees_the_same_pictures_smaller(tmp_path: Path
     full = Latents(pictures, codec, tmp_path / "latents")
     assert full.values.shape == (10, 4, 4, 4)
     with torch.no_grad():
-        shrunk = torch.nn.functional.avg_pool2d(as_taken(pictures, torch.tensor([3]))[0], 2)
+        shrunk = torch.nn.functional.avg_pool2d(with_camera_noise(pictures, torch.tensor([3]))[0], 2)
         wanted = codec.vae.encode(shrunk * 2 - 1).latent[0]
     got = small.take(torch.tensor([3]))[0] * codec.std.view(-1, 1, 1) + codec.mean.view(-1, 1, 1)
     assert torch.allclose(got, wanted, atol=2e-2)
@@ -364,9 +364,9 @@ def test_decoding_undoes_the_normalisation(tmp_path: Path) -> None:
 
 def test_rows_are_a_function_of_seed_purpose_and_images_seen(tmp_path: Path) -> None:
     def rows(seed: int = 0, purpose: str = "rows", images_seen: int = 64) -> list[int]:
-        start = Start("stage", seed, torch.device("cpu"), tmp_path)
+        context = TaskContext("stage", seed, torch.device("cpu"), tmp_path)
         torch.rand(1)  # the global generator has no part in it
-        return draw_rows(start, purpose, images_seen, 500, 40).tolist()
+        return draw_rows(context, purpose, images_seen, 500, 40).tolist()
 
     assert rows() == rows()
     assert set(rows()) == set(range(40))

@@ -48,7 +48,7 @@ def test_every_round_visits_every_item_once_in_a_new_order() -> None:
 @pytest.mark.parametrize("depth", [0, 1, 3, 20])
 def test_batches_made_ahead_come_in_order(depth: int) -> None:
     calls = [(start, 2) for start in range(0, 12, 2)]
-    assert list(data.ahead(lambda start, size: start * size, calls, depth)) == [(s, s * 2) for s, _ in calls]
+    assert list(data.prefetched(lambda start, size: start * size, calls, depth)) == [(s, s * 2) for s, _ in calls]
 
 
 def test_an_error_in_the_thread_arrives_and_leaving_early_ends_it() -> None:
@@ -56,8 +56,8 @@ def test_an_error_in_the_thread_arrives_and_leaving_early_ends_it() -> None:
         return 1 / (start - 4)
 
     with pytest.raises(ZeroDivisionError):
-        list(data.ahead(make, [(start, 1) for start in range(9)], 2))
-    batches = data.ahead(make, ((start, 1) for start in range(5, 10**9)), 2)
+        list(data.prefetched(make, [(start, 1) for start in range(9)], 2))
+    batches = data.prefetched(make, ((start, 1) for start in range(5, 10**9)), 2)
     assert next(batches) == (5, 1.0)
     batches.close()
 

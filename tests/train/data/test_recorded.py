@@ -12,10 +12,10 @@ from PIL import Image
 
 from imagine.errors import ConfigError
 from imagine.evaluation.report import to_pil
-from imagine.people.faces import KnownGeometry
+from imagine.people.faces import KnownBoxesFinder
 from imagine.records import FaceBox
 from imagine.shards.reading import Record, open_records
-from imagine.shards.writing import About, ShardWriter
+from imagine.shards.writing import DatasheetInfo, ShardWriter
 from imagine.world import captions, render, sample_contexts, sample_people
 from train.data.portraits import pictures_of
 from train.data.recorded import RecordPictures, open_recorded
@@ -50,7 +50,7 @@ def records(wide: bool = False) -> list[Record]:
 
 
 def written(folder: Path, some: list[Record]) -> str:
-    with ShardWriter(folder, About("test", "tests", "rendered", "Apache-2.0"), records_per_shard=4) as writer:
+    with ShardWriter(folder, DatasheetInfo("test", "tests", "rendered", "Apache-2.0"), records_per_shard=4) as writer:
         for record in some:
             writer.write(record)
     return str(folder)
@@ -97,7 +97,7 @@ def test_what_cannot_be_used_is_counted_and_never_drawn(tmp_path: Path) -> None:
     faceless = Record("0003", some[3].image, "a person", identity="1", reference="0002")
     address = written(tmp_path / "shards", [some[0], some[1], some[2], faceless, some[4], some[5]])
     spoil(tmp_path / "shards" / "00000.tar")
-    pictures = open_recorded(address, 64, tmp_path / "kept", KnownGeometry(()))
+    pictures = open_recorded(address, 64, tmp_path / "kept", KnownBoxesFinder(()))
     assert pictures.gallery.pairs("other").tolist() == [[4, 5]]
     assert pictures.gallery.pairs("self").tolist() == [[2, 2], [4, 4]]
     told = json.loads((tmp_path / "kept" / "left_out.json").read_text())
@@ -126,7 +126,7 @@ def test_a_record_that_breaks_later_is_left_out_from_then_on(tmp_path: Path, cap
 def test_faces_without_a_box_are_found(tmp_path: Path) -> None:
     plain = [Record(each.key, each.image, each.caption, identity=each.identity) for each in records()]
     where = FaceBox(30, 40, 50, 60, 1.0)
-    pictures = open_recorded(written(tmp_path / "shards", plain), 64, tmp_path / "kept", KnownGeometry((where,)))
+    pictures = open_recorded(written(tmp_path / "shards", plain), 64, tmp_path / "kept", KnownBoxesFinder((where,)))
     assert isinstance(pictures, RecordPictures)
     assert pictures.take(torch.tensor([0]))[1][0].tolist() == [15, 20, 25, 30]
     assert len(pictures.gallery.pairs("other")) == 6  # both orders of every two pictures of a person

@@ -43,7 +43,7 @@ def test_every_pair_comes_once_a_round() -> None:
     pairs = list(zip(drawn.references.tolist(), drawn.targets.tolist(), strict=True))
     wanted = sorted(map(tuple, GALLERIES["fine"].pairs("other").tolist()))
     assert sorted(pairs[:8]) == sorted(pairs[8:]) == wanted and pairs[:8] != pairs[8:]
-    assert set(drawn.galleries) == {"fine"} and set(drawn.manners) == {"dense"}
+    assert set(drawn.galleries) == {"fine"} and set(drawn.caption_styles) == {"dense"}
 
 
 def test_every_pair_of_a_mixture_comes_once_a_round_of_its_source() -> None:
@@ -73,17 +73,17 @@ def test_every_image_is_a_function_of_its_number() -> None:
     whole, pieces = mixed.draw(1, 40, 24), [mixed.draw(1, 40, 10), mixed.draw(1, 50, 14)]
     assert whole.targets.tolist() == [row for piece in pieces for row in piece.targets.tolist()]
     assert whole.references.tolist() == [row for piece in pieces for row in piece.references.tolist()]
-    assert whole.manners == [manner for piece in pieces for manner in piece.manners]
+    assert whole.caption_styles == [caption_style for piece in pieces for caption_style in piece.caption_styles]
     assert whole.galleries == [name for piece in pieces for name in piece.galleries]
     assert mixed.draw(2, 40, 24).targets.tolist() != whole.targets.tolist()
 
 
 def test_real_singles_are_their_own_targets_with_terse_captions() -> None:
     real = mixture(real=1).draw(0, 0, 20)
-    assert torch.equal(real.references, real.targets) and set(real.manners) == {"terse"}
+    assert torch.equal(real.references, real.targets) and set(real.caption_styles) == {"terse"}
     pairs = mixture(synthetic=1).draw(0, 0, 200)
     assert torch.equal(pairs.references + 1, pairs.targets)
-    assert pairs.manners.count("dense") / 200 == pytest.approx(0.2, abs=0.08)
+    assert pairs.caption_styles.count("dense") / 200 == pytest.approx(0.2, abs=0.08)
 
 
 def test_pieces_from_several_galleries_return_to_their_places() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from imagine.errors import WeightsError
 from train.run import checkpoint, parts
-from train.run.checkpoint import Progress, Saved, State
+from train.run.checkpoint import Checkpoint, Progress, State
 from train.run.ema import Average
 
 
@@ -41,7 +41,7 @@ def everything(state: State) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in found.items()}
 
 
-def anything(_: Saved) -> bool:
+def anything(_: Checkpoint) -> bool:
     return True
 
 
@@ -120,7 +120,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, killed: bool, mo
 
     monkeypatch.setattr(os, "replace", broken)
     if killed:
-        monkeypatch.setattr(checkpoint, "_put_back", lambda *_: None)
+        monkeypatch.setattr(checkpoint, "_restore_previous", lambda *_: None)
     with pytest.raises(OSError, match="full"):
         write("new")
     monkeypatch.undo()
@@ -137,7 +137,7 @@ def test_the_last_few_are_kept_and_those_for_good(tmp_path: Path) -> None:
     training = state()
     for turn in range(5):
         train_a_little(training, steps=1)
-        checkpoint.save(tmp_path, training, keep=2, for_good=turn == 1)
+        checkpoint.save(tmp_path, training, keep=2, permanent=turn == 1)
     assert sorted(path.name[8:] for path in tmp_path.iterdir()) == [
         "0004.kept.safetensors", "0008.safetensors", "0010.safetensors"]  # fmt: skip
 
@@ -161,11 +161,11 @@ def test_the_best_weights_go_back_with_the_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(folder, state(4), keep=3)
     is_best(0.1)
     checkpoint.save(folder, state(6), keep=3)
-    assert checkpoint.read_note(best) == {"value": 0.1}
-    checkpoint.rewind_best(folder, 4)
-    assert checkpoint.read_note(best) == {"value": 0.5} and checkpoint.read_tensors(best)[0]["a"] == 0.5
-    checkpoint.rewind_best(folder, 2)
-    assert not best.exists() and checkpoint.read_note(best) == {}
+    assert checkpoint.read_provenance(best) == {"value": 0.1}
+    checkpoint.restore_best(folder, 4)
+    assert checkpoint.read_provenance(best) == {"value": 0.5} and checkpoint.read_tensors(best)[0]["a"] == 0.5
+    checkpoint.restore_best(folder, 2)
+    assert not best.exists() and checkpoint.read_provenance(best) == {}
     checkpoint.save(folder, state(4), keep=1)  # another course, in which nothing is best by then
     assert sorted(path.name[11:] for path in folder.iterdir()) == ["4.safetensors"]
 
@@ -178,7 +178,7 @@ def test_a_disk_without_second_names_holds_a_copy(tmp_path: Path, monkeypatch: p
     checkpoint.write_tensors(tmp_path / checkpoint.BEST, {"a": torch.ones(1)}, {"from": "{}"})
     checkpoint.save(tmp_path / "checkpoints", state(2), keep=1)
     (tmp_path / checkpoint.BEST).unlink()
-    checkpoint.rewind_best(tmp_path / "checkpoints", 2)
+    checkpoint.restore_best(tmp_path / "checkpoints", 2)
     assert checkpoint.read_tensors(tmp_path / checkpoint.BEST)[0]["a"] == 1
 
 

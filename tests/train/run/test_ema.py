@@ -34,7 +34,7 @@ def test_the_average_stands_in_and_the_weights_come_back_even_after_an_error(wei
     trained = torch.tensor([0.1, 0.2, 0.3])
     with torch.no_grad():
         weight.copy_(trained)
-    with pytest.raises(KeyError), average.in_place():
+    with pytest.raises(KeyError), average.applied():
         assert torch.equal(weight, torch.zeros(3))
         raise KeyError
     assert torch.equal(weight, trained)
@@ -43,5 +43,5 @@ def test_the_average_stands_in_and_the_weights_come_back_even_after_an_error(wei
 def test_without_a_half_life_nothing_is_kept(weight: nn.Parameter) -> None:
     average = Average({"w": weight}, half_life=0)
     average.update(10, 10)
-    with average.in_place():
+    with average.applied():
         assert average.values == {}

@@ -15,7 +15,7 @@ def test_a_row_holds_averages_over_images(tmp_path: Path) -> None:
     with Report(tmp_path, "one", images=100, images_seen=10, every=1e9) as report:
         report.count({"loss": torch.tensor(1.0)}, 30)
         report.count({"loss": 4.0, "rare": 7.0}, 10)
-        report.maybe_row(50, {})
+        report.row_if_due(50, {})
         assert not report.path.exists()
         report.row(50, {"lr": 0.5})
         report.row(50, {"lr": 0.5})  # nothing new: no row
@@ -47,7 +47,7 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(
     monkeypatch.setenv("COLUMNS", "160")
     with Report(tmp_path, "one", images=100, images_seen=0, every=0) as report:
         report.count({"loss": 0.25}, 50)
-        report.maybe_row(50, {})
+        report.row_if_due(50, {})
     assert ("50/100" in capsys.readouterr().err) == terminal
     assert ("50 of 100 images  loss 0.2500" in caplog.text) != terminal
 

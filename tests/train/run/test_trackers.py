@@ -20,13 +20,13 @@ class Crashing(ToyTask):
     crashed = False
 
     def batch(self, images_seen: int, size: int) -> ToyBatch:
-        if self.start.name == "two" and images_seen == 24 and not Crashing.crashed:
+        if self.context.name == "two" and images_seen == 24 and not Crashing.crashed:
             Crashing.crashed = True
             raise RuntimeError("the machine is gone")
         return super().batch(images_seen, size)
 
 
-class Book:
+class FakeRun:
     """One W&B run, as its server keeps it: a row whose step is not later than the last one is dropped."""
 
     def __init__(self) -> None:
@@ -48,19 +48,19 @@ class Book:
         pass
 
 
-class Server(types.ModuleType):
+class FakeWandb(types.ModuleType):
     """The package `wandb`, with one book a run."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
         self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-        self.books: dict[str, Book] = {}
+        self.runs: dict[str, FakeRun] = {}
         self.given: list[dict[str, Any]] = []
 
-    def init(self, **given: Any) -> Book:
+    def init(self, **given: Any) -> FakeRun:
         self.given.append(given)
-        known = self.books.get(given["id"]) if given["resume"] == "allow" else None
-        return self.books.setdefault(given["id"], known or Book())
+        known = self.runs.get(given["id"]) if given["resume"] == "allow" else None
+        return self.runs.setdefault(given["id"], known or FakeRun())
 
     @staticmethod
     def Image(picture: Any) -> Any:
@@ -68,8 +68,8 @@ class Server(types.ModuleType):
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    monkeypatch.setitem(sys.modules, "wandb", made := Server())
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    monkeypatch.setitem(sys.modules, "wandb", made := FakeWandb())
     return made
 
 
@@ -79,15 +79,15 @@ def two_stages(tracker: str) -> Run:
     return Run(stages={"one": stage, "two": stage}, trackers=(tracker,))  # type: ignore[arg-type]
 
 
-def test_wandb_keeps_every_row_of_every_stage_and_sitting_in_one_run(tmp_path: Path, server: Server) -> None:
+def test_wandb_keeps_every_row_of_every_stage_and_sitting_in_one_run(tmp_path: Path, fake_wandb: FakeWandb) -> None:
     Crashing.crashed = False
     run, tasks = two_stages("wandb"), {"toy": Crashing}
     with pytest.raises(RuntimeError, match="gone"):
         run_stages(run, tmp_path, tasks=tasks)
     assert run_stages(run, tmp_path, tasks=tasks)
-    (book,) = server.books.values()
-    assert [given["resume"] for given in server.given] == ["allow", "allow"]
-    assert server.given[0]["config"]["stages"]["two"]["images"] == 32 and server.given[0]["mode"] == "offline"
+    (book,) = fake_wandb.runs.values()
+    assert [given["resume"] for given in fake_wandb.given] == ["allow", "allow"]
+    assert fake_wandb.given[0]["config"]["stages"]["two"]["images"] == 32 and fake_wandb.given[0]["mode"] == "offline"
     for stage in ("one", "two"):
         assert book.axes[f"{stage}/*"] == f"{stage}/images_seen"
         written = [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]

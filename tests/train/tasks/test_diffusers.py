@@ -18,7 +18,7 @@ from torch import Tensor
 from imagine.adapter.adapter import Adapter
 from imagine.adapter.attention import GATE_GAIN, attention_layers
 from imagine.errors import BadRecordError, ConfigError
-from imagine.people.faces import KnownGeometry
+from imagine.people.faces import KnownBoxesFinder
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Tokens
 from imagine.shards.reading import Records
@@ -27,15 +27,15 @@ from tests.root import ROOT
 from tests.train.data.test_recorded import records, written
 from train.__main__ import main
 from train.assemble import assemble
-from train.cache.tokens import KeptTokens
+from train.cache.tokens import TokenCache
 from train.config import load_run
-from train.data.public_base import BaseCodec, BaseReader, T5Reader, open_base, time_ids
+from train.data.public_base import BaseCodec, BaseTextEncoders, T5TextEncoder, open_base, time_ids
 from train.initial_weights import load_initial
 from train.plan import StagePlan, plan
 from train.run.checkpoint import read_tensors
 from train.selftest import self_test
 from train.stages import run_stages
-from train.task import Start
+from train.task import TaskContext
 from train.tasks.diffusers import DiffusersBatch, DiffusersSettings, DiffusersTask
 
 CONFIGS = ROOT / "configs"
@@ -51,9 +51,9 @@ class Watched(DiffusersTask):
     made: ClassVar[list[Any]] = []
     end_at: ClassVar[int] = -1
 
-    def __init__(self, settings: DiffusersSettings, start: Start) -> None:
-        super().__init__(settings, start)
-        if start.device.type != "meta":  # not those that only show what is wrong with later stages
+    def __init__(self, settings: DiffusersSettings, context: TaskContext) -> None:
+        super().__init__(settings, context)
+        if context.device.type != "meta":  # not those that only show what is wrong with later stages
             self.made.append(self)
 
     def batch(self, images_seen: int, size: int) -> DiffusersBatch:
@@ -131,7 +131,7 @@ def built(home: Path, base: str = "xl", **settings: Any) -> Watched:
     }
     data = {"folder": str(home / "data" / Path(base).name), "galleries": galleries, "sources": sources}
     torch.manual_seed(0)
-    task = Watched(DiffusersSettings(**given), Start("stage", 3, CPU, home / "stage", data))
+    task = Watched(DiffusersSettings(**given), TaskContext("stage", 3, CPU, home / "stage", data))
     with torch.no_grad():
         for module in task.modules.values():
             module.eval().requires_grad_(False)
@@ -185,7 +185,7 @@ def test_what_was_trained_draws_in_a_pipeline_around_the_same_base(home: Path, t
         pipe = ImaginePipeline.from_pretrained(
             home / "xl", vision_encoder=str(folder / "image_encoder"), **tiny_stock.readers()
         )
-        pipe.finder = KnownGeometry([tiny.BOX])
+        pipe.finder = KnownBoxesFinder([tiny.BOX])
         pipe.set_progress_bar_config(disable=True)
         for adapter in ("adapter", "text_adapter"):
             pipe.load_adapter(folder / adapter)
@@ -197,8 +197,8 @@ def test_what_was_trained_draws_in_a_pipeline_around_the_same_base(home: Path, t
         assert np.abs(with_person - without).max() > 1e-4
         pictures[name] = with_person
     assert np.abs(pictures["export"] - pictures["assembled"]).max() < 1e-5
-    begun = load_initial(Watched.made[0].modules, tmp_path / "out")  # and from there training goes on
-    assert begun == ["image_encoder", "adapter", "text_adapter"]
+    loaded = load_initial(Watched.made[0].modules, tmp_path / "out")  # and from there training goes on
+    assert loaded == ["image_encoder", "adapter", "text_adapter"]
     facts = Adapter.load(exported / "adapter", open_base(str(home / "xl")).denoiser(CPU, torch.float32)).metadata
     assert facts["base_name"] == "xl" and facts["tokens"] == "5" and facts["feature_layer"] == "penultimate"
     assert str(home) not in "".join(file.read_text() for file in exported.rglob("*.json"))
@@ -213,7 +213,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not_and_reads_nothing_again
     def refuse(*_: Any) -> Any:
         raise AssertionError("an encoder is asked although all it would say is on disk")
 
-    for kind, name in ((BaseReader, "load"), (T5Reader, "load"), (BaseCodec, "encode")):
+    for kind, name in ((BaseTextEncoders, "load"), (T5TextEncoder, "load"), (BaseCodec, "encode")):
         monkeypatch.setattr(kind, name, refuse)
     Watched.end_at = 4
     assert not trained(home, "sd15_1gpu", tmp_path / "stopped", only=("real",), **more)
@@ -241,7 +241,7 @@ def test_states_are_what_the_stock_pipeline_says_and_what_is_left_out_is_its_not
     gone = torch.tensor([False, True])
     for base, xl in (("xl", True), ("sd15", False)):
         task = built(home, base, t5=home / "t5", byt5=home / "byt5")
-        store, gallery = task.stocks["photos"].sentences, task.stocks["photos"].pictures.gallery
+        store, gallery = task.gallery_caches["photos"].sentences, task.gallery_caches["photos"].pictures.gallery
         rows = torch.tensor([2, 4])
         states = store.take(rows, ["dense"] * 2, dict.fromkeys(("clip", "pooled", "t5", "byt5"), gone))
         texts = gallery.captions(rows, ["dense"] * 2)
@@ -263,7 +263,7 @@ def test_each_branch_can_be_left_out_alone(readers_task: Watched, alone: str) ->
     task.settings = task.settings.model_copy(update=told)
     said = task.batch(0, 3).states
     task.settings = task.settings.model_copy(update={f"drop_{alone}": 1.0})
-    left, nothing = task.batch(0, 3).states, task.stocks["photos"].sentences.nothing(3)
+    left, nothing = task.batch(0, 3).states, task.gallery_caches["photos"].sentences.empty_sentences(3)
     assert left.keys() == {"clip", "pooled", "t5", "byt5"}
     for name, tokens in left.items():
         gone = name == alone or (name, alone) == ("pooled", "clip")
@@ -280,7 +280,7 @@ def readers_task(home: Path) -> Watched:
 
 def test_latents_are_the_autoencoders_scaled_as_the_base_wants_them(home: Path) -> None:
     task = built(home)
-    stock, rows = task.stocks["photos"], torch.tensor([1, 3])
+    stock, rows = task.gallery_caches["photos"], torch.tensor([1, 3])
     vae = diffusers.AutoencoderKL.from_pretrained(home / "xl" / "vae")
     with torch.no_grad():
         wanted = vae.encode(stock.pictures.take(rows)[0] * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
@@ -391,7 +391,7 @@ def test_a_self_test_computes_as_the_stage_does_and_reaches_every_part(home: Pat
     run = load_run(CONFIGS / "sdxl_8gpu.yaml", overrides(home, "sdxl_8gpu", **more))
     (outcome,) = self_test(run, tmp_path, only=("real",), tasks={"diffusers_adapter": Watched}, steps=30)
     assert outcome.passed and "in bf16" in outcome.sentence and list(tmp_path.iterdir()) == []
-    assert len(Watched.made[-1].stocks["photos"].pictures.gallery) == len(records())
+    assert len(Watched.made[-1].gallery_caches["photos"].pictures.gallery) == len(records())
 
 
 def test_a_record_that_broke_while_it_was_encoded_is_never_drawn(
@@ -413,7 +413,7 @@ def test_a_record_that_broke_while_it_was_encoded_is_never_drawn(
     assert reads.count(2) == 2
     drawn = task.mixture.draw(0, 0, 64)
     assert 2 not in drawn.references.tolist() + drawn.targets.tolist()
-    assert 2 not in task.watched.draw(0, 0, 64).references.tolist()
+    assert 2 not in task.validation_sources.draw(0, 0, 64).references.tolist()
 
 
 def test_checkpointed_steps_in_bf16_compute_again_as_before(home: Path, tmp_path: Path) -> None:
@@ -440,10 +440,10 @@ def test_what_is_kept_depends_on_configuration_and_vocabulary_too(home: Path, tm
     t5 = Path(shutil.copytree(home / "t5", tmp_path / "t5"))
 
     def marks() -> tuple[str, str, str]:
-        return BaseCodec(base, CPU).mark, BaseReader(base, CPU).mark, T5Reader("t5", t5, 256, CPU).mark
+        return BaseCodec(base, CPU).mark, BaseTextEncoders(base, CPU).mark, T5TextEncoder("t5", t5, 256, CPU).mark
 
     before = marks()
-    assert T5Reader("t5", t5, 128, CPU).mark != before[2]
+    assert T5TextEncoder("t5", t5, 128, CPU).mark != before[2]
     write_config(base.folder / "vae", _name_or_path="elsewhere")
     assert marks() == before
     write_config(base.folder / "vae", scaling_factor=0.5)
@@ -474,7 +474,7 @@ def test_a_validation_never_takes_the_right_reference_for_a_wrong_one(
 
 
 def test_tokens_are_on_disk_before_their_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, lengths = KeptTokens(tmp_path / "t5", 4, 6, 3), []
+    kept, lengths = TokenCache(tmp_path / "t5", 4, 6, 3), []
     flush = np.memmap.flush
 
     def watched(values: Any) -> None:
@@ -488,19 +488,19 @@ def test_tokens_are_on_disk_before_their_lengths(tmp_path: Path, monkeypatch: py
 
 
 def test_kept_tokens_take_only_what_counts(tmp_path: Path) -> None:
-    kept = KeptTokens(tmp_path / "t5", 4, 6, 3)
+    kept = TokenCache(tmp_path / "t5", 4, 6, 3)
     assert kept.missing([1, 3, 1]) == [1, 3]
     values, mask = torch.randn(2, 8, 3), torch.tensor([[True] * 8, [True] * 2 + [False] * 6])
     kept.write([3, 1], Tokens(values, mask))
-    again = KeptTokens(tmp_path / "t5", 6, 6, 3)  # a gallery that grew
+    again = TokenCache(tmp_path / "t5", 6, 6, 3)  # a gallery that grew
     taken, lengths = again.take([1, 3])
     assert lengths.tolist() == [2, 6] and again.missing([0, 1, 3, 5]) == [0, 5]
     assert torch.allclose(taken[1], values[0, :6], atol=2e-3) and not taken[0, 2:].any()
 
 
 def test_kept_tokens_never_shrink_under_another_run(tmp_path: Path) -> None:
-    kept = KeptTokens(tmp_path / "t5", 2000, 6, 3)
+    kept = TokenCache(tmp_path / "t5", 2000, 6, 3)
     kept.write([1999], Tokens(torch.ones(1, 6, 3)))
-    few = KeptTokens(tmp_path / "t5", 2, 6, 3)
+    few = TokenCache(tmp_path / "t5", 2, 6, 3)
     assert few.lengths.shape == (2,) and kept.take([1999])[0].all()
-    assert KeptTokens(tmp_path / "t5", 2000, 6, 3).missing([1998, 1999]) == [1998]
+    assert TokenCache(tmp_path / "t5", 2000, 6, 3).missing([1998, 1999]) == [1998]

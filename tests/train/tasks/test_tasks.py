@@ -28,7 +28,7 @@ from imagine.people.finder import load_finder
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Tokens
 from tests.root import ROOT
-from tests.toy_training import run_in_processes, started, told
+from tests.toy_training import run_in_processes, start_training, stderr_of
 from train.__main__ import DONE
 from train.assemble import assemble
 from train.cache.latents import autoencoder_of, load_autoencoder, squared_error
@@ -38,14 +38,14 @@ from train.data.language import load_text_encoders, make_tokenizers
 from train.initial_weights import load_initial
 from train.run.checkpoint import read_tensors, write_tensors
 from train.stages import TASKS, run_stages
-from train.task import Start, Task
+from train.task import Task, TaskContext
 from train.tasks.adapter import AdapterTask
 from train.tasks.autoencoder import AutoencoderSettings, AutoencoderTask
 from train.tasks.base import BaseSettings, BaseTask
 from train.tasks.clip import ClipTask
 from train.tasks.finder import FinderTask
 from train.tasks.likeness import LikenessTask
-from train.tasks.likeness_loss import Likeness
+from train.tasks.likeness_loss import LikenessNetwork
 from train.tasks.reader import ReaderTask
 from train.tasks.recogniser import RecogniserTask
 
@@ -162,8 +162,8 @@ def built(name: str) -> Any:
     task_class = SMALL[name]
     torch.manual_seed(0)
     folder = with_tokenizers(home() / "built" / name)
-    start = Start(name, 3, torch.device("cpu"), folder, data(), None, earlier)
-    task: Task = task_class(task_class.Settings(**SETTINGS[name]), start)
+    context = TaskContext(name, 3, torch.device("cpu"), folder, data(), None, earlier)
+    task: Task = task_class(task_class.Settings(**SETTINGS[name]), context)
     for module in task.modules.values():
         module.eval().requires_grad_(False)
     with torch.no_grad():
@@ -316,7 +316,7 @@ def test_the_base_pairs_captions_with_pictures_and_drops_some() -> None:
 def test_stored_sentences_are_what_the_encoders_say() -> None:
     task = built("base")
     rows, styles = torch.tensor([1, 5, 2, 1]), ["dense", "rewritten", "terse", "dense"]
-    store = task.stocks["train"].sentences
+    store = task.gallery_caches["train"].sentences
     gone = torch.tensor([False, False, False, True])
     got = store.take(rows, styles, dict.fromkeys(("clip", "t5", "byt5"), gone))
     texts = store.gallery.captions(rows, styles)
@@ -342,15 +342,15 @@ def test_stored_sentences_are_what_the_encoders_say() -> None:
 def test_each_process_keeps_the_sentences_it_reads_in_files_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, rows, manners = built("base"), torch.tensor([1, 5]), ["terse", "dense"]
-    gallery = task.stocks["train"].pictures.gallery
+    task, rows, caption_styles = built("base"), torch.tensor([1, 5]), ["terse", "dense"]
+    gallery = task.gallery_caches["train"].pictures.gallery
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     taken = []
     for rank in (0, 1):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         store = SentenceStore(gallery, task.text, tmp_path)
         assert store.t5.missing([3, 16]) == [3, 16]  # another process read them, but not into these files
-        taken.append(store.take(rows, manners))
+        taken.append(store.take(rows, caption_styles))
     assert torch.equal(taken[0].t5.values, taken[1].t5.values)
     assert len(list(tmp_path.glob("t5-*.f16"))) == len(list(tmp_path.glob("clip-*.f16"))) == 2
 
@@ -375,7 +375,7 @@ def test_a_sentence_also_acts_as_one_vector() -> None:
 def test_a_text_branch_can_be_left_out_altogether() -> None:
     whole = built("base")
     settings = BaseSettings(widths=(32, 32), pooled=False, text_branches=("byt5",))
-    task = SmallBase(settings, dataclasses.replace(whole.start, folder=with_tokenizers(home() / "built" / "byt5")))
+    task = SmallBase(settings, dataclasses.replace(whole.context, folder=with_tokenizers(home() / "built" / "byt5")))
     assert {spec.name for spec in task.text_adapter.branch_specs} == {"byt5"}
     batch = whole.batch(0, 4)
     deaf = dataclasses.replace(
@@ -385,8 +385,8 @@ def test_a_text_branch_can_be_left_out_altogether() -> None:
     with torch.no_grad():
         assert torch.equal(task.predict(noise, t, batch.sentences), task.predict(noise, t, deaf))
         assert not torch.equal(whole.predict(noise, t, batch.sentences), whole.predict(noise, t, deaf))
-    assert task.spoken(["a person"])[1].keys() == {"byt5"}
-    without = SmallBase(settings.model_copy(update={"text_branches": ("t5",)}), task.start)
+    assert task.encode_texts(["a person"])[1].keys() == {"byt5"}
+    without = SmallBase(settings.model_copy(update={"text_branches": ("t5",)}), task.context)
     assert without.parts()["byt5"] == [] and len(without.parts()["text_adapter"]) > 0
     for wrong in (["byt5"], [], ["t5", "t5"]):
         with pytest.raises(ValueError, match=r"pooled to false|each once"):
@@ -395,7 +395,7 @@ def test_a_text_branch_can_be_left_out_altogether() -> None:
 
 def test_a_stage_may_begin_with_a_folder_of_weights(tmp_path: Path) -> None:
     task = built("clip")
-    fresh = SMALL["clip"](SMALL["clip"].Settings(), dataclasses.replace(task.start, seed=9))
+    fresh = SMALL["clip"](SMALL["clip"].Settings(), dataclasses.replace(task.context, seed=9))
     folder = trained() / "clip" / "export"
     assert set(load_initial(fresh.modules, folder)) == {"image_encoder", "text_encoder", "text_encoder_2"}
     wanted = read_tensors(trained() / "clip" / "weights.safetensors")[0]
@@ -411,9 +411,9 @@ def test_a_stage_may_begin_with_a_folder_of_weights(tmp_path: Path) -> None:
 def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
     task = built("adapter")
     batch = task.batch(0, 64)
-    stock = task.stocks["train"]
-    gallery = stock.pictures.gallery
-    everybody = stock.latents.take(torch.arange(len(gallery)))
+    gallery_cache = task.gallery_caches["train"]
+    gallery = gallery_cache.pictures.gallery
+    everybody = gallery_cache.latents.take(torch.arange(len(gallery)))
     rows = (batch.latents[:, None] == everybody[None]).flatten(2).all(2).float().argmax(1)
     real = rows % gallery.pictures == 0
     assert 0 < real.sum() < 32  # few targets are their own reference
@@ -425,9 +425,9 @@ def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
 
 def test_the_loss_looks_closer_at_faces_and_at_letters() -> None:
     task = built("base")
-    rows = torch.arange(len(task.stocks["train"].pictures.gallery))
-    faces, letters = task.stocks["train"].faces(rows), task.stocks["train"].letters(rows)
-    wordless = task.stocks["train"].pictures.gallery.contexts(rows).letters[:, 0] == 0
+    rows = torch.arange(len(task.gallery_caches["train"].pictures.gallery))
+    faces, letters = task.gallery_caches["train"].faces(rows), task.gallery_caches["train"].letters(rows)
+    wordless = task.gallery_caches["train"].pictures.gallery.contexts(rows).letters[:, 0] == 0
     assert wordless.any() and not wordless.all() and torch.equal(letters.flatten(1).amax(1) == 0, wordless)
     assert not (letters * faces)[:, :, :3].any()  # words are below
     settings = task.settings.model_copy(update={"letter_weight": 11.0, "face_weight": 3.0})
@@ -450,11 +450,11 @@ def test_a_weight_for_letters_that_no_record_names_is_remarked_on(tmp_path: Path
         "sources": {"mine": {"gallery": "mine", "target": "self"}},
     }
     settings = task.settings.model_copy(update={"sources": {"mine": 1.0}, "letter_weight": 20.0})
-    recorded = SmallBase(settings, dataclasses.replace(task.start, data={**data(), **mine}))
+    recorded = SmallBase(settings, dataclasses.replace(task.context, data={**data(), **mine}))
     assert [said.split(":")[0] for said in recorded.check()] == ["letter_weight has no effect"]
-    rendered = SmallBase(task.settings.model_copy(update={"letter_weight": 20.0}), task.start)
+    rendered = SmallBase(task.settings.model_copy(update={"letter_weight": 20.0}), task.context)
     assert rendered.check() == []
-    plain = SmallBase(settings.model_copy(update={"letter_weight": 1.0}), recorded.start)
+    plain = SmallBase(settings.model_copy(update={"letter_weight": 1.0}), recorded.context)
     assert plain.check() == []
 
 
@@ -463,33 +463,33 @@ def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
     vae, mean, std = load_autoencoder(folder)
     latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent
     assert latents.shape[1] == len(mean) == len(std) and latents.dtype == torch.float32
-    start = Start("base", 3, torch.device("cpu"), with_tokenizers(home() / "built" / "base"), data(), folder)
-    assert autoencoder_of(start) == folder
-    nowhere = SmallBase(BaseSettings(widths=(32, 32)), dataclasses.replace(start, initial=None))
+    context = TaskContext("base", 3, torch.device("cpu"), with_tokenizers(home() / "built" / "base"), data(), folder)
+    assert autoencoder_of(context) == folder
+    nowhere = SmallBase(BaseSettings(widths=(32, 32)), dataclasses.replace(context, initial=None))
     with pytest.raises(ConfigError, match="needs an autoencoder"):
         nowhere.prepare()
     with pytest.raises(ConfigError, match=r"needs an autoencoder, and .*tokenizers holds none"):
-        autoencoder_of(dataclasses.replace(start, initial=home() / "tokenizers"))
+        autoencoder_of(dataclasses.replace(context, initial=home() / "tokenizers"))
 
 
 def test_the_decoder_may_be_told_by_the_vision_encoder_whose_face_it_draws() -> None:
     weights, plain = ROOT / "weights", built("autoencoder")
     settings = AutoencoderSettings(faces=0.5, features=1.0)
     with pytest.raises(ConfigError, match="name a folder of weights as its initial"):
-        AutoencoderTask(settings, plain.start)
-    task = AutoencoderTask(settings, dataclasses.replace(plain.start, initial=weights))
+        AutoencoderTask(settings, plain.context)
+    task = AutoencoderTask(settings, dataclasses.replace(plain.context, initial=weights))
     assert set(load_initial(task.modules, weights)) == {"vae", "image_encoder"}
     task.pictures = plain.pictures
     batch = task.batch(0, 8)
     assert 0 < batch.on_face.sum() < 8
     with torch.no_grad():
-        told = task.loss(batch, 0)
+        loss = task.loss(batch, 0)
         task.settings = settings.model_copy(update={"features": 0.0})
         silent = task.loss(batch, 0).per_sample
-        assert torch.equal(told.per_sample > silent, batch.on_face)
+        assert torch.equal(loss.per_sample > silent, batch.on_face)
         faces = batch.crops[batch.on_face]
-        assert task._strangeness(faces, faces).max() < 1e-9
-        assert (task._strangeness(faces.roll(1, 0), faces) > task._strangeness(0.95 * faces, faces)).all()
+        assert task._feature_loss(faces, faces).max() < 1e-9
+        assert (task._feature_loss(faces.roll(1, 0), faces) > task._feature_loss(0.95 * faces, faces)).all()
 
 
 def test_a_chain_of_stages_trains_to_the_end() -> None:
@@ -619,10 +619,10 @@ def test_a_likeness_loss_needs_its_teacher_and_asks_nothing_where_nobody_is_show
     task = built("adapter")
     settings = task.settings.model_copy(update={"likeness": 2.0})
     with pytest.raises(ConfigError, match="name a stage `likeness` in its start_from"):
-        SmallAdapter(settings, task.start)
+        SmallAdapter(settings, task.context)
     batch = task.batch(0, 4)
     batch = dataclasses.replace(batch, strength=torch.tensor([1.0, 0.0, 1.0, 0.0]))
-    silent, task.likeness = task.settings, Likeness().requires_grad_(False)
+    silent, task.likeness = task.settings, LikenessNetwork().requires_grad_(False)
     task.settings = settings
     try:
         with_teacher = task.loss(batch, 0).per_sample
@@ -681,23 +681,23 @@ def losses(output: Path) -> list[float]:
 
 def test_a_real_stage_ends_the_same_after_kills_and_in_two_processes(tmp_path: Path) -> None:
     straight, killed, shared = tmp_path / "straight", tmp_path / "killed", tmp_path / "shared"
-    process = started(adapter_alone(straight), straight, tasks=SMALL)
+    process = start_training(adapter_alone(straight), straight, tasks=SMALL)
     process.join()
-    assert process.exitcode == DONE, told(straight)
+    assert process.exitcode == DONE, stderr_of(straight)
     run, checkpoints = adapter_alone(killed), killed / "adapter" / "checkpoints"
     for seen in (4, 16):  # a kill in the first half, a kill after the rate began to fall
-        process = started(run, killed, tasks=SMALL)
+        process = start_training(run, killed, tasks=SMALL)
         while process.is_alive() and not list(checkpoints.glob(f"{seen:012d}*.safetensors")):
             time.sleep(0.001)
         process.kill()
         process.join()
-        assert process.exitcode == -signal.SIGKILL, told(killed)
-    process = started(run, killed, tasks=SMALL)
+        assert process.exitcode == -signal.SIGKILL, stderr_of(killed)
+    process = start_training(run, killed, tasks=SMALL)
     process.join()
-    assert process.exitcode == DONE, told(killed)
+    assert process.exitcode == DONE, stderr_of(killed)
     wanted, found = handed_on(straight), handed_on(killed)
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == [] and len(wanted) > 50
-    assert run_in_processes(adapter_alone(shared), shared, tasks=SMALL) == [DONE, DONE], told(shared)
+    assert run_in_processes(adapter_alone(shared), shared, tasks=SMALL) == [DONE, DONE], stderr_of(shared)
     assert len(losses(straight)) == 6
     torch.testing.assert_close(losses(shared), losses(straight), rtol=0, atol=1e-4)
     torch.testing.assert_close(handed_on(shared), wanted, rtol=0, atol=1e-3)
