@@ -349,7 +349,7 @@ def test_the_published_plan_is_what_the_command_says(run: Run, shared: None, mar
     cards = [name.strip().lower().replace(" ", "") for name in times.replace("4090", "RTX 4090").split(",")]
     for card, seconds in zip(cards, cells[times].removesuffix(" s").split(","), strict=True):
         assert float(seconds) == pytest.approx(said["seconds"][card], rel=0.05, abs=0.05)
-    assert AT_WORK[cells["fullest while"]] == said["busiest"]
+    assert AT_WORK[cells["peak during"]] == said["busiest"]
     (line,) = re.findall(r"`(?:pipe\.)?(.*?)`", cells["switches"])
     assert [f"pipe.{line}"] == said["switches"][1:]
 
