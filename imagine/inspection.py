@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from imagine.errors import WeightsError
 from imagine.ip_adapter.layout import KOHYA_FILE, LORA_FILE, encoder_of, licence_of, projection_shapes, read_layout
 from imagine.networks.weights import INDEX, fingerprint_of, read_index, same_encoder
-from imagine.paths import as_path, kind_of, shown
+from imagine.paths import as_path, kind_of, shorten_path
 from imagine.pipeline.families import class_names
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".pkl")
@@ -63,7 +63,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     if kind == "folder":
         return {"path": str(path), **_folder(path)}
     if kind == "nothing":
-        raise WeightsError(f"There is no file or folder {shown(path)}: check the path.")
+        raise WeightsError(f"There is no file or folder {shorten_path(path)}: check the path.")
     if path.suffix in _PICKLES:
         raise WeightsError(f"{path} is a pickle, which can run code when it is read: convert it to safetensors first.")
     return {"path": str(path), **_file(path)}

@@ -42,11 +42,13 @@ def kind_of(path: Path, error: type[ImagineError]) -> Kind:
         if reason.errno in _ABSENT or getattr(reason, "winerror", None) in _ABSENT_ON_WINDOWS:
             return "nothing"
         why = reason.strerror or type(reason).__name__
-        raise error(f"{shown(path)} cannot be looked at ({why}): check its permissions and the path.") from reason
+        raise error(
+            f"{shorten_path(path)} cannot be looked at ({why}): check its permissions and the path."
+        ) from reason
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
-def shown(path: str | os.PathLike[str]) -> str:
+def shorten_path(path: str | os.PathLike[str]) -> str:
     """A path as a sentence can hold it: a very long one is cut in its middle."""
     text = os.fspath(path)
     half = _LONGEST_SHOWN // 2
@@ -57,7 +59,7 @@ def writable_file(path: Path, suffixes: Collection[str]) -> Path:
     """The file that --output names, as long as it can be written. Raises ConfigError, before anything slow begins."""
     path = as_path(path)
     if path.suffix.lower() not in suffixes:
-        raise ConfigError(f"--output {shown(path)} must end in {' or '.join(suffixes)}: choose another name.")
+        raise ConfigError(f"--output {shorten_path(path)} must end in {' or '.join(suffixes)}: choose another name.")
     if kind_of(path, ConfigError) == "folder":
         raise ConfigError(f"--output {path} is a folder: name a file in it.")
     if kind_of(path.parent, ConfigError) != "folder":

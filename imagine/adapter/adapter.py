@@ -48,7 +48,7 @@ from imagine.adapter.projections import (
 )
 from imagine.errors import ConfigError, WeightsError
 from imagine.networks.weights import check_tensor_names
-from imagine.paths import as_path, kind_of, shown
+from imagine.paths import as_path, kind_of, shorten_path
 from imagine.records import Conditioning, Scale, Tokens
 
 FORMAT_VERSION = "1"
@@ -460,7 +460,9 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if kind_of(file, WeightsError) != "file":
-        raise WeightsError(f"There is no adapter file {shown(file)}; give the folder or file of a saved adapter.")
+        raise WeightsError(
+            f"There is no adapter file {shorten_path(file)}; give the folder or file of a saved adapter."
+        )
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}

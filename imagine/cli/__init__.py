@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from imagine import __version__
 from imagine.errors import ConfigError, ImagineError, PictureError, WeightsError
-from imagine.paths import as_path, folder_to_fill, kind_of, shown, writable_file, writable_folder
+from imagine.paths import as_path, folder_to_fill, kind_of, shorten_path, writable_file, writable_folder
 from imagine.request import read_requests
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def _check_photos(paths: Sequence[str]) -> None:
     """Raise PictureError unless all are files; what is in them is seen after loading."""
     for path in paths:
         if kind_of(as_path(path), PictureError) != "file":
-            raise PictureError(f"There is no file {shown(path)}: check the path.")
+            raise PictureError(f"There is no file {shorten_path(path)}: check the path.")
 
 
 def _generators(seeds: Sequence[int]) -> list[Any]:
@@ -549,7 +549,9 @@ def _weights_folder(given: Path | None) -> Path:
         return default_folder()
     folder = as_path(given)
     if kind_of(folder, WeightsError) != "folder":
-        raise WeightsError(f"There is no folder {shown(given)}: name one that holds weights, or leave --weights out.")
+        raise WeightsError(
+            f"There is no folder {shorten_path(given)}: name one that holds weights, or leave --weights out."
+        )
     if (kind := read_index(folder, class_names())["_class_name"]) != PIPELINE:
         raise WeightsError(
             f"{given} holds a {kind}, and this command takes imagine's own weights only: draw with it from Python, by "

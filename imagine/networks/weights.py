@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagine.errors import WeightsError
 from imagine.networks.vision_names import names_in, to_our_tensor
-from imagine.paths import PACKAGE, as_path, kind_of, shown
+from imagine.paths import PACKAGE, as_path, kind_of, shorten_path
 
 if TYPE_CHECKING:  # headers and folders are looked at without torch, which takes a second to import
     import torch
@@ -88,7 +88,7 @@ def resolve_folder(
     if is_hub_id(source):
         return _fetch(os.fspath(source), other_classes, variant, hub)
     raise WeightsError(
-        f"There is no folder {shown(source)}; name one that holds weights, or leave it out for the default."
+        f"There is no folder {shorten_path(source)}; name one that holds weights, or leave it out for the default."
     )
 
 
@@ -296,7 +296,7 @@ def fetch_component(source: str | os.PathLike[str], **hub: Any) -> Path:
     if kind_of(folder, WeightsError) == "folder":
         return folder
     if not is_hub_id(source):
-        raise WeightsError(f"There is no folder {shown(source)}; check the path.")
+        raise WeightsError(f"There is no folder {shorten_path(source)}; check the path.")
     from huggingface_hub import snapshot_download
 
     with fetching(os.fspath(source)):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from imagine.errors import WeightsError
 from imagine.networks.weights import same_encoder
-from imagine.paths import as_path, kind_of, shown
+from imagine.paths import as_path, kind_of, shorten_path
 from imagine.records import FaceBox, FaceCrop
 
 FORMAT_VERSION = "1"
@@ -92,7 +92,7 @@ class Persona:
         file_path = as_path(path)
         if kind_of(file_path, WeightsError) != "file":
             raise WeightsError(
-                f"There is no persona file {shown(path)}; check the path, or make one with `imagine enroll`."
+                f"There is no persona file {shorten_path(path)}; check the path, or make one with `imagine enroll`."
             )
         try:
             with safe_open(file_path, framework="pt") as file:

@@ -32,7 +32,7 @@ import torch
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from imagine.errors import PictureError
-from imagine.paths import as_path, kind_of, shown
+from imagine.paths import as_path, kind_of, shorten_path
 
 MAX_PIXELS = 128_000_000
 MAX_BYTES = 512 << 20
@@ -105,7 +105,7 @@ def _read_file(source: "str | os.PathLike[str]") -> tuple[str, io.BytesIO]:
     if kind == "folder":
         raise PictureError(f"{name} is a folder: give the path of one picture in it.")
     if kind == "nothing":
-        raise PictureError(f"There is no file {shown(name)}: check the path.")
+        raise PictureError(f"There is no file {shorten_path(name)}: check the path.")
     if kind == "other":
         raise PictureError(f"{name} is not an ordinary file: give the path of a picture.")
     try:
