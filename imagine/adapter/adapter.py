@@ -1,9 +1,9 @@
-"""The adapter: everything we add to a denoiser, as one object that attaches, detaches, saves and loads.
+"""The adapter: everything that the project adds to a denoiser, as one object to attach, detach, save and load.
 
-Two adapters usually stack on one stock denoiser: the text adapter (branches "t5" and "byt5", trained together with the
-base) and the identity adapter (branch "vision", its projection, and LoRA on the base's attention). They are the same
-class. Building one does not touch the denoiser, `attach` swaps attention processors, `detach` is its exact inverse, in
-any order. Weights are named by the module path of the attention layer that they belong to, so a file explains itself:
+Usually two adapters are attached to one stock denoiser: the text adapter (branches "t5" and "byt5", trained together
+with the base) and the identity adapter (branch "vision", its projection, and LoRA on the base's attention). Both have
+the same class. Building an adapter does not change the denoiser. `attach` replaces attention processors, and `detach`
+is its exact inverse, in any order. A weight is named by the module path of its attention layer:
 
     down_blocks.0.attentions.0.transformer_blocks.0.attn2.vision.to_k.weight         a branch (to_k, to_v, gate)
     down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight     LoRA, under peft's names
@@ -53,7 +53,7 @@ from imagine.records import Conditioning, Scale, Tokens
 
 FORMAT_VERSION = "1"
 FILE_NAME = "adapter.safetensors"
-REQUIRED_METADATA = ("base", "encoder", "feature_layer", "tokens", "licence")  # what every saved adapter says of itself
+REQUIRED_METADATA = ("base", "encoder", "feature_layer", "tokens", "licence")  # the metadata of every saved adapter
 Fusion = Literal["parallel", "concatenated"]
 LoraTarget = Literal["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS: tuple[LoraTarget, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -61,18 +61,21 @@ LORA_TARGETS: tuple[LoraTarget, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class BranchSpec:
-    """One branch: its name in Conditioning.branches, and the width of the tokens that its keys and values read.
+    """The description of one branch.
 
-    `scale` applies where a call names none. With `zero_init` the gate on the branch's output starts at zero, so that a
-    fresh adapter changes nothing; without, it starts at one, for branches trained together with the base.
+    `name` is its key in Conditioning.branches, and `width` the width of the tokens that its keys and values read.
+    `scale` is the strength where a call does not give one. With `zero_init` the gate on the branch's output starts at
+    zero, so that a new adapter changes nothing; without it the gate starts at one, for branches that are trained
+    together with the base.
     A `projection` (projections.py) maps vision features of `input_width` to tokens of `width`: "full" and "plus" read
-    the encoder's penultimate tokens, "linear" its pooled embedding. "plus" and "linear" make `tokens` of them; "plus"
-    computes at `inner_width`, its heads together at `attention_width`.
-    `absent` says what the branch reads where nobody is shown, as in guidance's unconditional pass: nothing ("off"), or
-    what its encoder makes of nothing ("zeros": a normalised picture of zeros, which is grey, or a zero embedding), as
-    IP-Adapters were trained.
-    `fusion` is "parallel", or "concatenated" for the paper's comparison: under the text's softmax. There a fresh
-    branch takes attention from the text although its values are zero, so only strength 0 leaves the base as it is.
+    the encoder's penultimate tokens, "linear" its pooled embedding. "plus" and "linear" produce `tokens` of them;
+    "plus" computes at `inner_width`, and its attention heads together have `attention_width`.
+    `absent` selects what the branch reads for a picture without a person, as in the unconditional pass of guidance:
+    nothing ("off"), or the encoder's output for an empty input ("zeros": a normalised picture of zeros, which is grey,
+    or a zero embedding), as IP-Adapters were trained.
+    `fusion` is "parallel", or "concatenated" for the paper's comparison, which shares one softmax with the text. A new
+    concatenated branch takes attention from the text although its values are zero, so only strength 0 leaves the base
+    unchanged.
     """
 
     name: str
@@ -88,7 +91,7 @@ class BranchSpec:
     absent: Literal["off", "zeros"] = "off"
 
     def build_projection(self) -> nn.Module | None:
-        """The projection with its first, random weights; None if there is none."""
+        """Return the projection with random initial weights; None if the branch has none."""
         if self.projection is None or self.input_width is None:
             return None
         if self.projection == "full":
@@ -104,10 +107,10 @@ class BranchSpec:
 class Adapter(nn.Module):
     """Branches and LoRA for every attention layer of one kind of denoiser.
 
-    Branches go to the cross-attention layers, LoRA of rank `lora_rank` to the linear layers `lora_targets` of every
-    attention layer in a transformer block. The LoRA follows the strength of the first branch, call by call and batch
-    item by batch item: where that branch is off, so is the LoRA. Keys and values start as copies of the denoiser's own
-    where widths agree.
+    Branches are added to the cross-attention layers. LoRA of rank `lora_rank` is added to the linear layers
+    `lora_targets` of every attention layer in a transformer block. The LoRA follows the strength of the first branch,
+    for every call and every batch item: where that branch is off, the LoRA is off. Keys and values are initialised as
+    copies of the denoiser's own where the widths agree.
     """
 
     def __init__(
@@ -122,10 +125,10 @@ class Adapter(nn.Module):
         self.branch_specs = tuple(branches)
         self.lora_rank = lora_rank
         self.lora_targets = tuple(lora_targets) if lora_rank else ()
-        self.metadata: dict[str, str] = {}  # what the file said of itself; empty until saved or loaded
+        self.metadata: dict[str, str] = {}  # the metadata of the file; empty until saved or loaded
         self._layer_names: list[str] = []
         for name, attn in attention_layers(denoiser).items():
-            # Only transformer blocks hand the conditioning on to their attention layers.
+            # Only transformer blocks pass the conditioning to their attention layers.
             block = denoiser.get_submodule(name.rpartition(".")[0])
             _add_submodule(self, name, self._layer_weights(attn, isinstance(block, BasicTransformerBlock)))
             self._layer_names.append(name)
@@ -150,16 +153,16 @@ class Adapter(nn.Module):
             _add_submodule(layer, target, LowRank(linear.in_features, linear.out_features, self.lora_rank))
         return layer
 
-    # --- on the denoiser and off again ------------------------------------------------------------------------------
+    # --- attach and detach ------------------------------------------------------------------------------------------
 
     def layers(self) -> dict[str, LayerWeights]:
-        """Return what this adapter adds, by the module path of the attention layer."""
+        """Return this adapter's weights by the module path of the attention layer."""
         return {name: cast(LayerWeights, self.get_submodule(name)) for name in self._layer_names}
 
     def attach(self, denoiser: nn.Module) -> ExitStack:
-        """Add this adapter to the denoiser; `with adapter.attach(denoiser): ...` takes it off again at the end.
+        """Attach this adapter to the denoiser; `with adapter.attach(denoiser): ...` detaches it at the end.
 
-        Raises WeightsError if it is attached already, was built for another denoiser, or meets foreign processors.
+        Raises WeightsError if it is already attached, was built for another denoiser, or finds unknown processors.
         """
         targets, mine = attention_layers(denoiser), self.layers()
         self._check_fits(targets)
@@ -173,7 +176,7 @@ class Adapter(nn.Module):
         return on_exit
 
     def detach(self, denoiser: nn.Module) -> None:
-        """Undo `attach`; the last one to leave restores the stock processors. Raises WeightsError if not attached."""
+        """Undo `attach`; detaching the last adapter restores the stock processors. Raise WeightsError if unattached."""
         check_attached(denoiser, [self])
         mine = self.layers()
         for name, attn in attention_layers(denoiser).items():
@@ -184,8 +187,8 @@ class Adapter(nn.Module):
     def _check_fits(self, targets: Mapping[str, Attention]) -> None:
         if list(targets) != self._layer_names:
             raise WeightsError(
-                f"This adapter was built for a denoiser with {len(self._layer_names)} attention layers of other names "
-                f"than this one's {len(targets)}; load the adapter that belongs to this denoiser."
+                f"This adapter was built for a denoiser with {len(self._layer_names)} attention layers, whose names "
+                f"differ from this one's {len(targets)}; load the adapter that belongs to this denoiser."
             )
         for name, layer in self.layers().items():
             attn = targets[name]
@@ -200,48 +203,48 @@ class Adapter(nn.Module):
                     "load the adapter that belongs to this denoiser."
                 )
 
-    # --- what it computes outside the attention layers --------------------------------------------------------------
+    # --- computation outside the attention layers -------------------------------------------------------------------
 
     def tokens(self, branch: str, features: Tensor, mask: Tensor | None = None) -> Tokens:
         """Return a branch's tokens for features (batch, length, width), through its projection if it has one.
 
-        Several pictures' features: (batch, pictures, length, width), whose tokens stand one after the other; "linear"
-        takes pooled embeddings (batch, pictures, width). The mask is one of the tokens that come out.
+        Features of several pictures have the shape (batch, pictures, length, width), and their tokens are concatenated
+        in order; "linear" takes pooled embeddings (batch, pictures, width). The mask is for the output tokens.
         """
         if not any(spec.name == branch and spec.projection for spec in self.branch_specs):
             return Tokens(features, mask)
         projection = self.get_submodule(f"projections.{branch}")
-        if features.dim() == 4:  # each picture for itself
+        if features.dim() == 4:  # project each picture separately
             return Tokens(projection(features.flatten(0, 1)).unflatten(0, features.shape[:2]).flatten(1, 2), mask)
         return Tokens(projection(features), mask)
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are; a diffusers pipeline asks every component."""
+        """Return the device of the weights; a diffusers pipeline reads it from every component."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of its weights; a diffusers pipeline asks every component."""
+        """Return the precision of the weights; a diffusers pipeline reads it from every component."""
         return next(self.parameters()).dtype
 
     @property
     def active(self) -> bool:
-        """Whether it changes any picture: fresh from nothing, with every gate and LoRA at zero, it does not.
+        """Return whether the adapter can change a picture; a new adapter, with all gates and LoRA at zero, cannot.
 
-        It reads the weights, which waits for the device.
+        This reads the weights, which waits for the device.
         """
         if any(spec.fusion == "concatenated" for spec in self.branch_specs):
-            return True  # its tokens take attention from the text's, whatever their values are behind a closed gate
+            return True  # even with a closed gate, its tokens take attention from the text's tokens
         layers = self.layers().values()
         gates = [branch.gate for layer in layers for branch in layer.branches().values()]
         low_ranks = [low for layer in layers for low in map(layer.low_rank, self.lora_targets) if low is not None]
         return any(bool(weight.any()) for weight in [*gates, *(low.lora_B.weight for low in low_ranks)])
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters by the names that a training stage uses; every parameter is in exactly one part.
+        """Return the parameters by part, the names that a training stage uses; every parameter is in exactly one part.
 
-        "<branch>_branch" (keys, values and gates), "<branch>_projection" where there is one, and "lora".
+        The parts are "<branch>_branch" (keys, values and gates), "<branch>_projection" if there is one, and "lora".
         """
         parts: dict[str, list[nn.Parameter]] = {}
         for layer in self.layers().values():
@@ -259,10 +262,11 @@ class Adapter(nn.Module):
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
         """Write one safetensors file: `path` itself, or adapter.safetensors in it if it does not end in .safetensors.
 
-        `metadata` must say base, encoder, feature_layer, tokens and licence, and may say more.
+        `metadata` must contain base, encoder, feature_layer, tokens and licence, and may contain more. Raises
+        ValueError if one is missing.
         """
         if lacking := [key for key in REQUIRED_METADATA if key not in metadata]:
-            raise ValueError(f"metadata of a saved adapter must also say {', '.join(lacking)}")
+            raise ValueError(f"the metadata of a saved adapter must also contain {', '.join(lacking)}")
         self.metadata = {
             **metadata,
             "format_version": FORMAT_VERSION,
@@ -274,29 +278,30 @@ class Adapter(nn.Module):
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f"{file.name}.partial")
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, unfinished, self.metadata)
-        unfinished.replace(file)  # readers see the old file or the new one, never half of it
+        unfinished.replace(file)  # atomic: a reader gets the old file or the new one, never a partial one
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], denoiser: nn.Module, expected: Mapping[str, str] | None = None
     ) -> "Adapter":
-        """Read an adapter for this denoiser, bit for bit as saved and in the saved precision, on the denoiser's device.
+        """Load an adapter for this denoiser, bit-identical, in the saved precision, on the denoiser's device.
 
-        For a denoiser on the meta device, whose layers alone are of interest, the adapter is on the CPU.
+        For a denoiser on the meta device, of which only the layers matter, the adapter is on the CPU.
 
-        `expected` holds metadata that must agree, such as {"encoder": ...}. Raises WeightsError, naming what is wrong.
+        `expected` holds metadata that must match, such as {"encoder": ...}. Raises WeightsError if the file does not
+        fit.
         """
         file = _file(path)
         metadata, tensors = _read(file)
         for key, value in (expected or {}).items():
             if metadata.get(key) != value:
                 raise WeightsError(
-                    f"{file} says {key} {metadata.get(key)!r}, but {value!r} is needed; take a file made for it."
+                    f"{file} has {key} {metadata.get(key)!r}, but {value!r} is needed; use a file made for it."
                 )
         try:
             specs = [BranchSpec(**spec) for spec in json.loads(metadata["branches"])]
             rank, targets = int(metadata["lora_rank"]), json.loads(metadata["lora_targets"])
-            with torch.device("meta"):  # nothing is initialised in vain, and no random number is drawn
+            with torch.device("meta"):  # skips the initialisation and draws no random numbers
                 adapter = cls(denoiser, specs, rank, targets)
         except ConfigError:
             raise
@@ -310,7 +315,7 @@ class Adapter(nn.Module):
 
 
 def check_attached(denoiser: nn.Module, adapters: Iterable[Adapter]) -> None:
-    """Raise WeightsError, naming the likely cause, unless every adapter is attached to every attention layer."""
+    """Raise WeightsError with the likely cause unless every adapter is attached to every attention layer."""
     targets = attention_layers(denoiser)
     for adapter in adapters:
         for name, layer in adapter.layers().items():
@@ -320,20 +325,20 @@ def check_attached(denoiser: nn.Module, adapters: Iterable[Adapter]) -> None:
                 raise WeightsError(
                     f"The adapter with branch {layer.owner!r} is not attached to {name}, whose processor is "
                     f"{type(processor).__name__}: set_attention_slice, set_attn_processor, enable_xformers, "
-                    "fuse_qkv_projections and IP-Adapters replace it; leave them out, or call "
+                    "fuse_qkv_projections and IP-Adapters replace it; do not use them, or call "
                     "set_attn_processor(AttnProcessor2_0()) and then attach."
                 )
 
 
 def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
-    """Make a conditioning ready for the many steps of one picture; outputs stay the same, bit for bit.
+    """Prepare a conditioning for the many steps of one picture; the outputs stay bit-identical.
 
-    It gets a memory, where the keys and values of all branches (of the denoiser's own text too, as long as the very
-    same tensor is passed as encoder_hidden_states) are kept from the first step on. Absent tokens are folded into the
-    scales, branches that are off for everyone are dropped, rows at either end in which a branch is off (guidance's
-    unconditional ones) are left out of it, and a mask under which every token counts costs nothing any more. Where a
+    The result has a cache, in which the first step stores the keys and values of all branches. It also stores those of
+    the denoiser's own text, as long as the same tensor object is passed as encoder_hidden_states. Absent tokens are
+    folded into the scales. Branches that are off in the whole batch are removed. Rows at either end in which a branch
+    is off (the unconditional rows of guidance) skip its computation. A mask that marks every token is dropped. If a
     LoRA acts on keys or values, a new strength needs a newly prepared conditioning.
-    Raises WeightsError if a branch has tokens but nothing attached reads it.
+    Raises WeightsError if a branch has tokens but no attached adapter reads it.
     """
     targets = {name: attn for name, attn in attention_layers(denoiser).items() if attn.is_cross_attention}
     layer_of_branch = {
@@ -347,7 +352,7 @@ def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
     for name, tokens in conditioning.branches.items():
         if name not in layer_of_branch:
             raise WeightsError(
-                f"Nothing attached reads the branch {name!r}; attach its adapter, or leave its tokens out."
+                f"No attached adapter reads the branch {name!r}; attach its adapter, or leave its tokens out."
             )
         scale = _mask_scale(conditioning.scales.get(name, layer_of_branch[name].default_scales[name]), tokens)
         if any(map(_is_nonzero, scale.values() if isinstance(scale, Mapping) else [scale])):
@@ -357,7 +362,7 @@ def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
 
 
 def _initial_cache(scales: Mapping[str, Scale | Mapping[str, Scale]]) -> dict[tuple[str, str], Any]:
-    """A call's memory that knows of every strength in which rows it acts, beside the tensor for which that is so."""
+    """Return a cache with the active rows of every strength, each stored with the tensor that it was computed from."""
     cache: dict[tuple[str, str], Any] = {}
     for branch, scale in scales.items():
         layers: Mapping[str, Scale] = scale if isinstance(scale, Mapping) else {"": scale}
@@ -368,13 +373,13 @@ def _initial_cache(scales: Mapping[str, Scale | Mapping[str, Scale]]) -> dict[tu
 
 
 def _mask_scale(scale: Scale | Mapping[str, Scale], tokens: Tokens) -> Scale | Mapping[str, Scale]:
-    """A scale with 0 for those batch items none of whose tokens count."""
+    """Return the scale, set to 0 for batch items whose tokens are all masked."""
     if isinstance(scale, Mapping):
         return {name: cast(Scale, _mask_scale(each, tokens)) for name, each in scale.items()}
     if tokens.mask is None:
         return scale
-    there = tokens.mask.any(dim=1)
-    return scale if bool(there.all()) else scale * there.to(tokens.values.dtype)
+    present = tokens.mask.any(dim=1)
+    return scale if bool(present.all()) else scale * present.to(tokens.values.dtype)
 
 
 def _is_nonzero(scale: Scale) -> bool:
@@ -384,12 +389,12 @@ def _is_nonzero(scale: Scale) -> bool:
 def _check_specs(branches: Sequence[BranchSpec]) -> None:
     names = [spec.name for spec in branches]
     if not names or len(set(names)) != len(names):
-        raise ConfigError(f"An adapter needs at least one branch and no name twice, not {names}.")
+        raise ConfigError(f"An adapter needs one or more branches with different names, not {names}.")
     for spec in branches:
         if not spec.name.isidentifier() or spec.name == TEXT or spec.name.startswith(("to_", "low_rank")):
-            raise ConfigError(f"A branch cannot be called {spec.name!r}; take a plain word such as 't5' or 'vision'.")
+            raise ConfigError(f"A branch cannot be called {spec.name!r}; use a plain word such as 't5' or 'vision'.")
         if hasattr(LayerWeights, spec.name):
-            raise ConfigError(f"A branch cannot be called {spec.name!r}, which torch uses itself; take another word.")
+            raise ConfigError(f"A branch cannot be called {spec.name!r}, which torch uses itself; use another word.")
         if (spec.projection is None) != (spec.input_width is None):
             raise ConfigError(f"Branch {spec.name!r} must give both projection and input_width, or neither.")
         inner = spec.inner_width or spec.width
@@ -400,7 +405,7 @@ def _check_specs(branches: Sequence[BranchSpec]) -> None:
 
 
 def _processor_for(name: str, attn: Attention) -> ParallelAttention:
-    """Return the layer's processor; a stock one as an empty one of ours. Raises WeightsError for any other."""
+    """Return the layer's processor; wrap a stock one in an empty one of ours. Raise WeightsError for any other."""
     processor = processor_of(attn)
     if isinstance(processor, ParallelAttention):
         return processor
@@ -415,14 +420,14 @@ def _processor_for(name: str, attn: Attention) -> ParallelAttention:
 
 def _check_can_join(processor: ParallelAttention, layer: LayerWeights) -> None:
     if any(other is layer for other in processor.layers):
-        raise WeightsError("This adapter is attached to this denoiser already; detach it first.")
+        raise WeightsError("This adapter is already attached to this denoiser; detach it first.")
     taken = {branch for other in processor.layers for branch in other.default_scales}
     if shared := taken & set(layer.default_scales):
-        raise WeightsError(f"Another attached adapter has a branch {min(shared)!r} too; detach that adapter first.")
+        raise WeightsError(f"Another attached adapter also has a branch {min(shared)!r}; detach that adapter first.")
 
 
 def _with_layers(processor: ParallelAttention, layers: Sequence[LayerWeights]) -> ParallelAttention:
-    """The same processor for other layers of adapters, on the same attention backend."""
+    """Return a processor with other adapter layers and the same attention backend."""
     new = ParallelAttention(processor.name, processor.stock, layers)
     new._attention_backend = processor._attention_backend
     return new
@@ -435,11 +440,11 @@ def _install(attn: Attention, processor: ParallelAttention | AttnProcessor2_0) -
 def _linear(attn: Attention, target: str) -> nn.Linear:
     if target not in LORA_TARGETS:
         raise ConfigError(f"There is no LoRA target {target!r}; choose from {', '.join(LORA_TARGETS)}.")
-    return cast(nn.Linear, attn.get_submodule(target))  # or a layer that stands for one, such as peft's
+    return cast(nn.Linear, attn.get_submodule(target))  # or a wrapper of a linear layer, such as peft's
 
 
 def _add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a dotted path below root, with plain containers on the way: its path is its state-dict name."""
+    """Add a module at a dotted path below root, with plain containers in between; the path is its state-dict name."""
     *parents, last = path.split(".")
     for part in parents:
         if part not in root._modules:
@@ -454,7 +459,7 @@ def _file(path: str | os.PathLike[str]) -> Path:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return what a saved adapter says of itself, without a denoiser. Raises WeightsError as `Adapter.load` does."""
+    """Return the metadata of a saved adapter; no denoiser is needed. Raise WeightsError as `Adapter.load` does."""
     return _read(_file(path))[0]
 
 
@@ -466,15 +471,15 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            # Cloned, because a file's tensors start at odd addresses, where CPU kernels sum in another order: the
-            # loaded adapter would differ from the saved one in the last bit of the picture, with equal weights.
+            # Tensors are cloned because those of a file start at unaligned addresses, where CPU kernels sum in another
+            # order: the pictures of the loaded and the saved adapter would differ in the last bit.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} is not a complete safetensors file; download or save it again.") from error
     if metadata.get("format_version") != FORMAT_VERSION:
         raise WeightsError(
-            f"{file} says format_version {metadata.get('format_version')!r}, but this version of imagine reads "
-            f"{FORMAT_VERSION!r}; take an adapter saved by imagine, or convert it with import-ip-adapter."
+            f"{file} has format_version {metadata.get('format_version')!r}, but this version of imagine reads "
+            f"{FORMAT_VERSION!r}; use an adapter saved by imagine, or convert it with import-ip-adapter."
         )
     return metadata, tensors
 
@@ -485,5 +490,5 @@ def _check_tensors(file: Path, tensors: Mapping[str, Tensor], wanted: Mapping[st
         if tensor.shape != wanted[name].shape:
             raise WeightsError(
                 f"{file} holds {name} of shape {list(tensor.shape)} instead of {list(wanted[name].shape)}; "
-                "take the file made for this denoiser."
+                "use the file made for this denoiser."
             )

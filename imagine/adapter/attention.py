@@ -2,16 +2,16 @@
 
     out = to_out( Attn(q, k_text, v_text) + sum over branches of scale_b * gate_b * Attn(q, k_b, v_b) )
 
-This is section 3.3 of *Imagine yourself* (arXiv 2409.13346): the three text encoders and the vision encoder never share
-a softmax, so none can drown another out, and a branch that contributes zero leaves the base's arithmetic untouched.
-For the paper's comparison (section 4.3.2) a branch may instead be concatenated: its keys and values stand beside the
-text's under one softmax.
+This is section 3.3 of *Imagine yourself* (arXiv 2409.13346). The three text encoders and the vision encoder never share
+a softmax, so none can suppress another, and a branch with a zero contribution does not change the base's arithmetic.
+For the paper's comparison (section 4.3.2) a branch may instead be concatenated: its keys and values are appended to the
+text's, under one softmax.
 
 An `Adapter` (adapter.py) owns the weights, one `LayerWeights` per attention layer. The denoiser stays a stock diffusers
 model: `ParallelAttention` is an attention processor that only refers to those weights, so neither the denoiser's module
-tree nor its state dict changes. What a call attends to arrives with the call, as the `conditioning` argument; nothing
-is ever stored here between calls, so threads and batch items cannot mix. What does not change between the steps of one
-picture is kept in that argument's own memory.
+tree nor its state dict changes. The tokens to attend to are passed with each call, in the `conditioning` argument. The
+processor stores nothing between calls, so threads and batch items cannot mix. Values that are constant over the steps
+of one picture are cached in the `conditioning` argument itself.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +31,13 @@ from torch import Tensor, nn
 
 from imagine.records import Conditioning, Scale, Tokens
 
-TEXT = "clip"  # the denoiser's own text branch, as a name in Conditioning.memory
+TEXT = "clip"  # the denoiser's own text branch, as a name in Conditioning.cache
 
-# A gate is GATE_GAIN times its parameter. Adam moves a parameter by about one learning rate per step, whatever its
-# gradient, so a plain gate at 1e-4 would need ten thousand steps to open; a power of two keeps a gate of 1 exact.
+# A gate is GATE_GAIN times its parameter. Adam changes a parameter by about one learning rate per step, whatever its
+# gradient, so a plain gate at 1e-4 would need ten thousand steps to open. A power of two keeps a gate of 1 exact.
 GATE_GAIN = 8.0
 
-# Backends that take a mask; the others get the native one wherever tokens have padding.
+# Attention backends that accept a mask; where tokens have padding, the others are replaced by the native one.
 MASKED_BACKENDS = (
     AttentionBackendName.NATIVE,
     AttentionBackendName._NATIVE_EFFICIENT,
@@ -49,34 +49,34 @@ KeysValues = tuple[Tensor, Tensor]  # each (batch, heads, tokens, head width)
 
 
 class Branch(nn.Module):
-    """One branch's key and value projections for one cross-attention layer, and the gate on its output."""
+    """The key and value projections of one branch for one cross-attention layer, and the gate on its output."""
 
     def __init__(self, token_width: int, inner_width: int, zero_init: bool) -> None:
         super().__init__()
         self.to_k = nn.Linear(token_width, inner_width, bias=False)
         self.to_v = nn.Linear(token_width, inner_width, bias=False)
-        # One factor per channel: as strong as the paper's zero convolution where it matters, and it folds into to_v
-        # exactly, which is what an IP-Adapter file can hold.
+        # One factor per channel is as expressive as the paper's zero convolution where it matters, and it can be folded
+        # into to_v exactly, which is the only form that an IP-Adapter file can hold.
         self.gate = nn.Parameter(torch.full((inner_width,), 0.0 if zero_init else 1.0 / GATE_GAIN))
 
     def keys_values(self, attn: Attention, tokens: Tensor) -> KeysValues:
         """Return the keys and gated values of tokens (batch, length, token width).
 
-        A gate on values is one on what attention makes of them, but there are far fewer tokens than positions.
+        Gating the values equals gating the attention output, but there are far fewer tokens than positions.
         """
         tokens = tokens.to(self.to_k.weight.dtype)
         return _keys(attn, self.to_k(tokens)), _heads(attn, self.gated(self.to_v(tokens)))
 
     def gated(self, values: Tensor) -> Tensor:
-        """Values, or outputs, (batch, length, inner) behind the gate."""
+        """Return values, or outputs, (batch, length, inner) multiplied by the gate."""
         return values * (self.gate * GATE_GAIN)
 
 
 class LowRank(nn.Module):
     """A low-rank addition to one linear layer (LoRA, arXiv 2106.09685), with peft's names and initial values.
 
-    It is computed in every call, rather than by peft's layers, because peft keeps its scale on the module: there it
-    could differ neither between two threads nor between two people in one batch.
+    It is not one of peft's layers, because peft stores its scale on the module, where it could not differ between two
+    threads or between two people in one batch.
     """
 
     def __init__(self, in_width: int, out_width: int, rank: int) -> None:
@@ -91,7 +91,7 @@ class LowRank(nn.Module):
 
 @dataclass(frozen=True)
 class BranchStrength:
-    """How strongly a branch acts in a batch: in all rows, or (faster) in a slice of them, the others having none."""
+    """The strength of a branch in a batch: in all rows, or (faster) in a slice of the rows and 0 in the others."""
 
     scale: Scale
     rows: slice | None = None
@@ -99,9 +99,9 @@ class BranchStrength:
 
 
 def branch_strength(strength: Scale) -> BranchStrength:
-    """Find the rows that a strength (batch,) leaves out at either end, as guidance's unconditional ones are.
+    """Find the rows at either end where a strength (batch,) is 0, such as the unconditional rows of guidance.
 
-    It reads the numbers, which waits for the device: once a picture rather than in every step.
+    This reads the numbers, which waits for the device; call it once per picture rather than in every step.
     """
     if not isinstance(strength, Tensor):
         return BranchStrength(strength)
@@ -115,9 +115,9 @@ def branch_strength(strength: Scale) -> BranchStrength:
 
 
 class LayerWeights(nn.Module):
-    """What one adapter adds to one attention layer: branches (cross-attention only) and low-rank additions.
+    """The weights that one adapter adds to one attention layer: branches (cross-attention only) and low-rank additions.
 
-    Children are named after the branches and after the linear layers the LoRA belongs to. `owner` names the branch
+    Children are named after the branches and after the linear layers that the LoRA belongs to. `owner` names the branch
     whose strength the LoRA follows; it also fixes the order of summation when several adapters are attached. Branches
     named in `concatenated` share the text's softmax.
     """
@@ -141,9 +141,9 @@ class LayerWeights(nn.Module):
         return module if isinstance(module, LowRank) else None
 
     def strength(self, conditioning: Conditioning, branch: str, name: str) -> BranchStrength | None:
-        """Return how strongly a branch acts in this call and layer `name`; None: it is off.
+        """Return the strength of a branch in this call and layer `name`; None if it is off.
 
-        A batch item none of whose tokens count has no such branch, so its factor is 0.
+        The strength is 0 for a batch item whose tokens are all masked.
         """
         tokens = conditioning.branches.get(branch)
         if tokens is None:
@@ -154,13 +154,13 @@ class LayerWeights(nn.Module):
             scale = scale.get(name, 0.0)
         if not isinstance(scale, Tensor):
             found = BranchStrength(scale)
-        elif (known := (conditioning.cache or {}).get(key)) is not None and known[0] is scale:
-            found = known[1]
+        elif (cached := (conditioning.cache or {}).get(key)) is not None and cached[0] is scale:
+            found = cached[1]
         else:
             found = BranchStrength(scale)
         if not isinstance(found.scale, Tensor) and found.scale == 0:
             return None
-        if tokens.mask is None or conditioning.cache is not None:  # `prepare` has folded the mask in already
+        if tokens.mask is None or conditioning.cache is not None:  # `prepare` has already applied the mask
             return found
         return BranchStrength(scale * tokens.mask.any(dim=1).to(tokens.values.dtype))
 
@@ -168,16 +168,16 @@ class LayerWeights(nn.Module):
 class ParallelAttention:
     """The processor of one attention layer while at least one adapter is attached.
 
-    Immutable but for the attention backend, which `denoiser.set_attention_backend` sets where diffusers keeps it.
+    Immutable except for the attention backend, which `denoiser.set_attention_backend` sets where diffusers stores it.
     """
 
     _parallel_config = None
 
     def __init__(self, name: str, stock: AttnProcessor2_0, layers: Sequence[LayerWeights]) -> None:
         self.name = name
-        self.stock = stock  # put back when the last adapter is detached
+        self.stock = stock  # restored when the last adapter is detached
         self._attention_backend: AttentionBackendName | None = None
-        # A fixed order of summation: attaching the same adapters in another order must not change a single bit.
+        # A fixed order of summation, so that the order in which adapters are attached does not change the result.
         self.layers = tuple(sorted(layers, key=lambda layer: layer.owner))
 
     def __call__(
@@ -190,7 +190,7 @@ class ParallelAttention:
     ) -> Tensor:
         """Return the layer's output for states (batch, positions, width) or (batch, width, height, width).
 
-        Line by line the arithmetic of diffusers' AttnProcessor2_0, with the additions in between.
+        The arithmetic is that of diffusers' AttnProcessor2_0, line by line, with the additions in between.
         """
         conditioning = conditioning or Conditioning()
         residual = hidden_states
@@ -221,7 +221,7 @@ class ParallelAttention:
         return cast(Tensor, out / attn.rescale_output_factor)
 
     def _add_branch(self, mixed: Tensor, query: Tensor, each: "_ActiveBranch") -> Tensor:
-        """The outputs so far (batch, positions, inner) with a branch's added, where in the picture it acts."""
+        """Return the outputs `mixed` (batch, positions, inner) plus a branch's output, limited to its regions."""
         mask = None if each.mask is None else each.mask[:, None, None]
         if each.regions is None:
             return _add_scaled_rows(mixed, each.branch_strength, self._attend, query, each.key, each.value, mask)
@@ -237,19 +237,19 @@ class ParallelAttention:
         return self._attend(query, key, value, mask) * region
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """One softmax attention; (batch, heads, length, head width) in, (batch, length, inner) out."""
+        """Compute one softmax attention from (batch, heads, length, head width) to (batch, length, inner)."""
         backend = self._attention_backend
-        if mask is not None:  # None is the active one: the environment's, or that of diffusers' attention_backend()
+        if mask is not None:  # a backend of None is the active one, from the environment or attention_backend()
             acts = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
             backend = backend if acts in MASKED_BACKENDS else AttentionBackendName.NATIVE
         rows = [states.transpose(1, 2) for states in (query, key, value)]
         return dispatch_attention_fn(*rows, attn_mask=mask, backend=backend).flatten(2)
 
     def _text_keys_values(self, attn: Attention, text: Tensor, conditioning: Conditioning) -> KeysValues:
-        """The denoiser's own keys and values (LoRA included) of text tokens (batch, length, width)."""
-        known = (conditioning.cache or {}).get((self.name, TEXT))
-        if known is not None and known[0] is text:  # the same tensor, which the memory keeps alive
-            return cast(KeysValues, known[1])
+        """Return the denoiser's own keys and values (LoRA included) of text tokens (batch, length, width)."""
+        cached = (conditioning.cache or {}).get((self.name, TEXT))
+        if cached is not None and cached[0] is text:  # the same tensor object, which the cache keeps alive
+            return cast(KeysValues, cached[1])
         read = text if attn.norm_cross is None else attn.norm_encoder_hidden_states(text)
         found = self._keys_values(attn, read, conditioning)
         if conditioning.cache is not None:
@@ -272,7 +272,7 @@ class ParallelAttention:
     def _active_branches(
         self, attn: Attention, query: Tensor, conditioning: Conditioning, concatenated: bool
     ) -> "list[_ActiveBranch]":
-        """The branches of one kind that this call attends to, in a fixed order."""
+        """Return the branches of one kind, concatenated or not, that are on in this call, in a fixed order."""
         present = []
         for layer in self.layers:
             for name, branch in layer.branches().items():
@@ -289,7 +289,7 @@ class ParallelAttention:
 
 @dataclass(frozen=True)
 class _ActiveBranch:
-    """A branch in one call: its keys and values (batch, heads, length, head width), and which tokens count."""
+    """A branch in one call: its keys and values (batch, heads, length, head width), its mask and its regions."""
 
     branch_strength: BranchStrength
     key: Tensor
@@ -299,7 +299,7 @@ class _ActiveBranch:
 
 
 def _cached(conditioning: Conditioning, key: tuple[str, str], compute: Callable[[], Any]) -> Any:
-    """What the call's memory holds under this key; computed, and kept if there is a memory, when it is missing."""
+    """Return the cache entry of this key. If it is missing, compute it and, if there is a cache, store it."""
     if conditioning.cache is None:
         return compute()
     if key not in conditioning.cache:
@@ -308,9 +308,9 @@ def _cached(conditioning: Conditioning, key: tuple[str, str], compute: Callable[
 
 
 def _regions_at(conditioning: Conditioning, branch: str, query: Tensor) -> Tensor | None:
-    """A branch's regions (batch, references, positions) at the resolution of a layer's positions, as diffusers has it.
+    """Return a branch's regions (batch, references, positions) at the resolution of a layer's positions.
 
-    The work of diffusers' IPAdapterMaskProcessor (image_processor.py), which resizes bicubically.
+    diffusers' IPAdapterMaskProcessor (image_processor.py) resizes them, bicubically.
     """
     regions = conditioning.regions.get(branch)
     if regions is None:
@@ -327,10 +327,10 @@ def _regions_at(conditioning: Conditioning, branch: str, query: Tensor) -> Tenso
 def _concatenate_branches(
     key: Tensor, value: Tensor, mask: Tensor | None, concatenated: Sequence[_ActiveBranch]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The text's keys, values and additive mask with those of other branches beside them.
+    """Return the text's keys, values and additive mask with those of the concatenated branches appended.
 
-    Strength acts on a branch's values, as its gate did already; where it is 0 its tokens do not count, so that the text
-    is alone.
+    The strength multiplies a branch's values, as its gate already did. Where the strength is 0 its tokens are masked,
+    so that only the text remains.
     """
     batch, heads = key.shape[:2]
     text = key.new_zeros(batch, 1, 1, key.shape[2]) if mask is None else mask
@@ -348,35 +348,35 @@ def _concatenate_branches(
 
 def attention_layers(denoiser: nn.Module) -> dict[str, Attention]:
     """Return the denoiser's attention layers by module path, in the order in which diffusers enumerates processors."""
-    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps a module in another, and its paths too
+    denoiser = getattr(denoiser, "_orig_mod", denoiser)  # torch.compile wraps the module and prefixes its paths
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, Attention)}
 
 
 def processor_of(attn: Attention) -> object:
-    """Return a layer's processor, whoever set it."""
+    """Return a layer's processor, of any type."""
     return attn.processor
 
 
 def usable_mask(tokens: Tokens) -> Tensor | None:
-    """Return the key-padding mask with every token counting in those batch items where none does.
+    """Return the key-padding mask, with every token unmasked in batch items where all are masked.
 
-    A softmax over nothing is not a number; such an item's branch has strength 0 (`LayerWeights.strength`), so what it
-    would attend to is irrelevant as long as it is finite.
+    A softmax over no tokens is NaN. The branch of such an item has strength 0 (`LayerWeights.strength`), so what it
+    attends to is irrelevant as long as it is finite.
     """
     return None if tokens.mask is None else tokens.mask | ~tokens.mask.any(dim=1, keepdim=True)
 
 
 def strength_key(branch: str, layer: str = "") -> tuple[str, str]:
-    """Where a call's memory keeps what `branch_strength` found of a branch's strength, which may differ by layer."""
+    """Return the cache key for the result of `branch_strength` of a branch, which may differ by layer."""
     return f"strength of {branch}", layer
 
 
 def _add_scaled_rows(
     base: Tensor, acts: BranchStrength, addition: Callable[..., Tensor], *inputs: Tensor | None
 ) -> Tensor:
-    """Return base with strength times addition(*inputs), which is not even computed for rows in which it does not act.
+    """Return base + strength * addition(*inputs), without computing the addition for rows where the strength is 0.
 
-    `base` must be the caller's own: without gradients it is changed in place.
+    The caller must own `base`: without gradients it is changed in place.
     """
     rows = acts.rows
     if rows is None:
@@ -393,12 +393,12 @@ def _add_scaled_rows(
 
 
 def _add(base: Tensor, addition: Tensor, strength: Scale) -> Tensor:
-    """Return base + strength * addition; items whose strength is 0 keep the base bit for bit, whatever the addition."""
+    """Return base + strength * addition; items whose strength is 0 keep the base bit-identical."""
     return base + _scaled(addition, strength)
 
 
 def _scaled(addition: Tensor, strength: Scale) -> Tensor:
-    """Strength times an addition, and exactly 0 in the items (batch first) whose strength is 0."""
+    """Return strength * addition, exactly 0 in the items (batch first) whose strength is 0."""
     if not isinstance(strength, Tensor):
         return addition if strength == 1 else strength * addition
     strength = strength.to(addition.device).view(-1, *[1] * (addition.dim() - 1))
@@ -406,7 +406,7 @@ def _scaled(addition: Tensor, strength: Scale) -> Tensor:
 
 
 def _heads(attn: Attention, states: Tensor) -> Tensor:
-    """(batch, length, inner) to (batch, heads, length, head width)."""
+    """Reshape (batch, length, inner) to (batch, heads, length, head width)."""
     return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
@@ -416,7 +416,7 @@ def _keys(attn: Attention, states: Tensor) -> Tensor:
 
 
 def _stock_mask(attn: Attention, mask: Tensor | None, key: Tensor) -> Tensor | None:
-    """Bring diffusers' additive mask (batch, 1, length) to (batch, heads, 1, length)."""
+    """Expand diffusers' additive mask (batch, 1, length) to (batch, heads, 1, length)."""
     if mask is None:
         return None
     batch, length = key.shape[0], key.shape[2]

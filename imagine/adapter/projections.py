@@ -1,11 +1,11 @@
-"""From vision features to a branch's tokens: the three projections of IP-Adapter, under the names its files have.
+"""The three projections of IP-Adapter, from vision features to a branch's tokens, under the names of its files.
 
-Their state dicts are the `image_proj` part of a standard file as it is, so that a branch goes in and out without a
-table of renamings (layouts: shared by https://github.com/tencent-ailab/IP-Adapter and diffusers' loaders/unet.py).
+Their state dicts equal the `image_proj` part of a standard file, so that a branch is imported and exported without
+renaming (layouts: shared by https://github.com/tencent-ailab/IP-Adapter and diffusers' loaders/unet.py).
 
-    linear   one pooled embedding to a few tokens                  ("base", ImageProjModel)
-    full     every penultimate token through an MLP                (MLPProjModel), the paper's form
-    plus     a few learnt tokens look at the penultimate tokens    (Resampler; depth 4, heads of width 64)
+    linear   one pooled embedding to a few tokens                         ("base", ImageProjModel)
+    full     every penultimate token through an MLP                       (MLPProjModel), the paper's form
+    plus     a few learnt tokens that attend to the penultimate tokens    (Resampler; depth 4, heads of width 64)
 """
 
 from typing import Literal, cast
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 Kind = Literal["linear", "full", "plus"]
 
-LINEAR_TOKENS = 4  # diffusers takes no other number
+LINEAR_TOKENS = 4  # diffusers accepts no other number
 PLUS_TOKENS = 16
-PLUS_DEPTH = 4  # diffusers drops further layers without a word
-PLUS_HEAD = 64  # and takes every head for this wide
+PLUS_DEPTH = 4  # diffusers silently ignores further layers
+PLUS_HEAD = 64  # diffusers assumes heads of this width
 
 
 class LinearProjection(nn.Module):
-    """A pooled embedding (batch, images, E) to `tokens` tokens each: (batch, images * tokens, width)."""
+    """Maps a pooled embedding (batch, images, E) to `tokens` tokens each: (batch, images * tokens, width)."""
 
     def __init__(self, input_width: int, width: int, tokens: int = LINEAR_TOKENS) -> None:
         super().__init__()
@@ -54,7 +54,8 @@ class FullProjection(nn.Module):
 class PlusProjection(nn.Module):
     """Learnt tokens that attend to one picture's features and to themselves (a Perceiver resampler).
 
-    `inner_width` is that of its own tokens, `attention_width` that of all its heads together; both are multiples of 64.
+    `inner_width` is the width of its own tokens, `attention_width` that of all its heads together; both are multiples
+    of 64.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class PlusProjection(nn.Module):
 
 
 class _PerceiverAttention(nn.Module):
-    """Attention of tokens to features and tokens."""
+    """Attention from the tokens to the features and the tokens themselves."""
 
     def __init__(self, width: int, attention_width: int) -> None:
         super().__init__()
@@ -94,8 +95,8 @@ class _PerceiverAttention(nn.Module):
 
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
         tokens = self.norm2(tokens)
-        seen = torch.cat((self.norm1(features), tokens), dim=1)
-        parts = (self.to_q(tokens), *self.to_kv(seen).chunk(2, dim=-1))
+        context = torch.cat((self.norm1(features), tokens), dim=1)
+        parts = (self.to_q(tokens), *self.to_kv(context).chunk(2, dim=-1))
         query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         return cast(Tensor, self.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)))
 

@@ -1,4 +1,4 @@
-"""The adapter on stock U-Nets of two shapes: leaves no trace, mixes nobody, and its files are strict."""
+"""The adapter on stock U-Nets of two shapes: it is removable, keeps people separate, and its files are strict."""
 
 import copy
 import io
@@ -76,7 +76,7 @@ def identity_adapter(unet: nn.Module, rank: int = 2) -> Adapter:
 
 
 def opened(adapter: Adapter) -> Adapter:
-    """The adapter as after training: every parameter moved, so that gates are open and LoRA is not zero."""
+    """Make the adapter as after training: every parameter changed, so that gates are open and LoRA is not zero."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -85,12 +85,12 @@ def opened(adapter: Adapter) -> Adapter:
 
 
 class Call:
-    """One fixed denoiser call for `people` items; the same item has the same inputs whatever the batch."""
+    """One fixed denoiser call for `people` items; an item has the same inputs in every batch."""
 
     def __init__(self, unet: UNet2DConditionModel, people: int = 3) -> None:
         random = lambda *shape: torch.randn(people, *shape, generator=torch.Generator().manual_seed(len(shape)))  # noqa: E731
         self.unet = unet
-        # of a single place at the coarsest level, attention to itself would have no gradient
+        # Self-attention over one position, as at the coarsest level of smaller latents, would have no gradient.
         self.noisy, self.text, self.features = random(3, 8, 8), random(5, TEXT_WIDTH), random(6, FEATURES)
         self.text_mask = (torch.arange(5) < torch.tensor([5, 3, 2])[:people, None]).float()
         t5, byt5 = random(7, 12), random(4, 10)
@@ -115,7 +115,7 @@ class Call:
 
 
 def item(conditioning: Conditioning, index: int) -> Conditioning:
-    """The conditioning of one batch item alone."""
+    """Return the conditioning of one batch item alone."""
     rows = slice(index, index + 1)
     branches = {
         name: Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])
@@ -125,7 +125,7 @@ def item(conditioning: Conditioning, index: int) -> Conditioning:
     return Conditioning(branches, scales)
 
 
-# --- it leaves no trace -----------------------------------------------------------------------------------------------
+# --- attach and detach ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def test_identity_scale_zero_of_one_person_gives_that_persons_base_picture_bit_f
         base = call(Conditioning(call.branches))
         with identity.attach(unet):
             out = call(call.conditioning(identity, torch.tensor([1.0, 0.0, 0.5])))
-            assert torch.equal(call(Conditioning(call.branches)), base)  # no vision tokens: LoRA is off as well
+            assert torch.equal(call(Conditioning(call.branches)), base)  # without vision tokens LoRA is off too
     assert [torch.equal(out[i], base[i]) for i in range(3)] == [False, True, False]
 
 
@@ -211,11 +211,11 @@ def test_calls_log_no_warning(tiny):
     assert written.getvalue() == ""
 
 
-# --- it mixes nobody --------------------------------------------------------------------------------------------------
+# --- people stay separate ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_people_in_one_batch_equal_one_by_one(unet):
+def test_people_in_one_batch_equal_single_calls(unet):
     call, text, identity = Call(unet), opened(text_adapter(unet)), opened(identity_adapter(unet))
     with text.attach(unet), identity.attach(unet):
         conditioning = call.conditioning(identity, torch.tensor([1.0, 0.3, 0.7]))
@@ -224,13 +224,13 @@ def test_people_in_one_batch_equal_one_by_one(unet):
             alone = call(item(conditioning, i), slice(i, i + 1))
             # Not bitwise: matrix products split their sums differently for other batch sizes, in the stock base too.
             torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
-        # Bitwise: nothing about one person may depend on who else is in the batch.
+        # Bitwise: one person's result must not depend on the other people in the batch.
         others = {**conditioning.branches, "vision": Tokens(conditioning.branches["vision"].values.clone())}
         others["vision"].values[1:] = 7.0
         assert torch.equal(call(replace(conditioning, branches=others))[0], together[0])
 
 
-def test_threads_at_once_equal_one_by_one_bit_for_bit(tiny):
+def test_concurrent_threads_equal_single_calls_bit_for_bit(tiny):
     call, identity = Call(tiny), opened(identity_adapter(tiny))
     with identity.attach(tiny), torch.no_grad():
         conditionings = [call.conditioning(identity, scale) for scale in (0.0, 0.4, 0.8, 1.2)]
@@ -265,7 +265,7 @@ def test_padding_has_no_influence_on_the_picture(unet):
         assert torch.equal(call(Conditioning({**call.branches, "t5": Tokens(scrambled, t5.mask)})), out)
 
 
-# --- once per picture -------------------------------------------------------------------------------------------------
+# --- prepared once per picture ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -281,9 +281,9 @@ def test_prepared_conditioning_gives_the_same_picture(unet, scale, lora_rank):
         expected = call(plain)
         ready = prepare(unet, plain)
         first = call(ready)
-        # LoRA is then a product of fewer rows, which is rounded otherwise; what has no LoRA is the same bit for bit.
+        # LoRA is then a product of fewer rows, which is rounded differently; without LoRA the bits are the same.
         torch.testing.assert_close(first, expected, rtol=0, atol=1e-6 if lora_rank else 0)
-        assert torch.equal(call(ready), first)  # and again, out of its memory
+        assert torch.equal(call(ready), first)  # the second call reads the cache
     crossing = [name for name, attn in attention_layers(unet).items() if attn.is_cross_attention]
     assert ready.cache is not None
     kept = {key for key in ready.cache if not key[0].startswith("strength")}
@@ -303,15 +303,15 @@ def test_rows_in_which_the_identity_is_off_cost_nothing_once_prepared(unet):
                     assert torch.equal(call(ready), pictures[name])
             spent[name] = meter.flops
             assert torch.equal(call(ready).detach(), pictures[name])  # with gradients nothing is changed in place
-            whole = call(replace(ready, cache=None)).detach()  # LoRA in all rows, which rounds otherwise
+            whole = call(replace(ready, cache=None)).detach()  # LoRA in all rows, which is rounded differently
             torch.testing.assert_close(whole, pictures[name], atol=1e-6, rtol=0)
-        other = replace(ready, scales={"vision": torch.tensor([1.0, 1.0, 1.0])})  # another strength, the same memory
+        other = replace(ready, scales={"vision": torch.tensor([1.0, 1.0, 1.0])})  # another strength, the same cache
         torch.testing.assert_close(call(other), call(replace(other, cache=None)), atol=1e-5, rtol=1e-5)
     assert spent["all"] - spent["two"] == spent["two"] - spent["one"] > 0
 
 
 @torch.no_grad()
-def test_remembered_keys_are_really_what_is_used(tiny):
+def test_cached_keys_are_used(tiny):
     call, text = Call(tiny), opened(text_adapter(tiny))
     with text.attach(tiny):
         ready = prepare(tiny, Conditioning(call.branches))
@@ -324,7 +324,7 @@ def test_remembered_keys_are_really_what_is_used(tiny):
 
 
 @torch.no_grad()
-def test_other_text_than_the_remembered_one_is_read(tiny):
+def test_text_other_than_the_cached_one_is_encoded(tiny):
     call, text = Call(tiny), opened(text_adapter(tiny))
     with text.attach(tiny):
         ready = prepare(tiny, Conditioning(call.branches))
@@ -366,13 +366,13 @@ def test_regions_keep_references_to_their_part_of_the_picture(unet):
         assert (call(divided) - expected).abs().max() > 1e-3
 
 
-def test_tokens_that_nothing_attached_reads_are_refused(tiny):
+def test_tokens_that_no_attached_adapter_reads_are_refused(tiny):
     call, identity = Call(tiny), identity_adapter(tiny)
-    with identity.attach(tiny), pytest.raises(WeightsError, match="Nothing attached reads the branch 't5'"):
+    with identity.attach(tiny), pytest.raises(WeightsError, match="No attached adapter reads the branch 't5'"):
         prepare(tiny, call.conditioning(identity))
 
 
-# --- it trains --------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def gradients(call: Call, adapters: list[Adapter]) -> dict[str, Tensor]:
@@ -404,7 +404,7 @@ def test_fresh_adapter_starts_to_learn_through_its_gates_and_lora(unet):
 
 
 class Trained(nn.Module):
-    """What a trainer wraps: the denoiser's call and the adapters that it reaches, in one module."""
+    """The module that a trainer wraps: the denoiser's call and the adapters that it uses."""
 
     def __init__(self, call: Call, adapter: Adapter) -> None:
         super().__init__()
@@ -479,7 +479,7 @@ def test_a_branchs_own_scale_applies_where_the_call_names_none(tiny):
         assert not torch.equal(silent, call(Conditioning({"t5": call.branches["t5"]}, {"t5": 1.0})))
 
 
-# --- its files --------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_names_in_a_file_are_pinned(tiny):
@@ -555,8 +555,8 @@ def reshape(tensors: dict[str, Tensor]) -> None:
     ("damage", "sentence"),
     [
         (drop, f"lacks {GATE};"),
-        (rename, f"lacks {GATE} and holds the unknown {GATE}s \\(is it {GATE}, renamed\\?\\);"),
-        (add, "holds the unknown something.else;"),
+        (rename, f"lacks {GATE} and has the unknown tensor {GATE}s \\(is it {GATE}, renamed\\?\\);"),
+        (add, "has the unknown tensor something.else;"),
         (reshape, f"holds {GATE} of shape \\[31\\] instead of \\[32\\];"),
     ],
 )
@@ -581,10 +581,10 @@ def damaged(folder: Path, unet: nn.Module, **changes: str) -> Path:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format_version": "99"}, "says format_version '99', but this version of imagine reads '1'"),
+        ({"format_version": "99"}, "has format_version '99', but this version of imagine reads '1'"),
         ({"branches": "nonsense"}, "does not describe its branches and LoRA properly"),
         ({"branches": '[{"title": "t5"}]'}, "does not describe its branches and LoRA properly"),
-        ({"encoder": "another"}, "says encoder 'another', but 'random' is needed"),
+        ({"encoder": "another"}, "has encoder 'another', but 'random' is needed"),
     ],
 )
 def test_metadata_that_does_not_fit_is_refused(tiny, tmp_path, changes, sentence):
@@ -601,12 +601,12 @@ def test_missing_and_truncated_files_are_refused(tiny, tmp_path):
         Adapter.load(file, tiny)
 
 
-def test_saving_without_saying_what_it_is_made_for_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match="must also say encoder, licence"):
+def test_saving_without_the_required_metadata_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match="must also contain encoder, licence"):
         text_adapter(tiny).save(tmp_path, {key: METADATA[key] for key in ("base", "feature_layer", "tokens")})
 
 
-# --- what cannot work is said ----------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_attached_twice_and_detached_when_not_attached_are_errors(tiny):
@@ -614,9 +614,9 @@ def test_attached_twice_and_detached_when_not_attached_are_errors(tiny):
     with pytest.raises(WeightsError, match="not attached"):
         identity.detach(tiny)
     with identity.attach(tiny):
-        with pytest.raises(WeightsError, match="attached to this denoiser already"):
+        with pytest.raises(WeightsError, match="already attached to this denoiser"):
             identity.attach(tiny)
-        with pytest.raises(WeightsError, match="Another attached adapter has a branch 'vision'"):
+        with pytest.raises(WeightsError, match="Another attached adapter also has a branch 'vision'"):
             identity_adapter(tiny).attach(tiny)
 
 
@@ -668,8 +668,8 @@ def test_copied_denoiser_does_not_count_as_attached(tiny):
 @pytest.mark.parametrize(
     ("specs", "targets", "sentence"),
     [
-        ([], ("to_q",), "at least one branch"),
-        ([BranchSpec("a", 4), BranchSpec("a", 4)], ("to_q",), "no name twice"),
+        ([], ("to_q",), "one or more branches"),
+        ([BranchSpec("a", 4), BranchSpec("a", 4)], ("to_q",), "with different names"),
         ([BranchSpec("clip", 4)], ("to_q",), "cannot be called 'clip'"),
         ([BranchSpec("train", 4)], ("to_q",), "cannot be called 'train'"),
         ([BranchSpec("vision", 4, projection="full")], ("to_q",), "both projection and input_width"),

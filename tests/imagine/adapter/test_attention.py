@@ -1,4 +1,4 @@
-"""Parallel attention against a formula written out by hand, and against diffusers' own processor bit for bit."""
+"""Parallel attention against an explicit formula, and against diffusers' own processor bit for bit."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def cross_attention(**options: object) -> Attention:
 
 
 def weights(owner: str, widths: dict[str, int], targets: tuple[str, ...] = ()) -> LayerWeights:
-    """Random weights for one layer, gates and LoRA open."""
+    """Return random weights for one layer, with open gates and LoRA."""
     layer = LayerWeights(owner, dict.fromkeys(widths, 1.0))
     for name, width in widths.items():
         layer.add_module(name, Branch(width, HEADS * HEAD_WIDTH, zero_init=False))
@@ -44,7 +44,7 @@ def parallel(attn: Attention, *layers: LayerWeights) -> ParallelAttention:
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(batch, length, inner) each; the textbook formula, head by head."""
+    """Compute the textbook formula, head by head, on (batch, length, inner) each."""
     parts = []
     for head in range(HEADS):
         columns = slice(head * HEAD_WIDTH, (head + 1) * HEAD_WIDTH)
@@ -61,7 +61,7 @@ def lora(layer: LayerWeights, target: str, states: Tensor) -> Tensor:
     return states @ low_rank.lora_A.weight.T @ low_rank.lora_B.weight.T
 
 
-def test_equals_the_formula_written_out_by_hand():
+def test_equals_the_explicit_formula():
     attn = cross_attention()
     text_layer, vision_layer = weights("t5", {"t5": 10}), weights("vision", {"vision": 14}, ("to_q", "to_k", "to_v"))
     states, text = torch.randn(2, 5, WIDTH), torch.randn(2, 4, TEXT_WIDTH)
@@ -85,7 +85,7 @@ def test_equals_the_formula_written_out_by_hand():
         mixed = mixed + factor * GATE_GAIN * branch.gate * attended
     expected = mixed @ attn.to_out[0].weight.T + attn.to_out[0].bias
 
-    additive = ((1 - text_mask.float()) * -10000.0)[:, None]  # what the U-Net makes of encoder_attention_mask
+    additive = ((1 - text_mask.float()) * -10000.0)[:, None]  # as the U-Net converts encoder_attention_mask
     actual = parallel(attn, vision_layer, text_layer)(attn, states, text, additive, conditioning)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
