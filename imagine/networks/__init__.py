@@ -1,1 +1,1 @@
-"""The networks (encoders, autoencoder, denoiser), the noise convention, and strict loading of their weights."""
+"""The networks (encoders, autoencoder, denoiser), the noise convention, and strict loading of weights."""

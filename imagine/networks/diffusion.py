@@ -1,4 +1,4 @@
-"""Rectified flow: the one home of the noise convention, shared by training and sampling.
+"""Rectified flow: the noise convention that training and sampling share.
 
 Time t runs from 0 (a clean latent) to 1 (pure noise) along a straight line, and the denoiser predicts the velocity of
 that line (Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206):
@@ -6,7 +6,7 @@ that line (Liu et al., arXiv 2209.03003; Esser et al., arXiv 2403.03206):
     x_t = (1 - t) * x_0 + t * noise          velocity = d x_t / d t = noise - x_0
 
 These are the conventions of diffusers' FlowMatchEulerDiscreteScheduler, whose timesteps are t * 1000.
-Only functions of tensors live here, so that nothing about models or data can leak into the mathematics.
+The module contains only functions of tensors and does not depend on models or data.
 """
 
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-TRAIN_TIMESTEPS = 1000  # the denoiser is given t * TRAIN_TIMESTEPS, as the scheduler does
+TRAIN_TIMESTEPS = 1000  # the denoiser gets t * TRAIN_TIMESTEPS, as from the scheduler
 
 TimeDensity = Literal["logit_normal", "uniform"]
 
@@ -31,7 +31,7 @@ def add_noise(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity(clean: Tensor, noise: Tensor) -> Tensor:
-    """Return what the denoiser is trained to predict."""
+    """Return the velocity, the denoiser's training target."""
     return noise - clean
 
 
@@ -61,8 +61,9 @@ def sample_times(
 ) -> Tensor:
     """Draw `count` training times in [0, 1] as float32 on the generator's device.
 
-    "logit_normal" is sigmoid(N(mean, std)) (arXiv 2403.03206, equation 19): most weight in the middle, where the
-    prediction is hardest. `shift` above 1 moves times towards noise, as larger pictures need (same paper, equation 23).
+    "logit_normal" is sigmoid(N(mean, std)) (arXiv 2403.03206, equation 19): times in the middle, where the prediction
+    is hardest, are the most frequent. A `shift` above 1 moves times towards noise, as larger pictures need (same paper,
+    equation 23).
     """
     if density == "uniform":
         t = torch.rand(count, generator=generator, device=generator.device)
@@ -79,16 +80,16 @@ def logit_normal(normal: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
 
 def min_snr_weight(t: Tensor, gamma: float) -> Tensor:
-    """Return min-SNR-gamma weights (arXiv 2303.09556) for errors of the velocity at times t, of t's shape.
+    """Return min-SNR-gamma weights (arXiv 2303.09556) for errors of the velocity at times t, in t's shape.
 
-    The paper weighs errors of x_0 by min(SNR, gamma). On this line SNR = ((1 - t) / t)^2, and an error of the velocity
-    is t times smaller than the error of x_0 that it means, hence t^2 * min(SNR, gamma) = min((1 - t)^2, gamma * t^2).
+    The paper weights errors of x_0 by min(SNR, gamma). On this line SNR = ((1 - t) / t)^2, and an error of x_0 is t
+    times the error of the velocity, hence the weight t^2 * min(SNR, gamma) = min((1 - t)^2, gamma * t^2).
     """
     return torch.minimum((1 - t) ** 2, gamma * t**2)
 
 
 def loss_per_item(predicted: Tensor, target: Tensor) -> Tensor:
-    """Return the mean squared error of each batch item, (batch,), in float32; the caller weighs and reduces."""
+    """Return the mean squared error of each batch item, (batch,), in float32; the caller weights and reduces it."""
     return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
 
 
@@ -101,14 +102,15 @@ def guide(
     rescale: float = 0.0,
     balanced: Tensor | None = None,
 ) -> Tensor:
-    """Combine three predictions (batch, ...) by classifier-free guidance on the sentence and on the person.
+    """Combine three predictions (batch, ...) by classifier-free guidance on the prompt and on the person.
 
         v = v_unconditional + text_scale * (v_text - v_unconditional) + identity_scale * (v_full - v_text)
 
-    `text` has seen the sentence, `full` the sentence and the reference. Scales of 1 and 1 give `full`; identity_scale 0
-    gives plain guidance on the sentence (the two-condition form of InstructPix2Pix, arXiv 2211.09800, equation 3).
-    `rescale` in [0, 1] pulls each result's spread back to that of `full` (arXiv 2305.08891, equations 15 and 16).
-    The two differences of batch items marked in `balanced` (batch,) are first brought to one norm (see `balance`).
+    `text` is conditioned on the prompt, `full` on the prompt and the reference. Scales of 1 and 1 give `full`; an
+    identity_scale of 0 gives plain guidance on the prompt (the two-condition form of InstructPix2Pix, arXiv 2211.09800,
+    equation 3). `rescale` in [0, 1] moves each result's standard deviation towards that of `full` (arXiv 2305.08891,
+    equations 15 and 16). For batch items marked in `balanced` (batch,) the two differences are first scaled to one norm
+    (see `balance`).
     """
     towards_text, towards_person = text - unconditional, full - text
     if balanced is not None:
@@ -126,10 +128,10 @@ def balance(text: Tensor, identity: Tensor, where: Tensor) -> tuple[Tensor, Tens
 
         g_text * m / |g_text|,   g_identity * m / |g_identity|   with m = min(|g_text|, |g_identity|)
 
-    SynCD's way of inference (arXiv 2502.01720; `normalized_guidance_image` in its code), so that neither the sentence
-    nor the person outweighs the other, whatever the adapter's own strength, and high scales do not overexpose. SynCD
-    adds the person first and the sentence second; here it is the other way round, as in `guide`. An item where one of
-    the two is zero has nothing to balance.
+    This is SynCD's inference (arXiv 2502.01720; `normalized_guidance_image` in its code). Neither the prompt nor the
+    person outweighs the other, whatever the adapter's own strength, and high scales do not overexpose the picture.
+    SynCD adds the person first and the prompt second; `guide` adds them in the opposite order. An item in which one of
+    the two vectors is zero is not changed.
     """
     norms = [vector.float().flatten(1).norm(dim=1) for vector in (text, identity)]
     smaller = torch.minimum(*norms)

@@ -1,17 +1,17 @@
-"""The four encoders: three for the sentence, one for the face, each through its real class.
+"""The four encoders: three for the prompt and one for the face.
 
-A prompt is read three times, because each reader sees what the others miss (*Imagine yourself*, section 3.3, and Movie
-Gen, arXiv 2410.13720, section 3.1.3): CLIP text knows what pictures look like, T5 (standing for UL2) knows what
-sentences mean, and ByT5 reads the letters that are to be drawn, so it is given nothing but the text between double
-quotes. The photo is read by a CLIP vision tower whose penultimate tokens carry the identity.
+Three encoders read a prompt, because each captures what the others miss (*Imagine yourself*, section 3.3, and Movie
+Gen, arXiv 2410.13720, section 3.1.3). CLIP text is aligned with pictures, T5 (in place of UL2) captures the meaning of
+sentences, and ByT5 encodes the letters to draw, so it reads only the text between double quotes. A CLIP vision tower
+reads the photo; its penultimate tokens carry the identity.
 
     prompts -> TextEncoders.encode -> CLIP tokens and {"t5": tokens, "byt5": tokens}
-    face crops -> VisionEncoder    -> vision features (global + patches); the adapter's projection makes tokens of them
+    face crops -> VisionEncoder    -> vision features (global + patches), which the adapter projects to tokens
 
-The builders take plain numbers and give randomly initialised networks at the portrait world's size; production loads
-the same classes from public weights. The pipeline and the trainer both encode through `TextEncoders`, so they cannot
-disagree about windows, padding or masks. transformers and open_clip are imported when something is built: they are slow
-to import, and much of the package needs neither.
+The builders take plain numbers and return randomly initialised networks, by default at the portrait world's size.
+Public weights use the same classes. The pipeline and the trainer both encode through `TextEncoders`, so their windows,
+padding and masks always agree. transformers and open_clip are imported inside the functions that need them, because
+they are slow to import and much of the package does not need them.
 """
 
 import gzip
@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from imagine.errors import PromptError
 from imagine.records import Tokens
 
-CLIP_WINDOWS = 4  # how many of its windows CLIP reads one after the other before a prompt is too long
-T5_TOKENS = 512  # T5's positions are relative, so this is a limit on time, not on the model
-QUOTED_BYTES = 128  # likewise for ByT5
-T5_STEP = 64  # sequences are padded to multiples of these, so that a prompt's padding rarely depends on its neighbours
+CLIP_WINDOWS = 4  # the most CLIP windows that a prompt may fill; a longer prompt is refused
+T5_TOKENS = 512  # T5's positions are relative, so the model has no limit; this one bounds the run time
+QUOTED_BYTES = 128  # the same kind of limit for ByT5
+T5_STEP = 64  # sequences are padded to multiples of these, so that padding rarely depends on the rest of the batch
 BYT5_STEP = 16
 
-# open_clip's constants (open_clip/constants.py), repeated here because importing open_clip takes seconds.
+# open_clip's constants (open_clip/constants.py), copied here because importing open_clip takes seconds.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -45,11 +45,11 @@ _QUOTED = re.compile(r'"([^"]*)"|“([^“”]*)”|„([^„“”]*)[“”]|�
 
 
 class VisionEncoder(ModelMixin, ConfigMixin):
-    """open_clip's VisionTransformer on face crops, saved and loaded as any diffusers model.
+    """open_clip's VisionTransformer for face crops, saved and loaded like any diffusers model.
 
-    Sizes are numbers, recorded in config.json. `embed_width` is the width of the contrastive embedding; at the default
-    it equals the small CLIP text model's width, so that text's pooled output needs no projection of its own.
-    `quick_gelu` is the activation of OpenAI's own CLIP weights; those of OpenCLIP have the exact one.
+    The sizes are plain numbers, stored in config.json. `embed_width` is the width of the contrastive embedding. The
+    default equals the small CLIP text model's width, so that the text's pooled output needs no projection.
+    `quick_gelu` selects the activation of OpenAI's CLIP weights; OpenCLIP's weights use the exact one.
     """
 
     @register_to_config
@@ -68,7 +68,7 @@ class VisionEncoder(ModelMixin, ConfigMixin):
         from open_clip.transformer import QuickGELU, VisionTransformer
 
         if layers < 2:
-            raise ValueError(f"features come from the penultimate layer, so {layers} layers are too few")
+            raise ValueError(f"features come from the penultimate layer, so {layers} layers are too few; use 2 or more")
         self.tower = VisionTransformer(
             image_size=image_size,
             patch_size=patch_size,
@@ -84,13 +84,13 @@ class VisionEncoder(ModelMixin, ConfigMixin):
 
     @property
     def tokens(self) -> int:
-        """How many tokens one crop becomes: one global, and one per patch."""
+        """Return the number of tokens per crop: one global token and one per patch."""
         return 1 + (self.config.image_size // self.config.patch_size) ** 2
 
     def forward(self, crops: Tensor) -> Tensor:
         """Map crops (B, 3, S, S) in 0..1 to the penultimate layer's tokens (B, 1 + patches, width), global first.
 
-        IP-Adapter's `hidden_states[-2]`: the output of the last block but one, before any final normalisation.
+        This is IP-Adapter's `hidden_states[-2]`: the output of the last block but one, before any final normalisation.
         """
         found = self.tower.forward_intermediates(
             self._normalised(crops),
@@ -103,14 +103,14 @@ class VisionEncoder(ModelMixin, ConfigMixin):
         return torch.cat([found["image_intermediates_prefix"][0], found["image_intermediates"][0]], dim=1)
 
     def embed(self, crops: Tensor) -> Tensor:
-        """Map crops (B, 3, S, S) in 0..1 to pooled, projected embeddings (B, embed_width) of any length."""
+        """Map crops (B, 3, S, S) in 0..1 to pooled, projected embeddings (B, embed_width), not normalised."""
         embedding: Tensor = self.tower(self._normalised(crops))
         return embedding
 
     def _normalised(self, crops: Tensor) -> Tensor:
         size = self.config.image_size
         if crops.shape[1:] != (3, size, size):
-            raise ValueError(f"crops of shape {tuple(crops.shape)} do not fit: (B, 3, {size}, {size}) is needed")
+            raise ValueError(f"crops of shape {tuple(crops.shape)} do not fit: give (B, 3, {size}, {size})")
         return (crops.to(self.mean.dtype) - self.mean) / self.std
 
 
@@ -123,7 +123,7 @@ def build_clip_text(
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
 ) -> Any:
-    """Build a transformers CLIPTextModel; the end token (by default the last one) is where it pools."""
+    """Build a transformers CLIPTextModel; it pools at the end token, by default the last one of the vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     end = vocabulary - 1 if eos_token_id is None else eos_token_id
@@ -174,11 +174,11 @@ def build_byt5_tokenizer() -> Any:
 
 
 def trim_clip_vocabulary(sentences: Iterable[str], folder: str | os.PathLike[str], max_tokens: int = 64) -> Any:
-    """Build a CLIPTokenizer that splits `sentences` as CLIP's does, with only the pieces they need; save it to folder.
+    """Build and save to folder a CLIPTokenizer that splits `sentences` as CLIP's does, with only the pieces they need.
 
-    A byte-pair merge that some word uses is kept, in its original rank, so every word of the sentences is split exactly
-    as by the full vocabulary. All 256 bytes, alone and word-final, stay too: no prompt is untokenisable, a word that
-    never occurred just falls into smaller pieces. The 49,408 embeddings of CLIP shrink to a few thousand.
+    A byte-pair merge that any word uses is kept, in its original rank, so every word of the sentences is split exactly
+    as by the full vocabulary. All 256 bytes, alone and word-final, are also kept: every prompt can be tokenised, and a
+    new word is split into smaller pieces. CLIP's 49,408 embeddings shrink to a few thousand.
     """
     from transformers import CLIPTokenizer
 
@@ -203,9 +203,9 @@ def train_t5_tokenizer(
 ) -> Any:
     """Train a SentencePiece unigram model on `sentences` and save it to folder as a transformers T5Tokenizer.
 
-    Ids follow T5 (<pad> 0, </s> 1, <unk> 2). Byte fallback is asked of SentencePiece, but T5's own class has none and
-    would lose it on loading; so every printable ASCII character is made a piece instead, and anything else is <unk>, as
-    in T5 itself. Spelling is ByT5's business.
+    Ids follow T5 (<pad> 0, </s> 1, <unk> 2). SentencePiece is trained with byte fallback, but T5's own class has none
+    and would lose it on loading. Every printable ASCII character is therefore made a piece, and any other character
+    is <unk>, as in T5 itself. Spelling is left to ByT5.
     """
     import io
 
@@ -236,9 +236,9 @@ def train_t5_tokenizer(
 
 
 def pooled(clip: Tokens, t5: Tokens) -> Tensor:
-    """Return each sentence as one vector (B, CLIP width + T5 width): CLIP's last token beside the mean of T5's.
+    """Return each prompt as one vector (B, CLIP width + T5 width): CLIP's last token and the mean of T5's tokens.
 
-    CLIP's last token is its end token, where it pools by itself; of several windows it is the last one's.
+    CLIP's last token is the end token, at which CLIP itself pools; of several windows it is that of the last one.
     """
     return torch.cat((_last_token(clip), _mean_token(t5)), dim=1)
 
@@ -261,7 +261,7 @@ def _mean_token(tokens: Tokens) -> Tensor:
 def quoted(prompt: str) -> str:
     """Return the text between double quotes, straight or typographic, the parts joined by a space; "" if none.
 
-    A quote that is never closed quotes nothing.
+    A quote that is not closed is ignored.
     """
     found = ("".join(part or "" for part in match) for match in _QUOTED.findall(prompt))
     return " ".join(text.strip() for text in found if text.strip())
@@ -271,7 +271,7 @@ def quoted(prompt: str) -> str:
 class TextEncoders:
     """The three text encoders with their tokenizers: CLIP's, T5's and ByT5's, in the pipeline's order.
 
-    `device` is where they compute; by default where their weights are, which is not so while they are offloaded.
+    `device` is where they compute, by default the device of their weights; give it while they are offloaded.
     """
 
     clip: Any
@@ -283,24 +283,24 @@ class TextEncoders:
     device: torch.device | None = None
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tokens, dict[str, Tokens]]:
-        """Read prompts: CLIP tokens (B, L, width), and {"t5": ..., "byt5": ...}, each with its key-padding mask.
+        """Encode prompts to CLIP tokens (B, L, width) and {"t5": ..., "byt5": ...}, each with its key-padding mask.
 
-        "" is the unconditional prompt. CLIP reads windows of its own length (`encode_clip`); T5 reads the whole
-        sentence; ByT5 only what is quoted. Raises PromptError if a prompt is too long for any of them.
+        "" is the unconditional prompt. CLIP reads windows of its own length (`encode_clip`), T5 the whole prompt, and
+        ByT5 only the text between double quotes. Raises PromptError if a prompt is too long for any of them.
         """
         return self.encode_clip(prompts), {"t5": self.encode_t5(prompts), "byt5": self.encode_byt5(prompts)}
 
     @property
     def pooled_width(self) -> int:
-        """The width of what `pooled` makes of these encoders' tokens."""
+        """Return the width of the vector that `pooled` computes from these encoders' tokens."""
         return int(self.clip.config.hidden_size + self.t5.config.d_model)
 
     def encode_clip(self, prompts: Sequence[str]) -> Tokens:
-        """Read prompts in as many CLIP windows as the longest needs, each with its own start and end, concatenated."""
+        """Encode prompts in as many CLIP windows as the longest needs, each with its start and end, concatenated."""
         window = int(self.clip.config.max_position_embeddings)
         windows = [self._clip_windows(prompt, window) for prompt in prompts]
         count = max(map(len, windows))
-        # Only real windows are encoded; the shorter prompts' missing ones are zeros that the mask hides.
+        # Only the windows that a prompt has are encoded; those missing in shorter prompts are zeros and masked.
         ids, mask = self._padded(
             [piece for pieces in windows for piece in pieces], window, self.clip_tokenizer, self.clip
         )
@@ -316,15 +316,15 @@ class TextEncoders:
         return Tokens(values, masks)
 
     def encode_t5(self, prompts: Sequence[str]) -> Tokens:
-        """Read whole prompts with T5, padded to a multiple of 64 tokens."""
+        """Encode whole prompts with T5, padded to a multiple of 64 tokens."""
         ids = self._ids(self.t5_tokenizer, prompts, T5_TOKENS, "The prompt is {length} T5 tokens long")
         return self._encode(self.t5, self.t5_tokenizer, ids, T5_STEP)
 
     def encode_byt5(self, prompts: Sequence[str]) -> Tokens:
-        """Read the bytes between double quotes, padded to a multiple of 16; nothing quoted is the end token alone."""
+        """Encode the bytes between double quotes, padded to a multiple of 16; without quotes, the end token alone."""
         sentence = "The text between quotes is {length} bytes long"
         quoted_texts = [quoted(prompt) for prompt in prompts]
-        unique_texts = list(dict.fromkeys(quoted_texts))  # most prompts quote nothing, and that is read once
+        unique_texts = list(dict.fromkeys(quoted_texts))  # most prompts quote nothing; encode that text once
         ids = self._ids(self.byt5_tokenizer, unique_texts, QUOTED_BYTES, sentence)
         read = self._encode(self.byt5, self.byt5_tokenizer, ids, BYT5_STEP)
         if len(unique_texts) == len(quoted_texts):
@@ -334,7 +334,7 @@ class TextEncoders:
 
     def _clip_windows(self, prompt: str, window: int) -> list[list[int]]:
         tokenizer = self.clip_tokenizer
-        # Asked for without special tokens, and quietly: the tokenizer would warn that this exceeds one window.
+        # verbose=False, because the tokenizer would warn that the text exceeds one window.
         ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         inside = window - 2
         if len(ids) > CLIP_WINDOWS * inside:
@@ -367,27 +367,27 @@ class TextEncoders:
             padded[row, : len(sequence)] = torch.tensor(sequence)
             mask[row, : len(sequence)] = 1
         device = next(model.parameters()).device
-        if device.type == "meta":  # offloaded: accelerate's hooks take the inputs to where the model will run
+        if device.type == "meta":  # offloaded: accelerate's hooks move the inputs to the execution device
             return padded, mask
         return padded.to(device), mask.to(device)
 
 
 def _byte_symbols() -> list[str]:
-    """The printable stand-ins of the 256 bytes in byte-level BPE, in CLIP's order."""
+    """Return the printable characters that stand for the 256 bytes in byte-level BPE, in CLIP's order."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return [*map(chr, plain), *(chr(256 + index) for index in range(len(others)))]
 
 
 def _clip_merges() -> dict[tuple[str, str], int]:
-    """CLIP's byte-pair merges with their ranks, from the vocabulary that open_clip carries."""
+    """Return CLIP's byte-pair merges with their ranks, from the vocabulary in the open_clip package."""
     import importlib.util
 
-    spec = importlib.util.find_spec("open_clip")  # found, not imported
+    spec = importlib.util.find_spec("open_clip")  # located without the slow import
     assert spec is not None and spec.origin is not None
     text = gzip.decompress((Path(spec.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
     merges: list[tuple[str, str]] = []
-    for line in text.split("\n")[1 : 49152 - 256 - 2 + 1]:  # the first line is a header; CLIP uses this many
+    for line in text.split("\n")[1 : 49152 - 256 - 2 + 1]:  # without the header; CLIP uses this many merges
         first, second = line.split()
         merges.append((first, second))
     return {pair: rank for rank, pair in enumerate(merges)}

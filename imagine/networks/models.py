@@ -1,8 +1,8 @@
-"""The two stock diffusers networks at this project's sizes: plain numbers in, a randomly initialised network out.
+"""Build the two stock diffusers networks at this project's sizes, randomly initialised, from plain numbers.
 
-Configuration objects stop here: the trainer passes numbers, and the built networks describe themselves in their own
-config.json. The defaults are the portrait world's, chosen for two CPU cores: nearly all arithmetic happens on 8x8
-latents, because the time of a training step is proportional to parameters times positions.
+The trainer passes numbers rather than configuration objects, and the built networks store their sizes in their own
+config.json. The defaults are those of the portrait world, chosen for two CPU cores: nearly all arithmetic is done on
+8x8 latents, because the time of a training step is proportional to parameters times positions.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,20 @@ def build_autoencoder(
 ) -> AutoencoderDC:
     """Build the deep-compression autoencoder (arXiv 2410.10733) without attention.
 
-    `widths` are the channels at 1/2, 1/4, ... of the picture's side; the latent has the last one's resolution, so the
-    default maps (B, 3, 128, 128) to (B, 32, 8, 8). Full resolution holds no layers: one convolution with pixel
-    (un)shuffle goes straight to half, which keeps the encoder near 0.6 and the decoder near 0.9 GFLOP at 128 px.
-    Raises ValueError if widths cannot be halved and doubled by averaging and repeating channels.
+    `widths` are the channels at 1/2, 1/4, ... of the picture's side. The latent has the resolution of the last one, so
+    the default maps (B, 3, 128, 128) to (B, 32, 8, 8). There are no layers at full resolution: one convolution with
+    pixel (un)shuffle maps it directly to half resolution, which keeps the encoder near 0.6 and the decoder near 0.9
+    GFLOP at 128 px.
+    Raises ValueError if the lists differ in length, if a resolution has no layer, or if widths cannot be halved and
+    doubled by averaging and repeating channels.
     """
     if not len(widths) == len(encoder_layers) == len(decoder_layers):
         raise ValueError(f"widths {widths}, encoder_layers and decoder_layers need the same length")
     if min(*encoder_layers, *decoder_layers) < 1:
-        raise ValueError("every resolution needs at least one layer, or its down- and upsampling would be left out")
+        raise ValueError("every resolution needs at least one layer, or it would have no down- and upsampling; add one")
     if any(4 * shallow % deep for shallow, deep in pairwise(widths)) or widths[-1] % latent_channels:
         raise ValueError(f"each of widths {widths} must divide four times the one before, and latent_channels the last")
-    # With no layers at full resolution diffusers never uses the first width.
+    # diffusers ignores the first width if there are no layers at full resolution.
     channels, blocks = (widths[0], *widths), len(widths) + 1
     autoencoder = AutoencoderDC(
         latent_channels=latent_channels,
@@ -49,8 +51,8 @@ def build_autoencoder(
         upsample_block_type="pixel_shuffle",
         scaling_factor=1.0,  # latents are normalised per channel by the pipeline's latents_mean and latents_std
     )
-    # Each block normalises what it adds to its input. With a gain of 1 a fresh network is mostly noise; with 0 it is
-    # its shortcuts, which already carry a picture, and learns twice as fast (docs/experiments.md).
+    # Each block normalises its residual. With a gain of 1 a new network outputs mostly noise. With 0 it consists of its
+    # shortcuts, which already pass the picture through, and it learns twice as fast (docs/experiments.md).
     for module in autoencoder.modules():
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.norm.weight)
@@ -67,16 +69,16 @@ def build_denoiser(
     pooled_width: int | None = None,
     middle_attention: bool = True,
 ) -> UNet2DConditionModel:
-    """Build a U-Net with self- and cross-attention at every resolution and, unless left out, in the middle.
+    """Build a U-Net with self- and cross-attention at every resolution and, unless disabled, in the middle.
 
     It maps latents (B, latent_channels, S, S), timesteps (B,) and CLIP text tokens (B, L, text_width) to a velocity of
     the latents' shape. `head_width` is the width of one attention head at every resolution. With `pooled_width` the
-    sentence also acts as one vector (B, pooled_width), given as class_labels, that scales and shifts every residual
-    block together with the time, as the pooled text of SDXL and of SD3 does (arXiv 2403.03206, section 4): what a
-    whole sentence says is then obeyed long before attention has learnt to look single words up.
+    prompt is also given as one vector (B, pooled_width), in class_labels, that scales and shifts every residual block
+    together with the time, as the pooled text of SDXL and of SD3 does (arXiv 2403.03206, section 4). The network then
+    follows the prompt as a whole long before its attention has learnt to use single words.
     The default has 11.2 million parameters and 0.6 GFLOP per call; widths (128, 256) have 17.0 million and 0.8.
     Without `middle_attention` the middle is one residual block, 1.7 million parameters less at the default widths.
-    Raises ValueError if a width is not a multiple of it.
+    Raises ValueError if a width is not a multiple of `head_width`.
     """
     if any(width % head_width for width in widths):
         raise ValueError(f"each of widths {tuple(widths)} must be a multiple of head_width {head_width}")
@@ -90,7 +92,7 @@ def build_denoiser(
         mid_block_type="UNetMidBlock2DCrossAttn" if middle_attention else "UNetMidBlock2D",
         layers_per_block=layers,
         cross_attention_dim=text_width,
-        # Despite its name this argument is the NUMBER of heads: https://github.com/huggingface/diffusers/issues/2011
+        # Despite its name, this argument is the NUMBER of heads: https://github.com/huggingface/diffusers/issues/2011
         attention_head_dim=tuple(width // head_width for width in widths),
         use_linear_projection=True,
         resnet_time_scale_shift="default" if pooled_width is None else "scale_shift",

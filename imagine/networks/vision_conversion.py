@@ -1,8 +1,9 @@
-"""Our vision encoder in transformers' layout, and back: the same tensors under other names.
+"""Convert our vision encoder to transformers' layout and back; only the names of the tensors change.
 
-IP-Adapters travel with a folder `image_encoder/` that holds a transformers CLIPVisionModelWithProjection; ours is
-open_clip's VisionTransformer, in which CLIP was trained. Hidden states and embeddings agree to rounding. Nothing is
-lost either way: queries, keys and values lie in one tensor here and in three there, and the last projection transposed.
+IP-Adapters come with a folder `image_encoder/` that holds a transformers CLIPVisionModelWithProjection. Our encoder is
+open_clip's VisionTransformer, in which CLIP was trained. Hidden states and embeddings agree up to rounding. Nothing is
+lost in either direction: queries, keys and values are one tensor here and three there, and the last projection is
+transposed.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from imagine.errors import WeightsError
 from imagine.networks.encoders import VisionEncoder
 from imagine.networks.vision_names import PROJECTION, hf_names, to_our_tensor
 
-EPSILON = 1e-5  # of every normalisation in open_clip
+EPSILON = 1e-5  # the epsilon of every normalisation in open_clip
 
 # The public towers that IP-Adapters read (open_clip's model_configs; CLIP ViT-L/14 is OpenAI's).
 SIZES: dict[str, dict[str, Any]] = {
@@ -27,15 +28,15 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def build_vision_encoder(name: str = "OpenCLIP ViT-H/14") -> VisionEncoder:
-    """Build a public vision tower for 224-pixel crops, randomly initialised; its weights come from a file."""
+    """Build a public vision tower for 224-pixel crops, randomly initialised; load its weights separately."""
     return VisionEncoder(image_size=224, patch_size=14, **SIZES[name])
 
 
 def to_transformers(encoder: VisionEncoder) -> Any:
     """Return the same encoder as a transformers CLIPVisionModelWithProjection, in its precision and on its device.
 
-    Given pictures normalised with CLIP's mean and deviation (CLIPImageProcessor), its hidden_states[-2] are our
-    features and its image_embeds are what `embed` returns.
+    For pictures normalised with CLIP's mean and deviation (CLIPImageProcessor), its hidden_states[-2] equal our
+    features and its image_embeds equal the result of `embed`.
     """
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -63,7 +64,7 @@ def to_transformers(encoder: VisionEncoder) -> Any:
 def from_transformers(model: Any) -> VisionEncoder:
     """Return a transformers CLIPVisionModelWithProjection as our encoder, in its precision and on its device.
 
-    Raises WeightsError if it computes something that ours does not.
+    Raises WeightsError if the model has an option that ours does not support.
     """
     config = model.config
     _check(config)
@@ -93,11 +94,11 @@ def _check(config: Any) -> None:
         "shape of pictures": not isinstance(config.image_size, int) or not isinstance(config.patch_size, int),
     }
     if wrong := next((name for name, is_wrong in refused.items() if is_wrong), None):
-        raise WeightsError(f"This image encoder has another {wrong} than CLIP's: take a CLIP or OpenCLIP vision model.")
+        raise WeightsError(f"The {wrong} of this image encoder differs from CLIP's: use a CLIP or OpenCLIP model.")
 
 
 def _ratio(width: int, inner: int) -> float:
-    """A ratio of which open_clip, which cuts off decimals, makes exactly this inner width."""
+    """Return a ratio from which open_clip, which truncates width * ratio, computes exactly this inner width."""
     ratio = inner / width
     return ratio if int(width * ratio) == inner else (inner + 0.5) / width
 

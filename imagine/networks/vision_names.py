@@ -1,7 +1,7 @@
-"""How tensors of a CLIP vision tower are called in open_clip's layout, which is ours, and in transformers'.
+"""The tensor names of a CLIP vision tower in open_clip's layout, which is ours, and in transformers' layout.
 
-Names alone, below everything else: conversion (`vision_conversion`) and fingerprints (`weights`) go by one list, so an
-encoder is the same one in either layout.
+Conversion (`vision_conversion`) and fingerprints (`weights`) use this one list, so an encoder has the same fingerprint
+in both layouts. The module does not import any other.
 """
 
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROJECTION = "proj"  # which the two layouts hold transposed
+PROJECTION = "proj"  # transposed between the two layouts
 _REQUIRED_NAMES = ("visual_projection.weight", "vision_model.embeddings.class_embedding")
 _LAYERS = "vision_model.encoder.layers."
 
 
 def hf_names(layers: int) -> dict[str, tuple[str, ...]]:
-    """Our name of every tensor -> theirs; queries, keys and values, which are one tensor here, are three there."""
+    """Return transformers' names of each of our tensors; queries, keys and values are one tensor here, three there."""
     embeddings = "vision_model.embeddings"
     names: dict[str, tuple[str, ...]] = {
         "class_embedding": (f"{embeddings}.class_embedding",),
@@ -40,7 +40,7 @@ def hf_names(layers: int) -> dict[str, tuple[str, ...]]:
 
 
 def to_our_tensor(theirs: "Mapping[str, Tensor]", names: tuple[str, ...]) -> "Tensor":
-    """The tensor of ours that these tensors of theirs are; a view where it can be."""
+    """Return our tensor for these tensors in transformers' layout, as a view where possible."""
     import torch
 
     if names == _REQUIRED_NAMES[:1]:
@@ -49,7 +49,7 @@ def to_our_tensor(theirs: "Mapping[str, Tensor]", names: tuple[str, ...]) -> "Te
 
 
 def names_in(tensors: "Mapping[str, Tensor]") -> dict[str, tuple[str, ...]] | None:
-    """`hf_names` if these are all the tensors of a transformers vision tower with its projection, else None."""
+    """Return `hf_names` if these are all tensors of a transformers vision tower with its projection, else None."""
     if not all(mark in tensors for mark in _REQUIRED_NAMES):
         return None
     numbers = {int(name[len(_LAYERS) :].split(".")[0]) for name in tensors if name.startswith(_LAYERS)}

@@ -1,9 +1,9 @@
-"""Where weights lie and whether they fit: found once, loaded strictly, refused with one sentence.
+"""Find folders of weights and load models from them strictly.
 
-The pipeline, the judge and the command line all find their files through here. A folder of weights is a diffusers
-pipeline folder (model_index.json and one folder a component) with our adapters, the judge and the face finder beside
-them. diffusers and transformers fill in whatever a file lacks with random numbers and drop what they do not know, with
-no more than a warning; here a missing, unexpected, renamed or misshapen tensor is an error.
+The pipeline, the judge and the command line find their files through this module. A folder of weights is a diffusers
+pipeline folder (model_index.json and one folder per component) that also contains our adapters, the judge and the face
+finder. If a file lacks tensors or has unknown ones, diffusers and transformers only warn: they initialise the first
+randomly and ignore the second. Here a missing, unexpected, renamed or misshapen tensor is an error.
 
 Nothing is downloaded unless the caller names a hub repository.
 """
@@ -24,16 +24,16 @@ from imagine.errors import WeightsError
 from imagine.networks.vision_names import names_in, to_our_tensor
 from imagine.paths import PACKAGE, as_path, kind_of, shorten_path
 
-if TYPE_CHECKING:  # headers and folders are looked at without torch, which takes a second to import
+if TYPE_CHECKING:  # headers and folders are checked without torch, which takes a second to import
     import torch
     from torch import Tensor, nn
 
 FORMAT_VERSION = "1"
 INDEX = "model_index.json"
 PIPELINE = "ImaginePipeline"
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # of snapshot_download
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")  # options of snapshot_download
 
-COMPONENTS = {  # what our model_index.json may name: nothing else is imported, whatever a folder says
+COMPONENTS = {  # the classes that our model_index.json may name; no other class is imported from a folder's index
     "unet": ("diffusers", r"UNet2DConditionModel"),
     "vae": ("diffusers", r"\w*Autoencoder\w+"),
     "scheduler": ("diffusers", r"\w+Scheduler"),
@@ -45,22 +45,22 @@ COMPONENTS = {  # what our model_index.json may name: nothing else is imported, 
     "tokenizer_3": ("transformers", r"ByT5Tokenizer"),
     "image_encoder": ("imagine.networks.encoders", r"VisionEncoder"),
 }
-ADAPTERS = ("text_adapter", "adapter")  # our components, which diffusers can neither save nor load by itself
+ADAPTERS = ("text_adapter", "adapter")  # our own components, which diffusers cannot save or load
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png"]  # never a pickle
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png"]  # no pickles
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
-ALIGNMENT = 64  # bytes, at whose multiples torch puts every tensor that it makes itself
-_SAMPLES = 4096  # entries of each tensor that go into a fingerprint
+ALIGNMENT = 64  # bytes; torch aligns every tensor that it allocates to a multiple of this
+_SAMPLES = 4096  # the most entries of a tensor that are hashed for a fingerprint
 
 
 def default_folder() -> Path:
-    """The shipped weights: weights/ of a checkout, or those inside an installed wheel. Raises WeightsError if none."""
+    """Return the shipped weights, from a checkout or an installed wheel. Raise WeightsError if there are none."""
     for folder in (PACKAGE.parent / "weights", PACKAGE / "_weights"):
         if (folder / INDEX).is_file():
             return folder
     raise WeightsError(
-        "No weights are installed with imagine; make them with `make weights`, or name a folder that holds some."
+        "No weights are installed with imagine; make them with `make weights`, or name a folder of weights."
     )
 
 
@@ -70,10 +70,10 @@ def resolve_folder(
     variant: str | None = None,
     **hub: Any,
 ) -> Path:
-    """Return the folder that `source` means: None is the default, else a folder, else a hub repository owner/name.
+    """Return the folder for `source`: the default for None, else a folder, else a hub repository owner/name.
 
-    `other_classes` names pipelines of others that are welcome too, `variant` which of their files. `hub` are options of
-    huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).
+    `other_classes` names further pipeline classes to accept, and `variant` selects among their files. `hub` holds
+    options of huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).
     Raises WeightsError if there are no weights there.
     """
     if source is None:
@@ -88,18 +88,18 @@ def resolve_folder(
     if is_hub_id(source):
         return _fetch(os.fspath(source), other_classes, variant, hub)
     raise WeightsError(
-        f"There is no folder {shorten_path(source)}; name one that holds weights, or leave it out for the default."
+        f"There is no folder {shorten_path(source)}; name a folder of weights, or leave it out for the default."
     )
 
 
 def is_hub_id(source: str | os.PathLike[str]) -> bool:
-    """Whether a path that does not exist can be meant as a hub repository owner/name."""
-    # A mistyped path below a folder that exists must not turn into a question to the network.
+    """Return whether a path that does not exist can be a hub repository owner/name."""
+    # A mistyped path in an existing folder must not cause a network request.
     return _HUB_ID.fullmatch(os.fspath(source)) is not None and kind_of(Path(source).parent, WeightsError) != "folder"
 
 
 def read_index(folder: Path, other_classes: Collection[str] = ()) -> dict[str, Any]:
-    """Return what model_index.json says. Raises WeightsError unless the pipeline is ours, or one of `other_classes`."""
+    """Return the content of model_index.json. Raise WeightsError unless its class is ours or in `other_classes`."""
     try:
         index: dict[str, Any] = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -118,23 +118,23 @@ def read_index(folder: Path, other_classes: Collection[str] = ()) -> dict[str, A
     if version != FORMAT_VERSION:
         raise WeightsError(
             f"{folder} has format version {version}, but this version of imagine reads {FORMAT_VERSION}; "
-            "update imagine, or take weights made for this version."
+            "update imagine, or use weights made for this version."
         )
     return index
 
 
 def check_components(folder: Path, index: Mapping[str, Any], given: Collection[str] = ()) -> None:
-    """Raise WeightsError unless a folder's index names a class that we know for every component that is not given."""
+    """Raise WeightsError unless the index names an allowed class for every component that is not in `given`."""
     for name, (library, pattern) in COMPONENTS.items():
         if name in given:
             continue
         entry = index.get(name)
         if not entry or entry == [None, None]:
             raise WeightsError(f"{folder / INDEX} does not mention {name}; copy or download the weights again.")
-        known = isinstance(entry, list) and len(entry) == 2 and entry[0] == library
-        if not known or not isinstance(entry[1], str) or not re.fullmatch(pattern, entry[1]):
+        is_allowed = isinstance(entry, list) and len(entry) == 2 and entry[0] == library
+        if not is_allowed or not isinstance(entry[1], str) or not re.fullmatch(pattern, entry[1]):
             raise WeightsError(
-                f"{folder / INDEX} names {entry} as its {name}, which no folder may bring; copy or download the "
+                f"{folder / INDEX} names {entry} as its {name}, a class that is not allowed; copy or download the "
                 f"weights again, or give the object as {name}=."
             )
     for name in ADAPTERS:
@@ -143,20 +143,22 @@ def check_components(folder: Path, index: Mapping[str, Any], given: Collection[s
 
 
 def check_statistics(channels: int, **statistics: Any) -> None:
-    """Raise WeightsError unless each of these, if there at all, holds a number for every latent channel."""
+    """Raise WeightsError unless each of the given statistics that is not None has one number per latent channel."""
     for name, values in statistics.items():
         if values is None:
             continue
         if not isinstance(values, (list, tuple)) or not all(isinstance(each, (int, float)) for each in values):
             raise WeightsError(f"{name} must be a list of {channels} numbers, one for each latent channel.")
         if len(values) != channels:
-            raise WeightsError(f"{name} holds {len(values)} numbers for {channels} latent channels: give as many.")
+            raise WeightsError(
+                f"{name} holds {len(values)} numbers for {channels} latent channels: give one for each channel."
+            )
 
 
 def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype", **options: Any) -> Any:
-    """Load one diffusers or transformers model from a component folder, in eval mode, its weights fitting exactly.
+    """Load one diffusers or transformers model from a component folder, in eval mode, with strict key matching.
 
-    Weights stored in half precision are brought to `dtype`. Raises WeightsError, naming what is wrong.
+    Weights stored in half precision are converted to `dtype`. Raises WeightsError if the folder does not fit.
     """
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} has no config.json; copy or download the weights again.")
@@ -165,11 +167,11 @@ def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype"
     try:
         cls = getattr(importlib.import_module(library), class_name)
         options = {"use_safetensors": True, "local_files_only": True, **options, dtype_argument(cls): dtype}
-        with quiet_libraries():  # the libraries' own reports come out as an error below
+        with quiet_libraries():  # their warnings become the error below
             model, found = cls.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
-    except Exception as error:  # each library and file format fails in its own way; the user can do only one thing
+    except Exception as error:  # each library and file format raises its own errors; the user's remedy is the same
         reason = str(error).strip().split("\n")[0][:200]
         raise WeightsError(
             f"The weights in {folder} cannot be loaded ({reason}); copy or download them again."
@@ -185,10 +187,10 @@ def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype"
 
 
 def _align(model: "nn.Module") -> None:
-    """Copy the tensors that lie at odd addresses, as in a file, to where torch would have put them.
+    """Copy tensors at unaligned addresses, as in a file, to the alignment that torch's allocator gives.
 
-    CPU kernels sum in another order there: what is loaded could draw other last bits than what was saved. Tensors that
-    were brought to another precision have been copied already.
+    CPU kernels sum in another order at unaligned addresses, so a loaded model could differ from the saved one in the
+    last bits of a picture. Tensors that were converted to another precision have already been copied.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta and tensor.data_ptr() % ALIGNMENT:
@@ -196,7 +198,7 @@ def _align(model: "nn.Module") -> None:
 
 
 def check_tokenizer(folder: Path, class_name: str) -> None:
-    """Raise WeightsError if a tokenizer's files are missing: transformers would make one that knows no words."""
+    """Raise WeightsError if a tokenizer's files are missing; transformers would build one with an empty vocabulary."""
     needed = ("tokenizer_config.json",) if class_name.startswith("ByT5") else _VOCABULARIES
     if not any((folder / name).is_file() for name in needed):
         raise WeightsError(f"{folder} has no {' or '.join(needed)}; copy or download the weights again.")
@@ -205,13 +207,15 @@ def check_tokenizer(folder: Path, class_name: str) -> None:
 def check_tensor_names(
     where: str, missing: Sequence[str] = (), unexpected: Sequence[str] = (), misshapen: Sequence[str] = ()
 ) -> None:
-    """Raise WeightsError, saying what does not fit in the file or folder `where`, unless nothing is given."""
+    """Raise WeightsError for the file or folder `where` if any tensor name is given."""
     problems = []
     if missing:
         problems.append(f"lacks {_some(missing)}")
     if unexpected:
         near = difflib.get_close_matches(min(unexpected), missing, n=1)
-        problems.append(f"holds the unknown {_some(unexpected)}" + (f" (is it {near[0]}, renamed?)" if near else ""))
+        problems.append(
+            f"has the unknown tensor {_some(unexpected)}" + (f" (is it {near[0]}, renamed?)" if near else "")
+        )
     if misshapen:
         problems.append(f"holds {_some(misshapen)} in another shape than its config.json says")
     if problems:
@@ -219,7 +223,7 @@ def check_tensor_names(
 
 
 def remove_local_paths(folder: Path) -> None:
-    """Remove from the configurations in a saved folder where on this machine each model once came from."""
+    """Remove from the configurations in a saved folder the local path that each model was loaded from."""
     for file in folder.rglob("*.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
@@ -227,18 +231,18 @@ def remove_local_paths(folder: Path) -> None:
 
 
 def fingerprint(module: "nn.Module") -> str:
-    """Return hexadecimal digits that tell one encoder's weights from another's, to be compared by `same_encoder`.
+    """Return a fingerprint of an encoder's weights in hexadecimal digits; compare two with `same_encoder`.
 
-    Names, shapes and up to 4,096 evenly spaced entries of every tensor are hashed. Training a network changes all its
-    entries, so a sample tells, and the largest encoders take no time. Entries are rounded to bfloat16, in both ways
-    that lead there, directly and through float16: weights in full precision have two hashes of 16 digits, "a-b", if
-    these differ, of which each half precision has one. A vision tower of transformers is hashed as ours.
+    It hashes the names, shapes and up to 4,096 evenly spaced entries of every tensor. Training changes all entries of a
+    network, so a sample is enough, and even the largest encoders are hashed quickly. Entries are rounded to bfloat16 in
+    two ways, directly and through float16. Weights in full precision therefore have two hashes of 16 digits, "a-b", if
+    the two differ, and each half precision has one of them. A vision tower of transformers is hashed in our layout.
     """
     return fingerprint_of(module.state_dict())
 
 
 def fingerprint_of(tensors: "Mapping[str, Tensor]") -> str:
-    """The `fingerprint` of a module with these tensors, such as a file holds."""
+    """Return the `fingerprint` of a module with these tensors, for example those of a file."""
     import torch
 
     names = names_in(tensors)
@@ -256,9 +260,9 @@ def fingerprint_of(tensors: "Mapping[str, Tensor]") -> str:
 
 
 def same_encoder(one: str, other: str) -> bool:
-    """Whether two fingerprints mean the same encoder, whatever its precision and its layout.
+    """Return whether two fingerprints are of the same encoder, whatever its precision and layout.
 
-    What follows a colon says which of its outputs was taken, and has to be the same too.
+    The text after a colon names the output that was used, and must be equal too.
     """
     (first, _, output), (second, _, other_output) = one.partition(":"), other.partition(":")
     return output == other_output and not set(first.split("-")).isdisjoint(second.split("-"))
@@ -271,22 +275,22 @@ def _fetch(repository: str, other_classes: Collection[str], variant: str | None,
         index = read_index(Path(hf_hub_download(repository, INDEX, **hub)).parent, other_classes)
         if index["_class_name"] == PIPELINE:
             return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **hub))
-        from diffusers import DiffusionPipeline  # which knows what to leave out of such a repository
+        from diffusers import DiffusionPipeline  # it selects the needed files of such a repository
 
         return Path(DiffusionPipeline.download(repository, variant=variant, use_safetensors=True, **hub))
 
 
 @contextmanager
 def fetching(repository: str) -> Iterator[None]:
-    """Turn whatever goes wrong while `repository` is fetched from the hub into a WeightsError that says what to do."""
+    """Turn any error while `repository` is fetched from the hub into a WeightsError."""
     try:
         yield
     except WeightsError:
         raise
-    except Exception as error:  # no network, no such repository, no permission: all mean that it is not to be had
+    except Exception as error:  # no network, no such repository or no permission: the remedy is the same
         raise WeightsError(
             f"There is no folder {repository}, and a hub repository of that name could not be fetched; check the name "
-            "and your connection, or download it where there is one and give the path of its local folder."
+            "and your connection, or download it on another machine and give the path of the local folder."
         ) from error
 
 
@@ -304,7 +308,10 @@ def fetch_component(source: str | os.PathLike[str], **hub: Any) -> Path:
 
 
 def dtype_argument(cls: type) -> str:
-    """diffusers before 0.40 says torch_dtype; transformers (4.56 on) and newer diffusers say dtype."""
+    """Return the name of `from_pretrained`'s precision argument.
+
+    It is torch_dtype in diffusers before 0.40, and dtype in transformers (from 4.56) and newer diffusers.
+    """
     if cls.__module__.startswith("transformers."):
         return "dtype"
     return "dtype" if '"dtype"' in inspect.getsource(cls.from_pretrained) else "torch_dtype"  # type: ignore[attr-defined]
@@ -312,7 +319,7 @@ def dtype_argument(cls: type) -> str:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep diffusers and transformers from drawing progress bars and warning while they load or save."""
+    """Suppress the progress bars and warnings of diffusers and transformers while they load or save."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

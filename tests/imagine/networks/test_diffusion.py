@@ -1,4 +1,4 @@
-"""The noise convention: straight line, velocity, and agreement with the scheduler that samples."""
+"""The noise convention: the straight line, the velocity, and agreement with the scheduler used for sampling."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_min_snr_weighs_errors_of_the_clean_latent_by_the_clipped_signal_to_nois
     clean, noise = torch.randn(4, 3), torch.randn(4, 3)
     guess = diffusion.velocity(clean, noise) + 0.1 * torch.randn(4, 3)
     of_velocity = (guess - diffusion.velocity(clean, noise)).square().mean(1)
-    seen = diffusion.add_noise(clean, noise, t) - t[:, None] * guess  # the clean latent that the guess means
+    seen = diffusion.add_noise(clean, noise, t) - t[:, None] * guess  # the clean latent that the guess implies
     of_clean = (seen - clean).square().mean(1)
     snr = ((1 - t) / t) ** 2
     assert torch.allclose(diffusion.min_snr_weight(t, 5.0) * of_velocity, snr.clamp(max=5.0) * of_clean, atol=1e-6)

@@ -100,7 +100,7 @@ def test_t5_tokenizer_splits_any_ascii_without_unknowns(tmp_path: Path) -> None:
     t5 = encoders.train_t5_tokenizer(SENTENCES, tmp_path, vocabulary_size=200)
     ids = t5("Zebra's {x} = 9% of ~all^ [ÿ]")["input_ids"]
     assert ids[-1] == t5.eos_token_id == 1 and t5.pad_token_id == 0 and t5.unk_token_id == 2
-    assert ids.count(2) == 1  # only the letter that is not ASCII
+    assert ids.count(2) == 1  # only the letter outside ASCII is unknown
 
 
 def test_trained_t5_tokenizer_is_the_same_after_loading(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_trained_t5_tokenizer_is_the_same_after_loading(tmp_path: Path) -> None:
     assert all(made(sentence)["input_ids"] == loaded(sentence)["input_ids"] for sentence in SENTENCES)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- encoding ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("prompt", "wanted"),
     [
@@ -126,11 +126,11 @@ def test_trained_t5_tokenizer_is_the_same_after_loading(tmp_path: Path) -> None:
         ("", ""),
     ],
 )
-def test_quoted_text_is_what_stands_between_double_quotes(prompt: str, wanted: str) -> None:
+def test_quoted_text_is_the_text_between_double_quotes(prompt: str, wanted: str) -> None:
     assert quoted(prompt) == wanted
 
 
-def test_byt5_sees_nothing_but_the_quoted_text(text: TextEncoders) -> None:
+def test_byt5_encodes_only_the_quoted_text(text: TextEncoders) -> None:
     one, other = text.encode_byt5(['a man, "HI"']), text.encode_byt5(['a woman in the snow, "HI", smiling'])
     assert torch.equal(one.values, other.values)
     assert not torch.equal(one.values, text.encode_byt5(['a man, "HO"']).values)
@@ -200,14 +200,14 @@ def test_neighbours_in_a_batch_do_not_change_a_prompt(text: TextEncoders) -> Non
 
 
 @pytest.mark.parametrize(
-    ("prompt", "says"),
+    ("prompt", "words"),
     [
         ("smiling " * 2000, "shorten"),
         ('a sign with "' + "A" * 500 + '"', "between quotes"),
     ],
 )
-def test_prompts_that_are_too_long_are_refused_in_a_sentence(text: TextEncoders, prompt: str, says: str) -> None:
-    with pytest.raises(PromptError, match=says):
+def test_prompts_that_are_too_long_are_refused_in_a_sentence(text: TextEncoders, prompt: str, words: str) -> None:
+    with pytest.raises(PromptError, match=words):
         text.encode_byt5([prompt]) if "sign" in prompt else text.encode([prompt])
 
 

@@ -1,4 +1,4 @@
-"""The built networks: shapes, budgets, and that they are stock diffusers models that describe themselves."""
+"""The built networks: shapes, budgets, and that they are stock diffusers models that store their own sizes."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_denoiser_predicts_the_latent_shape_within_its_budget():
 
 
 @torch.no_grad()
-def test_a_denoiser_may_be_told_the_whole_sentence_as_one_vector():
+def test_a_denoiser_can_take_the_whole_prompt_as_one_vector():
     model = build_denoiser(widths=(32, 64), latent_channels=4, text_width=24, pooled_width=10).eval()
     inputs = torch.randn(1, 4, 8, 8), torch.full((1,), 500.0), torch.randn(1, 5, 24)
     one, other = (model(*inputs, class_labels=torch.randn(1, 10)).sample for _ in range(2))
@@ -51,7 +51,7 @@ def test_a_denoiser_may_be_told_the_whole_sentence_as_one_vector():
         model(*inputs)
 
 
-def test_every_attention_head_has_the_asked_width():
+def test_every_attention_head_has_the_given_width():
     model = build_denoiser(widths=(64, 96), head_width=32, text_width=24)
     layers = {name: module for name, module in model.named_modules() if name.endswith(("attn1", "attn2"))}
     assert {module.inner_dim // module.heads for module in layers.values()} == {32}

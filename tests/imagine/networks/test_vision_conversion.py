@@ -1,4 +1,4 @@
-"""Our vision encoder and transformers' see the same, whichever way the tensors travelled."""
+"""Our vision encoder and transformers' give the same outputs after conversion in either direction."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests import tiny_ip
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "small": {"image_size": 16, "patch_size": 8, "width": 24, "layers": 2, "heads": 2, "embed_width": 20},
-    "odd": {  # an inner width that is no multiple of the width, as in ViT-bigG
+    "odd": {  # an inner width that is not a multiple of the width, as in ViT-bigG
         "image_size": 28, "patch_size": 7, "width": 26, "layers": 3, "heads": 2, "embed_width": 8, "mlp_ratio": 4.9231,
     },
     "quick": {
@@ -27,7 +27,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def look(encoder: VisionEncoder, theirs: Any, seed: int = 0) -> tuple[float, float]:
-    """The largest differences of hidden states and embeddings on random crops."""
+    """Return the largest differences of hidden states and embeddings on random crops."""
     crops = torch.rand(2, 3, encoder.config.image_size, encoder.config.image_size)
     pixels = (crops - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
     with torch.no_grad():
@@ -41,9 +41,9 @@ def look(encoder: VisionEncoder, theirs: Any, seed: int = 0) -> tuple[float, flo
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_there_and_back(name: str, tmp_path: Any) -> None:
+def test_conversion_in_both_directions(name: str, tmp_path: Any) -> None:
     encoder = VisionEncoder(**ENCODERS[name]).eval()
-    for parameter in encoder.parameters():  # biases and normalisations are not trivial either
+    for parameter in encoder.parameters():  # biases and normalisations must be random too
         torch.nn.init.normal_(parameter, std=0.3)
     theirs = to_transformers(encoder)
     assert max(look(encoder, theirs)) < 1e-5
@@ -54,7 +54,7 @@ def test_there_and_back(name: str, tmp_path: Any) -> None:
     assert same(type(theirs).from_pretrained(tmp_path, local_files_only=True), theirs)
 
 
-def test_transformers_encoder_in_half_precision_comes_in_and_out_bit_for_bit() -> None:
+def test_transformers_encoder_in_half_precision_is_converted_both_ways_bit_for_bit() -> None:
     theirs = tiny_ip.encoder()
     ours = from_transformers(theirs)
     assert max(look(ours, theirs)) < 1e-5
@@ -64,7 +64,7 @@ def test_transformers_encoder_in_half_precision_comes_in_and_out_bit_for_bit() -
 
 
 @pytest.mark.parametrize("change", [{"hidden_act": "relu"}, {"layer_norm_eps": 1e-6}, {"image_size": (16, 32)}])
-def test_what_ours_does_not_compute_is_refused(change: dict[str, Any]) -> None:
+def test_options_that_ours_does_not_support_are_refused(change: dict[str, Any]) -> None:
     theirs = tiny_ip.encoder()
     for name, value in change.items():
         setattr(theirs.config, name, value)

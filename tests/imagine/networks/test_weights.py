@@ -1,4 +1,4 @@
-"""Weights that do not fit are refused, each in one sentence that names what is wrong."""
+"""Weights that do not fit are refused, each with one sentence that names the problem."""
 
 import copy
 import json
@@ -138,8 +138,8 @@ def foreign_encoder(folder: Path) -> None:
     VisionEncoder(tiny.CROP, 8, 24, 2, 2, embed_width=16).save_pretrained(folder / "image_encoder")
 
 
-def index_says(**entries: Any) -> Callable[[Path], None]:
-    """A damage that gives model_index.json other entries; None removes one."""
+def with_index(**entries: Any) -> Callable[[Path], None]:
+    """Return a damage that changes entries of model_index.json; None removes one."""
 
     def damage(folder: Path) -> None:
         index = {**json.loads((folder / weights.INDEX).read_text()), **entries}
@@ -149,7 +149,7 @@ def index_says(**entries: Any) -> Callable[[Path], None]:
     return damage
 
 
-def finder_says(**metadata: str) -> Callable[[Path], None]:
+def with_finder_metadata(**metadata: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         (folder / "finder").mkdir()
         save_file(
@@ -159,7 +159,7 @@ def finder_says(**metadata: str) -> Callable[[Path], None]:
     return damage
 
 
-def adapter_says(**metadata: str) -> Callable[[Path], None]:
+def with_adapter_metadata(**metadata: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         file = folder / "adapter" / "adapter.safetensors"
         save_file(load_file(file), file, {**metadata_of(file), **metadata})
@@ -168,7 +168,7 @@ def adapter_says(**metadata: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "words"),
     [
         (truncate, "unet"),
         (lose_config, "config.json"),
@@ -181,38 +181,38 @@ def adapter_says(**metadata: str) -> Callable[[Path], None]:
         (foreign_index, "StableDiffusionPipeline"),
         (future_index, "99"),
         (foreign_encoder, "vision encoder"),
-        (index_says(vae=None), "does not mention vae"),
-        (index_says(unet=["diffusers", "NoSuchClass"]), r"names \['diffusers', 'NoSuchClass'\] as its unet"),
-        (index_says(unet=["diffusers"]), "as its unet"),
-        (index_says(unet="diffusers"), "as its unet"),
-        (index_says(vae=["diffusers", "AutoencoderOfNobody"]), "vae cannot be loaded"),
-        (index_says(scheduler=["diffusers", 7]), "as its scheduler"),
-        (index_says(scheduler=["diffusers", "NobodysScheduler"]), "cannot be loaded"),
-        (index_says(image_encoder=["antigravity", "VisionEncoder"]), "antigravity"),
-        (index_says(tokenizer=["antigravity", "CLIPTokenizer"]), "antigravity"),
-        (index_says(adapter=["antigravity", "Adapter"]), "names a class for adapter"),
-        (index_says(latents_mean=[0.0] * 3), "latents_mean holds 3 numbers for 4 latent channels"),
-        (index_says(latents_std="wide"), "latents_std must be a list of 4 numbers"),
-        (adapter_says(lora_rank="many"), "branches and LoRA"),
-        (adapter_says(branches='[{"name": "vision", "width": "wide"}]'), "branches and LoRA"),
+        (with_index(vae=None), "does not mention vae"),
+        (with_index(unet=["diffusers", "NoSuchClass"]), r"names \['diffusers', 'NoSuchClass'\] as its unet"),
+        (with_index(unet=["diffusers"]), "as its unet"),
+        (with_index(unet="diffusers"), "as its unet"),
+        (with_index(vae=["diffusers", "AutoencoderOfNobody"]), "vae cannot be loaded"),
+        (with_index(scheduler=["diffusers", 7]), "as its scheduler"),
+        (with_index(scheduler=["diffusers", "NobodysScheduler"]), "cannot be loaded"),
+        (with_index(image_encoder=["antigravity", "VisionEncoder"]), "antigravity"),
+        (with_index(tokenizer=["antigravity", "CLIPTokenizer"]), "antigravity"),
+        (with_index(adapter=["antigravity", "Adapter"]), "names a class for adapter"),
+        (with_index(latents_mean=[0.0] * 3), "latents_mean holds 3 numbers for 4 latent channels"),
+        (with_index(latents_std="wide"), "latents_std must be a list of 4 numbers"),
+        (with_adapter_metadata(lora_rank="many"), "branches and LoRA"),
+        (with_adapter_metadata(branches='[{"name": "vision", "width": "wide"}]'), "branches and LoRA"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_a_sentence(
-    folder: Path, damage: Callable[[Path], None], says: str, capfd: Any
+    folder: Path, damage: Callable[[Path], None], words: str, capfd: Any
 ) -> None:
     damage(folder)
-    with pytest.raises(WeightsError, match=says) as caught:
+    with pytest.raises(WeightsError, match=words) as caught:
         ImaginePipeline.from_pretrained(folder)
     assert "\n" not in str(caught.value)
-    assert capfd.readouterr().err == ""  # the libraries' own reports stay quiet
+    assert capfd.readouterr().err == ""  # the libraries' own warnings are suppressed
 
 
 @pytest.mark.parametrize(
     "metadata", [{}, {"side": "64"}, {"side": "wide", "width": "16"}, {"side": "7", "width": "16"}]
 )
-def test_a_finder_that_does_not_say_its_sizes_is_refused_in_a_sentence(folder: Path, metadata: dict[str, str]) -> None:
-    finder_says(**metadata)(folder)
-    with pytest.raises(WeightsError, match="does not say its sizes properly") as caught:
+def test_a_finder_file_without_valid_sizes_is_refused_in_a_sentence(folder: Path, metadata: dict[str, str]) -> None:
+    with_finder_metadata(**metadata)(folder)
+    with pytest.raises(WeightsError, match="does not give its sizes properly") as caught:
         _ = ImaginePipeline.from_pretrained(folder).finder
     assert "\n" not in str(caught.value)
 
@@ -221,10 +221,10 @@ def test_a_module_that_a_folder_names_is_never_imported(folder: Path, monkeypatc
     (folder / "stranger.py").write_text("raise SystemExit('this must never run')")
     monkeypatch.syspath_prepend(folder)
     for name in weights.COMPONENTS:
-        index_says(**{name: ["stranger", weights.COMPONENTS[name][1]]})(folder)
+        with_index(**{name: ["stranger", weights.COMPONENTS[name][1]]})(folder)
         with pytest.raises(WeightsError, match="stranger"):
             ImaginePipeline.from_pretrained(folder)
-        index_says(**{name: json.loads((weights.default_folder() / weights.INDEX).read_text())[name]})(folder)
+        with_index(**{name: json.loads((weights.default_folder() / weights.INDEX).read_text())[name]})(folder)
 
 
 @pytest.mark.parametrize("source", ["no/such/folder/here", "/no-such-folder", "imagine/no-such-weights"])
@@ -258,9 +258,9 @@ def test_half_precision_files_come_up_in_full_precision(folder: Path) -> None:
     assert torch.equal(weight, next(iter(pipe.unet.parameters())).float())
 
 
-def test_the_shipped_weights_draw_the_very_same_picture_after_saving_and_loading(tmp_path: Path) -> None:
+def test_the_shipped_weights_make_the_same_picture_after_saving_and_loading(tmp_path: Path) -> None:
     before = ImaginePipeline.from_pretrained()
-    before.save_pretrained(tmp_path)  # in the precision at hand, so that no tensor has to be converted on its way back
+    before.save_pretrained(tmp_path)  # in the current precision, so that loading converts no tensor
     after = ImaginePipeline.from_pretrained(tmp_path)
     example = weights.default_folder() / "examples" / "person-1.png"
     drawn = []
@@ -272,12 +272,12 @@ def test_the_shipped_weights_draw_the_very_same_picture_after_saving_and_loading
     for name in (*MODELS, *ADAPTERS):
         one, other = getattr(before, name).state_dict(), getattr(after, name).state_dict()
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
-        # Whether equal numbers at odd addresses give other last bits depends on the machine; where they lie does not.
+        # Whether unaligned addresses change the last bits depends on the machine, but the addresses do not.
         odd = [key for key, tensor in other.items() if tensor.data_ptr() % weights.ALIGNMENT]
         assert not odd, f"{name}: {odd}"
 
 
-def test_fingerprints_tell_encoders_apart_and_know_them_in_half_precision() -> None:
+def test_fingerprints_tell_encoders_apart_and_match_in_half_precision() -> None:
     encoder = VisionEncoder(16, 8, 24, 2, 2)
     fingerprint = weights.fingerprint(encoder)
     assert fingerprint == weights.fingerprint(encoder) and len(fingerprint) == 16 + 1 + 16
@@ -293,7 +293,7 @@ def test_fingerprints_tell_encoders_apart_and_know_them_in_half_precision() -> N
     assert not weights.same_encoder(fingerprint + ":pooled", fingerprint)
 
 
-def test_half_precision_has_one_fingerprint_which_stays_what_it_was() -> None:
+def test_half_precision_has_one_fingerprint_which_never_changes() -> None:
     shipped = weights.default_folder() / "image_encoder"
     encoder = weights.load_model(shipped, "imagine.networks.encoders", "VisionEncoder", torch.float32)
     with safe_open(shipped.parent / "adapter" / "adapter.safetensors", framework="pt") as file:
@@ -312,7 +312,7 @@ def test_an_encoder_is_the_same_one_in_either_layout(tmp_path: Path) -> None:
         theirs.vision_model.encoder.layers[1].self_attn.k_proj.bias += 0.1
     assert not weights.same_encoder(weights.fingerprint(theirs), weights.fingerprint(encoder))
     unlike = {"visual_projection.weight": torch.zeros(2, 2), "vision_model.embeddings.class_embedding": torch.zeros(2)}
-    assert weights.fingerprint_of(unlike)  # no tower: hashed as it is
+    assert weights.fingerprint_of(unlike)  # not a vision tower, so hashed without renaming
 
 
 def test_default_folder_is_the_checkouts_or_says_how_to_get_weights() -> None:
