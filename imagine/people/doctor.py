@@ -1,9 +1,9 @@
-"""Explains a photo, and an installation, before anybody waits for a disappointing picture.
+"""Report on a photo, or on an installation, before a picture is made.
 
-Beside the pipeline, not part of it: `imagine doctor` prints these records, the app may show them. A likeness fails far
-more often because of the photo than because of the model, and only a report on the photo can say so: what was found in
-it, which face is taken, what the network will see of it, and what a better photo would have. Nothing here loads weights
-other than the face finder's, and nothing touches the network.
+`imagine doctor` prints these reports; the pipeline does not use them. A poor likeness is caused by the photo far more
+often than by the model, and a report on the photo shows why: which faces were found, which one is used, the crop that
+the vision encoder gets, and how the photo could be better. This module loads no weights other than the face finder's
+and does not use the internet.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from imagine.people.faces import FaceChoice, FaceFinder, crop_face, ellipse
 from imagine.people.photos import PhotoSource, read_photo
 from imagine.records import FaceBox, FaceCrop
 
-DARK, BRIGHT = 0.15, 0.9  # mean brightness of a face, 0 to 1, beyond which its features drown
+DARK, BRIGHT = 0.15, 0.9  # mean brightness of a face, 0 to 1; beyond these limits its features are hard to recognise
 
-# What a complete weights folder holds (see ARCHITECTURE.md); the judge is needed by `imagine evaluate` only.
+# The content of a complete weights folder (see ARCHITECTURE.md); only `imagine evaluate` needs the judge.
 COMPONENTS = (
     "model_index.json", "unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer",
     "tokenizer_2", "tokenizer_3", "image_encoder", "text_adapter", "adapter", "finder", "judge",
@@ -36,7 +36,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class PhotoReport:
-    """What a photo holds and how well it will serve; `as_dict` is ready for JSON."""
+    """The properties of a photo and advice on it; `as_dict` is ready for JSON."""
 
     name: str
     format: str
@@ -44,15 +44,15 @@ class PhotoReport:
     size: tuple[int, int]  # width and height as stored
     orientation: int  # EXIF, 1 is upright
     faces: tuple[FaceBox, ...]  # largest first, in pixels of the upright picture, whose longest side is at most 2048
-    used: int  # place in `faces`; -1 when there is none
+    used: int  # index in `faces`; -1 if there is none
     sharpness: float  # as FaceCrop.sharpness
     brightness: float  # mean of the face, 0 to 1
     quality: str  # as FaceCrop.quality
-    advice: tuple[str, ...]  # one sentence each; empty when nothing could be better
-    crop: FaceCrop  # what the vision encoder will see; not in `as_dict`
+    advice: tuple[str, ...]  # one sentence each; empty if there is nothing to improve
+    crop: FaceCrop  # the input of the vision encoder; not in `as_dict`
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, words and lists."""
+        """Return plain numbers, words and lists."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "crop"}
         boxes = [{name: round(value, 3) for name, value in dataclasses.asdict(box).items()} for box in self.faces]
         return {**plain, "size": list(self.size), "faces": boxes, "advice": list(self.advice)}
@@ -60,12 +60,12 @@ class PhotoReport:
 
 @dataclass(frozen=True)
 class InstallationReport:
-    """What this installation can do; `as_dict` is ready for JSON."""
+    """The capabilities of this installation; `as_dict` is ready for JSON."""
 
     python: str
     system: str
     versions: dict[str, str | None]  # None: not installed
-    device: str  # what a picture would be made on
+    device: str  # the device that pictures are made on
     threads: int
     weights: str | None  # the folder
     components: dict[str, int]  # bytes on disk of each component found in the folder
@@ -73,15 +73,15 @@ class InstallationReport:
     advice: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, words and lists."""
+        """Return plain numbers, words and lists."""
         return {**dataclasses.asdict(self), "advice": list(self.advice)}
 
 
 def report_photo(source: PhotoSource, finder: FaceFinder, size: int = 64, face: FaceChoice = "largest") -> PhotoReport:
-    """What `finder` sees in the photo, for a vision encoder that looks at crops of `size` pixels.
+    """Report on a photo with `finder`, for a vision encoder that reads crops of `size` pixels.
 
-    A photo without a face is a finding, not an error. Raises PictureError when the photo cannot be opened, FaceError
-    when there are faces but not the one asked for.
+    A photo without a face is reported, not an error. Raises PictureError if the photo cannot be opened, and FaceError
+    if there are faces but not the requested one.
     """
     photo = read_photo(source)
     crop = crop_face(photo.image, finder, size, face, on_no_face="whole")
@@ -103,7 +103,7 @@ def report_photo(source: PhotoSource, finder: FaceFinder, size: int = 64, face: 
 
 
 def report_installation(weights: Path | None) -> InstallationReport:
-    """Versions, device, face finders, and what lies in the weights folder (None: none was found)."""
+    """Report the versions, the device, the face finders and the weights folder's content (None: not found)."""
     versions = {name: _version(name) for name in PACKAGES}
     components = {} if weights is None else {name: _bytes(weights / name) for name in COMPONENTS}
     components = {name: size for name, size in components.items() if size}
@@ -134,10 +134,10 @@ def _brightness(crop: FaceCrop) -> float:
 def _photo_advice(crop: FaceCrop, brightness: float, size: tuple[int, int]) -> tuple[str, ...]:
     advice = [] if crop.quality == "good" else [crop.quality]
     if crop.box is None:
-        return (*advice, "Give a photo that shows the face from the front, large and well lit, nothing before it.")
+        return (*advice, "Give a photo that shows the face from the front, large, well lit and uncovered.")
     box = crop.box
     if box.left < -1 or box.top < -1 or box.left + box.width > size[0] + 1 or box.top + box.height > size[1] + 1:
-        advice.append("The face is cut off by the picture's edge, so a photo with some room around it will do better.")
+        advice.append("The face is cut off at the picture's edge: use a photo with some space around the face.")
     if brightness < DARK:
         advice.append("The face is very dark: take the photo with light from the front, or brighten it first.")
     if brightness > BRIGHT:
@@ -156,11 +156,11 @@ def _installation_advice(
         advice.append(f"The weights folder {weights} lacks {', '.join(missing)}: copy it again or run `make weights`.")
     if versions["insightface"] is None:
         advice.append(
-            "In photos, turned faces are found with --finder insightface only, which needs more: in the checkout, "
+            "In photos, only --finder insightface finds turned faces. It needs two installations: in the checkout, "
             "pip install -e '.[faces]', and a model pack of InsightFace in ~/.insightface/models."
         )
     if versions["pillow-heif"] is None:
-        advice.append("HEIC photos need one package more: pip install pillow-heif.")
+        advice.append("HEIC photos need one more package: pip install pillow-heif.")
     return tuple(advice)
 
 
@@ -178,13 +178,13 @@ def _bytes(path: Path) -> int:
 
 
 def device_for(name: str) -> str:
-    """The device that --device means here: "auto" is a GPU if there is one. Raises ConfigError for one that is not."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Return the device for --device; "auto" is a GPU if there is one. Raise ConfigError for one that torch lacks."""
+    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return next(each for each, there in here.items() if there)
-    if not here.get(name):
-        have = " or ".join(each for each, there in here.items() if there)
-        raise ConfigError(f"torch sees no device {name} here: choose {have}, or leave --device out.")
+        return next(each for each, is_available in devices.items() if is_available)
+    if not devices.get(name):
+        have = " or ".join(each for each, is_available in devices.items() if is_available)
+        raise ConfigError(f"torch finds no device {name} here: choose {have}, or leave --device out.")
     return name
 
 

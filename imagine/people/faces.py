@@ -1,16 +1,17 @@
-"""Finds the faces in an opened photo, chooses one and cuts the square that the vision encoder looks at.
+"""Find the faces in an opened photo, choose one, and cut out the square that the vision encoder reads.
 
-Between `photos` (which opens) and the encoder (which looks). `crop_faces` is the one geometry of training and
-inference: a persona enrolled from a photo and a training batch rendered on a GPU are cut by the same lines of code.
+`photos` opens the photo before this step, and the vision encoder follows it. `crop_faces` defines the geometry for
+training and inference: the same code crops a photo for a persona and a training batch that was rendered on a GPU.
 
-A finder is anything with `find(image)`. All of them speak one box: brow to chin and ear to ear, as the portrait world
-gives it. Finders made for other conventions are moved to ours by constant factors, stated where they are used:
+A finder is any object with `find(image)`. All finders return the same kind of box, from brow to chin and from ear to
+ear, as in the portrait world. The boxes of finders with other conventions are converted by constant factors, which are
+stated where they are used:
 
-- `CascadeFinder`: the frontal-face cascade that scikit-image carries. Needs no download. Photographed faces from the
-  front, tilted up to about 40 degrees; faces turned half aside are missed.
+- `CascadeFinder`: the frontal-face cascade that comes with scikit-image. Needs no download. It finds photographed faces
+  from the front, tilted up to about 40 degrees, and misses faces that are turned halfway to the side.
 - `LearnedFinder`: our own small network (`finder`), trained on the portrait world with its drawings and turned heads.
-- `CombinedFinder`: several of them, double finds merged. `default_finder` is the two above.
-- `InsightFaceFinder`: optional, for photos at large: `pip install -e '.[faces]'` and a model pack.
+- `CombinedFinder`: several finders, with duplicates merged. `default_finder` combines the two above.
+- `InsightFaceFinder`: optional, for photos of all kinds: `pip install -e '.[faces]'` and a model pack.
 - `KnownBoxesFinder`: boxes that the caller already has.
 """
 
@@ -30,8 +31,8 @@ from imagine.errors import FaceError, ImagineError, WeightsError
 from imagine.people.finder import Finder, decode, letterbox, load_finder
 from imagine.records import FaceBox, FaceCrop
 
-CROP_SIDE = 1.75  # side of the crop, in units of the longer side of the face box: hair, ears and chin fit in
-CROP_RISE = 0.15  # the crop's centre lies above the box's, in units of its height: there is more hair than neck
+CROP_SIDE = 1.75  # side of the crop, in units of the longer side of the face box, to include hair, ears and chin
+CROP_RISE = 0.15  # how far the crop's centre is above the box's, in units of its height: there is more hair than neck
 MASK_AXES = (0.46, 0.5)  # semi-axes of the visible ellipse, in units of the crop's side
 MASK_EDGE = 0.1  # the mask fades over this part of the radius
 SMALL_FACE = 0.5  # a crop enlarged beyond 1 / SMALL_FACE counts as small
@@ -42,11 +43,11 @@ FaceChoice = Literal["largest", "centre"] | int
 
 # --- cropping: the same in training and inference ---------------------------------------------------------------------
 def crop_faces(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """Background-masked squares (N, 3, size, size) around one face box in each image.
+    """Cut a background-masked square around one face box from each image; return (N, 3, size, size).
 
-    images: (N, 3, H, W), 0 to 1. boxes: (N, 4), left, top, width, height in pixels. What lies outside the picture and
-    outside the ellipse is grey 0.5. Differentiable in the images; each row depends on its own image and box only.
-    Raises FaceError when the shapes do not belong together.
+    images: (N, 3, H, W), 0 to 1. boxes: (N, 4), left, top, width, height in pixels. Pixels outside the picture or
+    outside the ellipse are grey, 0.5. Differentiable in the images; each row depends on its own image and box only.
+    Raises FaceError if the shapes do not match.
     """
     squares = crop_unmasked(images, boxes, size)
     mask = ellipse(size, squares.device)
@@ -54,7 +55,7 @@ def crop_faces(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 
 
 def crop_unmasked(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """As `crop_faces`, background unmasked: sharpness is measured on it."""
+    """Cut the squares of `crop_faces` without the mask; sharpness is measured on them."""
     if images.ndim != 4 or boxes.shape != (images.shape[0], 4):
         raise FaceError(
             f"Give one box for each picture: pictures {tuple(images.shape)} and boxes {tuple(boxes.shape)} do not fit."
@@ -63,7 +64,7 @@ def crop_unmasked(images: Tensor, boxes: Tensor, size: int) -> Tensor:
     width, height = boxes[:, 2], boxes[:, 3]
     side = CROP_SIDE * torch.maximum(width, height).clamp(min=1)
     centre = torch.stack((boxes[:, 0] + width / 2, boxes[:, 1] + height / 2 - CROP_RISE * height), dim=1)
-    # One sample per source pixel, then a mean: a box filter against aliasing. Rows with an equal count go together.
+    # A box filter against aliasing: one sample per source pixel, then a mean. Rows with the same count are batched.
     counts = [max(1, math.ceil(value / size - 1e-4)) for value in side.tolist()]
     out = images.new_empty(len(images), 3, size, size)
     for count in sorted(set(counts)):
@@ -75,18 +76,18 @@ def crop_unmasked(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 def _sample(images: Tensor, centre: Tensor, side: Tensor, size: int, count: int) -> Tensor:
     height, width = images.shape[-2:]
     steps = (torch.arange(size * count, device=images.device) + 0.5) / (size * count) - 0.5
-    across = (centre[:, :1] + side[:, None] * steps) * (2 / width) - 1  # grid_sample counts from -1 to 1
+    across = (centre[:, :1] + side[:, None] * steps) * (2 / width) - 1  # grid_sample's coordinates run from -1 to 1
     down = (centre[:, 1:] + side[:, None] * steps) * (2 / height) - 1
     grid = torch.stack(
         (across[:, None, :].expand(-1, len(steps), -1), down[:, :, None].expand(-1, -1, len(steps))), dim=-1
     )
-    # Shifted by 0.5, the zeros that pad the picture mean mid grey.
+    # grid_sample pads with zeros; shifting by 0.5 makes the padding mid grey.
     fine = F.grid_sample(images - 0.5, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + 0.5
     return F.avg_pool2d(fine, count) if count > 1 else fine
 
 
 def ellipse(size: int, device: "torch.device | str" = "cpu") -> Tensor:
-    """The soft mask (size, size): 1 on the face, 0 on and outside the ellipse with MASK_AXES."""
+    """Return the soft mask (size, size): 1 on the face, 0 on and outside the ellipse with MASK_AXES."""
     axis = (torch.arange(size, device=device) + 0.5) / size - 0.5
     radius = ((axis[None, :] / MASK_AXES[0]).square() + (axis[:, None] / MASK_AXES[1]).square()).sqrt()
     return ((1 - radius) / MASK_EDGE).clamp(0, 1)
@@ -99,11 +100,11 @@ def crop_face(
     face: FaceChoice = "largest",
     on_no_face: Literal["error", "whole"] = "error",
 ) -> FaceCrop:
-    """The chosen face of an opened photo (see `photos.open_photo`), and what is good or poor about it.
+    """Return the chosen face of an opened photo (see `photos.open_photo`) and a sentence on the photo's quality.
 
-    face: "largest", "centre" (nearest to the picture's centre), or a place in the list of faces, largest first.
+    face: "largest", "centre" (nearest to the picture's centre), or an index in the list of faces, largest first.
     on_no_face: "error", or "whole" to use the whole picture, unmasked.
-    Raises FaceError when there is no such face.
+    Raises FaceError if there is no such face.
     """
     if on_no_face not in ("error", "whole"):
         raise FaceError(f"on_no_face={on_no_face!r} is unknown: choose 'error' or 'whole'.")
@@ -130,10 +131,10 @@ def crop_face(
 
 
 def sharpness(square: Tensor) -> float:
-    """Variance of the Laplacian of a square's brightness (3, S, S), 0 to 1, inside the face ellipse.
+    """Return the variance of the Laplacian of a square's brightness (3, S, S), 0 to 1, inside the face ellipse.
 
-    The measure LAPV of Pertuz, Puig and Garcia (Pattern Recognition 46, 2013), taken at the crop's own size, because
-    detail beyond that size never reaches the vision encoder.
+    This is the measure LAPV of Pertuz, Puig and Garcia (Pattern Recognition 46, 2013). It is taken at the crop's own
+    size, because finer detail never reaches the vision encoder.
     """
     grey = square.mean(dim=0)[None, None]
     kernel = grey.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
@@ -143,9 +144,9 @@ def sharpness(square: Tensor) -> float:
 
 
 def _check_choice(face: FaceChoice) -> None:
-    known = face in ("largest", "centre") or (isinstance(face, int) and not isinstance(face, bool) and face >= 0)
-    if not known:
-        raise FaceError(f"face={face!r} is unknown: choose 'largest', 'centre' or a number from 0, the largest, on.")
+    is_valid = face in ("largest", "centre") or (isinstance(face, int) and not isinstance(face, bool) and face >= 0)
+    if not is_valid:
+        raise FaceError(f"face={face!r} is unknown: choose 'largest', 'centre' or a number from 0 (the largest) on.")
 
 
 def _choose(found: tuple[FaceBox, ...], face: FaceChoice, size: tuple[int, int]) -> int:
@@ -195,24 +196,24 @@ def _to_image(square: Tensor) -> Image.Image:
 
 # --- finding ----------------------------------------------------------------------------------------------------------
 class FaceFinder(Protocol):
-    """Whatever can say where the faces of an RGB picture are."""
+    """An object that finds the faces of an RGB picture."""
 
     def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
-        """Every face, largest first; an empty tuple when there is none."""
+        """Return every face, largest first; an empty tuple if there is none."""
         ...
 
 
 def default_finder(folder: Path | None = None) -> FaceFinder:
-    """The embedded finder: the cascade, joined by our own network when `folder` (weights/finder) holds one."""
+    """Return the embedded finder: the cascade, combined with our own network if `folder` (weights/finder) holds one."""
     if folder is None or not folder.is_dir():
         return CascadeFinder()
     return CombinedFinder((LearnedFinder.from_folder(folder), CascadeFinder()))
 
 
 def non_maximum_suppression(boxes: Sequence[FaceBox], overlap: float = 0.4) -> tuple[FaceBox, ...]:
-    """Non-maximum suppression: of boxes that share much of their area the surest stays. Largest first.
+    """Keep, of boxes that overlap too much, the one with the highest score (non-maximum suppression); largest first.
 
-    Two boxes are one face when intersection over union exceeds `overlap`, or when one lies almost wholly in the other.
+    Two boxes are the same face if intersection over union exceeds `overlap`, or if one is almost entirely in the other.
     """
     kept: list[FaceBox] = []
     for box in sorted(boxes, key=lambda box: box.score, reverse=True):
@@ -241,41 +242,41 @@ def _containment(one: FaceBox, two: FaceBox) -> float:
 
 
 class KnownBoxesFinder:
-    """The boxes are known beforehand: rendered pictures, or a caller with a finder of their own."""
+    """Returns boxes that are known in advance: of rendered pictures, or from a caller's own finder."""
 
     def __init__(self, boxes: Sequence[FaceBox]) -> None:
         self.boxes = tuple(sorted(boxes, key=_area, reverse=True))
 
     def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
-        """The known boxes, whatever the picture."""
+        """Return the known boxes, whatever the picture."""
         return self.boxes
 
 
 class CombinedFinder:
-    """Asks every finder and merges what they find; the surer box stays."""
+    """Runs several finders and merges their boxes; of two boxes of one face, the one with the higher score is kept."""
 
     def __init__(self, finders: Sequence[FaceFinder]) -> None:
         self.finders = tuple(finders)
 
     def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
-        """Every face that any of the finders sees."""
+        """Return every face that any of the finders finds."""
         return non_maximum_suppression([box for finder in self.finders for box in finder.find(image)])
 
 
 class LearnedFinder:
-    """Our own small network. `threshold` is the least probability that counts as a face."""
+    """Finds faces with our own small network. `threshold` is the lowest probability that counts as a face."""
 
     def __init__(self, network: Finder, threshold: float = 0.4) -> None:
         self.network, self.threshold = network.eval(), threshold
 
     @classmethod
     def from_folder(cls, folder: Path) -> "LearnedFinder":
-        """The network shipped in a weights/finder folder. Raises WeightsError unless it fits exactly."""
+        """Load the network of a weights/finder folder. Raise WeightsError unless it fits exactly."""
         return cls(load_finder(folder))
 
     @torch.inference_mode()
     def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
-        """Every face in the whole picture, seen at the network's own size."""
+        """Return every face in the whole picture, scaled to the network's own input size."""
         square, scale, corner = letterbox(image, self.network.side)
         device = next(self.network.parameters()).device
         boxes, scores = decode(self.network(square[None].to(device)), self.network.side)
@@ -292,25 +293,25 @@ def _centred_within(box: FaceBox, size: tuple[int, int]) -> bool:
 
 
 class CascadeFinder:
-    """scikit-image's bundled LBP cascade (Liao et al., ICB 2007), made trustworthy by looking twice.
+    """scikit-image's bundled LBP cascade (Liao et al., ICB 2007), with a second check of every hit.
 
-    By itself it finds every frontal face in a group photo and twice as many hands, shirts and poker chips: its own
-    count of neighbouring hits cannot tell them apart. A real face, though, is found again when the picture around it is
-    mirrored, turned a little and brought to another size. So a scan of the whole picture proposes, and such second
-    looks decide; their number is the score. Small or tightly cut faces get a larger or a padded scan if the first is
-    empty.
+    On its own the cascade finds every frontal face in a group photo, and twice as many hands, shirts and poker chips:
+    its count of neighbouring hits does not separate them. A real face, however, is found again when the picture around
+    it is mirrored, slightly rotated and rescaled. A scan of the whole picture therefore proposes candidates, and
+    further scans of such views verify them; the number of hits in these views is the score. If the first scan finds
+    nothing, larger and padded scans look for small or tightly cropped faces.
     """
 
-    # The cascade's window is square and reaches from the middle of the forehead to the chin and from ear to ear.
-    # In its units: how far our box is moved right and down, and how wide and high it is.
+    # The cascade's window is square, from the middle of the forehead to the chin and from ear to ear. In units of the
+    # window: how far our box is shifted right and down, and its width and height.
     window = (0.0, 0.02, 1.0, 1.0)
 
     def __init__(self, threshold: float = 0.5) -> None:
         self.threshold = threshold
-        self._cascade: Any = None  # loading scikit-image takes a second: not before the first picture
+        self._cascade: Any = None  # loaded with the first picture, since importing scikit-image takes a second
 
     def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
-        """Every photographed face from the front; its score grows with the number of second looks that agree."""
+        """Return every photographed face from the front; its score grows with the hits in the second check."""
         for side, pad in ((320, 0.0), (256, 0.3), (640, 0.0)):
             if side == 640 and max(image.size) <= 320:
                 continue
@@ -325,12 +326,12 @@ class CascadeFinder:
         canvas.paste(image, (margin, margin))
         scale = min(1.0, side / max(canvas.size))
         small = _resized(canvas, scale)
-        # The second looks need detail that the scan does not.
+        # The second check needs more detail than the scan.
         finer = min(1.0, 2 * scale)
-        looks = _resized(canvas, finer)
+        detailed = _resized(canvas, finer)
         boxes: list[FaceBox] = []
         for left, top, width in _clusters(self._hits(small, 24, min(small.size)) / scale):
-            square = self._refine_hit(looks, (left * finer, top * finer, width * finer))
+            square = self._refine_hit(detailed, (left * finer, top * finer, width * finer))
             if square is not None:
                 left, top, width, score = square[0] / finer, square[1] / finer, square[2] / finer, square[3]
                 boxes.append(self._to_box(left - margin, top - margin, width, score))
@@ -343,7 +344,7 @@ class CascadeFinder:
         return FaceBox(left + right * width, top + down * width, wide * width, high * width, score)
 
     def _hits(self, image: Image.Image, smallest: int, largest: int) -> np.ndarray[Any, Any]:
-        """Every window that passes the cascade, unmerged: (hits, 3), left, top, width."""
+        """Return every window that passes the cascade, unmerged: (hits, 3), left, top, width."""
         if self._cascade is None:
             feature, data = importlib.import_module("skimage.feature"), importlib.import_module("skimage.data")
             self._cascade = feature.Cascade(data.lbp_frontal_face_cascade_filename())
@@ -358,22 +359,22 @@ class CascadeFinder:
     def _refine_hit(
         self, image: Image.Image, square: tuple[float, float, float]
     ) -> tuple[float, float, float, float] | None:
-        """Left, top, width and score after two rounds of looks, or None if the first round does not agree.
+        """Return left, top, width and score after two rounds of checks, or None if the first round fails.
 
-        Round one is wide and finds where the face really lies and how it is tilted; round two, closely around that,
-        gives the score. (Real faces get 100 to 300 votes there, fists and badges under 60.)
+        Round one covers a wide area and finds the face's actual position and tilt. Round two scans closely around that
+        position and gives the score. (Real faces get 100 to 300 votes there, fists and badges fewer than 60.)
         """
         centre_x, centre_y, width = square[0] + square[2] / 2, square[1] + square[2] / 2, square[2]
         tilt = 0.0
         for turns in ((-30.0, -15.0, 0.0, 15.0, 30.0), (-8.0, 0.0, 8.0)):
-            looks = [
+            views = [
                 self._votes(image, centre_x, centre_y, width, tilt + turn, flip) for turn in turns for flip in (1, -1)
             ]
-            votes = np.concatenate(looks)
+            votes = np.concatenate(views)
             if len(votes) < 6:
                 return None
             centre_x, centre_y, width = np.median(votes, axis=0).tolist()
-            counts = np.array([len(look) for look in looks], dtype=np.float64)
+            counts = np.array([len(view) for view in views], dtype=np.float64)
             tilt += float((counts * np.repeat(turns, 2)).sum() / counts.sum())
         score = 1 - math.exp(-len(votes) / 100)
         return centre_x - width / 2, centre_y - width / 2, width, score
@@ -381,7 +382,7 @@ class CascadeFinder:
     def _votes(
         self, image: Image.Image, centre_x: float, centre_y: float, width: float, angle: float, flip: int
     ) -> np.ndarray[Any, Any]:
-        """One look at a face turned by `angle` degrees and mirrored if flip is -1: (votes, 3), centre and width."""
+        """Scan one view, rotated by `angle` degrees and mirrored if flip is -1; return (votes, 3), centre and width."""
         side, zoom = 48, 1.7 * width / 48  # picture pixels per pixel of the view
         cosine, sine = math.cos(math.radians(angle)) * zoom, math.sin(math.radians(angle)) * zoom
         matrix = np.array([[flip * cosine, -sine], [flip * sine, cosine]])
@@ -407,7 +408,7 @@ def _resized(image: Image.Image, scale: float) -> Image.Image:
 
 
 def _clusters(hits: np.ndarray[Any, Any], slack: float = 0.25) -> list[tuple[float, float, float]]:
-    """Hits (n, 3) that nearly coincide, joined: the mean left, top and width of each group, most hits first."""
+    """Merge hits (n, 3) that nearly coincide: return the mean left, top and width of each group, most hits first."""
     groups: list[list[np.ndarray[Any, Any]]] = []
     for hit in hits:
         for group in groups:
@@ -425,11 +426,11 @@ def _clusters(hits: np.ndarray[Any, Any], slack: float = 0.25) -> list[tuple[flo
 class InsightFaceFinder:
     """InsightFace's detectors (SCRFD, RetinaFace). Optional; its model packs are for non-commercial research only.
 
-    model: a folder of ONNX files (a model pack), one detector file, or the name of a pack under `root`/models.
-    Nothing is downloaded, although insightface would: a pack that is not on the disk is an error.
+    model: a folder of ONNX files (a model pack), one detector file, or the name of a pack in `root`/models.
+    Nothing is downloaded, although insightface itself would download a missing pack; here it is an error.
     """
 
-    # These boxes begin near the hairline; ours at the middle of the forehead. In units of their height.
+    # Its boxes begin near the hairline, ours at the middle of the forehead. In units of the box's height.
     brow = 0.12
 
     def __init__(
@@ -444,7 +445,7 @@ class InsightFaceFinder:
         self.detector.prepare(-1, det_thresh=threshold, input_size=(640, 640))
 
     def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
-        """Every face, with the detector's own score; a face too large for the first pass is found in a smaller one."""
+        """Return every face with the detector's score; faces too large for the first pass are found in later ones."""
         pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])  # insightface reads BGR
         fixed = isinstance(self.detector.input_shape[2], int)
         for side in (None,) if fixed else (None, 320, 160):
@@ -459,7 +460,7 @@ class InsightFaceFinder:
 
 
 def model_pack(model: "str | Path", root: Path) -> Path:
-    """The file or folder meant by a name. Packs are often unzipped one folder too deep: that is no mistake here.
+    """Return the file or folder for a model name; a pack that was unzipped one folder too deep is found too.
 
     Raises WeightsError if there is none.
     """

@@ -1,16 +1,16 @@
-"""The small face finder that we train ourselves: a network, its targets, its loss and its decoding.
+"""The small face finder that we train ourselves: its network, targets, loss and decoding.
 
-`faces` asks it where the faces are. The bundled cascade knows photographed faces from the front; drawings, pixel art
-and turned heads of the portrait world are what this one learns (its training task lives in `train`, with these
-functions).
+`faces` uses it to find faces. The bundled cascade finds photographed faces from the front; this network is trained on
+the drawings, the pixel art and the turned heads of the portrait world. Its training task is in `train` and uses the
+functions of this module.
 
-It follows CenterNet (Zhou, Wang and Krähenbühl, "Objects as Points", arXiv 1904.07850): a heat map says where faces
-have their centres, and at each centre two more maps say how wide and high the face is and where exactly, below the
-map's resolution, its centre lies. Sizes are learned over the middle of each face and not only at its one centre cell,
-as in TTFNet (Liu et al., arXiv 1909.00700), which lets so small a network learn from few pictures.
+It follows CenterNet (Zhou, Wang and Krähenbühl, "Objects as Points", arXiv 1904.07850). A heat map marks the centres
+of faces. At each centre two more maps give the width and height of the face and the exact position of its centre, below
+the map's resolution. Sizes are trained over the middle of each face and not only in its one centre cell, as in TTFNet
+(Liu et al., arXiv 1909.00700), so that a small network can learn from few pictures.
 
-Pictures enter at one fixed size (`letterbox`), so that one pass finds large and small faces alike; a face narrower than
-about 8 pixels there is out of reach.
+Pictures are scaled to one fixed size (`letterbox`), so that one pass finds large and small faces. A face narrower than
+about 8 pixels at that size is not found.
 """
 
 from pathlib import Path
@@ -28,19 +28,19 @@ from imagine.errors import WeightsError
 FILE_NAME = "finder.safetensors"
 FORMAT_VERSION = "1"
 STRIDE = 4  # one cell of the maps is 4 x 4 pixels
-LARGEST_COUNT = 16  # more faces than this in one picture are not reported
+LARGEST_COUNT = 16  # the most faces that are reported in one picture
 
 
 class Maps(NamedTuple):
-    """What the network says, per cell of a grid of G = side / STRIDE cells a side."""
+    """The network's output, per cell of a grid of G = side / STRIDE cells per side."""
 
-    heat: Tensor  # (B, 1, G, G) logits: is a face centred here
-    size: Tensor  # (B, 2, G, G) log of width and height as parts of the picture's side
+    heat: Tensor  # (B, 1, G, G) logits that a face is centred here
+    size: Tensor  # (B, 2, G, G) log of width and height as fractions of the picture's side
     offset: Tensor  # (B, 2, G, G) from the cell's middle to the face's centre, in cells
 
 
 class Targets(NamedTuple):
-    """What it should say; `weight` (B, 1, G, G) says where size and offset count."""
+    """The targets of `Maps`; `weight` (B, 1, G, G) is the loss weight of size and offset."""
 
     heat: Tensor
     size: Tensor
@@ -49,16 +49,16 @@ class Targets(NamedTuple):
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    # Group normalisation: one picture gives the same answer alone and in a batch.
+    # Group normalisation, so that a picture has the same result alone and in a batch.
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.GroupNorm(4, outputs), nn.SiLU()
     )
 
 
 class Finder(nn.Module):
-    """Pictures (B, 3, side, side), 0 to 1, to `Maps`. 0.28 million parameters at the default width.
+    """Maps pictures (B, 3, side, side), 0 to 1, to `Maps`. 0.28 million parameters at the default width.
 
-    An hourglass: down to 1/16 to see a whole head with its shoulders, and back up to 1/4 to place it.
+    An hourglass network: down to 1/16 to cover a whole head with its shoulders, and up to 1/4 to locate it.
     side: a multiple of 16. width: channels at 1/2 of the resolution, a multiple of 4.
     """
 
@@ -78,8 +78,8 @@ class Finder(nn.Module):
         self.smooth_quarter = _block(3 * width, 3 * width)
         self.head = nn.Conv2d(3 * width, 5, 1)
         nn.init.normal_(self.head.weight, std=0.01)
-        # It starts by saying: one cell in a hundred (focal loss then starts calm, arXiv 1708.02002, section 4.1), and
-        # faces of 30 % of the picture.
+        # The initial bias predicts a face in one cell in a hundred, which keeps the focal loss stable at the start
+        # (arXiv 1708.02002, section 4.1), and faces of 30 % of the picture.
         self.head.bias = nn.Parameter(torch.tensor([-4.6, -1.2, -1.2, 0.0, 0.0]))
 
     def forward(self, images: Tensor) -> Maps:
@@ -93,11 +93,11 @@ class Finder(nn.Module):
 
 
 def targets(boxes: Tensor, valid: Tensor, side: int) -> Targets:
-    """What the maps should say for boxes (B, K, 4): left, top, width, height in pixels of a square picture `side` wide.
+    """Return the target maps for boxes (B, K, 4): left, top, width, height in pixels of a square picture `side` wide.
 
-    valid (B, K) says which boxes count; all False for a picture without faces.
-    Each face is a Gaussian as wide as the face allows (1904.07850, section 3:
-    overlaps take the larger value); every cell inside it learns the size of the face that is strongest there.
+    valid (B, K) marks the boxes that count; all are False for a picture without faces.
+    Each face is a Gaussian whose width follows the face's size (1904.07850, section 3: overlaps take the larger value).
+    Every cell inside it is trained on the size of the face that is strongest there.
     """
     grid = side // STRIDE
     centre = (boxes[..., :2] + boxes[..., 2:] / 2) / STRIDE  # in cells, (B, K, 2)
@@ -118,16 +118,16 @@ def targets(boxes: Tensor, valid: Tensor, side: int) -> Targets:
 
 
 def _take(values: Tensor, owner: Tensor) -> Tensor:
-    """For each cell the two numbers of the face that owns it: (B, K, 2) and (B, G, G) to (B, 2, G, G)."""
+    """Return for each cell the two numbers of its strongest face: (B, K, 2) and (B, G, G) to (B, 2, G, G)."""
     batch, grid = owner.shape[0], owner.shape[1]
     index = owner.flatten(1).unsqueeze(-1).expand(-1, -1, 2)
     return values.gather(1, index).transpose(1, 2).reshape(batch, 2, grid, grid)
 
 
 def loss(maps: Maps, wanted: Targets) -> Tensor:
-    """One number per picture (B,): penalty-reduced focal loss (1904.07850, equation 1) plus L1 on size and offset.
+    """Return each picture's loss (B,): penalty-reduced focal loss (1904.07850, equation 1) plus L1 on size and offset.
 
-    A picture without faces counts as if it held one, so that it pulls as hard as the others.
+    A picture without faces is normalised as if it had one, so that its weight equals that of the others.
     """
     heat = maps.heat.float()
     hit = wanted.heat.ge(1 - 1e-4)
@@ -142,9 +142,10 @@ def loss(maps: Maps, wanted: Targets) -> Tensor:
 
 
 def decode(maps: Maps, side: int) -> tuple[Tensor, Tensor]:
-    """The LARGEST_COUNT best peaks: boxes (B, K, 4) in pixels, left, top, width, height, and scores (B, K), best first.
+    """Return the LARGEST_COUNT highest peaks, best first: boxes (B, K, 4) in pixels, and scores (B, K).
 
-    A peak is a cell that no neighbour within two cells beats. Scores are probabilities: the caller sets the threshold.
+    A box is left, top, width, height. A peak is a cell that is the maximum within two cells. Scores are probabilities;
+    the caller sets the threshold.
     """
     heat = maps.heat.float().sigmoid()
     grid = heat.shape[-1]
@@ -159,7 +160,7 @@ def decode(maps: Maps, side: int) -> tuple[Tensor, Tensor]:
 
 
 def letterbox(image: Image.Image, side: int) -> tuple[Tensor, float, tuple[int, int]]:
-    """The whole picture inside a grey square: a tensor (3, side, side), 0 to 1, then its scale and its corner's place.
+    """Fit the whole picture into a grey square; return (3, side, side), 0 to 1, its scale and its corner's position.
 
     A point p of the picture is at p * scale + corner in the square.
     """
@@ -173,7 +174,7 @@ def letterbox(image: Image.Image, side: int) -> tuple[Tensor, float, tuple[int, 
 
 
 def save_finder(finder: Finder, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes folder/finder.safetensors; the sizes travel in its metadata."""
+    """Write folder/finder.safetensors; the network's sizes are in its metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in finder.state_dict().items()}
     metadata = {"format_version": FORMAT_VERSION, "side": str(finder.side), "width": str(finder.width)}
@@ -182,7 +183,7 @@ def save_finder(finder: Finder, folder: Path, dtype: torch.dtype = torch.float32
 
 
 def load_finder(folder: Path) -> Finder:
-    """The finder saved in a folder, in evaluation mode and fp32. Raises WeightsError unless every key fits."""
+    """Load the finder saved in a folder, in evaluation mode and fp32. Raise WeightsError unless every key fits."""
     path = folder / FILE_NAME
     if not path.is_file():
         raise WeightsError(f"{folder} holds no {FILE_NAME}: give a weights folder that has a face finder.")
@@ -197,7 +198,7 @@ def load_finder(folder: Path) -> Finder:
     try:
         finder = Finder(int(metadata["side"]), int(metadata["width"]))
     except (KeyError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise WeightsError(f"{path} does not say its sizes properly: copy or train it again.") from error
+        raise WeightsError(f"{path} does not give its sizes properly: copy or train it again.") from error
     missing, unexpected = set(finder.state_dict()) - set(state), set(state) - set(finder.state_dict())
     if missing or unexpected:
         raise WeightsError(
@@ -206,6 +207,6 @@ def load_finder(folder: Path) -> Finder:
         )
     try:
         finder.load_state_dict(state)
-    except RuntimeError as error:  # a shape is wrong
+    except RuntimeError as error:  # a tensor has the wrong shape
         raise WeightsError(f"{path} holds tensors of other shapes than its metadata says: train it again.") from error
     return finder.eval()

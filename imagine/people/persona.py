@@ -1,9 +1,9 @@
-"""A persona: one person, looked at once.
+"""A persona: the encoded features of one person, computed once.
 
-`ImaginePipeline.enroll` makes one from one or many photos; every later call takes it in place of the photo, without a
-face finder or a vision encoder having to run. It holds what the vision encoder saw (its penultimate features, before
-the adapter's projection), so it fits every adapter trained on that encoder and refuses any other encoder. It holds no
-picture: the file can be kept where the photo should not be.
+`ImaginePipeline.enroll` makes a persona from one or several photos. Every later call can use it in place of the photos,
+without running a face finder or a vision encoder. It holds the vision encoder's output (the penultimate features,
+before the adapter's projection), so it fits every adapter trained with that encoder and is refused with any other
+encoder. It holds no picture, so the file may be kept where the photo may not.
 """
 
 import json
@@ -30,15 +30,15 @@ TENSOR = "vision_features"
 
 @dataclass(frozen=True)
 class Face:
-    """One face that was used: where it lay in which photo, and how good the photo is."""
+    """One face that was used: its position in the photo, and the quality of the photo."""
 
-    reference: str  # the photo's path, or which one it was; for a dict of references "name: photo"
+    reference: str  # the photo's path, or its number; for a dict of references "name: photo"
     box: FaceBox | None  # pixels of the upright photo; None: no face was found and the whole picture was used
-    found: int  # how many faces the photo holds
-    index: int  # which of them was used, 0 being the largest; -1 for the whole picture
+    found: int  # number of faces in the photo
+    index: int  # index of the face that was used, 0 being the largest; -1 for the whole picture
     sharpness: float  # as FaceCrop.sharpness
-    quality: str  # "good", or one sentence that says what is poor about the photo
-    crop: Image.Image | None = field(default=None, compare=False)  # what the vision encoder saw; never saved
+    quality: str  # "good", or one sentence on the photo's defects
+    crop: Image.Image | None = field(default=None, compare=False)  # the vision encoder's input; never saved
 
     @classmethod
     def of(cls, crop: FaceCrop, reference: str) -> "Face":
@@ -46,7 +46,7 @@ class Face:
         return cls(reference, crop.box, len(crop.found), crop.index, crop.sharpness, crop.quality, crop.image)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, words and lists, ready for JSON."""
+        """Return plain numbers, words and lists, ready for JSON."""
         box = None if self.box is None else {name: round(value, 3) for name, value in asdict(self.box).items()}
         plain = {name: getattr(self, name) for name in ("reference", "found", "index", "sharpness", "quality")}
         return {**plain, "box": box}
@@ -54,7 +54,7 @@ class Face:
 
 @dataclass(frozen=True, eq=False)
 class Persona:
-    """What a vision encoder saw of one person: features (tokens, width) of all photos, one after the other.
+    """The vision features (tokens, width) of one person, those of several photos concatenated.
 
     `encoder` is the encoder's fingerprint (weights.fingerprint); `faces` has one entry per photo.
     """
@@ -65,11 +65,14 @@ class Persona:
 
     @property
     def tokens(self) -> int:
-        """How many vision tokens the person has."""
+        """Return the number of vision tokens."""
         return int(self.features.shape[0])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one small safetensors file, whole or not at all. Photo names and pictures are left out."""
+        """Write one small safetensors file, without photo names and pictures; on failure, no partial file replaces it.
+
+        Raises WeightsError if it cannot be written.
+        """
         path = as_path(path)
         faces = [{**face.as_dict(), "reference": f"photo {number}"} for number, face in enumerate(self.faces, 1)]
         metadata = {
@@ -88,7 +91,7 @@ class Persona:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Persona":
-        """Read a saved persona, bit for bit. Raises WeightsError if the file is not one."""
+        """Load a saved persona, bit-identical. Raise WeightsError if the file is not a persona."""
         file_path = as_path(path)
         if kind_of(file_path, WeightsError) != "file":
             raise WeightsError(
@@ -119,7 +122,7 @@ class Persona:
 
 
 def concatenate(features: list[Tensor]) -> Tensor:
-    """Join the features of several photos, each (tokens, width), along the sequence (paper, section 3.6)."""
+    """Concatenate the features of several photos, each (tokens, width), along the sequence (paper, section 3.6)."""
     return features[0] if len(features) == 1 else torch.cat(features)
 
 

@@ -1,22 +1,22 @@
-"""A picture in, whatever form it has; an upright RGB picture out, or one sentence that says what to do.
+"""Open a picture in any common form and return it as upright RGB, or raise an error that says what to do.
 
-This is the first step of every call that takes a reference: `photos` opens, `faces` finds and crops, the vision
-encoder looks. People hand in what their phone, their print shop or a web page gave them, so the odd formats are the
-normal case: rotation kept in EXIF, CMYK and other colour profiles, 16-bit scans, transparency, animations. Each of them
-must mean here what it means in a picture viewer, because a rotated or inverted face is still "a picture" to a network,
-only a wrong one.
+This is the first step of every call with a reference: `photos` opens the picture, `faces` finds and crops the face, and
+the vision encoder encodes it. Users give what their phone, their print shop or a web page produced, so unusual formats
+are common: rotation stored in EXIF, CMYK and other colour profiles, 16-bit scans, transparency, animations. Each must
+look here as it does in a picture viewer, because a network accepts a rotated or inverted face without an error and
+encodes it wrongly.
 
-Limits, and why:
+Limits, and the reasons for them:
 
-- `MAX_PIXELS`, 128 million, is read from the header before anything is decoded. It lets the largest common phone photo
-  (108 megapixels) through and stops decompression bombs: a 20,000 x 20,000 picture would need 1.2 GB of memory.
-- `MAX_BYTES`, 512 MB: an uncompressed picture of that many pixels; whatever is larger is a film or a disk image.
-- `MAX_SIDE`, 2048: larger pictures are shrunk at once (a JPEG already while it is decoded). No face crop that we use is
-  larger than 1024 pixels, and finding a face costs time by the pixel.
-- `MIN_SIDE`, 32: below that no face can be told from another.
+- `MAX_PIXELS`, 128 million, is checked in the header before anything is decoded. It accepts the largest common phone
+  photo (108 megapixels) and stops decompression bombs: a 20,000 x 20,000 picture would need 1.2 GB of memory.
+- `MAX_BYTES`, 512 MB: the size of an uncompressed picture of that many pixels; a larger file is a film or a disk image.
+- `MAX_SIDE`, 2048: larger pictures are shrunk immediately (a JPEG while it is decoded). No face crop is larger than
+  1024 pixels, and the time to find a face grows with the number of pixels.
+- `MIN_SIDE`, 32: in a smaller picture faces cannot be told apart.
 
-Transparent pixels become mid grey, the same grey with which a face crop masks its background.
-Nothing is ever downloaded: an address is refused with a sentence.
+Transparent pixels become mid grey, the same grey as the masked background of a face crop.
+Nothing is ever downloaded: a web address is refused with an error.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ BACKGROUND = (128, 128, 128)
 
 PhotoSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | torch.Tensor
 
-# Only decoders that run inside the process: Pillow's EPS reader would start Ghostscript on a file we know nothing of.
+# Only decoders that run inside the process: Pillow's EPS reader would start Ghostscript on an untrusted file.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "HEIF")
 _READABLE = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
@@ -51,28 +51,28 @@ _warning_filter = threading.Lock()  # Python's warning filters belong to the pro
 
 @dataclass(frozen=True)
 class Photo:
-    """An opened picture and what it was before: the photo report shows these facts."""
+    """An opened picture and the properties of its stored form, which the photo report shows."""
 
     image: Image.Image  # RGB, upright, longest side at most MAX_SIDE
-    name: str  # how sentences refer to it: the path as given, or "the picture"
-    format: str  # "JPEG", "PNG", ...; "memory" for a picture that was never a file
+    name: str  # the name in messages: the path as given, or "the picture"
+    format: str  # "JPEG", "PNG", ...; "memory" for a picture that did not come from a file
     mode: str  # Pillow's mode as stored, such as "CMYK" or "I;16"
     size: tuple[int, int]  # width and height as stored, before rotation and shrinking
     orientation: int  # EXIF orientation, 1 to 8; 1 is upright
 
 
 def open_photo(source: PhotoSource) -> Image.Image:
-    """The picture as an upright RGB image whose longest side is at most MAX_SIDE pixels.
+    """Return the picture as an upright RGB image whose longest side is at most MAX_SIDE pixels.
 
     source: a path, the bytes of a picture file, a Pillow image, an array (H, W), (H, W, 1|3|4) or a tensor
         (1|3|4, H, W), (1, 1|3|4, H, W); arrays and tensors hold 8-bit or 16-bit integers, or floats from 0 to 1.
-    Raises PictureError, whose sentence says what to do.
+    Raises PictureError, whose message says what to do.
     """
     return read_photo(source).image
 
 
 def read_photo(source: PhotoSource) -> Photo:
-    """As `open_photo`, together with the facts about the picture as it was stored."""
+    """Return the picture of `open_photo` together with the properties of its stored form."""
     if isinstance(source, torch.Tensor):
         return _normalise(_from_array(_channels_last(source)), "the picture", "memory")
     if isinstance(source, np.ndarray):
@@ -89,7 +89,7 @@ def read_photo(source: PhotoSource) -> Photo:
         )
     with _open(data, name) as image:
         if image.format in ("JPEG", "MPO"):
-            # libjpeg decodes straight to 1/2, 1/4 or 1/8; twice the final side leaves the last step to a good filter.
+            # libjpeg can decode to 1/2, 1/4 or 1/8. Twice the final side leaves the last step to a better filter.
             stored = image.size
             image.draft(None, (2 * MAX_SIDE, 2 * MAX_SIDE))
             return replace(_normalise(image, name, image.format), size=stored)
@@ -99,7 +99,7 @@ def read_photo(source: PhotoSource) -> Photo:
 def _read_file(source: "str | os.PathLike[str]") -> tuple[str, io.BytesIO]:
     name = os.fsdecode(source)
     if name.startswith(("http://", "https://")):
-        raise PictureError(f"{name} is an address and nothing is downloaded: save the picture and give its path.")
+        raise PictureError(f"{name} is a web address and nothing is downloaded: save the picture and give its path.")
     path = as_path(name)
     kind = kind_of(path, PictureError)
     if kind == "folder":
@@ -117,7 +117,7 @@ def _read_file(source: "str | os.PathLike[str]") -> tuple[str, io.BytesIO]:
 
 
 def _open(data: io.BytesIO, name: str) -> Image.Image:
-    """Reads the header only, and refuses what must not be decoded."""
+    """Read the header only; raise PictureError for a picture that must not be decoded."""
     head = data.getbuffer()[:32].tobytes()
     if not head:
         raise PictureError(f"{name} is empty: copy or download the picture again.")
@@ -125,14 +125,14 @@ def _open(data: io.BytesIO, name: str) -> Image.Image:
         _enable_heic(name)
     try:
         with _warning_filter, warnings.catch_warnings():
-            # Pillow warns from 89 megapixels on; our own limit, checked below, is the one that counts.
+            # Pillow warns from 89 megapixels on; our own limit, checked below, replaces its limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(data, formats=_formats())
     except Image.DecompressionBombError as error:
         raise PictureError(_too_large(name)) from error
     except UnidentifiedImageError as error:
         raise PictureError(f"{name} is not a picture that can be read: save it as {_READABLE}.") from error
-    except Exception as error:  # a header can break any decoder in its own way
+    except Exception as error:  # a damaged header can raise any error in a decoder
         raise PictureError(_damaged(name)) from error
     _check_size(image.size, name)
     return image
@@ -152,7 +152,7 @@ def _enable_heic(name: str) -> None:
 
 
 def _normalise(image: Image.Image, name: str, stored_format: str) -> Photo:
-    """Checks the size, decodes, turns upright, converts to RGB and shrinks."""
+    """Check the size, decode, turn upright, convert to RGB and shrink."""
     stored_mode, stored_size = image.mode, image.size
     _check_size(image.size, name)
     try:
@@ -161,7 +161,7 @@ def _normalise(image: Image.Image, name: str, stored_format: str) -> Photo:
         image = _to_rgb(_without_profile(_transposed(image, orientation)))
     except PictureError:
         raise
-    except Exception as error:  # whatever a decoder raises on damaged bytes, the user can do only one thing
+    except Exception as error:  # decoders raise many errors on damaged bytes; the user's remedy is the same
         raise PictureError(_damaged(name)) from error
     if max(image.size) > MAX_SIDE:
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -177,28 +177,28 @@ def _check_size(size: tuple[int, int], name: str) -> None:
             f"{name} is {width} x {height} pixels, too small to hold a face: give {MIN_SIDE} x {MIN_SIDE} or more."
         )
     if min(size) * MAX_SIDE < MIN_SIDE * max(size):
-        raise PictureError(f"{name} is {width} x {height} pixels, too narrow a strip: cut it to the person first.")
+        raise PictureError(f"{name} is {width} x {height} pixels, too narrow a strip: crop it to the person first.")
 
 
 def _too_large(name: str, size: tuple[int, int] | None = None) -> str:
     shown = f"{size[0]:,} x {size[1]:,} pixels, more" if size else "more"
-    return f"{name} is {shown} than {MAX_PIXELS // 1_000_000} million pixels: shrink it, {MAX_SIDE} a side is plenty."
+    return f"{name} is {shown} than {MAX_PIXELS // 1_000_000} million pixels: shrink it, {MAX_SIDE} a side is enough."
 
 
 def _damaged(name: str) -> str:
-    return f"{name} is cut off or damaged: copy or download it again, or save it anew as JPEG or PNG."
+    return f"{name} is incomplete or damaged: copy or download it again, or save it again as JPEG or PNG."
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF says nothing about the pixels: read the picture as it lies
+    except Exception:  # damaged EXIF does not affect the pixels: read the picture without rotation
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _transposed(image: Image.Image, orientation: int) -> Image.Image:
-    """EXIF orientation: where row 0 and column 0 of the stored picture belong (Exif 2.32, tag 274)."""
+    """Apply the EXIF orientation: the sides on which row 0 and column 0 of the picture belong (Exif 2.32, tag 274)."""
     turn = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -216,7 +216,7 @@ def _transposed(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _without_profile(image: Image.Image) -> Image.Image:
-    """Colours moved from the embedded ICC profile to sRGB; a profile that cannot be used changes nothing."""
+    """Convert the colours from the embedded ICC profile to sRGB; an unusable profile is ignored."""
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "CMYK", "L", "RGBA"):
         return image
@@ -227,17 +227,17 @@ def _without_profile(image: Image.Image) -> Image.Image:
         converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):  # wrong number of channels, damaged profile
         return image
-    assert converted is not None  # only an in-place conversion returns nothing
+    assert converted is not None  # profileToProfile returns None only for an in-place conversion
     if alpha:
         converted.putalpha(alpha)
     elif "transparency" in image.info and image.mode == "RGB":
-        return image  # a colour key names a stored colour: converting would break it
+        return image  # a colour key refers to a stored colour, so converting the colours would break it
     converted.info.pop("transparency", None)
     return converted
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB: deep greys are scaled, not clipped; transparency is laid on mid grey."""
+    """Convert any Pillow mode to RGB: deep greys are scaled, not clipped; transparency is blended with mid grey."""
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bit(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBa", "La"):  # colours already multiplied by alpha
@@ -250,13 +250,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
     rgb = image.convert("RGB")
     clean = rgb.copy() if rgb is image else rgb
-    clean.info = {}  # no profile, no EXIF: the pixels now mean what they say
+    clean.info = {}  # no profile and no EXIF, since both are already applied to the pixels
     clean.getexif().clear()
     return clean
 
 
 def _eight_bit(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Numbers of any depth as 8-bit: integers by their depth (8, 16, else the largest value), floats from 0 to 1."""
+    """Convert numbers to 8-bit: integers by their depth (8, 16, else the largest value), floats from 0 to 1."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
@@ -297,5 +297,5 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
 
 
 def _within_unit(array: np.ndarray[Any, Any]) -> bool:
-    # A hair outside 0 to 1 is what resampling and decoders leave behind; anything more is another scale.
+    # Resampling and decoders leave values slightly outside 0 to 1; anything further is on another scale.
     return bool(np.isfinite(array).all() and array.size and array.min() >= -0.01 and array.max() <= 1.01)

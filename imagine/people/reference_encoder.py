@@ -1,8 +1,8 @@
-"""How a pipeline looks at references: photo to face crop to vision features to persona, and from there to tokens.
+"""Encode references for a pipeline: photo to face crop to vision features to persona, and then to tokens.
 
-Every pipeline that shows people mixes this in, whatever its denoiser is, so that a persona means the same to all of
-them. What was seen in a photo's file is kept as long as the file stays as it is: a person is encoded once, however many
-pictures are made. The encoder is our `VisionEncoder`, or the transformers one that Stable Diffusion's folders carry.
+Every pipeline with an identity adapter uses this mixin, whatever its denoiser, so that a persona means the same in all
+of them. The features of a photo's file are cached until the file changes: a person is encoded once for any number of
+pictures. The encoder is our `VisionEncoder`, or the transformers encoder in Stable Diffusion's folders.
 """
 
 import os
@@ -27,24 +27,24 @@ from imagine.people.photos import open_photo
 from imagine.records import VISION, Tokens, repeat
 from imagine.request import Person, Request
 
-FINDER = "finder"  # its folder among a pipeline's files
-MAX_CACHED_PERSONAS = 64  # photos' personas, of which each takes about a megabyte
+FINDER = "finder"  # the finder's folder among a pipeline's files
+MAX_CACHED_PERSONAS = 64  # cached personas of photos; each takes about a megabyte
 
 OnNoFace = Literal["error", "whole"]
 
 
 def vision_features(encoder: nn.Module, crops: Tensor, pooled: bool = False) -> Tensor:
-    """What the encoder sees in crops (B, 3, S, S) of 0 to 1: its penultimate tokens (B, T, W), or pooled (B, 1, E)."""
+    """Encode crops (B, 3, S, S), 0 to 1, to penultimate tokens (B, T, W) or, with `pooled`, to embeddings (B, 1, E)."""
     crops = crops.to(cast(Any, encoder).dtype)
     if isinstance(encoder, VisionEncoder):
         if not pooled:
             return cast(Tensor, encoder(crops))
-        if (hook := getattr(encoder, "_hf_hook", None)) is not None:  # offloaded: accelerate minds `forward` alone
+        if (hook := getattr(encoder, "_hf_hook", None)) is not None:  # offloaded: accelerate hooks only `forward`
             hook.pre_forward(encoder)
         return encoder.embed(crops)[:, None]
     mean, std = (torch.tensor(each, device=crops.device, dtype=crops.dtype).view(3, 1, 1) for each in _CLIP_MEAN_STD)
-    seen = encoder((crops - mean) / std, output_hidden_states=True)
-    return cast(Tensor, seen.image_embeds[:, None] if pooled else seen.hidden_states[-2])
+    output = encoder((crops - mean) / std, output_hidden_states=True)
+    return cast(Tensor, output.image_embeds[:, None] if pooled else output.hidden_states[-2])
 
 
 _CLIP_MEAN_STD = (CLIP_MEAN, CLIP_STD)
@@ -52,7 +52,7 @@ _CLIP_MEAN_STD = (CLIP_MEAN, CLIP_STD)
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """What is to be known of a vision encoder: its fingerprint, its crops' side in pixels, its tokens per crop."""
+    """Facts about a vision encoder: its fingerprint, the side of its crops in pixels, and its tokens per crop."""
 
     fingerprint: str
     image_size: int
@@ -66,7 +66,7 @@ class EncoderInfo:
 
 
 class ReferenceEncoderMixin:
-    """The part of a pipeline that looks at people. Others give it `adapter`, `reference_encoder` and the device."""
+    """The part of a pipeline that encodes references; the pipeline adds `adapter`, `reference_encoder` and a device."""
 
     adapter: Adapter | None
     _finder: FaceFinder | None = None
@@ -77,16 +77,16 @@ class ReferenceEncoderMixin:
     @property
     @abstractmethod
     def reference_encoder(self) -> nn.Module | None:
-        """The encoder that looks at references; each pipeline has its own."""
+        """Return the encoder for references; each pipeline defines its own."""
 
     @property
     def encoder_fingerprint(self) -> str:
-        """Tells this vision encoder from others: personas and adapters say which one they were made with."""
+        """Return the fingerprint of this vision encoder, which personas and adapters store."""
         return self._current_encoder_info().fingerprint
 
     @property
     def finder(self) -> FaceFinder:
-        """What finds faces in photos; set it to use another. By default the weights' own finder and the cascade."""
+        """The finder of faces in photos; set it to use another. By default the weights' own finder and the cascade."""
         if self._finder is None:
             folder = self._finder_folder
             self._finder = default_finder(folder if folder is not None and folder.is_dir() else _shipped_finder())
@@ -101,10 +101,10 @@ class ReferenceEncoderMixin:
 
     @torch.no_grad()
     def enroll(self, photos: Any, face: FaceChoice = "largest", on_no_face: OnNoFace = "error") -> Persona:
-        """Look at one photo, or several of the same person, and return the persona.
+        """Encode one photo, or several of the same person, and return the persona.
 
-        Tokens of several photos are put one after the other: attention takes from each what it needs. Raises
-        PictureError or FaceError, naming the photo, if one cannot be used.
+        The tokens of several photos are concatenated, so that attention can use all of them. Raises PictureError or
+        FaceError, with the photo's name, if one cannot be used.
         """
         references = tuple(photos) if isinstance(photos, (list, tuple)) else (photos,)
         if not references:
@@ -112,18 +112,18 @@ class ReferenceEncoderMixin:
         return self._enroll_person(Person("", references), face, on_no_face)
 
     def _current_encoder_info(self) -> EncoderInfo:
-        """What is to be known of the encoder, worked out again only when its weights have changed."""
+        """Return facts about the encoder; compute them again only if its weights have changed."""
         encoder = self.reference_encoder
         known = self._encoder_info
-        if encoder is None and known is not None and known[0] is None:  # freed, but personas made by it are still good
+        if encoder is None and known is not None and known[0] is None:  # freed, but its personas are still valid
             return known[2]
         if encoder is None:
             raise WeightsError(
-                "This pipeline has no encoder that could look at a reference: give it one, as in "
-                "vision_encoder=VisionEncoder.from_pretrained(FOLDER), the one that the adapter was trained with."
+                "This pipeline has no encoder for references: give it the one that the adapter was trained with, as in "
+                "vision_encoder=VisionEncoder.from_pretrained(FOLDER)."
             )
         if known is not None and known[0] is encoder and any(each.is_meta for each in encoder.parameters()):
-            return known[2]  # offloaded piece by piece: there are no weights to look at
+            return known[2]  # offloaded layer by layer, so the weights are not available
         version = hash(tuple((id(each), 0 if each.is_inference() else each._version) for each in encoder.parameters()))
         if known is None or known[0] is not encoder or known[1] != version:
             known = self._encoder_info = (encoder, version, EncoderInfo.of(encoder))
@@ -135,33 +135,33 @@ class ReferenceEncoderMixin:
         return spec is not None and spec.projection == "linear"
 
     def _encoder_key(self) -> str:
-        """Tells personas apart by what made them: the encoder, and whether its pooled embedding was taken."""
+        """Return a key for what made a persona: the encoder, and whether its pooled embedding was used."""
         return self.encoder_fingerprint + (":pooled" if self._reads_pooled else "")
 
     def _enroll_person(self, person: Person, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
-        """One person's photos and personas as one persona; faces are called after the photos."""
-        known = [
+        """Combine one person's photos and personas into one persona; faces are named after the photos."""
+        encoded = [
             each if isinstance(each, Persona) else self._enroll_photo(each, number, face, on_no_face)
             for number, each in enumerate(person.references, 1)
         ]
         encoder_key = self._encoder_key()
-        for each in known:
+        for each in encoded:
             each.check_encoder(encoder_key)
-        faces = [one for each in known for one in each.faces]
+        faces = [one for each in encoded for one in each.faces]
         if person.name:
             faces = [replace(one, reference=f"{person.name}: {one.reference}") for one in faces]
-        return Persona(concatenate([each.features.to("cpu") for each in known]), encoder_key, tuple(faces))
+        return Persona(concatenate([each.features.to("cpu") for each in encoded]), encoder_key, tuple(faces))
 
     def _enroll_photo(self, photo: Any, number: int, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
         file = as_path(photo) if isinstance(photo, (str, os.PathLike)) else None
         if file is not None and file.suffix == ".safetensors":
             return Persona.load(file)
         encoder_key = self._encoder_key()
-        there = file is not None and kind_of(file, PictureError) == "file"
-        key = (_file_state(cast(Path, file)), face, on_no_face, encoder_key) if there else None
-        seen: dict[Any, Persona] = self.__dict__.setdefault("_persona_cache", {})
-        if key is not None and key in seen:
-            return seen[key]
+        is_file = file is not None and kind_of(file, PictureError) == "file"
+        key = (_file_state(cast(Path, file)), face, on_no_face, encoder_key) if is_file else None
+        cache: dict[Any, Persona] = self.__dict__.setdefault("_persona_cache", {})
+        if key is not None and key in cache:
+            return cache[key]
         info, encoder = self._current_encoder_info(), self.reference_encoder
         if encoder is None:
             raise WeightsError("The vision encoder was freed: give a persona that was enrolled before, not a photo.")
@@ -171,43 +171,43 @@ class ReferenceEncoderMixin:
         name = f"photo {number}" if file is None else os.fspath(photo)
         persona = Persona(features.float().cpu(), encoder_key, (Face.of(crop, name),))
         if key is not None:
-            while len(seen) >= MAX_CACHED_PERSONAS:
-                seen.pop(next(iter(list(seen))), None)  # threads may draw at once
-            seen[key] = persona
+            while len(cache) >= MAX_CACHED_PERSONAS:
+                cache.pop(next(iter(list(cache))), None)  # another thread may have removed it
+            cache[key] = persona
         return persona
 
     def _personas_for(self, requests: Sequence[Request], face: FaceChoice, on_no_face: OnNoFace) -> list[list[Persona]]:
-        """Look at everybody once, however many pictures they are in; one list of people per request."""
+        """Encode each person once, even if in several pictures; return one list of personas per request."""
         if self.adapter is None and any(request.people for request in requests):
             raise WeightsError(
                 "This pipeline has no identity adapter: load one with load_adapter, or give no reference."
             )
-        seen: dict[tuple[Any, ...], Persona] = {}
+        enrolled: dict[tuple[Any, ...], Persona] = {}
         people: list[list[Persona]] = []
         for request in requests:
             people.append([])
             for person in request.people:
-                # Paths are equal by value; pictures and personas by identity, and the requests keep them alive.
+                # Paths are compared by value; pictures and personas by identity, and the requests keep them alive.
                 key = (
                     person.name,
                     *(each if isinstance(each, (str, os.PathLike)) else id(each) for each in person.references),
                 )
-                if key not in seen:
-                    seen[key] = self._enroll_person(person, face, on_no_face)
-                people[-1].append(seen[key])
+                if key not in enrolled:
+                    enrolled[key] = self._enroll_person(person, face, on_no_face)
+                people[-1].append(enrolled[key])
         return people
 
     # --- from personas to tokens ------------------------------------------------------------------------------------
 
     def _vision_tokens(self, personas: Sequence[Sequence[Persona]], copies: int) -> Tokens | None:
-        """Vision tokens (pictures, longest, width) of everybody in each picture; None if there is nobody at all."""
+        """Return vision tokens (pictures, longest, width) of all people in each picture; None if there are none."""
         if not any(personas):
             return None
         rows = [concatenate([persona.features for persona in people]) if people else None for people in personas]
         return repeat(self._project(rows), copies)
 
     def _absent_tokens(self, count: int) -> Tokens:
-        """What the identity branch reads in `count` pictures where nobody is shown, if it was trained on "zeros".
+        """Return the identity branch's tokens for `count` pictures without people, if it was trained with "zeros".
 
         As in IP-Adapters: the features of a picture that is zero after normalisation, or a zero embedding.
         """
@@ -221,37 +221,37 @@ class ReferenceEncoderMixin:
         return repeat(self._project([row]), count)
 
     def _zero_picture_features(self) -> Tensor:
-        """What the encoder sees in a picture of zeros, (tokens, width), worked out once."""
+        """Return the encoder's features of a picture of zeros, (tokens, width), computed once."""
         info, encoder = self._current_encoder_info(), self.reference_encoder
         if self._zero_features is None or self._zero_features[0] != info.fingerprint:
-            assert encoder is not None  # or `_keep_encoder_info` would have been called before it was freed
+            assert encoder is not None  # `_keep_encoder_info` is called before the encoder is freed
             grey = torch.tensor(CLIP_MEAN, device=cast(Any, self)._execution_device).view(3, 1, 1)
             crops = grey.expand(1, 3, info.image_size, info.image_size)
             self._zero_features = (info.fingerprint, vision_features(encoder, crops)[0].float().cpu())
         return self._zero_features[1]
 
     def _keep_encoder_info(self) -> None:
-        """Keep what has to be known of the encoder when it is gone."""
+        """Store the facts about the encoder that are needed after it is freed."""
         self._zero_picture_features()
         self._encoder_info = (None, 0, self._current_encoder_info())
 
     def _project(self, rows: Sequence[Tensor | None]) -> Tokens:
-        """The identity branch's tokens of features (length, width), row by row; a missing row has none that counts."""
+        """Return the identity branch's tokens of features (length, width) per row; a missing row is fully masked."""
         adapter, spec = self.adapter, identity_spec(self.adapter)
-        assert adapter is not None and spec is not None  # or `_personas_for` would have raised
+        assert adapter is not None and spec is not None  # `_personas_for` has checked this
         present = [row for row in rows if row is not None]
         longest, width = max(map(len, present)), present[0].shape[1]
         if width != (spec.input_width or spec.width):
             raise WeightsError(
                 f"The identity adapter reads vision features of width {spec.input_width or spec.width}, but the vision "
-                f"encoder gives {width}: take the encoder that belongs to the adapter."
+                f"encoder gives {width}: use the encoder that belongs to the adapter."
             )
         features, mask = torch.zeros(len(rows), longest, width), torch.zeros(len(rows), longest, dtype=torch.bool)
         for number, row in enumerate(rows):
             if row is not None:
                 features[number, : len(row)] = row
                 mask[number, : len(row)] = True
-        if spec.projection == "plus":  # which looks at each picture for itself
+        if spec.projection == "plus":  # it projects each picture separately
             features, mask = (
                 features.unflatten(1, (-1, self._current_encoder_info().tokens)),
                 mask[:, :: self._current_encoder_info().tokens],
@@ -263,10 +263,10 @@ class ReferenceEncoderMixin:
         return Tokens(values, mask.repeat_interleave(values.shape[1] // mask.shape[1], 1).to(device))
 
     def _identity_strength(self, scale: Any, personas: Sequence[Sequence[Persona]], copies: int) -> Tensor:
-        """The identity scale of every picture, (pictures,); 0 where it shows nobody."""
+        """Return the identity scale of every picture, (pictures,); 0 where there are no people."""
         try:
             scales = torch.as_tensor(scale, dtype=torch.float32).flatten()
-        except (TypeError, ValueError, RuntimeError):  # words, nothing, lists in lists
+        except (TypeError, ValueError, RuntimeError):  # text, None, nested lists
             scales = torch.empty(0)
         if len(scales) not in (1, len(personas)) or not scales.isfinite().all():
             raise ConfigError(
@@ -277,35 +277,35 @@ class ReferenceEncoderMixin:
 
 
 def identity_spec(adapter: Adapter | None) -> BranchSpec | None:
-    """The branch of an adapter that shows people, if it has one."""
+    """Return the adapter's identity branch, if it has one."""
     specs = () if adapter is None else adapter.branch_specs
     return next((spec for spec in specs if spec.name == VISION), None)
 
 
 def check_encoder(adapter: Adapter, encoder: str) -> None:
-    """Raise WeightsError if the adapter says that it was trained with another vision encoder."""
+    """Raise WeightsError if the adapter's metadata names another vision encoder."""
     trained = adapter.metadata.get("encoder_fingerprint", encoder)
     if identity_spec(adapter) is not None and not weights.same_encoder(trained, encoder):
         raise WeightsError(
             f"This adapter was trained with the vision encoder {trained}, but the pipeline has {encoder}: "
-            "take the image_encoder folder that belongs to the adapter."
+            "use the image_encoder folder that belongs to the adapter."
         )
 
 
 def saved_metadata(adapter: Adapter) -> Mapping[str, str]:
-    """What a saved adapter must say of itself, from its own file if it came from one."""
+    """Return the metadata for a saved adapter, taken from its own file if it came from one."""
     unknown = {name: "unspecified" for name in ("base", "encoder", "feature_layer", "tokens", "licence")}
     return {**unknown, **adapter.metadata}
 
 
 def _file_state(file: Path) -> tuple[str, int, int]:
-    """Tells whether a file is still what it was."""
+    """Return values that change whenever the file changes."""
     found = file.stat()
     return str(file.resolve()), found.st_mtime_ns, found.st_size
 
 
 def _shipped_finder() -> Path | None:
-    """The finder among the shipped weights, for pipelines whose own folder has none."""
+    """Return the finder among the shipped weights, for pipelines whose own folder has none."""
     try:
         folder = weights.default_folder() / FINDER
     except WeightsError:

@@ -1,4 +1,4 @@
-"""The doctor's records name what is poor about a photo and what an installation lacks, and survive JSON."""
+"""The doctor's reports name the defects of a photo and what an installation lacks, and convert to JSON."""
 
 import json
 from pathlib import Path
@@ -38,13 +38,13 @@ def test_facts_are_those_of_the_stored_file(tmp_path: Path) -> None:
         (NOISE, [], "No face was found"),
         (NOISE, [FACE, FaceBox(5, 5, 40, 40, 0.5)], "holds 2 faces"),
         (NOISE, [FaceBox(70, 50, 10, 10, 0.9)], "only 10 pixels wide"),
-        (NOISE, [FaceBox(-20, 50, 60, 60, 0.9)], "cut off by the picture's edge"),
+        (NOISE, [FaceBox(-20, 50, 60, 60, 0.9)], "cut off at the picture's edge"),
         (NOISE.filter(ImageFilter.GaussianBlur(6)), [FACE], "blurred"),
         (NOISE.point(lambda value: value // 8), [FACE], "very dark"),
         (NOISE.point(lambda value: 245 + value // 26), [FACE], "overexposed"),
     ],
 )
-def test_advice_names_the_trouble(image: Image.Image, boxes: list[FaceBox], words: str) -> None:
+def test_advice_names_the_problem(image: Image.Image, boxes: list[FaceBox], words: str) -> None:
     advice = report_photo(image, KnownBoxesFinder(boxes)).advice
     assert any(words in sentence for sentence in advice)
     assert all(sentence.endswith(".") and "\n" not in sentence for sentence in advice)
@@ -68,7 +68,7 @@ def test_installation_without_weights_says_how_to_get_them() -> None:
     assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
 
 
-def test_the_device_is_one_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_one_that_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     for cuda, mps, best in ((True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr("torch.cuda.is_available", lambda cuda=cuda: cuda)
         monkeypatch.setattr("torch.backends.mps.is_available", lambda mps=mps: mps)

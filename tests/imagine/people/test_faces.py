@@ -1,4 +1,4 @@
-"""One crop geometry for training and inference, and finders that find faces and nothing else."""
+"""Training and inference share one crop geometry, and finders find only faces."""
 
 import importlib
 import math
@@ -33,7 +33,7 @@ from imagine.records import FaceBox
 
 # --- crop geometry ----------------------------------------------------------------------------------------------------
 def ramp(width: int, height: int) -> Tensor:
-    """(1, 3, H, W): red says x, green says y, in pixels / 256, at pixel centres; blue is 1."""
+    """Return (1, 3, H, W): red is x and green is y, in pixels / 256, at pixel centres; blue is 1."""
     x, y = (torch.arange(width) + 0.5) / 256, (torch.arange(height) + 0.5) / 256
     return torch.stack((x.expand(height, -1), y[:, None].expand(-1, width), torch.ones(height, width)))[None]
 
@@ -41,7 +41,7 @@ def ramp(width: int, height: int) -> Tensor:
 @pytest.mark.parametrize(("box", "size"), [((90.0, 110.0, 40.0, 30.0), 80), ((101.5, 97.25, 20.0, 33.0), 16)])
 def test_crop_shows_the_square_that_the_contract_names(box: tuple[float, ...], size: int) -> None:
     left, top, width, height = box
-    side = 1.75 * max(width, height)  # shipped weights are trained on this number
+    side = 1.75 * max(width, height)  # the shipped weights are trained with this number
     first_x = left + width / 2 - side / 2
     first_y = top + height / 2 - 0.15 * height - side / 2
     square = crop_unmasked(ramp(256, 256), torch.tensor([box]), size)[0]
@@ -68,10 +68,10 @@ def test_mask_is_the_ellipse() -> None:
 def test_shrinking_does_not_alias() -> None:
     stripes = (torch.arange(512) % 2).float().expand(1, 3, 512, 512)
     square = crop_unmasked(stripes, torch.tensor([[100.0, 110.0, 200.0, 200.0]]), 32)
-    assert (square - 0.5).abs().max() < 0.06  # a bare bilinear sample is 0.5 off
+    assert (square - 0.5).abs().max() < 0.06  # a plain bilinear sample is 0.5 off
 
 
-def test_each_row_is_its_own() -> None:
+def test_rows_are_independent() -> None:
     torch.manual_seed(0)
     images = torch.rand(3, 3, 96, 96)
     boxes = torch.tensor([[30.0, 30.0, 20.0, 22.0], [10.0, 20.0, 70.0, 60.0], [40.0, 40.0, 8.0, 8.0]])
@@ -151,7 +151,7 @@ def test_sharpness_falls_with_blur() -> None:
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------
-def test_merge_keeps_the_surer_of_two_and_both_neighbours() -> None:
+def test_merging_keeps_the_higher_score_of_two_and_both_neighbours() -> None:
     sure, double, inner = FaceBox(10, 10, 20, 20, 0.9), FaceBox(12, 11, 22, 20, 0.6), FaceBox(12, 12, 10, 10, 0.5)
     neighbour = FaceBox(28, 10, 21, 21, 0.4)
     assert non_maximum_suppression([double, inner, sure, neighbour]) == (neighbour, sure)
@@ -159,7 +159,7 @@ def test_merge_keeps_the_surer_of_two_and_both_neighbours() -> None:
 
 @pytest.fixture(scope="module")
 def friends() -> Image.Image:
-    """Six people at a table: four look this way, two are turned half aside."""
+    """Return a picture of six people at a table: four face the camera, two are turned half aside."""
     data = importlib.import_module("insightface.data")
     return open_photo(np.ascontiguousarray(data.get_image("t1", to_rgb=True)))
 
@@ -169,7 +169,7 @@ def cascade() -> CascadeFinder:
     return CascadeFinder()
 
 
-FRONTAL = [(110, 335), (515, 350), (790, 420), (1175, 340)]  # centres, seen by eye
+FRONTAL = [(110, 335), (515, 350), (790, 420), (1175, 340)]  # centres, estimated by eye
 
 
 def test_cascade_finds_the_frontal_faces_of_a_group_and_no_fist_or_poker_chip(
@@ -192,7 +192,7 @@ def test_cascade_finds_a_face_that_fills_the_picture_and_a_mirrored_one(
 
 
 @pytest.mark.parametrize("name", ["text", "chelsea"])
-def test_cascade_finds_nobody_where_nobody_is(name: str, cascade: CascadeFinder) -> None:
+def test_cascade_finds_no_face_in_a_picture_without_people(name: str, cascade: CascadeFinder) -> None:
     picture = getattr(importlib.import_module("skimage.data"), name)()
     assert cascade.find(open_photo(picture)) == ()
 
@@ -207,9 +207,9 @@ def test_rotated_photo_gives_the_same_crop(friends: Image.Image, cascade: Cascad
     assert turned.box == upright.box and np.array_equal(np.array(turned.image), np.array(upright.image))
 
 
-def test_learned_finder_answers_in_the_pictures_own_pixels() -> None:
-    # An untrained network finds "faces" anywhere; what matters is where it says they are. The wide picture, the square
-    # with grey bars that the network sees anyway, and the picture ten times as large must name the same places.
+def test_learned_finder_returns_boxes_in_the_pictures_own_pixels() -> None:
+    # An untrained network finds "faces" anywhere; only the positions matter. The wide picture, its letterboxed square
+    # and the picture ten times as large must have the same positions.
     torch.manual_seed(0)
     finder = LearnedFinder(Finder(side=64, width=8), threshold=1e-6)
     wide = Image.new("RGB", (64, 32), (200, 30, 90))
@@ -242,7 +242,7 @@ def test_combined_finder_merges_and_default_is_the_embedded_pair(tmp_path: Path)
 
 # --- insightface, through its own classes -----------------------------------------------------------------------------
 def tiny_detector(path: Path, side: int = 64) -> Path:
-    """An SCRFD graph (nine outputs less landmarks) that sees a face wherever a 32 x 32 cell is bright."""
+    """Write an SCRFD graph (nine outputs, without landmarks) that reports a face wherever a 32 x 32 cell is bright."""
     onnx = importlib.import_module("onnx")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     nodes, constants, outputs = [], [], []
@@ -280,7 +280,7 @@ def tiny_detector(path: Path, side: int = 64) -> Path:
 
 
 def tiny_recogniser(path: Path) -> Path:
-    """A graph that insightface takes for a recogniser: one output, a square input."""
+    """Write a graph that insightface accepts as a recogniser: one output, a square input."""
     onnx = importlib.import_module("onnx")
     helper = onnx.helper
     nodes = [helper.make_node("GlobalAveragePool", ["input"], ["embedding"])]
@@ -292,13 +292,13 @@ def tiny_recogniser(path: Path) -> Path:
 
 
 def bright_quarter() -> Image.Image:
-    """128 x 128, black with a white lower right quarter: a cell of the tiny detector at half size."""
+    """Return 128 x 128 pixels, black with a white lower right quarter: a cell of the tiny detector at half size."""
     image = Image.new("RGB", (128, 128))
     image.paste("white", (64, 64, 128, 128))
     return image
 
 
-def test_insightface_detectors_speak_our_box(tmp_path: Path) -> None:
+def test_insightface_detectors_return_our_kind_of_box(tmp_path: Path) -> None:
     (box,) = InsightFaceFinder(tiny_detector(tmp_path / "det.onnx")).find(bright_quarter())
     # The detector's box is (40, 40) to (56, 56) of 64 pixels, so (80, 80) to (112, 112) here; ours begins lower.
     assert (box.left, box.width) == pytest.approx((80, 32))

@@ -1,4 +1,4 @@
-"""The small finder: targets where the faces are, decode as their inverse, a loss that learns, strict files."""
+"""The small finder: targets, decoding as their inverse, a loss that can be minimised, and strict files."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def test_faces_outside_the_picture_and_invalid_boxes_leave_no_trace() -> None:
     assert wanted.heat.max() == 0 and wanted.weight.max() == 0
 
 
-def test_loss_is_least_for_the_truth_and_grows_with_each_mistake() -> None:
+def test_loss_is_lowest_for_the_truth_and_grows_with_each_mistake() -> None:
     boxes, valid = batch([(5.0, 9.0, 18.0, 20.0)], [])
     wanted = targets(boxes, valid, SIDE)
     truth = perfect(boxes, valid)
@@ -62,7 +62,7 @@ def test_loss_is_least_for_the_truth_and_grows_with_each_mistake() -> None:
         truth._replace(offset=truth.offset + 0.5),
     ):
         assert loss(worse, wanted)[0] > best[0] + 0.1
-    ghost = truth._replace(heat=truth.heat[[0, 0]])  # a face where there is none
+    ghost = truth._replace(heat=truth.heat[[0, 0]])  # a face in a picture without faces
     assert loss(ghost, wanted)[1] > best[1] + 1
 
 
@@ -85,7 +85,7 @@ def test_a_tiny_finder_learns_where_the_bright_discs_are() -> None:
 
 
 def discs(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Every fourth picture is empty, the others hold one disc."""
+    """Return pictures of one disc each; every fourth picture is empty."""
     generator = torch.Generator().manual_seed(seed)
     side = torch.rand(count, generator=generator) * 16 + 14
     centre = torch.rand(count, 2, generator=generator) * 24 + 20
@@ -98,7 +98,7 @@ def discs(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return images, boxes, valid
 
 
-def test_network_is_small_and_each_picture_stands_alone() -> None:
+def test_network_is_small_and_pictures_are_independent() -> None:
     network = Finder().eval()
     assert sum(parameter.numel() for parameter in network.parameters()) < 300_000
     images = torch.rand(3, 3, 128, 128)

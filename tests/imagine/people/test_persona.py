@@ -1,4 +1,4 @@
-"""Personas: kept bit for bit, refused where they do not belong, and without a picture in them."""
+"""Personas: saved bit for bit, refused with another encoder, and without a picture."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def pipe() -> ImaginePipeline:
     return tiny.pipeline()
 
 
-def test_a_persona_is_what_the_vision_encoder_saw(pipe: ImaginePipeline) -> None:
+def test_a_persona_holds_the_vision_encoders_features(pipe: ImaginePipeline) -> None:
     persona = pipe.enroll(tiny.photo(1))
     crop = persona.faces[0].crop
     assert crop is not None and crop.size == (tiny.CROP, tiny.CROP)
@@ -28,7 +28,7 @@ def test_a_persona_is_what_the_vision_encoder_saw(pipe: ImaginePipeline) -> None
     assert persona.tokens == tiny.TOKENS and persona.encoder == pipe.encoder_fingerprint
 
 
-def test_several_photos_stand_one_after_the_other(pipe: ImaginePipeline) -> None:
+def test_features_of_several_photos_are_concatenated(pipe: ImaginePipeline) -> None:
     one, two = pipe.enroll(tiny.photo(1)), pipe.enroll(tiny.photo(2))
     both = pipe.enroll([tiny.photo(1), tiny.photo(2)])
     assert torch.equal(both.features, torch.cat([one.features, two.features]))
@@ -55,7 +55,7 @@ def test_another_encoders_persona_is_refused(pipe: ImaginePipeline) -> None:
         pipe("a person", reference=stranger)
 
 
-def test_a_persona_can_be_joined_by_another_photo(pipe: ImaginePipeline) -> None:
+def test_a_persona_and_a_photo_can_be_combined(pipe: ImaginePipeline) -> None:
     persona = pipe.enroll(tiny.photo(1))
     joined = pipe.enroll([persona, tiny.photo(2)])
     assert torch.equal(joined.features, pipe.enroll([tiny.photo(1), tiny.photo(2)]).features)
@@ -95,7 +95,7 @@ def test_a_missing_persona_and_a_missing_folder_are_refused(pipe: ImaginePipelin
         pipe.enroll(tiny.photo(1)).save(tmp_path / "none" / "me.safetensors")
 
 
-def test_enrolling_nobody_is_refused(pipe: ImaginePipeline) -> None:
+def test_enrolling_without_a_photo_is_refused(pipe: ImaginePipeline) -> None:
     with pytest.raises(PromptError, match="at least one"):
         pipe.enroll([])
     with pytest.raises(ImagineError):

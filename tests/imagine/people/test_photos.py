@@ -1,4 +1,4 @@
-"""Every odd picture of the issue opens as a viewer shows it, or is refused with one sentence that says what to do."""
+"""Every unusual picture opens as a viewer shows it, or is refused with one sentence that says what to do."""
 
 import io
 from collections.abc import Callable
@@ -68,13 +68,13 @@ def bomb(folder: Path) -> Path:
 
 
 def between_the_limits(folder: Path) -> Path:
-    """Pillow only warns about this size; we refuse it."""
+    """Write a picture of a size about which Pillow only warns, and which we refuse."""
     return pictures.png_header_only(folder / "large.png", 13_000, 13_000)
 
 
 def disk_image(folder: Path) -> Path:
     with (folder / "disk.jpg").open("wb") as file:
-        file.truncate((512 << 20) + 1)  # takes no room
+        file.truncate((512 << 20) + 1)  # sparse, so it takes no disk space
     return folder / "disk.jpg"
 
 
@@ -95,14 +95,14 @@ REFUSED = [
     (directory, "is a folder"),
     (empty, "is empty"),
     (text_named_png, "is not a picture that can be read"),
-    (truncated_jpeg, "is cut off or damaged"),
-    (truncated_png, "is cut off or damaged"),
+    (truncated_jpeg, "is incomplete or damaged"),
+    (truncated_png, "is incomplete or damaged"),
     (one_pixel, "1 x 1 pixels, too small"),
     (bomb, "more than 128 million pixels"),
     (between_the_limits, "13,000 x 13,000 pixels, more than 128 million"),
     (disk_image, "larger than 512 MB"),
     (strip, "too narrow a strip"),
-    (unreadable_heic, "HEIC|cut off or damaged"),
+    (unreadable_heic, "HEIC|incomplete or damaged"),
     (address, "nothing is downloaded"),
 ]
 
@@ -114,7 +114,7 @@ def test_refused_with_one_sentence(make: Callable[[Path], Any], words: str, tmp_
         open_photo(source)
     sentence = str(caught.value)
     assert "\n" not in sentence and sentence.endswith(".")
-    assert str(source) in sentence  # the user must learn which of several pictures it was
+    assert str(source) in sentence  # the user must know which of several pictures it is
 
 
 def test_a_real_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_exif_rotated_equals_upright(orientation: int, suffix: str, tmp_path: Pa
     assert difference(photo.image, upright) < (2 if suffix == "jpg" else 1e-9)
 
 
-def test_opening_twice_turns_once(tmp_path: Path) -> None:
+def test_opening_twice_rotates_once(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     once = open_photo(save(pictures.gradient(), tmp_path / "turned.png", exif=exif))
@@ -172,7 +172,7 @@ def test_opening_twice_turns_once(tmp_path: Path) -> None:
 
 
 def test_cmyk_as_printers_store_it(tmp_path: Path) -> None:
-    # Pillow writes CMYK as Adobe does: inverted. A reader that forgets it shows the negative.
+    # Pillow writes CMYK inverted, as Adobe does. A reader that ignores this shows the negative.
     path = save(pictures.gradient().convert("CMYK"), tmp_path / "print.jpg", quality=95)
     assert difference(open_photo(path), pictures.gradient()) < 4
     path = save(pictures.gradient().convert("CMYK"), tmp_path / "print.tif")
@@ -180,7 +180,7 @@ def test_cmyk_as_printers_store_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_colour_profile_is_honoured(mode: str, tmp_path: Path) -> None:
+def test_colour_profile_is_applied(mode: str, tmp_path: Path) -> None:
     path = save(pictures.gradient().convert(mode), tmp_path / "p.png", icc_profile=pictures.swapped_profile())
     red, green, blue = pictures.gradient().split()
     assert difference(open_photo(path), Image.merge("RGB", (blue, green, red))) < 3

@@ -1,4 +1,4 @@
-"""Looking at references: what the encoders see, what is remembered of it, and what makes it be looked at again."""
+"""Encoding references: the encoders' outputs, the cache, and what makes a photo be encoded again."""
 
 import os
 from pathlib import Path
@@ -21,29 +21,29 @@ def pipe() -> Any:
     return tiny_stock.personal(tiny_stock.stock())
 
 
-def looks(pipe: Any) -> list[int]:
-    """The sizes of batches that the encoder sees from now on."""
-    seen: list[int] = []
-    pipe.vision_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    return seen
+def encoded_batches(pipe: Any) -> list[int]:
+    """Return a list that collects the batch size of every later call of the encoder."""
+    batches: list[int] = []
+    pipe.vision_encoder.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    return batches
 
 
-def test_a_file_is_looked_at_once_as_long_as_it_stays_the_same(pipe: Any, tmp_path: Path):
+def test_a_photo_is_encoded_once_until_its_file_changes(pipe: Any, tmp_path: Path):
     tiny.photo(1).save(tmp_path / "me.png")
-    seen = looks(pipe)
+    batches = encoded_batches(pipe)
     first = pipe.enroll(tmp_path / "me.png")
-    assert torch.equal(pipe.enroll(str(tmp_path / "me.png")).features, first.features) and seen == [1]
+    assert torch.equal(pipe.enroll(str(tmp_path / "me.png")).features, first.features) and batches == [1]
     tiny.photo(2).save(tmp_path / "me.png")
     os.utime(tmp_path / "me.png", ns=(1, 1))
-    assert not torch.equal(pipe.enroll(tmp_path / "me.png").features, first.features) and seen == [1, 1]
+    assert not torch.equal(pipe.enroll(tmp_path / "me.png").features, first.features) and batches == [1, 1]
     pipe.finder = KnownBoxesFinder([tiny.BOX])
     pipe.enroll(tmp_path / "me.png")
     pipe.enroll(tmp_path / "me.png", on_no_face="whole")
-    assert seen == [1] * 4
+    assert batches == [1] * 4
     with torch.no_grad():
-        next(pipe.vision_encoder.parameters()).add_(1)  # another encoder from now on
+        next(pipe.vision_encoder.parameters()).add_(1)  # changes the encoder's weights
     pipe.enroll(tmp_path / "me.png")
-    assert seen == [1] * 5
+    assert batches == [1] * 5
 
 
 def test_a_persona_of_another_encoder_or_layer_is_refused(pipe: Any):
@@ -62,9 +62,9 @@ def test_a_persona_of_another_encoder_or_layer_is_refused(pipe: Any):
     assert pipe.encoder_fingerprint != before
 
 
-def test_an_encoder_is_known_while_its_weights_are_away(pipe: Any, monkeypatch: pytest.MonkeyPatch):
+def test_encoder_info_is_available_while_the_weights_are_offloaded(pipe: Any, monkeypatch: pytest.MonkeyPatch):
     def offload(pipe: Any) -> None:
-        """The loop of diffusers' method, which itself cannot run on the processor."""
+        """Run the loop of diffusers' method, which itself does not support the CPU."""
         for name, model in pipe.components.items():
             if isinstance(model, torch.nn.Module) and name not in pipe._exclude_from_cpu_offload:
                 cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
@@ -72,13 +72,13 @@ def test_an_encoder_is_known_while_its_weights_are_away(pipe: Any, monkeypatch: 
     monkeypatch.setattr(DiffusionPipeline, "enable_sequential_cpu_offload", offload)
     pipe.vision_encoder = None
     pipe.register_modules(image_encoder=tiny_ip.encoder())
-    seen = EncoderInfo.of(tiny_ip.encoder())
+    info = EncoderInfo.of(tiny_ip.encoder())
     pipe.enable_sequential_cpu_offload()
-    assert pipe.image_encoder.device.type == "meta" and pipe.encoder_fingerprint == seen.fingerprint
+    assert pipe.image_encoder.device.type == "meta" and pipe.encoder_fingerprint == info.fingerprint
     assert pipe.enroll(tiny.photo(1)).features.shape == (5, 24)
 
 
-def test_both_kinds_of_encoder_see_the_penultimate_layer_and_the_pooled_embedding():
+def test_both_kinds_of_encoder_give_the_penultimate_layer_and_the_pooled_embedding():
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_both_kinds_of_encoder_see_the_penultimate_layer_and_the_pooled_embeddin
     assert EncoderInfo.of(theirs).tokens == EncoderInfo.of(ours).tokens == 5
 
 
-def test_a_batch_with_people_of_unequal_length_masks_what_is_not_there(pipe: Any):
+def test_a_batch_with_people_of_unequal_length_masks_the_padding(pipe: Any):
     one, two = pipe.enroll(tiny.photo(1)), pipe.enroll([tiny.photo(2), tiny.photo(3)])
     tokens = pipe._vision_tokens([[one], [], [two]], 2)
     assert tokens.values.shape == (6, 10, 16)
