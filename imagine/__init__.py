@@ -1,16 +1,16 @@
-"""From one photo of a person and a sentence to a new picture of that person.
+"""Make a new picture of a person from one photo and a sentence.
 
     from imagine import ImaginePipeline
     pipe = ImaginePipeline.from_pretrained()
     pipe("smiling, on a beach, as a pencil sketch", reference="photo.jpg").images[0].save("out.png")
 
-The public names are imported when they are first used, so that `import imagine` and `imagine --help` cost nothing.
+The public names are imported on first use, so that `import imagine` and `imagine --help` stay fast.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from imagine import stock as stock  # registers diffusers' pipelines as bases; imports none of them
+from imagine import stock as stock  # registers diffusers' pipelines as bases without importing them
 
 if TYPE_CHECKING:
     from imagine.people.persona import Persona as Persona

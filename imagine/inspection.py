@@ -1,12 +1,12 @@
-"""What a file or folder of weights is, read from headers: no network is built.
+"""Describe a file or folder of weights from its headers, without building a network.
 
-Beside the library, for `imagine inspect`: people collect safetensors files whose names say little, and a wrong pairing
-of encoder, adapter and base shows only as a bad picture. Our own files describe themselves in their metadata; standard
-IP-Adapter files are recognised by their keys, as diffusers recognises them. "problems" says what will not load and why.
+`imagine inspect` uses this module. The names of safetensors files often say little, and a wrong combination of encoder,
+adapter and base shows only as a bad picture. Our own files describe themselves in their metadata. Standard IP-Adapter
+files are recognised by their keys, as diffusers recognises them. The entry "problems" lists what will not load and why.
 
-Two things take more than headers, and the second in which torch is imported: whether an encoder beside our own adapter
-is the one that it was trained with, and .bin files, in which older IP-Adapters came. A pickle may run code when it is
-read; these are read by torch's reader of weights alone, which runs nothing.
+Two checks need more than headers, and import torch: whether the encoder in the same weights folder is the one that our
+adapter was trained with, and .bin files, the format of older IP-Adapters. A pickle may run code when it is read, so
+.bin files are read with torch's weights-only reader, which runs no code.
 """
 
 import json
@@ -26,10 +26,10 @@ from imagine.paths import as_path, kind_of, shorten_path
 from imagine.pipeline.families import class_names
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".pkl")
-_ADAPTER_VERSION = "1"  # that Adapter.load reads
-_BRANCH = ("to_k.weight", "to_v.weight", "gate")  # what a branch has in each of its layers
-_ENCODERS = ("vision_encoder", "image_encoder")  # who looks at references, in order of preference
-_RECOGNISER = "face recogniser (InsightFace)"  # what FaceID files read instead
+_ADAPTER_VERSION = "1"  # the format version that Adapter.load reads
+_BRANCH = ("to_k.weight", "to_v.weight", "gate")  # the tensors of a branch in each of its layers
+_ENCODERS = ("vision_encoder", "image_encoder")  # folders of reference encoders, in order of preference
+_RECOGNISER = "face recogniser (InsightFace)"  # the encoder of FaceID files
 _PRECISIONS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
 
@@ -38,12 +38,12 @@ class _Header:
     """The names, shapes, types and metadata of a safetensors file."""
 
     shapes: dict[str, tuple[int, ...]]
-    types: Counter[str]  # how many numbers of each type
+    types: Counter[str]  # count of numbers of each type
     metadata: dict[str, str]
-    size: int  # bytes of the file
+    size: int  # file size in bytes
 
     def summary(self) -> dict[str, Any]:
-        """What can be said of any file."""
+        """Return the facts that every file has: tensors, parameters, precision and bytes."""
         return {
             "tensors": len(self.shapes),
             "parameters": sum(self.types.values()),
@@ -53,10 +53,10 @@ class _Header:
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Say what a file or folder is, as plain numbers, words and lists; "kind" is always among them.
+    """Return a description of a file or folder as plain numbers, words and lists; it always has "kind".
 
     Kinds: "weights" (a whole pipeline), "adapter", "persona", "face finder", "IP-Adapter", "LoRA", "model" (one
-    component) and "tensors" (a file that says nothing of itself). Raises WeightsError if it is none of them.
+    component) and "tensors" (a file without a description). Raises WeightsError if it is none of them.
     """
     path = as_path(path)
     kind = kind_of(path, WeightsError)
@@ -91,8 +91,8 @@ def _weights(folder: Path) -> dict[str, Any]:
     for part in sorted(folder.iterdir()):
         if part.is_dir() and (files := sorted(part.rglob("*.safetensors"))):
             entry = index.get(part.name)
-            known = entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
-            components[part.name] = {"class": known, **_sum([_read(file) for file in files])}
+            class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+            components[part.name] = {"class": class_name, **_sum([_read(file) for file in files])}
     described: dict[str, Any] = {}
     imported = sorted(path.name for path in folder.glob("ip_*"))  # IP-Adapters on a stock pipeline
     for name in ("text_adapter", "adapter", *imported):
@@ -170,7 +170,7 @@ def _adapter(path: Path, header: _Header) -> dict[str, Any]:
 
 
 def _is_branch(entry: Any) -> bool:
-    """Whether this describes a branch: a name, and sizes that are whole numbers."""
+    """Return whether `entry` describes a branch: it has a name, and its sizes are whole numbers."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not isinstance(entry.get("width"), int):
         return False
     sizes = (entry.get(name) for name in ("input_width", "inner_width", "attention_width", "tokens"))
@@ -178,13 +178,13 @@ def _is_branch(entry: Any) -> bool:
 
 
 def _encoder_problems(branch: Mapping[str, Any], fingerprint: str | None, folder: Path) -> list[str]:
-    """Why the encoder in `folder` cannot be the one whose features our adapter reads, in a sentence or none."""
+    """Return the reasons, none or one, why the adapter cannot use the encoder in `folder`."""
     pooled = branch.get("projection") == "linear"
     wanted, given = branch.get("input_width") or branch.get("width"), _features(folder, pooled)
     if given is not None and wanted != given:
         return [
-            f"It reads features of width {wanted}, but the {folder.name} beside it gives {given}: take the one that it "
-            "was trained with."
+            f"It reads features of width {wanted}, but the {folder.name} beside it gives {given}: use the encoder that "
+            "it was trained with."
         ]
     files = sorted(folder.glob("*.safetensors"))
     files = [file for file in files if ".fp16" not in file.name] or files
@@ -193,18 +193,18 @@ def _encoder_problems(branch: Mapping[str, Any], fingerprint: str | None, folder
     from safetensors.torch import load_file
 
     for file in files:
-        _read(file)  # which says in a sentence if it is cut
+        _read(file)  # raises a readable error if the file is truncated
     found = fingerprint_of({name: each for file in files for name, each in load_file(file).items()})
     if same_encoder(fingerprint, found):
         return []
     return [
-        f"It was trained with the vision encoder {fingerprint}, but the {folder.name} beside it is {found}: take the "
-        "one that belongs to it."
+        f"It was trained with the vision encoder {fingerprint}, but the {folder.name} beside it is {found}: use the "
+        "encoder that belongs to it."
     ]
 
 
 def _features(folder: Path, pooled: bool) -> int | None:
-    """How wide the pooled embedding or else the tokens of an encoder are, ours or transformers'; None if unknown."""
+    """Return the width of an encoder's pooled embedding or of its tokens, ours or transformers'; None if unknown."""
     file = folder / "config.json"
     config = _json(file.read_text(encoding="utf-8")) if file.is_file() else None
     if not isinstance(config, dict):
@@ -216,7 +216,7 @@ def _features(folder: Path, pooled: bool) -> int | None:
 def _adapter_problems(
     version: str | None, branches: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What Adapter.load would refuse whatever the denoiser, a sentence each."""
+    """Return the reasons, one sentence each, why Adapter.load would refuse the file for every denoiser."""
     problems = []
     if version != _ADAPTER_VERSION:
         problems.append(f"It has format version {version}, and this imagine reads {_ADAPTER_VERSION}: save it again.")
@@ -232,7 +232,7 @@ def _adapter_problems(
     if missing := sorted(wanted.keys() - shapes.keys()):
         problems.append(f"It lacks {_some(missing)}: download it again.")
     if extra := sorted(shapes.keys() - wanted.keys()):
-        problems.append(f"It holds the unknown {_some(extra)}, and will not load: take the file as it was saved.")
+        problems.append(f"It has the unknown tensor {_some(extra)} and will not load: use the file as it was saved.")
     for name, shape in wanted.items():
         if shape is not None and name in shapes and shapes[name] != shape:
             problems.append(f"It holds {name} of shape {list(shapes[name])} instead of {list(shape)}.")
@@ -240,7 +240,7 @@ def _adapter_problems(
 
 
 def _projection(branch: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
-    """The tensors of a branch's projection, by its description."""
+    """Return the names and shapes of the tensors that a branch's projection has according to its description."""
     kind, input_width = branch.get("projection"), branch.get("input_width")
     if kind not in ("linear", "full", "plus") or not input_width:
         return {}
@@ -252,7 +252,7 @@ def _projection(branch: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
 
 
 def _ip_adapter(path: Path, header: _Header) -> dict[str, Any]:
-    """Variant, sizes and problems of a standard file; its image encoder too, if one lies beside it."""
+    """Return the variant, sizes and problems of a standard file; also check an image encoder in the same folder."""
     layout, metadata = read_layout(header.shapes), header.metadata
     problems = [f"It {layout.problem}."] if layout.problem else []
     if not layout.problem and layout.comfyui:
@@ -263,7 +263,7 @@ def _ip_adapter(path: Path, header: _Header) -> dict[str, Any]:
         needed, known = (encoder_of(layout.kind, each) or "no public one" for each in (layout.input_width, found))
         problems.append(
             f"It reads features of width {layout.input_width} ({needed}), but the image_encoder beside it gives "
-            f"{found} ({known}): take the one that it was made with."
+            f"{found} ({known}): use the encoder that it was made with."
         )
     every = "one per token of the vision encoder"
     return {
@@ -285,7 +285,7 @@ def _some(names: list[str]) -> str:
 
 
 def _read_pickle(path: Path) -> _Header:
-    """The header of a .bin file, which torch reads without running anything in it."""
+    """Return the header of a .bin file, read by torch without running any code in it."""
     from imagine.ip_adapter.reading import read_pickle
 
     shapes: dict[str, tuple[int, ...]] = {}
@@ -329,7 +329,7 @@ def _class(config: Path) -> str | None:
     except (OSError, ValueError) as error:
         raise WeightsError(f"{config} cannot be read as JSON; copy or download it again.") from error
     if not isinstance(read, dict):
-        raise WeightsError(f"{config} describes no model; copy or download it again.")
+        raise WeightsError(f"{config} does not describe a model; copy or download it again.")
     architectures = read.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else None
     name = read.get("_class_name") or read.get("network") or first

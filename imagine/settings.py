@@ -1,6 +1,7 @@
-"""Settings that people write in YAML, read strictly: what is wrong is one sentence that names what is valid.
+"""Read and validate YAML settings strictly.
 
-Run files and build files both come through here; what may stand in them is their own models' matter.
+Training configs and build files are both read here. Their models define which keys are valid. An error message names
+the problem and lists the valid keys.
 """
 
 import difflib
@@ -18,7 +19,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as people expect and as YAML 1.2 says."""
+    """A YAML loader that reads 1e-4 as a number, as YAML 1.2 does and as users expect."""
 
 
 _Loader.add_implicit_resolver(
@@ -27,7 +28,10 @@ _Loader.add_implicit_resolver(
 
 
 def read_settings(path: Path, kind: str, holds: str) -> dict[str, Any]:
-    """The mapping in the YAML file at `path`; `kind` and what it `holds` are for the ConfigError's sentence."""
+    """Return the mapping in the YAML file at `path`; raise ConfigError if there is none.
+
+    `kind` (of file) and `holds` (its expected content) are used in the error message only.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
@@ -40,7 +44,7 @@ def read_settings(path: Path, kind: str, holds: str) -> dict[str, Any]:
 
 
 def read_value(text: str, override: str) -> Any:
-    """The value that an `override` gives, as YAML understands it; ConfigError if it does not."""
+    """Parse the value of `override` as YAML. Raise ConfigError if it is not valid YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
@@ -48,17 +52,17 @@ def read_value(text: str, override: str) -> Any:
 
 
 def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Model:
-    """`values` as a `model`; what is wrong becomes one ConfigError sentence with `where` and the valid keys."""
+    """Return `values` as a `model`. Raise ConfigError with `where` and the problem, and valid keys for a wrong one."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        # A misspelt key also leaves the right one missing: the misspelling is what to tell.
+        # A misspelt key also makes the correct key missing; report the misspelt one.
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         problem = unknown_name("key", location[-1], _keys_at(model, location[:-1]))
     elif first["type"] == "missing":
-        problem = f"{'.'.join(location)} is missing"
+        problem = f"{'.'.join(location)} is missing; add it"
     else:
         reason = first["msg"].removeprefix("Value error, ")
         problem = f"{'.'.join(location)}: {reason} (got {first['input']!r})" if location else reason
@@ -66,14 +70,14 @@ def validated(model: type[Model], values: Mapping[str, Any], where: str) -> Mode
 
 
 def unknown_name(kind: str, name: str, valid: Sequence[str]) -> str:
-    """The sentence for a name that matches nothing, with the nearest one and all valid ones."""
+    """Return an error message for an unknown name, with the closest valid name and all valid names."""
     near = difflib.get_close_matches(name, valid, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"there is no {kind} {name!r}{hint}; valid: {listed(valid)}"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a sentence."""
+    """Return the names separated by commas, or "none"."""
     return ", ".join(names) if names else "none"
 
 

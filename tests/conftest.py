@@ -1,4 +1,4 @@
-"""What every test needs: one thread, a fixed seed, and no way to the network."""
+"""Shared set-up of all tests: one thread, a fixed seed, and no network access."""
 
 import atexit
 import gc
@@ -13,8 +13,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
 if sys.dont_write_bytecode:
-    # As CI has it, to keep the checkout clean. Every process that a test starts would compile torch and its friends
-    # anew, which takes longer than most of these tests; so they share what this process compiles, outside the checkout.
+    # CI sets this to keep the checkout clean. Every process that a test starts would then compile torch and other
+    # libraries again, which takes longer than most of these tests, so all processes share bytecode in another folder.
     compiled = tempfile.mkdtemp(prefix="imagine-bytecode-")
     atexit.register(lambda: shutil.rmtree(compiled, ignore_errors=True))
     sys.pycache_prefix, sys.dont_write_bytecode = compiled, False
@@ -33,10 +33,10 @@ _connect = socket.socket.connect
 
 
 def _only_this_machine(self: socket.socket, address: object) -> None:
-    """Connect to this machine (servers under test) and nowhere else."""
+    """Allow connections to this machine (servers under test) only."""
     host = address[0] if isinstance(address, tuple) else ""
     if self.family != socket.AF_UNIX and host not in ("127.0.0.1", "::1", "localhost"):
-        raise AssertionError(f"a test tried to reach the network at {host!r}; tests run offline")
+        raise AssertionError(f"a test tried to connect to {host!r}; tests run offline")
     _connect(self, address)  # type: ignore[arg-type]
 
 
@@ -48,11 +48,11 @@ def _offline_and_repeatable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _what_is_old_is_no_garbage() -> None:
-    """Libraries are a million objects, which many a line under test would else search for garbage: a second each."""
+def _freeze_garbage_collection() -> None:
+    """Exclude existing objects from garbage collection: the libraries have a million, and each scan takes a second."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # else some libraries complain at the end that they leak
+    gc.unfreeze()  # otherwise some libraries report leaks at exit

@@ -1,6 +1,7 @@
 """A whole pipeline of the real classes at tiny random sizes: 32-pixel pictures, built in well under a second.
 
-Its weights are random but its branches are open, so that sentence, letters and person all change the picture.
+Its weights are random but its branches are open, so that the prompt, its quoted text and the person all affect the
+picture.
 """
 
 import functools
@@ -27,10 +28,10 @@ from imagine.people.faces import KnownBoxesFinder
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import FaceBox
 
-SIZE = 32  # pixels a side of the pictures
-CROP = 16  # pixels a side of the vision encoder's crops
+SIZE = 32  # side of the pictures in pixels
+CROP = 16  # side of the vision encoder's crops in pixels
 TOKENS = 5  # one global token and four patches
-BOX = FaceBox(16.0, 16.0, 32.0, 32.0, 1.0)  # where every photo of 64 x 64 pixels has its face
+BOX = FaceBox(16.0, 16.0, 32.0, 32.0, 1.0)  # the face box in every photo of 64 x 64 pixels
 SENTENCES = (
     "a person smiling on a beach, wearing a red hat",
     'an old woman in a blue shirt with the letters "OK", looking to the left',
@@ -39,26 +40,26 @@ SENTENCES = (
 
 @functools.cache
 def tokenizers() -> tuple[Any, Any, Any]:
-    """CLIP's, T5's and ByT5's tokenizers, made once a run."""
+    """Return CLIP's, T5's and ByT5's tokenizers, built once per test run."""
     folder = Path(tempfile.mkdtemp(prefix="imagine-tiny-"))
     clip = trim_clip_vocabulary(SENTENCES, folder / "clip", max_tokens=16)
     return clip, train_t5_tokenizer(SENTENCES, folder / "t5", vocabulary_size=150), build_byt5_tokenizer()
 
 
 def denoiser(pooled_width: int | None = None) -> Any:
-    """A random UNet2DConditionModel on 4 x 4 latents of 4 channels."""
+    """Return a random UNet2DConditionModel on 4 x 4 latents of 4 channels."""
     return build_denoiser(
         sample_size=4, latent_channels=4, widths=(32, 32), text_width=16, head_width=16, pooled_width=pooled_width
     ).eval()
 
 
 def text_adapter(unet: Any) -> Adapter:
-    """The branches t5 and byt5, open."""
+    """Return the branches t5 and byt5 with open gates."""
     return Adapter(unet, [BranchSpec("t5", 16, zero_init=False), BranchSpec("byt5", 12, zero_init=False)])
 
 
 def identity_adapter(unet: Any, fresh: bool = False) -> Adapter:
-    """The branch vision with its projection, and LoRA; random and open, or fresh as at the start of training."""
+    """Return the branch vision with its projection and LoRA: random and open, or fresh as at the start of training."""
     spec = BranchSpec("vision", 16, projection="full", input_width=24)
     adapter = Adapter(unet, [spec], lora_rank=2)
     for name, parameter in adapter.named_parameters():
@@ -68,7 +69,7 @@ def identity_adapter(unet: Any, fresh: bool = False) -> Adapter:
 
 
 def pipeline(seed: int = 0, fresh: bool = False, with_adapter: bool = True) -> ImaginePipeline:
-    """A random pipeline whose face finder knows that every photo has its face in BOX."""
+    """Return a random pipeline whose face finder returns BOX for every photo."""
     torch.manual_seed(seed)
     clip, t5, byt5 = tokenizers()
     unet = denoiser(pooled_width=32)  # CLIP's 16 and T5's 16
@@ -95,7 +96,7 @@ def pipeline(seed: int = 0, fresh: bool = False, with_adapter: bool = True) -> I
 
 
 def photo(seed: int) -> Image.Image:
-    """A photo of a stranger: 64 x 64 pixels of smooth colour, another for every seed."""
+    """Return a photo of a stranger: 64 x 64 pixels of smooth colour, different for every seed."""
     colours = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     smooth = torch.nn.functional.interpolate(colours, size=64, mode="bicubic", align_corners=False)[0]
     return Image.fromarray((smooth.clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy())

@@ -10,15 +10,15 @@ from imagine.adapter.attention import attention_layers
 from imagine.ip_adapter.layout import projection_shapes
 from tests import tiny_stock
 
-TOKENS, POOLED = 24, 20  # widths of the vision encoder's tokens and of its embedding
+TOKENS, POOLED = 24, 20  # widths of the vision encoder's tokens and of its pooled embedding
 KINDS = ("linear", "full", "plus")
 
 
 def unet(xl: bool = False, seed: int = 0) -> Any:
-    """A UNet2DConditionModel with cross-attention of three widths, those of SDXL with addition embeddings."""
+    """Return a UNet2DConditionModel with cross-attention of three widths; for SDXL with its addition embeddings."""
     from diffusers import UNet2DConditionModel
 
-    known = tiny_stock.unet(xl).config  # whose text encoders it goes with
+    known = tiny_stock.unet(xl).config  # of the pipeline whose text encoders this UNet uses
     torch.manual_seed(seed)
     more: dict[str, Any] = {}
     if xl:
@@ -36,12 +36,12 @@ def unet(xl: bool = False, seed: int = 0) -> Any:
 
 
 def components(xl: bool = False) -> dict[str, Any]:
-    """What a stock text-to-image pipeline is made of, with this UNet and an image encoder."""
+    """Return the components of a stock text-to-image pipeline with this UNet and an image encoder."""
     return {**tiny_stock.components(xl), "unet": unet(xl), "image_encoder": encoder()}
 
 
 def encoder(seed: int = 1, tokens: int = TOKENS, pooled: int = POOLED) -> Any:
-    """A transformers CLIPVisionModelWithProjection for 16-pixel crops: five tokens."""
+    """Return a transformers CLIPVisionModelWithProjection for 16-pixel crops: five tokens."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(seed)
@@ -53,7 +53,7 @@ def encoder(seed: int = 1, tokens: int = TOKENS, pooled: int = POOLED) -> Any:
 
 
 def tensors(kind: str, denoiser: Any, seed: int = 2) -> dict[str, Tensor]:
-    """A standard file's tensors under their flat names; keys and values differ, and so do all layers."""
+    """Return a standard file's tensors under their flat names; keys and values differ, and so do all layers."""
     width = denoiser.config.cross_attention_dim
     shapes = projection_shapes(kind, 3 if kind == "plus" else 4, POOLED if kind == "linear" else TOKENS, width, 64, 128)
     layers = [attn for attn in attention_layers(denoiser).values() if attn.is_cross_attention]
@@ -67,7 +67,7 @@ def tensors(kind: str, denoiser: Any, seed: int = 2) -> dict[str, Tensor]:
 
 
 def nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The same as diffusers takes it from memory."""
+    """Return the tensors in the nested form that diffusers accepts from memory."""
     return {
         part: {name.removeprefix(f"{part}."): each for name, each in flat.items() if name.startswith(f"{part}.")}
         for part in ("image_proj", "ip_adapter")
@@ -75,7 +75,7 @@ def nested(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def tensors_on_meta(kind: str, denoiser: Any, input_width: int, tokens: int, inner: int, attention: int) -> Any:
-    """The tensors of a full-size file for a denoiser on the meta device."""
+    """Return the tensors of a full-size file for a denoiser on the meta device."""
     width = denoiser.config.cross_attention_dim
     shapes = projection_shapes(kind, tokens, input_width, width, inner, attention)
     named = {f"image_proj.{name}": torch.empty(shape) for name, shape in shapes.items()}

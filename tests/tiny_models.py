@@ -1,6 +1,6 @@
-"""Other people's models of the real classes at tiny random sizes, saved as the folders in which one gets them.
+"""Third-party models of the real classes at tiny random sizes, saved in the folder layout in which they are published.
 
-A language model with and without eyes, a Stable Diffusion pipeline, and an IP-Adapter for it.
+A language model, a vision-language model, a Stable Diffusion pipeline, and an IP-Adapter for it.
 """
 
 import io
@@ -14,12 +14,12 @@ from data_synth.records import Candidate, Reference, TargetSpec
 from tests import tiny
 
 WORDS = "a person man woman with red black hair smiling laughing looking left right on the beach in forest hat . ,"
-SIDE = 32  # pixels a side of what the vision-language model sees
+SIDE = 32  # side of the vision-language model's input in pixels
 LICENCE = "---\nlicense: apache-2.0\n---\nA tiny model.\n"
 
 
 def word_tokenizer(image_token: str | None = None) -> Any:
-    """One token a word of WORDS; everything else is unknown."""
+    """Return a tokenizer with one token per word of WORDS; all other words are unknown."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -44,7 +44,7 @@ def llama_config(vocabulary: int) -> Any:
 
 
 def language_model(folder: Path, chat: bool = True) -> Path:
-    """A random Llama that follows no instruction at all, but has a chat template."""
+    """Save a random Llama, which cannot follow instructions but has a chat template."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def language_model(folder: Path, chat: bool = True) -> Path:
 
 
 def vision_language_model(folder: Path) -> Path:
-    """A random LLaVA: CLIP's eyes on a Llama."""
+    """Save a random LLaVA: CLIP's vision tower and a Llama."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
     from transformers import LlavaProcessor as Processor
 
@@ -89,7 +89,7 @@ def vision_language_model(folder: Path) -> Path:
 
 
 def stable_diffusion(folder: Path) -> Path:
-    """A random Stable Diffusion of 32 x 32 pixels, on 16 x 16 latents."""
+    """Save a random Stable Diffusion of 32 x 32 pixels, on 16 x 16 latents."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     from imagine.networks.encoders import build_clip_text
@@ -117,7 +117,7 @@ def stable_diffusion(folder: Path) -> Path:
 
 
 def ip_adapter(folder: Path, pipeline: Path) -> Path:
-    """A random IP-Adapter of the base kind with its image encoder, as a repository of them is laid out."""
+    """Save a random IP-Adapter of the base kind with its image encoder, in the layout of published repositories."""
     from diffusers import UNet2DConditionModel
     from safetensors.torch import save_file
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -153,7 +153,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def pixels(candidate: Candidate) -> Any:
-    """A candidate's picture as an array (H, W, 3) of bytes."""
+    """Return a candidate's picture as an array (H, W, 3) of bytes."""
     import numpy as np
 
     return np.asarray(Image.open(io.BytesIO(candidate.image)).convert("RGB"))

@@ -32,7 +32,7 @@ def unet(xl: bool, channels: int = 4) -> Any:
 
 
 def components(xl: bool, seed: int = 0) -> dict[str, Any]:
-    """What a text-to-image pipeline is made of."""
+    """Return the components of a text-to-image pipeline."""
     from diffusers import AutoencoderKL, DDIMScheduler
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -58,7 +58,7 @@ def components(xl: bool, seed: int = 0) -> dict[str, Any]:
 
 
 def stock(xl: bool = False, kind: str = "", **more: Any) -> Any:
-    """Diffusers' own pipeline: kind is "", "Img2Img", "ControlNet" and so on."""
+    """Return diffusers' own pipeline: kind is "", "Img2Img", "ControlNet" and so on."""
     import diffusers
 
     cls = getattr(diffusers, f"StableDiffusion{'XL' if xl else ''}{kind}Pipeline")
@@ -68,7 +68,7 @@ def stock(xl: bool = False, kind: str = "", **more: Any) -> Any:
 
 
 def controlnet(xl: bool) -> Any:
-    """A random ControlNet whose outputs are open."""
+    """Return a random ControlNet whose outputs are not zero."""
     from diffusers import ControlNetModel
 
     torch.manual_seed(5)
@@ -85,7 +85,7 @@ def encoder() -> VisionEncoder:
 
 
 def readers() -> dict[str, Any]:
-    """T5 and ByT5 with their tokenizers, as components."""
+    """Return T5 and ByT5 with their tokenizers, as components."""
     _, t5, byt5 = tiny.tokenizers()
     torch.manual_seed(4)
     return {
@@ -95,7 +95,7 @@ def readers() -> dict[str, Any]:
 
 
 def identity(denoiser: Any, seed: int = 1, **spec: Any) -> Adapter:
-    """A random, open identity adapter with LoRA."""
+    """Return a random, open identity adapter with LoRA."""
     torch.manual_seed(seed)
     given = {"projection": "full", "input_width": 24, **spec}
     adapter = Adapter(denoiser, [BranchSpec("vision", 16, **given)], lora_rank=2)
@@ -106,7 +106,7 @@ def identity(denoiser: Any, seed: int = 1, **spec: Any) -> Adapter:
 
 
 def personal(pipe: Any, **more: Any) -> Any:
-    """The pipeline that knows people, around a stock one, with an identity adapter."""
+    """Return our personalised pipeline around a stock one, with an identity adapter."""
     made = personalised_class(type(pipe)).from_pipe(pipe, vision_encoder=encoder(), **more)
     made.finder = KnownBoxesFinder([tiny.BOX])
     made.load_adapter(identity(made.unet))
@@ -115,7 +115,7 @@ def personal(pipe: Any, **more: Any) -> Any:
 
 
 def draw(pipe: Any, prompt: Any = PROMPT, seed: int = 7, **options: Any) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in 0..1, after two steps if nothing else is said."""
+    """Return pictures (B, 3, H, W) in 0..1, after two steps unless `options` sets another number."""
     generator = options.pop("generator", None) or tiny.generator(seed)
     steps = options.pop("num_inference_steps", 2)
     pictures = pipe(prompt, generator=generator, num_inference_steps=steps, output_type="pt", **options).images
@@ -124,5 +124,5 @@ def draw(pipe: Any, prompt: Any = PROMPT, seed: int = 7, **options: Any) -> torc
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal up to the last bits of floating point, in which a batch may differ from a single picture."""
+    """Return whether both are equal up to rounding, by which a batch may differ from a single picture."""
     return one.shape == other.shape and bool((one - other).abs().max() < 1e-4)

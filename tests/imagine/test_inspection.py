@@ -1,4 +1,4 @@
-"""What files say of themselves, and what keys say of files that do not."""
+"""Descriptions of files, from their metadata or, without any, from their keys."""
 
 import copy
 import json
@@ -55,7 +55,7 @@ def test_an_adapter_as_file_and_as_folder(pipe: ImaginePipeline, folder: Path) -
     assert {**inspect(folder / "adapter"), "path": ""} == {**found, "path": ""}
 
 
-def test_a_stock_folder_with_adapters_beside_it(tmp_path: Path) -> None:
+def test_a_stock_folder_with_adapters_in_it(tmp_path: Path) -> None:
     pipe = tiny_stock.personal(tiny_stock.stock())
     pipe.save_pretrained(tmp_path)
     shutil.copytree(tmp_path / "adapter", tmp_path / "ip_0")
@@ -66,7 +66,9 @@ def test_a_stock_folder_with_adapters_beside_it(tmp_path: Path) -> None:
     assert found["components"]["unet"]["parameters"] == parameters(pipe.denoiser)
 
 
-def test_our_adapter_is_held_against_the_encoder_beside_it(folder: Path, pipe: ImaginePipeline, tmp_path: Path) -> None:
+def test_our_adapter_is_checked_against_the_encoder_in_its_folder(
+    folder: Path, pipe: ImaginePipeline, tmp_path: Path
+) -> None:
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
     eyes = pipe.image_encoder
     to_transformers(copy.deepcopy(eyes).half()).save_pretrained(tmp_path / "image_encoder")
@@ -121,18 +123,18 @@ def test_any_other_safetensors_file_is_described(tmp_path: Path) -> None:
     assert found["metadata"] == {"of": "nothing"}
 
 
-def test_what_is_no_weights_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_files_that_are_not_weights_are_refused_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     (tmp_path / "b.bin").write_bytes(b"\x80")
     (tmp_path / "empty").mkdir()
-    for name, says in (("a.txt", "safetensors"), ("b.bin", "pickle"), ("empty", "holds neither"), ("no", "no file")):
-        with pytest.raises(WeightsError, match=says):
+    for name, words in (("a.txt", "safetensors"), ("b.bin", "pickle"), ("empty", "holds neither"), ("no", "no file")):
+        with pytest.raises(WeightsError, match=words):
             inspect(tmp_path / name)
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An IP-Adapter's folder: a file, LoRA and an image encoder beside it, and a README one folder above."""
+    """Return an IP-Adapter's folder: a file, LoRA and an image encoder in it, and a README one folder above."""
     root = tmp_path_factory.mktemp("repository")
     folder = root / "models"
     folder.mkdir()
@@ -164,7 +166,7 @@ def test_the_encoder_follows_from_the_width_of_its_features(kind: str, width: in
     assert read_layout({f"image_proj.{name}": shape for name, shape in shapes.items()}).encoder == encoder
 
 
-def test_what_will_not_load_is_said(repository: Path, tmp_path: Path) -> None:
+def test_files_that_will_not_load_are_reported(repository: Path, tmp_path: Path) -> None:
     file = tiny_ip.tensors("plus", tiny_ip.unet())
     deeper = {name.replace(".layers.3.", ".layers.5."): each.clone() for name, each in file.items()}
     save_file({**deeper, **file}, tmp_path / "deeper.safetensors")
@@ -176,7 +178,7 @@ def test_what_will_not_load_is_said(repository: Path, tmp_path: Path) -> None:
     )
 
 
-def test_bin_files_are_looked_into_without_running_anything(tmp_path: Path) -> None:
+def test_bin_files_are_read_without_running_code(tmp_path: Path) -> None:
     file = tiny_ip.tensors("full", tiny_ip.unet())
     torch.save(tiny_ip.nested(file), tmp_path / "ip.bin")
     found = inspect(tmp_path / "ip.bin")
@@ -192,7 +194,7 @@ def test_bin_files_are_looked_into_without_running_anything(tmp_path: Path) -> N
         inspect(tmp_path / "ip.pt")
 
 
-def test_our_own_adapters_say_what_will_not_load(folder: Path, tmp_path: Path) -> None:
+def test_problems_of_our_own_adapters_are_reported(folder: Path, tmp_path: Path) -> None:
     source = folder / "adapter" / "adapter.safetensors"
     assert inspect(source)["problems"] == []
     with safe_open(source, framework="pt") as opened:
@@ -200,22 +202,22 @@ def test_our_own_adapters_say_what_will_not_load(folder: Path, tmp_path: Path) -
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
     gate = next(name for name in tensors if name.endswith("gate"))
     low_rank = next(name for name in tensors if name.endswith("lora_B.weight"))
-    for change, says in (
+    for change, words in (
         ({gate: None}, f"lacks {gate}"),
         ({low_rank: None}, f"lacks {low_rank}"),
         ({"projections.vision.proj.3.bias": None}, "lacks projections.vision.proj.3.bias"),
-        ({"projections.vision.proj.9.bias": torch.zeros(1)}, "holds the unknown projections.vision.proj.9.bias"),
+        ({"projections.vision.proj.9.bias": torch.zeros(1)}, "has the unknown tensor projections.vision.proj.9.bias"),
         ({"projections.vision.proj.3.bias": torch.zeros(2)}, "shape [2] instead of [16]"),
     ):
         changed = {name: each for name, each in {**tensors, **change}.items() if each is not None}
         save_file(changed, tmp_path / "x.safetensors", metadata)
-        assert says in " ".join(inspect(tmp_path / "x.safetensors")["problems"])
+        assert words in " ".join(inspect(tmp_path / "x.safetensors")["problems"])
     save_file(tensors, tmp_path / "x.safetensors", {**metadata, "format_version": "7"})
     assert "format version 7" in inspect(tmp_path / "x.safetensors")["problems"][0]
 
 
 def rewritten(folder: Path, tmp_path: Path, **metadata: str) -> Path:
-    """A copy of the folder's adapter that says other things of itself."""
+    """Return a copy of the folder's adapter with other metadata."""
     file = folder / "adapter" / "adapter.safetensors"
     with safe_open(file, framework="pt") as opened:
         said = {**opened.metadata(), **metadata}
@@ -243,23 +245,23 @@ def test_an_adapter_that_describes_itself_wrongly_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_a_persona_that_counts_wrongly_is_still_one(tmp_path: Path) -> None:
+def test_a_persona_with_a_wrong_token_count_is_still_described(tmp_path: Path) -> None:
     save_file({"vision_features": torch.zeros(2, 3)}, tmp_path / "me.safetensors", {"kind": "persona", "tokens": "two"})
     assert inspect(tmp_path / "me.safetensors")["tokens"] is None
 
 
 @pytest.mark.parametrize("config", ["[]", '{"architectures": "one"}', '{"architectures": []}'])
-def test_a_model_whose_config_says_little(tmp_path: Path, config: str) -> None:
+def test_a_model_with_an_incomplete_config(tmp_path: Path, config: str) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(config)
     if config == "[]":
-        with pytest.raises(WeightsError, match="describes no model"):
+        with pytest.raises(WeightsError, match="does not describe a model"):
             inspect(tmp_path)
     else:
         assert inspect(tmp_path)["class"] is None
 
 
-def test_an_index_entry_that_is_cut_is_no_class(folder: Path, tmp_path: Path) -> None:
+def test_an_incomplete_index_entry_names_no_class(folder: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "weights"))
     index = json.loads((copied / "model_index.json").read_text())
     (copied / "model_index.json").write_text(json.dumps({**index, "unet": ["diffusers"]}))

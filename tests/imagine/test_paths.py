@@ -1,4 +1,4 @@
-"""Paths that users name: whatever is wrong with one, looking at it ends in a kind or in a sentence."""
+"""Paths that users name: checking any path gives its kind or one sentence."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ LONG = "x" * 5000
 LOOKS: list[Callable[[Any], Any]] = [open_photo, inspect, Persona.load, read_metadata, resolve_folder]
 
 
-def test_every_kind_is_told(tmp_path: Path) -> None:
+def test_every_kind_is_recognised(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert kind_of(tmp_path, ConfigError) == "folder" and kind_of(tmp_path / "file", ConfigError) == "file"
     for name in ("missing", "file/below", "zero\0byte"):
@@ -32,7 +32,7 @@ def test_every_kind_is_told(tmp_path: Path) -> None:
     assert kind_of(Path(os.devnull), ConfigError) == "other"
 
 
-def test_a_home_is_meant_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_means_a_home_folder_only_if_it_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     assert as_path("~/me.jpg") == Path("/home/me/me.jpg")
     assert as_path("~nobody-at-all/me.jpg") == Path("~nobody-at-all/me.jpg") and as_path("~me.jpg") == Path("~me.jpg")
@@ -48,7 +48,7 @@ def test_a_file_whose_name_begins_with_a_tilde_can_be_used(tmp_path: Path, monke
 
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("path", [LONG, f"{LONG}.safetensors", "~nobody-at-all/x.jpg", "zero\0byte"])
-def test_paths_that_cannot_be_are_refused_in_a_sentence(look: Callable[[Any], Any], path: str) -> None:
+def test_impossible_paths_are_refused_in_a_sentence(look: Callable[[Any], Any], path: str) -> None:
     with pytest.raises(ImagineError) as caught:
         look(path)
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
@@ -56,17 +56,17 @@ def test_paths_that_cannot_be_are_refused_in_a_sentence(look: Callable[[Any], An
 
 @pytest.fixture
 def closed() -> Iterator[Path]:
-    """A folder in which "secret.safetensors" may not be read, nor "inside" looked into, not even where root tests."""
+    """Yield a folder whose "secret.safetensors" is unreadable and whose folder "inside" is closed, even for root."""
     if not hasattr(os, "geteuid"):
-        pytest.skip("this system has no permissions that a folder could lack")
-    user, folder = os.geteuid(), Path(tempfile.mkdtemp())  # pytest's own folders are closed to everybody else
+        pytest.skip("this system has no file permissions")
+    user, folder = os.geteuid(), Path(tempfile.mkdtemp())  # other users cannot access pytest's own folders
     folder.chmod(0o755)
     (folder / "inside").mkdir(mode=0)
     (folder / "secret.safetensors").write_bytes(b"")
     (folder / "secret.safetensors").chmod(0)
     try:
         if user == 0:
-            os.seteuid(65534)  # nothing is closed to root
+            os.seteuid(65534)  # permissions do not restrict root
         yield folder
     finally:
         if user == 0:
@@ -76,8 +76,8 @@ def closed() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_what_may_not_be_looked_at_is_refused_in_a_sentence(look: Callable[[Any], Any], closed: Path) -> None:
-    with pytest.raises(ImagineError, match=r"cannot be looked at \(Permission denied\)") as caught:
+def test_a_path_without_permission_is_refused_in_a_sentence(look: Callable[[Any], Any], closed: Path) -> None:
+    with pytest.raises(ImagineError, match=r"cannot be checked \(Permission denied\)") as caught:
         look(closed / "inside" / "me.safetensors")
     assert "\n" not in str(caught.value)
 
@@ -89,16 +89,16 @@ def test_a_file_that_may_not_be_read_is_refused_in_a_sentence(look: Callable[[An
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_written_is_refused_in_a_sentence(closed: Path) -> None:
+def test_an_output_that_is_not_writable_is_refused_in_a_sentence(closed: Path) -> None:
     for check in (writable_folder, folder_to_fill, lambda path: writable_file(path.with_suffix(".png"), (".png",))):
         for path in (closed / "inside" / "new", closed / "new"):
-            with pytest.raises(ConfigError, match=r"Nothing can be written|cannot be looked at"):
+            with pytest.raises(ConfigError, match=r"is not writable|cannot be checked"):
                 check(path)
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         writable_folder(closed / "inside")
 
 
-def test_what_can_be_written_is_what_it_was_called(tmp_path: Path) -> None:
+def test_a_writable_output_is_returned_as_named(tmp_path: Path) -> None:
     assert writable_file(tmp_path / "a.png", (".png",)) == tmp_path / "a.png"
     assert writable_folder(tmp_path / "new") == tmp_path / "new"
     assert folder_to_fill(tmp_path / "new" / "and" / "below") == tmp_path / "new" / "and" / "below"

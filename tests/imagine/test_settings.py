@@ -1,4 +1,4 @@
-"""Settings in YAML: numbers as people write them, and one sentence for what is wrong."""
+"""Settings in YAML: numbers with exponents, and one sentence per error."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     assert read_value("3.5e2", "rate=3.5e2") == 350.0
 
 
-def test_a_misspelt_key_is_told_before_the_one_that_is_missing_for_it() -> None:
+def test_a_misspelt_key_is_reported_before_the_missing_one() -> None:
     with pytest.raises(ConfigError, match=r"mine: there is no key 'rat' \(did you mean rate\?\); valid: rate"):
         validated(Outer, {"inner": {"rat": 1}}, "mine")
     with pytest.raises(ConfigError, match=r"mine: inner\.rate is missing"):

@@ -95,8 +95,8 @@ def test_what_is_wrong_is_one_sentence(base: Path, repository: Path, tmp_path: P
         ((*taking, "--base", "nothing"), "no base 'nothing'"),
         ((*taking, "--base", base, "--image-encoder", other), "are 26 wide"),
         (("import-ip-adapter", "owner/name", "--base", base, "--output", tmp_path / "mine"), "weight_name"),
-        (("import-ip-adapter", repository, "--base", base, "--output", tmp_path / "full"), "there already"),
-        (("import-ip-adapter", repository, "--base", base, "--output", tmp_path / "no" / "mine"), "Nothing can be"),
+        (("import-ip-adapter", repository, "--base", base, "--output", tmp_path / "full"), "already exists"),
+        (("import-ip-adapter", repository, "--base", base, "--output", tmp_path / "no" / "mine"), "is not writable"),
         (("export-ip-adapter", repository, "--output", tmp_path / "a.safetensors"), "holds an adapter"),
         (("export-ip-adapter", repository, "--output", tmp_path / "a.bin"), "must end in"),
     ]
