@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["ImaginePipeline", "Persona", "__version__"]
 
-_HOMES = {"ImaginePipeline": "imagine.pipeline.pipeline", "Persona": "imagine.people.persona"}
+_MODULES = {"ImaginePipeline": "imagine.pipeline.pipeline", "Persona": "imagine.people.persona"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'imagine' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_MODULES})

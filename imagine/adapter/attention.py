@@ -106,10 +106,10 @@ def branch_strength(strength: Scale) -> BranchStrength:
     if not isinstance(strength, Tensor):
         return BranchStrength(strength)
     numbers = strength.tolist()
-    acts = [row for row, number in enumerate(numbers) if number != 0]
-    if not acts:
+    active_rows = [row for row, number in enumerate(numbers) if number != 0]
+    if not active_rows:
         return BranchStrength(0.0)
-    rows = slice(acts[0], acts[-1] + 1)
+    rows = slice(active_rows[0], active_rows[-1] + 1)
     active_scale = 1.0 if all(number == 1 for number in numbers[rows]) else strength[rows]
     return BranchStrength(strength, rows, active_scale)
 
@@ -240,8 +240,8 @@ class ParallelAttention:
         """Compute one softmax attention from (batch, heads, length, head width) to (batch, length, inner)."""
         backend = self._attention_backend
         if mask is not None:  # a backend of None is the active one, from the environment or attention_backend()
-            acts = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
-            backend = backend if acts in MASKED_BACKENDS else AttentionBackendName.NATIVE
+            active = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
+            backend = backend if active in MASKED_BACKENDS else AttentionBackendName.NATIVE
         rows = [states.transpose(1, 2) for states in (query, key, value)]
         return dispatch_attention_fn(*rows, attn_mask=mask, backend=backend).flatten(2)
 
@@ -264,9 +264,9 @@ class ParallelAttention:
         out: Tensor = attn.get_submodule(target)(states)
         for layer in self.layers:
             low_rank = layer.low_rank(target)
-            acts = None if low_rank is None else layer.strength(conditioning, layer.owner, self.name)
-            if low_rank is not None and acts is not None:
-                out = _add_scaled_rows(out, acts, low_rank, states).to(out.dtype)
+            strength = None if low_rank is None else layer.strength(conditioning, layer.owner, self.name)
+            if low_rank is not None and strength is not None:
+                out = _add_scaled_rows(out, strength, low_rank, states).to(out.dtype)
         return out
 
     def _active_branches(
@@ -276,14 +276,14 @@ class ParallelAttention:
         present = []
         for layer in self.layers:
             for name, branch in layer.branches().items():
-                acts = layer.strength(conditioning, name, self.name)
-                if acts is None or (name in layer.concatenated) != concatenated:
+                strength = layer.strength(conditioning, name, self.name)
+                if strength is None or (name in layer.concatenated) != concatenated:
                     continue
                 tokens = conditioning.branches[name]
                 key, value = _cached(conditioning, (self.name, name), partial(branch.keys_values, attn, tokens.values))
                 mask = tokens.mask if conditioning.cache is not None else usable_mask(tokens)
                 regions = _regions_at(conditioning, name, query)
-                present.append(_ActiveBranch(acts, key.to(query.dtype), value.to(query.dtype), mask, regions))
+                present.append(_ActiveBranch(strength, key.to(query.dtype), value.to(query.dtype), mask, regions))
         return present
 
 
@@ -372,21 +372,21 @@ def strength_key(branch: str, layer: str = "") -> tuple[str, str]:
 
 
 def _add_scaled_rows(
-    base: Tensor, acts: BranchStrength, addition: Callable[..., Tensor], *inputs: Tensor | None
+    base: Tensor, strength: BranchStrength, addition: Callable[..., Tensor], *inputs: Tensor | None
 ) -> Tensor:
     """Return base + strength * addition(*inputs), without computing the addition for rows where the strength is 0.
 
     The caller must own `base`: without gradients it is changed in place.
     """
-    rows = acts.rows
+    rows = strength.rows
     if rows is None:
-        return _add(base, addition(*inputs), acts.scale)
+        return _add(base, addition(*inputs), strength.scale)
     part = base[rows]
     added = addition(*(each if each is None or len(each) == 1 else each[rows] for each in inputs))
     if not torch.is_grad_enabled():
-        part.add_(_scaled(added, acts.active_scale))
+        part.add_(_scaled(added, strength.active_scale))
         return base
-    summed = _add(part, added, acts.active_scale)
+    summed = _add(part, added, strength.active_scale)
     if len(part) == len(base):
         return summed
     return torch.cat((base[: rows.start], summed.to(base.dtype), base[rows.stop :]))

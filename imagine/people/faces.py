@@ -169,8 +169,8 @@ def _quality(found: tuple[FaceBox, ...], index: int, face: FaceChoice, size: int
     if len(found) > 1 and not isinstance(face, int):
         chosen = "the largest" if face == "largest" else "the one nearest to the centre"
         problems.append(
-            f"the photo holds {len(found)} faces and {chosen} was used (face={index}; 0, the largest, "
-            f"to {len(found) - 1} chooses another)"
+            f"the photo holds {len(found)} faces and {chosen} was used (face={index}); pass face=0 (the "
+            f"largest) to face={len(found) - 1} to choose another"
         )
     if CROP_SIDE * max(box.width, box.height) < SMALL_FACE * size:
         problems.append(

@@ -28,7 +28,7 @@ from imagine.errors import WeightsError
 FILE_NAME = "finder.safetensors"
 FORMAT_VERSION = "1"
 STRIDE = 4  # one cell of the maps is 4 x 4 pixels
-LARGEST_COUNT = 16  # the most faces that are reported in one picture
+MAX_FACES = 16  # the most faces that are reported in one picture
 
 
 class Maps(NamedTuple):
@@ -142,7 +142,7 @@ def loss(maps: Maps, wanted: Targets) -> Tensor:
 
 
 def decode(maps: Maps, side: int) -> tuple[Tensor, Tensor]:
-    """Return the LARGEST_COUNT highest peaks, best first: boxes (B, K, 4) in pixels, and scores (B, K).
+    """Return the MAX_FACES highest peaks, best first: boxes (B, K, 4) in pixels, and scores (B, K).
 
     A box is left, top, width, height. A peak is a cell that is the maximum within two cells. Scores are probabilities;
     the caller sets the threshold.
@@ -150,7 +150,7 @@ def decode(maps: Maps, side: int) -> tuple[Tensor, Tensor]:
     heat = maps.heat.float().sigmoid()
     grid = heat.shape[-1]
     peaks = torch.where(F.max_pool2d(heat, 5, stride=1, padding=2) == heat, heat, torch.zeros_like(heat))
-    scores, cells = peaks.flatten(1).topk(min(LARGEST_COUNT, grid * grid))
+    scores, cells = peaks.flatten(1).topk(min(MAX_FACES, grid * grid))
     index = cells.unsqueeze(1).expand(-1, 2, -1)
     size = maps.size.float().flatten(2).gather(2, index).clamp(max=0.7).exp() * side
     offset = maps.offset.float().flatten(2).gather(2, index)

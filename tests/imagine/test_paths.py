@@ -19,7 +19,7 @@ from imagine.people.photos import open_photo
 from tests import pictures, tiny
 
 LONG = "x" * 5000
-LOOKS: list[Callable[[Any], Any]] = [open_photo, inspect, Persona.load, read_metadata, resolve_folder]
+READERS: list[Callable[[Any], Any]] = [open_photo, inspect, Persona.load, read_metadata, resolve_folder]
 
 
 def test_every_kind_is_recognised(tmp_path: Path) -> None:
@@ -46,11 +46,11 @@ def test_a_file_whose_name_begins_with_a_tilde_can_be_used(tmp_path: Path, monke
     assert resolve_folder("~weights") == Path("~weights") and inspect("~weights/adapter")["kind"] == "adapter"
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("path", [LONG, f"{LONG}.safetensors", "~nobody-at-all/x.jpg", "zero\0byte"])
-def test_impossible_paths_are_refused_in_a_sentence(look: Callable[[Any], Any], path: str) -> None:
+def test_impossible_paths_are_refused_in_a_sentence(read: Callable[[Any], Any], path: str) -> None:
     with pytest.raises(ImagineError) as caught:
-        look(path)
+        read(path)
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 
@@ -75,17 +75,17 @@ def closed() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("look", LOOKS)
-def test_a_path_without_permission_is_refused_in_a_sentence(look: Callable[[Any], Any], closed: Path) -> None:
+@pytest.mark.parametrize("read", READERS)
+def test_a_path_without_permission_is_refused_in_a_sentence(read: Callable[[Any], Any], closed: Path) -> None:
     with pytest.raises(ImagineError, match=r"cannot be checked \(Permission denied\)") as caught:
-        look(closed / "inside" / "me.safetensors")
+        read(closed / "inside" / "me.safetensors")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("look", [open_photo, inspect, Persona.load, read_metadata])
-def test_a_file_that_may_not_be_read_is_refused_in_a_sentence(look: Callable[[Any], Any], closed: Path) -> None:
+@pytest.mark.parametrize("read", [open_photo, inspect, Persona.load, read_metadata])
+def test_a_file_that_may_not_be_read_is_refused_in_a_sentence(read: Callable[[Any], Any], closed: Path) -> None:
     with pytest.raises(ImagineError, match=r"cannot be read|complete safetensors file") as caught:
-        look(closed / "secret.safetensors")
+        read(closed / "secret.safetensors")
     assert "\n" not in str(caught.value)
 
 

@@ -26,7 +26,7 @@ def same(one: Any, other: Any) -> bool:
     return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def look(encoder: VisionEncoder, theirs: Any, seed: int = 0) -> tuple[float, float]:
+def differences(encoder: VisionEncoder, theirs: Any, seed: int = 0) -> tuple[float, float]:
     """Return the largest differences of hidden states and embeddings on random crops."""
     crops = torch.rand(2, 3, encoder.config.image_size, encoder.config.image_size)
     pixels = (crops - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
@@ -46,7 +46,7 @@ def test_conversion_in_both_directions(name: str, tmp_path: Any) -> None:
     for parameter in encoder.parameters():  # biases and normalisations must be random too
         torch.nn.init.normal_(parameter, std=0.3)
     theirs = to_transformers(encoder)
-    assert max(look(encoder, theirs)) < 1e-5
+    assert max(differences(encoder, theirs)) < 1e-5
     back = from_transformers(theirs)
     sizes = {name: back.config[name] for name in ENCODERS[name] if name != "mlp_ratio"}
     assert same(back, encoder) and sizes.items() <= ENCODERS[name].items()
@@ -57,7 +57,7 @@ def test_conversion_in_both_directions(name: str, tmp_path: Any) -> None:
 def test_transformers_encoder_in_half_precision_is_converted_both_ways_bit_for_bit() -> None:
     theirs = tiny_ip.encoder()
     ours = from_transformers(theirs)
-    assert max(look(ours, theirs)) < 1e-5
+    assert max(differences(ours, theirs)) < 1e-5
     assert same(to_transformers(ours), theirs)
     half = from_transformers(theirs.to(torch.float16))
     assert half.dtype == torch.float16 and same(to_transformers(half), theirs)
