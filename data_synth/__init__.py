@@ -1,1 +1,1 @@
-"""The data builder: people, contexts and captions become pictures and pairs on disk. It never imports `train`."""
+"""The data builder: write pictures of the portrait world, and pairs of pictures, to disk. It never imports `train`."""

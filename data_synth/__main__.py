@@ -1,6 +1,6 @@
-"""The builder's command line: `python -m data_synth build`, `review` or `world`. It parses, calls and reports.
+"""The builder's command line: `python -m data_synth build`, `review` or `world`.
 
-Exit codes: 0 done, 2 the input is wrong (one sentence on stderr), 1 our fault, 130 stopped by hand.
+Exit codes: 0 success, 1 an internal error, 2 wrong input (one sentence on stderr), 130 interrupted with Ctrl+C.
 """
 
 import argparse
@@ -18,15 +18,15 @@ from imagine.errors import ImagineError
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the page of usage before it."""
+    """An argument parser that reports an error in one sentence, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         sentence = message[:1].upper() + message[1:]
-        self.exit(2, f"{sentence}; `{self.prog} --help` lists what can be given.\n")
+        self.exit(2, f"{sentence}; `{self.prog} --help` lists the options.\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one builder command; returns the exit code."""
+    """Run one builder command and return the exit code."""
     options = _parse_options(arguments)
     try:
         options.run(options)
@@ -34,13 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Stopped; the same command carries on from here.", file=sys.stderr)
+        print("Interrupted; run the same command again to resume.", file=sys.stderr)
         return 130
     return 0
 
 
 def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; overrides may stand before and after them, which argparse does not allow by itself."""
+    """Parse the options. Overrides may come before and after them, which argparse does not support by itself."""
     parser = _parser()
     options, unparsed = parser.parse_known_args(arguments)
     if unparsed and (options.command != "build" or any(text.startswith("-") for text in unparsed)):
@@ -51,7 +51,10 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m data_synth", description="Build pairs of pictures, review them, draw the world.")
+    parser = _Parser(
+        prog="python -m data_synth",
+        description="Build pairs of pictures, review them, or draw pictures of the portrait world.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_build(commands)
     add_review(commands)
@@ -60,46 +63,55 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_build(commands: Any) -> None:
-    build = commands.add_parser("build", help="pairs from photos or from the world, as shards with a data card")
+    build = commands.add_parser(
+        "build", help="build pairs from photos or from the portrait world, as shards with a data card"
+    )
     build.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the build file")
     build.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a value of the build file")
     build.add_argument(
-        "--output", required=True, metavar="DIR", help="folder to write or to carry on in; also s3://..."
+        "--output", required=True, metavar="DIR", help="folder to write, or to resume a build in; also s3://..."
     )
-    build.add_argument("--backend", choices=("local", "ray"), default="local", help="where the work is done")
+    build.add_argument(
+        "--backend", choices=("local", "ray"), default="local", help="run on this machine (default) or on Ray"
+    )
     build.set_defaults(run=_build)
 
 
 def _add_world(commands: Any) -> None:
-    world = commands.add_parser("world", help="pictures of the portrait world, with captions and attributes")
-    world.add_argument("--identities", type=int, required=True, metavar="N", help="how many people")
-    world.add_argument("--images", type=int, required=True, metavar="M", help="how many pictures of each of them")
-    world.add_argument("--size", type=int, default=128, metavar="PX", help="side of the square pictures (default 128)")
-    world.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same pictures (default 0)")
+    world = commands.add_parser("world", help="draw pictures of the portrait world, with captions and attributes")
+    world.add_argument("--identities", type=int, required=True, metavar="N", help="number of people")
+    world.add_argument("--images", type=int, required=True, metavar="M", help="number of pictures per person")
+    world.add_argument(
+        "--size", type=int, default=128, metavar="PX", help="side of the square pictures in pixels (default 128)"
+    )
+    world.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the same seed gives the same pictures (default 0)"
+    )
     world.add_argument(
         "--people",
         default="train",
         metavar="RANGE",
-        help="whose seeds to draw people from: train (default), judge, held_out or demo; these never overlap",
+        help="range of people to draw from: train (default), judge, held_out or demo; the ranges never overlap",
     )
     world.add_argument(
         "--shards",
         type=int,
         metavar="N",
-        help="write webdataset shards of N records instead, for training, with a data sheet (docs/data.md)",
+        help="write webdataset shards of N records with a data sheet, for training, not PNG files (docs/data.md)",
     )
     world.add_argument(
         "--output",
         required=True,
         metavar="DIR",
-        help="folder to write or to carry on in; for shards also s3://... etc.",
+        help="folder to write, or to resume in; for shards also s3://... and the like",
     )
     world.set_defaults(run=_world)
 
 
 def _build(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.overrides)
-    from data_synth.build import build  # after the file is read: a typo is told before torch is loaded
+    # imported late, so that a mistake in the file is reported before torch is loaded
+    from data_synth.build import build
     from data_synth.card.funnel import print_funnel
 
     with _progress() as progress:
@@ -116,7 +128,7 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _world(options: argparse.Namespace) -> None:
-    # torch loads only once there is work for it
+    # Imported late, because it imports torch.
     from data_synth.world_command import WorldSettings, build, build_shards
 
     settings = WorldSettings(
@@ -136,7 +148,6 @@ def _world(options: argparse.Namespace) -> None:
 
 
 def _progress() -> Progress:
-
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,12 +1,13 @@
-"""A build from its file to shards: prepare, do what the store lacks, judge, publish.
+"""Run a build: read a build configuration and write shards of pairs.
 
-    prepare   backends are checked and photos imported (preparing.py)
-    make      every story is told to its end (steps.py): what the store lacks is done by an executor and kept
-    judge     filters, the choice among tries, duplicates across the build, reviewers (verdicts.py)
-    publish   shards, manifest, funnel, data card, lists of what was rejected or parked (publishing.py)
+    prepare   check the backends and import the photos (preparing.py)
+    make      run the steps of every target (steps.py); an executor computes the results that the store lacks
+    judge     apply filters, choose among candidates, remove duplicates across the build, apply reviews (verdicts.py)
+    publish   write shards, manifest, funnel, data card, and the lists of rejected and deferred items (publishing.py)
 
-A build may be killed at any moment and started again. Only results are kept, under what they follow from; all else
-is worked out again from them, in the order of the references, so that the same file always ends in the same shards.
+A build may be killed at any moment and resumed. The store holds only the results of steps, each under a hash of its
+inputs. Everything else is derived from them again, in the order of the references, so the same build file always gives
+the same shards.
 """
 
 from collections import Counter, deque
@@ -34,28 +35,31 @@ from data_synth.store import Result, Store
 from data_synth.verdicts import Verdict, reviewed, verdict, without_duplicates
 from imagine.errors import ConfigError
 
-# Two tasks at work at once may both ask an endpoint for one photo's caption, and be told different ones.
+# Two concurrent tasks may both request the caption of one photo and get different answers from an endpoint.
 _CAPTION_CHANGED = Rejection(
-    "", "caption", "its caption was written twice", "Another caption of it was kept: build again."
+    "",
+    "caption",
+    "its caption was written twice",
+    "The store holds a different caption of this photo: run the build again.",
 )
 
-Report = Callable[[str, int, int], None]  # what is going on, how many are done, of how many (0: nobody knows yet)
+Report = Callable[[str, int, int], None]  # label, number done, total (0: not known yet)
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a build came to."""
+    """The result of a build."""
 
     funnel: Funnel
-    made: Mapping[str, int]  # by step: results that were worked out this time, not found in the store
+    made: Mapping[str, int]  # by step: results that this run computed, not those found in the store
     manifest: Mapping[str, Any]
 
 
 def build(config: BuildConfig, output: str, backend: str = "local", report: Report = lambda *_: None) -> Built:
     """Build the pairs that `config` describes into `output`, a folder on any fsspec filesystem.
 
-    backend: "local" or "ray". Raises ImagineError, in one sentence, for what is wrong with file, photos or models; what
-    is wrong with one item is counted, and never raised.
+    backend: "local" or "ray". report: receives progress. Raises ImagineError, in one sentence, if the file, the photos
+    or the models are wrong. A problem with a single item is counted as a rejection and never raised.
     """
     executor = choose_executor(config, backend)
     work = _work_folder(config, output)
@@ -73,50 +77,53 @@ def build(config: BuildConfig, output: str, backend: str = "local", report: Repo
 
 
 def _work_folder(config: BuildConfig, output: str) -> Path:
-    """Where the store and the review lie: on this machine, whatever the output is."""
+    """Return the folder of the store and the review, which is always local, even if the output is remote."""
     if config.work is not None:
         return config.work
     filesystem, path = _output(output)
     if not isinstance(filesystem, LocalFileSystem):
-        raise ConfigError(f"{output} is not on this machine, but the store must be: name a local folder as work=DIR.")
+        raise ConfigError(
+            f"{output} is a remote folder, but the store needs a local one: name a local folder as work=DIR."
+        )
     return Path(path)
 
 
 def _output(output: str) -> tuple[Any, str]:
     try:
         filesystem, path = url_to_fs(output)
-    except Exception as error:  # each filesystem has errors of its own, such as for credentials
-        raise ConfigError(f"{output} cannot be used as the output folder ({error}): give another one.") from error
+    except Exception as error:  # each filesystem raises its own errors, for example about credentials
+        raise ConfigError(f"{output} cannot be used as the output folder ({error}): choose another one.") from error
     return filesystem, str(path)
 
 
 def _check_output(output: str) -> None:
-    """Write a file there and take it away: what hinders it should be told before the work, not after it."""
+    """Write and remove a file in the output folder, so that a missing permission is reported before the work starts."""
     filesystem, path = _output(output)
     probe = f"{path.rstrip('/')}/build.probe"
     try:
         filesystem.makedirs(path, exist_ok=True)
-        filesystem.pipe_file(probe, b"written to see that it can be")
+        filesystem.pipe_file(probe, b"a test of write access")
         filesystem.rm_file(probe)
-    except Exception as error:  # and for rights and buckets
+    except Exception as error:  # each filesystem raises its own errors, for example about permissions and buckets
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{output} cannot be written ({reason}): correct the rights or the address.") from error
+        raise ConfigError(f"{output} cannot be written ({reason}): correct its permissions or the address.") from error
 
 
 # --- making -----------------------------------------------------------------------------------------------------------
 @dataclass
 class _BuildProgress:
-    """What was seen while every story was told to its end."""
+    """What is recorded while the steps of the targets run."""
 
-    results: Counter[str] = field(default_factory=Counter)  # by step: worked out this time, not found in the store
-    deferred: dict[int, Rejection] = field(default_factory=dict)  # stories that could not be told to their end
-    hashes: dict[str, str] = field(default_factory=dict)  # of the targets of pairs so far, for near-duplicates
+    results: Counter[str] = field(default_factory=Counter)  # by step: computed by this run, not found in the store
+    # by target number: targets that could not be finished in this run
+    deferred: dict[int, Rejection] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)  # by candidate key: hashes of the pairs' targets so far
     finished: int = 0
 
     def record(self, outcomes: Iterable[Outcome | None], filters: FilterSettings) -> None:
-        """Take down how stories ended."""
+        """Record the outcomes of some targets."""
         for outcome in outcomes:
-            assert outcome is not None, "an executor gave back a story before its end"
+            assert outcome is not None, "an executor returned an unfinished target"
             self.finished += 1
             if outcome.deferred is not None:
                 self.deferred[outcome.number] = outcome.deferred
@@ -126,7 +133,7 @@ class _BuildProgress:
 
 
 def _run_steps(recipe: Recipe, result_store: Store, executor: Executor, report: Report) -> _BuildProgress:
-    """Have everything done that the store lacks, a chunk at a time."""
+    """Compute all results that the store lacks, one chunk of targets at a time."""
     made, sent, filters = _BuildProgress(), deque[Task](), recipe.config.filters
 
     def missing() -> Iterator[Task]:
@@ -151,13 +158,13 @@ def _run_steps(recipe: Recipe, result_store: Store, executor: Executor, report: 
 
 
 def _chunks(recipe: Recipe) -> Iterator[range]:
-    """The numbers of stories that are worked on together."""
+    """Yield the numbers of the targets that are processed together."""
     each = recipe.config.chunk * (recipe.config.targets_per_reference if recipe.config.generator else 1)
     return (range(start, min(start + each, recipe.total)) for start in range(0, recipe.total, each))
 
 
 def _recording_find(result_store: Store, known: dict[bytes, Result]) -> Find:
-    """The store; what is found in it is put into `known` too."""
+    """Return a lookup in the store that also copies what it finds into `known`."""
 
     def find(keys: Sequence[bytes]) -> Mapping[bytes, Result]:
         found = result_store.find(keys)
@@ -168,16 +175,17 @@ def _recording_find(result_store: Store, known: dict[bytes, Result]) -> Find:
 
 
 def _without_deferred(done: Task) -> list[tuple[bytes, str, Result]]:
-    """What was worked out, without what is to be tried again."""
+    """Return the results that a task computed, without those to be retried later."""
     results = ((key, step, done.known[key]) for key, step in done.made.items())
     return [one for one in results if not (isinstance(one[2], Failed) and one[2].for_now)]
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
 def _all_verdicts(recipe: Recipe, result_store: Store, made: _BuildProgress, work: Path) -> Iterator[Verdict]:
-    """Every verdict of the build, in order; the reviewers' queue is filled first, if there are reviewers."""
+    """Yield every verdict of the build, in order; fill the reviewers' queue first if the build has a review."""
     filters, choice = recipe.config.filters, recipe.config.review
-    mined = recipe.config.generator is None  # a photo is the target of several, and the import compared photos
+    # a photo may be the target of several pairs, and the import has already compared the photos
+    mined = recipe.config.generator is None
     duplicates = {} if mined else {one.key: one for one in duplicate_rejections(made.hashes, filters)}
 
     def filtered() -> Iterator[Verdict]:
@@ -193,14 +201,14 @@ def _all_verdicts(recipe: Recipe, result_store: Store, made: _BuildProgress, wor
 
 
 def _outcomes(recipe: Recipe, result_store: Store, deferred: Mapping[int, Rejection]) -> Iterator[Outcome]:
-    """How every story ended, from the store."""
+    """Yield the outcome of every target, replayed from the store."""
     for numbers in _chunks(recipe):
         for number, one in zip(numbers, replay_targets(recipe, numbers, result_store.find), strict=True):
             yield one.outcome or Outcome(number, deferred=deferred.get(number, _CAPTION_CHANGED))
 
 
 def _review_pairs(verdicts: Iterable[Verdict], rounds: dict[str, list[float | None]]) -> Iterator[Pair]:
-    """The pairs that reviewers are to see; `rounds` learns of each what refinement did to it, just before."""
+    """Yield the pairs to review; just before each, add its similarity after each refinement round to `rounds`."""
     for one in verdicts:
         if one.pair is not None:
             target = one.pair.target

@@ -1,7 +1,8 @@
-"""Where the work is done: in this process, in some beside it, or on a Ray cluster. Results do not depend on it.
+"""Run the steps of a build in this process, in worker processes, or on a Ray cluster; the results are the same.
 
-An executor takes tasks, one after the other, and gives each back, in order, with the results that its stories lacked.
-The store stays with the driver; workers see records only, so they may be anywhere and may die at any time.
+An executor takes an iterable of tasks and returns each task, in order, with the results that its targets lacked.
+Only the driver (the main process) opens the store. Workers receive and return records, so they may run on any machine
+and may be killed at any time.
 """
 
 import importlib
@@ -25,38 +26,38 @@ from imagine.errors import ConfigError, ImagineError
 
 Executor = Callable[[Recipe, Iterable[Task]], Iterator[Task]]
 
-_QUEUED_PER_WORKER = 2  # tasks a worker that are waiting for it: it need never wait for the driver
+_QUEUED_PER_WORKER = 2  # tasks queued per worker, so that a worker never waits for the driver
 
 
 def choose_executor(config: BuildConfig, backend: str) -> Executor:
-    """The executor for `--backend local` or `ray`. Raises ConfigError if it is not there."""
+    """Return the executor for `--backend local` or `ray`. Raises ConfigError if it is unknown or not installed."""
     if backend == "ray":
         _import_ray()
         return on_ray
     if backend != "local":
-        raise ConfigError(f"There is no backend {backend!r} to build on: give local or ray.")
+        raise ConfigError(f"There is no backend {backend!r} to run a build on: give local or ray.")
     return in_processes if config.workers else in_this_process
 
 
 def in_this_process(recipe: Recipe, tasks: Iterable[Task]) -> Iterator[Task]:
-    """One task after the other."""
+    """Run the tasks one after the other in this process."""
     backends = Backends(recipe.config)
     for task in tasks:
         yield advance(recipe, task, backends)
 
 
-# --- processes beside this one ----------------------------------------------------------------------------------------
+# --- worker processes -------------------------------------------------------------------------------------------------
 def in_processes(recipe: Recipe, tasks: Iterable[Task]) -> Iterator[Task]:
-    """`workers` processes, each with models of its own and its share of the cores."""
+    """Run the tasks in `workers` processes; each loads its own models and uses its share of the cores."""
     workers = recipe.config.workers
     threads = max(1, (os.cpu_count() or 1) // workers)
-    # Spawned, not forked: a fork of a process in which torch has threads may hang.
+    # Spawn, not fork: a forked process may hang if torch has started threads in its parent.
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (recipe, threads)) as pool:
         try:
             yield from _in_order((pool.submit(_run_task, task) for task in tasks), _QUEUED_PER_WORKER * workers)
         except BrokenProcessPool as error:
             raise ConfigError(
-                "A worker process was killed, perhaps for want of memory: lower workers or chunk, and run this again."
+                "A worker process was killed, perhaps for lack of memory: lower workers or chunk, and build again."
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -69,19 +70,19 @@ def _in_order(started: Iterator["Future[Task]"], queue_size: int) -> Iterator[Ta
         running.extend(islice(started, 1))
 
 
-_worker_state: tuple[Recipe, Backends]  # of a worker process, from its first moment on
+_worker_state: tuple[Recipe, Backends]  # set in each worker process when it starts
 
 
 def _start_worker(recipe: Recipe, threads: int) -> None:
     global _worker_state
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the driver says what there is to say
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for torch, which is not loaded yet
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the driver prints the message
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch, which is imported later
     _worker_state = recipe, Backends(recipe.config)
 
 
 def _exit_with_parent() -> None:
-    """A driver that is killed cannot tell its workers: they must notice."""
+    """Exit when the driver exits: a killed driver cannot stop its workers."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -93,15 +94,16 @@ def _run_task(task: Task) -> Task:
 
 
 def _new_results_only(task: Task) -> Task:
-    """What the driver does not have yet."""
+    """Return the task with only the results that the driver does not have yet."""
     return Task(task.numbers, {key: task.known[key] for key in task.made}, task.made)
 
 
 # --- a Ray cluster ----------------------------------------------------------------------------------------------------
 def on_ray(recipe: Recipe, tasks: Iterable[Task]) -> Iterator[Task]:
-    """Ray Data: stages of one step or of several, each with its own copies, cores and GPUs; windows of tasks at a time.
+    """Run the tasks on Ray Data, in stages of one or more steps, each with its own workers, cores and GPUs.
 
-    A window goes through the stages that its stories want, and again while a round leads back to an earlier one.
+    Tasks run in windows of `ray.window`. A window passes through the stages that its targets need, and passes again
+    while a target needs an earlier stage once more, for example for another attempt.
     """
     ray, stages = _import_ray(), stages_of(recipe)
     _connect(ray, recipe.config.ray, stages)
@@ -116,14 +118,14 @@ def on_ray(recipe: Recipe, tasks: Iterable[Task]) -> Iterator[Task]:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Steps that run together, and what they get of the cluster."""
+    """Steps that run together, and their share of the cluster."""
 
     steps: tuple[str, ...]
     resources: StageResources
 
 
 def stages_of(recipe: Recipe) -> list[StagePlan]:
-    """The stages that a task goes through, in order; steps without a share of their own are joined where they meet."""
+    """Return the stages in order; neighbouring steps without their own resources form one stage."""
     stages: list[StagePlan] = []
     cluster = recipe.config.ray
     for step in (step for step in STEPS if step in recipe.identities):
@@ -136,7 +138,7 @@ def stages_of(recipe: Recipe) -> list[StagePlan]:
 
 
 def _needed(stages: Sequence[StagePlan], wanted: set[str]) -> list[StagePlan]:
-    """From the first stage that is wanted on, all; one that only refines, once somebody wants it."""
+    """Return all stages from the first wanted one on; a stage that only refines is left out unless it is wanted."""
     first = next(number for number, stage in enumerate(stages) if wanted & {*stage.steps})
     return [stage for stage in stages[first:] if stage.steps != ("refine",) or "refine" in wanted]
 
@@ -146,11 +148,16 @@ def _import_ray() -> Any:
         importlib.import_module("ray.data")
         return importlib.import_module("ray")
     except ImportError as error:
-        raise ConfigError("Ray is not installed: `pip install -e '.[ray]'`, or build without --backend ray.") from error
+        raise ConfigError(
+            "Ray is not installed: run `pip install -e '.[ray]'`, or build without --backend ray."
+        ) from error
 
 
 def _connect(ray: Any, cluster: Cluster, stages: Sequence[StagePlan]) -> None:
-    """To the cluster, or start one on this machine. Raises ConfigError if that one cannot hold all stages at once."""
+    """Connect to the cluster, or start one on this machine.
+
+    Raises ConfigError if there is no cluster at the address, or if this machine cannot run all stages at the same time.
+    """
     if not ray.is_initialized():
         try:
             ray.init(address=cluster.address, log_to_driver=False, include_dashboard=False)
@@ -158,27 +165,27 @@ def _connect(ray: Any, cluster: Cluster, stages: Sequence[StagePlan]) -> None:
             where = "by RAY_ADDRESS or on this machine" if cluster.address is None else f"at {cluster.address}"
             raise ConfigError(
                 f"There is no Ray cluster {where} ({' '.join(str(error).split())}): start one with `ray start --head`, "
-                "or leave ray.address out for one on this machine."
+                "or remove ray.address to start one on this machine."
             ) from error
     available = ray.cluster_resources()
     for name, kind in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
         wanted = sum(getattr(stage.resources, name) * stage.resources.concurrency for stage in stages)
         if cluster.address is None and wanted > available.get(kind, 0):
             raise ConfigError(
-                f"The stages of this build want {wanted:g} {kind}s and Ray has {available.get(kind, 0):g}: lower "
-                f"ray.concurrency, ray.{name} or those of ray.steps."
+                f"The stages of this build need {wanted:g} {kind}s and Ray has {available.get(kind, 0):g}: lower "
+                f"ray.concurrency or ray.{name}, or the same keys in ray.steps."
             )
 
 
 def _wanted_steps(recipe: Recipe, task: Task) -> set[str]:
-    """The steps that the task's stories want next."""
+    """Return the steps that the task's targets need next."""
     return {one.pending.step for one in replay_targets(recipe, task.numbers, find_in(task.known)) if one.pending}
 
 
 def _run_stages(recipe: Recipe, tasks: Mapping[int, Task], stages: Sequence[StagePlan]) -> dict[int, Task]:
-    """The tasks, by place, after one pass through `stages`."""
+    """Return the tasks, by place, after one pass through `stages`."""
     data: Any = importlib.import_module("ray.data")
-    data.DataContext.get_current().enable_progress_bars = False  # there is one for the whole build
+    data.DataContext.get_current().enable_progress_bars = False  # the build shows its own progress bar
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     rows = [{"place": place, "task": pickle.dumps(task)} for place, task in tasks.items()]
     dataset = data.from_items(rows, override_num_blocks=len(rows))
@@ -203,21 +210,21 @@ def _run_stages(recipe: Recipe, tasks: Mapping[int, Task], stages: Sequence[Stag
 
 
 class Stage:
-    """Steps on Ray Data: loads their backends once, and does what the stories of each task want of them."""
+    """A Ray Data worker: loads the backends of its steps once, and runs these steps for each task that needs them."""
 
     def __init__(self, recipe: Recipe, steps: Sequence[str]) -> None:
         self.recipe, self.steps = recipe, steps
         self.backends = Backends(recipe.config)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Tasks on their way, as Ray Data's batches of pickled rows; an ImagineError takes its task's place."""
+        """Advance a batch of pickled tasks, in Ray Data's format. An ImagineError replaces the task that raised it."""
         return {"place": batch["place"], "task": [self._advance_row(task) for task in batch["task"]]}
 
     def _advance_row(self, row: bytes) -> bytes:
         task = pickle.loads(row)
-        if isinstance(task, ImagineError):  # of a stage before
+        if isinstance(task, ImagineError):  # raised in an earlier stage
             return row
         try:
             return pickle.dumps(advance(self.recipe, task, self.backends, self.steps))
-        except ImagineError as error:  # raised here, Ray would wrap it in errors of its own, trace and all
+        except ImagineError as error:  # returned, not raised: Ray would wrap it in its own exception with a traceback
             return pickle.dumps(error)

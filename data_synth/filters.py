@@ -1,13 +1,13 @@
-"""Which candidates become pairs: pure functions of what was measured, and of settings that are thresholds only.
+"""Decide which candidates become pairs, from their measurements and a few thresholds.
 
-Nothing here looks at a picture, so another threshold costs no picture. `rejection` judges one candidate by itself,
-`best` chooses among the tries for one ask, `near_duplicates` compares the whole build. Each filter has one reason, and
-`STAGES` is the order in which they are asked and shown.
+The functions use measurements only, never pictures, so a changed threshold generates no picture again. `rejection`
+judges one candidate alone, `best` chooses among the candidates of one target, and `near_duplicates` compares the whole
+build. Each filter has fixed reasons, and `STAGES` is the order in which filters are applied and reported.
 
 The default thresholds are for photos and an ArcFace-class recogniser. Published ones: Movie Gen (arXiv 2410.13720)
-drops synthetic pairs below a cosine of 0.7, while two real photos of one person have a median of about 0.46
-(WithAnyone, arXiv 2510.14975), so that near 1 a pair is a copy. With our judge, real renders of one person have a mean
-of 0.74. Measure your own recogniser on real pairs before you choose.
+drops synthetic pairs below a cosine of 0.7. Two real photos of one person have a median of about 0.46 (WithAnyone,
+arXiv 2510.14975), so a pair near 1 is a copy. With this project's judge, two renders of one person have a mean of 0.74.
+Measure your own recogniser on real pairs before you choose thresholds.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_synth.records import Candidate, Measures, Rejection
 
-# what each filter is called, in the order in which they are asked: reason of its rejections
+# filter name: reasons of its rejections, in the order in which the filters are applied
 STAGES: Mapping[str, tuple[str, ...]] = {
     "faces": ("too few faces", "too many faces"),
     "identity": ("too unlike the reference", "too like the reference"),
@@ -32,57 +32,61 @@ STAGES: Mapping[str, tuple[str, ...]] = {
     "duplicates": ("nearly the same as another picture",),
     "review": ("rejected by a person",),
 }
-MOST_DISTANCE = 10  # of near-duplicates: beyond it, different pictures are called the same, and bands become too narrow
+MOST_DISTANCE = 10  # of near-duplicates: a larger one matches different pictures, and makes the hash bands too narrow
 
 
 class FilterSettings(BaseModel):
-    """Thresholds; None switches that filter off."""
+    """The thresholds of the filters; None switches a filter off."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    faces: int | None = Field(default=1, ge=1)  # exactly so many
+    faces: int | None = Field(default=1, ge=1)  # the exact number of faces
     similarity: tuple[float, float] | None = (0.5, 0.97)  # lowest and highest cosine to the reference
-    difference: float | None = Field(default=0.2, ge=0, le=1)  # at least; one of five attributes is 0.2
+    difference: float | None = Field(default=0.2, ge=0, le=1)  # at least; 0.2 is one of five attributes
     quality: float | None = Field(default=0.3, ge=0, le=1)  # at least
-    sharpness: float | None = Field(default=5e-4, ge=0)  # at least; imagine.people.faces calls less than this blurred
+    sharpness: float | None = Field(default=5e-4, ge=0)  # at least; imagine.people.faces calls a lower value blurred
     text: float | None = Field(default=0.01, ge=0, le=1)  # at most this share of the picture
-    # bits of 64 in which near-duplicates differ, at most; the world's portraits are all composed alike: there 0 or 1
+    # near-duplicates differ in at most this many of 64 bits; use 0 or 1 for the world, whose portraits look alike
     duplicates: int | None = Field(default=2, ge=0, le=MOST_DISTANCE)
 
     @model_validator(mode="after")
     def _band_is_one(self) -> "FilterSettings":
         if self.similarity is not None and not -1 <= self.similarity[0] <= self.similarity[1] <= 1:
-            raise ValueError(f"similarity {list(self.similarity)} is no band: give the lower of two cosines first")
+            raise ValueError(
+                f"similarity {list(self.similarity)} is not a valid range: give two cosines, the lower one first"
+            )
         return self
 
 
 def rejection(key: str, measures: Measures, settings: FilterSettings) -> Rejection | None:
-    """The first filter that a candidate fails by itself, in the order of STAGES, or None if it passes them all.
+    """Return the rejection by the first filter, in the order of STAGES, that a candidate fails, or None if it passes.
 
-    A number that a filter needs and that could not be had fails too, after the others: what nobody measured is not
-    good. Text is the exception, because it is unknown where writing was asked for.
+    A candidate also fails, after all other filters, if a measurement that a filter needs is missing. The exception is
+    `text`, which is unknown where the prompt asks for writing.
     """
     failed = _failed(measures, settings)
     return None if failed is None else Rejection(key, "filter", *failed)
 
 
 def _failed(measures: Measures, settings: FilterSettings) -> tuple[str, str] | None:
-    """Reason and sentence of the first failure."""
+    """Return the reason and the sentence of the first failure."""
     if settings.faces is not None and measures.faces != settings.faces:
         reason = STAGES["faces"][0 if measures.faces < settings.faces else 1]
-        return reason, f"Faces: {measures.faces}, where {settings.faces} should be."
+        return reason, f"Faces found: {measures.faces}; required: {settings.faces}."
     if settings.similarity is not None and measures.similarity is not None:
         low, high = settings.similarity
         if measures.similarity < low:
-            return STAGES["identity"][0], f"Similarity {measures.similarity:.3f}, at least {low:g} is wanted."
+            return STAGES["identity"][0], f"Similarity {measures.similarity:.3f}, below the minimum of {low:g}."
         if measures.similarity > high:
-            return STAGES["identity"][1], f"Similarity {measures.similarity:.3f}, at most {high:g} is wanted."
+            return STAGES["identity"][1], f"Similarity {measures.similarity:.3f}, above the maximum of {high:g}."
     for name in ("difference", "quality", "sharpness"):
         value, least = getattr(measures, name), getattr(settings, name)
         if None not in (value, least) and value < least:
-            return STAGES[name][0], f"{name.capitalize()} {value:.4g}, at least {least:g} is wanted."
+            return STAGES[name][0], f"{name.capitalize()} {value:.4g}, below the minimum of {least:g}."
     if settings.text is not None and measures.text is not None and measures.text > settings.text:
-        return STAGES["text"][0], f"Writing on {measures.text:.1%} of the picture, at most {settings.text:.1%} may be."
+        return STAGES["text"][
+            0
+        ], f"Writing on {measures.text:.1%} of the picture, above the maximum of {settings.text:.1%}."
     unknown = [
         name
         for name in ("similarity", "difference", "quality", "sharpness")
@@ -92,18 +96,18 @@ def _failed(measures: Measures, settings: FilterSettings) -> tuple[str, str] | N
 
 
 def stage_of(reason: str) -> str | None:
-    """The name in STAGES of the filter that gives this reason; None for a reason of another step."""
+    """Return the name in STAGES of the filter with this reason, or None for a reason of another step."""
     return next((name for name, reasons in STAGES.items() if reason in reasons), None)
 
 
 def best(tries: Sequence[tuple[Candidate, Measures]]) -> tuple[int, list[Rejection]]:
-    """Of several tries for one ask that passed: the number of the one to keep, and rejections of the others.
+    """Choose among the passed candidates of one target: return the index of the best, and rejections of the others.
 
-    The one most like the reference stays, since the band has taken out the copies; of equals the more different one,
-    then the one whose key sorts first. Raises ValueError if there is none.
+    The best is the one most similar to the reference; the similarity filter has already removed copies. Ties go to the
+    one with the larger difference, then to the one whose key sorts first. Raises ValueError if there is no candidate.
     """
     if not tries:
-        raise ValueError("there is nothing to choose from")
+        raise ValueError("there is no candidate to choose from: give at least one")
 
     def rank(number: int) -> tuple[float, float, str]:
         candidate, measures = tries[number]
@@ -119,31 +123,32 @@ def best(tries: Sequence[tuple[Candidate, Measures]]) -> tuple[int, list[Rejecti
 
 # --- near-duplicates --------------------------------------------------------------------------------------------------
 def near_duplicates(hashes: Mapping[str, str], distance: int) -> dict[str, str]:
-    """Which pictures of a build are too close to another: {key to reject: key that stays}.
+    """Find pictures that are too close to another one and return {rejected key: kept key}.
 
-    hashes: key -> 16 hexadecimal digits of `measuring.picture_hash`. distance: bits that may differ, up to
-    MOST_DISTANCE.
-    Keys are taken in sorted order; one stays unless a key that stays is within `distance`. So what is found follows
-    from the set of pictures alone, not from the order or the batches in which they were made.
+    hashes: key -> 16 hexadecimal digits of `measuring.picture_hash`. distance: the maximum number of differing bits, up
+    to MOST_DISTANCE.
+    Keys are processed in sorted order; a key is kept unless an earlier kept key is within `distance`. The result
+    depends only on the set of pictures, not on the order or the batches in which they were made.
 
-    100,000 pictures take seconds: two hashes that differ in at most d bits are equal in one of d + 1 bands (Manku, Jain
-    and Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007), so that only those are compared.
-    Raises ValueError for a hash or a distance that is none.
+    100,000 pictures take seconds, because only hashes with an equal band are compared: two hashes that differ in at
+    most d bits are equal in at least one of d + 1 bands (Manku, Jain and Das Sarma, "Detecting near-duplicates for web
+    crawling", WWW 2007).
+    Raises ValueError for an invalid hash or distance.
     """
     if not 0 <= distance <= MOST_DISTANCE:
         raise ValueError(f"distance {distance} is out of range: give 0 to {MOST_DISTANCE}")
-    first: dict[int, str] = {}  # of pictures with one hash the first stays or goes, and the others go with it
+    first: dict[int, str] = {}  # hash: the first key with it, which represents all keys with the same hash
     taken: dict[str, str] = {}
     for key in sorted(hashes):
         if len(hashes[key]) != 16:
-            raise ValueError(f"{hashes[key]!r} is no picture hash: 16 hexadecimal digits are wanted")
+            raise ValueError(f"{hashes[key]!r} is no picture hash: give 16 hexadecimal digits")
         stays = first.setdefault(int(hashes[key], 16), key)
         if stays != key:
             taken[key] = stays
     keys = list(first.values())
     near = _near(np.fromiter(first, np.uint64, len(first)), distance)
     goes: dict[int, int] = {}
-    for earlier, later in near.tolist():  # by the later one, then by the earlier one
+    for earlier, later in near.tolist():  # sorted by the later one, then by the earlier one
         if earlier not in goes and later not in goes:
             goes[later] = earlier
     found = {keys[later]: keys[earlier] for later, earlier in goes.items()}
@@ -151,7 +156,7 @@ def near_duplicates(hashes: Mapping[str, str], distance: int) -> dict[str, str]:
 
 
 def duplicate_rejections(hashes: Mapping[str, str], settings: FilterSettings) -> list[Rejection]:
-    """`near_duplicates` as rejections, sorted by key; none if the filter is off. Pictures without a hash stay."""
+    """Return `near_duplicates` as rejections, sorted by key, or [] if the filter is off. Ignore empty hashes."""
     if settings.duplicates is None:
         return []
     found = near_duplicates({key: digits for key, digits in hashes.items() if digits}, settings.duplicates)
@@ -160,15 +165,15 @@ def duplicate_rejections(hashes: Mapping[str, str], settings: FilterSettings) ->
 
 
 def _near(values: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
-    """Pairs (P, 2) of numbers of values at most `distance` bits apart, sorted by the second, then the first."""
+    """Return index pairs (P, 2) of values at most `distance` bits apart, sorted by the second index, then the first."""
     pairs = [np.zeros((0, 2), np.int64)]
     edges = np.linspace(0, 64, distance + 2).astype(int).tolist()
     for low, high in itertools.pairwise(edges):
         band = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(band, kind="stable")  # equal bands side by side, each run in rising order
+        order = np.argsort(band, kind="stable")  # equal bands become neighbours, each run in rising order
         band = band[order]
         places = np.arange(len(values))
-        for step in range(1, len(values)):  # each with the next of its run, then with the one after that ...
+        for step in range(1, len(values)):  # compare each with the next in its run, then with the one after it, ...
             places = places[places + step < len(values)]
             places = places[band[places] == band[places + step]]
             if not len(places):
@@ -180,7 +185,7 @@ def _near(values: NDArray[np.uint64], distance: int) -> NDArray[np.int64]:
 
 
 def _ones(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """How many bits are set, by adding neighbours (numpy has a function for it only from version 2 on)."""
+    """Count the set bits by adding neighbouring fields (numpy has a function for it only since version 2)."""
     values = values - ((values >> np.uint64(1)) & np.uint64(0x5555555555555555))
     values = (values & np.uint64(0x3333333333333333)) + ((values >> np.uint64(2)) & np.uint64(0x3333333333333333))
     values = (values + (values >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)

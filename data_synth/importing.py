@@ -1,12 +1,12 @@
-"""Photos of any origin as references of a build; what cannot be used is counted with its reason and never fatal.
+"""Import photos as the references of a build; a photo that cannot be used is counted with a reason and never raises.
 
-Four layouts, all at any fsspec address: a folder with a metadata.jsonl; webdataset shards, as img2dataset writes them;
-a folder of pictures, each perhaps with a NAME.txt beside it; a folder of people, which holds one folder of photos for
-each person. Where it is known whose photos they are, from the last or from records that say so, they are cleaned as
-PhotoMaker's data were (arXiv 2312.04461, section 3.3): of each photo the face that is most like the person's other
-photos is taken, and photos in which nobody is like them are taken out.
+Four layouts are supported, at any fsspec address: a folder with a metadata.jsonl; webdataset shards as img2dataset
+writes them; a folder of pictures, each with an optional NAME.txt beside it; a folder of people, with one folder of
+photos per person. If the person of each photo is known, from the last layout or from the records' identity, the photos
+are cleaned as in PhotoMaker (arXiv 2312.04461, section 3.3): from each photo the import takes the face most similar to
+the person's other photos, and it rejects photos without a similar face.
 
-The order is fixed, and of duplicates the first stays, so that the same photos always give the same references.
+The order is fixed and the first of several duplicates is kept, so the same photos always give the same references.
 """
 
 import hashlib
@@ -45,48 +45,50 @@ STRANGER = "a stranger among the photos of a person"
 TOO_FEW_PHOTOS = "too few photos of a person"
 
 _PICTURES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|heif)$", re.IGNORECASE)
-_BATCH = 16  # photos that are looked at at once
-_MIN_SPREAD = 0.05  # of similarities: photos of one person never agree more closely than this
+_BATCH = 16  # photos per call of the recogniser
+_MIN_SPREAD = 0.05  # smallest assumed spread of the similarities between photos of one person
 
 
 class ImportSettings(BaseModel):
-    """Where the photos are, and which of them can be used."""
+    """Where the photos are, and which of them are accepted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str  # an address: a folder, one .tar, a glob, or braces as in s3://bucket/{00000..00012}.tar
-    # auto: records if there are shards or a metadata.jsonl, else pictures
+    # auto: records if the address holds shards or a metadata.jsonl, else pictures
     kind: Literal["auto", "records", "pictures", "people"] = "auto"
-    least_side: int = Field(default=64, ge=32)  # pixels of the shorter side; PhotoMaker: 512
-    least_face: float = Field(default=24, ge=1)  # pixels of the longer side of the face's box; PhotoMaker: 256
-    # some: at least one, of which the largest counts, or in a folder of people the person's
+    least_side: int = Field(default=64, ge=32)  # minimum shorter side in pixels; PhotoMaker: 512
+    least_face: float = Field(default=24, ge=1)  # minimum longer side of the face's box in pixels; PhotoMaker: 256
+    # some: one or more; the import takes the largest, or in a folder of people the person's own
     faces: Literal["one", "some", "unchecked"] = "one"
-    # bits of 64 in which near-duplicates differ, at most; None: keep them; 0 for the world, whose portraits look alike
+    # near-duplicates differ in at most this many of 64 bits; None: keep them
+    # use 0 for the world, whose portraits look alike
     duplicates: int | None = Field(default=2, ge=0, le=10)
-    licence: str = ""  # of photos that do not bring their own
-    least_photos: int = Field(default=2, ge=1)  # of a person, in a folder of people
-    # of a person's photos, in a folder or in records: spreads below the middle from which on one is a stranger's
+    licence: str = ""  # of photos without their own licence
+    least_photos: int = Field(default=2, ge=1)  # minimum per person, in a folder of people
+    # a photo counts as a stranger's if its similarity is this many spreads below the median of the person's photos
     outliers: float = Field(default=4.0, gt=0)
-    least_similarity: float = Field(default=0.2, ge=-1, le=1)  # whatever the spread: less alike is another person
+    # a photo below it counts as a stranger's, regardless of the spread
+    least_similarity: float = Field(default=0.2, ge=-1, le=1)
 
 
 class FaceCache(Protocol):
-    """Faces that a recogniser found before, by the keys of their photos, so that it sees each photo once."""
+    """A cache of the faces that a recogniser found, by photo key, so that it processes each photo only once."""
 
     def find(self, keys: Sequence[str]) -> Mapping[str, tuple[KnownFace, ...]]:
-        """Those of photos that it saw."""
+        """Return the faces of those photos that are in the cache."""
         ...
 
     def save(self, found: Mapping[str, tuple[KnownFace, ...]]) -> None:
-        """Keep what it sees now."""
+        """Add the faces of photos to the cache."""
         ...
 
 
 @dataclass(frozen=True)
 class _FoundPhoto:
-    """A photo that was found, and what it became so far."""
+    """A photo that was found but not read yet."""
 
-    name: str  # for a person
+    name: str  # shown in messages
     read: Callable[[], bytes]
     person: str | None = None
     caption: str = ""
@@ -95,37 +97,39 @@ class _FoundPhoto:
 
 @dataclass(frozen=True)
 class _OpenedPhoto:
-    """A photo that could be opened, and the faces in it, largest first: None where nobody looked."""
+    """A photo that was opened, and its faces, largest first; `faces` is None if they were not looked for."""
 
     reference: Reference
     name: str
     image: Image.Image = field(repr=False)
-    scale: float  # pixels of the stored picture to a pixel of `image`
+    scale: float  # pixels of the stored picture per pixel of `image`
     faces: Sequence[KnownFace] | None = None
 
 
 def import_references(
     settings: ImportSettings, recogniser: Recogniser | None = None, known: FaceCache | None = None
 ) -> Iterator[Reference | Rejection]:
-    """Every usable photo as a Reference, in a fixed order, and a Rejection (step "import") for every other.
+    """Yield a Reference for every usable photo, in a fixed order, and a Rejection (step "import") for every other one.
 
-    A reference's facts are the import's own fields, its "file", its "licence", and the "box" of its face where one was
-    found: left, top, width, height in pixels of the stored picture held upright. A rejection's key is the photo's name.
-    recogniser: loaded; None leaves faces unchecked. known: what it saw before.
-    Photos of a person follow each other, from a folder of people and from records that name them; strangers among them
-    are taken out where faces are checked. Nothing that is wrong with one photo is raised.
-    Raises ConfigError if there is nothing at the address, or if a folder of people is to be cleaned without a
-    recogniser; ImagineError if the recogniser breaks at everything.
+    A reference's facts are the fields of its record, its "file", its "licence", and the "box" of its face if one was
+    found: left, top, width, height in pixels of the stored picture in its upright orientation. A rejection's key is the
+    photo's name.
+    recogniser: loaded; None leaves faces unchecked. known: the cache of its earlier results.
+    The photos of one person come one after the other, both from a folder of people and from records with an identity.
+    Strangers among them are rejected if faces are checked. A problem with a single photo is never raised.
+    Raises ConfigError if the address holds no photos, or for a folder of people without a recogniser; ImagineError if
+    the recogniser fails at every photo.
     """
     kind = _kind(settings)
     checked = recogniser is not None and settings.faces != "unchecked"
     if kind == "people" and not checked:
-        raise ConfigError("A folder of people is cleaned by their faces: give a recogniser and let it check them.")
+        raise ConfigError(
+            "A folder of people needs a check of the faces: name a recogniser and do not set faces to unchecked."
+        )
     found = _group_by_person(_records(settings)) if kind == "records" else _pictures(settings, kind == "people")
     inspected = _find_faces(_open_photos(found, settings), settings, recogniser, known)
-    min_photos = (
-        settings.least_photos if kind == "people" else 1
-    )  # a record is wanted for itself, not for a person's set
+    # Each record is a reference on its own, so the minimum per person applies only to a folder of people.
+    min_photos = settings.least_photos if kind == "people" else 1
     for some in _split_by_person(inspected):
         if isinstance(some, Rejection):
             yield some
@@ -136,10 +140,11 @@ def import_references(
 
 
 def mined_drafts(references: Iterable[Reference], max_per_photo: int = 4) -> list[Draft]:
-    """Real pairs: every photo of a person is the target of up to `max_per_photo` others of that person.
+    """Return drafts of real pairs: each photo of a person is paired with up to `max_per_photo` other photos as targets.
 
     The prompt of a pair is its target's caption, which may be empty; the candidate holds the photo's own file. People
-    with one photo, and references without a person, give none. Same references, same drafts, in whatever order.
+    with one photo, and references without a person, give no pair. The result does not depend on the order of the
+    references.
     """
     people: dict[str, list[Reference]] = {}
     for reference in sorted(references, key=lambda one: one.key):
@@ -157,12 +162,13 @@ def mined_drafts(references: Iterable[Reference], max_per_photo: int = 4) -> lis
 
 
 def strangers(embeddings: NDArray[np.float32], outliers: float = 4.0, least_similarity: float = 0.2) -> list[int]:
-    """Which of the unit embeddings (N, D) of one person's photos are somebody else's: their numbers, rising.
+    """Return the indices, ascending, of those unit embeddings (N, D) of one person's photos that show another person.
 
-    Each photo's likeness is the median of its cosines to the others, so that strangers, while they are fewer than half,
-    can neither hide each other nor spoil the rest. Out is what lies `outliers` spreads below the middle of them all
-    (the spread by median absolute deviation, at least 0.05), or below `least_similarity`. PhotoMaker cuts at 8 standard
-    deviations; in a handful of photos a stranger widens that deviation until it cannot be found.
+    Each photo's similarity is the median of its cosines to the others, so strangers do not affect the result while they
+    are fewer than half. A photo is a stranger's if its similarity is `outliers` spreads below the median over all
+    photos (the spread is the median absolute deviation, scaled to a standard deviation, at least 0.05), or below
+    `least_similarity`. PhotoMaker uses 8 standard deviations; among a few photos, a stranger increases that deviation
+    until it is no longer found.
     """
     if len(embeddings) < 2:
         return []
@@ -182,7 +188,7 @@ def _kind(settings: ImportSettings) -> str:
     try:
         filesystem, path = url_to_fs(settings.source)
         if not filesystem.isdir(path):
-            return "records"  # a shard, a glob, or nothing, which open_records says best
+            return "records"  # a shard, a glob, or nothing, which open_records reports
         names = [name.rsplit("/", 1)[-1] for name in filesystem.ls(path, detail=False)]
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{settings.source} cannot be opened ({error}): check the address.") from error
@@ -190,7 +196,7 @@ def _kind(settings: ImportSettings) -> str:
 
 
 def _records(settings: ImportSettings) -> Iterator[_FoundPhoto | Rejection]:
-    """From shards or a metadata.jsonl, with what is broken in them."""
+    """Yield the photos of shards or of a metadata.jsonl, and a rejection for each broken record."""
     records = open_records(settings.source, captions=False)
     for record in records:
         facts = {**record.extra, "captions": dict(record.captions), "source": record.source, "file": record.key}
@@ -198,12 +204,12 @@ def _records(settings: ImportSettings) -> Iterator[_FoundPhoto | Rejection]:
         known = {name: value for name, value in facts.items() if value not in (None, "", {})}
         yield _FoundPhoto(record.key, record.read, record.identity, record.caption, known)
     for reason, names in records.problems.items():
-        if not reason.startswith("a box"):  # the photo is there all the same
+        if not reason.startswith("a box"):  # such a record still has a usable photo
             yield from (_rejected(name, reason, f"{name}: {reason}.") for name in names)
 
 
 def _group_by_person(found: Iterable[_FoundPhoto | Rejection]) -> Iterator[_FoundPhoto | Rejection]:
-    """The same, with all photos of a person where the first of them was; nothing is read for it."""
+    """Move all photos of a person to the place of the first one; no photo is read."""
     places: dict[str, int] = {}
     waiting = list(found)
     order = [
@@ -214,7 +220,7 @@ def _group_by_person(found: Iterable[_FoundPhoto | Rejection]) -> Iterator[_Foun
 
 
 def _pictures(settings: ImportSettings, people: bool) -> Iterator[_FoundPhoto | Rejection]:
-    """From a folder and those in it, by name; of people, the first folder below says who it is."""
+    """Yield the pictures below a folder, sorted by path; `people`: the first folder level names the person."""
     filesystem, root = url_to_fs(settings.source)
     try:
         files = sorted(filesystem.find(root))
@@ -228,7 +234,7 @@ def _pictures(settings: ImportSettings, people: bool) -> Iterator[_FoundPhoto | 
         name = path[len(root.rstrip("/")) + 1 :]
         person = name.split("/", 1)[0] if people and "/" in name else None
         if people and person is None:
-            yield _rejected(name, TOO_FEW_PHOTOS, f"{name} lies in no person's folder.")
+            yield _rejected(name, TOO_FEW_PHOTOS, f"{name} is not inside a person's folder.")
             continue
         text = _PICTURES.sub(".txt", path)
         yield _FoundPhoto(
@@ -247,11 +253,11 @@ def _text(filesystem: Any, path: str) -> str:
         return ""
 
 
-# --- opening and looking ----------------------------------------------------------------------------------------------
+# --- opening photos and finding faces ---------------------------------------------------------------------------------
 def _open_photos(
     found: Iterable[_FoundPhoto | Rejection], settings: ImportSettings
 ) -> Iterator[_OpenedPhoto | Rejection]:
-    """What can be opened, is large enough and was not there before."""
+    """Open the photos and reject those that are unreadable, too small or duplicates."""
     seen = _DuplicateIndex(settings.duplicates)
     for one in found:
         if isinstance(one, Rejection):
@@ -259,7 +265,7 @@ def _open_photos(
             continue
         try:
             content = one.read()
-        except Exception as error:  # each filesystem has errors of its own
+        except Exception as error:  # each filesystem raises its own errors
             yield _rejected(one.name, UNREADABLE, f"{one.name}: {error}")
             continue
         yield _open_photo(one, content, settings, seen)
@@ -278,27 +284,31 @@ def _open_photo(
     key = hashlib.sha256(content).hexdigest()[:20]
     before, reason = seen.add(key, picture_hash(photo.image), found.name)
     if before is not None:
-        return _rejected(found.name, reason, f"{found.name} is like {before}.")
-    licence = found.facts.get("licence") or found.facts.get("license") or settings.licence  # img2dataset's, American
+        return _rejected(found.name, reason, f"{found.name} matches {before}.")
+    # img2dataset uses the American spelling
+    licence = found.facts.get("licence") or found.facts.get("license") or settings.licence
     facts = {**found.facts, **({"licence": str(licence)} if licence else {})}
     stored, scale = _stored(content, photo), max(photo.size) / max(photo.image.size)
-    if stored is not content:  # it is `photo.image` now, and so are its pixels
+    if stored is not content:  # the file now holds `photo.image`, so boxes refer to its pixels
         facts |= {"box": [value / scale for value in facts["box"]]} if "box" in facts else {}
         scale = 1.0
     return _OpenedPhoto(Reference(key, stored, found.person, found.caption, facts), found.name, photo.image, scale)
 
 
 def _shorter_side(content: bytes) -> int | None:
-    """From the header; None if it cannot be read."""
+    """Return the shorter side in pixels, from the header, or None if the header cannot be read."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return min(image.size)
-    except Exception:  # a damaged header breaks each decoder in its own way; read_photo says it in a sentence
+    except Exception:  # decoders raise many kinds of errors here; read_photo reports the damage in one sentence
         return None
 
 
 def _stored(content: bytes, photo: Photo) -> bytes:
-    """The photo as a file that shards can hold: its own where it is one, and whole: some open that were cut short."""
+    """Return a file that shards accept: the photo's own if it is complete and of a supported format, else a PNG.
+
+    A truncated file may open and still be incomplete.
+    """
     try:
         check_picture(photo.name, content)
         return content
@@ -310,7 +320,7 @@ def _stored(content: bytes, photo: Photo) -> bytes:
 
 
 class _DuplicateIndex:
-    """The photos so far, to find the same and nearly the same: equal in one of `distance` + 1 bands of the hash."""
+    """An index of the accepted photos that finds duplicates: their hashes are equal in one of `distance` + 1 bands."""
 
     def __init__(self, distance: int | None) -> None:
         self.distance = distance
@@ -320,7 +330,7 @@ class _DuplicateIndex:
         self.bands: list[dict[int, list[tuple[int, str]]]] = [{} for _ in self.band_edges]
 
     def add(self, key: str, digits: str, name: str) -> tuple[str | None, str]:
-        """The name of an earlier photo like this one, and the reason; else (None, "") and it is remembered."""
+        """Return the name of an earlier duplicate and the reason, or add the photo and return (None, "")."""
         if key in self.keys:
             return self.keys[key], SAME_FILE
         number = int(digits, 16)
@@ -342,7 +352,7 @@ def _find_faces(
     recogniser: Recogniser | None,
     known: FaceCache | None,
 ) -> Iterator[_OpenedPhoto | Rejection]:
-    """With their faces, some photos at a time; without those whose faces do not do."""
+    """Add the faces to the photos, in batches, and reject photos whose faces do not meet the settings."""
     opened = iter(opened)
     while some := list(islice(opened, _BATCH)):
         photos = [one for one in some if isinstance(one, _OpenedPhoto)]
@@ -354,7 +364,7 @@ def _find_faces(
 def _faces(
     photos: Sequence[_OpenedPhoto], recogniser: Recogniser, known: FaceCache | None
 ) -> list[tuple[KnownFace, ...] | Failed]:
-    """The faces of each photo; those that are known are not looked for, and those that were not are by now."""
+    """Return the faces of each photo, from the cache if possible; add newly found faces to the cache."""
     before = {} if known is None else known.find([one.reference.key for one in photos])
     new = [one for one in photos if one.reference.key not in before]
     found = dict(zip((one.reference.key for one in new), _recognised(new, recogniser) if new else (), strict=True))
@@ -365,15 +375,15 @@ def _faces(
 
 
 def _recognised(photos: Sequence[_OpenedPhoto], recogniser: Recogniser) -> list[tuple[KnownFace, ...] | Failed]:
-    """The faces of each photo; one that breaks the recogniser is found by itself and fails alone.
+    """Return the faces of each photo. If a batch fails, retry its photos singly, so that only the faulty ones fail.
 
-    Wrong settings and weights are raised, and if all of several photos break it, that too, as ImagineError.
+    Errors of settings or weights are raised. If each of several photos fails, ImagineError is raised.
     """
     try:
         return recogniser.recognise([one.image for one in photos])
     except (ConfigError, WeightsError):
         raise
-    except Exception:  # whatever a network raises at odd pixels
+    except Exception:  # a network may raise any error on unusual pixels
         found: list[tuple[KnownFace, ...] | Failed] = []
         broken = 0
         for one in photos:
@@ -387,7 +397,7 @@ def _recognised(photos: Sequence[_OpenedPhoto], recogniser: Recogniser) -> list[
         if broken == len(photos) > 1:
             raise ImagineError(
                 f"The recogniser {type(recogniser).__name__} failed at all of {broken} photos ({cause}): correct this, "
-                "or take another one."
+                "or choose another recogniser."
             ) from None
         return found
 
@@ -395,7 +405,7 @@ def _recognised(photos: Sequence[_OpenedPhoto], recogniser: Recogniser) -> list[
 def _with_faces(
     photo: _OpenedPhoto, faces: tuple[KnownFace, ...] | Failed | None, settings: ImportSettings
 ) -> _OpenedPhoto | Rejection:
-    """The photo with the faces that are large enough, or why it cannot be used."""
+    """Return the photo with its sufficiently large faces, or a rejection."""
     if isinstance(faces, Failed):
         return _rejected(photo.name, faces.reason, f"{photo.name}: {faces.sentence}")
     if faces is None or settings.faces == "unchecked":
@@ -416,7 +426,7 @@ def _longer_side(face: KnownFace) -> float:
 
 
 def _as_reference(photo: _OpenedPhoto, face: int = 0) -> Reference:
-    """The reference, with the box of one of its faces unless the import's own facts have one."""
+    """Return the reference, with the box of one face added unless its record already has a box."""
     if not photo.faces or "box" in photo.reference.facts:
         return photo.reference
     box = photo.faces[face].box
@@ -426,7 +436,7 @@ def _as_reference(photo: _OpenedPhoto, face: int = 0) -> Reference:
 
 # --- people -----------------------------------------------------------------------------------------------------------
 def _split_by_person(inspected: Iterable[_OpenedPhoto | Rejection]) -> Iterator[list[_OpenedPhoto] | Rejection]:
-    """The photos of each person, who follow each other, and of nobody, one at a time; rejections as they come."""
+    """Yield lists of consecutive photos of one person, photos without a person one by one, and rejections unchanged."""
     photos: list[_OpenedPhoto] = []
     for one in inspected:
         if isinstance(one, Rejection):
@@ -446,22 +456,30 @@ def _split_by_person(inspected: Iterable[_OpenedPhoto | Rejection]) -> Iterator[
 def _without_strangers(
     photos: Sequence[_OpenedPhoto], settings: ImportSettings, min_photos: int
 ) -> Iterator[Reference | Rejection]:
-    """One person's photos without strangers; nothing of a person of whom fewer than `min_photos` are left."""
+    """Reject strangers among one person's photos, and all photos if fewer than `min_photos` remain."""
     chosen, embeddings = _most_similar_faces(photos)
     out = set(strangers(embeddings, settings.outliers, settings.least_similarity))
     kept = len(photos) - len(out)
     for number, (photo, face) in enumerate(zip(photos, chosen, strict=True)):
         if number in out:
-            yield _rejected(photo.name, STRANGER, f"The face in {photo.name} is unlike the others of its person.")
+            yield _rejected(
+                photo.name,
+                STRANGER,
+                f"The face in {photo.name} is unlike the other photos of {photo.reference.person}.",
+            )
         elif kept < min_photos:
-            yield _rejected(photo.name, TOO_FEW_PHOTOS, f"Good photos of {photo.reference.person}: {kept}.")
+            yield _rejected(
+                photo.name,
+                TOO_FEW_PHOTOS,
+                f"Usable photos of {photo.reference.person}: {kept}; required: {min_photos}.",
+            )
         else:
             yield _as_reference(photo, face)
 
 
 def _most_similar_faces(photos: Sequence[_OpenedPhoto]) -> tuple[list[int], NDArray[np.float32]]:
-    """Which face of each photo is most like the largest ones of the others, and those faces' embeddings (N, D)."""
-    faces = [cast("Sequence[KnownFace]", photo.faces) for photo in photos]  # a recogniser has looked
+    """Return per photo the face most similar to the other photos' largest faces: its index, and embeddings (N, D)."""
+    faces = [cast("Sequence[KnownFace]", photo.faces) for photo in photos]  # never None here, because faces are checked
     largest = np.stack([some[0].embedding for some in faces])
     chosen = []
     for number, some in enumerate(faces):
@@ -472,5 +490,5 @@ def _most_similar_faces(photos: Sequence[_OpenedPhoto]) -> tuple[list[int], NDAr
 
 
 def _rejected(name: str, reason: str, detail: str) -> Rejection:
-    """`name` is the photo's, since a photo that cannot be used has no key."""
+    """Return a rejection whose key is the photo's name, because a rejected photo has no key."""
     return Rejection(name, "import", reason, detail)

@@ -1,7 +1,8 @@
-"""Finished pairs into webdataset shards: each reference once, before its first target, and nothing written twice.
+"""Write finished pairs into webdataset shards: each reference once, before its first target.
 
-Shards are a copy of what the store holds, so one that is there with the same records is left alone, and from the first
-one that differs on all are written anew: after a kill, after another threshold, after parked items are done.
+Shards are a copy of results in the store. A shard that already exists with the same records is not written again; all
+shards from the first different one on are. They differ after an interruption, after a changed threshold, or once
+deferred items are finished.
 """
 
 import hashlib
@@ -21,22 +22,25 @@ from imagine.shards.index import json_object
 from imagine.shards.reading import Record
 from imagine.shards.writing import SETTINGS, DatasheetInfo, ShardWriter
 
-_OMITTED = ("box", "captions", "source", "hash", "similarity")  # facts that a record says elsewhere, or nobody needs
+# facts that a record stores in other fields, or that are not needed
+_OMITTED = ("box", "captions", "source", "hash", "similarity")
 
 
 class PairShards:
-    """Write pairs, in order, and a data sheet at the end; a context manager."""
+    """Writes pairs in order, and a data sheet at the end; a context manager."""
 
     def __init__(self, address: str, about: DatasheetInfo, records_per_shard: int, store: Store) -> None:
         self._address, self._about, self._size, self._store = address.rstrip("/"), about, records_per_shard, store
         try:
             self._filesystem, self._folder = url_to_fs(self._address)
         except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"{address} cannot be used as the output folder ({error}): give another one.") from error
+            raise ConfigError(
+                f"{address} cannot be used as the output folder ({error}): choose another one."
+            ) from error
         self._written: dict[str, str] = store.read_note(self._note_name) or {}
         self._writer: ShardWriter | None = None
-        self._number = 0  # of the shard that is being filled
-        self._buffer: list[Record | str] = []  # its records, and reasons of rejections between them
+        self._number = 0  # of the current shard
+        self._buffer: list[Record | str] = []  # its records, and the reasons of the rejections between them
         self._records = 0
         self._reference = ""
 
@@ -52,14 +56,14 @@ class PairShards:
             self._writer.__exit__(kind, error, trace)
 
     def write(self, pair: Pair) -> None:
-        """Add a pair, and its reference if that is not the last pair's."""
+        """Add a pair, and its reference unless the previous pair has the same one."""
         if pair.reference.key != self._reference:
             self._add(_reference_record(pair))
             self._reference = pair.reference.key
         self._add(_target_record(pair))
 
     def reject(self, reason: str) -> None:
-        """Count something that is no pair, for the data sheet."""
+        """Count a rejection for the data sheet."""
         self._buffer.append(reason)
 
     @property
@@ -73,7 +77,7 @@ class PairShards:
             self._flush()
 
     def _flush(self) -> None:
-        """The shard is complete: write it, unless it is there."""
+        """Write the complete shard, unless it already exists."""
         content_hash = _content_hash(self._buffer)
         if self._writer is not None or not self._is_written(content_hash):
             self._open()
@@ -99,7 +103,7 @@ class PairShards:
         self._store.write_note(self._note_name, self._written)
 
     def _open(self) -> None:
-        """A writer that goes on at this shard; whatever lies there from here on is taken away."""
+        """Open a writer that resumes at the current shard, and delete this shard and all later ones."""
         if self._writer is not None:
             return
         check_foreign_shards(self._address, self._store)
@@ -107,12 +111,13 @@ class PairShards:
             number: content_hash for number, content_hash in self._written.items() if int(number) < self._number
         }
         self._store.write_note(self._note_name, self._written)
-        for name in self._filesystem.glob(f"{self._folder}/[0-9]*.json"):  # first what says that a shard is whole
+        # Delete the sidecars first: they mark a shard as complete.
+        for name in self._filesystem.glob(f"{self._folder}/[0-9]*.json"):
             self._remove(name, ".json")
         for name in self._filesystem.glob(f"{self._folder}/[0-9]*.tar"):
             self._remove(name, ".tar")
         if self._filesystem.exists(f"{self._folder}/{SETTINGS}"):
-            self._filesystem.rm_file(f"{self._folder}/{SETTINGS}")  # another threshold is no other data set
+            self._filesystem.rm_file(f"{self._folder}/{SETTINGS}")  # a build may continue after its thresholds changed
         self._writer = ShardWriter(self._address, self._about, self._size)
 
     def _remove(self, name: str, ending: str) -> None:
@@ -121,7 +126,7 @@ class PairShards:
             self._filesystem.rm_file(name)
 
     def _finish(self) -> None:
-        """The last shard, which may be short, and the data sheet."""
+        """Write the last shard, which may be shorter, and the data sheet."""
         content_hash, short = _content_hash(self._buffer), self._records > 0
         if short and self._writer is None and self._is_written(content_hash):
             self._number, short, self._buffer = self._number + 1, False, []
@@ -134,7 +139,7 @@ class PairShards:
 
 
 def check_foreign_shards(address: str, store: Store) -> None:
-    """Raise ConfigError if shards lie at `address` that no build of pairs wrote: they would be written over."""
+    """Raise ConfigError if `address` holds shards that no build wrote, because the build would overwrite them."""
     filesystem, folder = url_to_fs(address.rstrip("/"))
     filesystem.invalidate_cache()
     found = [name for name in filesystem.glob(f"{folder}/[0-9]*") if re.search(r"/\d+\.(tar|json)$", name)]
@@ -143,10 +148,11 @@ def check_foreign_shards(address: str, store: Store) -> None:
     if filesystem.exists(f"{folder}/{SETTINGS}"):
         ours = "pairs" in (json_object(filesystem.cat_file(f"{folder}/{SETTINGS}")) or {})
     else:
-        ours = bool(store.read_note(_note_name(address.rstrip("/"))))  # killed between the old settings and the new
+        # a build was killed after it deleted the old settings
+        ours = bool(store.read_note(_note_name(address.rstrip("/"))))
     if not ours:
         raise ConfigError(
-            f"{address} holds shards that are no build's ({found[0].rpartition('/')[2]}): give another output folder."
+            f"{address} holds shards that no build wrote ({found[0].rpartition('/')[2]}): choose another output folder."
         )
 
 
@@ -210,7 +216,7 @@ def _extra(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _content_hash(events: list[Record | str]) -> str:
-    """A hash of what a shard holds."""
+    """Return a hash of a shard's records and rejections."""
     whole = hashlib.sha256()
     for one in events:
         if isinstance(one, Record):

@@ -1,4 +1,4 @@
-"""Before a build: its backends checked, its photos imported, and all that its results follow from written down."""
+"""Prepare a build: check its backends, import its photos, and collect everything that its results depend on."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from imagine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Prepared:
-    """A build that can begin."""
+    """A build that is ready to run."""
 
     recipe: Recipe
     photos: int  # found by the import
@@ -28,9 +28,10 @@ class Prepared:
 
 
 def prepare(config: BuildConfig, store: Store, report: Callable[[int], None] = lambda done: None) -> Prepared:
-    """Check what can be checked before anything is loaded, and import the photos; `report` is told how many.
+    """Check the configuration before any model is loaded, and import the photos.
 
-    Raises ImagineError for settings that do not fit, and if there is nothing to make pairs of.
+    report: receives the number of photos imported so far. Raises ImagineError for wrong settings, and if the references
+    allow no pair.
     """
     backends = {kind: make_backend(kind, choice) for kind, choice in config.choices.items()}
     models = {kind: _describe(config.choices[kind], backend) for kind, backend in backends.items()}
@@ -52,30 +53,30 @@ def prepare(config: BuildConfig, store: Store, report: Callable[[int], None] = l
 
 
 def _advice(settings: Any, reasons: Sequence[str], count: int) -> str:
-    """What may be wrong with references of which nothing, or nobody twice, is left."""
+    """Return advice for a build without a usable photo, or without two photos of one person."""
     if NO_FACE in reasons[:1] and getattr(settings, "recogniser", "") == "judge":
-        return "the judge sees faces of the portrait world only; for photographs set recogniser: insightface"
+        return "the judge recognises faces of the portrait world only; for photographs set recogniser: insightface"
     if count and getattr(settings, "kind", "people") != "people":
-        return "if each person has a folder of photos, set kind: people; records say it as identity"
+        return "if each person has a folder of photos, set kind: people; records name the person in `identity`"
     return "check the references"
 
 
 def _describe(choice: BackendChoice, backend: Any) -> dict[str, Any]:
-    """What a backend's results follow from."""
+    """Return everything that a backend's results depend on."""
     settings = backend.settings.model_dump(mode="json")
     return {"backend": choice.backend, "identity": dict(backend.identity), "settings": settings}
 
 
 def _hash(model: Mapping[str, Any]) -> str:
-    """By which name a class is called says nothing of its results."""
+    """Hash what a backend's results depend on; its name in the build file does not matter."""
     parts = [model["identity"], model["settings"]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
 
 
 def _mined(config: BuildConfig, identity: str, count: int, store: Store) -> tuple[tuple[int, int, int], ...]:
-    """Which photos of a person are paired: reference, its turn, target."""
+    """Return the mined pairs as (number of the reference, turn, number of the target photo)."""
     if store.read_note(f"import {identity}") is None:
-        raise ConfigError("Pairs can be mined from photos only: take `references: files`, or name a generator.")
+        raise ConfigError("Pairs can be mined from photos only: set `references: files`, or add a generator.")
     places: dict[str, int] = {}
     without_images = []
     for number, reference in people_of(identity, count, store):

@@ -1,4 +1,4 @@
-"""The end of a build: shards, manifest, funnel, data card, and lists of what was rejected or parked."""
+"""Write the output of a build: shards, manifest, funnel, data card, and the lists of rejected and deferred items."""
 
 import json
 from collections import Counter
@@ -26,7 +26,7 @@ from data_synth.verdicts import Verdict
 from imagine.shards.writing import DatasheetInfo
 
 REPORTS = ("manifest.json", "funnel.json", "funnel.png", "card.json", "card.html", "rejections.jsonl", "parked.jsonl")
-SETTINGS = "build.json"  # the whole build file with its overrides; it may name places on this machine, and stays here
+SETTINGS = "build.json"  # the build file with its overrides; it may contain local paths, so it is not published
 FORMAT_VERSION = 1
 
 _PACKAGES = ("imagine-yourself-open", "torch", "diffusers", "transformers", "numpy", "pillow")
@@ -42,7 +42,7 @@ def publish(
 ) -> tuple[Funnel, dict[str, Any]]:
     """Write shards and reports to `output`, and the whole build file to `work`, a local folder.
 
-    Returns the funnel and the manifest; `report` is told how many targets are through.
+    report: receives the number of targets written so far. Returns the funnel and the manifest.
     """
     with _reports(output) as folder:
         funnel, manifest = _write_shards_and_reports(prepared, verdicts, output, folder, store, report)
@@ -58,7 +58,7 @@ def _write_shards_and_reports(
     store: Store,
     report: Callable[[int], None],
 ) -> tuple[Funnel, dict[str, Any]]:
-    """Shards in `output`, and reports in `folder`."""
+    """Write the shards to `output` and the reports to `folder`."""
     funnel = Funnel(prepared.photos, prepared.recipe.references)
     licences: Counter[str] = Counter()
     with ExitStack() as stack:
@@ -88,7 +88,7 @@ def _write_verdicts(
     licences: Counter[str],
     report: Callable[[int], None],
 ) -> Iterator[Verdict]:
-    """The verdicts, each written down on its way."""
+    """Write each verdict to the shards and lists, and yield it."""
     rejected, deferred = lists
     _write_lines(rejected, prepared.rejections)
     for rejection in prepared.rejections:
@@ -109,7 +109,7 @@ def _write_verdicts(
 
 
 def _cases(verdicts: Iterable[Verdict], lost: list[Rejection]) -> Iterator[Case | LostTarget]:
-    """All measured candidates, and targets without any; what was lost before is put into `lost`, once."""
+    """Yield all measured candidates, and targets without one; add each rejection before measurement to `lost` once."""
     seen: set[tuple[str, str]] = set()
     for one in verdicts:
         for loss in one.outcome.losses:
@@ -123,7 +123,7 @@ def _cases(verdicts: Iterable[Verdict], lost: list[Rejection]) -> Iterator[Case 
 
 
 def _wished(prepared: Prepared) -> dict[str, dict[str, float]]:
-    """The distribution of targets that was asked for; none was where photos are what they are."""
+    """Return the wished distribution of targets; it is empty if pairs are mined from existing photos."""
     config = prepared.recipe.config
     return {} if config.generator is None else wished(config.targets)
 
@@ -134,10 +134,10 @@ def _about(prepared: Prepared) -> DatasheetInfo:
     return DatasheetInfo(
         title=config.title,
         purpose=(
-            "Pairs of pictures that show one person differently, to train personalised image generation on without "
-            "copied poses."
+            "Pairs of different pictures of the same person, for training personalised image generation that does not "
+            "copy the pose of the reference."
         ),
-        collection=f"{made} Models, settings and licences are in manifest.json, groups and examples in card.html.",
+        collection=f"{made} manifest.json lists models, settings and licences; card.html shows groups and examples.",
         licence=config.licence,
         seeds={"seed": config.seed, "targets": config.targets.seed},
         settings={"pairs": FORMAT_VERSION},
@@ -146,7 +146,7 @@ def _about(prepared: Prepared) -> DatasheetInfo:
 
 # --- the manifest -----------------------------------------------------------------------------------------------------
 def _manifest(prepared: Prepared, funnel: Funnel, licences: Mapping[str, int], output: str) -> dict[str, Any]:
-    """All that tells this data set from another, and whether a copy of it is whole."""
+    """Return the facts that identify this data set, and the hashes that verify a copy of it."""
     config, about = prepared.recipe.config, _about(prepared)
     stated = {
         kind: ", ".join(dict.fromkeys(_licences(model["identity"]))) or "not stated"
@@ -166,7 +166,7 @@ def _manifest(prepared: Prepared, funnel: Funnel, licences: Mapping[str, int], o
 
 
 def _licences(identity: Mapping[str, Any]) -> Iterator[str]:
-    """What a backend states of itself and of the models inside it, such as the recogniser of an import."""
+    """Yield the licences of a backend and of the models inside it, such as the recogniser of an import."""
     if identity.get("licence"):
         yield str(identity["licence"])
     for part in identity.values():
@@ -175,7 +175,7 @@ def _licences(identity: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _shards(output: str) -> list[dict[str, Any]]:
-    """Name, records, bytes and hash of every shard."""
+    """Return name, number of records, bytes and hash of every shard."""
     filesystem, folder = url_to_fs(output)
     sheet = json.loads(filesystem.cat_file(f"{folder.rstrip('/')}/datasheet.json"))
     return [{"name": name, **facts} for name, facts in sheet["shards"].items()]
@@ -184,7 +184,7 @@ def _shards(output: str) -> list[dict[str, Any]]:
 def _version(package: str) -> str:
     try:
         return version(package)
-    except PackageNotFoundError:  # a checkout that nobody installed
+    except PackageNotFoundError:  # a checkout without an installed package
         return "not installed"
 
 
@@ -203,9 +203,9 @@ def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _reports(output: str) -> Iterator[Path]:
-    """A local folder for the reports: the output folder, or one whose files are copied there at the end.
+    """Yield a local folder for the reports: the output folder, or a temporary one that is copied there at the end.
 
-    Never the work folder, which builds into several outputs may share.
+    It is not the work folder, because builds with different outputs may share that.
     """
     filesystem, path = url_to_fs(output)
     if isinstance(filesystem, LocalFileSystem):

@@ -1,8 +1,8 @@
-"""The frozen records that the steps of a build hand on; nothing here computes.
+"""The frozen records that the steps of a build exchange.
 
-A build turns references into pairs: reference -> ask (what its target should show) -> candidates (pictures that try)
--> one of them, measured, or a rejection with its reason. Pictures are files as bytes, so that records can be kept,
-hashed and sent to another machine as they are.
+A build turns references into pairs: reference -> target specification (what the target should show) -> candidates
+(pictures generated for it) -> one measured candidate, or a rejection with its reason. Pictures are encoded files as
+bytes, so records can be stored, hashed and sent to another machine unchanged.
 """
 
 from collections.abc import Mapping
@@ -12,66 +12,67 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reference:
-    """One photo of one person, as imported."""
+    """One imported photo of one person."""
 
-    key: str  # its name in everything that follows: letters, digits, "-" and "_"; equal content has equal keys
+    key: str  # its name in all later records: letters, digits, "-" and "_"; equal content has equal keys
     image: bytes = field(repr=False)  # a JPEG, PNG or WebP file
-    person: str | None = None  # who it is, where the import knows: equal for photos of one person
-    caption: str = ""  # what the import says it shows; "" where it says nothing
-    facts: Mapping[str, Any] = field(default_factory=dict)  # the import's other fields: licence, address, attributes
+    person: str | None = None  # equal for photos of one person; None: not known
+    caption: str = ""  # from the import; "" if it has none
+    # the other fields of the import: licence, address, attributes
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What one target should show: one of possibly several for a reference."""
+    """What one target should show; a reference may have several targets."""
 
     key: str  # the reference's key with a number: "KEY-0", "KEY-1"
     reference: str  # the reference's key
     caption: str  # the dense caption of the reference, from the captioner
-    prompt: str  # the caption rewritten: the sentence for the generator, and the pair's caption in training
-    aims: Mapping[str, str] = field(default_factory=dict)  # what was changed on purpose: {"expression": "smiling", ...}
-    seed: int = 0  # of the pictures made for it
+    prompt: str  # the rewritten caption: the generator's prompt, and the pair's caption in training
+    aims: Mapping[str, str] = field(default_factory=dict)  # the wished attributes: {"expression": "smiling", ...}
+    seed: int = 0  # of the pictures generated for it
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One picture that tries to be the target."""
+    """One picture generated for a target."""
 
-    key: str  # the ask's key with attempt and round: "KEY-0-1-2" is attempt 1 after two rounds of refinement
-    ask: str  # the key of its target specification; stored under this name
+    key: str  # the specification's key with attempt and round: "KEY-0-1-2" is attempt 1 after 2 refinements
+    ask: str  # the key of its target specification; stored files use this field name
     image: bytes = field(repr=False)  # a PNG file
-    attempt: int = 0  # which of several tries
-    round: int = 0  # 0: as the generator made it; n: after n rounds of refinement
-    facts: Mapping[str, Any] = field(default_factory=dict)  # what the backend says of it, such as exact attributes
+    attempt: int = 0  # which attempt, from 0
+    round: int = 0  # 0: as generated; n: after n rounds of refinement
+    facts: Mapping[str, Any] = field(default_factory=dict)  # reported by the backend, such as exact attributes
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured of a candidate, for filters and report; a number that cannot be had is None."""
+    """The measurements of a candidate, for filters and reports; a missing measurement is None."""
 
-    faces: int  # how many faces are found
+    faces: int  # number of faces found
     similarity: float | None = None  # cosine of its identity embedding to the reference's, -1 to 1
-    difference: float | None = None  # how unlike the reference it is in pose, expression and the like, 0 (a copy) to 1
+    difference: float | None = None  # difference from the reference in pose, expression and the like, 0 (a copy) to 1
     quality: float | None = None  # 0 to 1
     sharpness: float | None = None  # variance of the Laplacian of the face crop, 0 to about 1
-    text: float | None = None  # share of the picture that looks like a watermark or writing nobody asked for, 0 to 1
+    text: float | None = None  # share of the picture that looks like a watermark or unwanted writing, 0 to 1
     picture_hash: str = ""  # 16 hexadecimal digits of a perceptual hash
-    attributes: Mapping[str, str] = field(default_factory=dict)  # what a reader sees: {"expression": "smiling", ...}
+    attributes: Mapping[str, str] = field(default_factory=dict)  # predicted attributes: {"expression": "smiling", ...}
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Why something did not become a pair."""
+    """The reason why a reference, target or candidate did not become a pair."""
 
-    key: str  # of the reference, ask or candidate
+    key: str  # of the reference, target specification or candidate
     step: str  # "import", "caption", "rewrite", "generate", "refine", "filter", "review"
-    reason: str  # a few words, always the same ones: it is counted by them
-    detail: str = ""  # one sentence for a person: numbers, the file's name
+    reason: str  # a fixed short text, used for counting
+    detail: str = ""  # one sentence for the reader, with numbers or the file's name
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One finished SynPair."""
+    """One finished pair of a reference and a target."""
 
     reference: Reference
     spec: TargetSpec
@@ -81,7 +82,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Case:
-    """One measured candidate, and what became of it: no rejection means that it is a pair."""
+    """One measured candidate and its result: without a rejection it is a pair."""
 
     reference: Reference
     spec: TargetSpec
@@ -92,7 +93,7 @@ class Case:
 
 @dataclass(frozen=True)
 class LostTarget:
-    """One target of which no candidate could be measured, for good: to its person's group it is one that failed."""
+    """One target without any measured candidate; it counts as a failure for its person's group."""
 
     reference: Reference
-    spec: TargetSpec | None = None  # None: it could not even be asked for
+    spec: TargetSpec | None = None  # None: it failed before it had a specification

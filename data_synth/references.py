@@ -1,9 +1,9 @@
-"""Where a build's references come from, as numbered results in the store.
+"""Provide a build's references, as numbered results in the store.
 
-There are two kinds of sources. One that has a `count` draws any reference by its number, and its work is done like any
-other step's (embedded.WorldPeople). One that can `collect` photos is read once from its first to its last, since
-duplicates and strangers are found only by looking at all of them (Files); what it found is kept until a file changes.
-Then all are read again, but only new ones are looked at: the faces of each photo are kept by themselves.
+There are two kinds of sources. A source with a `count` generates any reference by its number, as a step like any other
+(embedded.WorldPeople). A source with `collect` (Files) is read once from start to end, because duplicates and strangers
+are found only by comparing all photos. Its result is stored until a file changes. Then all photos are read again, but
+the recogniser runs only on new ones, because the faces of each photo are stored separately.
 """
 
 import base64
@@ -27,17 +27,17 @@ from imagine.errors import ConfigError
 from imagine.records import FaceBox
 
 VERSION = 2
-_BATCH = 64  # results a transaction
+_BATCH = 64  # results per transaction
 
 
 class Files:
-    """Photos from a folder, from shards, or grouped by person (importing.py), their faces found by a recogniser."""
+    """Photos from a folder, from shards, or grouped by person (importing.py), with faces found by a recogniser."""
 
     class Settings(ImportSettings):
-        """Where they are, which can be used, and who finds their faces."""
+        """Where the photos are, which are accepted, and the recogniser that finds the faces."""
 
-        recogniser: str = "judge"  # a name or module:Class, see recognisers.py; "none": faces are not looked for
-        recogniser_settings: dict[str, Any] = Field(default_factory=dict, exclude=True)  # `identity` knows them
+        recogniser: str = "judge"  # a name or module:Class, see recognisers.py; "none": no face detection
+        recogniser_settings: dict[str, Any] = Field(default_factory=dict, exclude=True)  # included in `identity`
 
     def __init__(self, settings: "Files.Settings") -> None:
         self.settings = settings
@@ -46,7 +46,7 @@ class Files:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version, what is there, and who looks at it."""
+        """The class, its version, the files at the source, and the recogniser."""
         recogniser = {} if self._recogniser is None else _recogniser_identity(self._recogniser)
         return identity_of(self, VERSION, files=_listing(self.settings.source), recogniser=recogniser)
 
@@ -56,7 +56,7 @@ class Files:
             self._recogniser.load()
 
     def collect(self, store: Store | None = None) -> Iterator[Reference | Rejection]:
-        """Every photo there, in a fixed order; kept: where faces are found that were looked for before."""
+        """Yield every photo at the source, in a fixed order. store: the cache of faces that were found before."""
         names = ImportSettings.model_fields
         wanted = {name: value for name, value in self.settings.model_dump().items() if name in names}
         known = None if store is None or self._recogniser is None else _StoredFaces(store, self._recogniser)
@@ -64,24 +64,24 @@ class Files:
 
 
 def _recogniser_identity(recogniser: Recogniser) -> dict[str, Any]:
-    """What faces follow from, besides the photos."""
+    """Return everything that the faces depend on besides the photos."""
     return {**recogniser.identity, "settings": recogniser.settings.model_dump(mode="json")}
 
 
 class _StoredFaces:
-    """The faces of photos, in the store, under who looked for them."""
+    """A cache of the faces of photos in the store, separate for each recogniser."""
 
     def __init__(self, store: Store, recogniser: Recogniser) -> None:
         self._store = store
         self._identity = json.dumps(_recogniser_identity(recogniser), sort_keys=True, default=dict)
 
     def find(self, keys: Sequence[str]) -> dict[str, tuple[KnownFace, ...]]:
-        """Those of photos that were looked at."""
+        """Return the faces of those photos that are in the cache."""
         found = self._store.find([self._key(key) for key in keys])
         return {key: _faces_of(str(found[mark])) for key in keys if (mark := self._key(key)) in found}
 
     def save(self, found: Mapping[str, tuple[KnownFace, ...]]) -> None:
-        """Keep the faces of these photos."""
+        """Add the faces of these photos to the cache."""
         self._store.save((self._key(key), "look", _as_text(faces)) for key, faces in found.items())
 
     def _key(self, key: str) -> bytes:
@@ -89,7 +89,7 @@ class _StoredFaces:
 
 
 def _as_text(faces: Sequence[KnownFace]) -> str:
-    """Boxes as they are, and embeddings as the bytes of little-endian float32 numbers."""
+    """Encode faces as JSON: boxes as numbers, embeddings as base64 of little-endian float32 values."""
     rows = [[asdict(face.box), base64.b64encode(face.embedding.astype("<f4").tobytes()).decode()] for face in faces]
     return json.dumps(rows, default=float)
 
@@ -102,7 +102,7 @@ def _faces_of(text: str) -> tuple[KnownFace, ...]:
 
 
 def _listing(source: str) -> str:
-    """A hash of the names, sizes and times of the files at an address; of a glob or braces, of what they begin with."""
+    """Hash names, sizes and times of the files at an address, or of those in the folder of a glob or of braces."""
     root = source.split("{")[0].split("*")[0]
     try:
         filesystem, path = url_to_fs(root)
@@ -116,10 +116,10 @@ def _listing(source: str) -> str:
 
 
 def collect(source: Any, identity: str, store: Store, report: Callable[[int], None]) -> tuple[int, list[Rejection]]:
-    """Read a source that collects into the store, unless this very content is there; (references, rejections).
+    """Read a source with `collect` into the store, unless it holds the same content; return (references, rejections).
 
-    If it is killed, the next one reads all again, and has the faces that were found from the store. Reference number n
-    lies under the key of Recipe.request("import", ...). `report` is told how many there are so far.
+    After an interruption the next run reads all photos again but takes the faces found so far from the store. Reference
+    number n has the key of Recipe.request("import", ...). report: receives the number of references so far.
     """
     noted = store.read_note(f"import {identity}")
     if noted is None:
@@ -132,9 +132,8 @@ def collect(source: Any, identity: str, store: Store, report: Callable[[int], No
             waiting.append((import_key(identity, count), "import", found))
             count += 1
             if len(waiting) == _BATCH:
-                store.save(
-                    waiting, overwrite=True
-                )  # a kill before may have left others, under numbers that do not hold
+                # an interrupted import may have stored other references under these numbers
+                store.save(waiting, overwrite=True)
                 report(count)
                 waiting = []
         store.save(waiting, overwrite=True)
@@ -144,14 +143,14 @@ def collect(source: Any, identity: str, store: Store, report: Callable[[int], No
 
 
 def import_key(identity: str, number: int) -> bytes:
-    """The key of a reference in the store."""
+    """Return the key of a reference in the store."""
     return Recipe.key("import", identity, number)
 
 
 def people_of(identity: str, count: int, store: Store) -> Iterator[tuple[int, Reference]]:
-    """The numbered references of a source that collected, without their pictures being kept."""
+    """Yield the numbered references of a collected source, one at a time, so that only one picture is in memory."""
     for number in range(count):
         key = import_key(identity, number)
         found: Result = store.find([key])[key]
-        assert isinstance(found, Reference), "a source collects references"
+        assert isinstance(found, Reference), "a source must collect references"
         yield number, found

@@ -1,16 +1,19 @@
-"""The steps from a reference to a measured candidate, as one story for each target.
+"""Define and run the steps from a reference to the measured candidates of one target.
 
-    import    the reference
-    caption   what it shows, densely
-    rewrite   the same person as the target should show them: a value for each attribute, dealt by targets.aims
-    generate  a candidate, then
-    measure   it; while it is too unlike the reference, up to `rounds` times:
-    refine    its identity, and measure again; up to `attempts` times from "generate": while nothing passes the filters,
-              or, where the best is to be chosen, each time
+    import    get the reference
+    caption   describe it in a dense caption
+    rewrite   rewrite the caption for the target, with a wished value for each attribute (targets.aims)
+    generate  generate a candidate
+    measure   measure the candidate
+    refine    refine its identity and measure again, up to `rounds` times while it is too unlike the reference
 
-A story is a generator: it asks for one result after the other and is given each; what it is given decides how it goes
-on. It does no work itself, so the same lines replay what the store holds, run in a worker, and say what is missing.
-Each request has a key, the hash of all that its result follows from: backend, settings, and the keys of its inputs.
+"generate" and the steps after it repeat up to `attempts` times: until a candidate passes the filters, or always if the
+build chooses the best candidate.
+
+The steps of a target are a Python generator that yields one request after the other and receives each result, which
+decides how it continues. It computes nothing itself. So the same code replays results from the store, runs in a worker,
+and reports which results are missing. Each request has a key: the hash of everything that its result depends on, which
+is the backend, its settings and its inputs.
 """
 
 import hashlib
@@ -30,7 +33,7 @@ from data_synth.store import Result
 from data_synth.targets import aims
 from imagine.errors import ConfigError, ImagineError, WeightsError
 
-STEP_CALLS = {  # step: which backend does it, by which call
+STEP_CALLS = {  # step: the kind of its backend, and the method that it calls
     "import": ("references", "draw"),
     "caption": ("captioner", "caption"),
     "rewrite": ("rewriter", "rewrite"),
@@ -44,65 +47,65 @@ BACKEND_CRASHED = "the backend broke down"
 
 @dataclass(frozen=True)
 class Request:
-    """One result that a story needs."""
+    """A request for one result that a target needs."""
 
     step: str
     key: bytes
-    argument: Any = field(repr=False)  # one item of the backend's call
+    argument: Any = field(repr=False)  # one item for the backend's method
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that stories follow from, besides the results that they are given."""
+    """Everything that the steps of targets depend on, besides the results that they receive."""
 
     config: BuildConfig
-    identities: Mapping[str, str]  # step: hash of its backend and settings
-    references: int  # how many there are
-    mined: Sequence[tuple[int, int, int]] = ()  # without a generator: reference, its turn, and its target
+    identities: Mapping[str, str]  # step: hash of its backend and its settings
+    references: int  # number of references
+    mined: Sequence[tuple[int, int, int]] = ()  # without a generator: (reference, turn, target) numbers
 
     @property
     def total(self) -> int:
-        """How many stories there are."""
+        """The number of targets."""
         if self.config.generator is None:
             return len(self.mined)
         return self.references * self.config.targets_per_reference
 
     def request(self, step: str, argument: Any, *parts: Any) -> Request:
-        """The request for what `step` makes of `argument`, which is fully described by `parts`."""
+        """Return the request for the result of `step` on `argument`, which `parts` describe completely."""
         return Request(step, self.key(step, self.identities.get(step, ""), *parts), argument)
 
     @staticmethod
     def key(step: str, identity: str, *parts: Any) -> bytes:
-        """The hash of a step, its backend and what it is given."""
+        """Return the hash of a step, its backend and its inputs."""
         whole = json.dumps([step, identity, *parts], sort_keys=True, default=dict)
         return hashlib.sha256(whole.encode()).digest()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one story ended."""
+    """The result of the steps of one target."""
 
     number: int
     reference: Reference | None = None
     spec: TargetSpec | None = None
-    tries: tuple[tuple[Candidate, Measures], ...] = ()  # in the order in which they were made
-    losses: tuple[Rejection, ...] = ()  # what failed before it could be measured
-    deferred: Rejection | None = None  # why it could not be told to its end this time
+    tries: tuple[tuple[Candidate, Measures], ...] = ()  # the measured candidates, in order of generation
+    losses: tuple[Rejection, ...] = ()  # failures before the measurement
+    deferred: Rejection | None = None  # why the target could not be finished in this run
 
 
 TargetSteps = Generator[Request, Any, Outcome]
-Find = Callable[[Sequence[bytes]], Mapping[bytes, Result]]  # keys to those results that are there
+Find = Callable[[Sequence[bytes]], Mapping[bytes, Result]]  # maps keys to the available results
 
 
 class _TargetStopped(Exception):
-    """A story that cannot go on."""
+    """Raised when the steps of a target cannot continue."""
 
     def __init__(self, key: str, step: str, failed: Failed) -> None:
         self.rejection, self.for_now = Rejection(key, step, failed.reason, failed.sentence), failed.for_now
 
 
 def target_steps(recipe: Recipe, number: int) -> TargetSteps:
-    """Story `number`: from its reference to its measured candidates."""
+    """Return the steps of target `number`, from its reference to its measured candidates."""
     state: dict[str, Any] = {"number": number, "tries": [], "losses": []}
     try:
         yield from (_mined_steps if recipe.config.generator is None else _generated_steps)(recipe, number, state)
@@ -139,7 +142,7 @@ def _generated_steps(recipe: Recipe, number: int, state: dict[str, Any]) -> Gene
 def _refined_steps(
     recipe: Recipe, state: dict[str, Any], candidate: Candidate, source: bytes
 ) -> Generator[Request, Any, None]:
-    """Measure a candidate and refine it while that is worth a round; everything on the way is a try."""
+    """Measure a candidate and refine it while it is too unlike the reference; record each measured version."""
     reference, spec, config = state["reference"], state["spec"], recipe.config
     for turn in range(config.rounds + 1):
         draft = Draft(reference, spec, candidate)
@@ -157,7 +160,7 @@ def _refined_steps(
 
 
 def _mined_steps(recipe: Recipe, number: int, state: dict[str, Any]) -> Generator[Request, Any, None]:
-    """Two photos of one person; the second one's caption is what the pair asks for."""
+    """Pair two photos of one person; the caption of the second photo is the prompt of the pair."""
     place, turn, other = recipe.mined[number]
     reference = state["reference"] = yield from _reference(recipe, place)
     target = yield from _reference(recipe, other)
@@ -180,7 +183,9 @@ def _caption(recipe: Recipe, reference: Reference) -> Generator[Request, Any, st
         return reference.caption
     if recipe.config.captioner is None:
         raise _TargetStopped(
-            reference.key, "caption", Failed("no caption", "There is no captioner, and it brings no caption.")
+            reference.key,
+            "caption",
+            Failed("no caption", "The reference has no caption and the build has no captioner: add either."),
         )
     return _require_result(reference.key, "caption", (yield recipe.request("caption", reference, digest(reference))))
 
@@ -192,7 +197,7 @@ def _require_result(key: str, step: str, result: Any) -> Any:
 
 
 def _has_failed(result: Any, key: str, step: str, state: dict[str, Any]) -> bool:
-    """Whether a try is lost, which is noted; the story may go on with another."""
+    """Return whether a candidate failed, and record its loss; the target may continue with another candidate."""
     if isinstance(result, Failed):
         if result.for_now:
             raise _TargetStopped(key, step, result)
@@ -205,40 +210,40 @@ def _with_key(made: Candidate, spec: TargetSpec, attempt: int, turn: int) -> Can
 
 
 def _too_unlike(measured: Measures, config: BuildConfig) -> bool:
-    """Whether refining can help: too little of the reference, as far as a face was there to measure it."""
+    """Return whether refinement can help: the similarity was measured and is below the filter's minimum."""
     band = config.filters.similarity
     return band is not None and measured.similarity is not None and measured.similarity < band[0]
 
 
 def _seed(*parts: Any) -> int:
-    """63 bits that follow from the parts."""
+    """Return a 63-bit seed derived from the parts."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "big") >> 1
 
 
 def digest(reference: Reference) -> str:
-    """64 hexadecimal digits of all that is in a reference."""
+    """Return a hash, 64 hexadecimal digits, of everything in a reference."""
     facts = {spec.name: getattr(reference, spec.name) for spec in fields(reference) if spec.name != "image"}
     whole = json.dumps([_hash(reference.image), facts], sort_keys=True, default=dict)
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
-@lru_cache(maxsize=8)  # the targets of one reference ask one after the other
+@lru_cache(maxsize=8)  # consecutive targets share one reference
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-# --- telling stories --------------------------------------------------------------------------------------------------
+# --- running the steps ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Task:
-    """Some stories, and results that they need."""
+    """Some targets, and results that they need."""
 
     numbers: Sequence[int]
     known: Mapping[bytes, Result]
-    made: Mapping[bytes, str] = field(default_factory=dict)  # of `known`, what a worker made: key to step
+    made: Mapping[bytes, str] = field(default_factory=dict)  # those of `known` that a worker computed: key to step
 
 
 class TargetProgress:
-    """A story under way: what it `pending` next, or its `outcome`."""
+    """A running target: its `pending` request, or its `outcome` once it is finished."""
 
     def __init__(self, recipe: Recipe, number: int) -> None:
         self._steps = target_steps(recipe, number)
@@ -247,7 +252,7 @@ class TargetProgress:
         self.resume(None)
 
     def resume(self, result: Result | None) -> None:
-        """Give the story what it wants."""
+        """Pass the result of the pending request to the target's steps."""
         try:
             self.pending = self._steps.send(result)
         except StopIteration as end:
@@ -255,14 +260,14 @@ class TargetProgress:
 
 
 def replay_targets(recipe: Recipe, numbers: Iterable[int], find: Find) -> list[TargetProgress]:
-    """Stories, told as far as `find` knows what they want."""
+    """Start the targets and advance them as far as `find` has the results."""
     started = [TargetProgress(recipe, number) for number in numbers]
     feed_results(started, find)
     return started
 
 
 def feed_results(started: Sequence[TargetProgress], find: Find) -> None:
-    """Tell stories on as far as `find` knows what they want."""
+    """Advance the targets as far as `find` has the results that they need."""
     unknown: set[bytes] = set()
     while wanted := {one.pending.key: None for one in started if one.pending and one.pending.key not in unknown}:
         found = find(list(wanted))
@@ -273,12 +278,12 @@ def feed_results(started: Sequence[TargetProgress], find: Find) -> None:
 
 
 def find_in(known: Mapping[bytes, Result]) -> Find:
-    """Finds those of the keys that are in `known`."""
+    """Return a lookup in `known`."""
     return lambda keys: {key: known[key] for key in keys if key in known}
 
 
 def advance(recipe: Recipe, task: Task, backends: "Backends", steps: Sequence[str] = STEPS) -> Task:
-    """Do what the task's stories want of `steps`, in batches of one step, until they want nothing more of them."""
+    """Run those of `steps` that the task's targets need, in batches of one step, until no target needs one of them."""
     known, made = dict(task.known), dict(task.made)
     started = replay_targets(recipe, task.numbers, find_in(known))
     while True:
@@ -296,14 +301,14 @@ def advance(recipe: Recipe, task: Task, backends: "Backends", steps: Sequence[st
 
 
 class Backends:
-    """The backends of a build in this process, each loaded when it is first used."""
+    """The backends of a build in this process; each is loaded on first use."""
 
     def __init__(self, config: BuildConfig) -> None:
         self._choices = config.choices
         self._loaded: dict[str, Any] = {}
 
     def of(self, step: str) -> Any:
-        """The backend that does `step`, loaded. Raises ImagineError if it cannot be."""
+        """Return the loaded backend of `step`. Raises ImagineError if it cannot be loaded."""
         if step not in self._loaded:
             kind = STEP_CALLS[step][0]
             backend = make_backend(kind, self._choices[kind])
@@ -313,11 +318,11 @@ class Backends:
 
 
 def perform(backend: Any, step: str, arguments: Sequence[Any]) -> list[Result]:
-    """The backend's results for these items, in order; what breaks it is found by itself and fails alone.
+    """Return the backend's results for these items, in order. If a batch fails, retry its items singly.
 
-    An item that cannot be used (ImagineError) fails for good, unless settings or weights are wrong: that is raised. Any
-    other exception may be the machine's fault, so its item is deferred. If every one of several ends so, the backend is
-    at fault, and ImagineError says with what and where.
+    An item that raises ImagineError fails permanently; ConfigError and WeightsError are raised instead. An item that
+    raises another exception is deferred, because the machine may be the cause. If each of several items raises one,
+    ImagineError is raised with the cause and its place in the code.
     """
     call = getattr(backend, STEP_CALLS[step][1])
     try:
@@ -343,14 +348,14 @@ def perform(backend: Any, step: str, arguments: Sequence[Any]) -> list[Result]:
 
 def _crash_message(backend: Any, step: str, errors: Sequence[Exception]) -> str:
     last = errors[-1]
-    place = traceback.extract_tb(last.__traceback__)[-1]  # said here, since an error that travels loses its trace
+    place = traceback.extract_tb(last.__traceback__)[-1]  # taken here, because a pickled error loses its traceback
     what = f"{type(last).__name__}: {' '.join(str(last).split())[:300]}"
     return (
         f"{step}: {type(backend).__name__} failed at all {len(errors)} items ({what}; in {place.name}, "
-        f"{place.filename}:{place.lineno}): what was done before is kept; correct this, and build again."
+        f"{place.filename}:{place.lineno}). Earlier results are stored: correct this and run the build again."
     )
 
 
 def _checked_results(results: list[Result], count: int, backend: Any) -> list[Result]:
-    assert len(results) == count, f"{type(backend).__name__} gave {len(results)} results for {count} items"
+    assert len(results) == count, f"{type(backend).__name__} returned {len(results)} results for {count} items"
     return results

@@ -1,8 +1,8 @@
-"""All results of a build in one SQLite file, each under the hash of what it follows from; only the driver opens it.
+"""Store all results of a build in one SQLite file, each under the hash of its inputs; only the driver opens it.
 
-A row is either there, whole, or not: results are written in transactions, and with a write-ahead log a process that is
-killed loses no finished one. So a build that is started again asks only for what is missing, and one with another
-threshold for nothing at all. Rows of settings that nobody uses any more stay, in case somebody goes back to them.
+Results are written in transactions with a write-ahead log, so a killed process leaves no partial row and loses no
+finished transaction. A resumed build computes only the missing results, and a changed threshold repeats no work. Rows
+of earlier settings are not deleted, so a build can return to those settings.
 """
 
 import json
@@ -27,11 +27,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (key BLOB PRIMARY KEY, step TEXT NOT NULL, body TEXT NOT NULL, picture BLOB);
 CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, body TEXT NOT NULL) WITHOUT ROWID;
 """
-_KEYS_PER_QUERY = 500  # keys a query: SQLite takes a limited number of parameters
+_KEYS_PER_QUERY = 500  # SQLite limits the number of parameters
 
 
 class Store:
-    """Results by key, and notes by name; a context manager. Raises ConfigError if the file cannot be used."""
+    """Results by key, and JSON notes by name; a context manager. Raises ConfigError if the file cannot be used."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,19 +39,24 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = NORMAL")  # a kill loses nothing; a power cut, the last rows
+            # a kill loses nothing; a power failure loses the last rows
+            self._connection.execute("PRAGMA synchronous = NORMAL")
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _FORMAT):
-                raise ConfigError(f"{path} was written by another version: give another folder, or delete it.")
+                raise ConfigError(
+                    f"{path} was written by another version of this program: choose another folder, or delete the file."
+                )
             self._connection.executescript(f"{_SCHEMA} PRAGMA user_version = {_FORMAT};")
-            # Two drivers would do everything twice. Held until this one ends, however it does.
+            # Two drivers would compute everything twice. The operating system releases the lock when the process ends.
             self._lock = sqlite3.connect(path.with_suffix(".lock"), timeout=0, isolation_level=None)
             self._lock.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:
-            why = "another build is at work in it" if "locked" in str(error) else str(error)
-            raise ConfigError(f"{path} cannot be used ({why}): wait for it, or give another folder.") from error
+            why = "another build is using it" if "locked" in str(error) else str(error)
+            raise ConfigError(
+                f"{path} cannot be used ({why}): wait until it is free, or choose another folder."
+            ) from error
         except (OSError, sqlite3.DatabaseError) as error:
-            raise ConfigError(f"{path} cannot be used ({error}): give another folder.") from error
+            raise ConfigError(f"{path} cannot be used ({error}): choose another folder.") from error
 
     def __enter__(self) -> "Store":
         return self
@@ -63,7 +68,7 @@ class Store:
         self._lock.close()
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, Result]:
-        """Those of the results that are there."""
+        """Return the stored results among these keys."""
         found: dict[bytes, Result] = {}
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             some = keys[start : start + _KEYS_PER_QUERY]
@@ -75,9 +80,9 @@ class Store:
         return found
 
     def save(self, results: Iterable[tuple[bytes, str, Result]], overwrite: bool = False) -> None:
-        """Keep (key, step, result) rows: all of them, or none if this is killed.
+        """Store (key, step, result) rows in one transaction: all of them, or none if the process is killed.
 
-        A key that is there stays as it is; anew: its result is replaced.
+        An existing key keeps its result, unless `overwrite` is true.
         """
         rows = [(key, step, *_encode(result)) for key, step, result in results]
         how = "REPLACE" if overwrite else "IGNORE"
@@ -85,12 +90,12 @@ class Store:
             self._connection.executemany(f"INSERT OR {how} INTO results VALUES (?, ?, ?, ?)", rows)
 
     def read_note(self, name: str) -> Any:
-        """What is noted under that name; None if nothing is."""
+        """Return the note with this name, or None."""
         row = self._connection.execute("SELECT body FROM notes WHERE name = ?", (name,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def write_note(self, name: str, body: Any) -> None:
-        """Note something that JSON can say, in place of what was noted under that name."""
+        """Store a JSON value under this name, in place of an earlier one."""
         self._connection.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, json.dumps(body)))
 
 
@@ -106,7 +111,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _encode(result: Result) -> tuple[str, bytes | None]:
-    """A result as JSON, and the picture that belongs to it."""
+    """Encode a result as JSON and its picture, if it has one."""
     if isinstance(result, str):
         return json.dumps(["str", result]), None
     facts = {spec.name: getattr(result, spec.name) for spec in fields(result)}

@@ -1,11 +1,12 @@
-"""What each target is to show: values drawn so that a wished distribution is met exactly over a build.
+"""Assign to each target what it should show, so that a build meets a wished distribution exactly.
 
-Random draws would miss the wish by chance and by another amount each time. Here each attribute's values are dealt to
-blocks of references, turn by turn: one turn gives each reference of a block one target. A full block holds each value
-as often as its share says, in an order shuffled by the seed. The last block may be too short for that; what it gets
-turn after turn is cut from one sequence in which the shares are met at every place (`_sequence`). So what a target
-should show follows from its reference's number, its turn, the number of references and the settings, whoever asks; more
-turns change nothing, and more references change the last block only.
+Random draws would miss the distribution by a different amount each time. Instead, the values of each attribute are
+assigned to blocks of references, turn by turn; in one turn each reference of a block gets one target. A full block
+contains each value as often as its share requires, in an order shuffled by the seed. The last block may be too short
+for that. Its values in successive turns are cut from one sequence that meets the shares at every prefix (`_sequence`).
+
+A target's values depend only on the number of its reference, its turn, the number of references and the settings. So
+more turns change no earlier target, and more references change the last block only.
 """
 
 import math
@@ -18,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-BLOCK = 100  # about so many references: few enough that a part of a build has nearly the wished shares
+BLOCK = 100  # approximate number of references; small, so that a part of a build has nearly the wished shares
 LARGEST_BLOCK = 10_000
 
-# What the world's captions can say; any other words do for rewriters that are language models.
+# The vocabulary of the world's captions. Rewriters that are language models accept any other words.
 DEFAULT_DISTRIBUTION: dict[str, dict[str, float]] = {
     "expression": {"neutral": 1, "smiling": 1, "laughing": 1, "sad": 1, "surprised": 1, "angry": 1},
     "gaze": {"left": 1, "ahead": 2, "right": 1},
@@ -38,8 +39,10 @@ DEFAULT_DISTRIBUTION: dict[str, dict[str, float]] = {
 
 
 class TargetSettings(BaseModel):
-    """The wished distribution: for each attribute, the share of each value. Shares are relative: 1, 1, 2 is a half for
-    the third."""
+    """The wished distribution: for each attribute, the share of each value.
+
+    Shares are relative: of 1, 1, 2 the third value gets a half.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,19 +54,21 @@ class TargetSettings(BaseModel):
     def _check_shares(cls, wished: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
         for name, shares in wished.items():
             if not shares or any(not math.isfinite(share) or share < 0 for share in shares.values()):
-                raise ValueError(f"the shares of {name} must be numbers of 0 or more, at least one of them")
+                raise ValueError(
+                    f"the shares of {name} are not valid: give at least one share, each a number of 0 or more"
+                )
             if not any(shares.values()):
-                raise ValueError(f"all shares of {name} are 0: give at least one of them more")
+                raise ValueError(f"all shares of {name} are 0: give a larger number to at least one")
             if sum(_counts(shares)) > LARGEST_BLOCK:
-                raise ValueError(f"the shares of {name} are too finely graded: round them to two or three digits")
+                raise ValueError(f"the shares of {name} are too precise: round them to two or three digits")
         return wished
 
 
 def aims(index: int, turn: int, references: int, settings: TargetSettings) -> dict[str, str]:
-    """What target `turn` of reference `index` should show: attribute -> value, in the order of the settings.
+    """Return what target `turn` of reference `index` should show: attribute -> value, in the order of the settings.
 
-    place: 0 to references - 1; turn: 0 or more. Over all references and the first T turns, each value comes up as often
-    as its share says, rounded up or down to a whole number, whatever T is. Raises ValueError for a place out of range.
+    index: 0 to references - 1; turn: 0 or more. Over all references and the first T turns, for any T, each value occurs
+    as often as its share requires, rounded up or down to a whole number. Raises ValueError if either is out of range.
     """
     if not 0 <= index < references or turn < 0:
         raise ValueError(f"target {turn} of reference {index} of {references} is out of range")
@@ -74,7 +79,7 @@ def aims(index: int, turn: int, references: int, settings: TargetSettings) -> di
 
 
 def wished(settings: TargetSettings) -> dict[str, dict[str, float]]:
-    """The distribution with shares that add up to 1, for a report."""
+    """Return the wished distribution, with shares that sum to 1."""
     return {
         name: {value: share / sum(shares.values()) for value, share in shares.items()}
         for name, shares in settings.distribution.items()
@@ -82,7 +87,7 @@ def wished(settings: TargetSettings) -> dict[str, dict[str, float]]:
 
 
 def _counts(shares: Mapping[str, float]) -> list[int]:
-    """The smallest whole numbers in the ratio of the shares, which are read as they are written: 0.1 is a tenth."""
+    """Return the smallest integers in the ratio of the shares, which are read as decimals: 0.1 is exactly a tenth."""
     exact = [Fraction(str(share)) for share in shares.values()]
     scale = math.lcm(*(share.denominator for share in exact))
     whole = [int(share * scale) for share in exact]
@@ -92,7 +97,7 @@ def _counts(shares: Mapping[str, float]) -> list[int]:
 
 @lru_cache(maxsize=256)
 def _cached_counts(shares: tuple[tuple[str, float], ...]) -> tuple[int, ...]:
-    """`_counts`, which takes longer than all the rest, once."""
+    """Return `_counts`, cached because it is the slowest part."""
     return tuple(_counts(dict(shares)))
 
 
@@ -109,9 +114,9 @@ def _value_of(
 
 @lru_cache(maxsize=256)
 def _block(name: str, counts: tuple[int, ...], size: int, block: int, turn: int, seed: int) -> list[int]:
-    """Which value each place of a block has in one turn: as many as the shares say so far, and shuffled."""
+    """Return the index of the value at each place of a block in one turn, according to the shares and shuffled."""
     if size % sum(counts):
-        length = 1 << (size * (turn + 1) - 1).bit_length()  # powers of two, so that few lengths are worked out
+        length = 1 << (size * (turn + 1) - 1).bit_length()  # a power of two, so that the cache holds few lengths
         block_values = np.sort(_sequence(name, counts, length, block, seed)[size * turn : size * (turn + 1)])
     else:
         block_values = np.repeat(np.arange(len(counts)), np.array(counts) * (size // sum(counts)))
@@ -121,12 +126,13 @@ def _block(name: str, counts: tuple[int, ...], size: int, block: int, turn: int,
 
 @lru_cache(maxsize=64)
 def _sequence(name: str, counts: tuple[int, ...], length: int, block: int, seed: int) -> NDArray[np.int64]:
-    """Values in an order of which every beginning has each of them as often as its share says, rounded up or down.
+    """Return value indices in an order whose every prefix meets each share, rounded up or down.
 
-    Number n of a value with share c / s may come from place floor((n - 1) s / c) on and must have come before place
-    ceil(n s / c). Of those that may come, the one that must come first does: a schedule by earliest deadline, which
-    meets all deadlines where any schedule does (Baruah et al., "Proportionate progress", Algorithmica 15, 1996). Ties
-    are broken by the seed, so that no two attributes go hand in hand. A longer sequence begins with the shorter one.
+    Occurrence n of a value with share c / s may come at place floor((n - 1) s / c) at the earliest and must come before
+    place ceil(n s / c). Of the values that may come, the one with the earliest deadline is taken. Earliest-deadline
+    scheduling meets all deadlines if any schedule does (Baruah et al., "Proportionate progress", Algorithmica 15,
+    1996). The seed breaks ties, so that attributes with the same shares are not correlated. A shorter sequence is a
+    prefix of a longer one.
     """
     total, used = sum(counts), [0] * len(counts)
     ties = _random_bits(name, seed, length, block, 1 << 32).tolist()
@@ -141,6 +147,6 @@ def _sequence(name: str, counts: tuple[int, ...], length: int, block: int, seed:
 
 
 def _random_bits(name: str, seed: int, count: int, *which: int) -> NDArray[np.uint64]:
-    """Raw bits, which numpy promises never to change; each attribute has its own."""
+    """Return random 64-bit integers, separate for each attribute; numpy guarantees that this stream never changes."""
     entropy = (seed, zlib.crc32(name.encode()), *which)
     return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)

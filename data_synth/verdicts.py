@@ -1,7 +1,7 @@
-"""From measured candidates to pairs: filters, the choice among tries, duplicates across the build, and reviewers.
+"""Decide which measured candidates become pairs: filters, the best candidate of a target, duplicates, and reviews.
 
-Nothing here is kept: it follows from what the store holds and from the settings, so that another threshold only means
-reading again.
+Verdicts are not stored. They are derived from the store and the settings, so a changed threshold only needs another
+pass over the store.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,22 +17,22 @@ UNDECIDED = "waits for a reviewer"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one story."""
+    """The verdict on one target."""
 
     outcome: Outcome
-    cases: tuple[Case, ...] = ()  # its measured candidates, of which at most one has no rejection
-    pair: Pair | None = None  # that one; its prompt may be a reviewer's
+    cases: tuple[Case, ...] = ()  # its measured candidates; at most one has no rejection
+    pair: Pair | None = None  # from the case without a rejection; a reviewer may have changed its prompt
 
     @property
     def rejections(self) -> list[Rejection]:
-        """Of what was never measured, then of candidates."""
+        """The rejections before measurement, then those of candidates."""
         return [*self.outcome.losses, *(case.rejection for case in self.cases if case.rejection is not None)]
 
 
 def verdict(outcome: Outcome, filters: FilterSettings) -> Verdict:
-    """What a story's tries are worth by themselves: the best of those that pass the filters is a pair.
+    """Judge the candidates of one target on their own: the best of those that pass the filters becomes a pair.
 
-    A story that is parked is worth nothing yet.
+    A deferred target has no cases and no pair yet.
     """
     if outcome.deferred is not None or outcome.reference is None or outcome.spec is None:
         return Verdict(outcome)
@@ -54,13 +54,13 @@ def verdict(outcome: Outcome, filters: FilterSettings) -> Verdict:
 
 
 def without_duplicates(verdicts: Iterable[Verdict], duplicates: Mapping[str, Rejection]) -> Iterator[Verdict]:
-    """The same, with pairs whose targets are too close to another's rejected."""
+    """Yield the verdicts, with pairs rejected whose targets are near-duplicates of another target."""
     for one in verdicts:
         yield _rejected(one, duplicates[one.pair.target.key]) if one.pair and one.pair.target.key in duplicates else one
 
 
 def reviewed(verdicts: Iterable[Verdict], decided: Mapping[str, Decision], required: bool) -> Iterator[Verdict]:
-    """The same, as reviewers left them; `required`: what nobody decided on is held back."""
+    """Yield the verdicts with the reviewers' decisions applied; `required`: reject pairs without a decision."""
     for one in verdicts:
         if one.pair is None:
             yield one
@@ -75,7 +75,7 @@ def reviewed(verdicts: Iterable[Verdict], decided: Mapping[str, Decision], requi
 
 
 def _without_old_captions(pair: Pair, review_result: Pair) -> Pair:
-    """A pair whose prompt was fixed keeps no other captions of its target: they may be wrong in the same way."""
+    """Remove the target's other captions if a reviewer fixed the prompt, because they may contain the same error."""
     if review_result.spec.prompt == pair.spec.prompt:
         return review_result
     facts = {name: value for name, value in review_result.target.facts.items() if name != "captions"}

@@ -1,9 +1,9 @@
-"""Pictures of the portrait world on disk: PNGs and one metadata.jsonl row for each, or webdataset shards.
+"""Write pictures of the portrait world to disk: PNG files with one metadata.jsonl row each, or webdataset shards.
 
-Every picture follows from (seed, person, number) alone, so a build can be killed at any moment and carried on, and
-asking for more people or more pictures later keeps those that are there. A picture is finished when its row is in
-metadata.jsonl; the PNG is in place, whole, before the row is written. Shards are for training: a person's first
-picture is the reference, the others are its targets. They are finished one at a time, and hold what they were made for.
+Every picture depends only on (seed, person, number). So the command can be killed at any moment and resumed, and a
+later run with more people or pictures keeps the existing ones. A picture is finished when its row is in metadata.jsonl;
+the complete PNG is written before the row. Shards are for training: the first picture of a person is the reference and
+the others are its targets. Shards are finished one at a time, and a folder of shards accepts only the same settings.
 """
 
 import io
@@ -28,14 +28,14 @@ from imagine.world.seeds import DEMO, HELD_OUT, JUDGE, TRAIN
 RANGES = {"train": TRAIN, "judge": JUDGE, "held_out": HELD_OUT, "demo": DEMO}
 SIZES = range(16, 1025)
 FORMAT_VERSION = 1
-_BATCH = 16  # pictures drawn at once; always the same ones together, so that a resumed build equals a straight one
+_BATCH = 16  # pictures rendered together; the batches never change, so a resumed run gives the same bytes
 
 
 @dataclass(frozen=True)
 class WorldSettings:
     """What to draw: `images` pictures of each of `identities` people, `size` pixels square.
 
-    `shards` is how many records each shard holds; None is for PNG files.
+    shards: number of records per shard; None: write PNG files. Raises ConfigError for values out of range.
     """
 
     identities: int
@@ -47,7 +47,7 @@ class WorldSettings:
 
     def __post_init__(self) -> None:
         if self.people not in RANGES:
-            raise ConfigError(f"There are no people called {self.people!r}: choose one of {', '.join(RANGES)}.")
+            raise ConfigError(f"There is no range of people called {self.people!r}: choose one of {', '.join(RANGES)}.")
         most = len(RANGES[self.people])
         if not 1 <= self.identities <= most:
             raise ConfigError(f"{self.identities} identities cannot be drawn: give 1 to {most:,}.")
@@ -58,7 +58,7 @@ class WorldSettings:
         if self.seed < 0:
             raise ConfigError(f"The seed is {self.seed}: give 0 or more.")
         if self.shards is not None and self.shards < 1:
-            raise ConfigError(f"{self.shards} records do not make a shard: give 1 or more.")
+            raise ConfigError(f"A shard of {self.shards} records cannot be written: give 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,19 @@ class _Job:
     number: int  # of the person, from 0
     image: int  # which of the person's pictures, from 0
     identity: int  # the person's seed: sample_people([identity]) is this person again
-    context: int  # the context's seed, likewise
+    context: int  # the context's seed, for sample_contexts
 
     @property
     def file(self) -> str:
-        """Below the output folder."""
+        """The path below the output folder."""
         return f"images/{self.number:06d}/{self.image:04d}.png"
 
 
 def build(settings: WorldSettings, output: Path, report: Callable[[int], None] = lambda done: None) -> Path:
     """Draw what is missing in `output` and return the path of its metadata.jsonl.
 
-    `report` is told how many pictures are done, first those found from an earlier run. Raises ConfigError if `output`
-    cannot be used or holds pictures made with another size, seed or range of people.
+    report: receives the number of finished pictures, first that of an earlier run. Raises ConfigError if `output`
+    cannot be used or holds pictures with another size, seed or range of people.
     """
     table = output / "metadata.jsonl"
     _open_folder(settings, output)
@@ -97,13 +97,13 @@ def build(settings: WorldSettings, output: Path, report: Callable[[int], None] =
 
 
 def build_shards(settings: WorldSettings, output: str, report: Callable[[int], None] = lambda done: None) -> str:
-    """Write what is missing of the shards in `output`, a folder on any filesystem, and return its data sheet's address.
+    """Write the missing shards to `output`, a folder on any filesystem, and return the address of its data sheet.
 
-    `report` is told how many pictures are in shards or on the way there, first those found from an earlier run. Raises
-    ConfigError if `output` cannot be used or holds pictures made with other settings.
+    report: receives the number of pictures written so far, first that of an earlier run. Raises ConfigError if `output`
+    cannot be used or holds pictures with other settings.
     """
     if Path(output, "world.json").exists():
-        raise ConfigError(f"{output} holds pictures as PNG files: give another folder for shards.")
+        raise ConfigError(f"{output} holds pictures as PNG files: choose another folder for shards.")
     assert settings.shards is not None, "these settings are for PNG files"
     with ShardWriter(output, _about(settings), settings.shards) as writer:
         done = 0
@@ -122,14 +122,14 @@ def _about(settings: WorldSettings) -> DatasheetInfo:
     return DatasheetInfo(
         title="Pictures of the portrait world",
         purpose=(
-            "Made to train and to measure personalised image generation where the truth is known. These are stylised "
-            "people from a renderer: they say nothing about how photographs of real people come out."
+            "Made to train and evaluate personalised image generation with known ground truth. The pictures show "
+            "stylised, rendered people: results on them say nothing about photographs of real people."
         ),
         collection=(
-            "Drawn by imagine.world; captions, attributes, boxes and landmarks come from the numbers that the pictures "
-            "were drawn from. Nothing was photographed, and nobody shown exists."
+            "Rendered by imagine.world; captions, attributes, boxes and landmarks come from the parameters of the "
+            "renderer. The set contains no photographs and no real people."
         ),
-        licence="Apache-2.0, as the renderer",
+        licence="Apache-2.0, like the renderer",
         seeds={"seed": settings.seed},
         settings={
             "people": settings.people,
@@ -142,7 +142,7 @@ def _about(settings: WorldSettings) -> DatasheetInfo:
 
 
 def _batches(settings: WorldSettings) -> Iterator[list[_Job]]:
-    """All jobs, person by person, in batches; the first N people of a seed are the same whatever N is."""
+    """Yield all jobs in batches, person by person; the first N people of a seed are the same for every N."""
     people = RANGES[settings.people]
     order = np.random.default_rng(settings.seed).permutation(len(people))[: settings.identities].tolist()
     jobs = (
@@ -155,7 +155,7 @@ def _batches(settings: WorldSettings) -> Iterator[list[_Job]]:
 
 
 def _seed(*parts: int) -> int:
-    """One 63-bit seed out of several numbers."""
+    """Return one 63-bit seed derived from several numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -168,7 +168,7 @@ def _draw(settings: WorldSettings, batch: list[_Job], missing: Sequence[int], ou
 
 
 def _records(settings: WorldSettings, batch: list[_Job], missing: Sequence[int]) -> Iterator[Record]:
-    """The missing pictures of a batch as records of pairs."""
+    """Yield the missing pictures of a batch as records of pairs."""
     for job, png, row in _drawn(settings, batch, missing):
         left, top, width, height = row["box"]
         yield Record(
@@ -187,7 +187,10 @@ def _records(settings: WorldSettings, batch: list[_Job], missing: Sequence[int])
 def _drawn(
     settings: WorldSettings, batch: list[_Job], missing: Sequence[int]
 ) -> Iterator[tuple[_Job, bytes, dict[str, Any]]]:
-    """PNG and row of the missing pictures; all of the batch are drawn, as the last bit depends on the company."""
+    """Yield the PNG and row of each missing picture.
+
+    The whole batch is rendered, because the last bit of a picture can depend on the batch.
+    """
     people = sample_people([job.identity for job in batch])
     contexts = sample_contexts([job.context for job in batch])
     drawn = render(people, contexts, size=settings.size)
@@ -214,7 +217,7 @@ def _rounded(values: Tensor) -> Any:
 
 
 def _png(image: Tensor) -> bytes:
-    """(3, S, S), 0 to 1, as a PNG file."""
+    """Encode an image (3, S, S), 0 to 1, as a PNG file."""
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
@@ -222,7 +225,7 @@ def _png(image: Tensor) -> bytes:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """So that the file is either whole or not there."""
+    """Write a file so that it is either complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_bytes(content)
@@ -237,7 +240,7 @@ def _append(table: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _finished(output: Path, table: Path) -> set[str]:
-    """The files that are done; a row torn by a kill, or one whose picture has gone, is taken out of the table."""
+    """Return the finished files; remove rows from the table that are incomplete or have lost their picture."""
     if not table.exists():
         return set()
     with table.open(encoding="utf-8", newline="\n") as rows:
@@ -262,11 +265,11 @@ def _file_of(line: str) -> str | None:
 
 
 def _open_folder(settings: WorldSettings, output: Path) -> None:
-    """Make the folder, or check that it was made with the same settings."""
+    """Create the folder, or check that it was created with the same settings."""
     wanted = {"version": FORMAT_VERSION, "size": settings.size, "seed": settings.seed, "people": settings.people}
     settings_file = output / "world.json"
     if (output / SETTINGS).exists():
-        raise ConfigError(f"{output} holds shards: give another folder for PNG files.")
+        raise ConfigError(f"{output} holds shards: choose another folder for PNG files.")
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not settings_file.exists():
@@ -275,7 +278,9 @@ def _open_folder(settings: WorldSettings, output: Path) -> None:
             os.replace(part, settings_file)
         existing = json.loads(settings_file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{output} cannot be used as the output folder ({error}): give another one.") from error
+        raise ConfigError(f"{output} cannot be used as the output folder ({error}): choose another one.") from error
     if existing != wanted:
         differences = ", ".join(f"{key} {existing.get(key)}" for key in wanted if existing.get(key) != wanted[key])
-        raise ConfigError(f"{output} holds pictures made with {differences}: give the same settings or another folder.")
+        raise ConfigError(
+            f"{output} holds pictures made with {differences}: give the same settings, or choose another folder."
+        )

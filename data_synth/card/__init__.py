@@ -1,1 +1,1 @@
-"""The data card of a build and its funnel."""
+"""The data card and the funnel of a build."""

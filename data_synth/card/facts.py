@@ -1,11 +1,11 @@
-"""The data card: what is in a finished build, what was thrown away, and for whom it works less well.
+"""Compute the facts of the data card: what a build contains, what was rejected, and which groups have worse results.
 
-`make_card` reads the measured candidates once, in any order, and counts; only the pictures of a few stay in memory,
-chosen by their keys. `card.page.write_card` puts card.json and card.html (one self-contained page) beside the
+`make_card` counts the measured candidates in one pass, in any order. It holds only a few pictures in memory, selected
+by a hash of their keys. `card.page.write_card` writes card.json and card.html (one self-contained page) beside the
 shards.
 
-To which group a person belongs, such as a skin tone or an age, is known only if the import says it: the "groups" of a
-reference's facts. The card never guesses it from a photo; where nobody says it, the card says "not known".
+The groups of a person, such as skin tone or age, come only from the import: the "groups" of a reference's facts. The
+card never guesses them from a photo; without that information it shows "not known".
 """
 
 import hashlib
@@ -22,32 +22,34 @@ from data_synth.filters import STAGES, stage_of
 from data_synth.records import Case, LostTarget, Measures, Reference, Rejection, TargetSpec
 
 UNKNOWN = "not known"
-PEOPLE = ("skin tone", "age")  # groups that every card speaks of, known or not
+PEOPLE = ("skin tone", "age")  # groups that every card lists, even if they are not known
 POSE = ("expression", "yaw", "pitch", "roll", "gaze")
 CARD_ATTRIBUTES = (*POSE, "scene", "light", "style", "framing", "clothes", "headwear", "held")
 BINS = 50  # of similarity, from -1 to 1, and of difference, from 0 to 1
 VERSION = 1  # of card.json
 
-_LATER_STAGES = ("choice", "duplicates", "review")  # what was taken out there passed by itself
+_LATER_STAGES = ("choice", "duplicates", "review")  # a candidate rejected at these stages passed the filters on its own
 Item = TypeVar("Item")
 
 
 class CardSettings(BaseModel):
-    """How much is shown, and when a group is said to fall behind."""
+    """How many examples the card shows, and when it names a group as falling behind."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pairs: int = Field(default=24, ge=0)  # on the contact sheet
-    examples: int = Field(default=3, ge=0)  # of each reason for a rejection
-    least: int = Field(default=30, ge=2)  # people in a group, or candidates with one aim: of fewer nothing is said
-    level: float = Field(default=0.01, gt=0, lt=1)  # of the test, before it is divided by the number of tests
-    pass_rate: float = Field(default=0.05, ge=0)  # a smaller gap than this is not named, however sure it is
-    similarity: float = Field(default=0.02, ge=0)
+    examples: int = Field(default=3, ge=0)  # per reason of a rejection
+    # minimum number of people in a group, or of candidates with one aim, for a test
+    least: int = Field(default=30, ge=2)
+    level: float = Field(default=0.01, gt=0, lt=1)  # significance level, before division by the number of tests
+    # a smaller gap in the pass rate is not named, even if it is significant
+    pass_rate: float = Field(default=0.05, ge=0)
+    similarity: float = Field(default=0.02, ge=0)  # the same for the similarity
 
 
 @dataclass(frozen=True)
 class Card:
-    """All that card.json says, and the cases whose pictures card.html shows."""
+    """The content of card.json, and the cases whose pictures card.html shows."""
 
     facts: Mapping[str, Any]
     pairs: tuple[Case, ...] = field(repr=False)
@@ -61,11 +63,11 @@ def make_card(
     wished: Mapping[str, Mapping[str, float]] | None = None,
     settings: CardSettings | None = None,
 ) -> Card:
-    """Count everything once. The same cases give the same card, in whatever order they come.
+    """Count everything in one pass and return the card, which does not depend on the order of the cases.
 
-    cases: measured candidates, and targets that were lost before. others: rejections of what was never measured, from
-    import to refinement. about: what cannot be counted, shown as it
-    is: title, licence, seeds, model ids. wished: the distribution of the targets, as `targets.wished` gives it.
+    cases: measured candidates, and targets without one. others: rejections before the measurement, from import to
+    refinement. about: facts that are shown unchanged: title, licence, seeds, model ids. wished: the distribution of the
+    targets, as returned by `targets.wished`.
     """
     settings = settings or CardSettings()
     tally = _Tally(settings)
@@ -80,7 +82,7 @@ def make_card(
 
 
 def groups_of(reference: Reference) -> dict[str, str]:
-    """The groups that the import says a reference's person belongs to, and UNKNOWN for those of PEOPLE it does not."""
+    """Return the groups that the import states for a reference's person, with UNKNOWN for missing ones of PEOPLE."""
     stated = reference.facts.get("groups")
     known = {str(name): str(value) for name, value in stated.items()} if isinstance(stated, Mapping) else {}
     return {**dict.fromkeys(PEOPLE, UNKNOWN), **known}
@@ -88,7 +90,7 @@ def groups_of(reference: Reference) -> dict[str, str]:
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 class _Tally:
-    """What is counted of cases as they pass by."""
+    """The counters of one pass over the cases."""
 
     def __init__(self, settings: CardSettings) -> None:
         self.settings = settings
@@ -97,8 +99,8 @@ class _Tally:
         self.num_candidates = 0
         self.kept = 0
         self.people: dict[str, _Person] = {}
-        self.aims: dict[tuple[str, str], _Sums] = {}  # of candidates
-        self.aim_counts: Counter[tuple[str, str]] = Counter()  # aims of asks, each ask once
+        self.aims: dict[tuple[str, str], _Sums] = {}  # candidates by aim
+        self.aim_counts: Counter[tuple[str, str]] = Counter()  # aims of target specifications, each specification once
         self.pair_aim_counts: Counter[tuple[str, str]] = Counter()  # aims of pairs
         self.pair_attribute_counts: Counter[tuple[str, str]] = Counter()  # attributes of pairs' targets
         self.histograms = {name: _Histogram(low) for name, low in (("similarity", -1.0), ("difference", 0.0))}
@@ -120,7 +122,7 @@ class _Tally:
         self.examples.setdefault(reason, _Sample(self.settings.examples)).add(case.candidate.key, case)
 
     def add_lost_target(self, loss: LostTarget) -> None:
-        """Count a target that came to nothing."""
+        """Count a target without a measured candidate."""
         self._person(loss.reference).sums.lost += 1
         if loss.spec is not None:
             self._add_spec(loss.spec)
@@ -154,7 +156,7 @@ class _Tally:
         return {reason: tuple(self.examples[reason].items()) for reason in sorted(self.examples)}
 
     def facts(self, about: Mapping[str, Any], wished: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """The content of card.json, in a fixed order."""
+        """Return the content of card.json, in a fixed order."""
         steps: dict[str, dict[str, int]] = {}
         for (step, reason), count in sorted(self.rejected.items()):
             steps.setdefault(step, {})[reason] = count
@@ -182,7 +184,7 @@ class _Tally:
         }
 
     def _attributes(self, wished: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """Attribute -> value -> share wished, how many asks and pairs ask for it, and how many pairs show it."""
+        """Return attribute -> value -> the wished share, and counts of targets and of pairs (see `_value_row`)."""
         names = dict.fromkeys(
             [*CARD_ATTRIBUTES, *wished, *sorted({name for name, _ in (*self.aim_counts, *self.pair_attribute_counts)})]
         )
@@ -195,6 +197,7 @@ class _Tally:
         return table
 
     def _value_row(self, name: str, value: str, wished: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Return the wished share, counts of targets and pairs that aim at the value, and of pairs that show it."""
         return {
             "wished": wished.get(name, {}).get(value),
             "asked": self.aim_counts[name, value],
@@ -213,7 +216,7 @@ class _Tally:
         return dict(sorted(self.aims.items()))
 
     def _people(self) -> dict[str, Any]:
-        """Group -> value -> how many people, candidates, pairs and lost targets, and their means."""
+        """Return group -> value -> numbers of people, candidates, pairs and lost targets, and the means."""
         table: dict[str, Any] = {}
         for (name, value), people in self._groups().items():
             sums = _Sums.of([person.sums for person in people])
@@ -228,7 +231,7 @@ class _Tally:
 
 
 def _stage(case: Case) -> str | None:
-    """The filter that took a candidate out, "" for none; people have reasons of their own."""
+    """Return the filter that rejected a candidate, or "" for none; "review" has its own reasons."""
     if case.rejection is None:
         return ""
     return "review" if case.rejection.step == "review" else stage_of(case.rejection.reason)
@@ -236,12 +239,12 @@ def _stage(case: Case) -> str | None:
 
 @dataclass
 class _Sums:
-    """Sums over candidates; of squares too, for the tests."""
+    """Sums over candidates, with sums of squares for the tests."""
 
     candidates: int = 0
     passed: int = 0
     lost: int = 0  # targets without a candidate
-    similarities: list[float] = field(default_factory=lambda: [0, 0.0, 0.0])  # how many, sum, sum of squares
+    similarities: list[float] = field(default_factory=lambda: [0, 0.0, 0.0])  # count, sum, sum of squares
     differences: list[float] = field(default_factory=lambda: [0, 0.0, 0.0])
 
     def add(self, measures: Measures, passed: bool) -> None:
@@ -255,7 +258,7 @@ class _Sums:
 
     @property
     def tried(self) -> int:
-        """What could have passed."""
+        """The number of candidates and lost targets, the denominator of the pass rate."""
         return self.candidates + self.lost
 
     @staticmethod
@@ -280,7 +283,7 @@ class _Sums:
 
 @dataclass
 class _Person:
-    """One person's groups, and what was made of them."""
+    """One person's groups, candidates and pairs."""
 
     groups: Mapping[str, str]
     sums: _Sums = field(default_factory=_Sums)
@@ -288,7 +291,7 @@ class _Person:
 
 
 class _Histogram:
-    """Counts by bin and by the filter that took a candidate out ("" for none of them)."""
+    """Counts by bin and by the filter that rejected a candidate ("" for none)."""
 
     def __init__(self, low: float) -> None:
         self.low = low
@@ -301,7 +304,7 @@ class _Histogram:
         self.counts.setdefault(stage, [0] * BINS)[max(0, min(BINS - 1, place))] += 1
 
     def as_json(self) -> dict[str, Any]:
-        """What there was before any filter, and what was left after each, in their order."""
+        """Return the counts before all filters and after each filter, in their order."""
         left = [sum(column) for column in zip(*self.counts.values(), strict=True)] or [0] * BINS
         table = {"before": left}
         for stage in STAGES:
@@ -311,7 +314,7 @@ class _Histogram:
 
 
 class _Sample(Generic[Item]):
-    """Some of many items, the same ones in whatever order they come: those whose keys' hashes are least."""
+    """A sample that does not depend on the order of the items: those with the smallest hashes of their keys."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -330,10 +333,10 @@ def _ratio(total: float, count: float) -> float | None:
     return round(total / count, 4) if count else None
 
 
-# --- who falls behind -------------------------------------------------------------------------------------------------
+# --- groups that fall behind ------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Mean:
-    """Mean, variance of single values, and how many of them."""
+    """Mean, variance and number of values."""
 
     value: float
     variance: float
@@ -347,11 +350,11 @@ class _Mean:
 def _test_groups(
     groups: Mapping[tuple[str, str], list[_Person]], aims: Mapping[tuple[str, str], _Sums], settings: CardSettings
 ) -> dict[str, Any]:
-    """Which groups of people, and which aims, fall clearly behind all others; and how that was found out.
+    """Return the groups of people and the aims that fall significantly behind all others, and describe the method.
 
-    Each is compared with all the others of its kind (known skin tones with known skin tones) by Welch's one-sided test,
-    on pass rate and on similarity. People are the units of their groups, each with the mean of their candidates,
-    because the candidates of one person go together; of aims, candidates are the units.
+    Each is compared with all others of its kind (a known skin tone with the other known skin tones) by Welch's
+    one-sided test, on pass rate and on similarity. For groups the samples are people, each with the mean of their
+    candidates, because the candidates of one person are correlated. For aims the samples are candidates.
     """
     found, too_few = [], []
     for kind, table in (("people", _people_means(groups)), ("aims", _aim_means(aims))):
@@ -417,7 +420,7 @@ def _mean_from_sums(count: float, total: float, squares: float) -> _Mean | None:
 
 
 def _compare(what: str, group: _Mean, others: _Mean) -> dict[str, Any]:
-    """Means and p, the chance of such a gap if there were none: by the normal distribution, as counts are large."""
+    """Return the means and the p-value of their gap, by the normal distribution, because the counts are large."""
     gap = others.value - group.value
     error = math.sqrt(group.variance / group.count + others.variance / others.count)
     p = 0.5 * math.erfc(gap / error / math.sqrt(2)) if error > 0 else float(gap <= 0)
@@ -432,10 +435,10 @@ def _compare(what: str, group: _Mean, others: _Mean) -> dict[str, Any]:
 
 def _method_text(settings: CardSettings) -> str:
     return (
-        f"A group is named if it and the others have {settings.least} people or more (an aim: candidates), its mean "
-        f"lies below the others' by {settings.pass_rate:g} of the pass rate or {settings.similarity:g} of the "
-        f"similarity or more, and Welch's one-sided test gives p below {settings.level:g} divided by the number of "
-        "tests. People count once, with the mean of their candidates. The pass rate is the share of candidates that "
-        "pass the filters by themselves, the best try or not, before duplicates and reviewers; a target of which no "
-        "candidate could be measured counts as one that did not."
+        f"A group is named if all of this holds: it and the others have at least {settings.least} people each (for an "
+        f"aim: candidates); its mean pass rate is at least {settings.pass_rate:g} lower, or its mean similarity at "
+        f"least {settings.similarity:g} lower; and Welch's one-sided test gives p below {settings.level:g} divided by "
+        "the number of tests. Each person counts once, with the mean of their candidates. The pass rate is the share "
+        "of candidates that pass the filters on their own, before the choice of the best candidate, duplicates and "
+        "reviews. A target without a measured candidate counts as a candidate that failed."
     )

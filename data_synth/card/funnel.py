@@ -1,7 +1,8 @@
-"""The funnel of a build: how many targets are left after each step and each filter, for what reasons the others fell
-out, and what every round of refinement did.
+"""Compute, print and plot the funnel of a build.
 
-A target is counted as far as its best try got. Kept as funnel.json and funnel.png, and printed.
+The funnel counts the targets that remain after each step and each filter, the reasons of all rejections, and the effect
+of each round of refinement. A target counts as far as its best candidate got. The funnel is written as funnel.json and
+funnel.png, and printed.
 """
 
 import io
@@ -25,31 +26,29 @@ _BAR, _ROW, _LABEL, _NUMBER = 520, 26, 210, 150  # pixels of funnel.png
 
 @dataclass
 class Funnel:
-    """What is counted of a build."""
+    """The counters of a build."""
 
     photos: int = 0  # found by the import
     references: int = 0
     targets: int = 0
-    deferred_reasons: Counter[tuple[str, str]] = field(
-        default_factory=Counter
-    )  # (step, reason) of targets that are parked
-    example_details: dict[tuple[str, str], str] = field(
-        default_factory=dict
-    )  # of each of those, the first one's sentence
-    reached: Counter[str] = field(default_factory=Counter)  # how far targets got: step or filter
-    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  # (step, reason) of everything that fell out
+    # (step, reason) of deferred targets
+    deferred_reasons: Counter[tuple[str, str]] = field(default_factory=Counter)
+    # the sentence of the first deferred target, by (step, reason)
+    example_details: dict[tuple[str, str], str] = field(default_factory=dict)
+    reached: Counter[str] = field(default_factory=Counter)  # targets that passed, by step or filter
+    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  # (step, reason) of all rejections
     refined: dict[int, "_RefinementEffect"] = field(default_factory=dict)  # by round
     measured: "_Means" = field(default_factory=lambda: _Means())  # all candidates
     kept: "_Means" = field(default_factory=lambda: _Means())  # pairs
-    seen: set[str] = field(default_factory=set)  # keys of what several targets lost together
+    seen: set[str] = field(default_factory=set)  # keys of rejections that several targets share
 
     @property
     def deferred(self) -> int:
-        """How many targets wait for the next build."""
+        """The number of targets deferred to the next run."""
         return self.deferred_reasons.total()
 
     def watch(self, verdicts: Iterable[Verdict]) -> Iterator[Verdict]:
-        """Count verdicts as they pass by."""
+        """Count verdicts and yield them unchanged."""
         for verdict in verdicts:
             self.add(verdict)
             yield verdict
@@ -73,7 +72,7 @@ class Funnel:
                 self.refined.setdefault(after.candidate.round, _RefinementEffect()).add(before, after)
 
     def reject(self, rejection: Rejection) -> None:
-        """Count what fell out, once: a caption that failed is lost to all of its reference's targets."""
+        """Count a rejection; one of the import or the captioner counts once, because a reference's targets share it."""
         if rejection.step in ("caption", "import"):
             if rejection.key in self.seen:
                 return
@@ -81,14 +80,14 @@ class Funnel:
         self.reasons[rejection.step, rejection.reason] += 1
 
     def rows(self) -> list[tuple[str, int]]:
-        """The funnel from its top to its bottom."""
+        """Return the rows of the funnel, from top to bottom."""
         rows = [("photos found", self.photos), ("references", self.references), ("targets asked for", self.targets)]
         rows += [(name, self.reached[name]) for name in _STEPS]
         rows += [(f"filter: {name}", self.reached[name]) for name in STAGES if name != "choice"]
         return [*rows, ("pairs", self.kept.count)]
 
     def as_json(self) -> dict[str, Any]:
-        """The content of funnel.json."""
+        """Return the content of funnel.json."""
         return {
             "rows": [{"name": name, "count": count} for name, count in self.rows()],
             "rejected": _by_step(self.reasons),
@@ -122,11 +121,11 @@ class _Means:
 
 @dataclass
 class _RefinementEffect:
-    """What one round of refinement did to those candidates that it was tried on."""
+    """The effect of one round of refinement on the candidates that it was applied to."""
 
     before: _Means = field(default_factory=_Means)
     after: _Means = field(default_factory=_Means)
-    better: int = 0  # candidates that are more like the reference than before
+    better: int = 0  # candidates that became more similar to the reference
 
     def add(self, before: Case, after: Case) -> None:
         self.before.add(before.measures)
@@ -139,7 +138,7 @@ class _RefinementEffect:
 
 
 def _by_step(counted: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
-    """Step -> reason -> how many."""
+    """Return step -> reason -> count."""
     table: dict[str, dict[str, int]] = {}
     for (step, reason), count in sorted(counted.items()):
         table.setdefault(step, {})[reason] = count
@@ -147,7 +146,7 @@ def _by_step(counted: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
 
 
 def _passed_steps(verdict: Verdict) -> list[str]:
-    """The steps and filters that a target's best try got past."""
+    """Return the steps and filters that a target's best candidate passed."""
     lost = {rejection.step for rejection in verdict.outcome.losses}
     if verdict.outcome.deferred is not None:
         lost.add(verdict.outcome.deferred.step)
@@ -161,15 +160,15 @@ def _passed_steps(verdict: Verdict) -> list[str]:
 
 
 def _failed_stage(case: Case, stages: Sequence[str]) -> int:
-    """The place of the filter that a candidate did not pass; beyond the last for a pair."""
+    """Return the index of the filter that a candidate did not pass, or the number of filters for a pair."""
     if case.rejection is None:
         return len(stages)
     return stages.index("review" if case.rejection.step == "review" else stage_of(case.rejection.reason) or "measured")
 
 
-# --- showing it -------------------------------------------------------------------------------------------------------
+# --- printing and plotting --------------------------------------------------------------------------------------------
 def print_funnel(funnel: Funnel, console: Console) -> None:
-    """Print the funnel, the reasons and the effect of each round."""
+    """Print the funnel, the reasons of rejections and deferrals, and the effect of each round of refinement."""
     rows = funnel.rows()
     most = max(count for _, count in rows) or 1
     table = Table(title="Funnel", title_justify="left", box=None, show_header=False)
@@ -177,7 +176,7 @@ def print_funnel(funnel: Funnel, console: Console) -> None:
         table.add_row(name, f"{count:,}", "█" * round(40 * count / most))
     console.print(table)
     if funnel.reasons:
-        table = Table(title="Fell out", title_justify="left", box=None, show_header=False)
+        table = Table(title="Rejected", title_justify="left", box=None, show_header=False)
         for (step, reason), count in funnel.reasons.most_common():
             table.add_row(step, reason, f"{count:,}")
         console.print(table)
@@ -188,15 +187,17 @@ def print_funnel(funnel: Funnel, console: Console) -> None:
             f"{after.get('similarity')}, difference {before.get('difference')} -> {after.get('difference')}"
         )
     if funnel.deferred:
-        console.print(f"{funnel.deferred:,} targets are parked (parked.jsonl): the same command tries them again.")
-        table = Table(title="Parked", title_justify="left", box=None, show_header=False)
+        console.print(
+            f"{funnel.deferred:,} targets are deferred (parked.jsonl): run the same command again to retry them."
+        )
+        table = Table(title="Deferred", title_justify="left", box=None, show_header=False)
         for (step, reason), count in funnel.deferred_reasons.most_common():
-            table.add_row(step, reason, f"{count:,}", f"such as: {funnel.example_details[step, reason]}")
+            table.add_row(step, reason, f"{count:,}", f"for example: {funnel.example_details[step, reason]}")
         console.print(table)
 
 
 def plot(funnel: Funnel) -> bytes:
-    """The funnel as a PNG file."""
+    """Draw the funnel and return it as a PNG file."""
     rows = funnel.rows()
     image = Image.new("RGB", (_LABEL + _BAR + _NUMBER, _ROW * len(rows) + 20), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
@@ -217,6 +218,6 @@ def _colour(name: str) -> str:
 
 
 def _share(rows: Sequence[tuple[str, int]], place: int) -> str:
-    """What is left of the targets, in per cent; nothing for the rows above them."""
+    """Return the remaining share of the targets in per cent, or "" for the rows above the targets."""
     targets = dict(rows)["targets asked for"]
     return f"({rows[place][1] / targets:.0%})" if place > 2 and targets else ""

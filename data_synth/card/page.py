@@ -1,6 +1,6 @@
-"""The data card as one self-contained page: tables, drawings in SVG, and a few pictures inside it.
+"""Write the data card as one self-contained HTML page: tables, SVG charts and a few embedded pictures.
 
-Whatever comes from outside (captions, names, reasons) is escaped, so that nobody's metadata runs in a reader's browser.
+All text from outside (captions, names, reasons) is escaped, so that no metadata can run code in a reader's browser.
 """
 
 import base64
@@ -36,7 +36,7 @@ _TITLES = {"yaw": "head turn", "pitch": "chin", "roll": "head tilt"}
 
 
 def write_card(card: Card, folder: Path) -> Path:
-    """Write card.json and card.html into an existing folder; returns the page's path."""
+    """Write card.json and card.html into an existing folder and return the page's path."""
     text = json.dumps(card.facts, indent=1, ensure_ascii=False) + "\n"
     (folder / "card.json").write_text(text, encoding="utf-8", newline="\n")
     (folder / "card.html").write_text(page(card), encoding="utf-8", newline="\n")
@@ -44,38 +44,37 @@ def write_card(card: Card, folder: Path) -> Path:
 
 
 def page(card: Card) -> str:
-    """The whole of card.html."""
+    """Return the content of card.html."""
     facts = card.facts
     title = html.escape(str(facts["about"].get("title", "Pairs")))
     parts = [
         f"<h1>Data card: {title}</h1>", _counts(facts), _about(facts["about"]),
-        "<h2>Who falls behind</h2>", _groups_behind(facts["behind"]),
+        "<h2>Groups that fall behind</h2>", _groups_behind(facts["behind"]),
         "<h2>People</h2>", _people(facts["people"]),
         "<h2>Pairs</h2>", _pair_sheet(card.pairs),
         "<h2>Distributions</h2>", _attributes(facts["attributes"]),
         "<h2>Identity similarity and difference, filter by filter</h2>", _histograms(facts["histograms"]),
         _rounds(facts["rounds"]),
         "<h2>Rejected</h2>", _rejected(facts["rejected"]), _examples(card.examples),
-        "<h2>What this card cannot say</h2>", f"<p>{_LIMITS}</p>",
+        "<h2>Limits of this card</h2>", f"<p>{_LIMITS}</p>",
     ]  # fmt: skip
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     return f"{head}<title>Data card: {title}</title><style>{_STYLE}</style>{''.join(parts)}</html>\n"
 
 
 _LIMITS = (
-    "Similarity is one recogniser's opinion, and it sees some people better than others: a group that falls behind may "
-    "be drawn worse, or only recognised worse. Attributes are what the build was told or what a reader saw, not what "
-    "people saw. Skin tone and age are known only where the import says them; they are never guessed from a photo. "
-    "What the import took out is told by reason and not by group. "
-    "Pictures are examples chosen by hash, not the best ones."
+    "Similarity comes from one recogniser, which recognises some people better than others: a group that falls behind "
+    "may be generated worse, or only be recognised worse. Attributes come from the build or from a model, not from "
+    "human annotation. Skin tone and age come only from the import; they are never guessed from a photo. Rejections by "
+    "the import are listed by reason, not by group. The pictures are examples selected by a hash, not the best ones."
 )
 
 
 def _counts(facts: Mapping[str, Any]) -> str:
     counts = facts["counts"]
     return (
-        f"<p>{counts['pairs']:,} pairs from {counts['candidates']:,} measured candidates for {counts['asks']:,} asks "
-        f"of {counts['people']:,} people.</p>"
+        f"<p>{counts['pairs']:,} pairs from {counts['candidates']:,} measured candidates for {counts['asks']:,} "
+        f"targets of {counts['people']:,} people.</p>"
     )
 
 
@@ -92,7 +91,7 @@ def _value_text(value: object) -> str:
 
 def _groups_behind(tested: Mapping[str, Any]) -> str:
     named = [
-        f"<li><b>{_title(line['group'])}: {html.escape(line['value'])}</b>{' (asked for)' * (line['kind'] == 'aims')}: "
+        f"<li><b>{_title(line['group'])}: {html.escape(line['value'])}</b>{' (aim)' * (line['kind'] == 'aims')}: "
         f"{line['measure'].replace('_', ' ')} {line['mean']:.3f}, all others {line['others']:.3f} "
         f"({line['count']:,} {'candidates' if line['kind'] == 'aims' else 'people'}, p = {line['p']:.1g})</li>"
         for line in tested["named"]
@@ -101,11 +100,7 @@ def _groups_behind(tested: Mapping[str, Any]) -> str:
     description = (
         f'<ul class="behind">{"".join(named)}</ul>' if named else f'<p class="even">{_no_group_behind(tested)}</p>'
     )
-    return (
-        description
-        + (f"<p>Too few to say anything: {few}.</p>" if few else "")
-        + f"<p>{html.escape(tested['how'])}</p>"
-    )
+    return description + (f"<p>Too few for a test: {few}.</p>" if few else "") + f"<p>{html.escape(tested['how'])}</p>"
 
 
 def _no_group_behind(tested: Mapping[str, Any]) -> str:
@@ -124,10 +119,10 @@ def _people(people: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 
 def _attributes(attributes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """One drawing an attribute: bars of what pairs show, with what was wished and asked in figures beside them."""
+    """Return one bar chart per attribute: what the pairs show, with the wished share and three percentages."""
     description = (
-        "Bars: what the targets of the pairs show. Red ticks: the wished share. Beside them, the share of all asks "
-        "that asked for it, of the pairs that did, and of the pairs that show it."
+        "Bars: the share of pairs whose target shows the value. Red ticks: the wished share. Columns: the share of all "
+        "targets that aim at the value, of the pairs that aim at it, and of the pairs that show it."
     )
     return f"<p>{description}</p>" + "".join(_attribute(name, table) for name, table in attributes.items())
 
@@ -151,9 +146,11 @@ def _attribute(name: str, table: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _bars(title: str, rows: Sequence[tuple[str, float, float | None, Sequence[str]]]) -> str:
-    """Rows of value, share (the bar), wished share (a tick, if any) and three figures."""
+    """Draw rows of (value, share as a bar, wished share as a tick or None, three percentages)."""
     width, step, left, long = 420, 18, 105, 150
-    body = [_text(left + long + 40 + 50 * n, 12, head, "middle") for n, head in enumerate(("asks", "pairs", "shown"))]
+    body = [
+        _text(left + long + 40 + 50 * n, 12, head, "middle") for n, head in enumerate(("targets", "pairs", "shown"))
+    ]
     longest = max([0.01, *(share for _, share, _, _ in rows), *(wish or 0.0 for _, _, wish, _ in rows)])
     for number, (value, share, wish, figures) in enumerate(rows):
         y = 18 + step * number
@@ -168,7 +165,7 @@ def _bars(title: str, rows: Sequence[tuple[str, float, float | None, Sequence[st
 
 
 def _histograms(histograms: Mapping[str, Mapping[str, Any]]) -> str:
-    parts = ["<p>Grey: what came to a filter. Blue: what it left.</p>"]
+    parts = ["<p>Grey: candidates before a filter. Blue: candidates after it.</p>"]
     for name, histogram in histograms.items():
         counts = histogram["counts"]
         if not any(counts["before"]):
@@ -179,12 +176,12 @@ def _histograms(histograms: Mapping[str, Mapping[str, Any]]) -> str:
         idle = [stage for one, stage in zip(stages, STAGES, strict=False) if counts[one] == counts[f"after {stage}"]]
         parts += [_histogram(name, histogram, one, two) for one, two in changed or [("before", stages[-1])]]
         if idle:
-            parts.append(f"<p>{name.capitalize()}: nothing was taken out by {', '.join(idle)}.</p>")
+            parts.append(f"<p>{name.capitalize()}: filters that rejected nothing: {', '.join(idle)}.</p>")
     return "".join(parts)
 
 
 def _histogram(name: str, histogram: Mapping[str, Any], before: str, after: str) -> str:
-    """What came to one filter in grey, what it left in blue, over the range where there is anything."""
+    """Draw the counts before a filter in grey and after it in blue, over the range of occupied bins."""
     one, two = histogram["counts"][before], histogram["counts"][after]
     low, width = histogram["low"], (histogram["high"] - histogram["low"]) / len(one)
     used = [place for place, count in enumerate(histogram["counts"]["before"]) if count]
@@ -197,7 +194,9 @@ def _histogram(name: str, histogram: Mapping[str, Any], before: str, after: str)
             body.append(_rectangle(x, 100 - count * high, max(step - 1, 1), count * high, colour))
     ends = (low + first * width, low + last * width)
     body += [_text(10, 114, f"{ends[0]:.2f}", "start"), _text(310, 114, f"{ends[1]:.2f}", "end")]
-    description = f"{name.capitalize()} {after}: {sum(two):,} of {sum(one):,} stay, {_mean_words(histogram, one, two)}"
+    description = (
+        f"{name.capitalize()} {after}: {sum(two):,} of {sum(one):,} remain, {_mean_words(histogram, one, two)}"
+    )
     return f"<figure>{_svg(320, 118, body, description)}<figcaption>{html.escape(description)}</figcaption></figure>"
 
 
@@ -223,13 +222,13 @@ def _rounds(rounds: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _rejected(steps: Mapping[str, Mapping[str, int]]) -> str:
     rows = [[step, reason, f"{count:,}"] for step, reasons in steps.items() for reason, count in reasons.items()]
-    return _table(["step", "reason", "how many"], rows, "words") if rows else "<p>Nothing was rejected.</p>"
+    return _table(["step", "reason", "count"], rows, "words") if rows else "<p>Nothing was rejected.</p>"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 def _pair_sheet(cases: Sequence[Case]) -> str:
     if not cases:
-        return "<p>There are none.</p>"
+        return "<p>There are no pairs.</p>"
     rows = [cases[start : start + _PAIRS_PER_ROW] for start in range(0, len(cases), _PAIRS_PER_ROW)]
     cells = [[cell for case in row for cell in _cells(case)] for row in rows]
     sheet = contact_sheet(["reference", "target"] * min(_PAIRS_PER_ROW, len(cases)), cells)

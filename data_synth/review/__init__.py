@@ -1,1 +1,1 @@
-"""Human review of pairs: decisions, agreement between reviewers, and the page's server."""
+"""Human review of pairs: the decisions, the agreement between reviewers, and the server of the review page."""

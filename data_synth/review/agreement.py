@@ -1,4 +1,4 @@
-"""How far reviewers agree: the share of equal opinions, and kappas, which take away what chance would give."""
+"""Measure the agreement of reviewers: the share of equal verdicts, and kappas, which correct for chance agreement."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,27 +9,27 @@ from statistics import fmean
 
 @dataclass(frozen=True)
 class ReviewerPair:
-    """Two reviewers on the things that both have judged."""
+    """The agreement of two reviewers on the pairs that both have judged."""
 
     first: str
     second: str
     num_pairs: int  # judged by both, at least 1
-    share: float  # of them, judged alike
-    kappa: float | None  # Cohen's; None where it says nothing: both always chose the same one thing
+    share: float  # of these, those with equal verdicts
+    kappa: float | None  # Cohen's; None if undefined: both always gave the same single verdict
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """All reviewers on the things that at least two have judged."""
+    """The agreement of all reviewers on the pairs that at least two have judged."""
 
     num_pairs: int
-    share: float | None  # of the pairs of opinions on one thing, equal; averaged over things; None without any
-    kappa: float | None  # Fleiss'; None where it says nothing: only one verdict was ever given
-    reviewers: tuple[ReviewerPair, ...]  # every two who have met
+    share: float | None  # of two opinions on one pair, how often they are equal, averaged over pairs; None without any
+    kappa: float | None  # Fleiss'; None if undefined: only one verdict was ever given
+    reviewers: tuple[ReviewerPair, ...]  # every two reviewers with a pair in common
 
 
 def agreement(opinions: Sequence[Mapping[str, str]]) -> Agreement:
-    """Agreement over things, each given as {reviewer: verdict}; fewer than two opinions on one count for nothing."""
+    """Return the agreement over items, each given as {reviewer: verdict}; items with fewer than two are ignored."""
     several = [item for item in opinions if len(item) > 1]
     ratings = [list(item.values()) for item in several]
     share = fmean(_equal_share(item) for item in ratings) if ratings else None
@@ -40,7 +40,7 @@ def agreement(opinions: Sequence[Mapping[str, str]]) -> Agreement:
 
 
 def cohen(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Cohen's kappa (1960) of two raters' verdicts on the same things, in order; None where chance alone gives 1."""
+    """Return Cohen's kappa (1960) of two raters' verdicts on the same items, or None if the chance agreement is 1."""
     observed = fmean(a == b for a, b in zip(first, second, strict=True))
     counts, others = Counter(first), Counter(second)
     chance = sum(counts[verdict] * others[verdict] for verdict in counts) / len(first) ** 2
@@ -48,9 +48,9 @@ def cohen(first: Sequence[str], second: Sequence[str]) -> float | None:
 
 
 def fleiss(ratings: Sequence[Sequence[str]]) -> float | None:
-    """Fleiss' kappa (1971) of two or more verdicts a thing, from any raters; None if only one verdict was ever given.
+    """Return Fleiss' kappa (1971) of two or more verdicts per item, by any raters.
 
-    Where things have different numbers of verdicts, each thing weighs the same.
+    It is None if only one verdict was ever given. Items have equal weight, even with different numbers of verdicts.
     """
     if not ratings:
         return None
@@ -64,7 +64,7 @@ def fleiss(ratings: Sequence[Sequence[str]]) -> float | None:
 
 
 def _equal_share(verdicts: Sequence[str]) -> float:
-    """Of all pairs among these verdicts (at least two), how many are equal."""
+    """Return the share of equal pairs among these verdicts (at least two)."""
     equal = sum(count * (count - 1) for count in Counter(verdicts).values())
     return equal / (len(verdicts) * (len(verdicts) - 1))
 

@@ -1,18 +1,20 @@
-"""Human review of pairs: what reviewers see and decide, in one SQLite file, and what the next build makes of it.
+"""Store the human review of pairs in one SQLite file: the queue, the reviewers' opinions, and the decisions.
 
-For the build (both calls are cheap to repeat, and nothing that anybody decided is ever lost by them):
+A build calls these functions. They may be repeated at any time and never delete an opinion:
 
-    open_queue(pairs, database, rounds, remarks)   the pairs that people are to look at now; copies what they must see
-    decisions(database)                            {candidate key: Decision}, {} where nobody has reviewed yet
-    judged(pair, decided)                          the pair as reviewers left it, a Rejection, or None: not decided yet
+    open_queue(pairs, database, rounds, remarks)   set the pairs to review, with everything that the page shows
+    decisions(database)                            {candidate key: Decision}, {} if there is no review yet
+    judged(pair, decided)                          the pair after review, a Rejection, or None without a decision
 
-A decision counts for what was seen: reference, target and prompt together. If a build puts another picture or prompt
-under the same key, the pair is new and the old decision rests until its picture comes back. By convention the file is
-DIR/review.sqlite of a build's folder; `python -m data_synth review DIR` shows it (data_synth.review.server).
+A decision applies to exactly what was shown: reference, target and prompt together. If a build puts another picture or
+prompt under the same key, the pair is new, and the old decision applies again only if its picture and prompt return.
+By convention the file is DIR/review.sqlite in a build's folder, and `python -m data_synth review DIR` serves it
+(data_synth.review.server).
 
-Reviewers are blind: nobody sees what others said of a pair before they have decided on it. Everyone goes through the
-queue in an order of their own, so that two who start together rarely meet on a pair; where they do, it is one opinion
-more. A share of the pairs wants several opinions, from which agreement is computed, and a tie asks for one more.
+Reviews are blind: a reviewer sees the opinions of others on a pair only after deciding on it. Each reviewer has a
+different order of the queue, so reviewers who start at the same time rarely work on the same pair; if they do, the pair
+gets one more opinion. A share of the pairs needs several opinions, from which the agreement is computed. A tie needs
+one more opinion.
 """
 
 import hashlib
@@ -34,7 +36,7 @@ from imagine.errors import ConfigError, ImagineError
 
 FILE = "review.sqlite"
 VERDICTS = ("keep", "fix", "reject")
-REASONS = (  # in the order of the keys 1 to 8; rejections are counted by them
+REASONS = (  # in the order of the keys 1 to 8; rejections are counted by reason
     "another person",
     "prompt not followed",
     "copy of the reference",
@@ -44,23 +46,23 @@ REASONS = (  # in the order of the keys 1 to 8; rejections are counted by them
     "unsuitable",
     "something else",
 )
-REVIEWERS_DIFFER = "reviewers differ"  # the reason where as many keep as reject
-OPEN_SENT = 50  # how many open pairs a page is told of at a time
+REVIEWERS_DIFFER = "reviewers differ"  # the reason if as many reviewers keep as reject
+OPEN_SENT = 50  # maximum number of open pairs in one state
 LONGEST_NAME, LONGEST_CAPTION = 40, 2000
 _FORMAT = 1
-_CHUNK = 64  # pairs a transaction while the queue is filled: reviewers wait for no more than that
+_CHUNK = 64  # pairs per transaction while the queue is filled; small, so that reviewers hardly wait
 _SCHEMA = (
     """CREATE TABLE pictures (hash TEXT PRIMARY KEY, image BLOB NOT NULL)""",
     """CREATE TABLE pairs (
     number INTEGER PRIMARY KEY,
     fingerprint TEXT NOT NULL UNIQUE,      -- of key, reference, target and prompt
-    key TEXT NOT NULL,                     -- the candidate's
+    key TEXT NOT NULL,                     -- of the candidate
     reference TEXT NOT NULL,               -- hashes of pictures
     target TEXT NOT NULL,
     shown TEXT NOT NULL,                   -- JSON: prompt, aims, measures, ...
     current INTEGER NOT NULL DEFAULT 0     -- 1: in the queue now
 )""",
-    # a log: a change of mind is a new row, and undo marks the newest
+    # A log: a changed opinion is a new row, and undo marks the newest row.
     """CREATE TABLE decisions (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     pair INTEGER NOT NULL REFERENCES pairs(number),
@@ -77,29 +79,29 @@ _SCHEMA = (
 
 
 class GoneError(ImagineError):
-    """What was asked for is not, or no longer, in the queue."""
+    """Raised when a pair or picture is not, or no longer, in the queue."""
 
 
 @dataclass(frozen=True)
 class Opinion:
-    """What one reviewer thinks of one pair now."""
+    """The current opinion of one reviewer on one pair."""
 
     reviewer: str
     verdict: str  # one of VERDICTS
     reason: str = ""  # of a rejection: one of REASONS
-    caption: str = ""  # of a fix: the caption as it should be
+    caption: str = ""  # of a fix: the corrected caption
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the reviewers of one pair decided together."""
+    """The combined decision of the reviewers of one pair."""
 
-    key: str  # the candidate's
+    key: str  # of the candidate
     verdict: str  # one of VERDICTS
     reason: str  # of a rejection
     caption: str  # of a fix
     reviewers: tuple[str, ...]
-    fingerprint: str  # of what they saw: `fingerprint(pair)`
+    fingerprint: str  # of what was shown: `fingerprint(pair)`
 
 
 # --- for the build ----------------------------------------------------------------------------------------------------
@@ -111,12 +113,12 @@ def open_queue(
     rounds: Mapping[str, Sequence[float | None]] | None = None,
     remarks: Mapping[str, Sequence[str]] | None = None,
 ) -> int:
-    """Make these pairs the queue, and return how many there are; decisions on pairs seen before hold.
+    """Make these pairs the queue and return their number. Earlier decisions on the same pairs stay valid.
 
-    By the target's key, `rounds` gives its identity similarity after 0, 1, 2 ... rounds of refinement, and `remarks`
-    what filters said, a sentence each; both are asked once their pair has been taken from `pairs`, and may be filled
-    meanwhile. The queue changes as a whole at the end: a build that is killed on the way leaves the old one. Pairs that
-    nobody decided on and that are no longer wanted are forgotten, with their pictures.
+    rounds: target key -> identity similarity after 0, 1, 2, ... rounds of refinement. remarks: target key -> sentences
+    from filters. Both are read after their pair was taken from `pairs`, so the caller may fill them while it yields
+    pairs. The queue is replaced at once at the end, so a build that is killed before leaves the old queue. Pairs that
+    have no decision and are no longer in the queue are deleted, with their pictures.
     """
     _create(database)
     wanted: list[tuple[str]] = []
@@ -139,11 +141,11 @@ def open_queue(
 
 
 def decisions(database: Path) -> dict[str, Decision]:
-    """What was decided on each pair of the queue, by candidate key; {} where there is no review yet.
+    """Return the decision on each reviewed pair of the queue, by candidate key; {} if there is no review yet.
 
-    More than half decide between keeping (keep or fix) and rejecting; a tie is a rejection with the reason
-    "reviewers differ". If any of those who keep a pair fixed its caption, the newest such caption holds. A rejection's
-    reason is the one most often given, and the earliest of equally frequent ones.
+    The majority decides between keeping (keep or fix) and rejecting; a tie is a rejection with the reason "reviewers
+    differ". If the pair is kept and any reviewer fixed its caption, the newest fixed caption applies. A rejection has
+    the most frequent reason, or the earliest of equally frequent ones.
     """
     if not database.exists():
         return {}
@@ -156,7 +158,7 @@ def decisions(database: Path) -> dict[str, Decision]:
 
 
 def judged(pair: Pair, decided: Mapping[str, Decision]) -> Pair | Rejection | None:
-    """The pair as its reviewers left it, or a Rejection of step "review"; None where nobody decided on just this."""
+    """Return the pair after review, a Rejection of step "review", or None without a decision on exactly this pair."""
     decision = decided.get(pair.target.key)
     if decision is None or decision.fingerprint != fingerprint(pair):
         return None
@@ -167,7 +169,7 @@ def judged(pair: Pair, decided: Mapping[str, Decision]) -> Pair | Rejection | No
 
 
 def fingerprint(pair: Pair) -> str:
-    """64 hexadecimal digits of what a reviewer judges: key, both pictures and the prompt."""
+    """Return a hash, 64 hexadecimal digits, of what a reviewer judges: key, both pictures and the prompt."""
     parts = [pair.target.key, _hash(pair.reference.image), _hash(pair.target.image), pair.spec.prompt]
     return _hash(json.dumps(parts).encode())
 
@@ -177,10 +179,10 @@ def fingerprint(pair: Pair) -> str:
 
 @dataclass(frozen=True)
 class Review:
-    """The queue as reviewers work through it. Safe to use from several threads and processes at once.
+    """The reviewers' access to the queue. Several threads and processes may use it concurrently.
 
-    A share `overlap` of the pairs, always the same ones, wants `opinions` opinions; the others want one.
-    Everything that a reviewer can get wrong raises an ImagineError with one sentence.
+    A share `overlap` of the pairs, always the same ones, needs `opinions` opinions; the others need one.
+    Invalid input by a reviewer raises an ImagineError with one sentence.
     """
 
     database: Path
@@ -188,7 +190,7 @@ class Review:
     overlap: float = 0.2
 
     def state(self, reviewer: str) -> dict[str, Any]:
-        """Where everybody stands: {"done", "open"} pair numbers for this reviewer, {"progress", "agreement"} of all."""
+        """Return this reviewer's pair numbers ("done", "open"), and the "progress" and "agreement" of all reviewers."""
         reviewer = reviewer_name(reviewer)
         with _transaction(self.database) as connection:
             opinions = _opinions(connection)
@@ -212,7 +214,7 @@ class Review:
         }
 
     def pair(self, number: int, reviewer: str) -> dict[str, Any]:
-        """All that the page shows of one pair; what others think of it only once this reviewer has decided."""
+        """Return everything that the page shows of one pair; others' opinions only after this reviewer has decided."""
         reviewer = reviewer_name(reviewer)
         with _transaction(self.database) as connection:
             row = connection.execute(
@@ -234,7 +236,7 @@ class Review:
         }
 
     def picture(self, hash_: str) -> bytes:
-        """The picture file with this hash."""
+        """Return the picture file with this hash."""
         with _transaction(self.database) as connection:
             row = connection.execute("SELECT image FROM pictures WHERE hash = ?", (hash_,)).fetchone()
         if row is None:
@@ -242,9 +244,10 @@ class Review:
         return bytes(row[0])
 
     def decide(self, number: int, opinion: Opinion) -> None:
-        """Write down an opinion; it takes the place of the reviewer's earlier one, and saying it twice changes nothing.
+        """Save an opinion in place of the reviewer's earlier one; repeating the same opinion changes nothing.
 
-        Reviewer and caption are tidied (blanks, line ends). Raises GoneError if the pair is not in the queue.
+        White space in the reviewer's name and the caption is normalised. Raises GoneError if the pair is not in the
+        queue, and ConfigError if the opinion is invalid.
         """
         opinion = _checked(opinion)
         with _transaction(self.database, write=True) as connection:
@@ -252,7 +255,7 @@ class Review:
             if row is None:
                 raise GoneError(f"Pair {number} is no longer in the queue: reload the page.")
             if opinion.verdict == "fix" and opinion.caption == json.loads(row[0])["prompt"]:
-                raise ConfigError("The caption is as it was: change it, or keep the pair.")
+                raise ConfigError("The caption is unchanged: edit it, or keep the pair.")
             if _opinions(connection, number).get(number, {}).get(opinion.reviewer) == opinion:
                 return
             connection.execute(
@@ -262,9 +265,9 @@ class Review:
             )
 
     def undo(self, reviewer: str) -> int | None:
-        """Take back the reviewer's newest decision in the queue; returns its pair's number, or None: there is none.
+        """Undo the reviewer's newest opinion in the queue; return its pair's number, or None if there is none.
 
-        What the reviewer had decided on that pair before, if anything, holds again.
+        The reviewer's previous opinion on that pair, if there was one, applies again.
         """
         reviewer = reviewer_name(reviewer)
         with _transaction(self.database, write=True) as connection:
@@ -279,17 +282,17 @@ class Review:
         return int(row[1])
 
     def _needs_opinion(self, digest: str, opinions: Mapping[str, Opinion]) -> bool:
-        """Whether one more opinion is wanted."""
+        """Return whether the pair needs another opinion."""
         several = int(digest[:8], 16) < self.overlap * 2**32
         tie = 2 * _rejecting(opinions.values()) == len(opinions) > 0
         return tie or len(opinions) < (self.opinions if several else 1)
 
 
 def reviewer_name(name: str) -> str:
-    """The name with its blanks tidied, in Unicode's composed form, so that one person is one reviewer."""
+    """Return the name in Unicode's composed form with normalised white space, so that each person has one name."""
     tidy = _tidy(name)
     if not 1 <= len(tidy) <= LONGEST_NAME:
-        raise ConfigError(f"Give a reviewer's name of 1 to {LONGEST_NAME} characters.")
+        raise ConfigError(f"The reviewer's name is empty or too long: give 1 to {LONGEST_NAME} characters.")
     return tidy
 
 
@@ -303,7 +306,7 @@ def _checked(opinion: Opinion) -> Opinion:
     if opinion.verdict == "reject" and opinion.reason not in REASONS:
         raise ConfigError(f"There is no reason {opinion.reason!r}: give one of {', '.join(REASONS)}.")
     if opinion.verdict == "fix" and not 1 <= len(caption) <= LONGEST_CAPTION:
-        raise ConfigError(f"Give a caption of 1 to {LONGEST_CAPTION} characters.")
+        raise ConfigError(f"The caption is empty or too long: give 1 to {LONGEST_CAPTION} characters.")
     reason = opinion.reason if opinion.verdict == "reject" else ""
     return Opinion(reviewer, opinion.verdict, reason, caption if opinion.verdict == "fix" else "")
 
@@ -311,12 +314,12 @@ def _checked(opinion: Opinion) -> Opinion:
 def _tidy(text: str) -> str:
     tidy = unicodedata.normalize("NFC", " ".join(text.split()))
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in tidy):
-        raise ConfigError("The text holds control characters: type it again.")
+        raise ConfigError("The text contains control characters: remove them, or type it again.")
     return tidy
 
 
 def _combined_decision(key: str, digest: str, opinions: Mapping[str, Opinion]) -> Decision:
-    """One decision out of several opinions, which come oldest first."""
+    """Combine several opinions, oldest first, into one decision."""
     rejecting, all_ = _rejecting(opinions.values()), len(opinions)
     captions = [opinion.caption for opinion in opinions.values() if opinion.verdict == "fix"]
     verdict, reason, caption = "keep", "", ""
@@ -340,7 +343,7 @@ def _pair_agreement(opinions: Mapping[int, Mapping[str, Opinion]]) -> Agreement:
 
 
 def _opinions(connection: sqlite3.Connection, number: int | None = None) -> dict[int, dict[str, Opinion]]:
-    """Pair number -> reviewer -> the opinion that holds now, oldest first; of one pair, or of all in the queue."""
+    """Return pair number -> reviewer -> current opinion, oldest first, for one pair or for all in the queue."""
     rows = connection.execute(
         "SELECT pair, reviewer, verdict, reason, caption FROM decisions JOIN pairs ON pairs.number = pair "
         f"WHERE undone_at IS NULL AND {'current' if number is None else 'pair = ?'} ORDER BY decisions.number",
@@ -349,13 +352,13 @@ def _opinions(connection: sqlite3.Connection, number: int | None = None) -> dict
     opinions: dict[int, dict[str, Opinion]] = {}
     for pair, reviewer, verdict, reason, caption in rows:
         of_pair = opinions.setdefault(pair, {})
-        of_pair.pop(reviewer, None)  # so that a changed mind counts as new
+        of_pair.pop(reviewer, None)  # so that a changed opinion moves to the end
         of_pair[reviewer] = Opinion(reviewer, verdict, reason, caption)
     return opinions
 
 
 def _decided(connection: sqlite3.Connection, reviewer: str) -> dict[int, None]:
-    """The pairs of the queue that this reviewer has decided on, the last one last."""
+    """Return the pairs of the queue that this reviewer has decided on, oldest decision first."""
     rows = connection.execute(
         "SELECT pair FROM decisions JOIN pairs ON pairs.number = pair "
         "WHERE reviewer = ? AND undone_at IS NULL AND current GROUP BY pair ORDER BY max(decisions.number)",
@@ -365,7 +368,7 @@ def _decided(connection: sqlite3.Connection, reviewer: str) -> dict[int, None]:
 
 
 def _details_json(pair: Pair, rounds: Sequence[float | None], remarks: Sequence[str]) -> str:
-    """What the page says beside the pictures, as JSON."""
+    """Return, as JSON, what the page shows beside the pictures."""
     measures = asdict(pair.measures)
     return json.dumps(
         {
@@ -383,7 +386,7 @@ def _details_json(pair: Pair, rounds: Sequence[float | None], remarks: Sequence[
 
 
 def _insert(connection: sqlite3.Connection, pair: Pair, details: str) -> str:
-    """Lay the pair down, outside the queue if it is new, and return its fingerprint."""
+    """Insert the pair, if new outside the queue, and return its fingerprint."""
     hashes = [_hash(image) for image in (pair.reference.image, pair.target.image)]
     connection.executemany(
         "INSERT OR IGNORE INTO pictures VALUES (?, ?)",
@@ -399,7 +402,7 @@ def _insert(connection: sqlite3.Connection, pair: Pair, details: str) -> str:
 
 
 def _create(database: Path) -> None:
-    """Make an empty review, if there is none yet, not even of a build that was killed right here."""
+    """Create an empty review, unless a complete one exists; a build may have been killed while it created the file."""
     try:
         with closing(sqlite3.connect(database, timeout=30, isolation_level=None)) as connection, connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -407,27 +410,30 @@ def _create(database: Path) -> None:
                 for statement in _SCHEMA:
                     connection.execute(statement)
     except sqlite3.DatabaseError as error:
-        raise ConfigError(f"{database} cannot be used ({error}): move it away, or give another folder.") from error
+        raise ConfigError(f"{database} cannot be used ({error}): move it away, or choose another folder.") from error
 
 
 @contextmanager
 def _transaction(database: Path, write: bool = False) -> Iterator[sqlite3.Connection]:
-    """A connection with one transaction: all of it happens, or nothing.
+    """Open a connection with one transaction, which is committed completely or not at all.
 
-    Plain rollback journals, not WAL: reviewers write a row a second, and the review stays one file that can be mailed.
+    It uses a rollback journal and no write-ahead log: reviewers write about one row per second, and the review remains
+    a single file that can be sent to others.
     """
     if not database.is_file():
-        raise ConfigError(f"There is no review at {database}: run a build with a review first, or give its folder.")
+        raise ConfigError(
+            f"There is no review at {database}: run a build with `review` first, or give the folder of such a build."
+        )
     address = f"{database.resolve().as_uri()}?mode=rw"
     try:
         with closing(sqlite3.connect(address, uri=True, timeout=30, isolation_level=None)) as connection:
             if connection.execute("PRAGMA user_version").fetchone()[0] != _FORMAT:
-                raise ConfigError(f"{database} is not a review of this version: move it away and build again.")
+                raise ConfigError(f"{database} is not a review of this version: move it away and run the build again.")
             connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             with connection:
                 yield connection
     except sqlite3.IntegrityError:
-        raise  # our fault, not the file's
+        raise  # an error in this program, not in the file
     except sqlite3.DatabaseError as error:
         raise ConfigError(f"{database} cannot be used ({error}): try again, or move it away.") from error
 

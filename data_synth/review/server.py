@@ -1,16 +1,16 @@
-"""The review page and its small HTTP interface, on this machine only: `python -m data_synth review DIR`.
+"""Serve the review page and its HTTP interface on the local machine: `python -m data_synth review DIR`.
 
     GET  /                           the page (page.html)
     GET  /pictures/HASH              a picture file
-    GET  /api/state?reviewer=NAME    where everybody stands, and the reasons for a rejection
-    GET  /api/pairs/N?reviewer=NAME  what there is to see of one pair
+    GET  /api/state?reviewer=NAME    the progress of the review, and the reasons for a rejection
+    GET  /api/pairs/N?reviewer=NAME  the content of one pair
     POST /api/decisions              {"reviewer", "pair", "verdict", "reason" (reject), "caption" (fix)} -> the state
-    POST /api/undo                   {"reviewer"} -> the state, and the "pair" whose decision was taken back, or null
+    POST /api/undo                   {"reviewer"} -> the state, and the "pair" whose decision was undone, or null
 
-What is wrong with a request comes back as {"error": one sentence} with status 400 or above. The server listens on
-127.0.0.1; from another computer, `ssh -L 8420:127.0.0.1:8420 HOST` leads there. Names are taken on trust. So that no
-other web page can read or decide anything through a reviewer's browser, requests must name this machine as their host,
-posts must be JSON, and those that say where they come from must come from here.
+An invalid request is answered with {"error": one sentence} and a status of 400 or above. The server listens on
+127.0.0.1; from another computer, reach it with `ssh -L 8420:127.0.0.1:8420 HOST`. Reviewers are not authenticated.
+Three checks keep other web pages from reading or deciding anything through a reviewer's browser: the Host header must
+name the local machine, a POST must have the JSON content type, and an Origin header, if present, must match the host.
 """
 
 import argparse
@@ -39,74 +39,76 @@ _CONTENT_TYPES = ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b
 
 
 class ReviewServer(ThreadingHTTPServer):
-    """Serves one review; `address` is where. `serve_forever()` runs it, `shutdown()` and `server_close()` end it."""
+    """A server of one review at `address`. `serve_forever()` runs it; `shutdown()` and `server_close()` end it."""
 
     def __init__(self, review: Review, port: int = PORT) -> None:
-        """Raises ConfigError if the port (0: any free one) is taken."""
+        """Bind to the port (0: any free one). Raises ConfigError if it is in use."""
         self.review = review
         self.page = files("data_synth.review").joinpath("page.html").read_text(encoding="utf-8")
         self.policy = _policy(self.page)
         try:
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
-            raise ConfigError(f"Port {port} cannot be used ({error}): give another one, or 0 for any.") from error
+            raise ConfigError(
+                f"Port {port} cannot be used ({error}): choose another one, or 0 for any free port."
+            ) from error
 
     def server_bind(self) -> None:
-        """Bind without asking a name server who we are, as http.server would."""
+        """Bind without the lookup of the host name that http.server does."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
 
     @property
     def address(self) -> str:
-        """The page's address."""
+        """The address of the page."""
         return f"http://127.0.0.1:{self.server_port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print what went wrong, unless it is only that a browser went away."""
+        """Print the error, unless the browser only closed the connection."""
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
 
 def add_review(commands: Any) -> None:
     """Add the `review` subcommand to an argparse parser's subparsers; its `run` default takes the parsed options."""
-    parser = commands.add_parser("review", help="look at a build's pairs in the browser: keep, reject, fix captions")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a build's folder, in which review.sqlite lies")
-    parser.add_argument("--reviewer", metavar="NAME", help="who is looking; otherwise the page asks")
+    parser = commands.add_parser("review", help="review a build's pairs in the browser: keep, reject, fix captions")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a build's folder, which contains review.sqlite")
+    parser.add_argument("--reviewer", metavar="NAME", help="name of the reviewer; without it the page asks")
     parser.add_argument(
-        "--port", type=int, default=PORT, metavar="N", help=f"where on this machine (default {PORT}; 0: any free port)"
+        "--port", type=int, default=PORT, metavar="N", help=f"port on this machine (default {PORT}; 0: any free port)"
     )
     parser.add_argument(
         "--overlap",
         type=float,
         default=Review.overlap,
         metavar="SHARE",
-        help=f"share of the pairs that several people look at, to see how far they agree (default {Review.overlap})",
+        help=f"share of the pairs that several people review, to measure their agreement (default {Review.overlap})",
     )
     parser.add_argument(
         "--opinions",
         type=int,
         default=Review.opinions,
         metavar="N",
-        help=f"how many opinions those pairs want (default {Review.opinions})",
+        help=f"number of opinions on each of those pairs (default {Review.opinions})",
     )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, announce: Callable[[str], None] | None = None) -> None:
-    """Serve the review of a build's folder until stopped by hand; raises ConfigError for what cannot be served."""
+    """Serve the review of a build's folder until interrupted. Raises ConfigError if it cannot be served."""
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"There is no port {options.port}: give 0 to 65535.")
     if not 0 <= options.overlap <= 1:
-        raise ConfigError(f"An overlap of {options.overlap} is no share: give 0 to 1.")
+        raise ConfigError(f"An overlap of {options.overlap} is not a share: give 0 to 1.")
     if options.opinions < 1:
-        raise ConfigError(f"{options.opinions} opinions cannot be had: give 1 or more.")
+        raise ConfigError(f"A pair cannot have {options.opinions} opinions: give 1 or more.")
     review = Review(options.folder / FILE, options.opinions, options.overlap)
     name = reviewer_name(options.reviewer) if options.reviewer is not None else ""
     pairs = review.state(name or "nobody")["progress"]["pairs"]
     with ReviewServer(review, options.port) as server:
         address = server.address + (f"?reviewer={quote(name)}" if name else "")
         (announce or _print_to_stderr)(
-            f"{pairs} pairs to review: open {address} (stop with Ctrl+C; decisions are kept at once)"
+            f"{pairs} pairs to review: open {address} (stop with Ctrl+C; every decision is saved immediately)"
         )
         server.serve_forever()
 
@@ -116,7 +118,7 @@ def _print_to_stderr(text: str) -> None:
 
 
 class _HTTPError(Exception):
-    """A request that is answered with a status and a sentence."""
+    """Raised to answer a request with a status and a sentence."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
@@ -126,7 +128,7 @@ class _HTTPError(Exception):
 class _Handler(BaseHTTPRequestHandler):
     server: ReviewServer
     protocol_version = "HTTP/1.1"
-    timeout = 60  # seconds that an idle connection may stay
+    timeout = 60  # seconds until an idle connection is closed
 
     def do_GET(self) -> None:
         self._answer(self._get)
@@ -135,10 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(self._post)
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing: every picture would be a line."""
+        """Log nothing, because every picture would add a line."""
 
     def _answer(self, handler: Callable[[], None]) -> None:
-        """Answer, whatever happens; after an error the connection closes, as its body may not have been read."""
+        """Run the handler and answer errors; after an error the connection closes, as its body may be unread."""
         try:
             self._check_host()
             handler()
@@ -149,9 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
         except ImagineError as error:
             self._send_error(400, str(error))
         except (ConnectionError, TimeoutError):
-            raise  # nobody is there to be told
+            raise  # the client is gone
         except Exception:
-            self._send_error(500, "Something is broken in the server: its terminal says what.")
+            self._send_error(500, "The server failed: see the error message in its terminal.")
             raise
 
     def _get(self) -> None:
@@ -166,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
             picture = review.picture(match[1])
             self._send(200, _content_type(picture), picture, {"Cache-Control": "private, max-age=31536000, immutable"})
         elif path in ("/api/decisions", "/api/undo"):
-            raise _HTTPError(405, f"{path} takes POST.")
+            raise _HTTPError(405, f"{path} needs a POST request.")
         else:
             raise _HTTPError(404, f"There is nothing at {path}.")
 
@@ -189,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _reviewer(self) -> str:
         given = parse_qs(urlsplit(self.path).query).get("reviewer")
         if not given:
-            raise _HTTPError(400, "Say who is looking: ?reviewer=NAME.")
+            raise _HTTPError(400, "The reviewer is missing: add ?reviewer=NAME.")
         return given[0]
 
     def _check_host(self) -> None:
@@ -199,20 +201,20 @@ class _Handler(BaseHTTPRequestHandler):
         except ValueError:
             name = None
         if name not in _LOCAL_HOSTS or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
-            raise _HTTPError(403, "This server is for its own page on this machine.")
+            raise _HTTPError(403, "This server accepts only requests of its own page on this machine.")
 
     def _body(self) -> dict[str, Any]:
         if self.headers.get_content_type() != "application/json":
-            raise _HTTPError(415, "Post JSON, with its content type.")
+            raise _HTTPError(415, "The request is not JSON: set the content type application/json.")
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"\d{1,15}", length):
-            raise _HTTPError(411, "Say how long the body is: Content-Length.")
+            raise _HTTPError(411, "The length of the body is missing: set Content-Length.")
         if int(length) > LARGEST_BODY:
-            raise _HTTPError(413, f"A body may have {LARGEST_BODY} bytes.")
+            raise _HTTPError(413, f"The body is too long: send at most {LARGEST_BODY} bytes.")
         try:
             body = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
-            raise _HTTPError(400, f"The body is not JSON ({error}).") from error
+            raise _HTTPError(400, f"The body is not valid JSON ({error}).") from error
         if not isinstance(body, dict):
             raise _HTTPError(400, "The body must be a JSON object.")
         return body
@@ -241,7 +243,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _policy(page: str) -> str:
-    """A content security policy that lets the page's own script and style run, and nothing be loaded from elsewhere."""
+    """Return a content security policy that allows only the page's own script and style, and local requests."""
     allowed = {"script": "", "style": ""}
     for tag in allowed:
         found = re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
@@ -260,12 +262,12 @@ def _content_type(picture: bytes) -> str:
 def _text(body: dict[str, Any], name: str, default: str | None = None) -> str:
     value = body.get(name, default)
     if not isinstance(value, str):
-        raise _HTTPError(400, f"Give {name!r} as a text.")
+        raise _HTTPError(400, f"{name!r} must be a string.")
     return value
 
 
 def _number(body: dict[str, Any], name: str) -> int:
     value = body.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
-        raise _HTTPError(400, f"Give {name!r} as a whole number.")
+        raise _HTTPError(400, f"{name!r} must be an integer of 0 or more.")
     return value
