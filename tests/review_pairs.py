@@ -1,4 +1,4 @@
-"""Pairs as a build hands them to reviewers, with pictures that cost nothing."""
+"""Pairs for review tests, as a build gives them to reviewers, with tiny pictures."""
 
 import io
 
@@ -8,14 +8,14 @@ from data_synth.records import Candidate, Measures, Pair, Reference, TargetSpec
 
 
 def picture(colour: tuple[int, int, int], kind: str = "PNG", side: int = 8) -> bytes:
-    """A small file of one colour."""
+    """Return a small picture file of one colour."""
     file = io.BytesIO()
     Image.new("RGB", (side, side), colour).save(file, format=kind)
     return file.getvalue()
 
 
 def pair(number: int, prompt: str = "", target: bytes = b"", reference: bytes = b"") -> Pair:
-    """Pair `number`, "p0007-0-0-1" being the key of the seventh; equal arguments, equal pair."""
+    """Return pair `number`, with the key "p0007-0-0-1" for 7; equal arguments give equal pairs."""
     key = f"p{number:04d}"
     caption = f"person {number} in a garden"
     spec = TargetSpec(
@@ -30,5 +30,5 @@ def pair(number: int, prompt: str = "", target: bytes = b"", reference: bytes = 
 
 
 def pairs(count: int) -> list[Pair]:
-    """Pairs 0, 1, 2 ..."""
+    """Return pairs 0, 1, 2, ..."""
     return [pair(number) for number in range(count)]

@@ -1,8 +1,8 @@
-"""Backends small enough to build pairs in a test: pictures of one colour, and numbers that follow from hashes.
+"""Toy backends for building pairs in tests: single-colour pictures, and numbers derived from hashes.
 
-They keep the contracts of data_synth.backends: everything follows from the records. What they are asked for is written
-into a log, and on demand they break, fail, or are down for now. Builds may also be started in processes of their own,
-which are forked from one that has imported everything, so that killing and starting them again takes milliseconds.
+They follow the contracts of data_synth.backends: results depend only on the records. They log the items that they
+process, and on demand they crash, fail, or are temporarily down. Builds can also run in separate processes, forked from
+one that has imported everything, so that killing and restarting them takes milliseconds.
 """
 
 import hashlib
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 class ToySettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    flavour: str = ""  # another one, other results
-    log: str = Field(default="", exclude=True)  # a file: one line for each item
-    failing: tuple[str, ...] = Field(default=(), exclude=True)  # keys that cannot be done
+    flavour: str = ""  # a different one gives different results
+    log: str = Field(default="", exclude=True)  # a file with one line per processed item
+    failing: tuple[str, ...] = Field(default=(), exclude=True)  # keys that fail permanently
     raising: tuple[str, ...] = Field(default=(), exclude=True)  # keys that raise PictureError
-    breaking: tuple[str, ...] = Field(default=(), exclude=True)  # keys that raise something unexpected
-    down: str = Field(default="", exclude=True)  # a file: while it is there, the keys in it are for another time
-    pause: float = Field(default=0, exclude=True)  # seconds an item
-    count: int = Field(default=6, exclude=True)  # references
+    breaking: tuple[str, ...] = Field(default=(), exclude=True)  # keys that raise an unexpected error
+    down: str = Field(default="", exclude=True)  # a file: while it exists, the keys in it fail temporarily
+    pause: float = Field(default=0, exclude=True)  # seconds per item
+    count: int = Field(default=6, exclude=True)  # number of references
 
 
 def share(*parts: Any) -> float:
-    """0 to 1, by hash."""
+    """Return a number from 0 to 1, derived from a hash of the parts."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") / 2**32
 
 
@@ -55,7 +55,7 @@ def picture(*parts: Any) -> bytes:
 
 
 class Toy:
-    """What all of them do."""
+    """The common base of the toy backends."""
 
     Settings = ToySettings
     step = ""
@@ -84,7 +84,7 @@ class Toy:
         down = Path(self.settings.down or "nowhere")
         if down.exists() and key in down.read_text().split():
             return Failed("the endpoint is down", f"{key} was not answered.", for_now=True)
-        return Failed("refused", f"{key} is not wanted.") if key in self.settings.failing else None
+        return Failed("refused", f"{key} is not accepted.") if key in self.settings.failing else None
 
 
 class ToyPeople(Toy):
@@ -150,7 +150,8 @@ class ToyMeasurer(Toy):
 
     def _measured(self, draft: Draft) -> Measures:
         image = draft.candidate.image
-        digits = hashlib.sha256(image).hexdigest()[:4] + "0" * 12  # alike often enough
+        # few digits, so that some pictures are near-duplicates
+        digits = hashlib.sha256(image).hexdigest()[:4] + "0" * 12
         return Measures(
             faces=0 if share("face", image) < 0.1 else 1,
             similarity=draft.candidate.facts.get("similarity", 0.7),
@@ -164,7 +165,7 @@ class ToyMeasurer(Toy):
 
 
 class ToyRecogniser(Toy):
-    """Every picture is one face, and its tint is who it is."""
+    """A recogniser that finds one face per picture; its tint is the identity."""
 
     step = "recognise"
 
@@ -182,7 +183,7 @@ class ToyRecogniser(Toy):
 
 
 class StoppedRecogniser(ToyRecogniser):
-    """While there is a file `down`, somebody presses Ctrl-C when it is given fewer than sixteen photos."""
+    """Raises KeyboardInterrupt on a batch of fewer than 16 photos while the file `down` exists."""
 
     def recognise(self, pictures: Sequence[Any]) -> list[tuple[Any, ...]]:
         if len(pictures) < 16 and Path(self.settings.down).exists():
@@ -190,9 +191,9 @@ class StoppedRecogniser(ToyRecogniser):
         return super().recognise(pictures)
 
 
-# --- for Ray, whose workers all import this module: it does without torch, which takes longer than all their work -----
+# --- for Ray, whose workers import this module: it avoids importing torch, which takes longer than all their work -----
 class PlacedGenerator(ToyGenerator):
-    """Also notes which GPUs Ray gave to the process that it runs in."""
+    """A generator that also logs the GPUs that Ray assigned to its process."""
 
     def generate(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
         _note_place(self.settings, "generate")
@@ -200,7 +201,7 @@ class PlacedGenerator(ToyGenerator):
 
 
 class PlacedCaptioner(ToyCaptioner):
-    """The same."""
+    """A captioner that also logs the GPUs that Ray assigned to its process."""
 
     def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
         _note_place(self.settings, "caption")
@@ -214,14 +215,14 @@ def _note_place(settings: ToySettings, step: str) -> None:
 
 
 class AbsentCaptioner(ToyCaptioner):
-    """A model that is not on this node."""
+    """A captioner whose model is missing."""
 
     def load(self) -> None:
         raise WeightsError("The model nowhere cannot be loaded.")
 
 
 def photo(person: int, number: int) -> bytes:
-    """A photo of 64 x 64 pixels: a pattern of its own in the person's tint."""
+    """Return a photo of 64 x 64 pixels: a pattern specific to the photo, in the person's tint."""
     random = np.random.default_rng(number + 1000 * person)
     angle = 2 * np.pi * person / 7
     tint = 128 + 80 * np.array([np.cos(angle), np.cos(angle + 2.1), np.cos(angle + 4.2)])
@@ -232,7 +233,7 @@ def photo(person: int, number: int) -> bytes:
 
 
 def toy_config(toy: Mapping[str, Any] | None = None, **values: Any) -> BuildConfig:
-    """Builds by the toys alone; `toy` holds settings for all of them."""
+    """Return a build with toy backends only; `toy` holds settings for all of them."""
     kinds = {
         "references": "ToyPeople", "captioner": "ToyCaptioner", "rewriter": "ToyRewriter", "generator": "ToyGenerator",
         "refiner": "ToyRefiner", "measurer": "ToyMeasurer",
@@ -243,22 +244,22 @@ def toy_config(toy: Mapping[str, Any] | None = None, **values: Any) -> BuildConf
 
 
 def built(config: BuildConfig, output: Path) -> "Built":
-    from data_synth.build import build  # with torch, which workers that only do as the toys do can go without
+    from data_synth.build import build  # imported late, because it imports torch, which Ray workers do not need
 
     return build(config, str(output))
 
 
 def contents(output: Path) -> dict[str, bytes]:
-    """Everything that a build is made for, by name; not the store, which may hold more than was asked for last."""
+    """Return the output files of a build by name, without the store, which may hold results of earlier settings."""
     ours = (path for path in sorted(output.iterdir()) if not path.name.startswith(("store.", "review.", "build.")))
     return {path.name: path.read_bytes() for path in ours}
 
 
-# --- builds in processes of their own ---------------------------------------------------------------------------------
+# --- builds in separate processes -------------------------------------------------------------------------------------
 def _build(config: BuildConfig, output: Path) -> None:
     built(config, output)
 
 
 def started(config: BuildConfig, output: Path) -> ForkServerProcess:
-    """A process that builds."""
+    """Start a process that runs a build."""
     return fork_process(_build, config, output)

@@ -1,4 +1,4 @@
-"""Build files: what they may say, how a line or an override changes them, and how mistakes are told."""
+"""Build files: valid keys, overrides, the documented examples, and error messages."""
 
 import importlib
 import re
@@ -32,7 +32,7 @@ def loaded(tmp_path: Path, *overrides: str, **changes: Any) -> BuildConfig:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("pairs_*.yaml")), ids=lambda path: path.name)
-def test_the_shipped_build_files_name_backends_and_settings_that_there_are(path: Path) -> None:
+def test_the_shipped_build_files_name_existing_backends_and_settings(path: Path) -> None:
     config = load_config(path)
     for kind, choice in config.choices.items():
         assert make_backend(kind, choice).settings is not None
@@ -49,7 +49,7 @@ def test_every_name_in_the_registry_is_a_class_with_settings_and_the_call_of_its
 
 
 @pytest.mark.parametrize("page", ["pairs", "pairs_backends", "pairs_card"])
-def test_what_the_documents_show_can_be_built(page: str) -> None:
+def test_the_build_files_in_the_documents_are_valid(page: str) -> None:
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     files = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     kinds = "|".join(BACKENDS)
@@ -65,7 +65,7 @@ def test_what_the_documents_show_can_be_built(page: str) -> None:
                 assert made.settings is not None
 
 
-def test_every_setting_of_a_backend_is_explained() -> None:
+def test_every_setting_of_a_backend_is_documented() -> None:
     text = (DOCS / "pairs_backends.md").read_text(encoding="utf-8").partition("## All settings")[2]
     sections = dict(section.split("\n", 1) for section in text.split("\n### ")[1:])
     everything = {**BACKENDS, "recogniser": RECOGNISERS}
@@ -78,7 +78,7 @@ def test_every_setting_of_a_backend_is_explained() -> None:
             assert fields.keys() <= words, (kind, place)
 
 
-def test_every_key_of_a_build_file_is_explained() -> None:
+def test_every_key_of_a_build_file_is_documented() -> None:
     text = (DOCS / "pairs.md").read_text(encoding="utf-8")
     words = set(re.findall(r"`([^`]+)`", text.partition("## The build file\n")[2].partition("\n## ")[0]))
     for model in (BuildConfig, FilterSettings, TargetSettings, Cluster):
@@ -89,9 +89,8 @@ def test_one_line_switches_a_backend(tmp_path: Path) -> None:
     assert loaded(tmp_path).captioner == BackendChoice(backend="grammar")
     switched = loaded(tmp_path, "captioner.backend=endpoint", "captioner.model=some-vlm")
     assert switched.captioner == BackendChoice.model_validate({"backend": "endpoint", "model": "some-vlm"})
-    assert loaded(tmp_path, "generator.backend=imagine").generator == BackendChoice(
-        backend="imagine"
-    )  # without the drift
+    other = loaded(tmp_path, "generator.backend=imagine").generator
+    assert other == BackendChoice(backend="imagine"), "the drift of the old backend is removed"
     assert loaded(tmp_path, "generator.drift=1e-2").generator == BackendChoice.model_validate(
         {"backend": "renderer", "drift": 0.01}
     )
@@ -99,7 +98,7 @@ def test_one_line_switches_a_backend(tmp_path: Path) -> None:
     assert loaded(tmp_path, "attempts=3").attempts == 3
 
 
-def test_a_setting_within_a_setting_opens_up_a_backend_written_as_its_name(tmp_path: Path) -> None:
+def test_a_nested_override_expands_a_backend_written_as_its_name(tmp_path: Path) -> None:
     refined = loaded(tmp_path, "refiner.region.reach=1.2", refiner="inpaint").refiner
     assert refined == BackendChoice.model_validate({"backend": "inpaint", "region": {"reach": 1.2}})
     assert make_backend("refiner", refined).settings.region.reach == 1.2
@@ -128,7 +127,7 @@ def test_a_tilde_in_a_build_file_is_the_home_folder(tmp_path: Path, monkeypatch:
         (["filters.similarty=[0, 1]"], "did you mean similarity"),
         (["rounds=2"], "2 rounds of refinement need a refiner"),
         (["rewriter=null"], "a generator needs a rewriter"),
-        (["generator=null"], "nothing is rewritten"),
+        (["generator=null"], "rewriter and refiner need a generator"),
         (["attempts=0"], "attempts: Input should be greater than or equal to 1 \\(got 0\\)"),
         (["attempts"], "not of the form key=value"),
         (["generator.drift.x=1"], "drift is a single value"),
@@ -156,7 +155,7 @@ def test_a_wrong_backend_is_one_sentence(choice: dict[str, Any], sentence: str) 
 
 
 class _Half:
-    """A backend as somebody may write it at first."""
+    """An incomplete backend."""
 
     class Settings(BaseModel):
         size: int = 1
@@ -169,7 +168,7 @@ class _Half:
 
 
 class _Bare:
-    """Not even settings."""
+    """A class without settings."""
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ class _Bare:
         ("generator", "_Bare", "_Bare has no Settings: data_synth/backends/contracts.py"),
     ],
 )
-def test_a_class_of_ones_own_that_lacks_something_is_one_sentence(kind: str, name: str, sentence: str) -> None:
+def test_an_incomplete_custom_backend_is_one_sentence(kind: str, name: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         make_backend(kind, BackendChoice(backend=f"tests.data_synth.test_config:{name}"))
 
@@ -204,7 +203,7 @@ def test_the_command_line_takes_overrides_on_both_sides_of_its_options(
     assert exit_.value.code == 2 and "Unrecognized arguments: --bogus" in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_build_file_is_one_sentence(tmp_path: Path) -> None:
+def test_an_invalid_build_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("a: [")
     for name, sentence in (("list", "must hold keys"), ("broken", "not valid YAML"), ("none", "cannot be read")):

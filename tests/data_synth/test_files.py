@@ -1,4 +1,4 @@
-"""Builds from photos on disk: what is wrong with some stops nothing, and photos are read again only if one changed."""
+"""Builds from photos on disk: faulty photos are rejected, and photos are imported again only if one changed."""
 
 import io
 import json
@@ -56,39 +56,38 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_cannot_be_used_is_counted_by_reason_and_stops_nothing(photos: Path, tmp_path: Path) -> None:
-    (photos / "cut.png").write_bytes(as_png(photo(4, 0))[:-12])  # it opens, and no shard would take it as it is
+def test_unusable_photos_are_counted_by_reason_and_stop_nothing(photos: Path, tmp_path: Path) -> None:
+    (photos / "cut.png").write_bytes(as_png(photo(4, 0))[:-12])  # it opens, but shards do not accept it unchanged
     out = built(config(photos), tmp_path / "out")
     assert (out.funnel.photos, out.funnel.references, out.funnel.targets) == (8, 5, 10)
     reasons = out.funnel.as_json()["rejected"]["import"]
     assert reasons == {importing.SAME_FILE: 1, importing.DAMAGED: 2}
-    told = [json.loads(line) for line in (tmp_path / "out" / "rejections.jsonl").read_text().splitlines()]
-    assert {line["step"] for line in told[:3]} == {"import"} and "broken.jpg" in " ".join(
-        line["detail"] for line in told
-    )
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejections.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in rejected[:3]} == {"import"}
+    assert "broken.jpg" in " ".join(line["detail"] for line in rejected)
     assert json.loads((tmp_path / "out" / "card.json").read_text())["rejected"]["import"] == reasons
     assert out.manifest["counts"]["pairs"] > 0
     records = [one for one in open_records(tmp_path / "out", cache=tmp_path / "cache") if one.reference is None]
-    came = {f"{number}.jpg": photo(number, 0) for number in range(4)}
+    originals = {f"{number}.jpg": photo(number, 0) for number in range(4)}
     assert len(records) > 1 and all(one.box is not None for one in records)
     files = {one.extra["file"]: one.read() for one in records}
-    assert files.pop("cut.png") == as_png(photo(4, 0)), "mended"
-    assert all(came[name] == content for name, content in files.items()), "as it came"
+    assert files.pop("cut.png") == as_png(photo(4, 0)), "re-encoded"
+    assert all(originals[name] == content for name, content in files.items()), "unchanged"
 
 
-def test_licences_of_photos_and_of_who_looks_at_them_are_in_the_manifest(tmp_path: Path) -> None:
+def test_the_manifest_lists_licences_of_photos_and_of_the_recogniser(tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(photo(number, 0))
     rows: list[dict[str, str]] = [{"file_name": f"{number}.jpg"} for number in range(3)]
-    rows[1]["license"] = "CC-BY-2.0"  # as img2dataset writes it
+    rows[1]["license"] = "CC-BY-2.0"  # the key that img2dataset uses
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     loose: dict[str, Any] = {"filters": {"similarity": None, "faces": None, "difference": None, "duplicates": None}}
     licences = built(config(tmp_path, "records", **loose), tmp_path / "out").manifest["licences"]
     assert licences["references"] == {"not stated": 2, "CC-BY-2.0": 1}
-    assert licences["models"]["references"] == "CC0-1.0", "its recogniser's"
+    assert licences["models"]["references"] == "CC0-1.0", "the licence of its recogniser"
 
 
-def test_photos_are_looked_at_again_only_if_one_changed(photos: Path, tmp_path: Path) -> None:
+def test_photos_are_imported_again_only_if_one_changed(photos: Path, tmp_path: Path) -> None:
     log, out = tmp_path / "log", tmp_path / "out"
     same: dict[str, Any] = {"targets": {"distribution": {}}}
     built(config(photos, log=str(log), **same), out)
@@ -100,13 +99,13 @@ def test_photos_are_looked_at_again_only_if_one_changed(photos: Path, tmp_path: 
     (photos / "9.jpg").write_bytes(photo(4, 0))
     grown = built(config(photos, log=str(log), **same), out)
     again = steps(log)
-    assert again["recognise"] == 1 and again["caption"] == 1, "what was seen of the others holds"
+    assert again["recognise"] == 1 and again["caption"] == 1, "results of the other photos are reused"
     assert grown.funnel.references == 5
     built(config(photos, **same), tmp_path / "fresh")
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_an_import_that_was_stopped_looks_only_at_photos_it_had_not_seen(tmp_path: Path) -> None:
+def test_a_resumed_import_recognises_only_new_photos(tmp_path: Path) -> None:
     folder, log, down = tmp_path / "photos", tmp_path / "log", tmp_path / "down"
     folder.mkdir()
     for number in range(20):
@@ -138,7 +137,9 @@ def test_pairs_are_mined_from_several_photos_of_one_person(tmp_path: Path) -> No
     records = open_records(tmp_path / "out", cache=tmp_path / "cache")
     pairs = [(records[one], records[two]) for one, two in records.pairs()]
     assert len(pairs) == out.manifest["counts"]["pairs"] > 4
-    assert set(out.funnel.reasons) <= {("import", importing.STRANGER), ("filter", SAME_POSE)}, "no duplicates"
+    assert set(out.funnel.reasons) <= {("import", importing.STRANGER), ("filter", SAME_POSE)}, (
+        "duplicates are not rejected"
+    )
     assert max(Counter(target.extra["photo"] for _, target in pairs).values()) == 2, "a photo may be a target again"
     for reference, target in pairs:
         assert reference.identity == target.identity and reference.read() != target.read()
@@ -146,7 +147,7 @@ def test_pairs_are_mined_from_several_photos_of_one_person(tmp_path: Path) -> No
     assert built(mined, tmp_path / "out").made == {}
 
 
-def test_mining_without_photos_or_without_two_of_anybody_is_one_sentence(photos: Path, tmp_path: Path) -> None:
+def test_mining_without_two_photos_of_a_person_is_one_sentence(photos: Path, tmp_path: Path) -> None:
     none: dict[str, Any] = {"generator": None, "rewriter": None, "refiner": None, "rounds": 0}
     with pytest.raises(ConfigError, match="mined from photos only"):
         built(toy_config(**none), tmp_path / "a")

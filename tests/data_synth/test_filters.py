@@ -1,4 +1,4 @@
-"""Each filter takes out what it should and nothing else, and near-duplicates do not depend on order."""
+"""Each filter rejects exactly what it should, and near-duplicates do not depend on the order."""
 
 import itertools
 import time
@@ -78,12 +78,12 @@ def test_every_reason_belongs_to_one_stage() -> None:
 
 
 @pytest.mark.parametrize("band", [(0.9, 0.5), (-2, 0.5), (0.5, 1.5)])
-def test_a_band_that_is_none_is_refused(band: tuple[float, float]) -> None:
-    with pytest.raises(ValidationError, match="no band"):
+def test_an_invalid_similarity_range_is_refused(band: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError, match="is not a valid range"):
         FilterSettings(similarity=band)
 
 
-# --- choosing among tries ---------------------------------------------------------------------------------------------
+# --- choosing among candidates ----------------------------------------------------------------------------------------
 def tries(*numbers: tuple[float | None, float | None]) -> list[tuple[Candidate, Measures]]:
     return [
         (Candidate(f"a-0-{n}-0", "a-0", b"", attempt=n), Measures(1, similarity=s, difference=d))
@@ -91,7 +91,7 @@ def tries(*numbers: tuple[float | None, float | None]) -> list[tuple[Candidate, 
     ]
 
 
-def test_the_likest_try_stays_whatever_the_order() -> None:
+def test_the_most_similar_candidate_is_chosen_in_any_order() -> None:
     some = tries((0.5, 0.9), (0.8, 0.1), (0.7, 0.9), (None, 0.9))
     for order in itertools.permutations(some):
         kept, others = best(order)
@@ -100,16 +100,16 @@ def test_the_likest_try_stays_whatever_the_order() -> None:
         assert {one.reason for one in others} == {"another try is better"}
 
 
-def test_of_equally_like_tries_the_more_different_one_stays() -> None:
+def test_ties_in_similarity_go_to_the_larger_difference() -> None:
     assert best(tries((0.5, 0.2), (0.5, 0.4)))[0] == 1
     assert best(tries((0.5, 0.4), (0.5, 0.4)))[0] == 0
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="no candidate to choose from"):
         best([])
 
 
 # --- near-duplicates --------------------------------------------------------------------------------------------------
 def hashes(count: int, seed: int = 0, neighbours: int = 0, apart: int = 3, chains: bool = True) -> dict[str, str]:
-    """`count` random hashes, the last `neighbours` of them a few bits beside an earlier one (in chains: any)."""
+    """Return random hashes; the last `neighbours` differ in a few bits from an earlier one (chains: from any)."""
     random = np.random.default_rng(seed)
     values = [int(value) for value in random.integers(0, 1 << 63, count, dtype=np.int64)]
     for place in range(count - neighbours, count):
@@ -120,7 +120,7 @@ def hashes(count: int, seed: int = 0, neighbours: int = 0, apart: int = 3, chain
     return {f"{place:06d}": f"{value:016x}" for place, value in enumerate(values)}
 
 
-def by_comparing_all(table: dict[str, str], distance: int) -> dict[str, str]:
+def compared_with_all(table: dict[str, str], distance: int) -> dict[str, str]:
     kept: list[str] = []
     found = {}
     for key in sorted(table):
@@ -133,9 +133,9 @@ def by_comparing_all(table: dict[str, str], distance: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("distance", [0, 1, 3, 7, 10])
-def test_near_duplicates_are_those_of_comparing_all(distance: int) -> None:
+def test_near_duplicates_equal_a_comparison_of_all_pairs(distance: int) -> None:
     table = hashes(400, seed=distance, neighbours=200, apart=distance + 2)
-    expected = by_comparing_all(table, distance)
+    expected = compared_with_all(table, distance)
     found = near_duplicates(table, distance)
     assert set(found) == set(expected)
     assert len(found) > 50
@@ -158,14 +158,14 @@ def test_a_hundred_thousand_pictures_take_seconds() -> None:
     assert {int(key) for key in found} == set(range(99_000, 100_000))
 
 
-def test_duplicates_are_rejected_by_name_and_pictures_without_a_hash_stay() -> None:
+def test_duplicates_are_rejected_and_pictures_without_a_hash_are_not() -> None:
     table = {"b": "00000000000000ff", "a": "00000000000000fe", "c": "", "d": ""}
     found = duplicate_rejections(table, FilterSettings(duplicates=1))
     assert [(one.key, one.reason, one.detail) for one in found] == [("b", STAGES["duplicates"][0], "a was kept.")]
     assert duplicate_rejections(table, FilterSettings(duplicates=None)) == []
 
 
-def test_what_is_no_hash_and_no_distance_is_refused() -> None:
+def test_an_invalid_hash_or_distance_is_refused() -> None:
     with pytest.raises(ValueError, match="no picture hash"):
         near_duplicates({"a": "ff"}, 3)
     with pytest.raises(ValueError, match="out of range"):

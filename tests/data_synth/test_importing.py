@@ -1,4 +1,4 @@
-"""Photos of any layout become references; what is wrong with one is counted by reason and stops nothing."""
+"""Photos in any layout become references; faulty photos are counted by reason and stop nothing."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def as_file(image: Image.Image, form: str = "PNG") -> bytes:
 
 @lru_cache(maxsize=1)
 def photos() -> dict[int, list[Image.Image]]:
-    """Person: six photos (of the world, in the style of photos, bareheaded)."""
+    """Return person -> six photos of the portrait world, in the photo style and without headwear."""
     people = range(4)
     how = sample_contexts(list(range(100, 124))).replace(style=0, headwear=0, light=0)
     drawn = render(sample_people([HELD_OUT[person] for person in people for _ in range(6)]), how, size=128)
@@ -67,7 +67,7 @@ def recogniser() -> Recogniser:
 
 
 def group_photo() -> Image.Image:
-    """Person 0 on the left, person 1 on the right."""
+    """Return a picture with person 0 on the left and person 1 on the right."""
     how = sample_contexts([100, 101]).replace(style=0, headwear=0, light=0, yaw=0.0, pitch=0.0, roll=0.0)
     people = sample_people([HELD_OUT[0], HELD_OUT[1]])
     return to_pil(render_groups(people, how, people_per_picture=2, size=256).images[0])
@@ -87,7 +87,7 @@ def reasons(rejections: list[Rejection]) -> dict[str, str]:
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
-def test_broken_tiny_faceless_and_double_photos_are_told_apart(tmp_path: Path) -> None:
+def test_broken_small_faceless_and_duplicate_photos_get_different_reasons(tmp_path: Path) -> None:
     first, second = photos()[0][:2]
     files = {
         "a.png": as_file(first),
@@ -100,7 +100,8 @@ def test_broken_tiny_faceless_and_double_photos_are_told_apart(tmp_path: Path) -
         "h.png": as_file(first.resize((48, 48))),
         "i.png": as_file(Image.new("RGB", (128, 128), (90, 140, 200))),
         "j.png": as_file(group_photo()),
-        "k.png": as_file(photos()[1][0])[:-12],  # without its last chunk: it opens, and no shard takes it as it is
+        # without its last chunk: it opens, but shards do not accept it unchanged
+        "k.png": as_file(photos()[1][0])[:-12],
         "notes.txt": b"not a picture",
     }
     for name, content in files.items():
@@ -113,10 +114,10 @@ def test_broken_tiny_faceless_and_double_photos_are_told_apart(tmp_path: Path) -
         "c.png": SAME_FILE, "d.jpg": NEAR_DUPLICATE, "e.png": DAMAGED, "f.png": DAMAGED, "g.jpg": DAMAGED,
         "h.png": TOO_SMALL, "i.png": NO_FACE, "j.png": SEVERAL_FACES,
     }  # fmt: skip
-    assert len(imported(tmp_path, duplicates=None)[0]) == 4  # but never the same file twice
+    assert len(imported(tmp_path, duplicates=None)[0]) == 4  # the same file is still rejected
 
 
-def test_a_reference_is_as_it_was_imported(tmp_path: Path) -> None:
+def test_a_reference_holds_the_imported_file_and_facts(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     content = as_file(photos()[1][0])
     (tmp_path / "deep" / "one.png").write_bytes(content)
@@ -138,7 +139,7 @@ def test_other_formats_become_png(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(image), np.asarray(photos()[1][0]))
 
 
-def test_a_box_follows_its_picture_into_another_format(tmp_path: Path) -> None:
+def test_a_box_is_scaled_with_a_converted_picture(tmp_path: Path) -> None:
     photos()[1][0].resize((4096, 4096)).save(tmp_path / "large.bmp")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "large.bmp", "box": [400, 800, 2000, 2400]}')
     (only,) = import_references(ImportSettings(source=str(tmp_path)))
@@ -147,7 +148,7 @@ def test_a_box_follows_its_picture_into_another_format(tmp_path: Path) -> None:
         assert image.size == (2048, 2048) and only.facts["box"] == [200, 400, 1000, 1200]
 
 
-def test_small_faces_and_groups_as_the_settings_say(tmp_path: Path) -> None:
+def test_small_faces_and_groups_follow_the_settings(tmp_path: Path) -> None:
     far = Image.new("RGB", (256, 256), (120, 130, 140))
     far.paste(photos()[0][0].resize((40, 40)), (100, 100))
     (tmp_path / "far.png").write_bytes(as_file(far))
@@ -158,7 +159,7 @@ def test_small_faces_and_groups_as_the_settings_say(tmp_path: Path) -> None:
     assert len(imported(tmp_path, faces="unchecked")[0]) == 2
 
 
-def test_without_anybody_who_looks_every_picture_that_opens_is_taken(tmp_path: Path) -> None:
+def test_without_a_recogniser_every_picture_that_opens_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "sky.png").write_bytes(as_file(Image.new("RGB", (128, 128), (90, 140, 200))))
     (tmp_path / "torn.png").write_bytes(b"torn")
     found = list(import_references(ImportSettings(source=str(tmp_path))))
@@ -193,7 +194,7 @@ def test_a_folder_with_metadata_with_and_without_captions(tmp_path: Path) -> Non
     )
     assert (two.caption, two.person) == ("", None)
     assert Counter(one.reason for one in rejections) == {"a record without a picture": 1, "JSON that cannot be read": 1}
-    assert len(open_records(tmp_path)) == 1  # for training, captions are still needed
+    assert len(open_records(tmp_path)) == 1  # training still requires captions
 
 
 def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
@@ -209,21 +210,22 @@ def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
         add(tar, "000000001.jpg", b"torn")
         add(tar, "000000002.jpg", as_file(photos()[2][0], "JPEG"))
         add(tar, "000000003.txt", b"alone")
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # the second pass reads the cache
         found = [replace(one) for one in imported_cached(tmp_path)]
         references = [one for one in found if isinstance(one, Reference)]
         assert [one.caption for one in references] == ["a person", ""]
         assert references[0].facts["url"] == "https://example.org/a"
-        assert [one.facts.get("licence") for one in references] == ["CC0", "CC-BY-4.0"], "its own, else the folder's"
+        assert [one.facts.get("licence") for one in references] == ["CC0", "CC-BY-4.0"], "the second by the settings"
         assert reasons([one for one in found if isinstance(one, Rejection)]) == {
-            "000000001": DAMAGED, "00000.tar: 000000003": "a record without a picture",
-        }  # fmt: skip
+            "000000001": DAMAGED,
+            "00000.tar: 000000003": "a record without a picture",
+        }
 
 
 def imported_cached(folder: Path) -> list[Reference | Rejection]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        assert len(open_records(folder)) == 1  # with captions; its cache must not serve the import
+        assert len(open_records(folder)) == 1  # requires captions; the import must not use its cache
         settings = ImportSettings(source=str(folder), licence="CC-BY-4.0")
         return list(import_references(settings, recogniser()))
 
@@ -238,19 +240,19 @@ def people_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_stranger_in_a_persons_set_is_found(tmp_path: Path) -> None:
+def test_a_stranger_among_a_persons_photos_is_rejected(tmp_path: Path) -> None:
     folder = people_folder(tmp_path)
     (folder / "person-0" / "stranger.png").write_bytes(as_file(photos()[3][0]))
     references, rejections = imported(folder, kind="people")
     found = {one.key for one in rejections if one.reason == STRANGER}
     assert "person-0/stranger.png" in found
-    assert len(found) <= 2  # of eighteen good photos at most one is lost
+    assert len(found) <= 2  # at most one of the 18 good photos is rejected
     counts = Counter(one.person for one in references)
     assert set(counts) == {"person-0", "person-1", "person-2"}
     assert sum(counts.values()) == 19 - len(rejections)
 
 
-def test_in_a_group_photo_the_person_is_found(tmp_path: Path) -> None:
+def test_the_person_is_found_in_a_group_photo(tmp_path: Path) -> None:
     folder = people_folder(tmp_path)
     (folder / "person-1" / "with-a-friend.png").write_bytes(as_file(group_photo()))
     (folder / "person-0" / "with-a-friend.png").write_bytes(as_file(group_photo().resize((250, 250))))
@@ -262,7 +264,7 @@ def test_in_a_group_photo_the_person_is_found(tmp_path: Path) -> None:
     assert left + width / 2 > 128
 
 
-def test_people_with_too_few_photos_are_left_out(tmp_path: Path) -> None:
+def test_people_with_too_few_photos_are_rejected(tmp_path: Path) -> None:
     folder = people_folder(tmp_path)
     (folder / "lonely").mkdir()
     (folder / "lonely" / "0.png").write_bytes(as_file(photos()[3][0]))
@@ -273,15 +275,15 @@ def test_people_with_too_few_photos_are_left_out(tmp_path: Path) -> None:
     assert "lonely" not in {one.person for one in references}
 
 
-def test_people_need_somebody_who_looks(tmp_path: Path) -> None:
+def test_a_folder_of_people_needs_a_recogniser(tmp_path: Path) -> None:
     settings = ImportSettings(source=str(people_folder(tmp_path)), kind="people")
     with pytest.raises(ConfigError, match="recogniser"):
         list(import_references(settings))
 
 
-def test_people_named_in_records_are_cleaned_too_wherever_their_photos_lie(tmp_path: Path) -> None:
+def test_strangers_are_also_found_among_people_named_in_records(tmp_path: Path) -> None:
     rows = []
-    for number in range(5):  # their photos take turns
+    for number in range(5):  # photos of both people alternate
         for person in (0, 1):
             (tmp_path / f"{person}-{number}.png").write_bytes(as_file(photos()[person][number]))
             rows.append({"file_name": f"{person}-{number}.png", "identity": f"person {person}"})
@@ -294,12 +296,14 @@ def test_people_named_in_records_are_cleaned_too_wherever_their_photos_lie(tmp_p
     references, rejections = imported(tmp_path)
     assert reasons(rejections) == {"wrong": STRANGER}
     order = [one.person for one in references]
-    assert order == ["person 0"] * 5 + ["person 1"] * 5 + [None, "person 2"], "one photo of somebody does"
-    assert len(imported(tmp_path, faces="unchecked")[0]) == 13, "where nobody looks, all are believed"
+    assert order == ["person 0"] * 5 + ["person 1"] * 5 + [None, "person 2"], (
+        "one photo of a person in records is enough"
+    )
+    assert len(imported(tmp_path, faces="unchecked")[0]) == 13, "unchecked faces are all accepted"
 
 
 class Fragile(JudgeRecogniser):
-    """The judge, but photos of one size break it."""
+    """The judge, but it crashes on photos of one size."""
 
     def recognise(self, pictures: Sequence[PhotoSource]) -> list[tuple[KnownFace, ...] | Failed]:
         if any(isinstance(one, Image.Image) and one.size == (100, 100) for one in pictures):
@@ -307,7 +311,7 @@ class Fragile(JudgeRecogniser):
         return super().recognise(pictures)
 
 
-def test_a_photo_that_breaks_the_recogniser_or_cannot_be_read_falls_out_alone(tmp_path: Path) -> None:
+def test_only_the_photo_that_crashes_the_recogniser_or_is_unreadable_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(as_file(photos()[0][0]))
     (tmp_path / "b.png").write_bytes(as_file(photos()[1][0].resize((100, 100))))
     (tmp_path / "c.png").write_bytes(as_file(photos()[2][0]))
@@ -330,7 +334,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("photos_of_one", "others"), [(3, 1), (5, 1), (5, 3), (12, 2), (60, 20)])
-def test_strangers_are_found_while_they_are_fewer(photos_of_one: int, others: int) -> None:
+def test_strangers_are_found_while_they_are_the_minority(photos_of_one: int, others: int) -> None:
     random = np.random.default_rng(photos_of_one)
     centre = random.normal(size=64)
     own = unit(centre + 0.6 * random.normal(size=(photos_of_one, 64)))
@@ -339,20 +343,20 @@ def test_strangers_are_found_while_they_are_fewer(photos_of_one: int, others: in
     assert strangers(own) == []
 
 
-def test_strangers_who_are_one_person_are_found_too() -> None:
+def test_strangers_who_are_the_same_person_are_found() -> None:
     random = np.random.default_rng(0)
     one, two = (unit(random.normal(size=64) + 0.5 * random.normal(size=(n, 64))) for n in (6, 4))
     assert strangers(np.concatenate((two, one))) == [0, 1, 2, 3]
 
 
-def test_where_nobody_is_like_anybody_all_are_strangers() -> None:
+def test_without_similar_photos_all_are_strangers() -> None:
     random = np.random.default_rng(0)
     assert strangers(unit(random.normal(size=(6, 64)))) == list(range(6))
     assert strangers(unit(random.normal(size=(1, 64)))) == []
 
 
 # --- mined pairs ------------------------------------------------------------------------------------------------------
-def test_mined_pairs_join_different_photos_of_one_person() -> None:
+def test_mined_pairs_are_different_photos_of_one_person() -> None:
     references = [Reference(f"k{n}", bytes([n]), person, f"caption {n}") for n, person in enumerate("aaaabb")]
     references += [Reference("alone", b"x", "c"), Reference("unknown", b"y")]
     drafts = mined_drafts(references, max_per_photo=2)

@@ -1,6 +1,6 @@
-"""A build by the production class of every step together, at tiny sizes: files, endpoints, diffusers, inpainting.
+"""A build with the production backend of every step, at tiny sizes: files, endpoints, diffusers, inpainting.
 
-The detector sees faces where pictures are bright (test_pairs_recognisers.tiny_pack), so random pictures have some.
+The toy detector finds faces in bright areas (backends.test_recognisers.tiny_pack), so random pictures have some.
 """
 
 import io
@@ -28,7 +28,7 @@ CAPTION = "a person in a red hat"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two photos, and the models of all steps that need some."""
+    """A folder with two photos and the models of all steps."""
     from diffusers import AutoencoderKL
 
     root = tmp_path_factory.mktemp("models")
@@ -36,9 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, reference in enumerate(WorldPeople(WorldPeople.Settings(identities=2)).draw([0, 1])):
         photo = Image.open(io.BytesIO(reference.image))
         bright = Image.blend(photo, Image.new("RGB", photo.size, "white"), 0.6)
-        bright.save(root / "photos" / f"{number}.bmp")  # seeds follow from its bytes, which no encoder chooses
+        # BMP: seeds depend on the bytes, which do not depend on an encoder version
+        bright.save(root / "photos" / f"{number}.bmp")
     vae = AutoencoderKL.from_pretrained(tiny_models.stable_diffusion(root / "drawing") / "vae")
-    vae.decoder.conv_out.bias.data += 0.6  # bright pictures, each another
+    vae.decoder.conv_out.bias.data += 0.6  # bright pictures, all different
     vae.save_pretrained(root / "drawing" / "vae")
     tiny.pipeline().save_pretrained(root / "refining")
     tiny_pack(root / "pack")
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
-    """The endpoint of captioner and rewriter."""
+    """The endpoint of the captioner and the rewriter."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     made = Stub()
     yield made
@@ -56,7 +57,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
 
 
 def config(folder: Path, url: str, least: float = 0.9999) -> BuildConfig:
-    """Two photos with two targets each, which are refined below a similarity of `least`."""
+    """Return a build of two photos with two targets each, refined below a similarity of `least`."""
     endpoint = {"backend": "endpoint", "model": "some/model", "url": url, "retries": 0, "at_once": 1}
     faces = {"recogniser": "insightface", "recogniser_settings": {"pack": str(folder / "pack")}}
     local = {"device": "cpu", "steps": 2}
@@ -80,8 +81,8 @@ def config(folder: Path, url: str, least: float = 0.9999) -> BuildConfig:
     })  # fmt: skip
 
 
-def told(number: int, body: dict[str, Any]) -> Reply:
-    """A caption of a picture; else the caption with the gaze that was asked for."""
+def answer(number: int, body: dict[str, Any]) -> Reply:
+    """Answer with a caption for a picture, or else with the caption rewritten for the wished gaze."""
     text = text_of(body)
     if "painter" in text:
         return completion(CAPTION)
@@ -89,33 +90,33 @@ def told(number: int, body: dict[str, Any]) -> Reply:
 
 
 def between(rejections: Path) -> float:
-    """A similarity that some candidates have before they are refined, and others have not."""
+    """Return a similarity between the unrefined candidates, above some and below others."""
     lines = [json.loads(line) for line in rejections.read_text().splitlines()]
     drawn = [line["detail"] for line in lines if line["key"].endswith("-0-0")]  # attempt 0, round 0
     numbers = [float(detail.removeprefix("Similarity ").partition(",")[0]) for detail in drawn]
-    assert len(numbers) == 4 and min(numbers) + 0.003 < max(numbers), "told to three digits"
+    assert len(numbers) == 4 and min(numbers) + 0.003 < max(numbers), "the details have three digits"
     return (min(numbers) + max(numbers)) / 2
 
 
-def test_real_models_park_what_an_endpoint_owes_and_then_build_what_a_fresh_build_does(
-    stub: Stub, folder: Path, tmp_path: Path
-) -> None:
+def test_production_backends_defer_and_resume_like_a_fresh_build(stub: Stub, folder: Path, tmp_path: Path) -> None:
     stub.reply = lambda number, body: trouble(503)
     down = built(config(folder, stub.url), tmp_path / "out")
-    parked = [json.loads(line) for line in (tmp_path / "out" / "parked.jsonl").read_text().splitlines()]
-    assert down.manifest["counts"]["pairs"] == 0 and len(parked) == 4
-    assert {(line["step"], line["reason"]) for line in parked} == {("caption", DOWN)}
+    deferred = [json.loads(line) for line in (tmp_path / "out" / "parked.jsonl").read_text().splitlines()]
+    assert down.manifest["counts"]["pairs"] == 0 and len(deferred) == 4
+    assert {(line["step"], line["reason"]) for line in deferred} == {("caption", DOWN)}
 
-    stub.reply = told
+    stub.reply = answer
     made = built(config(folder, stub.url), tmp_path / "out")
     assert (tmp_path / "out" / "parked.jsonl").read_text() == ""
     assert made.made["caption"] == 2 and made.made["rewrite"] == made.made["generate"] == 4 > made.made["import"]
-    assert made.funnel.as_json()["rounds"]["1"]["before"]["count"] == made.made["refine"] == 4, "nothing is so alike"
+    assert made.funnel.as_json()["rounds"]["1"]["before"]["count"] == made.made["refine"] == 4, (
+        "no candidate is that similar"
+    )
 
     least = between(tmp_path / "out" / "rejections.jsonl")
     again = built(config(folder, stub.url, least), tmp_path / "out")
     refined = again.funnel.as_json()["rounds"]["1"]["before"]["count"]
-    assert again.made == {} and 0 < refined < 4, "another band makes no picture"
+    assert again.made == {} and 0 < refined < 4, "another similarity range generates no picture"
     records = [record for record in open_records(tmp_path / "out", cache=tmp_path / "cache") if record.reference]
     assert len(records) == again.manifest["counts"]["pairs"] > 0
     assert all(record.caption == f"{CAPTION}, looking {record.extra['aims']['gaze']}" for record in records)

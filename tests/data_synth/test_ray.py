@@ -1,4 +1,4 @@
-"""Builds on Ray Data: the same shards as in a single process, with stages of their own for steps that want them."""
+"""Builds on Ray Data: the same shards as in a single process, with separate stages for steps with own resources."""
 
 import importlib
 import pickle
@@ -23,7 +23,7 @@ def recipe(config: BuildConfig) -> Recipe:
     return Recipe(config, dict.fromkeys(STEPS, ""), 6)
 
 
-def test_steps_with_a_share_of_their_own_are_stages() -> None:
+def test_steps_with_their_own_resources_are_separate_stages() -> None:
     assert [stage.steps for stage in stages_of(recipe(toy_config()))] == [STEPS]
     config = toy_config(ray={"steps": {"caption": {"num_gpus": 1}, "generate": {"concurrency": 4}}})
     stages = stages_of(recipe(config))
@@ -35,20 +35,20 @@ def test_steps_with_a_share_of_their_own_are_stages() -> None:
     )
 
 
-def test_a_cluster_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_cluster_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match=r"no Ray cluster at nowhere .*ray start --head"):
         _connect(ray, Cluster(address="nowhere"), [])
     services = importlib.import_module("ray._private.services")
     if services.find_bootstrap_address(None) is None and not services.find_gcs_addresses():
-        with pytest.raises(ConfigError, match=r"no Ray cluster at auto .*leave ray.address out"):
+        with pytest.raises(ConfigError, match=r"no Ray cluster at auto .*remove ray.address"):
             _connect(ray, Cluster(address="auto"), [])
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Two workers on this machine, and a GPU that Ray takes for granted."""
+    """A local cluster of two CPUs and one GPU, whose existence Ray does not check."""
     ray = pytest.importorskip("ray", reason="pip install -e '.[ray]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
@@ -58,7 +58,7 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.filterwarnings("ignore")  # warnings of Ray itself
 def test_two_workers_build_the_same_shards_as_one_process(tmp_path: Path) -> None:
     built(toy_config(), tmp_path / "alone")
     config = toy_config(chunk=1, ray={"concurrency": 2, "window": 4})
@@ -70,7 +70,7 @@ def test_two_workers_build_the_same_shards_as_one_process(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore")
-def test_a_stage_of_its_own_and_attempts_that_lead_back_to_it_build_the_same_shards(tmp_path: Path) -> None:
+def test_a_separate_stage_with_repeated_attempts_builds_the_same_shards(tmp_path: Path) -> None:
     notes = tmp_path / "notes"
 
     def config(log: str, **values: Any) -> BuildConfig:
@@ -83,27 +83,27 @@ def test_a_stage_of_its_own_and_attempts_that_lead_back_to_it_build_the_same_sha
     assert build(spread, str(tmp_path / "ray"), "ray").made["generate"] > 6, "some need a second attempt"
     assert contents(tmp_path / "ray") == contents(tmp_path / "alone")
     placed = {line for line in notes.read_text().splitlines() if "[" in line}
-    assert placed == {"generate [0]", "caption []"}, "each step has the GPUs that it asked for"
+    assert placed == {"generate [0]", "caption []"}, "each step has the GPUs of its settings"
 
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore")
-def test_more_than_there_is_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="want 3 CPUs and Ray has 2"):
+def test_more_resources_than_available_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="need 3 CPUs and Ray has 2"):
         build(toy_config(ray={"concurrency": 3}), str(tmp_path / "ray"), "ray")
-    with pytest.raises(ConfigError, match="want 2 GPUs and Ray has 1"):
+    with pytest.raises(ConfigError, match="need 2 GPUs and Ray has 1"):
         build(toy_config(ray={"steps": {"generate": {"num_gpus": 2, "num_cpus": 0}}}), str(tmp_path / "ray"), "ray")
 
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.filterwarnings("ignore")
-def test_what_a_worker_cannot_load_is_the_same_sentence_as_at_home(tmp_path: Path) -> None:
+def test_an_error_in_a_worker_is_the_same_sentence_as_locally(tmp_path: Path) -> None:
     config = toy_config(captioner="tests.toy_pairs:AbsentCaptioner", ray=FEW)
     with pytest.raises(WeightsError, match=r"^The model nowhere cannot be loaded\.$"):
         build(config, str(tmp_path / "ray"), "ray")
 
 
-def test_what_went_wrong_in_one_stage_passes_through_the_next_ones() -> None:
+def test_an_error_of_one_stage_passes_through_the_next_ones() -> None:
     one = recipe(toy_config(captioner="tests.toy_pairs:AbsentCaptioner"))
     row: dict[str, Any] = {"place": [0], "task": [pickle.dumps(Task([0], {}))]}
     for steps in (("import",), ("caption",), ("rewrite", "generate")):

@@ -1,4 +1,4 @@
-"""The store: what is put in comes out, whole or not at all, and only for one driver at a time."""
+"""The store returns saved results unchanged, saves all or nothing, and accepts one driver at a time."""
 
 import sqlite3
 import subprocess
@@ -21,7 +21,7 @@ RESULTS: tuple[Result, ...] = (
     Candidate("key-0-1-2", "key-0", b"png", 1, 2, {"attributes": {"expression": "sad"}}),
     Measures(1, 0.5, None, 0.25, 1e-4, 0.0, "00ff00ff00ff00ff", {"yaw": "left"}),
     Rejection("key", "import", "no face", "photo.jpg: no face."),
-    Failed("refused", "It is not wanted."),
+    Failed("refused", "It is not accepted."),
 )
 
 
@@ -29,14 +29,14 @@ def key(number: int) -> bytes:
     return number.to_bytes(32, "big")
 
 
-def test_every_kind_of_result_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_every_kind_of_result_is_returned_unchanged(tmp_path: Path) -> None:
     with Store(tmp_path / "store.sqlite") as store:
         store.save([(key(number), "step", result) for number, result in enumerate(RESULTS)])
     with Store(tmp_path / "store.sqlite") as store:
         assert store.find([key(number) for number in range(99)]) == {key(n): one for n, one in enumerate(RESULTS)}
 
 
-def test_many_keys_are_found_at_once_and_a_key_keeps_its_first_result(tmp_path: Path) -> None:
+def test_find_accepts_many_keys_and_a_key_keeps_its_first_result(tmp_path: Path) -> None:
     with Store(tmp_path / "store.sqlite") as store:
         store.save([(key(number), "caption", f"caption {number}") for number in range(3000)])
         store.save([(key(7), "caption", "another")])
@@ -44,14 +44,14 @@ def test_many_keys_are_found_at_once_and_a_key_keeps_its_first_result(tmp_path: 
     assert found == {key(number): f"caption {number}" for number in range(0, 3000, 2)}
 
 
-def test_a_result_may_be_replaced_on_purpose(tmp_path: Path) -> None:
+def test_overwrite_replaces_a_result(tmp_path: Path) -> None:
     with Store(tmp_path / "store.sqlite") as store:
         store.save([(key(1), "import", "one"), (key(2), "import", "two")])
         store.save([(key(1), "import", "another")], overwrite=True)
         assert store.find([key(1), key(2)]) == {key(1): "another", key(2): "two"}
 
 
-def test_rows_of_one_call_are_there_all_or_none(tmp_path: Path) -> None:
+def test_rows_of_one_call_are_saved_all_or_none(tmp_path: Path) -> None:
     with Store(tmp_path / "store.sqlite") as store:
         with pytest.raises(TypeError):
             store.save([(key(1), "a", "one"), (key(2), "a", Reference("x", b"", facts={"not": object()}))])
@@ -62,7 +62,7 @@ def test_rows_of_one_call_are_there_all_or_none(tmp_path: Path) -> None:
         assert store.find([key(1)]) == {key(1): "one"}
 
 
-def test_notes_are_kept_and_replaced(tmp_path: Path) -> None:
+def test_notes_are_saved_and_replaced(tmp_path: Path) -> None:
     with Store(tmp_path / "store.sqlite") as store:
         assert store.read_note("shards") is None
         store.write_note("shards", {"0": "ab"})
@@ -70,14 +70,14 @@ def test_notes_are_kept_and_replaced(tmp_path: Path) -> None:
         assert store.read_note("shards") == {"0": "cd"}
 
 
-def test_a_second_driver_is_told_to_wait(tmp_path: Path) -> None:
-    with Store(tmp_path / "store.sqlite"), pytest.raises(ConfigError, match="another build is at work"):
+def test_a_second_driver_is_refused(tmp_path: Path) -> None:
+    with Store(tmp_path / "store.sqlite"), pytest.raises(ConfigError, match="another build is using it"):
         Store(tmp_path / "store.sqlite")
     with Store(tmp_path / "store.sqlite") as store:
         assert store.find([key(1)]) == {}
 
 
-def test_a_file_that_is_no_store_is_one_sentence(tmp_path: Path) -> None:
+def test_an_invalid_store_file_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "store.sqlite").write_bytes(b"not a database at all, but long enough to be read as one" * 20)
     with pytest.raises(ConfigError, match="cannot be used"):
         Store(tmp_path / "store.sqlite")
@@ -93,7 +93,7 @@ with Store(Path(sys.argv[1])) as store:
 """
 
 
-def test_a_killed_driver_leaves_whole_transactions_and_no_claim(tmp_path: Path) -> None:
+def test_a_killed_driver_leaves_complete_transactions_and_no_lock(tmp_path: Path) -> None:
     path, log = tmp_path / "store.sqlite", tmp_path / "store.sqlite-wal"
     process = subprocess.Popen([sys.executable, "-c", FILL, str(path)], cwd=ROOT)
     while not log.exists() or log.stat().st_size < 200_000:  # well under way
@@ -102,6 +102,6 @@ def test_a_killed_driver_leaves_whole_transactions_and_no_claim(tmp_path: Path) 
     process.kill()
     process.wait()
     with Store(path) as store:
-        there = store.find([key(number) for number in range(100_000)])
-    assert len(there) >= 10 and len(there) % 10 == 0
-    assert set(there) == {key(number) for number in range(len(there))}
+        found = store.find([key(number) for number in range(100_000)])
+    assert len(found) >= 10 and len(found) % 10 == 0
+    assert set(found) == {key(number) for number in range(len(found))}

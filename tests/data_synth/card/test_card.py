@@ -1,4 +1,4 @@
-"""The data card counts rightly, in whatever order, and names the groups that fall behind and no others."""
+"""The data card counts correctly in any order, and names exactly the groups that fall behind."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def case(
 
 
 def crowd(seed: int, size: int, worse: Sequence[str] = (), likeness: float = 0.7) -> list[Case]:
-    """Five skin tones of `size` people each; those of `worse` pass half as often."""
+    """Return cases of five skin tones with `size` people each; those in `worse` pass half as often."""
     chance = np.random.default_rng(seed)
     cases = []
     for number in range(5 * size):
@@ -99,7 +99,7 @@ def test_everything_is_counted_once() -> None:
     }  # fmt: skip
 
 
-def test_histograms_lose_at_each_filter_what_it_took() -> None:
+def test_histograms_count_the_candidates_left_after_each_filter() -> None:
     cases = [
         case(0, 0.7),
         case(1, 0.1, "too unlike the reference"),
@@ -115,16 +115,16 @@ def test_histograms_lose_at_each_filter_what_it_took() -> None:
     assert -1 + place * 0.04 <= 0.7 < -1 + (place + 1) * 0.04
 
 
-def test_what_people_reject_leaves_last_and_does_not_count_as_failing() -> None:
+def test_rejections_by_reviewers_come_last_and_do_not_lower_the_pass_rate() -> None:
     waiting = case(1, 0.5)
-    waiting = replace(waiting, rejection=Rejection(waiting.candidate.key, "review", "any reason of theirs"))
+    waiting = replace(waiting, rejection=Rejection(waiting.candidate.key, "review", "any reason of a reviewer"))
     facts = make_card([case(0), waiting]).facts
     totals = {name: sum(bins) for name, bins in facts["histograms"]["similarity"]["counts"].items()}
     assert (totals["after duplicates"], totals["after review"]) == (2, 1)
     assert facts["people"]["age"][UNKNOWN]["pass_rate"] == 1
 
 
-def test_wished_shares_stand_beside_what_came() -> None:
+def test_wished_shares_are_listed_beside_the_counts() -> None:
     facts = make_card([case(0), case(1)], wished={"expression": {"smiling": 0.5, "sad": 0.5}}).facts
     assert facts["attributes"]["expression"]["sad"] == {
         "wished": 0.5,
@@ -134,7 +134,7 @@ def test_wished_shares_stand_beside_what_came() -> None:
     }
 
 
-def test_rounds_of_refinement_stand_side_by_side() -> None:
+def test_rounds_of_refinement_are_listed_separately() -> None:
     cases = [
         case(n, 0.4 + 0.1 * r, "another try is better" if r == 0 else None, round=r, difference=0.6)
         for n in range(3)
@@ -157,7 +157,7 @@ def test_the_card_does_not_depend_on_order(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
-def test_only_some_pictures_are_kept() -> None:
+def test_the_card_holds_only_some_pictures() -> None:
     card = make_card(crowd(0, 40), settings=CardSettings(pairs=5, examples=2))
     assert len(card.pairs) == 5
     assert {reason: len(some) for reason, some in card.examples.items()} == {"too unlike the reference": 2}
@@ -175,9 +175,9 @@ def test_a_group_that_falls_behind_is_named_and_no_other() -> None:
 
 
 def test_a_group_whose_targets_are_lost_early_is_named() -> None:
-    """What a generator refuses, or draws without a measurable face, is no candidate, and still a failure."""
+    """A target without a measurable candidate, for example refused by the generator, counts as a failure."""
     cases: list[Case | LostTarget] = list(crowd(0, 150))
-    dark = [number for number in range(4, 750, 5) if number // 10 % 2]  # half of them, young and old
+    dark = [number for number in range(4, 750, 5) if number // 10 % 2]  # half of them, of both ages
     for number in dark:
         one = cases[number]
         cases[number] = LostTarget(one.reference, one.spec if number % 3 else None)
@@ -196,7 +196,7 @@ def test_an_aim_whose_targets_are_lost_early_is_named() -> None:
     assert named(cases) == [("gaze", "left", "pass_rate")]
 
 
-def test_a_group_that_is_less_like_itself_is_named() -> None:
+def test_a_group_with_lower_similarity_is_named() -> None:
     cases = crowd(1, 100)
     some = [n for n, one in enumerate(cases) if one.reference.facts["groups"]["skin tone"] == "tan"]
     for n in some:
@@ -205,16 +205,16 @@ def test_a_group_that_is_less_like_itself_is_named() -> None:
     assert ("skin tone", "tan", "similarity") in named(cases)
 
 
-def test_where_nobody_falls_behind_nobody_is_named() -> None:
+def test_without_a_group_that_falls_behind_none_is_named() -> None:
     assert [named(crowd(seed, 60)) for seed in range(20)] == [[]] * 20
 
 
-def test_a_sure_but_small_gap_is_not_named() -> None:
+def test_a_significant_but_small_gap_is_not_named() -> None:
     cases = crowd(0, 150, worse=["dark"])
     assert named(cases, pass_rate=0.6) == []
 
 
-def test_of_few_people_nothing_is_said() -> None:
+def test_groups_of_few_people_are_not_tested() -> None:
     facts = make_card(crowd(0, 20, worse=["dark"])).facts["behind"]
     assert facts["named"] == []
     assert {(line["group"], line["value"]) for line in facts["too_few"]} >= {
@@ -224,8 +224,8 @@ def test_of_few_people_nothing_is_said() -> None:
     assert "30" in facts["how"]
 
 
-def test_many_candidates_of_one_person_are_one_person() -> None:
-    """Forty failures of one person prove nothing about the group."""
+def test_many_candidates_of_one_person_count_as_one_person() -> None:
+    """Forty failures of one person are no evidence about the group."""
     cases = crowd(0, 29)
     groups = {"skin tone": "dark"}
     cases += [case(9000 + n, 0.2, "too unlike the reference", groups, person="the same") for n in range(40)]
@@ -257,10 +257,10 @@ def test_a_group_is_never_guessed() -> None:
     assert groups_of(Reference("a", b"", facts={"groups": {"region": "north"}}))["region"] == "north"
 
 
-def test_the_worlds_groups_are_those_of_its_captions() -> None:
+def test_the_groups_of_the_world_match_its_captions() -> None:
     people = sample_people(list(range(40)))
-    said = captions(people, sample_contexts(list(range(40))), style="dense")
-    for skin, age, text in zip(people.skin.tolist(), people.age.tolist(), said, strict=True):
+    texts = captions(people, sample_contexts(list(range(40))), style="dense")
+    for skin, age, text in zip(people.skin.tolist(), people.age.tolist(), texts, strict=True):
         groups = world_groups(skin, age)
         assert f"{groups['skin tone']} skin" in text
         assert ("young person" in text, "old person" in text) == (groups["age"] == "young", groups["age"] == "old")
@@ -268,7 +268,7 @@ def test_the_worlds_groups_are_those_of_its_captions() -> None:
 
 # --- files ------------------------------------------------------------------------------------------------------------
 class Checker(HTMLParser):
-    """Whether every tag is closed, and what there is."""
+    """Checks that every tag is closed, and records the tags."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,14 +298,14 @@ def card_with_everything() -> Card:
     return make_card(cases, [Rejection("x", "import", "no face")], about, {"expression": {"smiling": 1.0}})
 
 
-def test_card_json_is_the_facts(tmp_path: Path) -> None:
+def test_card_json_holds_the_facts(tmp_path: Path) -> None:
     card = card_with_everything()
     page = write_card(card, tmp_path)
     assert page == tmp_path / "card.html"
     assert json.loads((tmp_path / "card.json").read_text()) == card.facts
 
 
-def test_the_page_is_whole_self_contained_and_escaped(tmp_path: Path) -> None:
+def test_the_page_is_complete_self_contained_and_escaped(tmp_path: Path) -> None:
     text = write_card(card_with_everything(), tmp_path).read_text()
     checker = Checker()
     checker.feed(text)
@@ -314,11 +314,11 @@ def test_the_page_is_whole_self_contained_and_escaped(tmp_path: Path) -> None:
     assert "Our &lt;pairs&gt;" in text
     assert not re.search(r'(src|href)="(?!data:image/jpeg;base64,)', text)
     assert checker.tags.count("img") == 1 + 2  # the contact sheet, and examples of two reasons
-    assert "dark" in text[text.index("Who falls behind") : text.index("<h2>People")]
+    assert "dark" in text[text.index("Groups that fall behind") : text.index("<h2>People")]
     assert "not known" in text
 
 
-def test_an_empty_build_has_a_card_too(tmp_path: Path) -> None:
+def test_an_empty_build_has_a_card(tmp_path: Path) -> None:
     text = write_card(make_card([]), tmp_path).read_text()
     assert "0 pairs" in text
     assert "was not measured" in text

@@ -1,4 +1,4 @@
-"""The review page in a real browser: by keyboard, by touch, at phone width, and by two reviewers at once."""
+"""The review page in a real browser: keyboard, touch, phone width, and two concurrent reviewers."""
 
 import io
 import shutil
@@ -20,7 +20,7 @@ from tests.review_pairs import pair
 
 
 def chromium() -> str | None:
-    """The browser of this machine, or else the one that `playwright install chromium` put there."""
+    """Return the installed browser, or the one from `playwright install chromium`, or None."""
     if found := shutil.which("chromium") or shutil.which("chromium-browser"):
         return found
     with sync_playwright() as playwright:
@@ -29,7 +29,7 @@ def chromium() -> str | None:
 
 
 CHROMIUM = chromium()
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
@@ -56,7 +56,7 @@ def portraits() -> list[Pair]:
 
 @pytest.fixture
 def review(tmp_path: Path, portraits: list[Pair]) -> Iterator[Review]:
-    """A queue of five pairs being served; all want two opinions."""
+    """A queue of five pairs that all need two opinions."""
     keys = [one.target.key for one in portraits]
     open_queue(portraits, tmp_path / FILE, {keys[0]: [0.31, 0.44, 0.52]}, {keys[0]: ["Passed: similarity 0.52."]})
     yield Review(tmp_path / FILE, opinions=2, overlap=1.0)
@@ -77,41 +77,41 @@ Visit = Callable[..., Page]
 
 @pytest.fixture
 def visit(browser: Browser, address: str) -> Iterator[Visit]:
-    """Opens the page in a context of its own, as if on another computer; its complaints fail the test."""
+    """Open the page in a new context, as if on another computer; errors and messages in its console fail the test."""
     contexts: list[BrowserContext] = []
-    complaints: list[str] = []
+    messages: list[str] = []
     addresses: list[str] = []
 
     def opened(reviewer: str = "", **settings: Any) -> Page:
         contexts.append(browser.new_context(**{"viewport": DESKTOP, **settings}))
         page = contexts[-1].new_page()
         page.set_default_timeout(10_000)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("console", lambda message: messages.append(message.text))
         page.on("request", lambda request: addresses.append(request.url))
         page.goto(address + (f"?reviewer={reviewer}" if reviewer else ""))
-        settled(page)
+        shown_key(page)
         return page
 
     yield opened
     for context in contexts:
         context.close()
-    assert [text for text in complaints if not text.startswith("Failed to load resource")] == []  # refused on purpose
+    assert [text for text in messages if not text.startswith("Failed to load resource")] == []  # expected by the tests
     assert [asked for asked in addresses if not asked.startswith((address, "data:,"))] == []
 
 
-def settled(page: Page) -> str:
-    """Wait until the page is done with what it was asked; returns the key of the pair in sight, or ""."""
+def shown_key(page: Page) -> str:
+    """Wait until the page is idle and return the key of the shown pair, or ""."""
     page.wait_for_selector("body:not([aria-busy])")
     return page.text_content("#key") or "" if page.is_visible("#pair") else ""
 
 
 def press(page: Page, *keys: str) -> str:
-    """Press keys one after the other, and return the key of the pair then in sight."""
+    """Press keys one after the other and return the key of the pair shown afterwards."""
     for key in keys:
         page.keyboard.press(key)
-        settled(page)
-    return settled(page)
+        shown_key(page)
+    return shown_key(page)
 
 
 def decided(review: Review) -> dict[str, Decision]:
@@ -120,7 +120,7 @@ def decided(review: Review) -> dict[str, Decision]:
 
 def test_keep_reject_fix_and_undo_by_keyboard(visit: Visit, review: Review) -> None:
     page = visit("Ann")
-    first = settled(page)
+    first = shown_key(page)
     second = press(page, "k")
     assert decided(review)[first].verdict == "keep"
     third = press(page, "r", "4")
@@ -128,7 +128,7 @@ def test_keep_reject_fix_and_undo_by_keyboard(visit: Visit, review: Review) -> N
     page.keyboard.press("f")
     expect(page.locator("#fixed")).to_have_value(page.text_content("#prompt") or "")
     page.keyboard.press("Control+a")
-    page.keyboard.type("kr: a fixed caption, u?")  # letters that are commands elsewhere
+    page.keyboard.type("kr: a fixed caption, u?")  # letters that are commands outside the dialog
     fourth = press(page, "Enter")
     assert (decided(review)[third].verdict, decided(review)[third].caption) == ("fix", "kr: a fixed caption, u?")
     assert len({first, second, third, fourth}) == 4
@@ -141,25 +141,25 @@ def test_keep_reject_fix_and_undo_by_keyboard(visit: Visit, review: Review) -> N
     expect(page.locator("#undo")).to_be_disabled()
 
 
-def test_escape_leaves_everything_as_it_was(visit: Visit, review: Review) -> None:
+def test_escape_changes_nothing(visit: Visit, review: Review) -> None:
     page = visit("Ann")
     for key in ("r", "f", "?"):
         page.keyboard.press(key)
         expect(page.locator("dialog[open]")).to_have_count(1)
-        page.keyboard.press("k")  # not while a dialog is open
+        page.keyboard.press("k")  # no effect while a dialog is open
         page.keyboard.press("Escape")
         expect(page.locator("dialog[open]")).to_have_count(0)
     page.keyboard.press("f")
     page.keyboard.press("Enter")
-    expect(page.locator("#fix-trouble")).to_have_text("The caption is as it was: change it, or keep the pair.")
+    expect(page.locator("#fix-trouble")).to_have_text("The caption is unchanged: edit it, or keep the pair.")
     assert decided(review) == {}
 
 
 def test_a_key_held_down_decides_once(visit: Visit, review: Review) -> None:
     page = visit("Ann")
     for _ in range(6):
-        page.keyboard.down("k")  # down again without up is what a held key sends
-        settled(page)
+        page.keyboard.down("k")  # a held key sends repeated down events
+        shown_key(page)
     page.keyboard.up("k")
     assert len(decided(review)) == 1
 
@@ -168,12 +168,12 @@ def test_letters_are_found_on_other_keyboards(visit: Visit, review: Review) -> N
     page = visit("Ann")
     send = "([key, code]) => document.dispatchEvent(new KeyboardEvent('keydown', {key, code}))"
     page.evaluate(send, ["л", "KeyK"])  # Russian
-    settled(page)
+    shown_key(page)
     page.evaluate(send, ["к", "KeyR"])
     page.evaluate(send, ["é", "Digit2"])  # French
-    settled(page)
-    page.evaluate(send, ["t", "KeyK"])  # Dvorak: the letter that is printed counts
-    settled(page)
+    shown_key(page)
+    page.evaluate(send, ["t", "KeyK"])  # Dvorak: the printed letter counts
+    shown_key(page)
     assert sorted((one.verdict, one.reason) for one in decided(review).values()) == [
         ("keep", ""),
         ("reject", REASONS[1]),
@@ -182,43 +182,43 @@ def test_letters_are_found_on_other_keyboards(visit: Visit, review: Review) -> N
 
 def test_arrows_go_back_to_decisions_and_skip(visit: Visit, review: Review) -> None:
     page = visit("Ann")
-    first = settled(page)
+    first = shown_key(page)
     second = press(page, "k")
     assert press(page, "ArrowLeft") == first
     assert page.text_content("#opinions") == "You: keep."
     press(page, "r", "1")
-    assert decided(review)[first].reason == REASONS[0], "a mind may be changed"
+    assert decided(review)[first].reason == REASONS[0], "a decision can be replaced"
     third = press(page, "ArrowRight")
     assert third not in (first, second)
     for _ in range(3):
         press(page, "k")
-    assert settled(page) == second, "what was skipped comes last"
+    assert shown_key(page) == second, "skipped pairs come last"
     assert press(page, "k") == ""
-    expect(page.locator("#finished")).to_contain_text("Nothing is waiting for you")
+    expect(page.locator("#finished")).to_contain_text("No pairs left to review")
     assert len(decided(review)) == 5
 
 
 def test_the_page_shows_the_pair(visit: Visit, review: Review, portraits: list[Pair]) -> None:
     page = visit("Ann")
     first = portraits[0]
-    while settled(page) != first.target.key:
+    while shown_key(page) != first.target.key:
         press(page, "ArrowRight")
     sides = page.evaluate("['reference', 'target'].map(id => document.getElementById(id).naturalWidth)")
     assert sides == [128, 128]
     assert page.text_content("#prompt") == first.spec.prompt
-    assert page.text_content("#aims") == "expression: smiling ✗ looks neutral"
+    assert page.text_content("#aims") == "expression: smiling ✗ detected: neutral"
     assert page.locator("#rounds b").all_text_contents() == ["0.31", "0.44", "0.52"]
-    assert page.text_content("#rounds .chosen b") == "0.44", "the target is the one after round 1"
+    assert page.text_content("#rounds .chosen b") == "0.44", "the target is the candidate of round 1"
     assert "Passed: similarity 0.52." in (page.text_content("#remarks") or "")
     assert "difference0.30" in (page.text_content("#measures") or "")
 
 
 def test_captions_are_text_and_never_markup(visit: Visit, review: Review) -> None:
-    nasty = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & ‮kcab"
-    one = pair(9, prompt=nasty)
-    open_queue([one], review.database, remarks={one.target.key: [nasty]})
+    markup = "<img src=x onerror=\"document.title='owned'\"><b>bold</b> & ‮kcab"
+    one = pair(9, prompt=markup)
+    open_queue([one], review.database, remarks={one.target.key: [markup]})
     page = visit("%3Cb%3EAnn")
-    assert page.text_content("#prompt") == nasty
+    assert page.text_content("#prompt") == markup
     assert page.text_content("#who") == "<b>Ann"
     assert "owned" not in page.title()
 
@@ -227,18 +227,18 @@ def test_a_picture_that_cannot_be_shown_can_still_be_rejected(visit: Visit, revi
     one = pair(9, target=b"\x89PNG and nothing more")
     open_queue([one], review.database)
     page = visit("Ann")
-    expect(page.locator("#status")).to_have_text("A picture of this pair cannot be shown.")
+    expect(page.locator("#status")).to_have_text("A picture of this pair cannot be displayed.")
     press(page, "r", "5")
     assert decided(review)[one.target.key].reason == REASONS[4]
 
 
 def test_two_reviewers_at_once(visit: Visit, review: Review) -> None:
     ann, bob = visit("Ann"), visit("Bob")
-    for _ in range(5):  # turn by turn, so that each works on what the other has just changed
+    for _ in range(5):  # alternating, so that each sees the other's changes
         press(ann, "k")
         assert ann.is_hidden("#opinions")
-        press(bob, "k") if settled(bob) != "p0002-0-0-1" else press(bob, "r", "1")
-    assert settled(ann) == settled(bob) == ""
+        press(bob, "k") if shown_key(bob) != "p0002-0-0-1" else press(bob, "r", "1")
+    assert shown_key(ann) == shown_key(bob) == ""
     found = decided(review)
     assert len(found) == 5
     assert all(one.reviewers == ("Ann", "Bob") for one in found.values())
@@ -250,12 +250,12 @@ def test_two_reviewers_at_once(visit: Visit, review: Review) -> None:
     press(bob, "ArrowLeft")
     assert "You: " in (bob.text_content("#opinions") or "") and "Ann: keep." in (bob.text_content("#opinions") or "")
     cy = visit("Cy")
-    assert settled(cy) == "p0002-0-0-1", "only the tie wants a third opinion"
+    assert shown_key(cy) == "p0002-0-0-1", "only the tie needs a third opinion"
 
 
-def test_pairs_that_others_have_finished_are_passed_over(visit: Visit, review: Review) -> None:
+def test_pairs_completed_by_others_are_skipped(visit: Visit, review: Review) -> None:
     page = visit("Ann")
-    first = settled(page)
+    first = shown_key(page)
     others = [number for number in review.state("Ann")["open"] if review.pair(number, "Ann")["key"] != first]
     for number in others:
         for name in ("Bob", "Cy"):
@@ -264,27 +264,29 @@ def test_pairs_that_others_have_finished_are_passed_over(visit: Visit, review: R
     assert page.text_content("#counts") == "5 of 5 decided, 1 by you"
 
 
-def test_a_name_is_asked_for_and_kept_in_the_address(visit: Visit, review: Review) -> None:
+def test_the_page_asks_for_a_name_and_stores_it_in_the_address(visit: Visit, review: Review) -> None:
     page = visit()
     expect(page.locator("#who-dialog")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator("#who-dialog")).to_be_visible()
     page.keyboard.type("  ")
     page.keyboard.press("Enter")
-    expect(page.locator("#who-trouble")).to_have_text("Give a reviewer's name of 1 to 40 characters.")
+    expect(page.locator("#who-trouble")).to_have_text(
+        "The reviewer's name is empty or too long: give 1 to 40 characters."
+    )
     page.fill("#name", "Zoë Q")
     press(page, "Enter")
     expect(page.locator("#who-dialog")).to_be_hidden()
     press(page, "k")
     page.reload()
-    settled(page)
+    shown_key(page)
     assert page.text_content("#counts") == "1 of 5 decided, 1 by you"
     assert next(iter(decided(review).values())).reviewers == ("Zoë Q",)
 
 
-def test_a_server_that_is_gone_is_said_and_nothing_is_lost(visit: Visit, review: Review) -> None:
+def test_an_unreachable_server_is_reported_and_nothing_is_lost(visit: Visit, review: Review) -> None:
     page = visit("Ann")
-    first = settled(page)
+    first = shown_key(page)
     page.route("**/api/decisions", lambda route: route.abort())
     assert press(page, "k") == first
     expect(page.locator("#status")).to_contain_text("The server does not answer")
@@ -295,22 +297,24 @@ def test_a_server_that_is_gone_is_said_and_nothing_is_lost(visit: Visit, review:
 
 def test_a_phone_shows_large_pictures_and_takes_taps(visit: Visit, review: Review) -> None:
     page = visit("Ann", viewport=PHONE, has_touch=True, is_mobile=True)
-    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], "nothing to scroll sideways"
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], "no horizontal scrolling"
     boxes: dict[str, Any] = {
         id_: page.locator(f"#{id_}").bounding_box() or {} for id_ in ("reference", "target", "keep", "fix", "reject")
     }
     assert all(boxes[id_]["width"] > 350 and boxes[id_]["height"] >= 200 for id_ in ("reference", "target"))
-    assert all(box["y"] + box["height"] <= PHONE["height"] for box in boxes.values()), "both pictures and all verdicts"
+    assert all(box["y"] + box["height"] <= PHONE["height"] for box in boxes.values()), (
+        "both pictures and all verdicts fit on the screen"
+    )
     assert all(min(boxes[id_]["width"], boxes[id_]["height"]) >= 44 for id_ in ("keep", "fix", "reject"))
     page.tap("#keep")
-    settled(page)
+    shown_key(page)
     page.tap("#reject")
     page.tap("#reasons button:nth-child(2)")
-    settled(page)
+    shown_key(page)
     page.tap("#previous")
-    settled(page)
+    shown_key(page)
     page.tap("#undo")
-    settled(page)
+    shown_key(page)
     assert [one.verdict for one in decided(review).values()] == ["keep"]
 
 
@@ -338,7 +342,7 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_stands_out(visit: Visit, review: Review, portraits: list[Pair], scheme: str) -> None:
+def test_all_text_has_enough_contrast(visit: Visit, review: Review, portraits: list[Pair], scheme: str) -> None:
     met = Measures(faces=1, attributes={"expression": "smiling"})
     open_queue([portraits[0], replace(portraits[1], measures=met)], review.database)
     page = visit("Ann", color_scheme=scheme)
@@ -354,7 +358,7 @@ def test_all_text_stands_out(visit: Visit, review: Review, portraits: list[Pair]
     assert {text: ratio for text, ratio in contrasts.items() if ratio < 4.5} == {}
 
 
-def test_everything_is_reached_and_named_without_a_mouse(visit: Visit, review: Review) -> None:
+def test_all_controls_are_reachable_by_keyboard_and_labelled(visit: Visit, review: Review) -> None:
     page = visit("Ann")
     press(page, "k")
     reached = []

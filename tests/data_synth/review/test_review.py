@@ -1,4 +1,4 @@
-"""Human review without its page: the queue, blind opinions, what the next build reads, agreement, and the interface."""
+"""Human review without a browser: queue, blind opinions, decisions for the next build, agreement, HTTP interface."""
 
 import json
 import signal
@@ -43,13 +43,13 @@ def database(tmp_path: Path) -> Path:
 
 
 def numbers(database: Path) -> dict[str, int]:
-    """Pair numbers by candidate key."""
+    """Return the pair numbers by candidate key."""
     with closing(sqlite3.connect(database)) as connection:
         return dict(connection.execute("SELECT key, number FROM pairs WHERE current"))
 
 
-def say(database: Path, which: Pair, *opinions: tuple[str, ...]) -> None:
-    """Let people decide on a pair: (reviewer, verdict, reason or caption)."""
+def save_opinions(database: Path, which: Pair, *opinions: tuple[str, ...]) -> None:
+    """Save opinions on a pair: (reviewer, verdict, reason or caption)."""
     number = numbers(database)[which.target.key]
     for reviewer, verdict, *more in opinions:
         reason, caption = (more[0], "") if verdict == "reject" else ("", more[0] if more else "")
@@ -59,7 +59,7 @@ def say(database: Path, which: Pair, *opinions: tuple[str, ...]) -> None:
 # --- the queue --------------------------------------------------------------------------------------------------------
 
 
-def test_a_reviewer_sees_what_the_build_handed_over(tmp_path: Path) -> None:
+def test_a_reviewer_sees_the_data_from_the_build(tmp_path: Path) -> None:
     one = pair(7)
     key = one.target.key
     assert open_queue([one], tmp_path / FILE, {key: [0.25, None, 0.5]}, {key: ["Similar enough."]}) == 1
@@ -74,29 +74,29 @@ def test_a_reviewer_sees_what_the_build_handed_over(tmp_path: Path) -> None:
     assert (shown["measures"]["similarity"], shown["round"]) == (0.5, 1)
 
 
-def test_likeness_may_be_told_while_pairs_are_drawn(tmp_path: Path) -> None:
+def test_rounds_may_be_filled_while_pairs_are_taken(tmp_path: Path) -> None:
     rounds: dict[str, list[float]] = {}
 
-    def told() -> Iterator[Pair]:
+    def pairs_and_rounds() -> Iterator[Pair]:
         for one in pairs(70):
             rounds[one.target.key] = [len(rounds) / 100]
             yield one
 
-    open_queue(told(), tmp_path / FILE, rounds)
+    open_queue(pairs_and_rounds(), tmp_path / FILE, rounds)
     review = Review(tmp_path / FILE)
     assert [review.pair(number, "Ann")["rounds"] for number in (1, 64, 70)] == [[0.0], [0.63], [0.69]]
 
 
 def test_the_same_queue_again_changes_nothing(database: Path) -> None:
-    say(database, pair(2), ("Ann", "keep"))
+    save_opinions(database, pair(2), ("Ann", "keep"))
     before = numbers(database), decisions(database)
     assert open_queue(pairs(6), database) == 6
     assert (numbers(database), decisions(database)) == before
 
 
-def test_a_decision_rests_while_its_pair_is_not_what_was_seen(database: Path) -> None:
+def test_a_decision_applies_only_to_the_pair_that_was_shown(database: Path) -> None:
     old, new = pair(1), pair(1, target=picture((200, 0, 0)))
-    say(database, old, ("Ann", "reject", REASONS[0]))
+    save_opinions(database, old, ("Ann", "reject", REASONS[0]))
     assert isinstance(judged(old, decisions(database)), Rejection)
     assert judged(new, decisions(database)) is None, "another picture under the same key must not inherit the verdict"
     open_queue([new], database)
@@ -106,31 +106,31 @@ def test_a_decision_rests_while_its_pair_is_not_what_was_seen(database: Path) ->
     assert judged(old, decisions(database)) == Rejection(old.target.key, "review", REASONS[0], "Reviewed by Ann.")
 
 
-def test_pairs_that_nobody_decided_on_go_with_their_pictures(database: Path) -> None:
-    say(database, pair(0), ("Ann", "keep"))
+def test_undecided_pairs_are_deleted_with_their_pictures(database: Path) -> None:
+    save_opinions(database, pair(0), ("Ann", "keep"))
     open_queue([pair(5)], database)
     with closing(sqlite3.connect(database)) as connection:
-        kept = {key for (key,) in connection.execute("SELECT key FROM pairs")}
+        keys = {key for (key,) in connection.execute("SELECT key FROM pairs")}
         (files,) = connection.execute("SELECT count(*) FROM pictures").fetchone()
-    assert kept == {pair(0).target.key, pair(5).target.key}
+    assert keys == {pair(0).target.key, pair(5).target.key}
     assert files == 4
 
 
-def test_a_build_that_dies_on_the_way_leaves_the_old_queue(database: Path) -> None:
+def test_a_killed_build_leaves_the_old_queue(database: Path) -> None:
     class Killed(Exception):
         pass
 
-    def dying() -> Iterator[Pair]:
+    def killed() -> Iterator[Pair]:
         yield from (pair(number) for number in range(100, 300))
         raise Killed
 
     before = numbers(database)
     with pytest.raises(Killed):
-        open_queue(dying(), database)
+        open_queue(killed(), database)
     assert numbers(database) == before
 
 
-def test_a_file_that_is_no_review_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_an_invalid_review_file_is_one_sentence(tmp_path: Path) -> None:
     assert decisions(tmp_path / "nowhere" / FILE) == {}
     with pytest.raises(ConfigError, match="no review at"):
         Review(tmp_path / FILE).state("Ann")
@@ -143,18 +143,18 @@ def test_a_file_that_is_no_review_is_refused_in_a_sentence(tmp_path: Path) -> No
         open_queue(pairs(1), tmp_path / "other")
     with pytest.raises(ConfigError, match="cannot be used"):
         open_queue(pairs(1), tmp_path / "nowhere" / FILE)
-    (tmp_path / "empty").touch()  # all that a build leaves which was killed while it made the file
+    (tmp_path / "empty").touch()  # left by a build that was killed while it created the file
     assert open_queue(pairs(1), tmp_path / "empty") == 1
 
 
 # --- deciding ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_next_build_gets_each_verdict(database: Path) -> None:
+def test_judged_applies_each_verdict(database: Path) -> None:
     kept, fixed, out, open_ = pairs(4)
-    say(database, kept, ("Ann", "keep"))
-    say(database, fixed, ("Ann", "fix", "  person 1 laughing\n on a beach "))
-    say(database, out, ("Ann", "reject", "text or watermark"))
+    save_opinions(database, kept, ("Ann", "keep"))
+    save_opinions(database, fixed, ("Ann", "fix", "  person 1 laughing\n on a beach "))
+    save_opinions(database, out, ("Ann", "reject", "text or watermark"))
     decided = decisions(database)
     assert judged(kept, decided) == kept
     assert judged(fixed, decided) == replace(fixed, spec=replace(fixed.spec, prompt="person 1 laughing on a beach"))
@@ -180,16 +180,16 @@ KEEP, REJECT = ("keep",), ("reject", REASONS[0])
 def test_several_opinions_become_one_decision(
     database: Path, opinions: list[tuple[str, ...]], verdict: str, more: str
 ) -> None:
-    say(database, pair(3), *((f"reviewer {n}", *opinion) for n, opinion in enumerate(opinions)))
+    save_opinions(database, pair(3), *((f"reviewer {n}", *opinion) for n, opinion in enumerate(opinions)))
     decision = decisions(database)[pair(3).target.key]
     assert (decision.verdict, decision.reason or decision.caption) == (verdict, more)
     assert len(decision.reviewers) == len(opinions)
 
 
-def test_a_changed_mind_replaces_and_undo_brings_it_back(database: Path) -> None:
+def test_a_new_opinion_replaces_the_old_one_and_undo_restores_it(database: Path) -> None:
     review, one = Review(database, opinions=1), pair(4)
     number = numbers(database)[one.target.key]
-    say(database, one, ("Ann", "keep"), ("Ann", "reject", REASONS[1]))
+    save_opinions(database, one, ("Ann", "keep"), ("Ann", "reject", REASONS[1]))
     assert decisions(database)[one.target.key].verdict == "reject"
     assert review.undo("Ann") == number
     assert decisions(database)[one.target.key].verdict == "keep"
@@ -199,40 +199,40 @@ def test_a_changed_mind_replaces_and_undo_brings_it_back(database: Path) -> None
     assert review.undo("Ann") is None
 
 
-def test_saying_it_twice_is_undone_once(database: Path) -> None:
-    say(database, pair(0), ("Ann", "keep"))
-    say(database, pair(1), ("Ann", "keep"), ("Ann", "keep"))
+def test_a_repeated_opinion_is_undone_once(database: Path) -> None:
+    save_opinions(database, pair(0), ("Ann", "keep"))
+    save_opinions(database, pair(1), ("Ann", "keep"), ("Ann", "keep"))
     assert Review(database).undo("Ann") == numbers(database)[pair(1).target.key]
     assert list(decisions(database)) == [pair(0).target.key]
 
 
-def test_undo_is_one_reviewers_own(database: Path) -> None:
-    say(database, pair(0), ("Ann", "keep"), ("Bob", "keep"))
+def test_undo_affects_only_the_reviewers_own_opinion(database: Path) -> None:
+    save_opinions(database, pair(0), ("Ann", "keep"), ("Bob", "keep"))
     assert Review(database).undo("Ann") is not None
     assert decisions(database)[pair(0).target.key].reviewers == ("Bob",)
 
 
-def test_one_person_is_one_reviewer_however_the_name_is_typed(database: Path) -> None:
-    say(database, pair(0), ("  Zoe\u0308 \t Q ", "keep"), ("Zoë Q", "reject", REASONS[0]))
+def test_different_spellings_of_a_name_are_one_reviewer(database: Path) -> None:
+    save_opinions(database, pair(0), ("  Zoe\u0308 \t Q ", "keep"), ("Zoë Q", "reject", REASONS[0]))
     assert decisions(database)[pair(0).target.key].reviewers == ("Zoë Q",)
 
 
 @pytest.mark.parametrize(
     ("opinion", "sentence"),
     [
-        (Opinion("", "keep"), "Give a reviewer's name"),
-        (Opinion("x" * 41, "keep"), "Give a reviewer's name"),
+        (Opinion("", "keep"), "reviewer's name is empty or too long"),
+        (Opinion("x" * 41, "keep"), "reviewer's name is empty or too long"),
         (Opinion("A\0n", "keep"), "control characters"),
         (Opinion("Ann", "maybe"), "no verdict 'maybe'"),
         (Opinion("Ann", "reject"), "no reason ''"),
         (Opinion("Ann", "reject", "dull"), "no reason 'dull'"),
-        (Opinion("Ann", "fix", caption=" \n "), "Give a caption"),
-        (Opinion("Ann", "fix", caption="x" * 2001), "Give a caption"),
+        (Opinion("Ann", "fix", caption=" \n "), "caption is empty or too long"),
+        (Opinion("Ann", "fix", caption="x" * 2001), "caption is empty or too long"),
         (Opinion("Ann", "fix", caption="\ud800"), "control characters"),
-        (Opinion("Ann", "fix", caption=" person 0 smiling  on a beach"), "as it was"),
+        (Opinion("Ann", "fix", caption=" person 0 smiling  on a beach"), "caption is unchanged"),
     ],
 )
-def test_wrong_opinions_are_refused_in_a_sentence(database: Path, opinion: Opinion, sentence: str) -> None:
+def test_invalid_opinions_are_one_sentence(database: Path, opinion: Opinion, sentence: str) -> None:
     with pytest.raises(ImagineError, match=sentence):
         Review(database).decide(numbers(database)[pair(0).target.key], opinion)
     assert decisions(database) == {}
@@ -249,7 +249,7 @@ def test_a_pair_that_left_the_queue_cannot_be_decided_on(database: Path) -> None
 
 
 def work(review: Review, reviewer: str, verdict: str = "keep") -> list[int]:
-    """Go through the whole queue, one verdict for all; returns the pairs decided on."""
+    """Give one verdict on the whole queue and return the pairs decided on."""
     done = []
     while waiting := review.state(reviewer)["open"]:
         reason = REASONS[0] if verdict == "reject" else ""
@@ -258,24 +258,24 @@ def work(review: Review, reviewer: str, verdict: str = "keep") -> list[int]:
     return done
 
 
-def test_opinions_are_blind_until_ones_own_is_given(database: Path) -> None:
+def test_reviewers_see_other_opinions_only_after_their_own(database: Path) -> None:
     review = Review(database)
     number = numbers(database)[pair(0).target.key]
-    say(database, pair(0), ("Ann", "reject", REASONS[2]))
+    save_opinions(database, pair(0), ("Ann", "reject", REASONS[2]))
     assert review.pair(number, "Bob")["others"] == []
     assert "Ann" not in json.dumps(review.pair(number, "Bob"))
-    say(database, pair(0), ("Bob", "keep"))
+    save_opinions(database, pair(0), ("Bob", "keep"))
     (other,) = review.pair(number, "Bob")["others"]
     assert (other["reviewer"], other["reason"]) == ("Ann", REASONS[2])
     assert review.pair(number, "Bob")["mine"]["verdict"] == "keep"
 
 
-def test_a_share_wants_a_second_opinion_and_the_rest_is_shared_out(tmp_path: Path) -> None:
+def test_a_share_of_the_pairs_needs_a_second_opinion(tmp_path: Path) -> None:
     open_queue(pairs(200), tmp_path / FILE)
     review = Review(tmp_path / FILE, opinions=2, overlap=0.25)
     ann, bob = set(work(review, "Ann")), set(work(review, "Bob"))
     assert len(ann) == 200
-    assert 30 <= len(bob) <= 70, "a quarter of 200, as the hashes fall"
+    assert 30 <= len(bob) <= 70, "about a quarter of 200, selected by hash"
     assert work(review, "Cy") == []
     assert review.state("Ann")["progress"] == {"pairs": 200, "decided": 200, "complete": 200, "yours": 200, "open": 0}
     assert review.state("Bob")["agreement"] == {
@@ -286,7 +286,7 @@ def test_a_share_wants_a_second_opinion_and_the_rest_is_shared_out(tmp_path: Pat
     }
 
 
-def test_everyone_has_an_order_of_their_own(tmp_path: Path) -> None:
+def test_each_reviewer_has_a_different_order(tmp_path: Path) -> None:
     open_queue(pairs(40), tmp_path / FILE)
     review = Review(tmp_path / FILE)
     ann, bob = review.state("Ann")["open"], review.state("Bob")["open"]
@@ -295,7 +295,7 @@ def test_everyone_has_an_order_of_their_own(tmp_path: Path) -> None:
     assert review.state("Ann")["open"] == ann
 
 
-def test_a_tie_asks_for_one_more_opinion(database: Path) -> None:
+def test_a_tie_needs_one_more_opinion(database: Path) -> None:
     review = Review(database, opinions=2, overlap=1.0)
     work(review, "Ann", "keep")
     work(review, "Bob", "reject")
@@ -304,8 +304,8 @@ def test_a_tie_asks_for_one_more_opinion(database: Path) -> None:
     assert work(review, "Di") == []
 
 
-def test_reviewers_who_work_at_once_lose_nothing(tmp_path: Path) -> None:
-    """Six threads decide and undo while a build fills the queue again and again."""
+def test_concurrent_reviewers_lose_nothing(tmp_path: Path) -> None:
+    """Six threads decide and undo while a build fills the queue repeatedly."""
     open_queue(pairs(30), tmp_path / FILE)
     review = Review(tmp_path / FILE, opinions=6, overlap=1.0)
     names = [f"reviewer {n}" for n in range(6)]
@@ -331,8 +331,8 @@ def test_reviewers_who_work_at_once_lose_nothing(tmp_path: Path) -> None:
 # --- agreement --------------------------------------------------------------------------------------------------------
 
 
-def test_cohens_kappa_is_that_of_the_textbook() -> None:
-    """Two readers of 50 applications: 20 twice yes, 15 twice no, 5 yes and no, 10 no and yes."""
+def test_cohens_kappa_matches_a_textbook_example() -> None:
+    """Two raters of 50 items: 20 both yes, 15 both no, 5 yes and no, 10 no and yes."""
     first = ["yes"] * 25 + ["no"] * 25
     second = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
     assert cohen(first, second) == pytest.approx(0.4)
@@ -341,8 +341,8 @@ def test_cohens_kappa_is_that_of_the_textbook() -> None:
     assert cohen(["a", "a"], ["a", "a"]) is None
 
 
-def test_fleiss_kappa_is_that_of_the_textbook() -> None:
-    """Fourteen raters, ten things, five categories: kappa 0.210."""
+def test_fleiss_kappa_matches_a_textbook_example() -> None:
+    """Fourteen raters, ten items, five categories: kappa 0.210."""
     table = [
         (0, 0, 0, 0, 14), (0, 2, 6, 4, 2), (0, 0, 3, 5, 6), (0, 3, 9, 2, 0), (2, 2, 8, 1, 1),
         (7, 7, 0, 0, 0), (3, 2, 6, 3, 0), (2, 5, 3, 2, 2), (6, 5, 2, 1, 0), (0, 2, 2, 3, 7),
@@ -354,7 +354,7 @@ def test_fleiss_kappa_is_that_of_the_textbook() -> None:
     assert fleiss([]) is None
 
 
-def test_agreement_counts_only_what_several_have_judged() -> None:
+def test_agreement_ignores_items_with_one_opinion() -> None:
     opinions = [
         {"Ann": "keep"},
         {"Ann": "keep", "Bob": "keep"},
@@ -365,8 +365,8 @@ def test_agreement_counts_only_what_several_have_judged() -> None:
     found = agreement(opinions)
     assert found.num_pairs == 3
     assert found.share == pytest.approx((1 + 1 / 3 + 1) / 3)
-    met = {(two.first, two.second): (two.num_pairs, two.share) for two in found.reviewers}
-    assert met == {("Ann", "Bob"): (2, 0.5), ("Ann", "Cy"): (1, 0.0), ("Bob", "Cy"): (2, 1.0)}
+    measured = {(two.first, two.second): (two.num_pairs, two.share) for two in found.reviewers}
+    assert measured == {("Ann", "Bob"): (2, 0.5), ("Ann", "Cy"): (1, 0.0), ("Bob", "Cy"): (2, 1.0)}
     assert agreement([{"Ann": "keep"}]).share is None
 
 
@@ -450,7 +450,7 @@ def test_the_page_loads_nothing_from_elsewhere(site: Site) -> None:
         ("POST", "/api/state", 404),
     ],
 )
-def test_wrong_addresses_are_answered_in_a_sentence(site: Site, method: str, path: str, status: int) -> None:
+def test_wrong_addresses_get_one_sentence(site: Site, method: str, path: str, status: int) -> None:
     found, headers, body = site.request(method, path)
     assert found == status
     assert headers["content-type"] == "application/json"
@@ -477,7 +477,8 @@ GOOD = {"reviewer": "Ann", "pair": 1, "verdict": "keep"}
         (json.dumps({**GOOD, "verdict": "maybe"}).encode(), JSON, 400),
         (json.dumps({**GOOD, "verdict": "reject", "reason": ["x"]}).encode(), JSON, 400),
         (json.dumps({**GOOD, "verdict": "fix", "caption": "\ud800"}).encode(), JSON, 400),
-        (json.dumps(GOOD).encode(), {"Content-Type": "text/plain"}, 415),  # all that another page may post unasked
+        # another page can post this without a preflight request
+        (json.dumps(GOOD).encode(), {"Content-Type": "text/plain"}, 415),
         (json.dumps(GOOD).encode(), {**JSON, "Origin": "http://elsewhere.example"}, 403),
         (json.dumps(GOOD).encode(), {**JSON, "Origin": "null"}, 403),
         (json.dumps(GOOD).encode(), {**JSON, "Host": "elsewhere.example"}, 403),
@@ -490,15 +491,15 @@ def test_bad_posts_change_nothing(site: Site, body: bytes, headers: dict[str, st
     assert found == status, answer
     assert json.loads(answer)["error"].endswith(".")
     assert decisions(site.database) == {}
-    assert site.post("/api/decisions", GOOD)[0] == 200, "the server must go on, and the good post be good"
+    assert site.post("/api/decisions", GOOD)[0] == 200, "the server still accepts a valid post"
 
 
-def test_reviewers_at_once_over_http(site: Site) -> None:
-    asked = threading.Barrier(4)  # a pair with two opinions is open to nobody who comes later
+def test_concurrent_reviewers_over_http(site: Site) -> None:
+    barrier = threading.Barrier(4)  # all read their queue first: a pair with two opinions is no longer open
 
     def reviewing(name: str) -> int:
         numbers = site.get(f"/api/state?reviewer={name}")["open"]
-        asked.wait(timeout=60)
+        barrier.wait(timeout=60)
         for number in numbers:
             assert site.post("/api/decisions", {"reviewer": name, "pair": number, "verdict": "keep"})[0] == 200
         return len(site.get(f"/api/state?reviewer={name}")["done"])
@@ -508,7 +509,7 @@ def test_reviewers_at_once_over_http(site: Site) -> None:
     assert [len(decision.reviewers) for decision in decisions(site.database).values()] == [4] * 6
 
 
-def test_a_taken_port_is_a_sentence(site: Site) -> None:
+def test_a_used_port_is_one_sentence(site: Site) -> None:
     with pytest.raises(ConfigError, match=f"Port {site.port} cannot be used"):
         ReviewServer(Review(site.database), site.port)
 
@@ -521,12 +522,12 @@ def test_a_taken_port_is_a_sentence(site: Site) -> None:
     [
         ([], "no review at"),
         (["--port", "70000"], "no port 70000"),
-        (["--overlap", "2"], "no share"),
+        (["--overlap", "2"], "overlap of 2.0 is not a share"),
         (["--opinions", "0"], "0 opinions"),
         (["--reviewer", " "], "reviewer's name"),
     ],
 )
-def test_the_command_refuses_in_a_sentence(
+def test_wrong_options_are_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
 ) -> None:
     from data_synth.__main__ import main
@@ -535,15 +536,15 @@ def test_the_command_refuses_in_a_sentence(
     assert sentence in capsys.readouterr().err
 
 
-def test_the_command_serves_until_it_is_stopped(database: Path) -> None:
+def test_the_command_serves_until_it_is_interrupted(database: Path) -> None:
     command = [sys.executable, "-m", "data_synth", "review", str(database.parent), "--port", "0", "--reviewer", "Ann B"]
-    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even where tests run in the background
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background processes ignore SIGINT by default
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         assert process.stderr is not None
-        told = process.stderr.readline()
+        line = process.stderr.readline()
         try:
-            assert told.startswith("6 pairs to review: open http://127.0.0.1:")
-            address = told.split("open ")[1].split()[0]
+            assert line.startswith("6 pairs to review: open http://127.0.0.1:")
+            address = line.split("open ")[1].split()[0]
             assert address.endswith("/?reviewer=Ann%20B")
             port = int(address.split(":")[2].split("/")[0])
             assert Site(database, port).request("GET", "/")[0] == 200
