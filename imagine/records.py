@@ -1,4 +1,4 @@
-"""The frozen records that modules hand to each other, and how batches of tokens are taken, joined and repeated."""
+"""Frozen records that modules exchange, and functions that select, join and repeat rows of token batches."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-VISION = "vision"  # the name of the identity branch in adapters and conditionings
+VISION = "vision"  # name of the identity branch in adapters and conditionings
 
 
 @dataclass(frozen=True)
 class FaceBox:
-    """One face in a picture: a box in pixels (brow to chin, ear to ear) and how sure the finder is (0 to 1)."""
+    """One face in a picture: a box in pixels (brow to chin, ear to ear) and the finder's confidence (0 to 1)."""
 
     left: float
     top: float
@@ -27,45 +27,45 @@ class FaceBox:
 
 @dataclass(frozen=True)
 class FaceCrop:
-    """The square cut around one face, its background masked, and what the picture held."""
+    """The square face crop with a masked background, and all faces that were found in the picture."""
 
-    image: Image.Image  # RGB, square, at the vision encoder's size
-    box: FaceBox | None  # None: no face was found and the whole picture was used
-    found: tuple[FaceBox, ...]  # every face, largest first
-    index: int  # which of `found` was used; -1 for the whole picture
+    image: Image.Image  # RGB, square, at the vision encoder's input size
+    box: FaceBox | None  # None: no face was found, and the whole picture was used
+    found: tuple[FaceBox, ...]  # all faces, largest first
+    index: int  # index into `found` of the face that was used; -1 for the whole picture
     sharpness: float  # variance of the Laplacian of the crop, 0 to about 1
-    quality: str  # "good", or one sentence that says what is poor about the photo
+    quality: str  # "good", or one sentence that names the photo's defect
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One branch's tokens (batch, length, width) and its key-padding mask (batch, length), True where a token counts.
+    """One branch's tokens (batch, length, width) and key-padding mask (batch, length), True where a token is attended.
 
-    No mask means that every token counts, and costs nothing.
+    Without a mask every token is attended, and attention needs no masking.
     """
 
     values: torch.Tensor
     mask: torch.Tensor | None = None
 
 
-Scale = float | torch.Tensor  # one factor, or one per batch item (batch,)
+Scale = float | torch.Tensor  # one factor, or one per batch item: (batch,)
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What one denoiser call attends to, one entry per branch beside the denoiser's own text branch.
+    """What one denoiser call attends to: one entry per branch, in addition to the denoiser's own text branch.
 
     `branches` maps a branch name ("t5", "byt5", "vision") to its tokens. `scales` maps a branch name to a factor on
     that branch's output: a number, one number per batch item (batch,), or a mapping from attention layers to either,
-    where a layer that is not named gets 0. A branch that is attached but absent here contributes nothing; so does one
-    whose scale is 0.
+    where a layer that is not named gets 0. An attached branch that is missing here contributes nothing; neither does a
+    branch whose scale is 0.
 
-    `regions` maps a branch to where in the picture its references act: weights (1 or batch, references, height, width),
-    0 to 1. The branch's tokens then are those of so many references, equally many of each, one after the other;
-    each is attended to alone, and its output multiplied by its weights.
+    `regions` maps a branch name to weights (1 or batch, references, height, width) between 0 and 1, which limit each
+    reference to a part of the picture. The branch's tokens are then the concatenation of the references' tokens, the
+    same number for each. Each reference is attended to separately, and its output is multiplied by its weights.
 
-    `cache`, which `adapter.prepare` provides, keeps what does not change between the steps of one picture, keys and
-    values above all, from the first step that needs it on. None: nothing is kept, as in training.
+    `cache`, created by `adapter.prepare`, holds values that do not change between the steps of one picture, mainly keys
+    and values. It is filled by the first step that needs an entry. None disables caching, as in training.
     """
 
     branches: Mapping[str, Tokens] = field(default_factory=dict)
@@ -75,13 +75,13 @@ class Conditioning:
 
 
 def take(tokens: Tokens, rows: torch.Tensor | Sequence[int]) -> Tokens:
-    """Batch items by number."""
+    """Return the batch items at the given indices."""
     rows = rows if isinstance(rows, torch.Tensor) else list(rows)
     return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])
 
 
 def join(rows: Sequence[Tokens]) -> Tokens:
-    """Put batches of tokens one under the other, the shorter ones padded; no mask if every token counts."""
+    """Concatenate batches of tokens, padding the shorter ones. The result has no mask if every token is attended."""
     longest = max(each.values.shape[1] for each in rows)
     if all(each.mask is None and each.values.shape[1] == longest for each in rows):
         return Tokens(torch.cat([each.values for each in rows]))
@@ -95,7 +95,7 @@ def join(rows: Sequence[Tokens]) -> Tokens:
 
 
 def repeat(tokens: Tokens, copies: int) -> Tokens:
-    """Repeat every batch item `copies` times, copies side by side."""
+    """Repeat every batch item `copies` times; the copies of an item are adjacent."""
     if copies == 1:
         return tokens
     mask = None if tokens.mask is None else tokens.mask.repeat_interleave(copies, 0)

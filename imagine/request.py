@@ -1,9 +1,9 @@
-"""Who is in which picture: a call's prompts and references, in any of their forms, as one request per picture.
+"""Turn a call's prompts and references, in any accepted form, into one request per picture.
 
-A reference is whatever shows a person: a photo in any form that `photos` opens, a Persona, or a list of these that all
-show the same person. A sentence names people as {a} and {b} and the references are then {"a": ..., "b": ...}; the names
-become plain words ("the first person"), and the people's vision tokens are concatenated in that order (*Imagine
-yourself*, section 3.6).
+A reference is a photo in any form that `imagine.people.photos` opens, a Persona, or a list of these that all show the
+same person. A prompt names people as {a} and {b}; the references are then {"a": ..., "b": ...}. The placeholders become
+plain words ("the first person"), and the people's vision tokens are concatenated in that order (*Imagine yourself*,
+section 3.6).
 """
 
 import math
@@ -23,7 +23,7 @@ _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 @dataclass(frozen=True)
 class Person:
-    """One person of a picture: the name that the sentence used ("" if none), and the photos or personas."""
+    """One person of a picture: the name used in the prompt ("" if none), and the photos or personas."""
 
     name: str
     references: tuple[Any, ...]
@@ -31,7 +31,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to make: a sentence without placeholders, and the people in it."""
+    """One picture to generate: a sentence without placeholders, and the people in the picture."""
 
     sentence: str
     people: tuple[Person, ...] = ()
@@ -41,8 +41,8 @@ def read_requests(prompt: "str | Sequence[str]", reference: Any = None) -> list[
     """Return one request per prompt.
 
     With one prompt (a string), `reference` is None, a photo, a Persona, a list of several photos of one person, or a
-    dict from names to any of these. With a list of prompts, it is any of these for all of them, but a list is then one
-    reference per prompt. Raises PromptError if prompts and references do not fit together.
+    dict from names to any of these. With a list of prompts, a list holds one reference per prompt; any other form
+    applies to all prompts. Raises PromptError if prompts and references do not fit together.
     """
     prompts = sentences(prompt)
     if isinstance(prompt, str):
@@ -52,35 +52,42 @@ def read_requests(prompt: "str | Sequence[str]", reference: Any = None) -> list[
     if len(reference) != len(prompts):
         raise PromptError(
             f"There are {len(prompts)} prompts but {len(reference)} references: give one reference per prompt, or one "
-            "for all of them."
+            "for all prompts."
         )
     return [_request(each, own) for each, own in zip(prompts, reference, strict=True)]
 
 
 def sentences(given: Any, name: str = "prompt") -> list[str]:
-    """A sentence, or several, as a list. Raises PromptError unless it is text, which a tokenizer can read."""
+    """Return one or several sentences as a list. Raises PromptError unless they are text that can be tokenized."""
     each = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
     if not each or not all(isinstance(one, str) for one in each):
         raise PromptError(f"The {name} must be a sentence or a list of sentences.")
     try:
         "".join(each).encode()
     except UnicodeEncodeError as error:  # bytes of the command line that are not UTF-8
-        raise PromptError(f"The {name} holds bytes that are no text: type it anew, or save it as UTF-8.") from error
+        raise PromptError(
+            f"The {name} holds bytes that are not valid UTF-8: type it again, or save it as UTF-8."
+        ) from error
     return each
 
 
 def negative_sentences(given: Any, count: int) -> list[str]:
-    """The negative prompt of each of `count` prompts; PromptError unless it is one for all, or one for each."""
+    """Return one negative prompt for each of `count` prompts.
+
+    Raises PromptError unless there is one negative prompt for all, or one for each.
+    """
     each = sentences("" if given is None else given, "negative prompt")
     each = each * count if len(each) == 1 else each
     if len(each) != count:
-        raise PromptError(f"There are {count} prompts but {len(each)} negative prompts: give as many, or one.")
+        raise PromptError(
+            f"There are {count} prompts but {len(each)} negative prompts: give one for each prompt, or one for all."
+        )
     return each
 
 
 def _request(prompt: str, reference: Any) -> Request:
     if not prompt.strip():
-        raise PromptError("The prompt is empty: say in a sentence what the picture should show.")
+        raise PromptError("The prompt is empty: describe in a sentence what the picture should show.")
     named = list(dict.fromkeys(_PLACEHOLDER.findall(prompt)))
     if not isinstance(reference, Mapping):
         if named:
@@ -91,7 +98,7 @@ def _request(prompt: str, reference: Any) -> Request:
     if unknown := [name for name in named if name not in reference]:
         known = f"the references are for {_braced(map(str, reference))}" if reference else "there are no references"
         raise PromptError(f"The prompt names {_braced(unknown)}, but {known}: use the same names in both.")
-    # A sentence that names nobody shows everybody; one that names some shows these.
+    # A prompt without placeholders shows all people of the dict; a prompt with placeholders shows only those it names.
     chosen = named or list(reference)
     people = tuple(Person(str(name), _references(reference[name])) for name in chosen)
     return Request(_PLACEHOLDER.sub(lambda found: _words(named, found[1]), prompt), people)
@@ -104,12 +111,12 @@ def _unnamed(reference: Any) -> tuple[Person, ...]:
 def _references(reference: Any) -> tuple[Any, ...]:
     references = tuple(reference) if isinstance(reference, (list, tuple)) else (reference,)
     if not references or any(each is None for each in references):
-        raise PromptError("A list of references is empty or has a gap: give at least one photo for every person.")
+        raise PromptError("A list of references is empty or contains None: give at least one photo for every person.")
     return references
 
 
 def _words(named: Sequence[str], name: str) -> str:
-    """Plain words for a placeholder, by the order in which the sentence names people."""
+    """Return the plain words for a placeholder, which depend on the order in which the prompt names people."""
     if len(named) == 1:
         return "the person"
     place = named.index(name)
@@ -122,45 +129,52 @@ def _braced(names: Iterable[str]) -> str:
 
 
 def whole(name: str, value: Any) -> int:
-    """Return a count as given; ConfigError unless it is a whole number from 1 on."""
+    """Return a count unchanged. Raises ConfigError unless it is a whole number of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be a whole number from 1 on.")
+        raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
     return value
 
 
 def finite(name: str, value: Any) -> float:
-    """Return a finite number as float; ConfigError for anything else."""
+    """Return a finite number as float. Raises ConfigError for anything else."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r} must be a number.")
+        raise ConfigError(f"{name}={value!r} must be a finite number.")
     return float(value)
 
 
 def numbers(name: str, given: Any) -> list[float]:
-    """A list of finite numbers as floats; ConfigError for anything else."""
+    """Return a list of finite numbers as floats. Raises ConfigError for anything else."""
     try:
         each = [] if isinstance(given, str) else [float(one) for one in given]
     except (TypeError, ValueError):
         each = []
     if not each or not all(map(math.isfinite, each)):
-        raise ConfigError(f"{name}={given!r} must be a list of numbers.")
+        raise ConfigError(f"{name}={given!r} must be a list of finite numbers.")
     return each
 
 
 def generators(given: Any, count: int) -> "list[torch.Generator | None]":
-    """One random generator (None: torch's own) for each of `count` pictures; ConfigError for anything else."""
-    import torch  # here, since the command line reads prompts before it waits for torch
+    """Return one random generator (None: torch's default) for each of `count` pictures.
+
+    Raises ConfigError for anything that is not a torch.Generator, and for a list of another length.
+    """
+    import torch  # imported here because the command line checks prompts before it loads torch, which takes seconds
 
     each = list(given) if isinstance(given, (list, tuple)) else [given] * count
     for one in each:
         if one is not None and not isinstance(one, torch.Generator):
             seed = one if isinstance(one, int) else 7
-            raise ConfigError(f"generator={one!r} draws no noise: give torch.Generator().manual_seed({seed}).")
+            raise ConfigError(
+                f"generator={one!r} is not a torch.Generator: give torch.Generator().manual_seed({seed})."
+            )
     if len(each) != count:
-        raise ConfigError(f"There are {len(each)} generators for {count} pictures: give one for each, or one.")
+        raise ConfigError(
+            f"There are {len(each)} generators for {count} pictures: give one for each picture, or one for all."
+        )
     return each
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """ConfigError unless `value` is one of `choices`."""
+    """Raise ConfigError unless `value` is one of `choices`."""
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is unknown: choose {', '.join(choices[:-1])} or {choices[-1]}.")

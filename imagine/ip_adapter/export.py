@@ -1,6 +1,7 @@
-"""Standard IP-Adapter files out: a trained branch, its vision encoder beside it, and its LoRA as a file of its own.
+"""Export a trained branch as a standard IP-Adapter file, with its vision encoder and a separate LoRA file next to it.
 
-Our gate has no place in the standard, so it is folded into the values. What else the standard cannot carry is said.
+The standard format has no gate, so the gate is folded into the value weights. `ExportReport.not_carried` lists whatever
+else the format cannot hold.
 """
 
 import os
@@ -27,7 +28,7 @@ PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and what the standard cannot carry, a sentence each."""
+    """The files that were written, and one sentence for each thing that the standard format cannot hold."""
 
     file: Path
     encoder: Path | None
@@ -36,7 +37,7 @@ class ExportReport:
     not_carried: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain words and numbers."""
+        """Return the report as strings and numbers."""
         written = {name: None if path is None else str(path) for name, path in self._written().items()}
         layout = self.layout
         facts = {"variant": layout.variant, "tokens": layout.tokens, "base": layout.family, "encoder": layout.encoder}
@@ -47,15 +48,15 @@ class ExportReport:
 
 
 def ip_adapter_tensors(adapter: Adapter, denoiser: nn.Module, name: str = "vision") -> dict[str, Tensor]:
-    """Return an adapter's branch under the standard's names, its gate folded into the values.
+    """Return an adapter's branch under the standard tensor names, with its gate folded into the values.
 
-    Raises WeightsError if the standard has no place for this branch.
+    Raises WeightsError if the standard format cannot hold this branch.
     """
     spec = _exportable(adapter, name)
     assert spec.projection is not None
     mine, layers = adapter.layers(), cross_attention(denoiser)
     if list(mine) != list(attention_layers(denoiser)):
-        raise WeightsError("This adapter was built for another denoiser: pass the one that it belongs to.")
+        raise WeightsError("This adapter was built for another denoiser: pass the denoiser that it belongs to.")
     projection = adapter.get_submodule(f"projections.{name}").state_dict()
     tensors = {f"{PROJECTION}{key}": tensor.detach().contiguous() for key, tensor in projection.items()}
     for number, layer in numbered(layers):
@@ -65,7 +66,7 @@ def ip_adapter_tensors(adapter: Adapter, denoiser: nn.Module, name: str = "visio
         tensors[f"{BRANCHES}{number}.to_k_ip.weight"] = key.contiguous()
         tensors[f"{BRANCHES}{number}.to_v_ip.weight"] = folded.contiguous()
     if wrong := next((str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in PRECISIONS), None):
-        raise WeightsError(f"The adapter is in {wrong}: bring it to float32, float16 or bfloat16 first.")
+        raise WeightsError(f"The adapter is in {wrong}: convert it to float32, float16 or bfloat16 first.")
     return tensors
 
 
@@ -77,12 +78,12 @@ def export_adapter(
     name: str = "vision",
     metadata: Mapping[str, str] | None = None,
 ) -> ExportReport:
-    """Write branch `name` as a standard file (.safetensors), `image_encoder/` beside it, and LoRA as a file of its own.
+    """Write branch `name` as a standard file (.safetensors), with `image_encoder/` and separate LoRA files next to it.
 
-    `image_encoder` is the encoder that the adapter was trained with, ours or transformers'; an adapter is worth nothing
-    with another one. The folder is what diffusers' load_ip_adapter takes:
-    load_ip_adapter(FOLDER, subfolder="", weight_name=FILE). `metadata` is added to what the adapter says of itself.
-    Raises WeightsError if the branch cannot be carried.
+    `image_encoder` is the encoder that the adapter was trained with, ours or transformers'; the adapter does not work
+    with another one. diffusers loads the folder with load_ip_adapter(FOLDER, subfolder="", weight_name=FILE).
+    `metadata` is added to the adapter's own metadata. Raises WeightsError if the standard format cannot hold the
+    branch.
     """
     file = Path(path)
     if file.suffix != ".safetensors":
@@ -112,41 +113,50 @@ def _exportable(adapter: Adapter, name: str) -> BranchSpec:
         )
     if spec.fusion != "parallel":
         raise WeightsError(
-            f"Branch {name!r} shares the text's softmax, which no IP-Adapter does: it cannot be exported."
+            f"Branch {name!r} shares the softmax of the text, which no IP-Adapter does, so it cannot be exported: "
+            "export a branch with parallel attention."
         )
     if spec.projection == "linear" and (spec.tokens or LINEAR_TOKENS) != LINEAR_TOKENS:
         raise WeightsError(
-            f"Branch {name!r} makes {spec.tokens} tokens, and a base file holds 4: it cannot be exported."
+            f"Branch {name!r} makes {spec.tokens} tokens, but a base file holds 4, so it cannot be exported: "
+            "export a branch with 4 tokens."
         )
     return spec
 
 
 def _not_carried(adapter: Adapter, layout: Layout, name: str, without_encoder: bool) -> list[str]:
-    """What the standard has no place for, and what to do about it, a sentence each."""
+    """Return one sentence for each thing that the standard format cannot hold, with what to do about it."""
     specs = {spec.name: spec for spec in adapter.branch_specs}
-    notes = [f"The branch {other!r} stays behind: the standard knows one branch." for other in specs if other != name]
+    notes = [
+        f"The branch {other!r} is not exported: the standard format holds one branch."
+        for other in specs
+        if other != name
+    ]
     if adapter.lora_rank:
         notes.append(
-            f"LoRA lies beside the file, for diffusers ({LORA_FILE}) and ComfyUI ({KOHYA_FILE}), at its own strength."
+            f"The LoRA is in separate files next to the adapter, {LORA_FILE} for diffusers and {KOHYA_FILE} for "
+            "ComfyUI; its strength is set separately."
         )
     if specs[name].scale != 1:
         notes.append(
-            f"The default strength {specs[name].scale:g} is lost: call set_ip_adapter_scale({specs[name].scale:g})."
+            f"The file cannot hold the default strength {specs[name].scale:g}: call "
+            f"set_ip_adapter_scale({specs[name].scale:g})."
         )
     if specs[name].absent == "off":
         notes.append(
-            "This branch is off where nobody is shown, but others read an empty picture there: with guidance their "
-            "pictures differ from ours, without guidance they do not."
+            "This branch is off in rows without a person, but other programs encode an empty picture there: with "
+            "guidance their pictures differ from ours, without guidance they are equal."
         )
     if layout.family is None:
-        notes.append("The base is none of the well-known ones: the file fits that denoiser alone.")
+        notes.append("The base is not a well-known one: the file fits only this denoiser.")
     if without_encoder:
         notes.append(
-            "No image encoder lies beside the file: it is worth nothing without the one that it was trained with."
+            "No image encoder is next to the file: supply the encoder that the adapter was trained with, because it "
+            "does not work with another one."
         )
     if layout.comfyui:
-        notes.append(f"ComfyUI_IPAdapter_plus cannot load it: it {layout.comfyui}.")
-    return [*notes, "Masks, time windows and other settings of a call are given to the other program again."]
+        notes.append(f"ComfyUI_IPAdapter_plus cannot load the file: it {layout.comfyui}.")
+    return [*notes, "Masks, time windows and other call settings are not in the file: set them in the other program."]
 
 
 def _facts(adapter: Adapter, layout: Layout) -> dict[str, str]:
@@ -170,9 +180,9 @@ def _save_encoder(image_encoder: Any, folder: Path) -> Path:
 
 
 def _save_lora(adapter: Adapter, folder: Path) -> Path:
-    """LoRA of all attention layers in diffusers' own file; without an alpha in it the scale is one, as it is here.
+    """Save the LoRA of all attention layers in diffusers' format. Without an alpha entry its scale is 1, as it is here.
 
-    ComfyUI does not know peft's names, so a copy under kohya's, with alphas that say the same, lies beside it.
+    ComfyUI cannot read peft's tensor names, so a copy with kohya's names and equivalent alphas is saved next to it.
     """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya

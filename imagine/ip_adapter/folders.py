@@ -1,10 +1,10 @@
-"""What `imagine import-ip-adapter` and `export-ip-adapter` do, from folder to folder.
+"""Import and export IP-Adapters folder by folder, for `imagine import-ip-adapter` and `export-ip-adapter`.
 
-An imported IP-Adapter is a folder laid out as our weights are, so that training and pipelines begin with it:
+An imported IP-Adapter is a folder with the layout of our weights, so that training and pipelines can start from it:
 
     adapter/adapter.safetensors    the vision branch, in our format
-    image_encoder/                 its encoder as ours, if it was to be had
-    unet/config.json               the denoiser it was made for; no weights, which are the base's own
+    image_encoder/                 its encoder in our format, if one was found
+    unet/config.json               the configuration of its denoiser, without weights, which belong to the base
 """
 
 import json
@@ -31,7 +31,7 @@ from imagine.networks.vision_conversion import from_transformers
 from imagine.planning.bases import read_base
 
 ADAPTER, DENOISER = "adapter", "unet"
-ENCODERS = ("vision_encoder", "image_encoder")  # who looks at references, in order of preference
+ENCODERS = ("vision_encoder", "image_encoder")  # folders of the encoder of references, in order of preference
 OURS, THEIRS = ("imagine.networks.encoders", "VisionEncoder"), ("transformers", "CLIPVisionModelWithProjection")
 
 
@@ -43,10 +43,11 @@ def import_folder(
     weight_name: str | None = None,
     image_encoder: str | None = None,
 ) -> dict[str, Any]:
-    """Write the IP-Adapter `source` as a folder of ours; return what was used of it, in plain words and numbers.
+    """Convert the IP-Adapter `source` to a folder in our layout, and return a report of strings and numbers.
 
-    `base` is sdxl, sd15, portrait, a folder or a hub id (bases.py); its weights are not needed. The image encoder is
-    looked for in `image_encoder`, else beside the file. Raises WeightsError or ConfigError in one sentence.
+    `base` is sdxl, sd15, portrait, a folder or a hub id (`imagine.planning.bases`); its weights are not needed. The
+    image encoder is read from the folder `image_encoder`, else from the one next to the file. Raises WeightsError or
+    ConfigError if the source, the base or the encoder does not fit.
     """
     denoiser = _denoiser(read_base(base).components[DENOISER].config)
     path = find_weights_file(source, subfolder, weight_name)
@@ -55,7 +56,7 @@ def import_folder(
     place = Path(image_encoder).expanduser() if image_encoder else path.parent / ENCODER_FOLDER
     encoder = None
     if image_encoder and not place.is_dir():
-        raise WeightsError(f"There is no folder {image_encoder}: name the one that holds the image encoder.")
+        raise WeightsError(f"There is no folder {image_encoder}: give the folder that holds the image encoder.")
     if place.is_dir():
         theirs = load_encoder(place.parent, place.name, stored_precision(place), {})
         check_encoder(file.layout, theirs)
@@ -66,32 +67,35 @@ def import_folder(
             encoder.save_pretrained(output / ENCODER_FOLDER)
     weights.remove_local_paths(output)
     adapter.save(output / ADAPTER, adapter.metadata)
-    notes = [] if encoder is not None else ["No image encoder was found beside the file: give it with --image-encoder."]
+    notes = [] if encoder is not None else ["No image encoder is next to the file: give it with --image-encoder."]
     return {**report.as_dict(), "output": str(output), "image_encoder": encoder is not None, "notes": notes}
 
 
 def export_folder(folder: Path, file: Path, base: str | None = None) -> ExportReport:
-    """Write the identity adapter in a folder of weights, or of an imported IP-Adapter, as a standard file.
+    """Export the identity adapter of a weights folder, or of an imported IP-Adapter, as a standard file.
 
-    The folder holds adapter/, image_encoder/ and unet/config.json; `base` stands for the last where it is missing. Its
-    own adapter.safetensors alone will do too. Raises WeightsError or ConfigError in one sentence.
+    The folder holds adapter/, image_encoder/ and unet/config.json; `base` replaces unet/config.json. A folder with only
+    adapter.safetensors is also accepted. Raises WeightsError or ConfigError if something is missing or cannot be
+    exported.
     """
     place = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
     if not (place / FILE_NAME).is_file():
-        raise WeightsError(f"There is no {ADAPTER}/{FILE_NAME} in {folder}: name a folder that holds an adapter.")
+        raise WeightsError(f"There is no {ADAPTER}/{FILE_NAME} in {folder}: give a folder that holds an adapter.")
     if base is not None:
         config: Mapping[str, Any] = read_base(base).components[DENOISER].config
     elif (folder / DENOISER / "config.json").is_file():
         config = json.loads((folder / DENOISER / "config.json").read_text(encoding="utf-8"))
     else:
-        raise WeightsError(f"{folder} does not say which denoiser its adapter is for: name it with --base.")
+        raise WeightsError(
+            f"{folder} has no {DENOISER}/config.json, so its adapter's denoiser is unknown: give the base with --base."
+        )
     denoiser = _denoiser(config)
     adapter = Adapter.load(place, denoiser)
     return export_adapter(adapter, denoiser, file, _encoder_in(folder))
 
 
 def stored_precision(folder: Path) -> torch.dtype:
-    """The precision in which a model's folder holds its weights."""
+    """Return the dtype of a model folder's floating-point weights; float32 if there are none."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a dict)
@@ -102,7 +106,7 @@ def stored_precision(folder: Path) -> torch.dtype:
 
 
 def _denoiser(config: Mapping[str, Any]) -> Any:
-    """The denoiser of a configuration, without weights."""
+    """Return the denoiser of a configuration on the meta device, without weights."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -110,7 +114,7 @@ def _denoiser(config: Mapping[str, Any]) -> Any:
 
 
 def _encoder_in(folder: Path) -> Any:
-    """The encoder in a folder of weights, ours or transformers'; None if there is none."""
+    """Load the encoder, ours or transformers', from a weights folder. Return None if there is none."""
     for name in ENCODERS:
         place = folder / name
         if (place / "config.json").is_file():

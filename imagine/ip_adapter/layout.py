@@ -1,14 +1,14 @@
-"""What a standard IP-Adapter file holds, read off the names and shapes of its tensors; torch is not needed.
+"""Describe a standard IP-Adapter file from the names and shapes of its tensors, without importing torch.
 
-Whoever reads such a file, writes one or only looks at it asks here, so that they agree. The layout is shared by
+The code that imports, exports and inspects such files uses this one description. The layout is shared by
 https://github.com/tencent-ailab/IP-Adapter, diffusers (loaders/unet.py) and ComfyUI:
 
-    image_proj.*                       the projection from vision features to tokens; its names tell the variant
+    image_proj.*                       projection from vision features to tokens; its tensor names identify the variant
     ip_adapter.{1,3,5,...}.to_k_ip.weight, .to_v_ip.weight
                                        keys and values of the cross-attention layers, in the order down, up, middle
 
-diffusers is lenient where it should not be: it drops tensors that it does not know and layers beyond the fourth without
-a word, so that a file seems to load and draws something else. Whatever it would drop is a problem here.
+diffusers silently drops unknown tensors and resampler layers beyond the fourth, so that a file appears to load but
+gives different pictures. This module reports anything that diffusers would drop as a problem.
 """
 
 import re
@@ -19,15 +19,15 @@ from pathlib import Path
 Shape = tuple[int, ...]
 
 PROJECTION, BRANCHES = "image_proj.", "ip_adapter."
-LINEAR_TOKENS = 4  # of a "base" file; diffusers takes no other number
-PLUS_DEPTH = 4  # diffusers drops further layers without a word
-PLUS_HEAD = 64  # and takes every head for this wide
-LORA_FILE = "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights looks for, beside the file
-KOHYA_FILE = "lora_kohya.safetensors"  # the same under the names that ComfyUI reads
+LINEAR_TOKENS = 4  # tokens per picture of a "base" file; diffusers supports no other number
+PLUS_DEPTH = 4  # resampler layers; diffusers silently drops any others
+PLUS_HEAD = 64  # width of an attention head, which diffusers assumes
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights expects
+KOHYA_FILE = "lora_kohya.safetensors"  # the same weights under the tensor names that ComfyUI reads
 
 VARIANT_NAMES = {"linear": "base", "full": "full", "plus": "plus", "faceid": "FaceID", "faceid-plus": "FaceID Plus"}
 FAMILIES = {(70, 2048): "Stable Diffusion XL", (16, 768): "Stable Diffusion 1.5", (16, 1024): "Stable Diffusion 2"}
-ENCODERS = {  # width of the tokens and of the pooled embedding
+ENCODERS = {  # (width of the tokens, width of the pooled embedding)
     "OpenCLIP ViT-H/14": (1280, 1024), "OpenCLIP ViT-bigG/14": (1664, 1280), "CLIP ViT-L/14": (1024, 768),
 }  # fmt: skip
 
@@ -36,57 +36,60 @@ _BRANCH = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
 
 @dataclass(frozen=True)
 class Layout:
-    """What kind of file it is, its sizes as far as they are known (else None), and what keeps it from being loaded."""
+    """A file's variant and sizes (None if unknown), and the problem that prevents loading it, if there is one."""
 
-    kind: str | None  # "linear", "full", "plus", "faceid", "faceid-plus"; None: none that we know
-    tokens: int | None  # of one picture; None: as many as the encoder has
-    input_width: int | None  # of the vision features that the projection reads
-    width: int | None  # of the tokens
+    kind: str | None  # "linear", "full", "plus", "faceid", "faceid-plus"; None: unknown
+    tokens: int | None  # per picture; None: as many as the encoder has
+    input_width: int | None  # width of the vision features that the projection reads
+    width: int | None  # width of the tokens
     inner_width: int | None
     attention_width: int | None
-    text_width: int | None  # of the base's text, by its keys
-    layer_widths: tuple[int, ...]  # of the base's cross-attention layers, in the file's order
-    problem: str  # the rest of a sentence that begins with the file's name, or ""
+    text_width: int | None  # width of the base's text tokens, from the key weights
+    layer_widths: tuple[int, ...]  # widths of the base's cross-attention layers, in the file's order
+    problem: str  # rest of a sentence that starts with the file's name; "" for no problem
 
     @property
     def variant(self) -> str:
-        """The variant's usual name."""
-        return VARIANT_NAMES.get(self.kind or "", "without a projection we know")
+        """The variant's common name."""
+        return VARIANT_NAMES.get(self.kind or "", "unknown projection")
 
     @property
     def family(self) -> str | None:
-        """The family of base models that has these layers, if it is a well-known one."""
+        """The family of base models with these layers; None if it is not a well-known one."""
         return FAMILIES.get((len(self.layer_widths), self.text_width or 0))
 
     @property
     def encoder(self) -> str | None:
-        """The vision encoder that has features of this width, if it is a well-known one."""
+        """The vision encoder with features of this width; None if it is not a well-known one."""
         return encoder_of(self.kind, self.input_width)
 
     @property
     def comfyui(self) -> str:
-        """Why ComfyUI_IPAdapter_plus will not load what diffusers loads, as the rest of a sentence; "" if it will."""
+        """Why ComfyUI_IPAdapter_plus cannot load a file that diffusers can, as the rest of a sentence; "" if it can."""
         if self.kind == "full" and self.width == 2048:
-            return "has a Full projection, which ComfyUI's nodes take on Stable Diffusion 1.5 only: use Plus for SDXL"
+            return (
+                "has a Full projection, which ComfyUI's nodes support on Stable Diffusion 1.5 only: use Plus for SDXL"
+            )
         wanted = 1280 if self.width == 2048 else self.width
         if self.kind == "plus" and (self.tokens, self.inner_width) != (16, wanted):
             return (
-                f"has a Plus projection of other sizes than the 16 tokens of width {wanted} that ComfyUI's nodes take"
+                f"has a Plus projection whose sizes differ from the 16 tokens of width {wanted} that ComfyUI's nodes "
+                "require"
             )
         heads = 20 if self.width == 2048 else 12
         if self.kind == "plus" and self.attention_width != heads * PLUS_HEAD:
-            return f"has a Plus projection without the {heads} heads that ComfyUI's nodes take"
+            return f"has a Plus projection without the {heads} heads that ComfyUI's nodes require"
         return ""
 
 
 def encoder_of(kind: str | None, width: int | None) -> str | None:
-    """Name the vision encoder whose tokens ("full", "plus") or pooled embedding ("linear") are this wide."""
+    """Return the vision encoder whose tokens ("full", "plus") or pooled embedding ("linear") have this width."""
     pooled = kind == "linear"
     return next((name for name, widths in ENCODERS.items() if widths[pooled] == width), None)
 
 
 def read_layout(shapes: Mapping[str, Shape]) -> Layout:
-    """Say what a file of tensors with these names and shapes is. Never fails: see `Layout.problem`."""
+    """Describe a file with tensors of these names and shapes. Never raises; problems are in `Layout.problem`."""
     projection = {name.removeprefix(PROJECTION): shape for name, shape in _under(PROJECTION, shapes)}
     branches = {name.removeprefix(BRANCHES): shape for name, shape in _under(BRANCHES, shapes)}
     kind = _kind(projection, branches)
@@ -101,7 +104,7 @@ def read_layout(shapes: Mapping[str, Shape]) -> Layout:
 def projection_shapes(
     kind: str, tokens: int | None, input_width: int, width: int, inner: int | None, attention: int | None
 ) -> dict[str, Shape]:
-    """The tensors of a projection of these sizes, without their prefix."""
+    """Return the tensor names, without their prefix, and shapes of a projection of these sizes."""
     if kind == "linear":
         rows = width * (tokens or LINEAR_TOKENS)
         return {"proj.weight": (rows, input_width), "proj.bias": (rows,), **_norm("norm", width)}
@@ -123,7 +126,7 @@ def projection_shapes(
 
 
 def licence_of(file: Path, metadata: Mapping[str, str]) -> str | None:
-    """A file's licence: what it says itself, or the front matter of a README.md beside it or one folder above."""
+    """Return a file's licence from its metadata, else from the front matter of a README.md in its folder or parent."""
     for name in ("licence", "license", "modelspec.license"):
         if metadata.get(name):
             return metadata[name]
@@ -147,7 +150,7 @@ def _keys(name: str) -> re.Match[str] | None:
 
 
 def _kind(projection: Mapping[str, Shape], branches: Mapping[str, Shape]) -> str | None:
-    """The variant, tested in diffusers' order."""
+    """Return the variant, tested in the same order as in diffusers."""
     if "proj.weight" in projection:
         return "faceid" if any("_lora." in name for name in branches) else "linear"
     if "proj.3.weight" in projection:
@@ -162,7 +165,7 @@ def _kind(projection: Mapping[str, Shape], branches: Mapping[str, Shape]) -> str
 def _sizes(
     kind: str | None, projection: Mapping[str, Shape]
 ) -> tuple[int | None, int | None, int | None, int | None, int | None]:
-    """Tokens, input width, width, inner width and attention width, as far as the tensors tell."""
+    """Return tokens, input width, width, inner width and attention width; None where the tensors do not show it."""
 
     def size(name: str, axis: int) -> int | None:
         shape = projection.get(name, ())
@@ -191,15 +194,15 @@ def _problem(
 ) -> str:
     if not projection or not branches:
         lacking = PROJECTION if not projection else BRANCHES
-        return f"has no tensors named {lacking}*, so it is no IP-Adapter: name the file that holds both"
+        return f"has no tensors named {lacking}*, so it is not an IP-Adapter: give the file that holds both parts"
     if kind in ("faceid", "faceid-plus"):
         return (
-            "is a FaceID file, which reads a face recogniser instead of a CLIP encoder: take a base, Plus or Full file"
+            "is a FaceID file, which needs a face recogniser instead of a CLIP encoder: use a base, Plus or Full file"
         )
     if kind is None:
-        return f"has an image projection of an unknown kind ({_some(projection)}): take a base, Plus or Full file"
+        return f"has an image projection of an unknown kind ({_some(projection)}): use a base, Plus or Full file"
     if other:
-        return f"holds {_some(other)} beside {PROJECTION}* and {BRANCHES}*, which diffusers would silently drop"
+        return f"holds {_some(other)} besides {PROJECTION}* and {BRANCHES}*, which diffusers would silently drop"
     return _projection_problem(kind, sizes, projection) or _branch_problem(sizes[2], branches)
 
 
@@ -207,11 +210,11 @@ def _projection_problem(kind: str, sizes: tuple[int | None, ...], found: Mapping
     tokens, input_width, width, inner, attention = sizes
     depth = len({name.split(".")[1] for name in found if name.startswith("layers.")})
     if kind == "plus" and depth != PLUS_DEPTH:
-        return f"has a Plus projection of {depth} layers, but diffusers computes exactly {PLUS_DEPTH} of them"
+        return f"has a Plus projection of {depth} layers, but diffusers supports exactly {PLUS_DEPTH}"
     if kind == "linear" and tokens != LINEAR_TOKENS:
-        return f"makes {tokens} tokens of a picture, but diffusers takes a base file's for {LINEAR_TOKENS}"
+        return f"makes {tokens} tokens per picture, but diffusers supports exactly {LINEAR_TOKENS} for a base file"
     if kind == "plus" and attention is not None and (attention < PLUS_HEAD or attention % PLUS_HEAD):
-        return f"has heads of another width than {PLUS_HEAD} in its Plus projection, which diffusers would misread"
+        return f"has a Plus projection whose heads are not {PLUS_HEAD} wide, which diffusers would misread"
     needed = (input_width, width, *((tokens, inner, attention) if kind == "plus" else ()))
     if None in needed:
         return f"lacks tensors of its {VARIANT_NAMES[kind]} projection: download it again"
@@ -224,9 +227,9 @@ def _branch_problem(width: int | None, branches: Mapping[str, Shape]) -> str:
     names = [_BRANCH.fullmatch(name) for name in branches]
     numbers = sorted({int(found[1]) for found in names if found})
     if any(name.endswith("_ip.bias") for name in branches) or numbers == list(range(len(numbers))):
-        return "numbers its layers 0, 1, 2 or gives them biases, as Flux files do: take one for SDXL or SD 1.5"
+        return "numbers its layers 0, 1, 2 or gives them biases, as Flux files do: use a file for SDXL or SD 1.5"
     if any("_lora." in name for name in branches):
-        return "carries LoRA among its layers, as FaceID files do: take a base, Plus or Full file"
+        return "contains LoRA in its layers, as FaceID files do: use a base, Plus or Full file"
     wanted: dict[str, Shape] = {}
     for number in range(1, 2 * max(len(numbers), 1), 2):
         rows = branches.get(f"{number}.to_k_ip.weight", (0, 0))[:1]
@@ -236,7 +239,7 @@ def _branch_problem(width: int | None, branches: Mapping[str, Shape]) -> str:
 
 
 def _difference(prefix: str, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
-    """What is missing, extra or misshapen, as the rest of a sentence."""
+    """Return the first missing, unknown or wrongly shaped tensor as the rest of a sentence; "" if all tensors match."""
     if missing := [prefix + name for name in wanted if name not in found]:
         return f"lacks {_some(missing)}: download it again"
     if extra := [prefix + name for name in found if name not in wanted]:

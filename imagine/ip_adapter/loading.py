@@ -1,12 +1,12 @@
-"""diffusers' own words for IP-Adapters, on pipelines whose denoiser has our attention: a drop-in for its users.
+"""diffusers' IP-Adapter interface for pipelines whose denoiser has our attention; a drop-in replacement.
 
     pipe.load_ip_adapter("h94/IP-Adapter", subfolder="models", weight_name="ip-adapter-plus-face_sd15.safetensors")
     pipe.set_ip_adapter_scale(0.6)
     pipe(prompt, ip_adapter_image=photo)
 
-Arguments, defaults and pictures are diffusers' (loaders/ip_adapter.py). What differs: files are read strictly, keys and
-values are computed once per picture instead of at every step, scales and masks travel with the call, and IP-Adapters
-stand beside our own adapters on one denoiser.
+Arguments, defaults and pictures are those of diffusers (loaders/ip_adapter.py). The differences: files are read
+strictly, keys and values are computed once per picture instead of at every step, scales and masks belong to the call,
+and one denoiser can have IP-Adapters and our own adapters together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,24 +29,25 @@ from imagine.ip_adapter.reading import (
 from imagine.networks.weights import HUB_OPTIONS
 from imagine.records import Scale, Tokens
 
-IGNORED_OPTIONS = ("low_cpu_mem_usage", "proxies")  # we never fill a network twice; hub clients read proxies themselves
-DEFAULT_SIDE = 224  # pixels of the crops, where no encoder says otherwise
+# Weights are never initialised twice, and hub clients read the proxy settings themselves.
+IGNORED_OPTIONS = ("low_cpu_mem_usage", "proxies")
+DEFAULT_SIDE = 224  # side of the crops in pixels without an encoder
 
 Scales = dict[str, "Scale | Mapping[str, Scale]"]
 
 
 class IPAdapterLoaderMixin:
-    """The part of a pipeline that loads IP-Adapters and works out what their branches read.
+    """Pipeline mixin that loads IP-Adapters and computes the tokens, scales and regions of their branches.
 
-    It stands before the stock pipeline, whose `encode_image` it uses. `ip_adapters` are on the denoiser, with
-    one branch each: "ip_0", "ip_1", ...
+    It must precede the stock pipeline among the base classes, because it uses its `encode_image`. `ip_adapters` are
+    attached to the denoiser, with one branch each: "ip_0", "ip_1", ...
     """
 
     unet: Any
     image_encoder: Any
     feature_extractor: Any
     ip_adapters: list[Adapter]
-    _ip_scales: Sequence[Any] = ()  # one per adapter, as diffusers expands them
+    _ip_scales: Sequence[Any] = ()  # one per adapter, in diffusers' expanded form
 
     # --- loading ----------------------------------------------------------------------------------------------------
 
@@ -58,13 +59,12 @@ class IPAdapterLoaderMixin:
         image_encoder_folder: str | None = ENCODER_FOLDER,
         **kwargs: Any,
     ) -> list[ImportReport]:
-        """Load one IP-Adapter, or several, in place of those that are loaded; return what was read from each file.
+        """Load one or several IP-Adapters, replacing those already loaded. Return a report for each file.
 
-        Arguments are those of diffusers' load_ip_adapter: a hub id or folder with subfolder and weight_name, or a state
-        dict, and lists of these; a file's own path will do too. The image encoder is loaded if the pipeline has none,
-        from image_encoder_folder (below subfolder, unless it has a slash in it); None loads none.
-        An image encoder that an adapter does not fit is replaced by the one that lies there.
-        Raises WeightsError or ConfigError, in one sentence, and then leaves everything as it was.
+        The arguments are those of diffusers' load_ip_adapter: a hub id or folder with subfolder and weight_name, or a
+        state dict, or lists of these; a path of a file also works. If the pipeline has no image encoder, or one that
+        does not fit the adapters, the encoder is loaded from image_encoder_folder (inside subfolder, unless it contains
+        a slash); None loads no encoder. Raises WeightsError or ConfigError, and then leaves the pipeline unchanged.
         """
         self._check_weights_loaded()
         sources, subfolders, names = _lists(pretrained_model_name_or_path_or_dict, subfolder, weight_name)
@@ -84,10 +84,11 @@ class IPAdapterLoaderMixin:
         return [report for _, report in made]
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
-        """Set how strongly IP-Adapters act from now on: a number, a dict of blocks, or a list of one each.
+        """Set the scales of the IP-Adapters: a number, a dict of blocks, or a list with one of these per adapter.
 
-        {"down": {"block_2": [0.0, 1.0]}, "mid": 0.5}: as in diffusers a block that is not named gets 0. A list inside
-        the list gives each image of an adapter its own strength, which needs masks.
+        In a dict such as {"down": {"block_2": [0.0, 1.0]}, "mid": 0.5} a block that is not named gets 0, as in
+        diffusers. A list inside the list gives each image of an adapter its own scale, which needs masks. Raises
+        ConfigError if the scales do not fit the adapters or the denoiser.
         """
         from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
@@ -106,7 +107,7 @@ class IPAdapterLoaderMixin:
         ]
 
     def unload_ip_adapter(self) -> None:
-        """Take all IP-Adapters off the denoiser, and the image encoder off the pipeline, as diffusers does."""
+        """Remove all IP-Adapters from the denoiser and the image encoder from the pipeline, as diffusers does."""
         pipe = cast(Any, self)
         if self._has_stock_ip_adapter:
             cast(Any, super()).unload_ip_adapter()
@@ -115,17 +116,17 @@ class IPAdapterLoaderMixin:
             self.image_encoder = None
             pipe.register_to_config(image_encoder=[None, None])
         if not hasattr(self, "safety_checker") and getattr(self, "feature_extractor", None) is not None:
-            self.feature_extractor = None  # the safety checker would need it
+            self.feature_extractor = None  # only the safety checker still needs it
             pipe.register_to_config(feature_extractor=[None, None])
 
     @property
     def _has_stock_ip_adapter(self) -> bool:
-        """Whether diffusers' own IP-Adapter is on the denoiser, from before the pipeline was made to know people."""
+        """Whether diffusers' own IP-Adapter is on the denoiser, loaded before the pipeline gained `reference=`."""
         return getattr(self.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
 
     def _check_weights_loaded(self) -> None:
         if self.unet.device.type == "meta":
-            raise ConfigError("The denoiser's weights are away: load adapters before enable_sequential_cpu_offload.")
+            raise ConfigError("The denoiser is offloaded: load adapters before enable_sequential_cpu_offload.")
 
     def _detach_ip_adapters(self) -> None:
         for adapter in self.ip_adapters:
@@ -133,7 +134,7 @@ class IPAdapterLoaderMixin:
         self.ip_adapters, self._ip_scales = [], []
 
     def _unwrapped_unet(self) -> nn.Module:
-        """The denoiser itself, which torch.compile may have wrapped."""
+        """Return the denoiser without the wrapper of torch.compile."""
         return cast(nn.Module, getattr(self.unet, "_orig_mod", self.unet))
 
     def _encoder_for(
@@ -144,7 +145,10 @@ class IPAdapterLoaderMixin:
         folder: str | None,
         hub: Mapping[str, Any],
     ) -> Any:
-        """The pipeline's image encoder if it fits, else the one beside the first file; None if none is wanted."""
+        """Return the pipeline's image encoder if it fits, else the one next to the first file.
+
+        With a `folder` of None, return the pipeline's own encoder, which may be None.
+        """
         present = getattr(self, "image_encoder", None)
         if not hasattr(self, "image_encoder") or folder is None:
             return present
@@ -152,18 +156,18 @@ class IPAdapterLoaderMixin:
             return present
         if isinstance(sources[0], Mapping):
             raise ConfigError(
-                "No image encoder lies beside a state dict: pass image_encoder_folder=None, and give the pipeline an "
-                "image_encoder or call it with ip_adapter_image_embeds."
+                "A state dict has no image encoder next to it: pass image_encoder_folder=None, and give the pipeline "
+                "an image_encoder or call it with ip_adapter_image_embeds."
             )
         place = folder if "/" in folder else "/".join(filter(None, (subfolders[0], folder)))
         return load_encoder(sources[0], place, self.unet.dtype, hub)
 
     def _register(self, encoder: Any) -> None:
-        """Make encoder and feature extractor components of the pipeline, where it has none."""
+        """Register the encoder, and a feature extractor if the pipeline has none, as components of the pipeline."""
         pipe = cast(Any, self)
         if encoder is not None and self.image_encoder is not encoder:
             pipe.register_modules(image_encoder=encoder.to(pipe.device))
-            pipe.maybe_free_model_hooks()  # if models are offloaded, the new one is too from now on
+            pipe.maybe_free_model_hooks()  # installs the offload hooks again, now also for the new encoder
         if hasattr(self, "feature_extractor") and self.feature_extractor is None:
             from transformers import CLIPImageProcessor
 
@@ -177,10 +181,13 @@ class IPAdapterLoaderMixin:
     ) -> tuple[dict[str, Tokens], Scales, dict[str, Tensor]]:
         """Return branches, scales and regions of a call's Conditioning, rows in diffusers' order: [negative; positive].
 
-        images: one per adapter (an image or a list of images each); embeds: instead, what the encoder makes of them,
-        (1 or count, images, width) for base and (1 or count, images, length, width) for Plus and Full, with the
-        negative rows first if the call is guided; masks: what diffusers takes as ip_adapter_masks. `count` prompts are
-        drawn `copies` times each. Raises ConfigError where these do not fit together.
+        images: one entry per adapter (an image or a list of images).
+        embeds: the encoder's features instead of images: (1 or count, images, width) for base files and (1 or count,
+            images, length, width) for Plus and Full, with the negative rows first if the call is guided.
+        masks: diffusers' ip_adapter_masks.
+        count, copies: the number of prompts, and of pictures per prompt.
+
+        Raises ConfigError if these do not fit together.
         """
         features = self._ip_features(images, embeds, guided)
         wanted = _masks(masks, len(self.ip_adapters))
@@ -201,15 +208,15 @@ class IPAdapterLoaderMixin:
         return self._ip_scales[number] if number < len(self._ip_scales) else 1.0
 
     def _ip_features(self, images: Any, embeds: Any, guided: bool) -> list[Tensor]:
-        """Features of every adapter's images, (rows, images, ...); the negative rows first if guided."""
+        """Return the features of every adapter's images, (rows, images, ...); the negative rows are first if guided."""
         if (images is None) == (embeds is None):
-            raise ConfigError("Give either ip_adapter_image or ip_adapter_image_embeds, and not both.")
+            raise ConfigError("Give exactly one of ip_adapter_image and ip_adapter_image_embeds.")
         given = embeds if images is None else images if isinstance(images, list) else [images]
         if not isinstance(given, (list, tuple)) or len(given) != len(self.ip_adapters):
             found = f"{len(given)} are" if isinstance(given, (list, tuple)) else f"a {type(given).__name__} is"
             raise ConfigError(
-                f"{found} given for {len(self.ip_adapters)} IP-Adapters: pass a list with one entry for each, which "
-                "may be a list of images itself."
+                f"{found} given for {len(self.ip_adapters)} IP-Adapters: pass a list with one entry for each; an entry "
+                "may itself be a list of images."
             )
         if images is None:
             return list(given)
@@ -218,7 +225,7 @@ class IPAdapterLoaderMixin:
     def _encoded(self, image: Any, adapter: Adapter, guided: bool) -> Tensor:
         if self.image_encoder is None:
             raise WeightsError(
-                "The pipeline has no image_encoder to look at ip_adapter_image: load it with the IP-Adapter "
+                "The pipeline has no image_encoder to encode ip_adapter_image: load one with the IP-Adapter "
                 "(image_encoder_folder), or pass ip_adapter_image_embeds."
             )
         pipe = cast(Any, self)
@@ -228,11 +235,13 @@ class IPAdapterLoaderMixin:
 
 
 def _lists(source: Any, subfolder: Any, weight_name: Any) -> tuple[list[Any], list[Any], list[Any]]:
-    """Sources, subfolders and file names, one of each per adapter; a single one stands for all, as in diffusers."""
+    """Return sources, subfolders and file names, one per adapter. A single value applies to all, as in diffusers."""
     given = [each if isinstance(each, list) else [each] for each in (source, subfolder, weight_name)]
     count = max(map(len, given))
     if any(len(each) not in (1, count) for each in given):
-        raise ConfigError("Sources, subfolder and weight_name must be lists of one length, an entry per IP-Adapter.")
+        raise ConfigError(
+            "Sources, subfolder and weight_name have different lengths: give lists with one entry per IP-Adapter."
+        )
     sources, subfolders, names = (each * count if len(each) == 1 else each for each in given)
     return sources, subfolders, names
 
@@ -248,18 +257,20 @@ def _fits(files: Sequence[IPAdapterFile], encoder: Any) -> bool:
 
 def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := [name for name in kwargs if name not in (*HUB_OPTIONS, *IGNORED_OPTIONS)]:
-        raise ConfigError(f"load_ip_adapter knows no {unknown[0]}; it takes {', '.join(HUB_OPTIONS)}.")
+        raise ConfigError(
+            f"load_ip_adapter has no argument {unknown[0]}: leave it out, or choose from {', '.join(HUB_OPTIONS)}."
+        )
     return {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
 
 
 def _by_layer(blocks: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """Scales of blocks as scales of attention layers."""
+    """Convert scales of blocks to scales of attention layers."""
     layers = [name for name, layer in adapter.layers().items() if layer.branches()]
     return {layer: scale for layer in layers for block, scale in blocks.items() if layer.startswith(f"{block}.")}
 
 
 def _masks(masks: Any, count: int) -> list[Tensor | None]:
-    """One (1, images, height, width) per adapter, or None."""
+    """Return one mask (1, images, height, width) or None per adapter."""
     if masks is None:
         return [None] * count
     given = list(masks.unsqueeze(1)) if isinstance(masks, Tensor) else list(masks)
@@ -267,13 +278,14 @@ def _masks(masks: Any, count: int) -> list[Tensor | None]:
         raise ConfigError(f"There are {len(given)} ip_adapter_masks for {count} IP-Adapters: give one for each.")
     if any(each is not None and (not isinstance(each, Tensor) or each.dim() != 4 or len(each) != 1) for each in given):
         raise ConfigError(
-            "Each of ip_adapter_masks must be a tensor (1, images, height, width): make it with IPAdapterMaskProcessor."
+            "Each of ip_adapter_masks must be a tensor (1, images, height, width): create it with "
+            "IPAdapterMaskProcessor."
         )
     return given
 
 
 def _rows(features: Tensor, count: int, copies: int, guided: bool) -> Tensor:
-    """Features of one person or of one per prompt, repeated for every row of the batch."""
+    """Repeat the features, given once or once per prompt, for every row of the batch."""
     sides = features.chunk(2) if guided else (features,)
     if len(features) % (1 + guided) or len(sides[0]) not in (1, count):
         raise ConfigError(
@@ -290,13 +302,13 @@ def _check_features(adapter: Adapter, features: Tensor) -> None:
     if features.dim() != dims or features.shape[-1] != spec.input_width:
         shape = "(rows, images, width)" if dims == 3 else "(rows, images, tokens, width)"
         raise ConfigError(
-            f"This IP-Adapter reads features {shape} of width {spec.input_width}, but got {list(features.shape)}: take "
+            f"This IP-Adapter reads features {shape} of width {spec.input_width}, but got {list(features.shape)}: use "
             "the image encoder that belongs to it."
         )
 
 
 def _scaled(scale: Any, mask: Tensor | None, images: int) -> "tuple[Scale | Mapping[str, Scale], Tensor | None]":
-    """An adapter's scale, and its regions; strengths of single images become part of the regions."""
+    """Return an adapter's scale and regions. Scales of single images are multiplied into the regions."""
     if mask is not None and mask.shape[1] != images:
         raise ConfigError(f"There are {mask.shape[1]} masks for {images} images of an IP-Adapter: give one for each.")
     values = list(scale.values()) if isinstance(scale, Mapping) else [scale]
@@ -305,7 +317,7 @@ def _scaled(scale: Any, mask: Tensor | None, images: int) -> "tuple[Scale | Mapp
     if mask is None:
         raise ConfigError("A scale for each image needs masks: pass ip_adapter_masks, or one scale per IP-Adapter.")
     if isinstance(scale, Mapping):
-        raise ConfigError("Scales cannot differ by block and by image at once: give a dict of numbers, or a list.")
+        raise ConfigError("Scales cannot differ by block and by image together: give a dict of numbers, or a list.")
     if len(scale) != images:
         raise ConfigError(f"There are {len(scale)} scales for {images} images of an IP-Adapter: give one for each.")
     return 1.0, mask * mask.new_tensor(scale)[None, :, None, None]

@@ -1,11 +1,11 @@
-"""Standard IP-Adapter files in: from a file to an adapter with one branch, for one denoiser.
+"""Import standard IP-Adapter files: read a file and convert it to an adapter with one branch for one denoiser.
 
-    read_ip_adapter    a file, a folder, a hub id or a state dict, strictly (ip_adapter_layout.py says what fits)
-    import_adapter     ... to an adapter whose pictures are diffusers' own
-    load_encoder       the image encoder beside it
+    read_ip_adapter    reads a file, a folder, a hub id or a state dict strictly (`imagine.ip_adapter.layout`)
+    import_adapter     converts it to an adapter that gives the same pictures as diffusers
+    load_encoder       loads the image encoder next to the file
 
-A file numbers the cross-attention layers in the order down, up, middle, which is that in which a UNet2DConditionModel
-registers them. An imported branch has a gate of exactly one, so that files come out as they went in.
+A file numbers the cross-attention layers in the order down, up, middle, in which a UNet2DConditionModel registers them.
+The gate of an imported branch is exactly one, so that exporting it reproduces the file.
 """
 
 import os
@@ -40,9 +40,9 @@ ENCODER_FOLDER = "image_encoder"
 
 @dataclass(frozen=True)
 class IPAdapterFile:
-    """A standard file that was read and found whole: its tensors under their flat names, and what it is."""
+    """A standard file that was read and checked: its tensors under their flat names, and its layout."""
 
-    origin: str  # the file as it was named, or "the state dict"
+    origin: str  # path of the file, or "the state dict"
     layout: Layout
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
@@ -51,11 +51,11 @@ class IPAdapterFile:
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What was imported, and which tensor of the file became which of the adapter's."""
+    """What was imported; `used` maps each tensor of the file to the adapter's tensor."""
 
     origin: str
     variant: str
-    tokens: int | None  # of one picture; None: as many as the encoder has
+    tokens: int | None  # per picture; None: as many as the encoder has
     encoder: str
     base: str
     licence: str | None
@@ -63,7 +63,7 @@ class ImportReport:
     parameters: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain words, numbers and mappings."""
+        """Return the report as strings, numbers and mappings."""
         return asdict(self)
 
 
@@ -73,12 +73,12 @@ def read_ip_adapter(
     weight_name: str | None = None,
     **hub: Any,
 ) -> IPAdapterFile:
-    """Read a base, Plus or Full file of SD 1.5 or SDXL from where diffusers' load_ip_adapter would.
+    """Read a base, Plus or Full file of SD 1.5 or SDXL from the place where diffusers' load_ip_adapter finds it.
 
-    `source` is a file (.safetensors; .bin is read as weights only, so that nothing in it runs), a folder or a hub id
+    `source` is a file (.safetensors; a .bin is read as weights only, so that no code in it runs), a folder or a hub id
     with `subfolder` and `weight_name`, or a state dict, nested ({"image_proj": ..., "ip_adapter": ...}) or flat. `hub`
-    are options of huggingface_hub.snapshot_download. Raises WeightsError, in one sentence, for anything that diffusers
-    would drop or misread.
+    holds options of huggingface_hub.snapshot_download. Raises WeightsError for anything that diffusers would drop or
+    misread.
     """
     if isinstance(source, Mapping):
         return _checked("the state dict", _flat(source), {}, None)
@@ -90,18 +90,18 @@ def read_ip_adapter(
 def find_weights_file(
     source: str | os.PathLike[str], subfolder: str | None = None, weight_name: str | None = None, **hub: Any
 ) -> Path:
-    """Return the file that diffusers would find under these names. Only a hub id is ever downloaded.
+    """Return the file that diffusers finds under these names. Only a hub id is downloaded.
 
-    Without `weight_name` the folder must hold exactly one weights file.
+    Without `weight_name` the folder must hold exactly one weights file. Raises WeightsError if no file is found.
     """
     path = Path(source).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
         if not weights.is_hub_id(source):
-            raise WeightsError(f"There is no file or folder {source}: name an IP-Adapter file, or a folder or hub id.")
+            raise WeightsError(f"There is no file or folder {source}: give an IP-Adapter file, a folder or a hub id.")
         if weight_name is None:
-            raise WeightsError(f"{source} is a hub id: say which of its files with weight_name (and subfolder).")
+            raise WeightsError(f"{source} is a hub id: choose one of its files with weight_name (and subfolder).")
         path = fetch(os.fspath(source), ["/".join(filter(None, (subfolder, weight_name)))], hub)
     if weight_name is None:
         return _only_file(path / (subfolder or ""))
@@ -112,21 +112,21 @@ def find_weights_file(
 
 
 def fetch(repository: str, patterns: Sequence[str], hub: Mapping[str, Any]) -> Path:
-    """Download files of a hub repository, or find them in the cache; return the folder that stands for it."""
+    """Download files of a hub repository, or find them in the cache. Return the repository's local folder."""
     from huggingface_hub import snapshot_download
 
     options = {name: value for name, value in hub.items() if value is not None}
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
-    except Exception as error:  # no network, no such repository, no permission: all mean that it is not to be had
+    except Exception as error:  # no network, no such repository or no permission
         raise WeightsError(
-            f"{', '.join(patterns)} of the hub repository {repository} could not be fetched: check name and "
-            "connection, or download it elsewhere and pass the local folder instead."
+            f"{', '.join(patterns)} of the hub repository {repository} could not be downloaded: check the name and "
+            "the connection, or download it elsewhere and pass the local folder instead."
         ) from error
 
 
 def import_adapter(file: IPAdapterFile, denoiser: nn.Module, name: str = "vision") -> tuple[Adapter, ImportReport]:
-    """Make an adapter for this denoiser, with one branch `name`, out of a file; it is not attached yet.
+    """Create an adapter for this denoiser, with one branch `name`, from a file. The adapter is not attached yet.
 
     The denoiser may be on the meta device. Raises WeightsError if the file was made for another base.
     """
@@ -163,14 +163,14 @@ def load_encoder(source: "str | os.PathLike[str]", place: str, dtype: torch.dtyp
         root = fetch(os.fspath(source), [f"{place}/*.json", f"{place}/*.safetensors"], hub)
     if not (root / place).is_dir():
         raise WeightsError(
-            f"There is no image encoder in {root / place}: name its folder with image_encoder_folder, or pass "
-            "image_encoder_folder=None to go without."
+            f"There is no image encoder in {root / place}: give its folder with image_encoder_folder, or pass "
+            "image_encoder_folder=None to load none."
         )
     return weights.load_model(root / place, "transformers", "CLIPVisionModelWithProjection", dtype)
 
 
 def check_encoder(layout: Layout, image_encoder: Any) -> None:
-    """Raise WeightsError unless the projection reads features as wide as this encoder's."""
+    """Raise WeightsError unless the projection's input width equals the width of this encoder's features."""
     config = image_encoder.config
     ours = isinstance(image_encoder, VisionEncoder)
     tokens, pooled = (config.width, config.embed_width) if ours else (config.hidden_size, config.projection_dim)
@@ -188,7 +188,7 @@ def _of(encoder: str | None) -> str:
 
 
 def _described(report: ImportReport, layout: Layout) -> dict[str, str]:
-    """What an imported adapter says of itself when it is saved."""
+    """Return the metadata that an imported adapter is saved with."""
     return {
         "base": report.base,
         "encoder": report.encoder,
@@ -220,7 +220,7 @@ def _check_base(file: IPAdapterFile, text_widths: Mapping[str, int], widths: Seq
         needed = FAMILIES.get((len(widths), width), "this denoiser")
         raise WeightsError(
             f"{file.origin} is for {layout.family or 'another base'} ({len(found)} layers that read text of width "
-            f"{layout.width}), but {needed} has {len(widths)} layers and width {width}: take the file made for it."
+            f"{layout.width}), but {needed} has {len(widths)} layers and width {width}: use the file made for it."
         )
     if found == list(widths):
         return
@@ -231,19 +231,19 @@ def _check_base(file: IPAdapterFile, text_widths: Mapping[str, int], widths: Seq
     if found == [widths[place] for place in middle_before_up]:
         raise WeightsError(
             f"{file.origin} holds its layers in the order down, middle, up, but the standard is down, up, middle: "
-            "take a file that was converted properly."
+            "use a file that was converted correctly."
         )
     number, theirs, ours = next((n, a, b) for n, (a, b) in enumerate(zip(found, widths, strict=True)) if a != b)
     raise WeightsError(
         f"{file.origin} gives layer {2 * number + 1} the width {theirs}, but this denoiser's {names[number]} has "
-        f"{ours}: take the file made for it."
+        f"{ours}: use the file made for it."
     )
 
 
 def cross_attention(denoiser: nn.Module) -> dict[str, Any]:
     """Return the denoiser's cross-attention layers by module path, in the standard's order.
 
-    Raises WeightsError while diffusers' own IP-Adapter is loaded, since its projection has attention layers as well.
+    Raises WeightsError while diffusers' own IP-Adapter is loaded, because its projection also has attention layers.
     """
     if getattr(getattr(denoiser, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj":
         raise WeightsError("diffusers has loaded an IP-Adapter into this denoiser: call unload_ip_adapter() first.")
@@ -251,7 +251,7 @@ def cross_attention(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def numbered(layers: Mapping[str, Any]) -> list[tuple[int, str]]:
-    """The layers with their numbers in the standard."""
+    """Return the layers with their numbers in the standard format."""
     return [(2 * place + 1, layer) for place, layer in enumerate(layers)]
 
 
@@ -265,20 +265,20 @@ def _checked(
     layout = read_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if layout.problem:
         raise WeightsError(f"{origin} {layout.problem}.")
-    # Cloned, as in `Adapter.load`: a file's tensors start at odd addresses, where kernels sum in another order.
+    # Tensors are cloned, as in `Adapter.load`: at a file's unaligned addresses kernels sum in another order.
     return IPAdapterFile(
         origin, layout, {name: each.detach().clone() for name, each in tensors.items()}, metadata, licence
     )
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict, nested or flat, under the flat names."""
+    """Return the tensors of a nested or flat state dict under their flat names."""
     flat: dict[str, Any] = {}
     for name, value in state.items():
         flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
     if wrong := [name for name, value in flat.items() if not isinstance(value, Tensor)]:
         raise WeightsError(
-            f"The state dict holds {wrong[0]}, which is no tensor: pass image_proj and ip_adapter alone."
+            f"The state dict holds {wrong[0]}, which is not a tensor: pass only image_proj and ip_adapter."
         )
     return flat
 
@@ -295,17 +295,17 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .bin file, under their flat names, without running anything that is in it."""
+    """Read the tensors of a .bin file under their flat names, without running code that it may contain."""
     try:
-        # Mapped where it can be: who only looks at shapes reads next to nothing. Older files are no zip archives.
+        # Memory mapping avoids reading the tensors when only shapes are needed; it requires the newer zip format.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # every broken pickle breaks in its own way
+    except Exception as error:  # damaged pickles raise many types of exceptions
         raise WeightsError(
-            f"{file} is a pickle that holds more than tensors or is cut off, and reading it could run code: take the "
+            f"{file} is a pickle that is truncated or holds more than tensors, and reading it could run code: use the "
             ".safetensors file instead."
         ) from error
     if not isinstance(state, Mapping):
-        raise WeightsError(f"{file} holds no named tensors: take an IP-Adapter file.")
+        raise WeightsError(f"{file} holds no named tensors: use an IP-Adapter file.")
     return _flat(state)
 
 
@@ -314,4 +314,4 @@ def _only_file(folder: Path) -> Path:
     if len(files) == 1:
         return files[0]
     found = f"{len(files)} weights files" if files else "no weights file"
-    raise WeightsError(f"{folder} holds {found}: say which with weight_name (and subfolder).")
+    raise WeightsError(f"{folder} holds {found}: choose the file with weight_name (and subfolder).")

@@ -1,1 +1,1 @@
-"""The diffusers pipeline that turns a reference and a prompt into a picture, and its sampling code."""
+"""The diffusers pipeline that generates a picture from a reference and a prompt, and its sampling code."""

@@ -1,7 +1,8 @@
-"""When and where in the denoiser a person acts, said by the call: a window of steps, and strengths of its blocks.
+"""Limit the identity branch to a window of denoising steps and to some blocks of the denoiser.
 
-Between what a user writes and what `sampling` hands on as conditioning. Both are plain values that travel with one
-call, and both multiply `identity_scale`, whatever it is and whoever changes it between steps.
+This module turns the call's arguments `identity_window` and `identity_blocks` into factors that `sampling` puts into
+the conditioning. Both are plain values that belong to one call, and both multiply `identity_scale`, even if a callback
+changes it between steps.
 """
 
 import re
@@ -17,7 +18,7 @@ from imagine.records import Scale
 from imagine.request import finite
 
 ALL = "all"
-# InstantStyle (arXiv 2404.02733, section 3.2) found these by experiment in SDXL, and only there.
+# InstantStyle (arXiv 2404.02733, section 3.2) found these blocks by experiment; they are valid for SDXL only.
 SDXL_PRESETS = {"style": ("up_blocks.0.attentions.1",), "layout": ("down_blocks.2.attentions.1",)}
 SDXL_RESOLUTIONS = 3
 
@@ -29,38 +30,38 @@ _BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.\d+")
 
 @dataclass(frozen=True)
 class Window:
-    """The steps in which the person acts, as shares of all: from `start` on and before `end`."""
+    """The steps in which the identity branch acts, as fractions of all steps: `start` included, `end` excluded."""
 
     start: float = 0.0
     end: float = 1.0
 
     @classmethod
     def read(cls, given: "Window | Sequence[float]") -> "Window":
-        """What a call gave as identity_window. Raises ConfigError unless 0 <= start <= end <= 1."""
+        """Read a call's identity_window. Raises ConfigError unless 0 <= start <= end <= 1."""
         if isinstance(given, Window):
             return given
         if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != 2:
-            raise ConfigError(f"identity_window={given!r} must be two shares of the steps, such as (0.0, 0.8).")
+            raise ConfigError(f"identity_window={given!r} must be two fractions of the steps, such as (0.0, 0.8).")
         start, end = (finite("identity_window", share) for share in given)
         if not 0 <= start <= end <= 1:
-            raise ConfigError(f"identity_window={given!r} must begin at 0 or later, end at 1 or earlier, and in order.")
+            raise ConfigError(f"identity_window={given!r} must hold a start and an end with 0 <= start <= end <= 1.")
         return cls(start, end)
 
     def contains(self, share: float) -> bool:
-        """Whether the person acts in a step that begins when this share of all steps is done."""
+        """Return whether the identity branch acts in a step that begins after this fraction of all steps."""
         return self.start <= share < self.end
 
     def steps(self, count: int) -> list[bool]:
-        """The same for each of `count` steps."""
+        """Return `contains` for each of `count` steps."""
         return [self.contains(number / count) for number in range(count)]
 
 
 def block_factors(denoiser: nn.Module, blocks: Blocks) -> Factors | None:
-    """What every attention layer's identity strength is multiplied by; None for all of them by 1.
+    """Return the factor on the identity strength for every attention layer; None if all factors are 1.
 
-    `blocks` is a preset (see `presets`) or diffusers' own form, in which what is not named gets 0: a number or a list
-    with one number an attention block, for a side ("down", "mid", "up") or, in a mapping, for its "block_N".
-    Raises ConfigError, listing the valid names, for one that this denoiser does not have.
+    `blocks` is a preset (see `presets`) or diffusers' own mapping, in which a block that is not named gets 0. Its keys
+    are sides ("down", "mid", "up"). A value is a number, a list with one number per attention block, or a mapping from
+    "block_N" to either. Raises ConfigError, listing the valid names, for a name that this denoiser does not have.
     """
     if blocks == ALL:
         return None
@@ -80,10 +81,10 @@ def block_factors(denoiser: nn.Module, blocks: Blocks) -> Factors | None:
 
 
 def presets(denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The presets that name at least one block of this denoiser, beside "all", and those blocks.
+    """Return the presets besides "all" that apply to this denoiser, with the blocks of each.
 
-    "down", "mid" and "up" are its parts. "coarse" are its blocks at the coarser half of the resolutions at which it
-    attends, "fine" the others. SDXL also has InstantStyle's "style" and "layout".
+    "down", "mid" and "up" are the U-Net's parts. "coarse" holds the blocks at the coarser half of the resolutions that
+    have attention, "fine" the other blocks. SDXL also has InstantStyle's "style" and "layout".
     """
     every = list(dict.fromkeys(found[0] for layer in attention_layers(denoiser) if (found := _BLOCK.match(layer))))
     resolutions = len(getattr(denoiser, "down_blocks", ()))
@@ -101,14 +102,14 @@ def presets(denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def layer_scales(strength: Scale, factors: Factors | None) -> "Scale | Mapping[str, Scale]":
-    """A branch's strength, one number or one per batch item, as `Conditioning.scales` takes it."""
+    """Return a branch's strength (one number or one per batch item) in the form of `Conditioning.scales`."""
     if factors is None:
         return strength
     return {layer: strength * factor for layer, factor in factors.items()}
 
 
 def _level(block: str, resolutions: int) -> int:
-    """How often the latent has been halved where a block attends."""
+    """Return how many times the latent has been halved at a block's resolution."""
     found = _BLOCK.match(block)
     assert found is not None
     if found[2] is None:
@@ -117,9 +118,10 @@ def _level(block: str, resolutions: int) -> int:
 
 
 def _expanded(given: Mapping[str, Any], every: Sequence[str]) -> dict[str, float]:
-    """A factor for each block that is named, as diffusers' set_ip_adapter_scale would read the same mapping.
+    """Return a factor for each named block, with the meaning that diffusers' set_ip_adapter_scale gives the mapping.
 
-    Its own function (loaders/unet_loader_utils.py) needs a middle block that attends, and passes over misspelt names.
+    diffusers' own function (loaders/unet_loader_utils.py) is not used: it requires attention in the middle block and
+    ignores misspelt names.
     """
     places: dict[str, dict[str, list[str]]] = {}
     for block in every:
@@ -140,7 +142,8 @@ def _numbers(name: str, value: Any, blocks: Sequence[str]) -> dict[str, float]:
     given = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(given) not in (1, len(blocks)):
         raise ConfigError(
-            f"{name} has {len(given)} strengths for {len(blocks)} attention blocks: give as many, or one."
+            f"{name} has {len(given)} strengths for {len(blocks)} attention blocks: give one for each block, or one "
+            "for all."
         )
     numbers = given * len(blocks) if len(given) == 1 else given
     return {block: finite(name, number) for block, number in zip(blocks, numbers, strict=True)}
@@ -149,7 +152,9 @@ def _numbers(name: str, value: Any, blocks: Sequence[str]) -> dict[str, float]:
 def _check_known(name: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for each in given:
         if each not in known:
-            raise ConfigError(f"{name} names {each!r}, where this denoiser does not attend: choose {_listed(known)}.")
+            raise ConfigError(
+                f"{name} names {each!r}, but this denoiser has no attention there: choose {_listed(known)}."
+            )
 
 
 def _listed(names: "Sequence[str] | Mapping[str, Any]") -> str:

@@ -1,8 +1,7 @@
-"""Families of other projects' pipelines that take `reference=` too; `imagine.stock` registers the first one.
+"""Registry of diffusers pipeline families that gain a `reference=` argument; `imagine.stock` registers the first.
 
-`ImaginePipeline.from_pretrained` and `from_pipe` look here for the class that handles a folder or a pipeline that is
-not ours. A family stands above this folder and registers itself when `imagine` is imported, so that nothing here
-imports it.
+`ImaginePipeline.from_pretrained` and `from_pipe` look up here the class for a folder or pipeline that is not an
+ImaginePipeline. A family registers itself when `imagine` is imported, so that this folder does not import it.
 """
 
 import importlib
@@ -15,11 +14,11 @@ from imagine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Family:
-    """Pipelines of diffusers that share one way of adding references.
+    """Pipelines of diffusers to which references are added in the same way.
 
-    title: what error sentences call them.
+    title: the name used in error sentences.
     class_names: the pipelines' class names in diffusers.
-    adapt: returns the subclass with `reference=` of a stock class; raises ConfigError for a class it does not support.
+    adapt: returns the subclass with `reference=` for a stock class; raises ConfigError for an unsupported class.
     """
 
     title: str
@@ -41,7 +40,7 @@ def class_names() -> tuple[str, ...]:
 
 
 def class_by_name(name: str) -> Any:
-    """Return the class with `reference=` for diffusers' pipeline class called `name`, which must be registered."""
+    """Return the class with `reference=` for the registered diffusers pipeline class called `name`."""
     return class_for(getattr(importlib.import_module("diffusers"), name))
 
 

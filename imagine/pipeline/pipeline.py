@@ -1,14 +1,14 @@
-"""From one photo and a sentence to a picture: the diffusers pipeline that everything else serves.
+"""The diffusers pipeline that generates a picture from one photo and a sentence. The data pass through these modules:
 
-    request        who is in which picture, whatever form prompt and reference have
-    photos, faces  each photo opened, its face found and cut out
-    encoders       the face as vision features, the sentence as three sequences of text tokens
-    sampling       guided predictions of the denoiser with its adapters; the autoencoder makes the picture
+    request        one request per picture, from any form of prompt and reference
+    photos, faces  opening each photo, finding and cropping its face
+    encoders       vision features of the face crop, and three sequences of text tokens
+    sampling       guided predictions of the denoiser with its adapters; the autoencoder then decodes the latents
 
-What a call needs travels with the call: its conditioning is an argument, its scheduler a copy, its guidance a context
-variable. One pipeline may therefore serve several threads, and a batch several people, and every picture comes out as
-it would alone. Noise is drawn per picture, on the generator's device, so that neither its neighbours in a batch nor
-the accelerator change what a seed means.
+A call's state belongs to the call: the conditioning is an argument, the scheduler a copy, the guidance a context
+variable. Several threads may therefore share one pipeline, a batch may contain different people, and every picture
+equals the one generated alone. Noise is drawn per picture on the generator's device, so that a seed gives the same
+noise in any batch and on any accelerator.
 """
 
 import copy
@@ -71,11 +71,11 @@ Callback = Callable[..., Any]  # a function, or one of diffusers' PipelineCallba
 
 @dataclass
 class ImagineOutput(BaseOutput):
-    """What a call returns.
+    """The result of a call.
 
-    `images` is a list of PIL pictures, an array (B, H, W, 3) or tensor (B, 3, H, W) in 0..1, or latents. `faces` says
-    which faces were used, one entry per photo: picture by picture, person by person. `refined` counts the small faces
-    that a second pass redrew (refine_faces), and `notes` says in a sentence each where it could not.
+    `images` is a list of PIL pictures, an array (B, H, W, 3) or tensor (B, 3, H, W) in 0..1, or latents. `faces` holds
+    the face used from each photo, ordered by picture, then by person. `refined` counts the small faces that the second
+    pass redrew (refine_faces). `notes` holds one sentence for each picture that it could not refine.
     """
 
     images: Any
@@ -84,13 +84,13 @@ class ImagineOutput(BaseOutput):
     notes: list[str] = field(default_factory=list)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The pair (images, faces), as return_dict=False gives it."""
+        """Return the tuple (images, faces), the result of a call with return_dict=False."""
         return self.images, self.faces
 
 
 @dataclass
 class _CallState:
-    """What diffusers keeps on the pipeline while it draws, and callbacks read or set; ours is kept per thread."""
+    """State of a running call that callbacks read or set; diffusers stores it on the pipeline, we per thread."""
 
     guidance: Guidance
     timesteps: int
@@ -101,15 +101,16 @@ _call_state: ContextVar[_CallState | None] = ContextVar("imagine_call", default=
 
 
 class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
-    """Makes pictures of a person from one photo and a sentence.
+    """Generates pictures of a person from one photo and a sentence.
 
     `latents_mean` and `latents_std` (one number per latent channel) normalise the latents. The `default_*` values,
-    measured for these weights, apply where a call names none; an identity guidance of None follows guidance.
+    measured for these weights, apply where a call gives none. An identity guidance scale of None equals the guidance
+    scale.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->vae"
-    # Adapters run inside the denoiser's attention, and the vision encoder not through `forward` alone, so that hooks on
-    # them would come too late in sequential offload; both are small beside the denoiser.
+    # Sequential offload moves a module when its `forward` runs. Adapters run inside the denoiser's attention, and parts
+    # of the vision encoder run outside `forward`, so both would be moved too late; both are small beside the denoiser.
     _exclude_from_cpu_offload = [*ADAPTERS, "image_encoder"]  # noqa: RUF012  (diffusers' convention)
     _optional_components = list(ADAPTERS)  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "identity_scale"]  # noqa: RUF012
@@ -153,7 +154,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             text_adapter=text_adapter,
             adapter=adapter,
         )
-        # To diffusers our adapters are absent components: it would refuse to save them, and to load them.
+        # Adapters are registered as absent components because diffusers can neither save nor load their class.
         self.register_to_config(**{name: (None, None) for name in ADAPTERS})
         self.register_to_config(
             latents_mean=latents_mean,
@@ -183,13 +184,15 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         torch_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> "ImaginePipeline":
-        """Load the shipped weights (no argument), a folder, or a hub repository owner/name; only the last downloads.
+        """Load the shipped weights (no argument), a folder, or a hub repository owner/name.
 
-        A folder or repository of Stable Diffusion 1.5 or XL becomes the pipeline of `imagine.stock` that has its name,
-        and takes the arguments of its `from_pretrained`.
+        Only a hub repository is downloaded.
+        A folder or repository of Stable Diffusion 1.5 or XL returns the pipeline of `imagine.stock` with the same class
+        name, and takes the arguments of its `from_pretrained`.
 
-        Weights are brought to `dtype` (float32; torch_dtype is its older name). Components given by name replace those
-        in the folder. Every tensor must fit: raises WeightsError, in one sentence, if something is missing or wrong.
+        Weights are converted to `dtype` (default float32; torch_dtype is the older name). Components given by keyword
+        replace those in the folder. Loading is strict: raises WeightsError if a tensor is missing, unexpected or has
+        the wrong shape.
         """
         hub = {name: kwargs.pop(name) for name in weights.HUB_OPTIONS if name in kwargs}
         folder = weights.resolve_folder(source, families.class_names(), kwargs.get("variant"), **hub)
@@ -210,7 +213,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         try:
             with weights.quiet_libraries():
                 pipe = cast(ImaginePipeline, super().from_pretrained(os.fspath(folder), **parts, **kwargs))
-        except (OSError, ValueError, KeyError) as error:  # a tokenizer or the scheduler, whose files are missing or cut
+        except (OSError, ValueError, KeyError) as error:  # missing or truncated files of a tokenizer or the scheduler
             reason = str(error).strip().split("\n")[0][:200].rstrip(".")
             raise WeightsError(f"{folder} cannot be loaded ({reason}); copy or download the weights again.") from error
         pipe._finder = finder
@@ -219,27 +222,27 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """Return a pipeline that knows people around the components of another one, which are shared, not copied.
+        """Return a pipeline with `reference=` that shares the components of another pipeline without copying them.
 
-        diffusers' Stable Diffusion 1.5 and XL pipelines become those of `imagine.stock`; parts given by name are added
-        or replace others. Raises ConfigError for any other kind.
+        diffusers' Stable Diffusion 1.5 and XL pipelines become those of `imagine.stock`. Components given by keyword
+        are added, or replace the pipeline's own. Raises ConfigError for any other kind of pipeline.
         """
         if isinstance(pipeline, ImaginePipeline):
             return super().from_pipe(pipeline, **kwargs)
         return families.class_for(type(pipeline)).from_pipe(pipeline, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save every component in its present precision, our adapters and the face finder's files included."""
+        """Save every component in its current precision, including our adapters and the face finder's files."""
         folder = Path(save_directory)
         with weights.quiet_libraries():
             super().save_pretrained(os.fspath(folder), **kwargs)
         for name in ADAPTERS:
             part = getattr(self, name)
             if part is None:
-                shutil.rmtree(folder / name, ignore_errors=True)  # not one that an earlier save left there
+                shutil.rmtree(folder / name, ignore_errors=True)  # an earlier save may have left one
             else:
                 part.save(folder / name, {**saved_metadata(part), "encoder_fingerprint": self.encoder_fingerprint})
-        weights.remove_local_paths(folder)  # where the parts came from is nobody's business who gets them next
+        weights.remove_local_paths(folder)  # local paths are private and useless to the next user
         source = self._finder_folder
         if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
             shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
@@ -250,7 +253,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         return [part for part in (self.text_adapter, self.adapter) if part is not None]
 
     def load_adapter(self, source: "Adapter | str | os.PathLike[str]") -> None:
-        """Put this identity adapter (an object, or a saved folder or file) in place of the present one."""
+        """Replace the identity adapter with this one: an Adapter, or a saved folder or file."""
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.unet)
         adapter.to(self.unet.device, self.unet.dtype)
         check_encoder(adapter, self.encoder_fingerprint)
@@ -260,7 +263,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         self.adapter = adapter.eval()
 
     def unload_adapter(self) -> Adapter | None:
-        """Take the identity adapter off the denoiser, leaving the base exactly as before it; return it, or None."""
+        """Detach the identity adapter, which restores the base exactly. Return it, or None if there was none."""
         adapter = self.adapter
         if adapter is not None:
             adapter.detach(self.unet)
@@ -269,10 +272,10 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
 
     @property
     def reference_encoder(self) -> nn.Module:
-        """The encoder that looks at references."""
+        """The encoder of references."""
         return cast(nn.Module, self.image_encoder)
 
-    # --- what diffusers' callbacks and tools expect -----------------------------------------------------------------
+    # --- attributes that diffusers' callbacks and tools expect ------------------------------------------------------
 
     @property
     def guidance_scale(self) -> float | None:
@@ -291,18 +294,18 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call guides at all: a scale of 1 or less does not."""
+        """Whether the running call uses classifier-free guidance, which needs a scale above 1."""
         return (self.guidance_scale or 0.0) > 1
 
     @property
     def num_timesteps(self) -> int:
-        """How many steps the running call makes."""
+        """The number of steps of the running call; 0 outside a call."""
         call = _call_state.get()
         return 0 if call is None else call.timesteps
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has asked to stop."""
+        """Whether a callback has requested the running call to stop."""
         call = _call_state.get()
         return call is not None and call.interrupt
 
@@ -318,18 +321,17 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
     def _current_call() -> _CallState:
         call = _call_state.get()
         if call is None:
-            raise RuntimeError("no call is running: set this from callback_on_step_end")
+            raise RuntimeError("No call is running; set this attribute from callback_on_step_end.")
         return call
 
-    # --- reading ----------------------------------------------------------------------------------------------------
+    # --- encoding ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_prompt(self, prompts: "str | Sequence[str]") -> TextTokens:
-        """Read prompts with the three text encoders: what `prompt_embeds` and `negative_prompt_embeds` take.
+        """Encode prompts with the text encoders, for `prompt_embeds` and `negative_prompt_embeds`.
 
-        The result is CLIP's tokens and a dict of the others' that an adapter reads, one batch item per prompt; "" means
-        no sentence.
-        Raises PromptError if a prompt is too long, or the encoders were freed.
+        Return CLIP's tokens and a dict of the other encoders' tokens that an attached adapter reads, one batch item per
+        prompt. An empty prompt means no sentence. Raises PromptError if a prompt is too long, or after `free_encoders`.
         """
         if self.text_encoder is None:
             raise PromptError("The text encoders were freed: give prompt_embeds and negative_prompt_embeds instead.")
@@ -338,21 +340,21 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             self.text_encoder_3, self.tokenizer_3, self._execution_device,
         )  # fmt: skip
         asked = sentences(prompts)
-        each = list(dict.fromkeys(asked))  # the negative of a batch, above all, is usually one sentence
+        each = list(dict.fromkeys(asked))  # the prompts of a batch often share one negative prompt
         clip, others = encoders.encode(each)
         read = {spec.name for part in self._adapters() for spec in part.branch_specs}
         text = clip, {name: tokens for name, tokens in others.items() if name in read}
         return text if len(each) == len(asked) else text_rows(text, [each.index(one) for one in asked])
 
     def free_encoders(self) -> None:
-        """Drop every encoder for good, to make room: from then on give personas and both kinds of prompt_embeds."""
+        """Delete all encoders to free memory. Later calls need personas, prompt_embeds and negative_prompt_embeds."""
         if self.image_encoder is not None:
             self._keep_encoder_info()
         for name in ENCODERS:
             setattr(self, name, None)
-        self.maybe_free_model_hooks()  # which else would still hold them
+        self.maybe_free_model_hooks()  # the hooks still reference the encoders
 
-    # --- drawing ----------------------------------------------------------------------------------------------------
+    # --- generating -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -386,21 +388,25 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagineOutput:
-        """Draw one picture, or `num_images_per_prompt`, for each prompt.
+        """Generate one picture, or `num_images_per_prompt` pictures, for each prompt.
 
-        reference: who is in it: a photo (path, bytes, PIL, array), a Persona or its file, a list of them for one
-            person, or a dict of names for a prompt such as "{a} hugs {b}"; for a list of prompts, a list with one each.
-        guidance_scale: how strictly the sentence is followed; 1 is off. identity_guidance_scale is the same for the
-            person; by default both are one (two denoiser passes a step), otherwise each step takes three.
-        guidance_balance: bring both to one norm before their scales apply (diffusion.balance), in three passes a step.
-        identity_scale: strength of the person, one number or one per prompt; 0 gives the base's own picture exactly.
-        identity_window: the steps in which the person acts, as shares of all: (0, 0.8) leaves out the last fifth.
-        identity_blocks: the denoiser's blocks in which the person acts: "all", a preset such as "coarse", or strengths
-            in diffusers' form, {"down": {"block_2": [0.0, 1.0]}}, where what is not named gets 0 (controls.presets).
-        refine_faces: whether to draw small faces once more, enlarged; a RefineFaces has other settings (second_pass).
-        negative_prompt: what to steer away from. generator: one, from which pictures draw in turn, or one per picture.
-        face, on_no_face: which face of a photo, and what to do without one (see `faces.crop_face`).
-        callback_on_step_end: called as (pipe, step, timestep, tensors), may return changed "latents" or
+        reference: the people in the picture: a photo (path, bytes, PIL, array), a Persona or its file, a list of these
+            for one person, or a dict from names to these for a prompt such as "{a} hugs {b}". With a list of prompts, a
+            list with one reference per prompt.
+        guidance_scale: how strictly the prompt is followed; 1 is off. identity_guidance_scale is the same for the
+            identity. By default both are equal, and a step takes two denoiser passes; otherwise it takes three.
+        guidance_balance: bring both guidance directions to the same norm before their scales apply
+            (`imagine.networks.diffusion.balance`); a step then takes three passes.
+        identity_scale: strength of the identity, one number or one per prompt; 0 gives exactly the base's own picture.
+        identity_window: the steps in which the identity acts, as fractions of all: (0, 0.8) leaves out the last fifth.
+        identity_blocks: the denoiser's blocks in which the identity acts: "all", a preset such as "coarse", or
+            strengths in diffusers' form, {"down": {"block_2": [0.0, 1.0]}}, where a block that is not named gets 0 (see
+            `controls.presets`).
+        refine_faces: whether to redraw small faces, enlarged; a RefineFaces gives other settings (see `second_pass`).
+        negative_prompt: what to steer away from.
+        generator: one generator, from which the pictures draw in turn, or one per picture.
+        face, on_no_face: which face of a photo to use, and what to do if there is none (see `faces.crop_face`).
+        callback_on_step_end: called as (pipe, step, timestep, tensors). It may return changed "latents" or
             "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
 
         With return_dict=False the result is the tuple (images, faces), as everywhere in diffusers.
@@ -434,7 +440,10 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         strength: Tensor,
         people: list[list[Persona]],
     ) -> ImagineOutput:
-        """All pictures of a call from their start latents on, people (one list a prompt) at a strength (pictures,)."""
+        """Generate all pictures of a call from their start latents.
+
+        strength: identity strength, (pictures,). people: one list per prompt.
+        """
         steps = len(plan.scheduler.timesteps)
         refined, notes = 0, list[str]()
         token = _call_state.set(_CallState(plan.guidance, steps))
@@ -446,7 +455,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
                 second_pass = SecondPass(
                     plan.refining, plan.refining.levels(steps), plan.window, start, strength, shown, denoiser
                 )
-                # a fresh adapter gives the base's picture bit for bit, small faces included
+                # A new adapter must give the base's picture bit for bit, so small faces are not redrawn with one.
                 if not self.interrupt and self.adapter is not None and self.adapter.active:
                     side = int(self.unet.config.sample_size) * self.vae_scale_factor
                     refined, notes = second_pass.refine(images, side, self.finder, self._redraw)
@@ -468,25 +477,25 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         negative_embeds: TextTokens | None,
         copies: int,
     ) -> tuple[list[Request], TextTokens, TextTokens]:
-        """Say who is in which picture, and read the sentences and the negative ones, one batch item per picture."""
+        """Return one request per prompt, and the encoded prompts and negative prompts, one batch item per picture."""
         if (prompt is None) == (embeds is None):
-            raise PromptError("Give either a prompt or prompt_embeds: one of them, not both.")
+            raise PromptError("Give exactly one of prompt and prompt_embeds.")
         if embeds is None:
             requests = read_requests(cast(Any, prompt), reference)
             embeds = self.encode_prompt([request.sentence for request in requests])
         else:
-            # There are no sentences to read names from, so that each stands for a prompt that names nobody.
+            # Without sentences there are no placeholders, so "-" stands for a prompt that names nobody.
             requests = read_requests(["-"] * _count("prompt_embeds", embeds), reference)
         if negative_embeds is None:
             negative_embeds = self.encode_prompt(negative_sentences(negative_prompt, len(requests)))
         elif _count("negative_prompt_embeds", negative_embeds) != len(requests):
-            raise PromptError(f"negative_prompt_embeds must be of {len(requests)} prompts, as there are others.")
+            raise PromptError(f"negative_prompt_embeds must have one row for each of the {len(requests)} prompts.")
         return requests, _copies(embeds, copies), _copies(negative_embeds, copies)
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Latent height and width of pictures of this height and width in pixels."""
+        """Return the latent height and width for a height and width in pixels; None means the model's own size."""
         usual = int(self.unet.config.sample_size)
-        # Every resolution of the denoiser halves the latent once.
+        # Every resolution of the denoiser after the first halves the latents.
         step = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         for side in (height, width):
             if side is not None and (not isinstance(side, int) or side < step or side % step):
@@ -495,7 +504,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         return sides[0], sides[1]
 
     def _guidance(self, text: float | None, identity: float | None, rescale: float, balanced: bool) -> Guidance:
-        """The call's guidance; the weights' own where it names none at all."""
+        """Return the call's guidance. The weights' defaults apply if it gives neither scale."""
         if text is None and identity is None:
             identity = self.config.default_identity_guidance_scale
         text = finite("guidance_scale", self.config.default_guidance_scale if text is None else text)
@@ -503,11 +512,11 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         return Guidance(text, identity, finite("guidance_rescale", rescale), bool(balanced))
 
     def _refining(self, given: "RefineFaces | bool | None", output_type: str) -> RefineFaces | None:
-        """Which small faces are drawn once more, as the call says or, where it says nothing, the weights."""
+        """Return the settings of the second pass from the call or, if it gives none, from the weights' default."""
         return RefineFaces.read(given, output_type, bool(self.config.default_refine_faces))
 
     def _scheduler(self, steps: int | None, sigmas: Sequence[float] | None, size: tuple[int, int]) -> Any:
-        """A copy of the scheduler for this call alone, its timesteps set."""
+        """Return a copy of the scheduler for this call, with its timesteps set."""
         scheduler = copy.deepcopy(cast(Any, self.scheduler))
         kind = scheduler.config.get("prediction_type", "flow_prediction")
         if kind != "flow_prediction":
@@ -531,15 +540,15 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         generator: "torch.Generator | Sequence[torch.Generator] | None",
         latents: Tensor | None,
     ) -> Tensor:
-        """Start latents (count, channels, height, width): the given ones, or noise drawn picture by picture."""
+        """Return start latents (count, channels, height, width): the given ones, or noise drawn for each picture."""
         shape = (int(self.unet.config.in_channels), *size)
         device = self._execution_device
         if latents is not None:
             found = tuple(getattr(latents, "shape", ()))
             if not isinstance(latents, Tensor) or found != (count, *shape):
-                raise ConfigError(f"latents of shape {found} do not fit: a tensor {(count, *shape)} is needed.")
+                raise ConfigError(f"latents have the wrong shape {found}: give a tensor of shape {(count, *shape)}.")
             return latents.to(device, torch.float32)
-        # Drawn where the generator lives, in full precision: a seed means the same picture on every device.
+        # Noise is drawn on the generator's device in float32, so that a seed gives the same noise on every device.
         drawn = [
             torch.randn(shape, generator=each, device=each.device if each else "cpu")
             for each in generators(generator, count)
@@ -555,7 +564,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         active: Sequence[bool],
         on_step: "_StepCallback | None",
     ) -> Tensor:
-        """Take every step from noise to clean latents, in float32; `active`: whether the people act in each step."""
+        """Run all steps from noise to clean latents, in float32. active: whether the identity acts in each step."""
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         call, zero_strength = self._current_call(), torch.zeros_like(strength)
         with self.progress_bar(total=len(scheduler.timesteps)) as bar:
@@ -576,12 +585,12 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         return latents
 
     def _redraw(self, faces: Sequence[SmallFace], squares: Tensor, second_pass: SecondPass) -> Tensor:
-        """Each face's square (faces, 3, S, S) in 0..1 drawn again as its person, with the same sentence."""
+        """Redraw each face's square (faces, 3, S, S) in 0..1 with its person and the same prompt."""
         clean = self.encode_pictures(squares)
         noise = torch.stack([noise_from_latents(second_pass.start[face.picture], clean.shape[1:]) for face in faces])
         rows = torch.tensor([face.picture for face in faces], device=second_pass.strength.device)
         vision = self._vision_tokens([[second_pass.people[face.picture][face.person]] for face in faces], 1)
-        # Plain noise levels: what `sigmas` says is what is used, whatever schedule the first pass took.
+        # This scheduler uses `sigmas` unchanged, whichever schedule the first pass used.
         scheduler = FlowMatchEulerDiscreteScheduler()
         scheduler.set_timesteps(sigmas=second_pass.levels, device=clean.device)
         keep = keep_outside(clean, noise, second_pass.levels, visible_latents(faces, clean, second_pass.settings))
@@ -597,7 +606,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in 0..1 as normalised latents in float32: decoding backwards, without noise."""
+        """Encode pictures (B, 3, H, W) in 0..1 to normalised float32 latents, using the mode of the distribution."""
         pixels = (pictures * 2 - 1).to(self._execution_device, self.vae.dtype)
         out = self.vae.encode(pixels)
         latents = (out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent).float()
@@ -608,7 +617,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         return normalise_latents(latents, mean, std)
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        """Turn normalised latents into pictures."""
+        """Decode normalised latents to pictures of `output_type`."""
         if self.config.latents_mean is not None and self.config.latents_std is not None:
             mean, std = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
             latents = denormalise_latents(latents, mean, std)
@@ -619,7 +628,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
 
 @dataclass(frozen=True)
 class _CallSettings:
-    """How a call draws, whatever it draws: its arguments, checked."""
+    """The checked arguments of a call that do not depend on its prompts and people."""
 
     guidance: Guidance
     scheduler: Any
@@ -632,7 +641,7 @@ class _CallSettings:
 
 @dataclass(frozen=True)
 class _StepCallback:
-    """A call's callback and the tensors it wants to see."""
+    """A call's callback and the names of the tensors that it receives."""
 
     callback: Callback
     inputs: tuple[str, ...]
@@ -646,14 +655,17 @@ class _StepCallback:
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             inputs = callback.tensor_inputs
         if unknown := [name for name in inputs if name not in known]:
-            raise ConfigError(f"A callback cannot have {', '.join(unknown)}: choose from {', '.join(known)}.")
+            raise ConfigError(
+                f"callback_on_step_end_tensor_inputs has the unknown names {', '.join(unknown)}: choose from "
+                f"{', '.join(known)}."
+            )
         return cls(callback, tuple(inputs))
 
 
 def _load_models(
     folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], dtype: torch.dtype, variant: str | None
 ) -> dict[str, Any]:
-    """Load every model of a weights folder that is not given, strictly."""
+    """Load strictly every model of a weights folder that is not in `given`."""
     models: dict[str, Any] = {}
     for name in MODELS:
         if name in given:
@@ -665,7 +677,7 @@ def _load_models(
 
 
 def _load_adapters(folder: Path, parts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Adapter]:
-    """Load the adapters that lie in a weights folder, made for its denoiser and its vision encoder."""
+    """Load the adapters in a weights folder, and check that they fit its denoiser and vision encoder."""
     found: dict[str, Adapter] = {}
     for name in ADAPTERS:
         if name in parts or not (folder / name).is_dir():
@@ -684,7 +696,7 @@ def _is_attached(unet: nn.Module, adapter: Adapter) -> bool:
 
 
 def _count(name: str, embeds: Any) -> int:
-    """Of how many prompts these are the tokens. Raises PromptError unless they are tokens."""
+    """Return the number of prompts in encoded prompts. Raises PromptError unless `encode_prompt` returned them."""
     if not isinstance(embeds, tuple) or len(embeds) != 2 or not isinstance(embeds[0], Tokens):
         raise PromptError(f"{name} must be what encode_prompt returns, not a {type(embeds).__name__}.")
     return len(embeds[0].values)
@@ -695,6 +707,6 @@ def _copies(text: TextTokens, copies: int) -> TextTokens:
 
 
 def _timestep_shift(config: Mapping[str, Any], positions: int) -> float:
-    """The shift of the noise schedule for this many latent positions (arXiv 2403.03206; diffusers' Flux pipeline)."""
+    """Return the schedule's shift for a number of latent positions (arXiv 2403.03206; diffusers' Flux pipeline)."""
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     return float(config["base_shift"] + slope * (positions - config["base_image_seq_len"]))

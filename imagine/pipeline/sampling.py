@@ -1,8 +1,9 @@
-"""One guided prediction of the denoiser for a batch of pictures: which passes it takes, and what each pass attends to.
+"""Compute guided predictions of the denoiser for a batch of pictures.
 
-Between the pipeline, which knows about prompts, photos and schedulers, and the denoiser with its adapters. A step needs
-one, two or three passes (diffusion.guide); they go through the denoiser as one batch. Keys and values of all branches
-are computed when a pass or a strength changes, which is usually once per call.
+This module decides which guidance passes a step needs and what each pass attends to. It sits between the pipeline,
+which handles prompts, photos and schedulers, and the denoiser with its adapters. A step needs one, two or three passes
+(`imagine.networks.diffusion.guide`); they go through the denoiser as one batch. Keys and values of all branches are
+recomputed only when the passes or a strength change, which is usually once per call.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,17 +20,18 @@ from imagine.networks.encoders import pooled
 from imagine.pipeline.controls import Factors, layer_scales
 from imagine.records import VISION, Conditioning, Tokens, join, take
 
-TextTokens = tuple[Tokens, dict[str, Tokens]]  # CLIP's tokens, and those of the other text branches
-Pass = tuple[bool, bool]  # with the sentence?, with the people?
+TextTokens = tuple[Tokens, dict[str, Tokens]]  # CLIP's tokens, and the tokens of the other text branches
+Pass = tuple[bool, bool]  # whether the pass includes the prompt, and whether it includes the people
 
 UNCONDITIONAL, TEXT_ONLY, TEXT_AND_IDENTITY = (False, False), (True, False), (True, True)
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How strictly sentence and person are followed; 1 or less is off. An identity of None follows the sentence's.
+    """Guidance scales for the prompt and for the identity; 1 or less is off. An identity of None equals the text scale.
 
-    With `balanced` both pull equally hard (diffusion.balance) before their scales apply, which takes a pass for each.
+    With `balanced` both guidance directions are brought to the same norm (`imagine.networks.diffusion.balance`) before
+    their scales apply, which needs a separate pass for each.
     """
 
     text: float
@@ -38,7 +40,7 @@ class Guidance:
     balanced: bool = False
 
     def passes(self, people: bool) -> tuple[Pass, ...]:
-        """Return the passes that a step takes, for pictures with or without people."""
+        """Return the passes of one step, for pictures with or without people."""
         full = TEXT_AND_IDENTITY if people else TEXT_ONLY
         together = self.identity in (None, self.text) and not (self.balanced and self.text > 1)
         if together or not people:
@@ -46,7 +48,10 @@ class Guidance:
         return UNCONDITIONAL, TEXT_ONLY, TEXT_AND_IDENTITY
 
     def combine(self, predictions: Sequence[Tensor], people: Tensor | None = None) -> Tensor:
-        """Combine the predictions of `passes`, in their order; people (pictures,): which show anybody (None: all)."""
+        """Combine the predictions of `passes`, given in the same order.
+
+        people: (pictures,), True for pictures that show a person; None means all.
+        """
         if len(predictions) == 1:
             return predictions[0]
         if len(predictions) == 2:
@@ -62,10 +67,10 @@ class Guidance:
 
 @dataclass(frozen=True)
 class Inputs:
-    """All pictures of one call: what to say, what to say instead where nothing is said, and whom to show.
+    """The conditioning of all pictures of one call: prompts, negative prompts and people.
 
-    `vision` has a row per picture, without a token that counts where it shows nobody; None: no picture shows anybody.
-    `factors` multiply the person's strength by attention layer (controls.block_factors); None: everywhere by 1.
+    `vision` has one row per picture; in a row without a person every token is masked. None: no picture shows a person.
+    `factors` multiply the identity strength per attention layer (`controls.block_factors`); None: all factors are 1.
     """
 
     text: TextTokens
@@ -74,11 +79,11 @@ class Inputs:
     factors: Factors | None = None
 
     def rows(self, rows: Tensor, vision: Tokens | None) -> "Inputs":
-        """The same sentences for pictures by number (any, also repeatedly), with other people."""
+        """Return the prompts of the pictures at the given indices, which may repeat, with other people."""
         return Inputs(text_rows(self.text, rows), text_rows(self.negative, rows), vision, self.factors)
 
     def stacked(self, passes: Sequence[Pass], strength: Tensor) -> tuple[Tokens, Conditioning]:
-        """Return CLIP's tokens and the conditioning of one denoiser call over all passes; strength is (pictures,)."""
+        """Return CLIP's tokens and the conditioning of one denoiser call over all passes. strength: (pictures,)."""
         sides = [self.text if with_text else self.negative for with_text, _ in passes]
         clip = join([side[0] for side in sides])
         branches = {name: join([side[1][name] for side in sides]) for name in self.text[1]}
@@ -90,7 +95,7 @@ class Inputs:
 
 
 class GuidedDenoiser:
-    """A denoiser with its adapters attached, ready for the steps of one call."""
+    """A denoiser with attached adapters, prepared for the denoising steps of one call."""
 
     def __init__(self, unet: nn.Module, inputs: Inputs, arguments: Mapping[str, Any]) -> None:
         self.unet, self.inputs, self.arguments = unet, inputs, dict(arguments)
@@ -102,7 +107,7 @@ class GuidedDenoiser:
         self._conditioning = Conditioning()
 
     def velocity(self, latents: Tensor, timestep: Tensor, strength: Tensor, guidance: Guidance) -> Tensor:
-        """Predict the guided velocity of latents (pictures, ...), people at this strength (pictures,)."""
+        """Predict the guided velocity of latents (pictures, ...), with the identity strength (pictures,)."""
         unchanged = self._is_unchanged(strength)
         if not unchanged:
             self._any_person = self.inputs.vision is not None and bool(strength.any())
@@ -121,8 +126,8 @@ class GuidedDenoiser:
         return guidance.combine(predicted.chunk(len(passes)), strength != 0)
 
     def _is_unchanged(self, strength: Tensor) -> bool:
-        """Whether this is the tensor of the step before, untouched. To read its numbers would wait for the device."""
-        version = None if strength.is_inference() else strength._version  # inference mode counts none
+        """Return whether this is the previous step's tensor, unmodified. Comparing values would wait for the device."""
+        version = None if strength.is_inference() else strength._version  # inference tensors have no version counter
         known, self._last = self._last, (strength, version)
         return version is not None and known is not None and known[0] is strength and known[1] == version
 
@@ -132,22 +137,25 @@ class GuidedDenoiser:
             return
         self._clip, conditioning = self.inputs.stacked(passes, strength)
         self._pooled = pooled_text(self.unet, self._clip, conditioning.branches)
-        # Kept under its own scales where the denoiser's LoRA depends on them, so a new strength means a new memory.
+        # LoRA on the denoiser may depend on the scales, and so may cached keys and values: a new strength, a new cache.
         self._conditioning = prepare(self.unet, conditioning)
         self._prepared_for = (passes, strength.clone())
 
 
 def pooled_text(unet: Any, clip: Tokens, branches: Mapping[str, Tokens]) -> Tensor | None:
-    """The sentences as one vector each, for a denoiser that was built to be told (`class_labels`); None for others."""
+    """Return one vector per sentence for a denoiser with a projected class embedding (`class_labels`); None for others.
+
+    Raises WeightsError if such a denoiser has no T5 tokens.
+    """
     if getattr(unet.config, "class_embed_type", None) != "projection":
         return None
     if "t5" not in branches:
         raise WeightsError(
-            "This denoiser hears the sentence from T5 too, but no adapter reads T5: load its text_adapter."
+            "This denoiser also needs the sentence from T5, but no attached adapter reads T5: load its text_adapter."
         )
     return pooled(clip, branches["t5"])
 
 
 def text_rows(text: TextTokens, rows: "Tensor | Sequence[int]") -> TextTokens:
-    """Batch items of all text branches by number, any of them also repeatedly."""
+    """Return the batch items of all text branches at the given indices, which may repeat."""
     return take(text[0], rows), {name: take(tokens, rows) for name, tokens in text[1].items()}

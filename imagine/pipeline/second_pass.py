@@ -1,9 +1,10 @@
-"""Small faces drawn once more: which ones, the square that is redrawn at the model's own size, and how it is put back.
+"""Redraw small faces in a second pass: select them, crop a square at the model's own size, and paste the result back.
 
-A face of a few latents cannot look like anybody. So it is cut out with its surroundings, enlarged, noised to a level
-and drawn again as its person (SDEdit, arXiv 2108.01073), while what lies round it is put back after every step
-(RePaint, arXiv 2201.09865, without its jumps), and laid over the picture with a soft edge. Only geometry and tensors
-live here; who calls brings the finder and draws: the pipeline, or for stock ones `stock_second_pass`.
+A face that covers only a few latents cannot resemble a person. The second pass crops the face with its surroundings,
+enlarges the crop, adds noise up to a level and denoises it again with the person's identity (SDEdit, arXiv 2108.01073).
+After every step the surroundings are restored (RePaint, arXiv 2201.09865, without its jumps), and the result is blended
+into the picture with a soft edge. This module holds only geometry and tensor operations; the caller supplies the face
+finder and the drawing: `imagine.pipeline.pipeline`, or `imagine.stock.second_pass` for stock pipelines.
 """
 
 import zlib
@@ -28,20 +29,22 @@ from imagine.request import finite, whole
 
 @dataclass(frozen=True)
 class RefineFaces:
-    """Which faces a second pass redraws, and how; lengths are in units of the face box (brow to chin, ear to ear)."""
+    """Which faces the second pass redraws, and how; lengths are in units of the face box (brow to chin, ear to ear)."""
 
-    below: float = 0.35  # faces whose longer side is less than this share of the picture's shorter one
-    strength: float = 0.6  # the noise level that redrawing begins at: more is more of the person and less of the pose
-    steps: int | None = None  # None: as many as the first pass took from that level on
-    around: float = 2.4  # side of the square that is redrawn, by the box's longer side
-    reach: float = 1.4  # the ellipse that is put back, by the box's sides: with forehead and jaw
-    edge: float = 0.3  # it fades over this part of its radius
+    below: float = (
+        0.35  # upper limit of a small face: its box's longer side, as a fraction of the picture's shorter side
+    )
+    strength: float = 0.6  # start noise level; a higher level shows more of the person and less of the pose
+    steps: int | None = None  # None: as many as the first pass took from that noise level on
+    around: float = 2.4  # side of the redrawn square, in units of the box's longer side
+    reach: float = 1.4  # axes of the pasted ellipse, in units of the box's sides; includes forehead and jaw
+    edge: float = 0.3  # fraction of the ellipse's radius over which it fades out
 
     @classmethod
     def read(cls, given: "RefineFaces | bool | None", output_type: str, default: bool) -> "RefineFaces | None":
-        """What a call gave as refine_faces, or what is `default` with these weights; None: no second pass.
+        """Read a call's refine_faces; if it is None, use the weights' `default`. Return None for no second pass.
 
-        Raises ConfigError, naming the setting.
+        Raises ConfigError that names the wrong setting.
         """
         if given is None:
             given = default and output_type != "latent"
@@ -62,22 +65,25 @@ class RefineFaces:
         return settings
 
     def levels(self, steps: int) -> list[float]:
-        """The noise level at which each step begins, when the first pass took so many."""
+        """Return the noise level at which each step begins; `steps` is the first pass's number of steps."""
         count = self.steps or max(1, round(self.strength * steps))
         return [self.strength * (count - number) / count for number in range(count)]
 
     def window(self, whole: Window) -> Window:
-        """A window of the whole way from noise to picture, in shares of the part that is walked again."""
+        """Convert a window of the full schedule to fractions of the part that the second pass repeats."""
         if whole == Window():
             return whole
-        # A step that begins just at an edge must fall on the same side of it, whatever division makes of both.
+        # The small offset keeps a step that begins exactly at an edge on the same side of it despite rounding.
         start, end = ((share - 1 + self.strength) / self.strength - 1e-9 for share in (whole.start, whole.end))
         return Window(max(start, 0.0), max(end, 0.0))
 
 
 @dataclass(frozen=True)
 class SmallFace:
-    """One face to be redrawn: in which picture, whose, where, and the square (left, top, right, bottom) around it."""
+    """One face to redraw: indices of its picture and person, its box, and the square around it.
+
+    place: left, top, right, bottom in pixels.
+    """
 
     picture: int
     person: int
@@ -85,13 +91,13 @@ class SmallFace:
     place: tuple[int, int, int, int]
 
 
-# Squares (faces, 3, S, S) in 0..1, in and out; None in place of one that is not to be shown.
+# Takes and returns squares (faces, 3, S, S) in 0..1; returns None for a face that must not be pasted back.
 Redraw = Callable[[Sequence[SmallFace], Tensor], Iterable[Tensor | None]]
 
 
 @dataclass(frozen=True)
 class SecondPass:
-    """What the second pass takes over from the first: start latents, strength and people, a row per picture."""
+    """What the second pass needs from the first: start latents, identity strength and people, one row per picture."""
 
     settings: RefineFaces
     levels: list[float]
@@ -103,7 +109,7 @@ class SecondPass:
 
     @property
     def active(self) -> list[bool]:
-        """Whether the person acts, step by step: at noise level s of a straight schedule a share 1 - s is done."""
+        """Whether the identity acts in each step; at noise level s of a linear schedule, a fraction 1 - s is done."""
         return [self.window.contains(1 - level) for level in self.levels]
 
     def refine(
@@ -115,13 +121,13 @@ class SecondPass:
     ) -> tuple[int, list[str]]:
         """Redraw the small faces of pictures (B, 3, H, W) in 0..1, in place, as squares of `side` pixels.
 
-        Return how many there were, and a sentence for each picture where it is unclear which face is whose.
+        Return how many were redrawn, and one sentence for each picture whose faces cannot be assigned to its people.
         """
         if not any(self.active):
             return 0, []
         shown = [len(people) if strength else 0 for people, strength in zip(self.people, self.strength, strict=True)]
         faces, notes = find_small_faces(pictures, shown, finder, self.settings, side)
-        max_batch = len(self.start)  # at once: as many as the first pass drew, which had the memory for it
+        max_batch = len(self.start)  # the first pass had enough memory for a batch of this size
         drawn = redraw_faces(
             pictures, faces, side, self.settings, lambda some, squares: redraw(some, squares, self), max_batch
         )
@@ -137,11 +143,12 @@ def redraw_faces(
     max_batch: int,
     within: Tensor | None = None,
 ) -> list[SmallFace]:
-    """Cut faces out of pictures (B, 3, H, W) in 0..1 as squares of `side` pixels, redraw them, and put them back.
+    """Crop faces out of pictures (B, 3, H, W) in 0..1 as squares of `side` pixels, redraw them, and paste them back.
 
-    In place, `max_batch` at a time, and only so far as `within` (B, 1, H, W) lets them show. Return those put back.
+    Pictures are changed in place, `max_batch` faces at a time. `within` (B, 1, H, W) multiplies the opacity of what is
+    pasted. Return the faces that were pasted back.
     """
-    squares = [crop_square(pictures, face, (side, side)) for face in faces]  # all before any is put back
+    squares = [crop_square(pictures, face, (side, side)) for face in faces]  # cropped before any paste changes pixels
     shown = list[SmallFace]()
     for first in range(0, len(faces), max_batch):
         some = faces[first : first + max_batch]
@@ -160,11 +167,11 @@ def find_small_faces(
     side: int,
     within: Tensor | None = None,
 ) -> tuple[list[SmallFace], list[str]]:
-    """The faces of pictures (B, 3, H, W) in 0..1 that are small, and a sentence for each picture where it is unclear
-    which face is whose; `people` says how many each shows.
+    """Return the small faces of pictures (B, 3, H, W) in 0..1, and notes.
 
-    One whose square has `side` pixels or more is not small: redrawn at that size it would lose. Where `within`
-    (B, 1, H, W) is 0, nothing is looked for.
+    `people` is the number of people in each picture. The notes hold one sentence for each picture whose faces cannot be
+    assigned to its people. A face whose square has `side` pixels or more is not small, because redrawing it at `side`
+    pixels would lose detail. Faces whose centre lies where `within` (B, 1, H, W) is at most 0.5 are ignored.
     """
     faces, notes = list[SmallFace](), list[str]()
     for picture, count in enumerate(people):
@@ -179,7 +186,7 @@ def find_small_faces(
 
 
 def _lies_in(box: FaceBox, region: Tensor) -> bool:
-    """Whether a face's middle lies where the region (H, W) is more than half."""
+    """Return whether the region (H, W) is above 0.5 at a face's centre."""
     column, row = (
         min(max(int(centre), 0), longest - 1) for centre, longest in zip(box.centre, region.shape[::-1], strict=True)
     )
@@ -189,15 +196,15 @@ def _lies_in(box: FaceBox, region: Tensor) -> bool:
 def small_faces(
     found: Sequence[FaceBox], people: int, picture: int, size: tuple[int, int], settings: RefineFaces
 ) -> tuple[list[SmallFace], str]:
-    """The faces of one picture (width, height) that are small, each with its person, or a note why none is.
+    """Return the small faces of one picture (width, height), each with its person, or a note why there are none.
 
-    One person is the largest face; several are taken from left to right, in the order of the sentence, if the picture
-    shows as many faces.
+    One person is assigned to the largest face. Several people are assigned to the faces from left to right, in the
+    order in which the prompt names them, provided that as many faces were found.
     """
     if (people > 1 and len(found) != people) or not found:
         count = {0: "no face was", 1: "one face was"}.get(len(found), f"{len(found)} faces were")
         who = "one person" if people == 1 else f"{people} people"
-        return [], f"Picture {picture + 1}: {count} found for {who}, so that none was refined."
+        return [], f"Picture {picture + 1}: {count} found for {who}, so no face was refined."
     largest = max(found, key=lambda box: box.width * box.height)
     mine = sorted(found, key=lambda box: box.centre[0]) if people > 1 else [largest]
     limit = settings.below * min(size)
@@ -209,7 +216,7 @@ def small_faces(
 
 
 def square_around(box: FaceBox, size: tuple[int, int], around: float) -> tuple[int, int, int, int]:
-    """The square round a face as left, top, right, bottom, moved and if need be shrunk to lie within the picture."""
+    """Return the square (left, top, right, bottom) around a face, moved or shrunk if needed to fit in the picture."""
     side = max(1, min(round(around * max(box.width, box.height)), *size))
     left, top = (
         min(max(round(centre - side / 2), 0), longest - side) for centre, longest in zip(box.centre, size, strict=True)
@@ -218,7 +225,7 @@ def square_around(box: FaceBox, size: tuple[int, int], around: float) -> tuple[i
 
 
 def ellipse_around(box: FaceBox, place: tuple[int, int, int, int], reach: float, edge: float) -> Tensor:
-    """How much of the redrawn shows at each pixel of `place`, (height, width) in 0..1: an ellipse with a soft edge."""
+    """Return the opacity (height, width) in 0..1 of the redrawn pixels of `place`: an ellipse with a soft edge."""
     rows = torch.arange(place[1], place[3]) + 0.5 - box.centre[1]
     columns = torch.arange(place[0], place[2]) + 0.5 - box.centre[0]
     down, across = rows / (reach * box.height / 2), columns / (reach * box.width / 2)
@@ -227,7 +234,7 @@ def ellipse_around(box: FaceBox, place: tuple[int, int, int, int], reach: float,
 
 
 def crop_square(pictures: Tensor, face: SmallFace, size: tuple[int, int]) -> Tensor:
-    """A face's square out of pictures (B, 3, H, W) in 0..1, at another size: (1, 3, height, width)."""
+    """Crop a face's square from pictures (B, 3, H, W) in 0..1 and resize it to (1, 3, height, width)."""
     left, top, right, bottom = face.place
     return _resized(pictures[face.picture : face.picture + 1, :, top:bottom, left:right], size)
 
@@ -235,7 +242,7 @@ def crop_square(pictures: Tensor, face: SmallFace, size: tuple[int, int]) -> Ten
 def put_back(
     pictures: Tensor, face: SmallFace, drawn: Tensor, settings: RefineFaces, within: Tensor | None = None
 ) -> None:
-    """Lay a redrawn square (3, height, width) over its picture, in place; pixels where none of it shows stay as is."""
+    """Blend a redrawn square (3, height, width) into its picture, in place; pixels with zero opacity do not change."""
     left, top, right, bottom = face.place
     old = pictures[face.picture, :, top:bottom, left:right]
     new = _resized(drawn[None], (bottom - top, right - left))[0]
@@ -246,23 +253,24 @@ def put_back(
 
 
 def visible_latents(faces: Sequence[SmallFace], latents: Tensor, settings: RefineFaces) -> Tensor:
-    """Which latents (faces, 1, h, w) of each square some of the shown pixels hang on, for latents (faces, c, h, w)."""
+    """Return a mask (faces, 1, h, w) of the latents (faces, c, h, w) that cover at least one visible pixel."""
     return torch.cat([
         covered_latents(ellipse_around(face.box, face.place, settings.reach, settings.edge), latents) for face in faces
     ])  # fmt: skip
 
 
 def covered_latents(opacity: Tensor, latents: Tensor) -> Tensor:
-    """Which latents (1, 1, h, w) some of the shown pixels (height, width) hang on."""
+    """Return a mask (1, 1, h, w) of the latents that cover at least one pixel of nonzero opacity (height, width)."""
     return F.adaptive_max_pool2d(opacity[None, None], latents.shape[-2:]).to(latents.device) > 0
 
 
 def keep_outside(
     clean: Tensor, noise: Tensor, levels: Sequence[float], redrawn: Tensor
 ) -> Callable[..., dict[str, Tensor]]:
-    """A callback that after every step puts back the clean latents, noised to the step's level, where not `redrawn`.
+    """Return a step callback that restores the clean latents, noised to the step's end level, where not `redrawn`.
 
-    clean, noise: (batch, channels, h, w). levels: at which each step begins. redrawn: (batch, 1, h, w), bool.
+    clean, noise: (batch, channels, h, w). levels: noise level at which each step begins. redrawn: (batch, 1, h, w),
+    bool.
     """
     ends = [*levels[1:], 0.0]
 
@@ -274,16 +282,16 @@ def keep_outside(
 
 
 def noise_from_latents(start: Tensor, shape: Sequence[int]) -> Tensor:
-    """Noise that follows from a picture's start latents alone, on their device.
+    """Return noise that is a function of a picture's start latents only, on their device.
 
-    So it follows from the call's generator without drawing from it: neither a picture's neighbours nor what a generator
-    is used for afterwards depend on whether a face was refined.
+    The noise thus depends on the call's generator without drawing from it: refining a face changes neither the other
+    pictures of the batch nor what the generator draws afterwards.
     """
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed_of(start))).to(start.device)
 
 
 def seed_of(values: Tensor) -> int:
-    """A seed that follows from numbers: start latents, or a generator's state."""
+    """Return a seed computed from a tensor: start latents, or a generator's state."""
     return zlib.crc32(values.detach().float().cpu().contiguous().numpy().tobytes())
 
 

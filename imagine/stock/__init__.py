@@ -1,7 +1,7 @@
 """The stock Stable Diffusion 1.5 and XL pipelines of diffusers, with `reference=` added.
 
-`from imagine.stock import StableDiffusionXLPipeline` returns a subclass of diffusers' pipeline of that name. It is made
-when it is first used, because importing all of diffusers' pipelines takes seconds.
+`from imagine.stock import StableDiffusionXLPipeline` returns a subclass of diffusers' pipeline of that name. The class
+is created on first use, because importing all of diffusers' pipelines takes seconds.
 """
 
 import importlib
@@ -9,7 +9,7 @@ from typing import Any
 
 from imagine.pipeline.families import Family, register_family
 
-STOCK_PIPELINES = tuple(  # diffusers' class names, which model_index.json of a saved pipeline holds
+STOCK_PIPELINES = tuple(  # diffusers' class names, as in the model_index.json of a saved pipeline
     f"StableDiffusion{size}{control}{task}Pipeline"
     for size in ("", "XL")
     for control in ("", "ControlNet")

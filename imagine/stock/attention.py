@@ -1,8 +1,9 @@
-"""Attention of stock pipelines, so that nothing takes our adapters off the denoiser unseen.
+"""Attention switches of stock pipelines that cannot silently remove our adapters from the denoiser.
 
-diffusers' older switches (xformers, slicing, fused projections) put their own processors in the place of others, which
-silently undoes IP-Adapters and ours alike. Here they either become a backend, which our attention honours, or say in a
-sentence why not. What is done to the denoiser itself, `check_attached` finds before anything is drawn.
+diffusers' older switches (xformers, slicing, fused projections) replace the attention processors, which silently
+removes IP-Adapters and our adapters. Here each switch either selects an attention backend, which our attention uses, or
+raises an error that gives the reason. If code changes the processors on the denoiser directly, `check_attached` detects
+it before a call draws.
 """
 
 from abc import abstractmethod
@@ -14,18 +15,19 @@ from imagine.networks.weights import quiet_libraries
 
 
 class AttentionBackendMixin:
-    """The part of a pipeline that switches how attention is computed."""
+    """Pipeline mixin that selects how attention is computed."""
 
     unet: Any
 
     @abstractmethod
     def _adapters(self) -> list[Adapter]:
-        """All adapters on the denoiser; the pipeline knows them."""
+        """Return all adapters on the denoiser; implemented by the pipeline."""
 
     def set_attention_backend(self, backend: str) -> None:
-        """Compute all attention of the denoiser by another of diffusers' backends, adapters included.
+        """Compute all attention of the denoiser, adapters included, with one of diffusers' attention backends.
 
-        Such as "native" (the default), "xformers", "flash" or "sage". Raises ConfigError if it cannot be had here.
+        backend: "native" (the default), "xformers", "flash", "sage" or another of diffusers' names. Raises ConfigError
+        if the backend is unknown or unavailable.
         """
         try:
             with quiet_libraries():
@@ -36,17 +38,20 @@ class AttentionBackendMixin:
             ) from error
 
     def reset_attention_backend(self) -> None:
-        """Go back to the default backend: the environment's, or PyTorch's own."""
+        """Restore the default backend: the one that the environment sets, or PyTorch's own."""
         from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
         from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 
         with quiet_libraries():
             self.unet.reset_attention_backend()
-        # Setting one for the denoiser made it the active one, which processors without one of their own use.
+        # Setting the denoiser's backend also made it the global one, which processors without their own backend use.
         _AttentionBackendRegistry.set_active_backend(AttentionBackendName(DIFFUSERS_ATTN_BACKEND))
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Any = None) -> None:
-        """What enable_ and disable_xformers_memory_efficient_attention call: xformers, as a backend beside adapters."""
+        """Switch xformers on or off; with adapters it is selected as an attention backend.
+
+        Called by diffusers' enable_ and disable_xformers_memory_efficient_attention.
+        """
         if not self._adapters():
             cast(Any, super()).set_use_memory_efficient_attention_xformers(valid, attention_op)
         elif valid:
@@ -55,19 +60,22 @@ class AttentionBackendMixin:
             self.reset_attention_backend()
 
     def set_attention_slice(self, slice_size: Any) -> None:
-        """What enable_attention_slicing calls: refused beside adapters, which it would take off the denoiser."""
+        """Set attention slicing. Raises ConfigError if adapters are attached, because slicing would remove them.
+
+        Called by diffusers' enable_attention_slicing.
+        """
         if not self._adapters():
             cast(Any, super()).set_attention_slice(slice_size)
         elif slice_size is not None:
             raise ConfigError(
-                "Attention slicing would take the adapters off the denoiser: leave it out (attention needs no more "
-                "memory without it), or enable_model_cpu_offload."
+                "Attention slicing would remove the adapters from the denoiser: leave it out (attention needs no more "
+                "memory without it), or call enable_model_cpu_offload."
             )
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        """As in diffusers; refused for the denoiser beside adapters, which it would take off."""
+        """Fuse projections as in diffusers. Raises ConfigError for a denoiser with adapters, which it would remove."""
         if unet and self._adapters():
             raise ConfigError(
-                "Fused projections would take the adapters off the denoiser: call fuse_qkv_projections(unet=False)."
+                "Fused projections would remove the adapters from the denoiser: call fuse_qkv_projections(unet=False)."
             )
         cast(Any, super()).fuse_qkv_projections(unet=unet, vae=vae)

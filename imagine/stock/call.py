@@ -1,8 +1,8 @@
-"""One call of a stock pipeline: which rows its batch has, and what each of them attends to while it runs.
+"""Arrange the rows of a stock pipeline's batch, and update what each row attends to while the call runs.
 
-The stock `__call__` stacks [negative; positive] where guidance is on, and the copies of a prompt side by side; what we
-add must have its rows in that order. It also hands one dict, `cross_attention_kwargs`, to the denoiser at every step,
-so a call that a callback changes on its way (diffusers' cutoffs of guidance and of IP-Adapters) changes that dict.
+The stock `__call__` stacks [negative; positive] if guidance is on, with the copies of a prompt adjacent; the rows that
+we add must have the same order. It passes one dict, `cross_attention_kwargs`, to the denoiser at every step. If a
+callback changes the call while it runs (diffusers' cutoffs of guidance and of IP-Adapters), we update that dict.
 """
 
 import difflib
@@ -23,13 +23,13 @@ from imagine.request import Request, read_requests
 
 Scales = Mapping[str, "Scale | Mapping[str, Scale]"]
 
-DEPRECATED = ("callback", "callback_steps")  # which some stock calls still read from their **kwargs
-IMAGINE_PIPELINE_ONLY = ("identity_guidance_scale", "guidance_balance")  # what ImaginePipeline's own loop takes
+DEPRECATED = ("callback", "callback_steps")  # some stock calls still read these from their **kwargs
+IMAGINE_PIPELINE_ONLY = ("identity_guidance_scale", "guidance_balance")  # arguments of ImaginePipeline's own loop
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How many prompts a call has, how many pictures of each, and whether it draws the negative side too."""
+    """The number of prompts of a call, the number of pictures per prompt, and whether guidance is on."""
 
     prompts: int
     copies: int
@@ -40,7 +40,7 @@ class Batch:
         return self.prompts * self.copies
 
     def rows(self, positive: Tokens, negative: Tokens | None) -> Tokens:
-        """Tokens of prompts as those of all rows; without negative ones, the positive ones stand in their place."""
+        """Expand tokens of prompts to all rows of the batch. If `negative` is None, the positive tokens replace it."""
         positive = repeat(positive, self.copies)
         if not self.guided:
             return positive
@@ -49,7 +49,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ConditioningParts:
-    """Some of a Conditioning's branches, with their scales and regions."""
+    """Some branches of a Conditioning, with their scales and regions."""
 
     branches: Mapping[str, Tokens] = field(default_factory=dict)
     scales: Scales = field(default_factory=dict)
@@ -57,7 +57,7 @@ class ConditioningParts:
 
 
 def merge_parts(*parts: ConditioningParts) -> Conditioning:
-    """All parts as one record."""
+    """Merge parts into one Conditioning."""
     return Conditioning(
         {name: each for part in parts for name, each in part.branches.items()},
         {name: each for part in parts for name, each in part.scales.items()},
@@ -68,17 +68,20 @@ def merge_parts(*parts: ConditioningParts) -> Conditioning:
 def bind_arguments(
     call: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], ours: Collection[str] = ()
 ) -> dict[str, Any]:
-    """A stock call's arguments by name, however they were given.
+    """Return a stock call's positional and keyword arguments, all by name.
 
-    `ours` are further arguments that the user may have meant. Raises ConfigError if there is no such argument.
+    `ours` are the names of our own arguments, which error sentences may suggest. Raises ConfigError for an unknown
+    argument.
     """
     signature = inspect.signature(call)
     known = [name for name, each in signature.parameters.items() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     taken = {*known, *(DEPRECATED if len(known) < len(signature.parameters) else ())}
     for name in options:
         if name in IMAGINE_PIPELINE_ONLY:
-            raise ConfigError(f"Pipelines of stock Stable Diffusion take no {name}, which is ImaginePipeline's own.")
-        if name not in taken:  # where a stock call takes any name, it would overlook this one
+            raise ConfigError(
+                f"Stock Stable Diffusion pipelines take no {name}, which only ImaginePipeline has: leave it out."
+            )
+        if name not in taken:  # stock calls with **kwargs would silently ignore it
             near = difflib.get_close_matches(name, [*known, *ours], n=1)
             raise ConfigError(f"This pipeline takes no {name!r}{f'; is it {near[0]}?' if near else ': leave it out.'}")
     try:
@@ -92,13 +95,13 @@ def bind_arguments(
 
 
 def read_call(pipe: Any, call: Any, given: dict[str, Any], reference: Any) -> tuple[Batch, list[Request]]:
-    """Find the batch that the stock call will draw, and say who is in which picture, one request per prompt.
+    """Return the batch that the stock call will draw, and one request per prompt.
 
-    Where a sentence names people, plain words for them are put into `given`.
+    If a prompt has placeholders for people, `given` is updated with plain words in their place.
     """
     prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
     if prompt is None:
-        # There are no sentences to read names from, so that each stands for one that names nobody.
+        # Without sentences there are no placeholders, so "-" stands for a prompt that names nobody.
         count = 0 if embeds is None else len(embeds)
         requests = _requests("-" if count == 1 else ["-"] * count, reference)
     else:
@@ -107,7 +110,7 @@ def read_call(pipe: Any, call: Any, given: dict[str, Any], reference: Any) -> tu
             if reference is not None and given.get(name) is not None:
                 words = [request.sentence for request in _requests(given[name], reference)]
                 given[name] = words[0] if isinstance(given[name], str) else words
-    # The stock rule whether guidance is on is a property, which reads what the stock call is about to set.
+    # The stock property that tells whether guidance is on reads this attribute, which the stock call sets only later.
     pipe._guidance_scale = given.get("guidance_scale", inspect.signature(call).parameters["guidance_scale"].default)
     return Batch(
         len(requests), given.get("num_images_per_prompt") or 1, bool(pipe.do_classifier_free_guidance)
@@ -115,7 +118,7 @@ def read_call(pipe: Any, call: Any, given: dict[str, Any], reference: Any) -> tu
 
 
 def _requests(prompt: Any, reference: Any) -> list[Request]:
-    """One request per prompt. An empty prompt is one to the stock pipeline; to us it names nobody."""
+    """Return one request per prompt. Unlike `read_requests`, this accepts empty prompts, as stock pipelines do."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if reference is None:
         return [Request(each) for each in prompts]
@@ -128,10 +131,10 @@ def _requests(prompt: Any, reference: Any) -> list[Request]:
 
 
 class ConditioningUpdater:
-    """What a running call attends to, kept in the dict that the stock pipeline hands to the denoiser at every step.
+    """Keeps the Conditioning current in the dict that the stock pipeline passes to the denoiser at every step.
 
-    `record` makes its Conditioning, for all rows of the batch as it began, with the person or (False) without, as the
-    `window` of steps says.
+    `record` returns the Conditioning for all rows of the initial batch, with (True) or without (False) the references.
+    `window` gives the steps in which the references act.
     """
 
     def __init__(
@@ -140,7 +143,7 @@ class ConditioningUpdater:
         batch: Batch,
         kwargs: dict[str, Any],
         record: Callable[[bool], Conditioning],
-        window: Window = Window(),  # noqa: B008  (it cannot change)
+        window: Window = Window(),  # noqa: B008  (it is immutable)
     ) -> None:
         self.pipe, self.batch, self.kwargs, self.record, self.window = pipe, batch, kwargs, record, window
         self._scales = pipe.ip_scales
@@ -155,11 +158,11 @@ class ConditioningUpdater:
 
     @property
     def guidance_ended(self) -> bool:
-        """Whether guidance was on when the call began and is so no more."""
+        """Whether guidance was on at the start of the call and is now off."""
         return self.batch.guided and not self.pipe.do_classifier_free_guidance
 
     def wrap_callback(self, given: dict[str, Any]) -> None:
-        """Put ourselves behind the call's callback, if it has one, to see what it changes; and to count its steps."""
+        """Wrap the call's callback, if any, to detect its changes and to count steps for the window."""
         callback: Callable[..., Any] | None = given.get("callback_on_step_end")
         if callback is None and self.window == Window():
             return
@@ -179,7 +182,7 @@ class ConditioningUpdater:
 
 
 def last_rows(record: Conditioning, count: int) -> Conditioning:
-    """The last `count` rows of a conditioning: the positive side of a guided batch."""
+    """Return the last `count` rows of a conditioning: the positive half of a guided batch."""
 
     def scale(each: Any) -> Any:
         return each[-count:] if isinstance(each, Tensor) and each.dim() else each
@@ -196,11 +199,11 @@ def last_rows(record: Conditioning, count: int) -> Conditioning:
 
 
 def tokens_to(tokens: Tokens, device: torch.device, dtype: torch.dtype) -> Tokens:
-    """Tokens on a device, in a precision."""
+    """Move tokens to a device and convert their values to a dtype."""
     mask = None if tokens.mask is None else tokens.mask.to(device)
     return Tokens(tokens.values.to(device, dtype), mask)
 
 
 def select_rows(tokens: Tokens, rows: "slice | Sequence[int]") -> Tokens:
-    """Some rows of tokens, in the order asked for."""
+    """Return some rows of tokens, in the given order."""
     return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])

@@ -1,7 +1,7 @@
-"""Files of stock pipelines that know people: their parts by name, and our adapters beside them.
+"""Load components of stock pipelines by name, and save our adapters next to the stock components.
 
-A folder stays one that diffusers loads by itself; what it does not know lies in folders of its own, `adapter`,
-`text_adapter` and `ip_0`, `ip_1` ..., and in entries of model_index.json that it passes over.
+diffusers can still load a saved folder without us. Our additions are in separate folders (`adapter`, `text_adapter`,
+`ip_0`, `ip_1` ...) and in entries of model_index.json that diffusers ignores.
 """
 
 import json
@@ -19,9 +19,9 @@ from imagine.ip_adapter.reading import fetch
 from imagine.networks import weights
 from imagine.people.reference_encoder import saved_metadata
 
-SCALE_KEY = "ip_adapter_scale"  # what a saved IP-Adapter says of the strength it had, as JSON
+SCALE_KEY = "ip_adapter_scale"  # metadata key of a saved IP-Adapter's scale, as JSON
 
-_CLASSES = {  # of parts that may be given by the name of a folder or a hub repository
+_CLASSES = {  # classes of the components that may be given as the name of a folder or a hub repository
     "t5_encoder": ("transformers", "T5EncoderModel"),
     "byt5_encoder": ("transformers", "T5EncoderModel"),
     "vision_encoder": ("imagine.networks.encoders", "VisionEncoder"),
@@ -33,9 +33,9 @@ _CLASSES = {  # of parts that may be given by the name of a folder or a hub repo
 
 
 def load_parts(given: Mapping[str, Any], dtype: "torch.dtype | None", **hub: Any) -> dict[str, Any]:
-    """Those of a pipeline's parts that were given by name, loaded; an encoder's name also stands for its tokenizer.
+    """Load the components that were given by name; an encoder's name also loads its tokenizer.
 
-    Raises WeightsError, in one sentence that names the part, if a name is no folder and cannot be fetched.
+    Raises WeightsError that names the component if its name is not a folder and cannot be downloaded.
     """
     named = {name: each for name, each in given.items() if isinstance(each, (str, os.PathLike))}
     for name in ("t5", "byt5"):
@@ -51,14 +51,14 @@ def _load_part(name: str, source: Any, dtype: "torch.dtype | None", hub: Mapping
         folder = _folder(source, hub)
     except WeightsError as error:
         raise WeightsError(
-            f"{name}={os.fspath(source)!r} is no folder here and could not be fetched from the hub: download it where "
-            f"there is a network, and give the local folder, as in {name}='path/to/folder'."
+            f"{name}={os.fspath(source)!r} is not a local folder and could not be downloaded from the hub: download it "
+            f"on a machine with a network, and give the local folder, as in {name}='path/to/folder'."
         ) from error
     if name.endswith("tokenizer"):
         return _load_tokenizer(folder)
     if _config(folder).get("model_type") == "clip":
         raise WeightsError(
-            f"{folder} holds a whole CLIP model, and {name} is its vision half: give "
+            f"{folder} holds a whole CLIP model, but {name} needs only its vision encoder: give "
             f"{name}=CLIPVisionModelWithProjection.from_pretrained({os.fspath(folder)!r}), a class of transformers."
         )
     library, class_name = _CLASSES[name]
@@ -78,10 +78,10 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _folder(source: Any, hub: Mapping[str, Any]) -> Path:
-    """The folder that a name means: a local one, a hub repository owner/name, or owner/name/and/a/folder inside one."""
+    """Resolve a name to a folder: a local one, a hub repository owner/name, or owner/name/and/a/folder inside one."""
     owner, *rest = os.fspath(source).split("/")
     repository, inside = "/".join([owner, *rest[:1]]), "/".join(rest[1:])
-    # A mistyped path below a folder that exists must not turn into a question to the network.
+    # A mistyped path below an existing folder must not cause a network request.
     if not inside or Path(owner).exists() or Path(source).is_dir() or not weights.is_hub_id(repository):
         return weights.fetch_component(source, **hub)
     folder = fetch(repository, [f"{inside}/*.{kind}" for kind in ("json", "safetensors", "txt", "model")], hub) / inside
@@ -94,11 +94,11 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        return {}  # which loading it then says in a sentence
+        return {}  # loading the model then raises the error
 
 
 def normalise_dtype_argument(kwargs: dict[str, Any]) -> "torch.dtype | None":
-    """Call the precision in a loader's arguments as this diffusers does; return it, unless it is "auto" or so."""
+    """Rename the dtype argument in `kwargs` as this version of diffusers names it. Return it if it is a torch.dtype."""
     older = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", older)
     if dtype is not None:
@@ -115,10 +115,10 @@ def save_adapters(
     encoder: str | None,
     ours: Collection[str],
 ) -> None:
-    """Put adapters by name into a folder that diffusers has just saved, and take absent ones of earlier saves out.
+    """Save adapters by name into a folder that diffusers has just saved, and delete those of earlier saves.
 
-    `scales` are the present strengths of IP-Adapters, which come back with them;
-    `encoder` is the vision encoder's fingerprint; `ours` are components whose absence model_index.json need not tell.
+    scales: the current scales of IP-Adapters by name, which loading restores. encoder: the vision encoder's
+    fingerprint. ours: components that are removed from model_index.json if they are absent.
     """
     for path in folder.glob("ip_*"):
         if path.name not in adapters:
@@ -128,25 +128,23 @@ def save_adapters(
             shutil.rmtree(folder / name, ignore_errors=True)
         else:
             more = {} if encoder is None or name in scales else {"encoder_fingerprint": encoder}
-            metadata = {
-                **more,
-                **saved_metadata(adapter),
-            }  # its own word for the encoder that it was trained with counts
+            # If the adapter names the encoder that it was trained with, that entry takes precedence.
+            metadata = {**more, **saved_metadata(adapter)}
             adapter.save(
                 folder / name, {**metadata, SCALE_KEY: json.dumps(scales[name])} if name in scales else metadata
             )
-    weights.remove_local_paths(folder)  # where the parts came from is nobody's business who gets them next
+    weights.remove_local_paths(folder)  # local paths are private and useless to the next user
     index = json.loads((folder / weights.INDEX).read_text(encoding="utf-8"))
     entries = {name: each for name, each in index.items() if name not in ours or each != [None, None]}
     (folder / weights.INDEX).write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def saved_adapter_folders(folder: Path) -> list[Path]:
-    """The adapters in a pipeline's folder, in the order in which they are attached."""
+    """Return the adapter folders in a pipeline's folder, in the order in which they are attached."""
     names = ["text_adapter", "adapter", *(f"ip_{number}" for number in range(len(list(folder.glob("ip_*")))))]
     return [folder / name for name in names if (folder / name).is_dir()]
 
 
 def saved_scale(adapter: Adapter) -> Any:
-    """The strength that an IP-Adapter had when it was saved, as set_ip_adapter_scale had made it."""
+    """Return the scale of an IP-Adapter at the time it was saved, in the form that set_ip_adapter_scale stores."""
     return json.loads(adapter.metadata.get(SCALE_KEY, "1.0"))

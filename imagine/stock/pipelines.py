@@ -1,15 +1,16 @@
-"""The stock Stable Diffusion pipelines of diffusers, 1.5 and XL, made to know people.
+"""Add personalisation to diffusers' Stable Diffusion 1.5 and XL pipelines.
 
-`from imagine.stock import StableDiffusionXLPipeline` gives diffusers' pipeline of that name with one more base class,
-`PersonalisationMixin`. Its `__call__` takes a reference beside all stock arguments, builds one record of what the
-denoiser attends to, and lets the stock `__call__` draw. LoRA, ControlNet, callbacks, schedulers and offloading are
-diffusers' own.
+`from imagine.stock import StableDiffusionXLPipeline` returns diffusers' pipeline of that name with an additional base
+class, `PersonalisationMixin`. Its `__call__` takes a reference in addition to all stock arguments, builds one
+Conditioning for the denoiser, and calls the stock `__call__` to draw. LoRA, ControlNet, callbacks, schedulers and
+offloading are diffusers' own.
 
-    reference, prompt -> Conditioning, rows in the order of the stock batch: [negative; positive], copies side by side
+    reference, prompt -> Conditioning, rows in the order of the stock batch: [negative; positive], copies adjacent
     cross_attention_kwargs={..., "conditioning": ...} -> stock __call__ -> U-Net -> ParallelAttention
 
-The classes are called as the stock ones are, since diffusers writes a pipeline's class name into its folder and picks
-pipelines by it: what is saved here is a stock folder to every other tool, with our adapters beside.
+The classes have the names of the stock classes, because diffusers writes a pipeline's class name into its folder and
+selects the pipeline by it. Every other tool can therefore read a saved folder as a stock folder; our adapters are next
+to the stock components.
 """
 
 import functools
@@ -52,18 +53,18 @@ from imagine.stock.call import (
 from imagine.stock.files import load_parts, normalise_dtype_argument, save_adapters, saved_adapter_folders, saved_scale
 from imagine.stock.second_pass import StockSecondPass, inpainting
 
-T5, BYT5 = "t5", "byt5"  # the text branches, as text adapters call them
+T5, BYT5 = "t5", "byt5"  # names of the text branches in text adapters
 TEXT_BRANCHES = (T5, BYT5)
-# What we add to a stock pipeline's models, in the order in which a call runs them: offloading relies on it.
+# The models that we add to a stock pipeline, in the order in which a call runs them; offloading relies on this order.
 ENCODERS = ("vision_encoder", "t5_encoder", "byt5_encoder")
 COMPONENTS = (*ENCODERS, "t5_tokenizer", "byt5_tokenizer")
 
 
 class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, ReferenceEncoderMixin):
-    """What a stock pipeline gains: adapters on its denoiser, and arguments that say who is in the picture.
+    """Adds adapters on the denoiser, and arguments for the people in the picture, to a stock pipeline.
 
-    `vision_encoder` looks at references; without one, the stock pipeline's own `image_encoder` does. `t5_encoder` and
-    `byt5_encoder`, with their tokenizers, feed the branches "t5" and "byt5" of a text adapter. All may be left out.
+    `vision_encoder` encodes references; without it, the stock pipeline's own `image_encoder` does. `t5_encoder` and
+    `byt5_encoder`, with their tokenizers, feed the branches "t5" and "byt5" of a text adapter. All are optional.
     """
 
     unet: Any
@@ -79,10 +80,10 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
-        """Return this pipeline around another one's components, not copied, nor cast unless `dtype` says so.
+        """Return this pipeline with another one's components, not copied, and cast only if `dtype` is given.
 
-        Parts given by keyword, as objects or as names of folders, replace them. Adapters on the other pipeline's
-        denoiser come along.
+        Components given by keyword, as objects or as names of folders, replace them. Adapters on the other pipeline's
+        denoiser are kept. Raises ConfigError if a required component is missing.
         """
         older = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", older)
@@ -98,7 +99,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             raise ConfigError(f"A {cls.__name__} also needs {lacking[0]}: give it, as in {lacking[0]}=...")
         for part in (given[name] for name in modules if name in kwargs):
             if isinstance(part, nn.Module) and pipeline.device.type != "meta" and not hasattr(part, "_hf_hook"):
-                part.to(pipeline.device)  # where the other components are, since diffusers asks only one of them
+                part.to(pipeline.device)  # diffusers reads the device from one component only, so all must be on it
         made = cast(Any, cls)(**given)
         if isinstance(pipeline, PersonalisationMixin) and made.unet is pipeline.unet:
             made.text_adapter, made.adapter = pipeline.text_adapter, pipeline.adapter
@@ -111,17 +112,17 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Load a stock folder, or a hub repository, through the stock loader; our adapters too, if they lie there.
+        """Load a stock folder or hub repository through the stock loader, and the adapters saved in it.
 
-        Takes the stock arguments. Parts may be given as objects or by name (a folder or a hub id), among them
-        `vision_encoder`, `t5_encoder` and `byt5_encoder`, and a face finder as `finder`.
-        Raises WeightsError, in one sentence, if something is missing, wrong or out of reach.
+        Takes the stock arguments. Components, including `vision_encoder`, `t5_encoder` and `byt5_encoder`, may be given
+        as objects or by name (a folder or a hub id). `finder` is a face finder. Raises WeightsError if something is
+        missing, does not fit or cannot be downloaded.
         """
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         finder = kwargs.pop("finder", None)
         folder = resolve_folder(source, STOCK_PIPELINES, kwargs.get("variant"), **hub)
         dtype = normalise_dtype_argument(kwargs)
-        modules = cast(Any, cls)._get_signature_keys(cls)[0]  # the other arguments are the loader's
+        modules = cast(Any, cls)._get_signature_keys(cls)[0]  # all other arguments belong to the loader
         parts = {name: each for name, each in kwargs.items() if name in modules or name in COMPONENTS}
         kwargs |= load_parts(parts, dtype, **hub)
         kwargs.setdefault("use_safetensors", True)
@@ -134,7 +135,11 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
 
     @classmethod
     def from_single_file(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As the stock loader; without a network, give `config`, a local folder of a pipeline of the same kind."""
+        """Load a single file as the stock loader does.
+
+        Without a network, also give `config`, a local folder of a pipeline of the same kind. Raises WeightsError if the
+        file cannot be loaded.
+        """
         dtype = normalise_dtype_argument(kwargs)
         kwargs |= load_parts({name: each for name, each in kwargs.items() if name in COMPONENTS}, dtype)
         try:
@@ -143,11 +148,11 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         except (OSError, ValueError) as error:
             raise WeightsError(
                 f"{os.fspath(source)} cannot be loaded ({_reason(error)}); without a network, also give config=FOLDER, "
-                "a local folder of a pipeline of the same kind, whose weights are not needed."
+                "a local folder of a pipeline of the same kind (its weights are not needed)."
             ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the stock components as diffusers does, and beside them our adapters and the face finder's files."""
+        """Save the stock components as diffusers does, with our adapters and the face finder's files next to them."""
         folder = Path(save_directory)
         with quiet_libraries():
             cast(Any, super()).save_pretrained(os.fspath(folder), **kwargs)
@@ -164,24 +169,25 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
 
     @property
     def denoiser(self) -> nn.Module:
-        """The denoiser itself, which torch.compile may have wrapped."""
+        """The denoiser without the wrapper of torch.compile."""
         return cast(nn.Module, getattr(self.unet, "_orig_mod", self.unet))
 
     def _adapters(self) -> list[Adapter]:
         return [*(part for part in (self.text_adapter, self.adapter) if part is not None), *self.ip_adapters]
 
     def load_adapter(self, source: Any) -> None:
-        """Put an adapter (an object, or a saved folder or file) on the denoiser, in place of one of the same kind.
+        """Attach an adapter (an Adapter, or a saved folder or file), replacing one of the same kind.
 
-        One with the branch "vision" becomes `adapter`; one with text branches only becomes `text_adapter`.
+        An adapter with the branch "vision" becomes `adapter`; one with text branches only becomes `text_adapter`.
+        Raises WeightsError for an unknown branch, or if the adapter was trained with another encoder.
         """
         self._check_weights_loaded()
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.denoiser)
         names = {spec.name for spec in adapter.branch_specs}
         if unknown := names - {VISION, *TEXT_BRANCHES}:
             raise WeightsError(
-                f"The adapter has a branch {min(unknown)!r}, which this pipeline cannot fill; it knows {VISION}, {T5} "
-                f"and {BYT5}, and loads IP-Adapters by load_ip_adapter."
+                f"The adapter has an unsupported branch {min(unknown)!r}. This pipeline supports {VISION}, {T5} and "
+                f"{BYT5}; load IP-Adapters with load_ip_adapter."
             )
         if self.reference_encoder is not None:
             check_encoder(adapter, self.encoder_fingerprint)
@@ -191,7 +197,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             self._attach_adapter(adapter, place)
 
     def _attach_adapter(self, adapter: Adapter, place: str) -> None:
-        """Attach an adapter and remember it as `text_adapter`, `adapter` or one of `ip_adapters`."""
+        """Attach an adapter and store it as `text_adapter`, `adapter` or one of `ip_adapters`."""
         adapter.to(self.unet.dtype).eval().attach(self.denoiser)
         if place.startswith("ip_"):
             self.ip_adapters, self._ip_scales = [*self.ip_adapters, adapter], [*self._ip_scales, saved_scale(adapter)]
@@ -199,7 +205,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             setattr(self, place, adapter)
 
     def unload_adapter(self, name: Literal["adapter", "text_adapter"] = "adapter") -> Adapter | None:
-        """Take an adapter off the denoiser, leaving the base exactly as before it; return it, or None."""
+        """Detach an adapter, which restores the base exactly. Return the adapter, or None if there was none."""
         adapter: Adapter | None = getattr(self, name)
         if adapter is not None:
             adapter.detach(self.denoiser)
@@ -208,38 +214,38 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
 
     @property
     def ip_scales(self) -> Sequence[Any]:
-        """The scales of IP-Adapters, another object after every set_ip_adapter_scale."""
+        """The scales of IP-Adapters; every set_ip_adapter_scale replaces this object."""
         return self._ip_scales
 
     @property
     def reference_encoder(self) -> nn.Module | None:
-        """The encoder that looks at references: `vision_encoder`, else the stock `image_encoder`."""
+        """The encoder of references: `vision_encoder`, else the stock `image_encoder`."""
         return cast("nn.Module | None", self.vision_encoder or getattr(self, "image_encoder", None))
 
     def enable_group_offload(self, onload_device: Any, **options: Any) -> None:
-        """As in diffusers. Our vision encoder stays on the device, since it is not run through `forward` alone."""
+        """Offload groups of layers as in diffusers, except `vision_encoder`, which also runs outside `forward`."""
         excluded = options.pop("exclude_modules", None) or []
         excluded = [excluded] if isinstance(excluded, str) else list(excluded)
         cast(Any, super()).enable_group_offload(onload_device, exclude_modules=[*excluded, "vision_encoder"], **options)
 
     def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
-        """As in diffusers, once it is known which encoder looks at references: its weights cannot be read then."""
+        """Offload as in diffusers, after storing the reference encoder's info: offloaded weights cannot be read."""
         if self.reference_encoder is not None:
             self._current_encoder_info()
         cast(Any, super()).enable_sequential_cpu_offload(*arguments, **options)
 
     def _adapters_to_device(self) -> None:
-        """Bring the adapters to where the denoiser will run, and in its precision."""
+        """Move the adapters to the execution device and the denoiser's dtype."""
         for adapter in self._adapters():
             adapter.to(cast(Any, self)._execution_device, self.unet.dtype)
 
     def _offload_adapters(self) -> None:
-        """Take the adapters off the accelerator again, if the pipeline offloads its models."""
+        """Move the adapters back to the CPU if the pipeline offloads its models."""
         if getattr(self, "_offload_device", None) is not None:
             for adapter in self._adapters():
                 adapter.to("cpu")
 
-    # --- drawing ----------------------------------------------------------------------------------------------------
+    # --- generating -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -256,19 +262,20 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         negative_branch_embeds: Mapping[str, Tokens] | None = None,
         **options: Any,
     ) -> Any:
-        """Draw with the stock pipeline, whose arguments are all taken, and show in the pictures who is referred to.
+        """Generate with the stock pipeline, all of whose arguments are accepted, and show the referenced people.
 
-        reference, face, on_no_face: as in `ImaginePipeline`: photos, Personas, lists of them, or a dict of names.
-        identity_scale: strength of the identity branch, one number or one per prompt, or a mapping from attention
-            layers to these; 0, like no reference, gives the stock pipeline's picture, bit for bit.
+        reference, face, on_no_face: as in `ImaginePipeline`: photos, Personas, lists of these, or a dict from names.
+        identity_scale: strength of the identity branch: one number, one per prompt, or a mapping from attention layers
+            to these. 0 gives the stock pipeline's picture bit for bit, as does no reference.
         identity_window, identity_blocks: the steps and the blocks in which the reference acts, as in `ImaginePipeline`.
-        refine_faces: whether to draw small faces once more, by the inpainting sibling of this pipeline; a RefineFaces
-            has other settings. They are those of whom a reference or an IP-Adapter shows. Callbacks see the first pass.
-        branch_embeds, negative_branch_embeds: what `encode_branches` gave for the prompts, instead of encoding them.
+        refine_faces: whether to redraw small faces with the inpainting pipeline of the same kind; a RefineFaces gives
+            other settings. Only people given by a reference or an IP-Adapter are redrawn. Callbacks run in the first
+            pass only.
+        branch_embeds, negative_branch_embeds: results of `encode_branches` for the prompts, used instead of encoding.
 
-        The result is the stock one; its attribute `faces` says which faces were used, `refined` how many small ones
-        were redrawn, and `notes` in a sentence each why others were not.
-        Raises ImagineError with one sentence where what we add is used wrongly.
+        Return the stock result with three more attributes: `faces` (the face used from each photo), `refined` (the
+        number of redrawn faces) and `notes` (a sentence for each picture that could not be refined).
+        Raises ImagineError if our additional arguments or adapters are used wrongly.
         """
         draw = cast(Any, super()).__call__
         given = bind_arguments(draw, arguments, options, _OUR_ARGUMENTS)
@@ -291,7 +298,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             batch, requests = read_call(self, draw, given, reference)
             personas = self._personas_for(requests, face, on_no_face)
             if self.adapter is not None and any(personas):
-                check_encoder(self.adapter, self.encoder_fingerprint)  # which may have come after the adapter
+                check_encoder(self.adapter, self.encoder_fingerprint)  # it may have been set after the adapter
             second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, personas, ours)
             out = self._add_refined_faces(self._call_stock(draw, given, batch, personas, ours), second_pass)
         finally:
@@ -301,12 +308,12 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         return out
 
     def _check_no_adapter_needed(self, given: Mapping[str, Any], reference: Any) -> None:
-        """Raise WeightsError if somebody is to be shown though we have no adapter that could."""
+        """Raise WeightsError if the call gives a reference or image but no adapter is attached."""
         asked = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
         if reference is not None or (asked and not self._has_stock_ip_adapter):
             raise WeightsError(
-                "Nothing on the denoiser can show a reference: load_adapter or load_ip_adapter first, or leave the "
-                "reference out."
+                "No adapter is attached, so a reference cannot be used: call load_adapter or load_ip_adapter first, or "
+                "leave the reference out."
             )
 
     def _call_stock(
@@ -317,7 +324,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         personas: Sequence[Sequence[Persona]],
         ours: Mapping[str, Any],
     ) -> Any:
-        """What the stock call gives while all branches of the batch act."""
+        """Run the stock call with the conditioning of all branches, and return its result."""
         ip_adapter_inputs = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
         given["cross_attention_kwargs"] = kwargs = dict(given.get("cross_attention_kwargs") or {})
         try:
@@ -335,20 +342,22 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             updater.wrap_callback(given)
             return draw(**given)
         finally:
-            kwargs.pop("conditioning", None)  # the stock pipeline keeps this dict until its next call
+            kwargs.pop("conditioning", None)  # the stock pipeline holds this dict until its next call
 
     def _add_refined_faces(self, out: Any, second_pass: StockSecondPass | None) -> Any:
-        """The stock call's result, its small faces drawn once more if that is wanted."""
+        """Return the stock call's result, with small faces redrawn if there is a second pass."""
         refined, notes = 0, list[str]()
         if second_pass is not None:
             refined, notes = second_pass.refine(self, out, lambda: self._inpainting_pipeline(second_pass.ip_scales))
-            cast(Any, self).maybe_free_model_hooks()  # the sibling has our models, but does not take them away again
+            cast(
+                Any, self
+            ).maybe_free_model_hooks()  # the inpainting pipeline shares our models but does not offload them
         if hasattr(out, "images"):
             out.refined, out.notes = refined, notes
         return out
 
     def _inpainting_pipeline(self, ip_scales: Sequence[Any]) -> Any:
-        """The inpainting pipeline around the same components, with its own scheduler and strengths of IP-Adapters."""
+        """Return the inpainting pipeline with the same components and its own scheduler and IP-Adapter scales."""
         mine = cast(Any, self)
         with quiet_libraries():
             made = personalised_class(inpainting(self)).from_pipe(
@@ -357,13 +366,13 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         made._ip_scales = ip_scales
         made.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         if hasattr(made, "watermark"):
-            made.watermark = None  # the picture has one
+            made.watermark = None  # the first pass has already added the watermark
         return made
 
     def _identity_parts(
         self, personas: Sequence[Sequence[Persona]], scale: Any, factors: Factors | None, batch: Batch
     ) -> ConditioningParts:
-        """The identity branch of all rows; nothing if nobody is shown."""
+        """Return the identity branch for all rows, or empty parts if no person is shown."""
         spec, shown = identity_spec(self.adapter), self._vision_tokens(personas, 1)
         if spec is None or shown is None:
             return ConditioningParts()
@@ -381,7 +390,10 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         return ConditioningParts({VISION: batch.rows(shown, absent_tokens)}, {VISION: strength})
 
     def _ip_adapter_parts(self, images: Any, embeds: Any, masks: Any, batch: Batch) -> Callable[[], ConditioningParts]:
-        """What makes the branches of IP-Adapters: anew, from features seen once, when a callback sets their scales."""
+        """Return a function that builds the IP-Adapters' branches.
+
+        It is called again when a callback sets new scales; the images' features are computed only once.
+        """
         if images is None and embeds is None:
             return ConditioningParts
         features = self._ip_features(images, embeds, batch.guided)
@@ -389,7 +401,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             *self.ip_conditioning(None, features, masks, batch.prompts, batch.copies, batch.guided)
         )
 
-    # --- the sentence's further readers -----------------------------------------------------------------------------
+    # --- additional text encoders -----------------------------------------------------------------------------------
 
     def _text_parts(
         self,
@@ -398,15 +410,15 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         positive: Mapping[str, Tokens] | None,
         negative: Mapping[str, Tokens] | None,
     ) -> ConditioningParts:
-        """The text branches of all rows that the text adapter reads."""
+        """Return the text adapter's branches for all rows."""
         if self.text_adapter is None:
             return ConditioningParts()
         words: list[str] = []
         if positive is None:
             if given.get("prompt") is None:
                 raise PromptError(
-                    "The text adapter reads the sentence too: with prompt_embeds, also give branch_embeds, which "
-                    "encode_branches makes of it."
+                    "The text adapter also needs the prompt: with prompt_embeds, also give branch_embeds, which "
+                    "encode_branches returns for the prompt."
                 )
             words = [given["prompt"]] if isinstance(given["prompt"], str) else list(given["prompt"])
         count = len(words)
@@ -414,7 +426,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             unwanted = given.get("negative_prompt") or ""
             negatives = [unwanted] if isinstance(unwanted, str) else list(unwanted)
             words += negatives * batch.prompts if len(negatives) == 1 else negatives
-        # All at once: an encoder that is offloaded comes to the device once a call, and leaves when the next one comes.
+        # One call per encoder, so that an offloaded encoder moves to the device only once.
         read = self.encode_branches(words) if words else {}
         wanted = {name: select_rows(each, slice(count)) for name, each in read.items()}
         negative_branches = {name: select_rows(each, slice(count, None)) for name, each in read.items()}
@@ -427,23 +439,25 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         )
 
     def _check_branch_embeds(self, argument: str, given: Mapping[str, Tokens], count: int) -> dict[str, Tokens]:
-        """Text branches given as an argument, where the denoiser will run. Raises PromptError if they do not fit."""
+        """Return the given text branches on the execution device. Raises PromptError if they do not fit."""
         assert self.text_adapter is not None
         names = [spec.name for spec in self.text_adapter.branch_specs]
         if missing := [name for name in names if name not in given]:
             raise PromptError(
-                f"{argument} lacks {missing[0]}, which the text adapter reads: give all that encode_branches made."
+                f"{argument} lacks {missing[0]}, which the text adapter reads: give everything that encode_branches "
+                "returned."
             )
         if wrong := [name for name in names if len(given[name].values) != count]:
             raise PromptError(
-                f"{argument} has {len(given[wrong[0]].values)} rows of {wrong[0]} for {count} prompts: give one each."
+                f"{argument} has {len(given[wrong[0]].values)} rows of {wrong[0]} for {count} prompts: give one per "
+                "prompt."
             )
         device = cast(Any, self)._execution_device
         return {name: tokens_to(given[name], device, self.unet.dtype) for name in names}
 
     @torch.no_grad()
     def encode_branches(self, prompts: "str | Sequence[str]") -> dict[str, Tokens]:
-        """Read prompts with those of T5 and ByT5 that the text adapter has branches for, one row per prompt."""
+        """Encode prompts with T5 and ByT5, as far as the text adapter has branches for them; one row per prompt."""
         names = [spec.name for spec in self.text_adapter.branch_specs] if self.text_adapter is not None else []
         mine = cast(Any, self)
         for name in names:
@@ -458,7 +472,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         )  # fmt: skip
         read = {T5: text_encoders.encode_t5, BYT5: text_encoders.encode_byt5}
         sentences = [prompts] if isinstance(prompts, str) else list(prompts)
-        each = list(dict.fromkeys(sentences))  # the negative of a batch, above all, is usually one sentence
+        each = list(dict.fromkeys(sentences))  # the prompts of a batch often share one negative prompt
         rows = [each.index(sentence) for sentence in sentences]
         return {
             name: select_rows(tokens_to(read[name](each), mine._execution_device, self.unet.dtype), rows)
@@ -466,13 +480,13 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         }
 
     def free_encoders(self) -> None:
-        """Drop every encoder for good, to make room: from then on give personas, prompt_embeds and branch_embeds."""
+        """Delete all encoders to free memory. Later calls need personas, prompt_embeds and branch_embeds."""
         if self.reference_encoder is not None and self.adapter is not None:
             self._keep_encoder_info()
         for name in (*ENCODERS, "text_encoder", "text_encoder_2", "image_encoder"):
             if getattr(self, name, None) is not None:
                 setattr(self, name, None)
-        cast(Any, self).maybe_free_model_hooks()  # which else would still hold them
+        cast(Any, self).maybe_free_model_hooks()  # the hooks still reference the encoders
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -491,7 +505,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def as_weights_error(folder: Path) -> Iterator[None]:
-    """Turn what the stock loader raises into a WeightsError: each library fails in its own way."""
+    """Convert any exception of the stock loader to a WeightsError, because each library raises its own types."""
     try:
         yield
     except WeightsError:
@@ -504,12 +518,15 @@ def as_weights_error(folder: Path) -> Iterator[None]:
 
 
 def personalised_class(stock: type) -> Any:
-    """The subclass of a stock pipeline class that knows people; always the same one. Raises ConfigError for others."""
+    """Return the subclass with `reference=` of a stock pipeline class, the same object on every call.
+
+    Raises ConfigError for a class that is not supported.
+    """
     if issubclass(stock, PersonalisationMixin):
         return stock
     if not any(base.__name__ in STOCK_PIPELINES for base in stock.__mro__):
         raise ConfigError(
-            f"A {stock.__name__} cannot be made to know people: take one of Stable Diffusion 1.5 or XL, such as "
+            f"A {stock.__name__} cannot take references; use a pipeline of Stable Diffusion 1.5 or XL, such as "
             "StableDiffusionXLPipeline."
         )
     return _personalised_class(cast(Any, stock))
@@ -520,18 +537,18 @@ def _personalised_class(stock: Any) -> Any:
     first = "->".join(ENCODERS)
     members = {
         "__module__": __name__,
-        "__doc__": f"{stock.__doc__}\n    It knows people: see `imagine.stock.pipelines.PersonalisationMixin`.",
+        "__doc__": f"{stock.__doc__}\n    It takes references: see `imagine.stock.pipelines.PersonalisationMixin`.",
         "__init__": _constructor(stock),
         "_optional_components": [*stock._optional_components, *COMPONENTS],
-        "model_cpu_offload_seq": f"{first}->{stock.model_cpu_offload_seq}",  # they run first, and leave first
-        # Our encoder is not run through `forward` alone, so that hooks on its parts would come too late.
+        "model_cpu_offload_seq": f"{first}->{stock.model_cpu_offload_seq}",  # they run first and are offloaded first
+        # Parts of our encoder also run outside `forward`, so that offload hooks on them would come too late.
         "_exclude_from_cpu_offload": [*stock._exclude_from_cpu_offload, "vision_encoder"],
     }
     return type(stock.__name__, (PersonalisationMixin, stock), members)
 
 
 def _constructor(stock: Any) -> Any:
-    """An __init__ that takes our components beside the stock ones, and says so: diffusers reads its signature."""
+    """Return an __init__ that also takes our components and lists them in its signature, which diffusers reads."""
 
     def __init__(self: Any, *arguments: Any, **components: Any) -> None:
         ours = {name: components.pop(name, None) for name in COMPONENTS}
@@ -547,7 +564,7 @@ def _constructor(stock: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes by name, made when asked for: importing all of diffusers' pipelines takes seconds."""
+    """Return a class by name, created on first access, because importing all of diffusers' pipelines takes seconds."""
     if name not in STOCK_PIPELINES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import diffusers

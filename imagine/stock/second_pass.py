@@ -1,9 +1,9 @@
-"""Small faces of stock pipelines drawn once more: `second_pass` says which and where, here is how they are redrawn.
+"""Redraw small faces in pictures of stock pipelines; `imagine.pipeline.second_pass` selects the faces.
 
-A square goes, enlarged, through the inpainting sibling of the pipeline that drew the picture: the same components and
-adapters, the call's own sentence and guidance, but one person, and a mask that keeps what lies round the face. So it
-is diffusers' own inpainting, for denoisers with 4 channels and with 9, and what no inpainting takes (a ControlNet's
-picture above all) belongs to the first pass alone.
+The enlarged square goes through the inpainting pipeline of the same kind as the pipeline that drew the picture, with
+the same components and adapters, the call's prompt and guidance, one person, and a mask that keeps the area around the
+face. Because it is diffusers' own inpainting, denoisers with 4 and with 9 channels work. Arguments that inpainting does
+not take (for example a ControlNet's picture) apply to the first pass only.
 """
 
 import inspect
@@ -39,12 +39,12 @@ SHARED_ARGUMENTS = (
     "guidance_scale", "guidance_rescale", "eta", "clip_skip", "aesthetic_score", "negative_aesthetic_score",
     "ip_adapter_image",
 )  # fmt: skip
-DEFAULTS = ("guidance_scale", "num_inference_steps")  # which differ from one stock pipeline to the other
-SIDE_MULTIPLE = 8  # stock pipelines take sides that are multiples of it
+DEFAULTS = ("guidance_scale", "num_inference_steps")  # these defaults differ between stock pipelines
+SIDE_MULTIPLE = 8  # stock pipelines require sides that are multiples of this
 
 
 def inpainting(pipe: Any) -> Any:
-    """diffusers' inpainting pipeline of the same kind."""
+    """Return diffusers' inpainting pipeline class of the same kind."""
     import diffusers
 
     kind = "XL" if "XL" in type(pipe).__name__ else ""
@@ -53,10 +53,13 @@ def inpainting(pipe: Any) -> Any:
 
 @dataclass(frozen=True)
 class StockSecondPass:
-    """What the second pass of a stock call takes over from the first, before that has begun.
+    """What the second pass of a stock call needs from the first, recorded before the first pass starts.
 
-    given: the first one's stock arguments, people in the sentences already in plain words. people: one list per prompt.
-    identity: our arguments of `__call__` by name. seeds: one per picture. ip_scales: of IP-Adapters.
+    given: the first pass's stock arguments, with plain words for the placeholders in prompts.
+    people: one list per prompt.
+    identity: our arguments of `__call__` by name.
+    seeds: one per picture.
+    ip_scales: the scales of IP-Adapters.
     """
 
     settings: RefineFaces
@@ -78,7 +81,7 @@ class StockSecondPass:
         people: Sequence[Sequence[Persona]],
         identity: Mapping[str, Any],
     ) -> "StockSecondPass | None":
-        """Note what the first pass may change: the generators' states, scales, arguments; None if none is wanted."""
+        """Record the generator states, scales and arguments, which the first pass may change. None without settings."""
         if settings is None:
             return None
         known = inspect.signature(call).parameters
@@ -89,8 +92,8 @@ class StockSecondPass:
     def refine(self, pipe: Any, out: Any, sibling: Callable[[], Any]) -> tuple[int, list[str]]:
         """Redraw the small faces in a stock call's result, in place.
 
-        Return how many were redrawn, and a sentence for each picture where it is unclear which face is whose.
-        `sibling` makes the pipeline that redraws.
+        `sibling` creates the inpainting pipeline. Return how many faces were redrawn, and one sentence for each picture
+        whose faces cannot be assigned to its people.
         """
         whole = tuple(out) if isinstance(out, tuple) else (out.images, out.get("nsfw_content_detected"))
         images, flags = whole[0], whole[1] if len(whole) > 1 else None
@@ -117,7 +120,7 @@ class StockSecondPass:
         return len(refined), notes
 
     def _redraw_face(self, pipe: Any, face: SmallFace, square: Tensor, size: tuple[int, int]) -> Tensor | None:
-        """A square (3, S, S) in 0..1 drawn again as its person; None if the safety checker objects."""
+        """Redraw a square (3, S, S) in 0..1 with its person. Return None if the safety checker flags the result."""
         side, step = square.shape[-1], int(pipe.vae_scale_factor)
         ellipse = ellipse_around(face.box, face.place, self.settings.reach, self.settings.edge)
         mask = covered_latents(ellipse, square[:, ::step, ::step]).float()
@@ -135,10 +138,13 @@ class StockSecondPass:
         flags = out.get("nsfw_content_detected")
         return None if flags and flags[0] else cast(Tensor, out.images[0]).float().to(square.device)
 
-    # --- what a face's own call is told -----------------------------------------------------------------------------
+    # --- arguments of one face's call -------------------------------------------------------------------------------
 
     def arguments(self, face: SmallFace, size: tuple[int, int], taken: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that a face of a picture (height, width) shares with the first pass, so far as `taken`."""
+        """Return the arguments of a face's call that come from the first pass, limited to the names in `taken`.
+
+        size: the picture's height and width.
+        """
         prompt = face.picture // self.batch.copies
         given = {name: each for name, each in self.given.items() if each is not None and name in taken}
         call = {name: _value_of_prompt(given[name], prompt) for name in PER_PROMPT_ARGUMENTS if name in given}
@@ -155,7 +161,7 @@ class StockSecondPass:
         return call | self._identity_arguments(prompt, face.person)
 
     def _identity_arguments(self, prompt: int, person: int) -> dict[str, Any]:
-        """Whose face it is, and how strongly, when and where that acts."""
+        """Return the reference of a face's call, with its identity scale, window and blocks."""
         if not self._uses_reference(prompt):
             return {}
         return {
@@ -170,7 +176,7 @@ class StockSecondPass:
         return self.settings.window(self.identity["identity_window"])
 
     def _uses_reference(self, prompt: int) -> bool:
-        """Whether a reference is to be seen when a prompt's faces are redrawn."""
+        """Return whether a reference acts when a prompt's faces are redrawn."""
         if not self.people[prompt]:
             return False
         steps = len(self.settings.levels(_count(self.given)))
@@ -179,20 +185,19 @@ class StockSecondPass:
         )
 
     def _people_in(self, prompt: int) -> int:
-        """How many people a prompt's pictures show: those referred to, else those of IP-Adapters."""
+        """Return the number of people in a prompt's pictures: those of its reference, else those of IP-Adapters."""
         if self._uses_reference(prompt):
             return len(self.people[prompt])
         asked = any(self.given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
-        if not asked or (
-            self.ip_scales and not _any_nonzero(self.ip_scales)
-        ):  # diffusers' own keep their scales elsewhere
+        # An empty `ip_scales` says nothing: diffusers' own IP-Adapters store their scales elsewhere.
+        if not asked or (self.ip_scales and not _any_nonzero(self.ip_scales)):
             return 0
         masks = self.given["cross_attention_kwargs"].get("ip_adapter_masks")
         regions = [each.shape[-3] for each in ([] if masks is None else masks) if each is not None]
-        return max(regions, default=1)  # one person has a region
+        return max(regions, default=1)  # each person has one region
 
     def _inpainting_mask(self, pipe: Any, pictures: Tensor) -> Tensor | None:
-        """Where inpainting painted, (B, 1, H, W) in 0..1: all else is not the model's, and stays."""
+        """Return the call's inpainting mask (B, 1, H, W) in 0..1, or None; pixels outside it must not change."""
         if self.given.get("mask_image") is None:
             return None
         height, width = pictures.shape[-2:]
@@ -200,11 +205,11 @@ class StockSecondPass:
         return torch.stack([masks[row % len(masks)] for row in range(len(pictures))]).to(pictures.device)
 
 
-# --- pictures in the three forms that stock pipelines give ------------------------------------------------------------
+# --- pictures in the three forms that stock pipelines return ----------------------------------------------------------
 
 
 def as_tensor(images: Any) -> Tensor:
-    """PIL pictures, an array (B, H, W, 3) or a tensor (B, 3, H, W) in 0..1 as a new tensor (B, 3, H, W), float32."""
+    """Convert PIL pictures, an array (B, H, W, 3) or a tensor (B, 3, H, W) in 0..1 to a new float32 (B, 3, H, W)."""
     if isinstance(images, Tensor):
         return images.detach().float().clone()
     if isinstance(images, np.ndarray):
@@ -215,7 +220,7 @@ def as_tensor(images: Any) -> Tensor:
 
 
 def _write(images: Any, row: int, picture: Tensor) -> None:
-    """Put a picture (3, H, W) in 0..1 into a row of pictures of any form; what did not change comes out as it was."""
+    """Write a picture (3, H, W) in 0..1 into a row of pictures of any form; unchanged pixels keep their values."""
     if isinstance(images, Tensor):
         images[row] = picture.to(images)
     elif isinstance(images, np.ndarray):
@@ -226,7 +231,7 @@ def _write(images: Any, row: int, picture: Tensor) -> None:
 
 
 def _redrawn_side(pipe: Any, pictures: Tensor) -> int:
-    """The side in pixels at which squares are redrawn: the base's own, but no longer than the picture's longer one."""
+    """Return the side in pixels of redrawn squares: the base's own size, at most the picture's longer side."""
     factor, native = int(pipe.vae_scale_factor), pipe.denoiser.config.sample_size
     longest = max(pictures.shape[-2:])
     if native:
@@ -239,7 +244,7 @@ def _redrawn_side(pipe: Any, pictures: Tensor) -> int:
 
 
 def _seeds(given: Mapping[str, Any], count: int, pipe: Any) -> list[int]:
-    """A seed for every picture that follows from what its first noise follows from, without drawing from it."""
+    """Return one seed per picture, computed from its latents or generator state without drawing from the generator."""
     latents, generator = given.get("latents"), given.get("generator")
     if latents is not None:
         return [seed_of(latents[row % len(latents)]) for row in range(count)]
@@ -250,37 +255,37 @@ def _seeds(given: Mapping[str, Any], count: int, pipe: Any) -> list[int]:
         state = generator.get_state()
     else:
         state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return [seed_of(state) + row * 1009 for row in range(count)]  # further apart than the people of one picture
+    return [seed_of(state) + row * 1009 for row in range(count)]  # the offset leaves room for the people of one picture
 
 
 def _count(given: Mapping[str, Any]) -> int:
-    """How many steps a call asks for."""
+    """Return the number of steps that a call's arguments request."""
     lists = [given[name] for name in ("timesteps", "sigmas") if given.get(name) is not None]
     return len(lists[0]) if lists else int(given["num_inference_steps"])
 
 
 def _steps(settings: RefineFaces, given: Mapping[str, Any]) -> int:
-    """What to ask inpainting for, so that at this strength it takes as many steps as it should."""
+    """Return the num_inference_steps with which inpainting runs the wanted number of steps at this strength."""
     wanted = len(settings.levels(_count(given)))
     asked = math.ceil(wanted / settings.strength)
     return asked if int(asked * settings.strength) >= wanted else asked + 1  # diffusers rounds down
 
 
 def _value_of_prompt(value: Any, prompt: int) -> Any:
-    """One prompt's part of an argument that may have a row for each."""
+    """Return one prompt's part of an argument that may have one row per prompt."""
     if isinstance(value, Tensor):
         return value[prompt : prompt + 1]
     return value[prompt % len(value)] if isinstance(value, (list, tuple)) else value
 
 
 def _embeds_of_prompt(embeds: Tensor, prompt: int, guided: bool) -> Tensor:
-    """One prompt's rows of an IP-Adapter's embeddings, the negative one first if guided."""
+    """Return one prompt's rows of an IP-Adapter's embeddings; the negative row is first if guided."""
     sides = embeds.chunk(2) if guided else (embeds,)
     return torch.cat([side[prompt : prompt + 1] if len(side) > 1 else side for side in sides])
 
 
 def _scale_of_prompt(scale: Any, prompt: int) -> Any:
-    """One prompt's part of an identity scale: one number, or one per prompt, or a mapping to these."""
+    """Return one prompt's part of an identity scale, which is one number, one per prompt, or a mapping to these."""
     if isinstance(scale, Mapping):
         return {name: _scale_of_prompt(each, prompt) for name, each in scale.items()}
     each = torch.as_tensor(scale, dtype=torch.float32).flatten()
@@ -288,14 +293,14 @@ def _scale_of_prompt(scale: Any, prompt: int) -> Any:
 
 
 def _any_nonzero(scale: Any) -> bool:
-    """Whether anything in a scale, however nested, is not 0."""
+    """Return whether any number in a possibly nested scale is not 0."""
     if isinstance(scale, Mapping):
         return any(map(_any_nonzero, scale.values()))
     return any(map(_any_nonzero, scale)) if isinstance(scale, (list, tuple)) else bool(scale)
 
 
 def _cut_masks(masks: Any, face: SmallFace, size: tuple[int, int]) -> Any:
-    """The part of IP-Adapters' masks, each (..., images, h, w), that lies in a face's square."""
+    """Crop IP-Adapters' masks, each (..., images, h, w), to a face's square."""
     left, top, right, bottom = face.place
 
     def crop_square(mask: Tensor) -> Tensor:
