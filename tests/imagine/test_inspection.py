@@ -170,7 +170,7 @@ def test_files_that_will_not_load_are_reported(repository: Path, tmp_path: Path)
     file = tiny_ip.tensors("plus", tiny_ip.unet())
     deeper = {name.replace(".layers.3.", ".layers.5."): each.clone() for name, each in file.items()}
     save_file({**deeper, **file}, tmp_path / "deeper.safetensors")
-    assert "5 layers, but diffusers computes exactly 4" in inspect(tmp_path / "deeper.safetensors")["problems"][0]
+    assert "5 layers, but diffusers supports exactly 4" in inspect(tmp_path / "deeper.safetensors")["problems"][0]
     tiny_ip.encoder(tokens=26).save_pretrained(tmp_path / "image_encoder")
     save_file(file, tmp_path / "ip.safetensors")
     assert "of width 24 (no public one), but the image_encoder beside it gives 26" in " ".join(

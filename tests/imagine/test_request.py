@@ -1,4 +1,4 @@
-"""Who is in which picture: the forms in which prompts and references come."""
+"""Requests from all accepted forms of prompts and references."""
 
 import pytest
 
@@ -23,35 +23,35 @@ def test_a_list_of_prompts_may_share_one_reference() -> None:
     assert read_requests(["smiling", "crying"], "1.jpg") == [Request("smiling", shared), Request("crying", shared)]
 
 
-def test_names_become_words_in_the_order_of_the_sentence() -> None:
+def test_placeholders_become_words_in_the_order_of_the_prompt() -> None:
     references = {"ann": "a.jpg", "bob": ["b.jpg", "c.jpg"], "eve": "e.jpg"}
     (request,) = read_requests("{bob} hugs {ann}, and {bob} smiles", references)
     assert request.sentence == "the first person hugs the second person, and the first person smiles"
     assert request.people == (Person("bob", ("b.jpg", "c.jpg")), Person("ann", ("a.jpg",)))
 
 
-def test_a_single_name_is_simply_the_person() -> None:
+def test_a_single_placeholder_becomes_the_person() -> None:
     (request,) = read_requests("{ann} on a beach", {"ann": "a.jpg", "bob": "b.jpg"})
     assert request == Request("the person on a beach", (Person("ann", ("a.jpg",)),))
 
 
-def test_a_sentence_without_names_shows_everybody() -> None:
+def test_a_prompt_without_placeholders_shows_all_people() -> None:
     (request,) = read_requests("two friends", {"ann": "a.jpg", "bob": "b.jpg"})
     assert [person.name for person in request.people] == ["ann", "bob"]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "reference", "says"),
+    ("prompt", "reference", "message"),
     [
         ("{ann} smiles", None, "ann"),
         ("{ann} smiles", "a.jpg", "'ann': photo"),
         ("{ann}, {bob} and {eve}", {"bob": "b.jpg"}, r"\{ann\} and \{eve\}.*\{bob\}"),
-        ("smiling", ["a.jpg", None], "gap"),
+        ("smiling", ["a.jpg", None], "contains None"),
         (["smiling", ""], "a.jpg", "empty"),
         (["smiling", 3], "a.jpg", "sentence"),
         (None, "a.jpg", "sentence"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(prompt: object, reference: object, says: str) -> None:
-    with pytest.raises(PromptError, match=says):
+def test_prompts_and_references_that_do_not_match_raise(prompt: object, reference: object, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
         read_requests(prompt, reference)  # type: ignore[arg-type]

@@ -429,7 +429,7 @@ def test_a_face_that_is_not_there(run: Run, weights: Path, photo: Path, tmp_path
         (["--prompt", "   "], "empty"),
         (["--prompt", "word " * 2000], "shorten"),
         (["--prompt", "{ann} smiles"], "ann"),
-        (["--prompt", "smiling \udcff"], "bytes that are no text"),
+        (["--prompt", "smiling \udcff"], "bytes that are not valid UTF-8"),
         (["--reference", "x" * 5000], "File name too long"),
         (["--reference", "ann=" + "x" * 5000], "File name too long"),
         (["--reference", "~nobody-at-all/me.jpg"], "There is no file ~nobody-at-all/me.jpg"),

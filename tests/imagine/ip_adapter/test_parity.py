@@ -1,4 +1,4 @@
-"""diffusers' own words for IP-Adapters give diffusers' own pictures: same base, same files, same arguments."""
+"""diffusers' IP-Adapter interface gives diffusers' own pictures for the same base, files and arguments."""
 
 import copy
 from pathlib import Path
@@ -24,7 +24,7 @@ PROMPT = tiny.SENTENCES[0]
 
 
 def pair(xl: bool) -> tuple[Any, Any]:
-    """Diffusers' pipeline and ours, each around its own copy of one base."""
+    """Return diffusers' pipeline and ours, each with its own copy of one base."""
     import diffusers
 
     stock = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
@@ -41,7 +41,7 @@ def pipes(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 
 def load(pipes: tuple[Any, Any], *kinds: str) -> None:
-    """The same IP-Adapters in both."""
+    """Load the same IP-Adapters into both pipelines."""
     files = [tiny_ip.nested(tiny_ip.tensors(kind, pipes[0].unet, seed)) for seed, kind in enumerate(kinds)]
     for pipe in pipes:
         pipe.load_ip_adapter(files, subfolder=[""], weight_name=[""] * len(files), image_encoder_folder=None)
@@ -58,7 +58,7 @@ def draw(pipe: Any, guidance: float = 3.0, seed: int = 5, prompt: Any = PROMPT, 
 
 
 def assert_same(pipes: tuple[Any, Any], **options: Any) -> torch.Tensor:
-    """Both draw the same picture; it is returned."""
+    """Assert that both pipelines draw the same picture, and return it."""
     first, second = (draw(pipe, **options) for pipe in pipes)
     assert first.shape == second.shape and (first - second).abs().max() <= CLOSE
     return second
@@ -84,7 +84,7 @@ def test_scale_0_is_no_adapter_bit_for_bit(pipes: tuple[Any, Any]) -> None:
     ours.register_modules(image_encoder=pipes[0].image_encoder or tiny_ip.encoder())
     load(pipes, "plus")
     assert not torch.equal(draw(ours, ip_adapter_image=tiny.photo(1)), before)
-    assert torch.equal(draw(ours), before)  # loaded, but not asked
+    assert torch.equal(draw(ours), before)  # loaded, but not used
     ours.set_ip_adapter_scale(0.0)
     assert torch.equal(draw(ours, ip_adapter_image=tiny.photo(1)), before)
     ours.set_ip_adapter_scale({"down": 0.0})
@@ -127,7 +127,7 @@ def test_masks_with_a_scale_for_each_image(pipes: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_embeds_worked_out_before(pipes: tuple[Any, Any], guidance: float) -> None:
+def test_precomputed_embeds(pipes: tuple[Any, Any], guidance: float) -> None:
     load(pipes, "linear", "plus")
     theirs, ours = pipes
     images = [[tiny.photo(1), tiny.photo(2)], tiny.photo(3)]
@@ -153,7 +153,7 @@ def test_a_batch_of_prompts_and_pictures(pipes: tuple[Any, Any]) -> None:
 
 
 def test_beside_our_own_text_adapter(pipes: tuple[Any, Any]) -> None:
-    """IP-Adapter and a text adapter on one denoiser: fresh it changes nothing, and each leaves without the other."""
+    """A new text adapter next to an IP-Adapter changes nothing, and each can be detached separately."""
     _, ours = pipes
     load(pipes, "full")
     before = draw(ours, ip_adapter_image=tiny.photo(1))
@@ -180,8 +180,8 @@ def test_latents_and_half_precision(pipes: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("low", [True, False])
-def test_what_goes_out_draws_from_a_photo_in_diffusers_as_here(low: bool, tmp_path: Path) -> None:
-    """File, image encoder and LoRA as docs/ip_adapter.md loads them, on the crop that our finder would cut out."""
+def test_an_exported_adapter_draws_the_same_picture_in_diffusers(low: bool, tmp_path: Path) -> None:
+    """Load file, image encoder and LoRA as in docs/ip_adapter.md, and use the face crop of our finder."""
     theirs, ours = pair(False)
     ours.register_modules(vision_encoder=tiny_stock.encoder())
     ours.finder = KnownBoxesFinder([tiny.BOX])
@@ -197,8 +197,8 @@ def test_what_goes_out_draws_from_a_photo_in_diffusers_as_here(low: bool, tmp_pa
 
 
 @pytest.mark.parametrize("kind", tiny_ip.KINDS)
-def test_an_imported_branch_shows_a_reference_as_diffusers_would(kind: str) -> None:
-    """As identity adapter: the same features, and the same nobody in guidance's unconditional pass."""
+def test_an_imported_branch_draws_a_reference_as_diffusers_does(kind: str) -> None:
+    """The identity adapter gets the same features, and the same empty picture in the unconditional pass."""
     theirs, ours = pair(False)
     file = tiny_ip.tensors(kind, ours.unet)
     adapter, _ = import_adapter(read_ip_adapter(file), ours.unet)
@@ -221,7 +221,7 @@ def test_an_imported_branch_shows_a_reference_as_diffusers_would(kind: str) -> N
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder laid out as repositories of IP-Adapters are."""
+    """Return a folder with the layout of IP-Adapter repositories."""
     folder = tmp_path_factory.mktemp("repository")
     (folder / "models").mkdir()
     for seed, kind in enumerate(tiny_ip.KINDS):
@@ -256,7 +256,7 @@ def test_a_folder_is_loaded_as_diffusers_loads_it(repository: Path) -> None:
     assert torch.equal(draw(safe, **image), draw(ours, **image))
 
 
-def test_what_cannot_be_loaded_leaves_everything_as_it_was(repository: Path) -> None:
+def test_a_failed_load_leaves_the_pipeline_unchanged(repository: Path) -> None:
     _, ours = fresh()
     ours.load_ip_adapter(repository, subfolder="models", weight_name="full.safetensors")
     before = ours.ip_adapters[0]
@@ -265,13 +265,13 @@ def test_what_cannot_be_loaded_leaves_everything_as_it_was(repository: Path) -> 
     sdxl = tiny_ip.tensors("full", tiny_ip.unet(xl=True))
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         (repository, {"subfolder": "models", "weight_name": "none.safetensors"}, "no file none"),
-        (tiny_ip.nested(sdxl), {"image_encoder_folder": None}, "take the file made for it"),
+        (tiny_ip.nested(sdxl), {"image_encoder_folder": None}, "use the file made for it"),
         ("owner/name", {"subfolder": "models", "weight_name": "x.safetensors"}, "pass the local folder"),
-        ([repository] * 3, {"subfolder": "models", "weight_name": ["a", "b"]}, "lists of one length"),
-        (repository, {"subfolder": "models", "weight_name": "full.bin", "speed": 1}, "knows no speed"),
+        ([repository] * 3, {"subfolder": "models", "weight_name": ["a", "b"]}, "have different lengths"),
+        (repository, {"subfolder": "models", "weight_name": "full.bin", "speed": 1}, "has no argument speed"),
     ]
-    for source, options, says in wrong:
-        with pytest.raises(ImagineError, match=says):
+    for source, options, message in wrong:
+        with pytest.raises(ImagineError, match=message):
             ours.load_ip_adapter(source, **options)
     ours.register_modules(image_encoder=None)
     cpu_offload(ours.unet, torch.device("cpu"))
@@ -286,16 +286,16 @@ def test_what_cannot_be_loaded_leaves_everything_as_it_was(repository: Path) -> 
         ours.load_ip_adapter(
             repository, subfolder="models", weight_name="plus.safetensors", image_encoder_folder="nowhere/encoder"
         )
-    with pytest.raises(ConfigError, match="beside a state dict"):
+    with pytest.raises(ConfigError, match="A state dict has no image encoder"):
         ours.load_ip_adapter(tiny_ip.nested(tiny_ip.tensors("full", tiny_ip.unet())))
     assert ours.ip_adapters == [before] and ours.image_encoder is None
-    with pytest.raises(WeightsError, match="no image_encoder to look"):
+    with pytest.raises(WeightsError, match="no image_encoder to encode"):
         draw(ours, **image)
     ours.register_modules(image_encoder=tiny_ip.encoder())
     assert torch.equal(draw(ours, **image), picture)
 
 
-def test_an_encoder_that_does_not_fit_is_replaced_and_offloaded_as_the_others_are(repository: Path) -> None:
+def test_an_encoder_that_does_not_fit_is_replaced_and_offloaded(repository: Path) -> None:
     _, ours = fresh()
     wrong = tiny_ip.encoder(tokens=26, pooled=14)
     ours.register_modules(image_encoder=wrong)
@@ -309,10 +309,13 @@ def test_an_encoder_that_does_not_fit_is_replaced_and_offloaded_as_the_others_ar
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"ip_adapter_image": [tiny.photo(1)]}, "1 are given for 2 IP-Adapters"),
-        ({"ip_adapter_image": [tiny.photo(1)] * 2, "ip_adapter_image_embeds": [torch.zeros(2, 1, 20)] * 2}, "not both"),
+        (
+            {"ip_adapter_image": [tiny.photo(1)] * 2, "ip_adapter_image_embeds": [torch.zeros(2, 1, 20)] * 2},
+            "exactly one",
+        ),
         ({"ip_adapter_image_embeds": torch.zeros(2, 1, 20)}, "pass a list with one entry"),
         ({"ip_adapter_image_embeds": [torch.zeros(2, 1, 20), torch.zeros(2, 1, 24)]}, "reads features .* of width 24"),
         ({"ip_adapter_image_embeds": [torch.zeros(3, 1, 20), torch.zeros(2, 1, 5, 24)]}, "has 3 rows"),
@@ -324,14 +327,14 @@ def test_an_encoder_that_does_not_fit_is_replaced_and_offloaded_as_the_others_ar
         ({"scale": [{"down": {"block_0": [1, 2, 3]}}, 1.0]}, "do not fit the denoiser"),
     ],
 )
-def test_arguments_that_do_not_fit_are_a_sentence(options: dict[str, Any], says: str) -> None:
+def test_arguments_that_do_not_fit_raise(options: dict[str, Any], message: str) -> None:
     _, ours = pair(False)
     files = [tiny_ip.nested(tiny_ip.tensors(kind, ours.unet)) for kind in ("linear", "plus")]
     ours.load_ip_adapter(files, image_encoder_folder=None)
     masks, scale = options.pop("masks", None), options.pop("scale", None)
     if masks is not None:
         options["cross_attention_kwargs"] = {"ip_adapter_masks": masks}
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         if scale is not None:
             ours.set_ip_adapter_scale(scale)
         draw(ours, **options)

@@ -1,4 +1,4 @@
-"""Standard files in and out: the pictures are diffusers' own, nothing is lost, and what does not fit is a sentence."""
+"""Import and export of standard files: predictions equal diffusers', nothing is lost, and misfits raise a sentence."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def base(xl: bool) -> Any:
 
 
 def inputs(unet: Any, rows: int = 2) -> dict[str, Any]:
-    """Latents, time and text for one call, without cross_attention_kwargs."""
+    """Return latents, time and text for one call, without cross_attention_kwargs."""
     random = torch.Generator().manual_seed(11)
     call: dict[str, Any] = {
         "sample": torch.randn(rows, 4, 8, 8, generator=random),
@@ -57,7 +57,7 @@ def features(kind: str, images: int, rows: int = 2, length: int = 5) -> Tensor:
 
 @torch.no_grad()
 def theirs(unet: Any, files: list[Flat], seen: list[Tensor], low: bool, extra: dict[str, Any] | None = None) -> Tensor:
-    """What diffusers' own IP-Adapter predicts, on a copy of the base."""
+    """Return the prediction of diffusers' own IP-Adapter on a copy of the base."""
     unet = copy.deepcopy(unet)
     unet._load_ip_adapter_weights([tiny_ip.nested(file) for file in files], low_cpu_mem_usage=low)
     call = inputs(unet)
@@ -82,7 +82,7 @@ def near(one: Tensor, other: Tensor) -> bool:
 
 
 def trained(unet: Any, kind: Any, lora_rank: int = 0) -> Adapter:
-    """An adapter as training might leave it: gates and LoRA are open, no two layers alike."""
+    """Return an adapter like a trained one: gates and LoRA are nonzero and differ between layers."""
     spec = BranchSpec(
         "vision", unet.config.cross_attention_dim, projection=kind, absent="zeros",
         input_width=tiny_ip.POOLED if kind == "linear" else tiny_ip.TOKENS,
@@ -95,12 +95,12 @@ def trained(unet: Any, kind: Any, lora_rank: int = 0) -> Adapter:
     return adapter.eval()
 
 
-# --- in ---------------------------------------------------------------------------------------------------------------
+# --- import -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low", [True, False])
 @pytest.mark.parametrize("kind", tiny_ip.KINDS)
-def test_a_file_predicts_what_it_predicts_in_diffusers(base: Any, kind: str, low: bool, tmp_path: Path) -> None:
+def test_an_imported_file_predicts_the_same_as_in_diffusers(base: Any, kind: str, low: bool, tmp_path: Path) -> None:
     file = tiny_ip.tensors(kind, base)
     save_file(file, tmp_path / "ip.safetensors")
     adapter, report = import_adapter(read_ip_adapter(tmp_path, weight_name="ip.safetensors"), base)
@@ -114,7 +114,7 @@ def test_a_file_predicts_what_it_predicts_in_diffusers(base: Any, kind: str, low
     json.dumps(report.as_dict())
 
 
-def test_an_imported_branch_is_a_start_for_training(base: Any, tmp_path: Path) -> None:
+def test_an_imported_branch_can_be_trained(base: Any, tmp_path: Path) -> None:
     adapter, _ = import_adapter(read_ip_adapter(tiny_ip.tensors("plus", base)), base)
     adapter.save(tmp_path, adapter.metadata)
     again = Adapter.load(tmp_path, base)
@@ -131,7 +131,7 @@ def test_an_imported_branch_is_a_start_for_training(base: Any, tmp_path: Path) -
     assert all(parameter.requires_grad for parameter in again.parameters())
 
 
-def test_pickles_are_read_without_running_what_is_in_them(base: Any, tmp_path: Path) -> None:
+def test_pickles_are_read_without_running_their_code(base: Any, tmp_path: Path) -> None:
     file = tiny_ip.tensors("full", base)
     torch.save(tiny_ip.nested(file), tmp_path / "ip.bin")
     read = read_ip_adapter(tmp_path / "ip.bin")
@@ -144,7 +144,7 @@ def test_pickles_are_read_without_running_what_is_in_them(base: Any, tmp_path: P
     torch.save({**tiny_ip.nested(file), "trap": Trap()}, tmp_path / "trap.bin")
     (tmp_path / "cut.bin").write_bytes((tmp_path / "ip.bin").read_bytes()[:1000])
     for name in ("trap.bin", "cut.bin"):
-        with pytest.raises(WeightsError, match="pickle that holds more than tensors"):
+        with pytest.raises(WeightsError, match="pickle that is truncated or holds more than tensors"):
             read_ip_adapter(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
@@ -184,28 +184,28 @@ def other_shape(file: Flat) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "says"),
+    ("kind", "change", "message"),
     [
-        ("plus", deeper, "of 5 layers, but diffusers computes exactly 4"),
-        ("plus", narrow_heads, "heads of another width than 64"),
-        ("linear", eight_tokens, "makes 8 tokens of a picture"),
+        ("plus", deeper, "of 5 layers, but diffusers supports exactly 4"),
+        ("plus", narrow_heads, "whose heads are not 64 wide"),
+        ("linear", eight_tokens, "makes 8 tokens per picture"),
         ("full", renumbered, "as Flux files do"),
         ("full", other_shape, "ip_adapter.3.to_v_ip.weight of shape"),
         ("full", without("image_proj.proj.3.bias"), "lacks image_proj.proj.3.bias"),
         ("plus", without("ip_adapter.5.to_k_ip.weight"), "lacks ip_adapter.5.to_k_ip.weight"),
         ("plus", lambda file: file.update({"image_proj.extra": torch.zeros(1)}), "unknown image_proj.extra, which"),
-        ("full", lambda file: file.update({"ip_adapter.1.to_q_lora.down.weight": torch.zeros(1)}), "LoRA among"),
-        ("full", lambda file: file.update({"more": torch.zeros(1)}), "holds more beside image_proj"),
+        ("full", lambda file: file.update({"ip_adapter.1.to_q_lora.down.weight": torch.zeros(1)}), "contains LoRA in"),
+        ("full", lambda file: file.update({"more": torch.zeros(1)}), "holds more besides image_proj"),
         ("linear", lambda file: file.update({"ip_adapter.0.to_q_lora.up.weight": torch.zeros(1)}), "is a FaceID file"),
         ("full", lambda file: [file.pop(name) for name in list(file) if "image_proj" in name], "no tensors named"),
     ],
 )  # fmt: skip
-def test_what_diffusers_would_drop_or_misread_is_a_sentence(
-    kind: str, change: Callable[[Flat], Any], says: str
+def test_what_diffusers_would_drop_or_misread_raises_one_sentence(
+    kind: str, change: Callable[[Flat], Any], message: str
 ) -> None:
     file = tiny_ip.tensors(kind, tiny_ip.unet())
     change(file)
-    with pytest.raises(WeightsError, match=says) as caught:
+    with pytest.raises(WeightsError, match=message) as caught:
         read_ip_adapter(file)
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
@@ -217,13 +217,13 @@ def test_what_diffusers_would_drop_or_misread_is_a_sentence(
         {"perceiver_resampler.proj_in.weight": (8, 8), "norm.weight": (16,)},
     ],
 )
-def test_face_recognisers_are_refused(names: dict[str, tuple[int, ...]]) -> None:
+def test_face_id_files_raise(names: dict[str, tuple[int, ...]]) -> None:
     file = {f"image_proj.{name}": torch.zeros(shape) for name, shape in names.items()}
     with pytest.raises(WeightsError, match="FaceID"):
         read_ip_adapter({**file, "ip_adapter.1.to_k_ip.weight": torch.zeros(4, 4)})
 
 
-def test_another_base_is_a_sentence(tmp_path: Path) -> None:
+def test_another_base_raises(tmp_path: Path) -> None:
     small, large = tiny_ip.unet(), tiny_ip.unet(xl=True)
     file = tiny_ip.tensors("linear", small)
     with pytest.raises(WeightsError, match=r"\(7 layers that read text of width 16\), but this denoiser has 10 layers"):
@@ -247,34 +247,34 @@ def test_another_base_is_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "tokens", "pooled", "says"),
+    ("kind", "width", "tokens", "pooled", "message"),
     [
         ("plus", 1280, 1664, 1280, r"of width 1280 \(OpenCLIP ViT-H/14\), .* are 1664 wide \(OpenCLIP ViT-bigG/14\)"),
         ("linear", 1024, 1664, 1280, r"pooled embeddings of width 1024 \(OpenCLIP ViT-H/14\), .* 1280 .*bigG"),
         ("full", 1664, 1024, 768, r"bigG/14\), .* are 1024 wide \(CLIP ViT-L/14\)"),
     ],
 )
-def test_another_encoder_is_a_sentence(kind: str, width: int, tokens: int, pooled: int, says: str) -> None:
+def test_another_encoder_raises(kind: str, width: int, tokens: int, pooled: int, message: str) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     with torch.device("meta"):
         config = CLIPVisionConfig(hidden_size=tokens, projection_dim=pooled, num_hidden_layers=1, num_attention_heads=8)
         other = CLIPVisionModelWithProjection(config)
     layout = Layout(kind, 16, width, 2048, 1280, 1280, 2048, (), "")
-    with pytest.raises(WeightsError, match=says):
+    with pytest.raises(WeightsError, match=message):
         check_encoder(layout, other)
 
 
-def test_files_that_are_not_to_be_had_are_a_sentence(tmp_path: Path) -> None:
+def test_unavailable_files_raise(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
-    for arguments, says in (
+    for arguments, message in (
         (("nobody/nothing", "models", "ip.safetensors"), "models/ip.safetensors of the hub .* pass the local folder"),
-        (("nobody/nothing", "models"), "say which of its files"),
+        (("nobody/nothing", "models"), "choose one of its files"),
         ((tmp_path / "no.safetensors",), "no file or folder"),
         ((tmp_path, "models", "ip.safetensors"), "no file ip.safetensors"),
         ((tmp_path, "models"), "holds no weights file"),
     ):
-        with pytest.raises(WeightsError, match=says):
+        with pytest.raises(WeightsError, match=message):
             read_ip_adapter(*arguments)
     (tmp_path / "models" / "x.safetensors").write_bytes(b"cut")
     with pytest.raises(WeightsError, match="not a complete safetensors file"):
@@ -308,13 +308,13 @@ def test_production_bases_are_numbered_as_published() -> None:
         assert len(report.used) == 2 * layers + 51
         for number, place in places.items():
             assert report.used[f"ip_adapter.{number}.to_k_ip.weight"].startswith(place)
-    assert report.parameters == 423_748_864  # of ip-adapter-plus_sdxl_vit-h
+    assert report.parameters == 423_748_864  # the size of ip-adapter-plus_sdxl_vit-h
 
 
-# --- out --------------------------------------------------------------------------------------------------------------
+# --- export -----------------------------------------------------------------------------------------------------------
 
 
-def test_tensors_are_named_and_shaped_as_the_projections_are() -> None:
+def test_projection_shapes_match_the_projections() -> None:
     for kind in get_args(Kind):
         spec = BranchSpec("v", 16, projection=kind, input_width=10, tokens=4, inner_width=64, attention_width=128)
         projection = spec.build_projection()
@@ -326,7 +326,7 @@ def test_tensors_are_named_and_shaped_as_the_projections_are() -> None:
 
 @pytest.mark.parametrize("kind", tiny_ip.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_came_in_goes_out_bit_for_bit(base: Any, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_import_then_export_is_bit_identical(base: Any, kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     file = {name: each.to(dtype) for name, each in tiny_ip.tensors(kind, base).items()}
     adapter, _ = import_adapter(read_ip_adapter(file), base)
     export_adapter(adapter, base, tmp_path / "ip.safetensors")
@@ -351,7 +351,7 @@ def test_a_trained_branch_predicts_the_same_in_diffusers(base: Any, kind: str, l
     assert near(ours(base, again, seen), expected)
 
 
-def test_lora_goes_out_as_a_file_of_its_own(xl: bool, tmp_path: Path) -> None:
+def test_lora_is_exported_to_separate_files(xl: bool, tmp_path: Path) -> None:
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     parts = tiny_ip.components(xl)
@@ -367,7 +367,7 @@ def test_lora_goes_out_as_a_file_of_its_own(xl: bool, tmp_path: Path) -> None:
         for target in adapter.lora_targets
         for part in ("lora_down.weight", "lora_up.weight", "alpha")
     }
-    for name in (report.lora.name, KOHYA_FILE):  # peft's names, and those that ComfyUI reads
+    for name in (report.lora.name, KOHYA_FILE):  # peft's tensor names, and the names that ComfyUI reads
         pipe: Any = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline)(
             **{**parts, "unet": copy.deepcopy(unet)}
         )
@@ -379,7 +379,7 @@ def test_lora_goes_out_as_a_file_of_its_own(xl: bool, tmp_path: Path) -> None:
             assert near(pipe.unet(**call, added_cond_kwargs=added, return_dict=False)[0], expected)
 
 
-def test_what_the_standard_cannot_carry_is_listed(base: Any, tmp_path: Path) -> None:
+def test_what_the_standard_format_cannot_hold_is_listed(base: Any, tmp_path: Path) -> None:
     width = base.config.cross_attention_dim
     specs = [
         BranchSpec("vision", width, scale=0.7, projection="full", input_width=tiny_ip.TOKENS),
@@ -391,23 +391,28 @@ def test_what_the_standard_cannot_carry_is_listed(base: Any, tmp_path: Path) -> 
     adapter = Adapter(base, specs, lora_rank=1)
     adapter.metadata = {"licence": "cc0-1.0"}
     report = export_adapter(adapter, base, tmp_path / "ip.safetensors", metadata={"title": "mine"})
-    told = " ".join(report.not_carried)
+    notes = " ".join(report.not_carried)
     for part in (
         "'t5'",
-        "LoRA lies beside",
+        "LoRA is in separate files",
         "set_ip_adapter_scale(0.7)",
-        "off where nobody",
+        "off in rows without a person",
         "image encoder",
         "Masks",
     ):
-        assert part in told
-    assert "none of the well-known ones" in told
+        assert part in notes
+    assert "not a well-known one" in notes
     with safe_open(report.file, framework="pt") as opened:
         metadata = opened.metadata()
     assert metadata["licence"] == "cc0-1.0" and metadata["variant"] == "full" and metadata["title"] == "mine"
     json.dumps(report.as_dict())
-    for name, says in (("none", "no branch"), ("bare", "no projection"), ("joined", "softmax"), ("eight", "8 tokens")):
-        with pytest.raises(WeightsError, match=says):
+    for name, message in (
+        ("none", "no branch"),
+        ("bare", "no projection"),
+        ("joined", "softmax"),
+        ("eight", "8 tokens"),
+    ):
+        with pytest.raises(WeightsError, match=message):
             export_adapter(adapter, base, tmp_path / "x.safetensors", name=name)
     with pytest.raises(WeightsError, match="another denoiser"):
         export_adapter(adapter, tiny.denoiser(), tmp_path / "x.safetensors")
@@ -422,11 +427,11 @@ def portrait(tmp_path: Path) -> tuple[Any, ExportReport]:
     return pipe, export_adapter(pipe.adapter, pipe.unet, tmp_path / "ip.safetensors", pipe.image_encoder)
 
 
-def test_the_portrait_worlds_adapter_goes_out_with_its_encoder(tmp_path: Path) -> None:
+def test_the_portrait_worlds_adapter_is_exported_with_its_encoder(tmp_path: Path) -> None:
     from transformers import CLIPVisionModelWithProjection
 
     pipe, report = portrait(tmp_path)
-    assert report.encoder is not None and "none of the well-known ones" in " ".join(report.not_carried)
+    assert report.encoder is not None and "not a well-known one" in " ".join(report.not_carried)
     encoder = CLIPVisionModelWithProjection.from_pretrained(report.encoder, local_files_only=True).eval()
     crops = torch.rand(2, 3, tiny.CROP, tiny.CROP)
     with torch.no_grad():
@@ -436,7 +441,7 @@ def test_the_portrait_worlds_adapter_goes_out_with_its_encoder(tmp_path: Path) -
     bare_unet = tiny.pipeline(with_adapter=False).unet
     pipe.text_adapter.detach(pipe.unet)
     pipe.unload_adapter()
-    low_rank = tiny.identity_adapter(bare_unet)  # only to see that LoRA lies beside
+    low_rank = tiny.identity_adapter(bare_unet)  # only for the names of the exported LoRA tensors
     assert report.lora is not None and set(load_file(report.lora)) == {
         f"unet.{name}" for name in low_rank.state_dict() if ".lora_" in name
     }
@@ -465,7 +470,7 @@ def pipe_adapter_without_lora(pipe: Any) -> Adapter:
     return adapter
 
 
-def test_what_comfyui_will_not_load_is_said() -> None:
+def test_what_comfyui_cannot_load_is_reported() -> None:
     def layout(kind: str, width: int, **sizes: int) -> Layout:
         shapes = projection_shapes(
             kind, sizes.get("tokens", 16), 1280, width, sizes.get("inner", 1280), sizes.get("heads", 20) * 64

@@ -1,4 +1,4 @@
-"""Windows and blocks: what leaves a picture bit for bit as it is, what each does, and what is refused."""
+"""Identity windows and blocks: what leaves a picture unchanged bit for bit, their effects, and invalid values."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def pipe() -> ImaginePipeline:
 
 @pytest.fixture(scope="module")
 def sdxl() -> Any:
-    """A random UNet with SDXL's blocks, narrow and with fewer layers in each."""
+    """Return a random UNet with SDXL's block types, but narrower and with fewer layers."""
     return UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16, 16), norm_num_groups=4, layers_per_block=2, cross_attention_dim=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -60,16 +60,16 @@ def test_an_open_window_changes_nothing_and_a_closed_one_leaves_the_base(pipe: I
         assert torch.equal(draw(pipe, identity_window=closed), base(pipe))
 
 
-def test_each_half_of_the_window_does_its_part(pipe: ImaginePipeline) -> None:
+def test_each_half_of_the_steps_has_an_effect(pipe: ImaginePipeline) -> None:
     early, late = (draw(pipe, identity_window=window) for window in ((0, 0.5), (0.5, 1)))
     pictures = [draw(pipe), base(pipe), early, late]
     assert all((one - other).abs().max() > 1e-4 for place, one in enumerate(pictures) for other in pictures[:place])
 
 
-def test_steps_are_counted_by_what_is_done_when_they_begin() -> None:
+def test_a_step_counts_by_the_fraction_done_when_it_begins() -> None:
     assert Window(0, 0.5).steps(4) == [True, True, False, False]
     assert Window(0.5, 1).steps(4) == [False, False, True, True]
-    assert Window(0, 0.8).steps(20) == [True] * 16 + [False] * 4  # shares of decimals meet exactly
+    assert Window(0, 0.8).steps(20) == [True] * 16 + [False] * 4  # decimal fractions compare exactly
     assert Window(0.1, 0.2).steps(4) == [False] * 4
 
 
@@ -85,11 +85,11 @@ def test_a_callback_and_the_window_multiply(pipe: ImaginePipeline) -> None:
     assert torch.equal(switched, draw(pipe, identity_window=(0, 0.5)))
     assert seen == [1.0, 0.0]
     assert torch.equal(draw(pipe, identity_window=(0.5, 1), **options), base(pipe))
-    assert seen[2:] == [1.0, 0.0]  # the callback sees the strength itself, whether or not the window is open
+    assert seen[2:] == [1.0, 0.0]  # the callback receives the strength regardless of the window
 
 
 @pytest.mark.parametrize("window", [(0.8, 0.2), (-0.1, 1), (0, 1.5), (0,), 0.5, "0:1", (0, float("nan")), (0, "1")])
-def test_windows_that_are_none_are_refused(window: Any) -> None:
+def test_invalid_windows_raise(window: Any) -> None:
     with pytest.raises(ConfigError, match="identity_window"):
         Window.read(window)
 
@@ -139,7 +139,7 @@ def test_the_lora_of_a_block_follows_its_branch(pipe: ImaginePipeline) -> None:
         {"up": {"block_0": [0.1, 0.2, 0.3], "block_1": [0.4]}, "mid": [0.7]},
     ],
 )
-def test_the_mapping_means_what_it_means_to_diffusers(sdxl: Any, given: dict[str, Any]) -> None:
+def test_the_mapping_has_the_same_meaning_as_in_diffusers(sdxl: Any, given: dict[str, Any]) -> None:
     theirs = _maybe_expand_lora_scales(sdxl, [given], default_scale=0.0)[0]
     mine = block_factors(sdxl, given) or {}
     for layer in attention_layers(sdxl):
@@ -147,7 +147,7 @@ def test_the_mapping_means_what_it_means_to_diffusers(sdxl: Any, given: dict[str
         assert mine.get(layer, 0.0) == theirs[block]
 
 
-def test_instant_style_is_for_sdxl_alone(sdxl: Any, pipe: ImaginePipeline) -> None:
+def test_instant_style_presets_exist_for_sdxl_only(sdxl: Any, pipe: ImaginePipeline) -> None:
     known = presets(sdxl)
     assert known["style"] == ("up_blocks.0.attentions.1",) and known["layout"] == ("down_blocks.2.attentions.1",)
     style = block_factors(sdxl, "style")
@@ -157,17 +157,17 @@ def test_instant_style_is_for_sdxl_alone(sdxl: Any, pipe: ImaginePipeline) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "message"),
     [
         ("nonsense", "no identity_blocks 'nonsense': choose all, coarse"),
-        ({"sideways": 1.0}, "'sideways', where this denoiser does not attend: choose down, up or mid"),
-        ({"down": {"block_7": 1.0}}, "'block_7', where this denoiser does not attend: choose block_0 or block_1"),
+        ({"sideways": 1.0}, "'sideways', but this denoiser has no attention there: choose down, up or mid"),
+        ({"down": {"block_7": 1.0}}, "'block_7', but this denoiser has no attention there: choose block_0 or block_1"),
         ({"up": {"block_0": [1, 2, 3, 4]}}, "4 strengths for 2 attention blocks"),
-        ({"mid": "much"}, "'much' must be a number"),
+        ({"mid": "much"}, "'much' must be a finite number"),
     ],
 )
-def test_blocks_that_are_none_are_refused(pipe: ImaginePipeline, given: Any, says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_invalid_blocks_raise(pipe: ImaginePipeline, given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         draw(pipe, identity_blocks=given)
 
 
@@ -176,7 +176,9 @@ def test_both_guidance_vectors_are_brought_to_the_smaller_norm() -> None:
     text, identity = torch.randn(3, 4, 2, 2), 5 * torch.randn(3, 4, 2, 2)
     identity[2] = 0
     one, other = balance(text, identity, torch.tensor([True, False, True]))
-    assert torch.equal(one[1:], text[1:]) and torch.equal(other[1:], identity[1:])  # not asked for; nothing to balance
+    assert torch.equal(one[1:], text[1:]) and torch.equal(
+        other[1:], identity[1:]
+    )  # balancing is off in row 1, and row 2 has a zero vector
     assert torch.allclose(one[0].norm(), other[0].norm()) and torch.equal(one[0], text[0])
     cosine = torch.nn.functional.cosine_similarity(other[0].flatten(), identity[0].flatten(), 0)
     assert torch.allclose(cosine, torch.tensor(1.0))
@@ -193,7 +195,7 @@ def test_balanced_guidance_is_guidance_with_balanced_vectors() -> None:
     )
 
 
-def test_balance_leaves_pictures_without_people_and_calls_without_guidance(pipe: ImaginePipeline) -> None:
+def test_balance_does_not_change_pictures_without_people_or_without_guidance(pipe: ImaginePipeline) -> None:
     balanced = draw(pipe, guidance_scale=3.0, guidance_balance=True)
     assert (balanced - draw(pipe, guidance_scale=3.0, identity_guidance_scale=3.001)).abs().max() > 1e-3
     assert torch.equal(draw(pipe, guidance_scale=1.0, guidance_balance=True), draw(pipe, guidance_scale=1.0))
@@ -207,7 +209,7 @@ def test_balance_leaves_pictures_without_people_and_calls_without_guidance(pipe:
 
 # --- the same on stock pipelines --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("xl", [False, True], ids=["sd15", "sdxl"])
-def test_stock_pipelines_have_windows_and_blocks_too(xl: bool) -> None:
+def test_stock_pipelines_also_have_windows_and_blocks(xl: bool) -> None:
     stock = tiny_stock.stock(xl)
     alone = draw(stock, reference=NOBODY)
     known = tiny_stock.personal(stock)
@@ -233,23 +235,23 @@ def test_stock_pipelines_have_windows_and_blocks_too(xl: bool) -> None:
     assert torch.equal(draw(known, identity_blocks="up"), draw(known, identity_scale=block_factors(known.unet, "up")))
 
 
-# --- what each does on the shipped weights (docs/controls.md has more people) -----------------------------------------
+# --- effects with the shipped weights (docs/controls.md uses more people) ---------------------------------------------
 PEOPLE = 3
 
 
 class Studio:
-    """The shipped pipeline and judge, with people whom nothing was trained on."""
+    """The shipped pipeline and judge, with held-out people."""
 
     def __init__(self, count: int) -> None:
         self.pipe = ImaginePipeline.from_pretrained()
         self.pipe.set_progress_bar_config(disable=True)
         self.judge = Judge.from_pretrained()
-        self.cases = make_cases(PORTRAITS[:1], count, seed=5, gallery=count)  # laughing
+        self.cases = make_cases(PORTRAITS[:1], count, seed=5, gallery=count)  # the prompt asks for a laugh
         photos = render(self.cases.people[:count], self.cases.references).images
         self.people = [self.pipe.enroll([to_pil(photo)], on_no_face="whole") for photo in photos]
 
-    def meet(self, number: int) -> Cases:
-        """The people, asked for one of the suite's sentences."""
+    def cases_for(self, number: int) -> Cases:
+        """Return the cases of all people with one of the suite's prompts."""
         return make_cases(PORTRAITS[number : number + 1], len(self.people), seed=5, gallery=len(self.people))
 
     def draw(self, cases: Cases, **options: Any) -> Any:
@@ -259,7 +261,7 @@ class Studio:
         return self.pipe([cases.prompt(0).text] * count, reference=self.people, generator=generators, **call)
 
     def likeness(self, cases: Cases, real: JudgedReal, pictures: torch.Tensor) -> float:
-        """The mean similarity to another picture of each person."""
+        """Return the mean similarity to another picture of each person."""
         seen = judge_pictures(self.judge, len(cases), lambda start, stop: (pictures[start:stop], None))
         return float(score(cases, seen, real)["sim_gt"].mean())
 
@@ -277,12 +279,12 @@ def test_likeness_follows_from_the_first_steps_and_the_fine_blocks(studio: Studi
 
     plain, early, late = likeness(), likeness(identity_window=(0, 0.5)), likeness(identity_window=(0.5, 1))
     coarse, fine = (likeness(identity_blocks=name) for name in ("coarse", "fine"))
-    assert plain > 0.4  # of unknown people about 0
+    assert plain > 0.4  # other people have a similarity of about 0
     assert plain > early > late + 0.1
     assert coarse < fine - 0.05 < plain - 0.05
 
 
-def test_balanced_guidance_pulls_equally_hard_on_the_shipped_weights(studio: Studio) -> None:
+def test_balanced_guidance_equalises_both_norms_with_the_shipped_weights(studio: Studio) -> None:
     start = torch.randn(PEOPLE, 32, 8, 8, generator=tiny.generator(1))
 
     def velocity(**options: Any) -> torch.Tensor:
@@ -293,7 +295,7 @@ def test_balanced_guidance_pulls_equally_hard_on_the_shipped_weights(studio: Stu
     nothing = (3 * sentence - velocity(guidance_scale=3.0, identity_scale=0.0)) / 2
     text, person = sentence - nothing, full - sentence
     norms = [vector.flatten(1).norm(dim=1) for vector in (text, person)]
-    assert ((norms[0] / norms[1]).log().abs() > 0.1).all()  # they are not equal by themselves
+    assert ((norms[0] / norms[1]).log().abs() > 0.1).all()  # the norms differ without balancing
     one, other = balance(text, person, torch.ones(PEOPLE, dtype=torch.bool))
     balanced = velocity(guidance_scale=5.0, identity_guidance_scale=8.0, guidance_balance=True)
     torch.testing.assert_close(balanced, nothing + 5 * one + 8 * other, atol=5e-3, rtol=1e-3)
@@ -301,9 +303,11 @@ def test_balanced_guidance_pulls_equally_hard_on_the_shipped_weights(studio: Stu
     assert ((balanced - nothing).flatten(1).norm(dim=1) < 0.97 * (plain - nothing).flatten(1).norm(dim=1)).all()
 
 
-def test_a_second_pass_makes_small_faces_more_like_the_person() -> None:
-    studio = Studio(12)  # among three people chance would decide
-    cases = studio.meet(next(n for n, prompt in enumerate(PORTRAITS) if prompt.asked.get("framing") == "half body"))
+def test_the_second_pass_increases_similarity_of_small_faces() -> None:
+    studio = Studio(12)  # three people are too few for a significant difference
+    cases = studio.cases_for(
+        next(n for n, prompt in enumerate(PORTRAITS) if prompt.asked.get("framing") == "half body")
+    )
     real = judge_real_pictures(cases, studio.judge)
     plain, refined = (studio.draw(cases, refine_faces=refine) for refine in (False, True))
     assert plain.refined == 0 and refined.refined + len(refined.notes) == 12 and refined.refined >= 10

@@ -1,4 +1,4 @@
-"""The pipeline: what must never change a picture, what must, and every form in which it is called."""
+"""The pipeline: what must not change a picture, what must change it, and all forms of calls."""
 
 import io
 import json
@@ -47,7 +47,7 @@ def draw(
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal up to the last bits of floating point, in which a batch may differ from a single picture."""
+    """Return whether pictures are equal up to floating-point rounding, which differs between batch sizes."""
     return one.shape == other.shape and bool((one - other).abs().max() < 1e-4)
 
 
@@ -126,13 +126,13 @@ def test_unloading_the_adapter_restores_the_base_and_loading_it_the_person() -> 
     assert torch.equal(draw(pipe, reference=tiny.photo(1)), person)
 
 
-def test_an_adapter_of_another_encoder_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_of_another_encoder_raises(tmp_path: Path) -> None:
     tiny.pipeline(seed=1).save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="trained with the vision encoder"):
         tiny.pipeline().load_adapter(tmp_path / "adapter")
 
 
-def test_processors_that_somebody_replaced_are_noticed() -> None:
+def test_replaced_attention_processors_raise() -> None:
     pipe = tiny.pipeline()
     pipe.unet.set_attn_processor(AttnProcessor2_0())
     with pytest.raises(WeightsError, match="not attached"):
@@ -167,7 +167,7 @@ def test_components_given_by_name_replace_those_in_the_folder(pipe: ImaginePipel
 
 
 # --- batches and threads ----------------------------------------------------------------------------------------------
-def test_two_people_in_one_batch_come_out_as_one_by_one(pipe: ImaginePipeline) -> None:
+def test_two_people_in_one_batch_equal_single_calls(pipe: ImaginePipeline) -> None:
     prompts, references = [PROMPT, OTHER, PROMPT], [tiny.photo(1), tiny.photo(2), None]
     generators = [tiny.generator(seed) for seed in (1, 2, 3)]
     together = draw(pipe, prompts, references, generator=generators)
@@ -175,15 +175,15 @@ def test_two_people_in_one_batch_come_out_as_one_by_one(pipe: ImaginePipeline) -
         assert same(together[row : row + 1], draw(pipe, prompt, reference, seed=row + 1))
 
 
-def test_a_batch_gives_the_same_eight_bit_pictures_as_one_by_one(pipe: ImaginePipeline) -> None:
-    references = [pipe.enroll(tiny.photo(1)), pipe.enroll([tiny.photo(2), tiny.photo(3)])]  # of unequal length
+def test_a_batch_gives_the_same_eight_bit_pictures_as_single_calls(pipe: ImaginePipeline) -> None:
+    references = [pipe.enroll(tiny.photo(1)), pipe.enroll([tiny.photo(2), tiny.photo(3)])]  # of different lengths
     together = pipe([PROMPT, OTHER], reference=references, generator=[tiny.generator(1), tiny.generator(2)]).images
     for row, (prompt, reference) in enumerate(zip([PROMPT, OTHER], references, strict=True)):
         alone = pipe(prompt, reference=reference, generator=tiny.generator(row + 1)).images[0]
         assert np.abs(eight_bit(together[row]) - eight_bit(alone)).max() <= 1
 
 
-def test_threads_that_draw_at_once_give_the_same_pictures_as_one_by_one(pipe: ImaginePipeline) -> None:
+def test_concurrent_threads_give_the_same_pictures_as_single_calls(pipe: ImaginePipeline) -> None:
     jobs: list[dict[str, Any]] = [
         {"prompt": PROMPT, "reference": tiny.photo(1), "seed": 1, "guidance_scale": 3.0},
         {"prompt": OTHER, "reference": tiny.photo(2), "seed": 2, "guidance_scale": 1.0, "num_inference_steps": 5},
@@ -208,7 +208,7 @@ def test_threads_that_draw_at_once_give_the_same_pictures_as_one_by_one(pipe: Im
         assert other is not None and torch.equal(one, other)
 
 
-# Small faces, so that the second pass, which these weights make by default, has something to redraw.
+# The prompts give small faces, so that the second pass, which is on by default with these weights, redraws some.
 SHIPPED = """
 import json, threading, torch
 from imagine import ImaginePipeline
@@ -237,15 +237,15 @@ print(json.dumps({"refined": [out.refined for out in alone], "same": same,
 """
 
 
-def test_the_shipped_weights_draw_the_same_again_and_in_two_threads_with_all_cores() -> None:
-    """In a process of its own, since the tests share one core; what a core sums must not depend on who is faster."""
+def test_the_shipped_weights_are_deterministic_with_several_threads_and_cores() -> None:
+    """Sums must not depend on the timing of cores; runs in a separate process, because the tests use one thread."""
     setting = {**os.environ, "HF_HUB_OFFLINE": "1"}
     root = ROOT
     ran = subprocess.run([sys.executable, "-c", SHIPPED], cwd=root, env=setting, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    told = json.loads(ran.stdout)
-    assert min(told["refined"]) > 0 and told["differ"]
-    assert told["same"] == [[True], [True, True]]
+    printed = json.loads(ran.stdout)
+    assert min(printed["refined"]) > 0 and printed["differ"]
+    assert printed["same"] == [[True], [True, True]]
 
 
 def test_several_images_per_prompt_draw_from_the_generator_in_turn(pipe: ImaginePipeline) -> None:
@@ -271,7 +271,7 @@ def test_names_in_the_sentence_bind_references(pipe: ImaginePipeline) -> None:
     )
 
 
-def test_faces_say_who_was_seen(pipe: ImaginePipeline, tmp_path: Path) -> None:
+def test_faces_lists_the_faces_used(pipe: ImaginePipeline, tmp_path: Path) -> None:
     tiny.photo(1).save(tmp_path / "ann.png")
     out = pipe(TWO_PEOPLE, reference={"ann": tmp_path / "ann.png", "bob": [tiny.photo(2), tiny.photo(3)]})
     assert [face.reference for face in out.faces] == [f"ann: {tmp_path / 'ann.png'}", "bob: photo 1", "bob: photo 2"]
@@ -377,7 +377,7 @@ def test_output_types(pipe: ImaginePipeline) -> None:
     assert isinstance(images[0], Image.Image) and len(faces) == 1
 
 
-def test_given_latents_stand_for_the_noise(pipe: ImaginePipeline) -> None:
+def test_given_latents_replace_the_noise(pipe: ImaginePipeline) -> None:
     noise = torch.randn((4, 4, 4), generator=tiny.generator(7))[None]
     assert torch.equal(pipe(PROMPT, latents=noise, output_type="pt").images, draw(pipe))
 
@@ -436,14 +436,14 @@ def test_model_offload_gives_the_same_picture() -> None:
 
 
 def calls_of(module: Any) -> list[int]:
-    """A list that grows by the batch size whenever the module runs."""
+    """Return a list to which every run of the module appends its batch size."""
     rows: list[int] = []
     module.register_forward_hook(lambda _module, inputs, keywords, _out: rows.append(
         len(inputs[0] if inputs else next(iter(keywords.values())))), with_kwargs=True)  # fmt: skip
     return rows
 
 
-def test_what_does_not_change_is_encoded_once(tmp_path: Path) -> None:
+def test_unchanged_inputs_are_encoded_once(tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     seen, read = calls_of(pipe.image_encoder), calls_of(pipe.text_encoder)
     tiny.photo(1).save(tmp_path / "me.png")
@@ -451,11 +451,11 @@ def test_what_does_not_change_is_encoded_once(tmp_path: Path) -> None:
     assert len(seen) == 1
     for reference in (tmp_path / "me.safetensors", tmp_path / "me.png", Persona.load(tmp_path / "me.safetensors")):
         draw(pipe, [PROMPT, OTHER, PROMPT], [reference] * 3, generator=[tiny.generator(n) for n in range(3)])
-    assert len(seen) == 1  # a file is looked at once, whoever asks for it
-    assert read == [2, 1] * 3  # each sentence once, the negative ones as one, and nothing between steps
+    assert len(seen) == 1  # a file is encoded once, however often it is used
+    assert read == [2, 1] * 3  # each distinct prompt once, one negative prompt, and nothing per step
 
 
-def test_pictures_come_out_the_same_when_the_encoders_are_gone() -> None:
+def test_pictures_are_the_same_after_free_encoders() -> None:
     pipe = tiny.pipeline()
     wanted, persona = draw(pipe, reference=tiny.photo(1)), pipe.enroll(tiny.photo(1))
     embeds: dict[str, Any] = {
@@ -473,7 +473,7 @@ def test_pictures_come_out_the_same_when_the_encoders_are_gone() -> None:
 def test_a_wrapper_of_torch_compile_keeps_the_adapters() -> None:
     pipe = tiny.pipeline()
     base, wanted = draw(pipe), draw(pipe, reference=tiny.photo(1))
-    pipe.unet = torch.compile(pipe.unet, disable=True)  # the wrapper and its paths, without the compiler's time
+    pipe.unet = torch.compile(pipe.unet, disable=True)  # tests the wrapper and its parameter names without compiling
     assert torch.equal(draw(pipe, reference=tiny.photo(1)), wanted)
     adapter = pipe.unload_adapter()
     assert adapter is not None and torch.equal(draw(pipe), base)
@@ -481,7 +481,7 @@ def test_a_wrapper_of_torch_compile_keeps_the_adapters() -> None:
     assert torch.equal(draw(pipe, reference=tiny.photo(1)), wanted)
 
 
-def test_a_compiled_denoiser_predicts_the_same_in_one_graph_a_state_of_memory() -> None:
+def test_a_compiled_denoiser_predicts_the_same_with_one_graph_per_cache_state() -> None:
     from torch._dynamo import reset
     from torch._dynamo.utils import counters
 
@@ -503,7 +503,7 @@ def test_a_compiled_denoiser_predicts_the_same_in_one_graph_a_state_of_memory() 
         reset()
         counters.clear()
         unet.compile(backend="eager")
-        for _ in range(2):  # the second picture finds both graphs: that of a first step, and that of later ones
+        for _ in range(2):  # the second picture reuses both graphs: one for the first step, one for later steps
             assert all(same(one, other) for one, other in zip(steps(), wanted, strict=True))
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     reset()
@@ -521,7 +521,7 @@ def test_another_attention_backend_keeps_the_adapters() -> None:
         pipe.load_adapter(adapter)
         assert same(draw(pipe, reference=tiny.photo(1)), wanted)
     finally:
-        pipe.unet.set_attention_backend("native")  # diffusers also remembers the last one for every other model
+        pipe.unet.set_attention_backend("native")  # diffusers also applies the last backend to all other models
 
 
 def test_a_lora_for_the_denoiser_loads_and_unloads(tmp_path: Path) -> None:
@@ -538,13 +538,13 @@ def test_a_lora_for_the_denoiser_loads_and_unloads(tmp_path: Path) -> None:
     pipe.unload_lora_weights()
     after = pipe.unet.state_dict()
     assert after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
-    # Up to the last bits: a layer that the LoRA does not even touch (proj_in) then rounds otherwise on equal numbers.
+    # Equal up to rounding: afterwards even a layer without LoRA (proj_in) rounds differently on the same input.
     assert same(draw(pipe, reference=tiny.photo(1)), before)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("call", "error", "says"),
+    ("call", "error", "message"),
     [
         (lambda pipe: pipe(""), PromptError, "empty"),
         (lambda pipe: pipe(" \n"), PromptError, "empty"),
@@ -578,11 +578,15 @@ def test_a_lora_for_the_denoiser_loads_and_unloads(tmp_path: Path) -> None:
         (lambda pipe: pipe(PROMPT, negative_prompt=["a", 7]), PromptError, "negative prompt must be a sentence"),
         (lambda pipe: pipe(PROMPT, negative_prompt=[]), PromptError, "negative prompt must be a sentence"),
         (lambda pipe: pipe(PROMPT, negative_prompt="\udcff"), PromptError, "negative prompt holds bytes"),
-        (lambda pipe: pipe("a person \udcff"), PromptError, "prompt holds bytes that are no text"),
+        (lambda pipe: pipe("a person \udcff"), PromptError, "prompt holds bytes that are not valid UTF-8"),
         (lambda pipe: pipe([PROMPT, b"smiling"]), PromptError, "sentence"),
         (lambda pipe: pipe.encode_prompt(7), PromptError, "sentence"),
         (lambda pipe: pipe(prompt_embeds=7), PromptError, "what encode_prompt returns, not a int"),
-        (lambda pipe: pipe(PROMPT, negative_prompt_embeds=pipe.encode_prompt(["", "x"])), PromptError, "of 1 prompts"),
+        (
+            lambda pipe: pipe(PROMPT, negative_prompt_embeds=pipe.encode_prompt(["", "x"])),
+            PromptError,
+            "each of the 1 prompts",
+        ),
         (lambda pipe: pipe(PROMPT, sigmas=[]), ConfigError, "sigmas"),
         (lambda pipe: pipe(PROMPT, sigmas="0.5"), ConfigError, "sigmas='0.5'"),
         (lambda pipe: pipe(PROMPT, sigmas=[1.0, None]), ConfigError, "sigmas"),
@@ -597,15 +601,15 @@ def test_a_lora_for_the_denoiser_loads_and_unloads(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_calls_are_refused_in_a_sentence(
-    pipe: ImaginePipeline, call: Callable[[Any], Any], error: type[ImagineError], says: str
+def test_wrong_calls_raise_one_sentence(
+    pipe: ImaginePipeline, call: Callable[[Any], Any], error: type[ImagineError], message: str
 ) -> None:
-    with pytest.raises(error, match=says) as caught:
+    with pytest.raises(error, match=message) as caught:
         call(pipe)
     assert "\n" not in str(caught.value)
 
 
-def test_a_photo_without_a_face_is_refused_or_used_whole() -> None:
+def test_a_photo_without_a_face_raises_or_is_used_whole() -> None:
     pipe = tiny.pipeline()
     pipe.finder = KnownBoxesFinder([])
     with pytest.raises(FaceError, match="No face"):
@@ -614,7 +618,7 @@ def test_a_photo_without_a_face_is_refused_or_used_whole() -> None:
     assert out.faces[0].box is None and out.faces[0].index == -1
 
 
-def test_the_chosen_face_is_the_one_that_counts() -> None:
+def test_the_chosen_face_is_used() -> None:
     pipe = tiny.pipeline()
     small = FaceBox(40.0, 4.0, 16.0, 16.0, 1.0)
     pipe.finder = KnownBoxesFinder([tiny.BOX, small])

@@ -1,4 +1,4 @@
-"""Guidance as passes and sums, and batches of tokens of unequal length."""
+"""Guidance passes and their sums, and batches of tokens of different lengths."""
 
 from typing import Any
 
@@ -46,14 +46,14 @@ def test_joining_pads_the_shorter_and_masks_the_padding() -> None:
     assert join([long, long]).mask is None
 
 
-def test_repeating_keeps_copies_side_by_side() -> None:
+def test_copies_of_an_item_are_adjacent() -> None:
     tokens = Tokens(torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[True], [False]]))
     copied = repeat(tokens, 2)
     assert copied.values.flatten().tolist() == [1, 1, 2, 2] and copied.mask is not None
     assert copied.mask.flatten().tolist() == [True, True, False, False]
 
 
-def test_people_are_off_in_every_pass_without_them() -> None:
+def test_the_identity_scale_is_zero_in_passes_without_people() -> None:
     text = (Tokens(torch.ones(2, 3, 4)), {"t5": Tokens(torch.ones(2, 2, 4))})
     nothing = (Tokens(torch.zeros(2, 3, 4)), {"t5": Tokens(torch.zeros(2, 2, 4))})
     inputs = Inputs(text, nothing, Tokens(torch.ones(2, 5, 4)))
@@ -65,21 +65,21 @@ def test_people_are_off_in_every_pass_without_them() -> None:
     assert "vision" not in inputs.stacked((UNCONDITIONAL, TEXT_ONLY), torch.ones(2))[1].branches
 
 
-class Asked(TorchFunctionMode):
-    """Counts how often the numbers of one tensor are asked for, which waits for the device that holds them."""
+class CountReads(TorchFunctionMode):
+    """Counts how often the values of one tensor are read, which synchronises with its device."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         super().__init__()
         self.tensor, self.count = tensor, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        asks = func in (torch.equal, torch.Tensor.equal, torch.Tensor.any)
-        self.count += asks and any(each is self.tensor for each in args)
+        reads = func in (torch.equal, torch.Tensor.equal, torch.Tensor.any)
+        self.count += reads and any(each is self.tensor for each in args)
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
-def test_strengths_are_looked_at_only_when_they_may_have_changed() -> None:
+def test_strengths_are_read_only_when_they_may_have_changed() -> None:
     pipe = tiny.pipeline()
     text, vision = pipe.encode_prompt(["a person"]), pipe._vision_tokens([[pipe.enroll(tiny.photo(1))]], 1)
     denoiser = GuidedDenoiser(pipe.unet, Inputs(text, text, vision), {})
@@ -89,11 +89,11 @@ def test_strengths_are_looked_at_only_when_they_may_have_changed() -> None:
         return denoiser.velocity(latents, torch.tensor(500.0), strength, Guidance(2.0))
 
     first = velocity()
-    with Asked(strength) as asked:
-        assert torch.equal(velocity(), first) and asked.count == 0
+    with CountReads(strength) as reads:
+        assert torch.equal(velocity(), first) and reads.count == 0
         strength *= 0.5
         weaker = velocity()
-        assert asked.count == 2 and not torch.allclose(weaker, first)
+        assert reads.count == 2 and not torch.allclose(weaker, first)
     strength *= 0
     nobody = GuidedDenoiser(pipe.unet, Inputs(text, text, None), {})
     wanted = nobody.velocity(latents, torch.tensor(500.0), strength, Guidance(2.0))

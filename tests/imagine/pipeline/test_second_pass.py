@@ -1,4 +1,4 @@
-"""The second pass: which faces it takes, what it may change, and what it must not."""
+"""The second pass: which faces it redraws, what it may change, and what it must not change."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def pipe() -> ImaginePipeline:
 
 @pytest.fixture(scope="module")
 def people(pipe: ImaginePipeline) -> list[Any]:
-    """Two personas, enrolled while the finder still looks at photos."""
+    """Return two personas, enrolled while the finder still finds the photos' faces."""
     return [pipe.enroll(tiny.photo(seed)) for seed in (1, 2)]
 
 
@@ -57,19 +57,19 @@ def test_a_small_face_is_redrawn_and_nothing_else_changes(pipe: ImaginePipeline,
     assert changed[torch.hypot(across, down) < 0.6].float().mean() > 0.9
 
 
-def test_a_fresh_adapter_gives_the_bases_picture_whatever_the_default() -> None:
+def test_a_new_adapter_gives_the_bases_picture_with_either_default() -> None:
     fresh = tiny.pipeline(fresh=True)
     fresh.register_to_config(default_refine_faces=True)
     ann, adapter = fresh.enroll(tiny.photo(1)), fresh.adapter
     assert adapter is not None and not adapter.active
     drawn, base = draw(fresh, ann, [SMALL]), draw(fresh, None, [SMALL])
     assert drawn.refined == 0 and torch.equal(drawn.images, base.images)
-    adapter.parts()["lora"][-1].data.fill_(0.1)  # the last is a lora_B
+    adapter.parts()["lora"][-1].data.fill_(0.1)  # the last LoRA parameter is a lora_B
     assert adapter.active
     assert draw(fresh, ann, [SMALL]).refined == 1
 
 
-def test_it_follows_from_the_generator_and_from_the_person(pipe: ImaginePipeline, people: list[Any]) -> None:
+def test_the_result_depends_on_the_generator_and_the_person(pipe: ImaginePipeline, people: list[Any]) -> None:
     first, again = (draw(pipe, people[0], [SMALL], refine_faces=True).images for _ in range(2))
     assert torch.equal(first, again)
     latents = torch.randn(1, 4, 4, 4, generator=tiny.generator(3))
@@ -83,10 +83,12 @@ def test_it_follows_from_the_generator_and_from_the_person(pipe: ImaginePipeline
     draw(pipe, people[0], [SMALL], refine_faces=True, generator=generator)
     plain = tiny.generator(7)
     draw(pipe, people[0], [SMALL], generator=plain)
-    assert torch.equal(generator.get_state(), plain.get_state())  # the next picture is the same either way
+    assert torch.equal(
+        generator.get_state(), plain.get_state()
+    )  # so the next picture does not depend on the second pass
 
 
-def test_weights_say_whether_small_faces_are_refined_where_a_call_does_not(people: list[Any], tmp_path: Path) -> None:
+def test_the_weights_default_applies_if_the_call_gives_none(people: list[Any], tmp_path: Path) -> None:
     pipe = tiny.pipeline()
     plain, refined = (draw(pipe, people[0], [SMALL], refine_faces=refine) for refine in (False, True))
     assert torch.equal(draw(pipe, people[0], [SMALL]).images, plain.images)
@@ -99,21 +101,21 @@ def test_weights_say_whether_small_faces_are_refined_where_a_call_does_not(peopl
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
-def test_large_faces_leave_the_picture_bit_for_bit(pipe: ImaginePipeline, people: list[Any], output_type: str) -> None:
+def test_pictures_with_large_faces_do_not_change(pipe: ImaginePipeline, people: list[Any], output_type: str) -> None:
     plain, refined = (
         draw(pipe, people[0], [LARGE], refine_faces=refine, output_type=output_type) for refine in (False, True)
     )
     assert refined.refined == 0 and np.array_equal(np.asarray(plain.images[0]), np.asarray(refined.images[0]))
 
 
-def test_nobody_is_refined_where_nobody_acts(pipe: ImaginePipeline, people: list[Any]) -> None:
+def test_no_face_is_refined_without_an_active_identity(pipe: ImaginePipeline, people: list[Any]) -> None:
     for options in ({"identity_scale": 0.0}, {"identity_window": (0.0, 0.4)}, {"identity_window": (0, 0)}):
         plain, refined = (draw(pipe, people[0], [SMALL], refine_faces=refine, **options) for refine in (False, True))
         assert refined.refined == 0 and torch.equal(plain.images, refined.images)
     assert draw(pipe, None, [SMALL], refine_faces=True).refined == 0
 
 
-def test_several_people_are_taken_from_left_to_right(pipe: ImaginePipeline, people: list[Any]) -> None:
+def test_several_people_are_assigned_from_left_to_right(pipe: ImaginePipeline, people: list[Any]) -> None:
     both = {"ann": people[0], "bob": people[1]}
     prompt = "{ann} in a red hat, looking to {bob}"
     size = (32, 32)
@@ -124,13 +126,13 @@ def test_several_people_are_taken_from_left_to_right(pipe: ImaginePipeline, peop
     out = draw(pipe, both, [SMALL, OTHER], prompt=prompt, refine_faces=True)
     assert out.refined == 2
     out = draw(pipe, both, [SMALL], prompt=prompt, refine_faces=True)
-    assert out.refined == 0 and out.notes == ["Picture 1: one face was found for 2 people, so that none was refined."]
+    assert out.refined == 0 and out.notes == ["Picture 1: one face was found for 2 people, so no face was refined."]
     assert draw(pipe, people[0], [], refine_faces=True).notes == [
-        "Picture 1: no face was found for one person, so that none was refined."
+        "Picture 1: no face was found for one person, so no face was refined."
     ]
 
 
-def test_no_more_faces_are_redrawn_at_once_than_pictures_were_drawn(pipe: ImaginePipeline, people: list[Any]) -> None:
+def test_the_redraw_batch_is_no_larger_than_the_first_pass(pipe: ImaginePipeline, people: list[Any]) -> None:
     sizes: list[int] = []
     watch = pipe.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     both = {"ann": people[0], "bob": people[1]}
@@ -140,7 +142,7 @@ def test_no_more_faces_are_redrawn_at_once_than_pictures_were_drawn(pipe: Imagin
     assert out.refined == 2 and sizes == [sizes[0]] * (4 + 2 * again)
 
 
-def test_a_batch_is_refined_as_its_pictures_are_alone(pipe: ImaginePipeline, people: list[Any]) -> None:
+def test_a_refined_batch_equals_single_calls(pipe: ImaginePipeline, people: list[Any]) -> None:
     together = draw(
         pipe, [*people, None], [SMALL], prompt=[PROMPT] * 3, refine_faces=True,
         generator=[tiny.generator(seed) for seed in (1, 2, 3)],
@@ -151,7 +153,7 @@ def test_a_batch_is_refined_as_its_pictures_are_alone(pipe: ImaginePipeline, peo
         assert (together.images[row] - alone.images[0]).abs().max() < 1e-4
 
 
-def test_the_pair_of_images_and_faces_stays_a_pair(pipe: ImaginePipeline, people: list[Any]) -> None:
+def test_the_result_tuple_is_images_and_faces(pipe: ImaginePipeline, people: list[Any]) -> None:
     out = draw(pipe, people[0], [SMALL], refine_faces=True)
     images, faces = out.to_tuple()
     assert images is out.images and faces == out.faces == out[1]
@@ -159,7 +161,7 @@ def test_the_pair_of_images_and_faces_stays_a_pair(pipe: ImaginePipeline, people
     assert torch.equal(images, out.images) and len(faces) == 1
 
 
-def test_encoding_and_decoding_normalise_alike() -> None:
+def test_encoding_and_decoding_use_the_same_normalisation() -> None:
     pipe = tiny.pipeline()
     pictures = torch.rand(2, 3, 32, 32)
     latents = pipe.encode_pictures(pictures)
@@ -179,7 +181,7 @@ def test_squares_stay_in_the_picture_and_ellipses_in_their_squares() -> None:
     assert shown.shape == (24, 24) and shown[12, 12] == 1 and shown[0].max() == shown[:, 0].max() == 0
 
 
-def test_noise_of_the_second_pass_is_normal_and_follows_from_the_start() -> None:
+def test_noise_of_the_second_pass_is_normal_and_depends_on_the_start_latents() -> None:
     start = torch.randn(4, 8, 8)
     noise = noise_from_latents(start, (4, 64, 64))
     assert torch.equal(noise, noise_from_latents(start.clone(), (4, 64, 64)))
@@ -187,13 +189,13 @@ def test_noise_of_the_second_pass_is_normal_and_follows_from_the_start() -> None
     assert abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
 
 
-def test_levels_begin_at_the_strength_and_take_its_share_of_the_steps() -> None:
+def test_levels_begin_at_the_strength_and_use_its_fraction_of_the_steps() -> None:
     assert RefineFaces(strength=0.5).levels(8) == [0.5, 0.375, 0.25, 0.125]
     assert RefineFaces(strength=0.6, steps=2).levels(8) == [0.6, 0.3]
     assert RefineFaces(strength=0.1).levels(3) == [0.1]
 
 
-def test_a_window_of_the_whole_way_holds_where_it_is_walked_again() -> None:
+def test_a_window_of_the_full_schedule_applies_to_the_second_pass() -> None:
     for window in (Window(), Window(0.0, 0.5), Window(0.55, 1.0), Window(0.0, 0.4), Window(0.7, 0.75)):
         settings = RefineFaces(strength=0.6, steps=12)
         again = settings.window(window).steps(12)
@@ -201,7 +203,7 @@ def test_a_window_of_the_whole_way_holds_where_it_is_walked_again() -> None:
     assert settings.window(Window(0.0, 0.3)) == Window(0.0, 0.0)
 
 
-def test_a_face_whose_square_is_as_large_as_what_is_drawn_is_not_small() -> None:
+def test_a_face_with_a_square_of_the_drawn_size_is_not_small() -> None:
     pictures, chosen = torch.zeros(1, 3, 64, 64), RefineFaces()
     finder = KnownBoxesFinder([FaceBox(20.0, 20.0, 15.0, 15.0, 1.0)])
     assert [len(find_small_faces(pictures, [1], finder, chosen, side)[0]) for side in (36, 37)] == [0, 1]
@@ -212,7 +214,7 @@ def test_a_face_whose_square_is_as_large_as_what_is_drawn_is_not_small() -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "output_type", "says"),
+    ("given", "output_type", "message"),
     [
         (True, "latent", "needs pictures"),
         ("yes", "pil", "must be True, False or a RefineFaces"),
@@ -221,8 +223,8 @@ def test_a_face_whose_square_is_as_large_as_what_is_drawn_is_not_small() -> None
         (RefineFaces(steps=0), "pil", "RefineFaces.steps=0 must be a whole number"),
     ],
 )
-def test_settings_that_are_none_are_refused(
-    pipe: ImaginePipeline, people: list[Any], given: Any, output_type: str, says: str
+def test_invalid_settings_raise(
+    pipe: ImaginePipeline, people: list[Any], given: Any, output_type: str, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         draw(pipe, people[0], [SMALL], refine_faces=given, output_type=output_type)

@@ -1,4 +1,4 @@
-"""Whatever switches attention: the adapter stays, or a sentence says why not."""
+"""Attention switches keep the adapter or raise an error that gives the reason."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +24,7 @@ def xl(request: Any) -> bool:
 
 @pytest.fixture
 def _own_backend() -> Iterator[None]:
-    """Backends are also global to diffusers; put the default back."""
+    """Restore the default backend, which is global in diffusers."""
     yield
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
 
@@ -43,15 +43,17 @@ def test_another_backend_keeps_the_adapter(xl: bool, backend: str):
 
 
 @pytest.mark.usefixtures("_own_backend")
-def test_padding_is_never_left_to_a_backend_without_masks(monkeypatch: pytest.MonkeyPatch):
-    """The active backend counts too: the environment's, or that of diffusers' own context."""
+def test_padding_never_reaches_a_backend_without_masks(monkeypatch: pytest.MonkeyPatch):
+    """This includes the active backend, set by the environment or by diffusers' context manager."""
     pipe = tiny_stock.personal(tiny_stock.stock())
     plain: Any = dispatch_attention_fn
     seen = []
 
     def watched(*rows: Any, attn_mask: Any, backend: Any) -> Any:
         seen.append((attn_mask is not None, backend))
-        return plain(*rows, attn_mask=attn_mask, backend=AttentionBackendName.NATIVE)  # there is no flash here
+        return plain(
+            *rows, attn_mask=attn_mask, backend=AttentionBackendName.NATIVE
+        )  # flash attention is not installed
 
     monkeypatch.setattr(attention, "dispatch_attention_fn", watched)
     _AttentionBackendRegistry.set_active_backend(AttentionBackendName.FLASH)
@@ -66,14 +68,14 @@ def test_nothing_takes_the_adapter_off_unseen():
 
     pipe = tiny_stock.personal(tiny_stock.stock())
     before = draw(pipe, reference=tiny.photo(1))
-    for refused, says in (
+    for refused, message in (
         (lambda: pipe.enable_attention_slicing(), "slicing"),
         (lambda: pipe.fuse_qkv_projections(), "unet=False"),
         (lambda: pipe.enable_xformers_memory_efficient_attention(), "xformers"),
         (lambda: pipe.set_attention_backend("flash"), "flash"),
         (lambda: pipe.set_attention_backend("no-such"), "no-such"),
     ):
-        with pytest.raises(ConfigError, match=says) as caught:
+        with pytest.raises(ConfigError, match=message) as caught:
             refused()
         assert "\n" not in str(caught.value)
     pipe.disable_attention_slicing()

@@ -1,4 +1,4 @@
-"""One call of a stock pipeline: its batch, its rows, and callbacks that change it on its way."""
+"""One call of a stock pipeline: its batch, its rows, and callbacks that change it while it runs."""
 
 import copy
 from typing import Any
@@ -38,32 +38,32 @@ def test_a_calls_arguments_by_name_and_the_batch_that_it_draws():
     assert read_call(pipe, stock, {"prompt": "a"}, None)[0] == Batch(1, 1, True)
     given = {"prompt": ["a", "b"], "num_images_per_prompt": 3, "guidance_scale": 1.0}
     assert read_call(pipe, stock, given, None)[0] == Batch(2, 3, False)
-    pipe.unet.register_to_config(time_cond_proj_dim=8)  # as LCM's own denoisers have: they are never guided
+    pipe.unet.register_to_config(time_cond_proj_dim=8)  # distilled LCM denoisers have this and never use guidance
     assert read_call(pipe, stock, {"prompt_embeds": torch.zeros(2, 3, 4)}, None)[0] == Batch(2, 1, False)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        ({"identity_guidance_scale": 3.0}, "ImaginePipeline's own"),
-        ({"guidance_balance": True}, "ImaginePipeline's own"),
+        ({"identity_guidance_scale": 3.0}, "which only ImaginePipeline has"),
+        ({"guidance_balance": True}, "which only ImaginePipeline has"),
         ({"identity_scales": 0.5}, "is it identity_scale[?]"),
         ({"num_inference_step": 2}, "is it num_inference_steps[?]"),
         ({"prompt": "twice"}, "multiple values"),
     ],
 )
-def test_an_argument_that_there_is_not_is_a_sentence(pipe: Any, options: dict[str, Any], says: str):
-    with pytest.raises(ConfigError, match=says) as caught:
+def test_unknown_arguments_raise_one_sentence(pipe: Any, options: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
         pipe("a person", **options)
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_of_a_call_is_kept_when_it_has_ended(pipe: Any):
+def test_nothing_of_a_call_remains_after_it(pipe: Any):
     draw(pipe, reference=tiny.photo(1), cross_attention_kwargs={"scale": 1.0})
     assert pipe.cross_attention_kwargs == {"scale": 1.0}
 
 
-def test_words_for_people_are_put_into_every_prompt():
+def test_placeholders_are_replaced_in_every_prompt():
     def stock(prompt: Any, guidance_scale: float = 7.5) -> None: ...
 
     given = {"prompt": ["{ann} smiles", ""], "prompt_2": ["{ann} laughs", ""]}
@@ -72,7 +72,7 @@ def test_words_for_people_are_put_into_every_prompt():
     assert [len(request.people) for request in requests] == [1, 2]
 
 
-def test_rows_stand_in_the_order_of_the_stock_batch():
+def test_rows_have_the_order_of_the_stock_batch():
     positive = Tokens(torch.tensor([[[1.0]], [[2.0]]]))
     negative = Tokens(torch.tensor([[[-1.0], [-3.0]], [[-2.0], [-4.0]]]))
     rows = Batch(2, 2, True).rows(positive, negative)
@@ -87,7 +87,7 @@ def test_rows_stand_in_the_order_of_the_stock_batch():
     assert scales["a"].tolist() == scales["b"]["x"].tolist() == [4, 5, 6, 7]
 
 
-def test_what_acts_after_guidance_has_ended_is_the_positive_side(stock: Any, pipe: Any):
+def test_only_the_positive_rows_remain_after_guidance_ends(stock: Any, pipe: Any):
     xl = hasattr(stock, "text_encoder_2")
     kind = diffusers.callbacks.SDXLCFGCutoffCallback if xl else diffusers.callbacks.SDCFGCutoffCallback
     seen: list[tuple[int, torch.Tensor]] = []

@@ -1,8 +1,8 @@
-"""Everything people combine with a stock pipeline, on SD 1.5 and SDXL: it works as before, and the person is in it.
+"""Common diffusers features on SD 1.5 and SDXL: each works as before, and together with a reference.
 
-Each combination is arranged on diffusers' own pipeline and on ours. Without a reference, and at strength zero, both
-must draw the same picture bit for bit; with one, another picture, and another again for another person.
-docs/backbones.md has the table of them.
+Each combination is set up on diffusers' own pipeline and on ours. Without a reference and at strength zero, both must
+draw the same picture bit for bit. With a reference the picture must differ, and differ again for another person.
+docs/backbones.md lists the combinations.
 """
 
 import ast
@@ -28,7 +28,7 @@ PROMPT = "a person smiling on a beach"
 
 @dataclass(frozen=True)
 class Combination:
-    """How a pipeline is built, arranged and called."""
+    """How a pipeline is built, set up and called."""
 
     kind: str = ""
     arrange: Callable[[Any, Path], None] = lambda pipe, folder: None
@@ -44,7 +44,7 @@ def is_xl(pipe: Any) -> bool:
 
 
 def lora(pipe: Any, folder: Path) -> None:
-    """A random LoRA on the denoiser's attention, written and loaded as those from the hub are."""
+    """Save a random LoRA for the denoiser's attention, and load it like one from the hub."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -57,7 +57,7 @@ def lora(pipe: Any, folder: Path) -> None:
 
 
 def inversion(pipe: Any, _: Path) -> None:
-    """A word learnt by textual inversion, in every tokenizer and text encoder."""
+    """Load a textual inversion token into every tokenizer and text encoder."""
     learnt = torch.randn(2, 16, generator=tiny.generator(12))
     pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
     pipe.load_textual_inversion(learnt, token="<friend>", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
@@ -75,7 +75,7 @@ def scheduler(name: str, **options: Any) -> Callable[[Any, Path], None]:
 
 
 def few_steps(name: str, **options: Any) -> Callable[[Any, Path], None]:
-    """A LoRA that was distilled to few steps, with the scheduler that belongs to it."""
+    """Return the set-up of a LoRA distilled for few steps, with its scheduler."""
 
     def arrange(pipe: Any, folder: Path) -> None:
         lora(pipe, folder)
@@ -85,7 +85,7 @@ def few_steps(name: str, **options: Any) -> Callable[[Any, Path], None]:
 
 
 def leave_guidance(pipe: Any, _: Path) -> None:
-    """Nothing to arrange; the call's own callback ends guidance after its first step."""
+    """Do nothing; the call's callback ends guidance after the first step."""
 
 
 def tiled(pipe: Any, _: Path) -> None:
@@ -95,9 +95,10 @@ def tiled(pipe: Any, _: Path) -> None:
 
 
 def sequential_offload(pipe: Any, _: Path) -> None:
-    """The loop of diffusers' enable_sequential_cpu_offload, which itself calls the processor "cpu:0".
+    """Run the loop of diffusers' enable_sequential_cpu_offload on the CPU.
 
-    accelerate takes that for another device than its weights' and loses them.
+    The method itself passes "cpu:0", which accelerate considers another device than that of the weights; it then loses
+    the weights.
     """
     from accelerate import cpu_offload
 
@@ -151,7 +152,7 @@ COMBINATIONS = {
     "vae-tiling": Combination(arrange=tiled),
     "bfloat16": Combination(arrange=lambda pipe, _: pipe.to(torch.bfloat16)),
 }
-NOT_STOCK = ("sd15-clip-skip",)  # diffusers 0.42 looks for text_encoder.text_model, which transformers 5.6 took away
+NOT_STOCK = ("sd15-clip-skip",)  # diffusers 0.42 uses text_encoder.text_model, which transformers 5.6 removed
 CASES = [case for base in BASES for name in COMBINATIONS if (case := f"{base}-{name}") not in NOT_STOCK]
 
 
@@ -213,7 +214,7 @@ def test_identity_acts_from_a_single_file(base: str, tmp_path: Path):
     stock = tiny_stock.stock(xl)
     stock.save_pretrained(tmp_path / "config")
     for file in (tmp_path / "config").rglob("*.safetensors"):
-        file.unlink()  # so that nothing can be read but the single file
+        file.unlink()  # only the single file may provide weights
     tensors = {f"model.diffusion_model.{original(name)}": each for name, each in stock.unet.state_dict().items()}
     place = "conditioner.embedders.0.transformer" if xl else "cond_stage_model.transformer"
     text = {name.removeprefix("text_model."): each for name, each in stock.text_encoder.state_dict().items()}
@@ -248,7 +249,7 @@ OUTSIDE = {
     "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
     "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
     "mid_block.resnets.1": "middle_block.2",
-    # Two levels, one layer each; an up block has one layer more.
+    # The tiny denoiser has two levels with one layer each; an up block has one more layer.
     "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
     "down_blocks.1.resnets.0": "input_blocks.3.0", "down_blocks.1.attentions.0": "input_blocks.3.1",
     "up_blocks.0.resnets.0": "output_blocks.0.0", "up_blocks.0.attentions.0": "output_blocks.0.1",
@@ -259,7 +260,7 @@ OUTSIDE = {
 
 
 def original(name: str) -> str:
-    """A tensor's name in the files of Stable Diffusion's own code, for the tiny denoiser."""
+    """Return a tensor's name in the original Stable Diffusion format, for the tiny denoiser."""
     block = next(each for each in sorted(OUTSIDE, key=len, reverse=True) if name.startswith(f"{each}."))
     rest = name.removeprefix(f"{block}.")
     if ".resnets." in f"{block}.":
@@ -269,7 +270,7 @@ def original(name: str) -> str:
 
 
 def open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """SDXL's second text encoder in the layout of its own code: queries, keys and values in one."""
+    """Return SDXL's second text encoder in its original format, which joins queries, keys and values."""
     known = {
         "text_projection.weight": "text_projection",
         "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -292,7 +293,7 @@ def open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return named
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of its own doings
+@pytest.mark.filterwarnings("ignore")  # torch's compiler emits unrelated warnings
 def test_identity_acts_in_a_compiled_denoiser():
     stock, pipe = tiny_stock.stock(), tiny_stock.personal(tiny_stock.stock())
     call = {"guidance_scale": 1.0}

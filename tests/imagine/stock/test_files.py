@@ -1,4 +1,4 @@
-"""Folders of pipelines that know people are stock folders, and the other way round."""
+"""Folders of personalised pipelines are stock folders, and stock folders load as personalised pipelines."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,7 @@ def xl(request: Any) -> bool:
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Up to rounding: weights lie in memory as in their file, and some CPUs multiply what lies crooked otherwise."""
+    """Equal up to rounding: loaded weights may be unaligned in memory, and some CPUs then sum in another order."""
     return torch.allclose(left, right, rtol=0, atol=1e-5)
 
 
@@ -36,9 +36,9 @@ def test_saved_and_loaded_it_draws_the_same_and_the_folder_stays_a_stock_one(xl:
         loaded = cls.from_pretrained(tmp_path, finder=pipe.finder)
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded) is type(pipe) and same(draw(loaded, OTHER, reference=tiny.photo(1)), wanted)
-    other_eyes = tiny_stock.encoder()
-    torch.nn.init.normal_(next(other_eyes.parameters()))
-    loaded = ImaginePipeline.from_pretrained(tmp_path, finder=pipe.finder, vision_encoder=other_eyes)
+    other_encoder = tiny_stock.encoder()
+    torch.nn.init.normal_(next(other_encoder.parameters()))
+    loaded = ImaginePipeline.from_pretrained(tmp_path, finder=pipe.finder, vision_encoder=other_encoder)
     with pytest.raises(WeightsError, match="was trained with the vision encoder"):
         draw(loaded, OTHER, reference=tiny.photo(1))
     other = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
@@ -49,7 +49,7 @@ def test_saved_and_loaded_it_draws_the_same_and_the_folder_stays_a_stock_one(xl:
     assert ImaginePipeline.from_pretrained(tmp_path).adapter is None
 
 
-def test_a_stock_folder_becomes_a_pipeline_that_knows_people(xl: bool, tmp_path: Path):
+def test_a_stock_folder_loads_as_a_personalised_pipeline(xl: bool, tmp_path: Path):
     stock = tiny_stock.stock(xl)
     stock.save_pretrained(tmp_path / "stock", variant="fp16")
     tiny_stock.encoder().save_pretrained(tmp_path / "encoder")
@@ -65,7 +65,7 @@ def test_a_stock_folder_becomes_a_pipeline_that_knows_people(xl: bool, tmp_path:
     assert other.adapter is pipe.adapter and other.unet is pipe.unet and other.vision_encoder is pipe.vision_encoder
 
 
-def test_ip_adapters_come_back_with_their_encoder_and_scales(tmp_path: Path):
+def test_ip_adapters_are_saved_with_their_encoder_and_scales(tmp_path: Path):
     pipe = personalised_class(diffusers.StableDiffusionPipeline)(**tiny_ip.components(False))
     files = [tiny_ip.nested(tiny_ip.tensors(kind, pipe.unet, seed)) for seed, kind in enumerate(("plus", "linear"))]
     pipe.load_ip_adapter(files, image_encoder_folder=None)
@@ -78,13 +78,13 @@ def test_ip_adapters_come_back_with_their_encoder_and_scales(tmp_path: Path):
     assert not torch.equal(wanted, full) and torch.equal(draw(loaded, **images), wanted)
 
 
-def test_a_part_may_lie_in_a_folder_inside_a_hub_repository(tmp_path: Path):
-    """As the public image encoder does; here in the cache, as downloading it would have left it."""
+def test_a_component_may_be_in_a_folder_inside_a_hub_repository(tmp_path: Path):
+    """The public image encoder has this layout; here it is placed in the cache, as after a download."""
     tiny_stock.stock().save_pretrained(tmp_path / "stock")
-    kept = tmp_path / "cache" / "models--owner--name"
-    tiny_ip.encoder().save_pretrained(kept / "snapshots" / "0a1b" / "models" / "image_encoder")
-    (kept / "refs").mkdir()
-    (kept / "refs" / "main").write_text("0a1b")
+    cached = tmp_path / "cache" / "models--owner--name"
+    tiny_ip.encoder().save_pretrained(cached / "snapshots" / "0a1b" / "models" / "image_encoder")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0a1b")
     hub: dict[str, Any] = {"cache_dir": tmp_path / "cache", "local_files_only": True}
     place = "owner/name/models/image_encoder"
     pipe = ImaginePipeline.from_pretrained(tmp_path / "stock", vision_encoder=place, **hub)
@@ -93,7 +93,7 @@ def test_a_part_may_lie_in_a_folder_inside_a_hub_repository(tmp_path: Path):
         ImaginePipeline.from_pretrained(tmp_path / "stock", vision_encoder="owner/name/models/none", **hub)
 
 
-def test_a_whole_clip_model_is_a_sentence(tmp_path: Path):
+def test_a_whole_clip_model_raises_one_sentence(tmp_path: Path):
     from transformers import CLIPConfig, CLIPModel
 
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -104,7 +104,7 @@ def test_a_whole_clip_model_is_a_sentence(tmp_path: Path):
         ImaginePipeline.from_pipe(tiny_stock.stock(), vision_encoder=tmp_path)
 
 
-def test_loading_a_part_by_a_name_out_of_reach_is_one_sentence(tmp_path: Path):
+def test_an_unavailable_component_raises_one_sentence(tmp_path: Path):
     stock = tiny_stock.stock()
     stock.save_pretrained(tmp_path / "stock")
     for name in ("t5_encoder", "vision_encoder", "vae"):

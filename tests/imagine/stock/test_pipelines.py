@@ -1,4 +1,4 @@
-"""Stock pipelines that know people: without a reference they are diffusers' own bit for bit, with one they are not."""
+"""Personalised stock pipelines: without a reference they equal diffusers' own bit for bit, with one they differ."""
 
 import weakref
 from collections import Counter
@@ -51,7 +51,7 @@ def test_two_people_in_one_batch_come_out_as_one_by_one(pipe: Any):
         assert same(together[row : row + 1], draw(pipe, prompt, reference=reference, seed=row + 1))
 
 
-def test_copies_of_two_people_stand_in_the_order_of_the_stock_batch(pipe: Any):
+def test_copies_of_two_people_have_the_order_of_the_stock_batch(pipe: Any):
     prompts, references = [PROMPT, OTHER], [tiny.photo(1), tiny.photo(2)]
     generators = [tiny.generator(seed) for seed in range(4)]
     options: dict[str, Any] = {"guidance_scale": 4.0}
@@ -61,7 +61,7 @@ def test_copies_of_two_people_stand_in_the_order_of_the_stock_batch(pipe: Any):
         assert same(together[row : row + 1], alone)
 
 
-def test_imagined_classes_are_stock_ones_by_name_and_always_the_same(stock: Any, pipe: Any):
+def test_personalised_classes_have_stock_names_and_are_cached(stock: Any, pipe: Any):
     assert type(pipe) is personalised_class(type(stock)) is personalised_class(type(pipe))
     assert (
         isinstance(pipe, PersonalisationMixin)
@@ -91,7 +91,7 @@ def test_strength_may_differ_by_prompt_and_by_layer(stock: Any, pipe: Any):
     assert layers and not same(some, draw(stock)) and not same(some, draw(pipe, reference=tiny.photo(1)))
 
 
-def test_faces_say_who_was_seen_and_the_result_is_the_stock_one(pipe: Any):
+def test_the_stock_result_has_the_faces_used(pipe: Any):
     out = pipe(PROMPT, reference=tiny.photo(1), num_inference_steps=1)
     assert [face.box for face in out.faces] == [tiny.BOX] and out.images[0].size == (tiny_stock.SIDE,) * 2
     whole = pipe(PROMPT, reference=tiny.photo(1), num_inference_steps=1, return_dict=False)
@@ -126,14 +126,14 @@ def test_encoders_can_be_freed_when_all_is_encoded(xl: bool, absent: str):
         draw(pipe, None, reference=tiny.photo(1), **given)
 
 
-def test_where_nobody_is_shown_an_adapter_may_read_what_its_encoder_makes_of_nothing(stock: Any):
+def test_rows_without_a_person_may_use_the_features_of_an_empty_picture(stock: Any):
     pipe = tiny_stock.personal(tiny_stock.stock(hasattr(stock, "text_encoder_2")))
     off, persona = draw(pipe, reference=tiny.photo(1)), pipe.enroll(tiny.photo(1))
     unguided = draw(pipe, reference=persona, guidance_scale=1.0)
     pipe.load_adapter(tiny_stock.identity(pipe.unet, absent="zeros"))
     assert not same(draw(pipe, reference=persona), off)
     assert same(draw(pipe, reference=persona, guidance_scale=1.0), unguided) and not same(unguided, off)
-    assert torch.equal(draw(pipe), draw(stock))  # nobody at all: the stock picture
+    assert torch.equal(draw(pipe), draw(stock))  # without any person: the stock picture
     assert torch.equal(draw(pipe, reference=persona, identity_scale=0.0), draw(stock))
     generators = [tiny.generator(1), tiny.generator(2)]
     both = draw(pipe, [PROMPT] * 2, reference=[None, persona], generator=generators)
@@ -141,7 +141,7 @@ def test_where_nobody_is_shown_an_adapter_may_read_what_its_encoder_makes_of_not
 
 
 @pytest.mark.parametrize("projection", ["linear", "plus"])
-def test_other_projections_read_batches_as_one_by_one(projection: str):
+def test_other_projections_give_the_same_in_a_batch_as_alone(projection: str):
     pipe = tiny_stock.personal(tiny_stock.stock())
     shape = {"input_width": 16} if projection == "linear" else {"inner_width": 64, "tokens": 3}
     pipe.load_adapter(tiny_stock.identity(pipe.unet, projection=projection, absent="zeros", **shape))
@@ -153,15 +153,17 @@ def test_other_projections_read_batches_as_one_by_one(projection: str):
     assert not same(draw(pipe, reference=tiny.photo(2)), draw(pipe, reference=references[1]))
 
 
-def test_the_stock_image_encoder_looks_where_there_is_no_other():
+def test_the_stock_image_encoder_encodes_references_without_a_vision_encoder():
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16}
-    eyes = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=24, intermediate_size=48, **sizes)).eval()
-    pipe = tiny_stock.personal(tiny_stock.stock(), image_encoder=eyes)
+    image_encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(hidden_size=24, intermediate_size=48, **sizes)
+    ).eval()
+    pipe = tiny_stock.personal(tiny_stock.stock(), image_encoder=image_encoder)
     pipe.vision_encoder = None
-    assert pipe.reference_encoder is eyes and pipe.enroll(tiny.photo(1)).features.shape == (5, 24)
+    assert pipe.reference_encoder is image_encoder and pipe.enroll(tiny.photo(1)).features.shape == (5, 24)
     assert not same(draw(pipe, reference=tiny.photo(1)), draw(pipe))
     pipe.image_encoder = None
     with pytest.raises(WeightsError, match="vision_encoder="):
@@ -199,22 +201,22 @@ def test_encoders_run_once_each_in_the_order_of_offloading(xl: bool):
     assert all(order.count(name) == 1 for name in ran[:3])
 
 
-def test_branch_embeds_are_brought_to_the_denoiser_or_refused():
+def test_branch_embeds_are_converted_to_the_denoiser_or_raise():
     pipe = tiny_stock.personal(tiny_stock.stock(), **tiny_stock.readers())
     pipe.load_adapter(tiny.text_adapter(pipe.unet))
     wanted, embeds = draw(pipe, OTHER), pipe.encode_branches(OTHER)
     double = {name: Tokens(each.values.double(), each.mask) for name, each in embeds.items()}
     assert same(draw(pipe, OTHER, branch_embeds=double), wanted)
-    for given, says in (
+    for given, message in (
         ({"branch_embeds": {"t5": embeds["t5"]}}, "branch_embeds lacks byt5"),
         ({"negative_branch_embeds": {"byt5": embeds["byt5"]}}, "negative_branch_embeds lacks t5"),
         ({"branch_embeds": pipe.encode_branches([OTHER, PROMPT])}, "2 rows of t5 for 1 prompts"),
     ):
-        with pytest.raises(PromptError, match=says):
+        with pytest.raises(PromptError, match=message):
             draw(pipe, OTHER, **given)
 
 
-def test_a_pipeline_with_diffusers_own_ip_adapter_draws_on_and_lets_go_of_it():
+def test_diffusers_own_ip_adapter_still_works_and_can_be_unloaded():
     parts = tiny_ip.components(False)
     stock = diffusers.StableDiffusionPipeline(**parts)
     stock.set_progress_bar_config(disable=True)
@@ -222,7 +224,7 @@ def test_a_pipeline_with_diffusers_own_ip_adapter_draws_on_and_lets_go_of_it():
     plain = draw(stock, **size)
     file = tiny_ip.nested(tiny_ip.tensors("plus", stock.unet, 0))
     stock.load_ip_adapter(file, subfolder="", weight_name="", image_encoder_folder=None)
-    eyes, shown = stock.image_encoder, draw(stock, ip_adapter_image=tiny.photo(1), **size)
+    image_encoder, shown = stock.image_encoder, draw(stock, ip_adapter_image=tiny.photo(1), **size)
     pipe = ImaginePipeline.from_pipe(stock)
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(draw(pipe, ip_adapter_image=tiny.photo(1), **size), shown)
@@ -231,7 +233,7 @@ def test_a_pipeline_with_diffusers_own_ip_adapter_draws_on_and_lets_go_of_it():
             load()
     pipe.unload_ip_adapter()
     assert torch.equal(draw(pipe, **size), plain)
-    pipe.register_modules(image_encoder=eyes)
+    pipe.register_modules(image_encoder=image_encoder)
     pipe.load_ip_adapter(file)
     assert same(draw(pipe, ip_adapter_image=tiny.photo(1), **size), shown)
 
@@ -263,7 +265,7 @@ def test_from_pipe_shares_everything_and_casts_nothing(tmp_path: Path):
     assert again.unet is stock.unet and again.vision_encoder.dtype == torch.bfloat16
 
 
-def test_what_cannot_be_shown_is_one_sentence():
+def test_references_that_cannot_be_used_raise_one_sentence():
     stock = tiny_stock.stock()
     with pytest.raises(ConfigError, match="VQDiffusionPipeline"):
         personalised_class(type("VQDiffusionPipeline", (diffusers.DiffusionPipeline,), {}))

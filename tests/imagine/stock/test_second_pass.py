@@ -1,4 +1,4 @@
-"""Small faces of stock pipelines, drawn once more: which, by whom, and what must stay as it is."""
+"""The second pass of stock pipelines: which faces it redraws, with which person, and what must not change."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tests.tiny_stock import OTHER, PROMPT, SIDE, draw, same
 SMALL = FaceBox(5.0, 5.0, 4.0, 5.0, 1.0)  # in pictures of 16 pixels
 LEFT, RIGHT = FaceBox(2.0, 2.0, 3.0, 3.0, 1.0), FaceBox(11.0, 10.0, 3.0, 3.0, 1.0)
 LARGE = FaceBox(4.0, 4.0, 7.0, 8.0, 1.0)
-# Of two steps, none begins in this window, so that the first pass shows nobody; of the second pass's three, two do.
+# With this window the identity acts in none of the first pass's two steps and in two of the second pass's three.
 LATE: dict[str, Any] = {"identity_window": (0.55, 1.0), "refine_faces": RefineFaces(steps=3)}
 
 OTHERS = (
@@ -51,13 +51,13 @@ def enrolled(pipe: Any) -> list[Any]:
 
 @pytest.fixture
 def people(pipe: Any, enrolled: list[Any]) -> list[Any]:
-    """Three personas; from now on the finder finds one small face."""
+    """Return three personas, and set the finder to find one small face."""
     pipe.finder = KnownBoxesFinder([SMALL])
     return enrolled
 
 
 def shown(box: FaceBox) -> torch.Tensor:
-    """Which pixels (H, W) lie in the ellipse that is put back."""
+    """Return a mask (H, W) of the pixels in the pasted ellipse."""
     y, x = torch.meshgrid(torch.arange(SIDE) + 0.5, torch.arange(SIDE) + 0.5, indexing="ij")
     reach = RefineFaces().reach / 2
     return torch.hypot((x - box.centre[0]) / (reach * box.width), (y - box.centre[1]) / (reach * box.height)) < 1
@@ -70,7 +70,7 @@ def assert_only_faces_changed(before: torch.Tensor, after: torch.Tensor, *boxes:
 
 
 def result(pipe: Any, **options: Any) -> Any:
-    """What a call of two steps gives."""
+    """Return the result of a call with two steps."""
     given = {"prompt": PROMPT, "num_inference_steps": 2, "output_type": "pt", "generator": tiny.generator(7)}
     return pipe(**{**given, **options})
 
@@ -113,7 +113,7 @@ def test_each_of_several_people_is_drawn_into_their_own_face(pipe: Any, people: 
     assert not same(ab.images[..., left], cb.images[..., left])
     pipe.finder = KnownBoxesFinder([LEFT])
     out = result(pipe, prompt=prompt, reference={"a": people[0], "b": people[1]}, refine_faces=True)
-    assert out.refined == 0 and out.notes == ["Picture 1: one face was found for 2 people, so that none was refined."]
+    assert out.refined == 0 and out.notes == ["Picture 1: one face was found for 2 people, so no face was refined."]
 
 
 def test_a_batch_is_refined_as_its_pictures_are_alone(pipe: Any, people: list[Any]):
@@ -133,7 +133,7 @@ def test_a_batch_is_refined_as_its_pictures_are_alone(pipe: Any, people: list[An
         assert same(out.images[row : row + 1], alone.images)
 
 
-def test_its_noise_follows_from_the_call_and_leaves_the_generator_alone(pipe: Any, people: list[Any]):
+def test_its_noise_depends_on_the_call_and_does_not_advance_the_generator(pipe: Any, people: list[Any]):
     one, other = tiny.generator(7), tiny.generator(7)
     result(pipe, reference=people[0], generator=one)
     result(pipe, reference=people[0], generator=other, refine_faces=True)
@@ -149,10 +149,10 @@ def test_its_noise_follows_from_the_call_and_leaves_the_generator_alone(pipe: An
         drawn.append(result(pipe, reference=people[0], generator=None, refine_faces=True).images)
     assert torch.equal(drawn[0], drawn[1]) and not same(drawn[1], drawn[2])
     two = result(pipe, prompt=[PROMPT] * 2, reference=people[0], latents=latents.repeat(2, 1, 1, 1), **LATE).images
-    assert same(two[:1], two[1:])  # one start, one face
+    assert same(two[:1], two[1:])  # equal start latents give equal faces
 
 
-def test_seeds_differ_by_picture_and_are_those_of_the_picture_alone(pipe: Any):
+def test_seeds_differ_by_picture_and_equal_those_of_single_calls(pipe: Any):
     def seeds(count: int, **given: Any) -> list[int]:
         call = super(PersonalisationMixin, pipe).__call__
         again = StockSecondPass.plan(pipe, call, RefineFaces(), Batch(count, 1, True), given, [], {})
@@ -172,7 +172,7 @@ def test_seeds_differ_by_picture_and_are_those_of_the_picture_alone(pipe: Any):
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
-def test_pictures_of_every_form_and_large_faces_bit_for_bit(pipe: Any, people: list[Any], output_type: str):
+def test_every_output_type_and_large_faces_bit_for_bit(pipe: Any, people: list[Any], output_type: str):
     def pixels(refine: bool, found: FaceBox, **options: Any) -> np.ndarray[Any, Any]:
         pipe.finder = KnownBoxesFinder([found])
         options |= {"reference": people[0], "output_type": output_type, "refine_faces": refine}
@@ -192,7 +192,7 @@ def test_pictures_of_every_form_and_large_faces_bit_for_bit(pipe: Any, people: l
     assert np.array_equal(pixels(True, SMALL, return_dict=False), refined)
 
 
-def test_nobody_is_refined_where_nobody_is_shown(pipe: Any, people: list[Any]):
+def test_no_face_is_refined_without_an_active_identity(pipe: Any, people: list[Any]):
     for options in ({"identity_scale": 0.0}, {"identity_window": (0.0, 0.4)}, {"reference": None}):
         plain, out = (
             result(pipe, **{"reference": people[0], "refine_faces": each, **options}) for each in (False, True)
@@ -206,7 +206,7 @@ def test_nobody_is_refined_where_nobody_is_shown(pipe: Any, people: list[Any]):
     assert result(pipe, reference=people[0], callback_on_step_end=stop, refine_faces=True).refined == 0
 
 
-def test_it_takes_the_steps_it_is_told_and_callbacks_see_the_first_pass(pipe: Any, people: list[Any]):
+def test_it_takes_the_configured_steps_and_callbacks_run_in_the_first_pass_only(pipe: Any, people: list[Any]):
     ran: list[int] = []
     seen: list[int] = []
 
@@ -224,7 +224,7 @@ def test_it_takes_the_steps_it_is_told_and_callbacks_see_the_first_pass(pipe: An
         options: dict[str, Any] = {"num_inference_steps": steps, "callback_on_step_end": callback}
         result(pipe, reference=people[0], guidance_scale=1.0, refine_faces=settings, **options)
         assert ran == [1] * (steps + wanted) and seen == list(range(steps))
-        assert len(pipe.scheduler.timesteps) == steps  # the second pass has a scheduler of its own
+        assert len(pipe.scheduler.timesteps) == steps  # the second pass has its own scheduler
     hook.remove()
 
 
@@ -244,7 +244,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def other_kind(xl: bool, kind: str, **more: Any) -> tuple[Any, Any]:
-    """A pipeline of another kind, and somebody whom it knows."""
+    """Return a pipeline of another kind and a persona enrolled with it."""
     if "ControlNet" in kind:
         more["controlnet"] = tiny_stock.controlnet(xl)
     pipe = tiny_stock.personal(tiny_stock.stock(xl, kind, **more))
@@ -271,7 +271,7 @@ def test_inpainting_refines_only_what_it_painted(xl: bool):
     assert changed.any() and not changed[:, int(SMALL.centre[0]) + 1 :].any()
     call["mask_image"] = Image.fromarray(255 - half)
     out = result(pipe, refine_faces=True, **call)
-    assert out.refined == 0 and out.notes == ["Picture 1: no face was found for one person, so that none was refined."]
+    assert out.refined == 0 and out.notes == ["Picture 1: no face was found for one person, so no face was refined."]
 
 
 def test_a_denoiser_made_for_inpainting_refines_too(xl: bool):
@@ -289,7 +289,7 @@ def test_a_denoiser_made_for_inpainting_refines_too(xl: bool):
 
 
 def with_ip_adapter(xl: bool, **more: Any) -> tuple[Any, dict[str, Any]]:
-    """A pipeline with an IP-Adapter and nothing else, and its call."""
+    """Return a pipeline with only an IP-Adapter, and the arguments of its call."""
     parts = tiny_ip.components(xl)
     kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
     pipe = personalised_class(kind)(**parts)
@@ -314,7 +314,7 @@ def test_whom_an_ip_adapter_shows_is_refined(xl: bool):
     assert result(pipe, refine_faces=True, callback_on_step_end=cutoff, **call).refined == 1
     hook.remove()
     assert [float(torch.as_tensor(each).max()) for each in scales] == pytest.approx([0.8, 0.0, 0.8])
-    assert result(pipe, refine_faces=True, **call).refined == 0  # the callback has left the strength at 0
+    assert result(pipe, refine_faces=True, **call).refined == 0  # the callback left the scale at 0
     pipe.set_ip_adapter_scale(0.8)
     embeds = pipe._ip_features([tiny.photo(1)], None, guided=True)
     given = {**call, "ip_adapter_image": None, "ip_adapter_image_embeds": embeds}
@@ -352,7 +352,7 @@ def test_diffusers_own_ip_adapter_is_refined_too():
     plain, out = (result(pipe, refine_faces=each, **call) for each in (False, True))
     assert out.refined == 1
     assert_only_faces_changed(plain.images, out.images, SMALL)
-    assert result(pipe.__class__.from_pipe(tiny_stock.stock()), refine_faces=True).refined == 0  # nobody
+    assert result(pipe.__class__.from_pipe(tiny_stock.stock()), refine_faces=True).refined == 0  # without any person
 
 
 def test_offloaded_models_refine_and_leave(xl: bool):
@@ -399,7 +399,7 @@ def test_encoders_may_be_gone(xl: bool, absent: str):
 
 
 class Censor(torch.nn.Module):
-    """A safety checker that objects to what it sees from the n-th time on."""
+    """A safety checker that flags all pictures after the first `first` calls."""
 
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -413,7 +413,7 @@ class Censor(torch.nn.Module):
         return (images * 0 if flagged else images), [flagged] * len(images)
 
 
-def test_a_face_that_the_safety_checker_objects_to_stays_as_it_was():
+def test_a_face_flagged_by_the_safety_checker_does_not_change():
     from transformers import CLIPImageProcessor
 
     pipe, person = other_kind(False, "")
@@ -427,7 +427,9 @@ def test_a_face_that_the_safety_checker_objects_to_stays_as_it_was():
 
 
 def test_a_face_of_the_size_that_the_base_draws_is_not_enlarged(pipe: Any, people: list[Any]):
-    pipe.finder = KnownBoxesFinder([FaceBox(10.0, 10.0, 8.0, 8.0, 1.0)])  # its square has 19 pixels, the base draws 16
+    pipe.finder = KnownBoxesFinder(
+        [FaceBox(10.0, 10.0, 8.0, 8.0, 1.0)]
+    )  # its square has 19 pixels, and the base draws 16
     call = {"reference": people[0], "height": 32, "width": 24}
     plain, out = (result(pipe, refine_faces=each, **call) for each in (False, True))
     assert out.refined == 0 and torch.equal(plain.images, out.images)
@@ -438,7 +440,7 @@ def test_a_face_of_the_size_that_the_base_draws_is_not_enlarged(pipe: Any, peopl
     hook.remove()
 
 
-def test_a_faces_call_has_the_firsts_arguments_of_its_prompt():
+def test_a_faces_call_has_its_prompts_arguments_from_the_first_pass():
     embeds = [torch.arange(4.0).view(4, 1, 1)]
     given: dict[str, Any] = {
         "prompt": ["a", "b"], "negative_prompt": "c", "guidance_scale": 3.0, "num_inference_steps": 4,
@@ -461,19 +463,19 @@ def test_a_faces_call_has_the_firsts_arguments_of_its_prompt():
 
 
 @pytest.mark.parametrize(
-    ("given", "output_type", "says"),
+    ("given", "output_type", "message"),
     [
         (True, "latent", "needs pictures"),
         ("yes", "pil", "must be True, False or a RefineFaces"),
         (RefineFaces(strength=1.5), "pil", "strength and edge must be at most 1"),
     ],
 )
-def test_settings_that_are_none_are_refused_before_anything_is_drawn(
-    pipe: Any, people: list[Any], given: Any, output_type: str, says: str
+def test_invalid_settings_raise_before_anything_is_drawn(
+    pipe: Any, people: list[Any], given: Any, output_type: str, message: str
 ):
     ran: list[int] = []
     hook = pipe.unet.register_forward_pre_hook(lambda _, given: ran.append(len(given[0])))
-    with pytest.raises(ConfigError, match=says) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         result(pipe, reference=people[0], refine_faces=given, output_type=output_type)
     hook.remove()
     assert not ran and "\n" not in str(caught.value)
