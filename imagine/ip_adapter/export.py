@@ -160,7 +160,7 @@ def _not_carried(adapter: Adapter, layout: Layout, name: str, without_encoder: b
 
 
 def _facts(adapter: Adapter, layout: Layout) -> dict[str, str]:
-    said = {str(key): adapter.metadata[key] for key in ("base", "encoder", "licence") if key in adapter.metadata}
+    own = {str(key): adapter.metadata[key] for key in ("base", "encoder", "licence") if key in adapter.metadata}
     facts = {
         "variant": layout.variant,
         "tokens": "all" if layout.tokens is None else str(layout.tokens),
@@ -168,7 +168,7 @@ def _facts(adapter: Adapter, layout: Layout) -> dict[str, str]:
         "exported_by": "imagine",
     }
     family = {"base": layout.family} if layout.family else {}
-    return {**facts, **family, **said}
+    return {**facts, **family, **own}
 
 
 def _save_encoder(image_encoder: Any, folder: Path) -> Path:

@@ -117,11 +117,11 @@ def projection_shapes(
         **_norm("norm_out", width),
     }  # fmt: skip
     for layer in range(PLUS_DEPTH):
-        look, think = f"layers.{layer}.0", f"layers.{layer}.1"
-        shapes |= {**_norm(f"{look}.norm1", inner), **_norm(f"{look}.norm2", inner), **_norm(f"{think}.0", inner)}
-        shapes |= {f"{look}.to_q.weight": (attention, inner), f"{look}.to_kv.weight": (2 * attention, inner)}
-        shapes |= {f"{look}.to_out.weight": (inner, attention)}
-        shapes |= {f"{think}.1.weight": (4 * inner, inner), f"{think}.3.weight": (inner, 4 * inner)}
+        attn, mlp = f"layers.{layer}.0", f"layers.{layer}.1"
+        shapes |= {**_norm(f"{attn}.norm1", inner), **_norm(f"{attn}.norm2", inner), **_norm(f"{mlp}.0", inner)}
+        shapes |= {f"{attn}.to_q.weight": (attention, inner), f"{attn}.to_kv.weight": (2 * attention, inner)}
+        shapes |= {f"{attn}.to_out.weight": (inner, attention)}
+        shapes |= {f"{mlp}.1.weight": (4 * inner, inner), f"{mlp}.3.weight": (inner, 4 * inner)}
     return shapes
 
 

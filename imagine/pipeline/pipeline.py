@@ -339,12 +339,12 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
             self.text_encoder_3, self.tokenizer_3, self._execution_device,
         )  # fmt: skip
-        asked = sentences(prompts)
-        each = list(dict.fromkeys(asked))  # the prompts of a batch often share one negative prompt
+        given = sentences(prompts)
+        each = list(dict.fromkeys(given))  # the prompts of a batch often share one negative prompt
         clip, others = encoders.encode(each)
         read = {spec.name for part in self._adapters() for spec in part.branch_specs}
         text = clip, {name: tokens for name, tokens in others.items() if name in read}
-        return text if len(each) == len(asked) else text_rows(text, [each.index(one) for one in asked])
+        return text if len(each) == len(given) else text_rows(text, [each.index(one) for one in given])
 
     def free_encoders(self) -> None:
         """Delete all encoders to free memory. Later calls need personas, prompt_embeds and negative_prompt_embeds."""
@@ -451,9 +451,9 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             images = self._denoise(denoiser, start, strength, plan.scheduler, plan.window.steps(steps), plan.on_step)
             if plan.refining is not None:
                 images = self._decode(images, "pt")
-                shown = [each for each in people for _ in range(len(start) // len(people))]
+                per_picture = [each for each in people for _ in range(len(start) // len(people))]
                 second_pass = SecondPass(
-                    plan.refining, plan.refining.levels(steps), plan.window, start, strength, shown, denoiser
+                    plan.refining, plan.refining.levels(steps), plan.window, start, strength, per_picture, denoiser
                 )
                 # A new adapter must give the base's picture bit for bit, so small faces are not redrawn with one.
                 if not self.interrupt and self.adapter is not None and self.adapter.active:
@@ -465,7 +465,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         finally:
             _call_state.reset(token)
         self.maybe_free_model_hooks()
-        faces = [face for shown in people for persona in shown for face in persona.faces]
+        faces = [face for personas in people for persona in personas for face in persona.faces]
         return ImagineOutput(images, faces, refined, notes)
 
     def _encode_requests(

@@ -128,16 +128,16 @@ class GuidedDenoiser:
     def _is_unchanged(self, strength: Tensor) -> bool:
         """Return whether this is the previous step's tensor, unmodified. Comparing values would wait for the device."""
         version = None if strength.is_inference() else strength._version  # inference tensors have no version counter
-        known, self._last = self._last, (strength, version)
-        return version is not None and known is not None and known[0] is strength and known[1] == version
+        last, self._last = self._last, (strength, version)
+        return version is not None and last is not None and last[0] is strength and last[1] == version
 
     def _prepare(self, passes: tuple[Pass, ...], strength: Tensor, unchanged: bool) -> None:
-        made = self._prepared_for
-        if made is not None and made[0] == passes and (unchanged or torch.equal(made[1], strength)):
+        previous = self._prepared_for
+        if previous is not None and previous[0] == passes and (unchanged or torch.equal(previous[1], strength)):
             return
         self._clip, conditioning = self.inputs.stacked(passes, strength)
         self._pooled = pooled_text(self.unet, self._clip, conditioning.branches)
-        # LoRA on the denoiser may depend on the scales, and so may cached keys and values: a new strength, a new cache.
+        # Cached keys and values may depend on the strength through LoRA, so a new strength needs a new cache.
         self._conditioning = prepare(self.unet, conditioning)
         self._prepared_for = (passes, strength.clone())
 

@@ -125,8 +125,8 @@ class SecondPass:
         """
         if not any(self.active):
             return 0, []
-        shown = [len(people) if strength else 0 for people, strength in zip(self.people, self.strength, strict=True)]
-        faces, notes = find_small_faces(pictures, shown, finder, self.settings, side)
+        counts = [len(people) if strength else 0 for people, strength in zip(self.people, self.strength, strict=True)]
+        faces, notes = find_small_faces(pictures, counts, finder, self.settings, side)
         max_batch = len(self.start)  # the first pass had enough memory for a batch of this size
         drawn = redraw_faces(
             pictures, faces, side, self.settings, lambda some, squares: redraw(some, squares, self), max_batch
@@ -149,14 +149,14 @@ def redraw_faces(
     pasted. Return the faces that were pasted back.
     """
     squares = [crop_square(pictures, face, (side, side)) for face in faces]  # cropped before any paste changes pixels
-    shown = list[SmallFace]()
+    pasted = list[SmallFace]()
     for first in range(0, len(faces), max_batch):
         some = faces[first : first + max_batch]
         for face, drawn in zip(some, redraw(some, torch.cat(squares[first : first + max_batch])), strict=True):
             if drawn is not None:
                 put_back(pictures, face, drawn, settings, within)
-                shown.append(face)
-    return shown
+                pasted.append(face)
+    return pasted
 
 
 def find_small_faces(
@@ -178,14 +178,14 @@ def find_small_faces(
         if count:
             pixels = (pictures[picture].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
             image = Image.fromarray(pixels)
-            found = [box for box in finder.find(image) if within is None or _lies_in(box, within[picture, 0])]
+            found = [box for box in finder.find(image) if within is None or _is_inside(box, within[picture, 0])]
             small, note = small_faces(found, count, picture, image.size, settings)
             faces += [face for face in small if face.place[2] - face.place[0] < side]
             notes += [note] if note else []
     return faces, notes
 
 
-def _lies_in(box: FaceBox, region: Tensor) -> bool:
+def _is_inside(box: FaceBox, region: Tensor) -> bool:
     """Return whether the region (H, W) is above 0.5 at a face's centre."""
     column, row = (
         min(max(int(centre), 0), longest - 1) for centre, longest in zip(box.centre, region.shape[::-1], strict=True)
@@ -246,10 +246,10 @@ def put_back(
     left, top, right, bottom = face.place
     old = pictures[face.picture, :, top:bottom, left:right]
     new = _resized(drawn[None], (bottom - top, right - left))[0]
-    shown = ellipse_around(face.box, face.place, settings.reach, settings.edge).to(old.device)
+    opacity = ellipse_around(face.box, face.place, settings.reach, settings.edge).to(old.device)
     if within is not None:
-        shown = shown * within[face.picture, 0, top:bottom, left:right].to(old.device)
-    pictures[face.picture, :, top:bottom, left:right] = old + shown * (new - old)
+        opacity = opacity * within[face.picture, 0, top:bottom, left:right].to(old.device)
+    pictures[face.picture, :, top:bottom, left:right] = old + opacity * (new - old)
 
 
 def visible_latents(faces: Sequence[SmallFace], latents: Tensor, settings: RefineFaces) -> Tensor:

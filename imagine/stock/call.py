@@ -122,8 +122,8 @@ def _requests(prompt: Any, reference: Any) -> list[Request]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if reference is None:
         return [Request(each) for each in prompts]
-    shown = [each if each.strip() else "-" for each in prompts]
-    requests = read_requests(shown[0] if isinstance(prompt, str) else shown, reference)
+    named = [each if each.strip() else "-" for each in prompts]
+    requests = read_requests(named[0] if isinstance(prompt, str) else named, reference)
     return [
         replace(each, sentence=each.sentence if own.strip() else own)
         for own, each in zip(prompts, requests, strict=True)

@@ -309,8 +309,8 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
 
     def _check_no_adapter_needed(self, given: Mapping[str, Any], reference: Any) -> None:
         """Raise WeightsError if the call gives a reference or image but no adapter is attached."""
-        asked = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
-        if reference is not None or (asked and not self._has_stock_ip_adapter):
+        has_image = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
+        if reference is not None or (has_image and not self._has_stock_ip_adapter):
             raise WeightsError(
                 "No adapter is attached, so a reference cannot be used: call load_adapter or load_ip_adapter first, or "
                 "leave the reference out."
@@ -373,8 +373,8 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         self, personas: Sequence[Sequence[Persona]], scale: Any, factors: Factors | None, batch: Batch
     ) -> ConditioningParts:
         """Return the identity branch for all rows, or empty parts if no person is shown."""
-        spec, shown = identity_spec(self.adapter), self._vision_tokens(personas, 1)
-        if spec is None or shown is None:
+        spec, tokens = identity_spec(self.adapter), self._vision_tokens(personas, 1)
+        if spec is None or tokens is None:
             return ConditioningParts()
         absent = spec.absent == "zeros"
 
@@ -387,7 +387,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             by_layer: Mapping[str, Any] = strength if isinstance(strength, dict) else dict.fromkeys(factors, strength)
             strength = {name: by_layer[name] * factor for name, factor in factors.items() if name in by_layer}
         absent_tokens = self._absent_tokens(batch.prompts) if absent and batch.guided else None
-        return ConditioningParts({VISION: batch.rows(shown, absent_tokens)}, {VISION: strength})
+        return ConditioningParts({VISION: batch.rows(tokens, absent_tokens)}, {VISION: strength})
 
     def _ip_adapter_parts(self, images: Any, embeds: Any, masks: Any, batch: Batch) -> Callable[[], ConditioningParts]:
         """Return a function that builds the IP-Adapters' branches.

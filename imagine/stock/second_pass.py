@@ -98,12 +98,12 @@ class StockSecondPass:
         whole = tuple(out) if isinstance(out, tuple) else (out.images, out.get("nsfw_content_detected"))
         images, flags = whole[0], whole[1] if len(whole) > 1 else None
         rows = range(self.batch.pictures)
-        shown = [0 if flags and flags[row] else self._people_in(row // self.batch.copies) for row in rows]
-        if getattr(pipe, "interrupt", False) or not any(shown):
+        counts = [0 if flags and flags[row] else self._people_in(row // self.batch.copies) for row in rows]
+        if getattr(pipe, "interrupt", False) or not any(counts):
             return 0, []
         pictures = as_tensor(images)
         side, within = _redrawn_side(pipe, pictures), self._inpainting_mask(pipe, pictures)
-        faces, notes = find_small_faces(pictures, shown, pipe.finder, self.settings, side, within)
+        faces, notes = find_small_faces(pictures, counts, pipe.finder, self.settings, side, within)
         if not faces:
             return 0, notes
         inpainting_pipeline, size = sibling(), cast("tuple[int, int]", tuple(pictures.shape[-2:]))
@@ -188,9 +188,9 @@ class StockSecondPass:
         """Return the number of people in a prompt's pictures: those of its reference, else those of IP-Adapters."""
         if self._uses_reference(prompt):
             return len(self.people[prompt])
-        asked = any(self.given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
+        has_image = any(self.given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
         # An empty `ip_scales` says nothing: diffusers' own IP-Adapters store their scales elsewhere.
-        if not asked or (self.ip_scales and not _any_nonzero(self.ip_scales)):
+        if not has_image or (self.ip_scales and not _any_nonzero(self.ip_scales)):
             return 0
         masks = self.given["cross_attention_kwargs"].get("ip_adapter_masks")
         regions = [each.shape[-3] for each in ([] if masks is None else masks) if each is not None]
@@ -267,8 +267,8 @@ def _count(given: Mapping[str, Any]) -> int:
 def _steps(settings: RefineFaces, given: Mapping[str, Any]) -> int:
     """Return the num_inference_steps with which inpainting runs the wanted number of steps at this strength."""
     wanted = len(settings.levels(_count(given)))
-    asked = math.ceil(wanted / settings.strength)
-    return asked if int(asked * settings.strength) >= wanted else asked + 1  # diffusers rounds down
+    requested = math.ceil(wanted / settings.strength)
+    return requested if int(requested * settings.strength) >= wanted else requested + 1  # diffusers rounds down
 
 
 def _value_of_prompt(value: Any, prompt: int) -> Any:
