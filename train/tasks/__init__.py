@@ -1,1 +1,1 @@
-"""What a stage can train: one task per network, and the auxiliary losses."""
+"""The tasks that a stage can train, one per network, and their auxiliary losses."""

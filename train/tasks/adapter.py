@@ -1,10 +1,10 @@
-"""The identity adapter: vision encoder, vision branch and LoRA on the frozen base, on real singles and on SynPairs.
+"""Train the identity adapter: vision encoder, vision branch and LoRA on the frozen base, on real singles and SynPairs.
 
-From a real single the adapter learns who somebody is, with reference and target the same picture; from a pair it
-learns what is the person and what was only the photo, because target and reference show one person differently.
+A real single is both reference and target: it teaches the adapter a person's appearance. A pair shows one person in
+two different pictures: it teaches the adapter to separate the person from pose, expression, clothes and scene.
 
-A stage may also name the base's parts. A base that is still young then learns to draw faces with somebody to draw, and
-an adapter stage on the frozen base follows, as in the paper.
+A stage may also train the base's parts. An undertrained base then learns to draw faces with the reference as input. A
+stage that trains the adapter alone on the frozen base follows, as in the paper.
 """
 
 from dataclasses import dataclass
@@ -46,23 +46,23 @@ from train.tasks.base import (
 )
 from train.tasks.likeness_loss import LikenessNetwork
 
-_DRAWN_AT_ONCE = 16  # pictures
-_JUDGED_AT = 4.0  # guidance
-_MIDDLE = torch.full((1, 2), 0.5)  # a crop shifted neither way
+_DRAWN_AT_ONCE = 16  # pictures per sampling batch
+_JUDGED_AT = 4.0  # guidance scale of the judged pictures
+_MIDDLE = torch.full((1, 2), 0.5)  # the shift of a centred crop
 
 
 class AdapterSettings(BaseSettings):
-    """How the adapter is fed: kinds of pictures, what is dropped for guidance, and where the loss looks."""
+    """Settings of the adapter's training: data sources, dropout for guidance, LoRA and loss weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     sources: dict[str, float] = {"real": 0.15, "synthetic": 0.85}  # noqa: RUF012  (pydantic copies it)
-    drop_vision: Share = 0.1  # share of images that are shown nobody
+    drop_vision: Share = 0.1  # share of images trained without their reference, for guidance
     lora_rank: Annotated[int, Field(ge=0)] = 16  # 0: no LoRA
     lora_targets: tuple[LoraTarget, ...] = LORA_TARGETS
-    zero_init: bool = True  # the vision branch begins as nothing (paper, section 3.4.1)
+    zero_init: bool = True  # the output of the vision branch starts at zero (paper, section 3.4.1)
     face_weight: Weight = 3.0
     likeness: Weight = 0.0  # weight of the likeness loss; not in the paper, see docs/training.md
-    judge: Path | None = None  # a folder of weights with a judge, to score held-out people at every validation
+    judge: Path | None = None  # folder of weights whose judge scores held-out people at every validation
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "AdapterSettings":
@@ -72,14 +72,14 @@ class AdapterSettings(BaseSettings):
 
 @dataclass(frozen=True)
 class AdapterBatch(BaseBatch):
-    """Targets with their captions, and the references they should resemble."""
+    """Targets with their captions, and the references that they should resemble."""
 
-    crops: Tensor  # (B, 3, S, S) of the reference
+    crops: Tensor  # (B, 3, S, S) face crops of the references
     strength: Tensor  # (B,) 0 where the reference is dropped
 
 
 class AdapterTask(BaseTask):
-    """The base as it was trained, with a vision branch that learns to carry a face into its pictures."""
+    """Train a vision branch that adds a person's identity to the pictures of a trained base."""
 
     Settings: ClassVar[type[BaseModel]] = AdapterSettings
     PARTS: ClassVar[tuple[str, ...]] = (*IDENTITY_PARTS, *BaseTask.PARTS)
@@ -94,20 +94,20 @@ class AdapterTask(BaseTask):
         self.adapter = Adapter(self.unet, [branch], settings.lora_rank, settings.lora_targets)
         self.adapter.attach(self.unet)
         self.modules |= {"image_encoder": self.vision, "adapter": self.adapter}
-        self.likeness = self._teacher()
+        self.likeness = self._likeness_network()
         self.evaluation: HeldOutEvaluation | None = None
 
-    def _teacher(self) -> LikenessNetwork | None:
-        """The network behind the likeness loss, if the stage has one; a stage `likeness` trained it."""
+    def _likeness_network(self) -> LikenessNetwork | None:
+        """Return the network of the likeness loss, which a stage `likeness` has trained; None without that loss."""
         if not self.settings.likeness:
             return None
         if "likeness" not in self.context.earlier:
             raise ConfigError(
-                f"Stage {self.context.name} has a likeness loss, so it needs its teacher: name a stage `likeness` in "
-                "its start_from, or set likeness to 0."
+                f"Stage {self.context.name} has a likeness loss, which needs a trained likeness network: name a stage "
+                "`likeness` in its start_from, or set likeness to 0."
             )
-        self.modules["likeness"] = teacher = LikenessNetwork(int(self.unet.config.in_channels))
-        return teacher
+        self.modules["likeness"] = network = LikenessNetwork(int(self.unet.config.in_channels))
+        return network
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"vision_encoder": parameters(self.vision), **self.adapter.parts(), **super().parts()}
@@ -115,7 +115,9 @@ class AdapterTask(BaseTask):
     def check(self) -> list[str]:
         judge = self.settings.judge
         if judge is not None and not (judge / "judge").is_dir():
-            raise ConfigError(f"Stage {self.context.name}: there is no judge in {judge}; name a folder of weights.")
+            raise ConfigError(
+                f"Stage {self.context.name}: judge is {judge}, which holds no judge; name a folder of weights with one."
+            )
         return [*super().check(), *images_without_effect(self.context, self.settings.drop_vision)]
 
     def crop_side(self) -> int:
@@ -137,20 +139,20 @@ class AdapterTask(BaseTask):
         return self.adapter.tokens("vision", self.vision(crops))
 
     def prediction(self, batch: AdapterBatch, vision: Tokens, noise: Tensor, t: Tensor) -> Tensor:
-        """The denoiser's velocity (B, C, h, w) with these people to show."""
+        """Return the denoiser's predicted velocity (B, C, h, w), conditioned on these vision tokens."""
         noisy = add_noise(batch.latents, noise, t)
         return self.predict(noisy, t, batch.sentences, {"vision": vision}, batch.strength)
 
     def cosines(self, batch: AdapterBatch, prediction: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """How alike the clean latents that a guess means are to the target, by the teacher: (B,), 1 is the same."""
-        assert self.likeness is not None, "the stage asks for a teacher"
+        """Return the cosine similarity (B,) of the predicted clean latents to the target, by the likeness network."""
+        assert self.likeness is not None, "the stage has no likeness network"
         clean = clean_from_velocity(add_noise(batch.latents, noise, t), prediction, t)
         with torch.no_grad():
             target = self.likeness(batch.latents, batch.faces)
         return (self.likeness(clean, batch.faces) * target).sum(1)
 
     def show(self, batch: BaseBatch, path: Path) -> None:
-        """Each reference, as the vision encoder sees it, with its target to the right."""
+        """Save a grid of the references, as the vision encoder receives them, each with its target on the right."""
         assert isinstance(batch, AdapterBatch)
         targets = self.decode(batch.latents)
         crops = F.interpolate(batch.crops, size=targets.shape[-1])
@@ -162,14 +164,15 @@ class AdapterTask(BaseTask):
         errors = self.weighted(squared_error(prediction, velocity(batch.latents, noise), batch.weights), t)
         if self.likeness is None:
             return Loss(errors)
-        # Where nobody is to be shown, nobody's likeness is asked for; and the noisier, the less can be known.
+        # No likeness is required where the reference is dropped. The loss falls with the noise level, because a noisier
+        # input contains less of the face.
         likeness_loss = batch.strength * (1 - t) * (1 - self.cosines(batch, prediction, noise, t))
         return Loss(
             errors + self.settings.likeness * likeness_loss, {"error": errors.mean(), "strange": likeness_loss.mean()}
         )
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        # Against two references, both another picture: of the same person, and of somebody else.
+        # The losses with two references: another picture of the same person, and a picture of a different person.
         targets, firsts = self.held_out_batch(), torch.arange(0, 2 * self.validation_people, 2)
         crops = self.held_out.crops(firsts, _MIDDLE.expand(len(firsts), 2))
         strength = torch.ones(len(firsts))
@@ -189,7 +192,7 @@ class AdapterTask(BaseTask):
         return numbers | self._judge_scores(folder)
 
     def _judge_scores(self, folder: Path) -> dict[str, float]:
-        """The judge's numbers for pictures of held-out people, if the stage names a judge."""
+        """Return the judge's scores for pictures of held-out people; empty if the stage names no judge."""
         if self.settings.judge is None:
             return {}
         evaluation = self.evaluation = self.evaluation or HeldOutEvaluation(self.settings.judge)
@@ -208,7 +211,7 @@ class AdapterTask(BaseTask):
         return evaluation.scores(pictures)
 
     def draw(self, path: Path, seeds: int = 5) -> None:
-        """Held-out people by row: the photo, then fixed sentences."""
+        """Save a grid with one held-out person per row: the photo, then a picture for each of the fixed sentences."""
         who = range(HELD_OUT.stop - 2_000, HELD_OUT.stop - 2_000 + seeds)
         people = sample_people(who)
         photo = render(people, sample_contexts(who).replace(style=0, headwear=0, framing=1))

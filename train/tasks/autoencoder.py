@@ -1,7 +1,7 @@
-"""The autoencoder: pictures to 8x8 latents and back, with a decoder that forgives imprecise latents.
+"""Train the autoencoder: pictures to 8x8 latents and back, with a decoder that is robust to errors in the latents.
 
-While training, noise is added to the latents, whose channels are held near mean 0 and spread 1. The decoder so learns
-to map a neighbourhood of each latent to a clean picture, and small errors of the denoiser no longer show.
+Training adds noise to the latents, and a loss keeps each of their channels near mean 0 and standard deviation 1. The
+decoder learns to map a neighbourhood of each latent to a clean picture, so small errors of the denoiser do not show.
 """
 
 import json
@@ -26,31 +26,31 @@ from train.task import Loss, Share, TaskContext, Weight
 
 
 class AutoencoderSettings(BaseModel):
-    """Sizes of the network, and what its loss asks for beside likeness."""
+    """Sizes of the network, and the weights of its losses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     latent_channels: Annotated[int, Field(ge=1)] = 32
     widths: tuple[int, ...] = (16, 64, 128, 256)
-    crop: Annotated[int, Field(ge=16, le=SIDE, multiple_of=16)] = 64  # train on squares of this side
-    noise: Weight = 0.3  # the most noise on latents, whose spread is about 1
-    unit: Weight = 0.1  # weight of keeping each channel's mean at 0 and its spread at 1
+    crop: Annotated[int, Field(ge=16, le=SIDE, multiple_of=16)] = 64  # side of the training crops, pixels
+    noise: Weight = 0.3  # highest noise level on the latents, whose standard deviation is about 1
+    unit: Weight = 0.1  # weight of the loss that keeps each channel at mean 0 and standard deviation 1
     edges: Weight = 1.0  # weight of the loss on differences between neighbouring pixels
-    faces: Share = 0.0  # share of the crops that lie on the face; the others lie anywhere
-    features: Weight = 0.0  # of what the vision encoder sees in crops that lie on the face
+    faces: Share = 0.0  # share of the crops that are placed on the face; the others are at random places
+    features: Weight = 0.0  # weight of the vision encoder's feature loss, on the crops placed on the face
 
 
 @dataclass(frozen=True)
 class AutoencoderBatch:
-    """Squares of pictures, and which of them lie on the face."""
+    """Square crops of pictures, and which of them are placed on the face."""
 
     crops: Tensor  # (B, 3, crop, crop), -1 to 1
     on_face: Tensor  # (B,) bool
 
 
 class AutoencoderTask:
-    """Trains on crops, which is cheaper, and shows whole pictures: the network is convolutional.
+    """Train the autoencoder on crops, which is cheaper, and validate it on whole pictures: it is convolutional.
 
-    With the part `decoder` alone, latents stay what they were, and so does everything that was trained on them.
+    If a stage trains the part `decoder` alone, the latents do not change, so everything trained on them remains valid.
     """
 
     Settings: ClassVar[type[BaseModel]] = AutoencoderSettings
@@ -63,8 +63,8 @@ class AutoencoderTask:
         if settings.features:
             if context.initial is None:
                 raise ConfigError(
-                    f"Stage {context.name} compares features, so it needs a vision encoder: name a folder of weights "
-                    "as its initial, or set features to 0."
+                    f"Stage {context.name} has a feature loss, which needs a trained vision encoder: name a folder of "
+                    "weights as its initial, or set features to 0."
                 )
             self.modules["image_encoder"] = VisionEncoder()
 
@@ -83,7 +83,7 @@ class AutoencoderTask:
         images, boxes = self.pictures.take(rows)
         side, crop, seed = images.shape[-1], self.settings.crop, self.context.seed
         anywhere = uniforms(seed, "crop", images_seen, size, (2,)) * ((side - crop) // 16 + 1)
-        centres = (boxes[:, :2] + boxes[:, 2:] / 2).flip(1)  # down, across
+        centres = (boxes[:, :2] + boxes[:, 2:] / 2).flip(1)  # (y, x)
         on_face = ((centres - crop / 2) / 16).round().clamp(0, (side - crop) // 16)
         which = chance(seed, "faces", images_seen, size, self.settings.faces)
         corners = torch.where(which[:, None], on_face, anywhere).long() * 16
@@ -116,17 +116,18 @@ class AutoencoderTask:
         return Loss(per_sample, numbers)
 
     def _feature_loss(self, drawn: Tensor, crops: Tensor) -> Tensor:
-        """How unlike the vision encoder finds crops (B, 3, S, S), -1 to 1, to what they should be: (B,), 0 is alike.
+        """Return the perceptual loss (arXiv 1603.08155) of drawn crops (B, 3, S, S), -1 to 1, against the real ones.
 
-        A perceptual loss (arXiv 1603.08155) by what knows faces here: a face may be sharp and somebody else's.
+        It is (B,), and 0 for equal features. The features are those of the vision encoder, because a drawn face may be
+        sharp and still show a different person.
         """
         encoder = cast(VisionEncoder, self.modules["image_encoder"])
         size = int(encoder.config.image_size)
-        mask = ellipse(size, drawn.device) / 2  # as face crops are masked, brought to 0 to 1
+        mask = ellipse(size, drawn.device) / 2  # the mask of a face crop, halved to map -1 to 1 onto 0 to 1
         both = F.interpolate(torch.cat((drawn, crops)), size=(size, size), mode="area") * mask + 0.5
-        seen, target = encoder(both).chunk(2)
+        features, target = encoder(both).chunk(2)
         target = target.detach()
-        return (seen - target).square().flatten(1).mean(1) / target.var()
+        return (features - target).square().flatten(1).mean(1) / target.var()
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         count = len(self.pictures.gallery)
@@ -141,7 +142,10 @@ class AutoencoderTask:
         (folder / "latents.json").write_text(json.dumps(self._statistics()))
 
     def _statistics(self) -> dict[str, list[float]]:
-        """Mean and spread of each latent channel; those of the folder that a frozen encoder came from."""
+        """Return mean and standard deviation of each latent channel.
+
+        A frozen encoder keeps the values of the folder that it was loaded from.
+        """
         frozen = not any(parameter.requires_grad for parameter in self.vae.encoder.parameters())
         if frozen and self.context.initial is not None:
             _, mean, std = load_autoencoder(self.context.initial)

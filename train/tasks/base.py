@@ -1,4 +1,4 @@
-"""The text-to-image base: the stock denoiser with three text branches, on real singles and on synthetic pictures."""
+"""Train the text-to-image base: the stock denoiser with three text branches, on real singles and synthetic pictures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ ADAPTER_FACTS = {
     "feature_layer": "-2",
     "licence": "Apache-2.0",
 }
-VALIDATION_SEED = 1_000_003  # of the noise that validation losses are measured with
+VALIDATION_SEED = 1_000_003  # seed of the noise in validation losses
 PROMPTS = (
     "a photo of a person, smiling, on a beach, wearing a red t-shirt",
     "a pencil sketch of a person, looking angry, wearing a cap",
@@ -45,81 +45,82 @@ PROMPTS = (
 )
 
 
-IDENTITY_PARTS = ("vision_encoder", "vision_branch", "vision_projection", "lora")  # off where nobody is to be shown
+IDENTITY_PARTS = ("vision_encoder", "vision_branch", "vision_projection", "lora")  # off in images without a reference
 Gamma = Annotated[float, Field(gt=0)]
 TextBranch = Literal["t5", "byt5"]
 
 
 class BaseSettings(BaseModel):
-    """Sizes of the denoiser, and which pictures and captions it is fed."""
+    """Settings of the denoiser's sizes, and of the training: data sources, dropout for guidance and loss weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     widths: tuple[int, ...] = (128, 192)
     layers: int = 1
-    middle_attention: bool = True  # False leaves one residual block in the denoiser's middle
-    pooled: bool = True  # the sentence also as one vector beside the time, of CLIP's and T5's tokens
-    text_branches: tuple[TextBranch, ...] = ("t5", "byt5")  # beside the denoiser's own, which is CLIP's
-    fusion: Fusion = "parallel"  # or "concatenated", the paper's comparison (section 4.3.2)
-    # pixels, a multiple of the autoencoder's 16; pictures are scaled to it before they are encoded
+    middle_attention: bool = True  # False: the denoiser's middle block is a single residual block
+    pooled: bool = True  # add one vector of the sentence, pooled from CLIP's and T5's tokens, to the time embedding
+    text_branches: tuple[TextBranch, ...] = ("t5", "byt5")  # in addition to the denoiser's own text branch, CLIP
+    fusion: Fusion = "parallel"  # or "concatenated", the paper's baseline (section 4.3.2)
+    # pixels, a multiple of 16, the scale of the autoencoder; pictures are scaled to it before they are encoded
     resolution: Annotated[int, Field(ge=16, le=SIDE, multiple_of=16)] = SIDE
-    sources: dict[str, float] = {"real": 0.2, "synthetic": 0.8}  # names among the run's data sources, by weight
-    alternate: Annotated[int, Field(ge=1)] = (
-        1  # images in a row from one source; the batch's size alternates whole batches
-    )
-    drop_text: Share = 0.1  # share of images that no text branch is told anything of, for guidance
-    drop_clip: Share = 0.0  # and of those that one branch alone misses; 1 leaves it out altogether
+    sources: dict[str, float] = {"real": 0.2, "synthetic": 0.8}  # weights of the run's data sources, by name
+    # consecutive images from one source; set it to the batch size to alternate whole batches
+    alternate: Annotated[int, Field(ge=1)] = 1
+    drop_text: Share = 0.1  # share of images for which every text branch reads an empty sentence, for guidance
+    drop_clip: Share = 0.0  # share of images for which this branch alone reads an empty sentence; 1: it always does
     drop_t5: Share = 0.0
     drop_byt5: Share = 0.0
-    face_weight: Weight = 2.0  # how much more the loss counts inside the face's box
-    letter_weight: Weight = 1.0  # how much more on the words on shirts, where the world draws them
-    time_mean: float = 0.0  # of the logit-normal times; above 0 is more noise
+    face_weight: Weight = 2.0  # loss weight inside the face's box; 1 elsewhere
+    letter_weight: Weight = 1.0  # loss weight of the words on shirts, where the world draws them
+    time_mean: float = 0.0  # mean of the logit-normal times; above 0 is more noise
     time_std: Annotated[float, Field(gt=0)] = 1.0
-    min_snr_gamma: Gamma | None = None  # weigh errors by min-SNR (arXiv 2303.09556), with this gamma
+    min_snr_gamma: Gamma | None = None  # the gamma of min-SNR loss weights (arXiv 2303.09556)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "BaseSettings":
         if len(set(self.text_branches)) != len(self.text_branches) or not self.text_branches:
-            raise ValueError("text_branches names t5, byt5 or both, each once")
+            raise ValueError("text_branches must name t5, byt5 or both, each once")
         if self.pooled and "t5" not in self.text_branches:
-            raise ValueError("the pooled sentence is read off T5's tokens too: set pooled to false, or keep t5")
+            raise ValueError("pooled needs T5's tokens, but text_branches has no t5: set pooled to false, or add t5")
         for name, share in (("t5", self.drop_t5), ("byt5", self.drop_byt5)):
             if share and name not in self.text_branches:
-                raise ValueError(f"drop_{name} has no effect, as text_branches leaves {name} out: leave it out too")
+                raise ValueError(
+                    f"drop_{name} has no effect, as text_branches does not name {name}: remove drop_{name}"
+                )
         return self
 
 
 def check_lora(rank: int, targets: Sequence[LoraTarget]) -> None:
-    """ValueError for layers that a LoRA of rank 0 would go to."""
+    """Raise ValueError if `targets` names LoRA layers but `rank` is 0."""
     if not rank and tuple(targets) != LORA_TARGETS:
-        raise ValueError("lora_targets has no effect with lora_rank 0, which is no LoRA: leave it out")
+        raise ValueError("lora_targets has no effect with lora_rank 0, which adds no LoRA: remove lora_targets")
 
 
 def images_without_effect(context: TaskContext, drop_vision: float) -> list[str]:
-    """A sentence about images that teach nothing, if there are any: without a person the frozen base draws alone."""
+    """Return a warning if some images train nothing: without a reference, the frozen base predicts alone."""
     if not drop_vision or not context.trains or not set(context.trains) <= set(IDENTITY_PARTS):
         return []
     return [
-        f"drop_vision: {drop_vision:g} of the images are shown nobody and teach nothing, as everything that trains is "
-        "off in them; set it to 0."
+        f"drop_vision: {drop_vision:g} of the images have no reference and train nothing, because every part that "
+        "trains is off for them; set it to 0."
     ]
 
 
 @dataclass(frozen=True)
 class BaseBatch:
-    """Clean latents and the sentences that describe them; noise is the loss's own."""
+    """Clean latents and the sentences that describe them; the loss draws the noise."""
 
     latents: Tensor  # (B, C, h, w), clean
     sentences: Sentences
-    faces: Tensor  # (B, 1, h, w) 1 where the face is, 0 elsewhere
-    weights: Tensor  # (B, 1, h, w) how much each cell counts in the loss
+    faces: Tensor  # (B, 1, h, w) face mask: 1 where the face is, 0 elsewhere
+    weights: Tensor  # (B, 1, h, w) loss weight of each cell
 
 
 class BaseTask:
-    """Denoiser, text branches and ByT5 train together; CLIP and T5 stay as they are and read each caption once."""
+    """Train denoiser, text branches and ByT5 together; CLIP and T5 are frozen and encode each caption once."""
 
     Settings: ClassVar[type[BaseModel]] = BaseSettings
     PARTS: ClassVar[tuple[str, ...]] = ("unet", "text_adapter", "byt5")
-    DRAWING_STEPS: ClassVar[int] = 20  # of the sampler, for the sheets of pictures
+    DRAWING_STEPS: ClassVar[int] = 20  # sampling steps of the picture grids
     VALIDATION_PEOPLE: ClassVar[int] = 128
 
     def __init__(self, settings: BaseSettings, context: TaskContext) -> None:
@@ -154,7 +155,7 @@ class BaseTask:
         return self._weight_without_effect()
 
     def _weight_without_effect(self) -> list[str]:
-        """A sentence if the letters are to count more where nobody knows of any."""
+        """Return a warning if letter_weight is set, but every source reads records, which do not locate letters."""
         data = data_settings(self.context.data)
         named = [
             data.galleries.get(data.sources[name].gallery)
@@ -162,7 +163,7 @@ class BaseTask:
         ]
         if self.settings.letter_weight == 1 or any(gallery is None or gallery.records is None for gallery in named):
             return []
-        return ["letter_weight has no effect: records do not say where words are; leave it out."]
+        return ["letter_weight has no effect: records do not contain the positions of words; remove it."]
 
     def prepare(self) -> None:
         data = data_settings(self.context.data)
@@ -172,7 +173,8 @@ class BaseTask:
         self.mixture = self._mixture(galleries)
         self.codec = WorldCodec(autoencoder_of(self.context), self.context.device)
         self.gallery_caches = {name: self._cache_gallery(some, name) for name, some in pictures.items()}
-        self.mixture = self._mixture(galleries)  # once more: a record may have broken since its face was looked for
+        # Built again, because a record that became unreadable while it was cached must not be drawn.
+        self.mixture = self._mixture(galleries)
         self.validation_people = data.limited(self.VALIDATION_PEOPLE)
         self.held_out = self._cache_gallery(
             held_out_pictures(self.context.data, self.validation_people), f"held-out-{self.validation_people}"
@@ -188,14 +190,14 @@ class BaseTask:
         return cache_gallery(pictures, self.codec, sentences, folder, self.settings.resolution, self.crop_side())
 
     def crop_side(self) -> int | None:
-        """Pixels of the face crops that this task needs, if it does."""
+        """Return the side in pixels of the face crops that this task needs; None if it needs none."""
         return None
 
     def batch(self, images_seen: int, size: int) -> BaseBatch:
         return self._targets(self.mixture.draw(self.context.seed, images_seen, size), images_seen)
 
     def _targets(self, drawn: DrawnPairs, images_seen: int) -> BaseBatch:
-        """The targets of what was drawn, with their captions; some branches are told nothing of some."""
+        """Return the drawn targets with their captions; some captions are dropped for some branches."""
         dropped = self._dropped(images_seen, len(drawn.targets))
         positions, latents, sentences, faces, weights = [], [], [], [], []
         for name, here in drawn.by_gallery().items():
@@ -220,13 +222,13 @@ class BaseTask:
         )
 
     def _weights(self, gallery_cache: GalleryCache[SentenceStore], rows: Tensor) -> Tensor:
-        """How much each cell of these rows' latents counts in the loss, (B, 1, h, w)."""
+        """Return the loss weight of each cell of these rows' latents, (B, 1, h, w)."""
         faces, letters = self.settings.face_weight, self.settings.letter_weight
         weights = 1 + (faces - 1) * gallery_cache.faces(rows)
         return weights if letters == 1 else weights + (letters - 1) * gallery_cache.letters(rows)
 
     def _dropped(self, first: int, size: int) -> dict[str, Tensor]:
-        """Text branch -> which images it is told nothing of, (size,) bool."""
+        """Return for each text branch the images whose caption it drops, (size,) bool."""
         seed, settings = self.context.seed, self.settings
         everything = chance(seed, "drop", first, size, settings.drop_text)
         shares = {"clip": settings.drop_clip, "t5": settings.drop_t5, "byt5": settings.drop_byt5}
@@ -240,7 +242,10 @@ class BaseTask:
         vision: Mapping[str, Tokens] | None = None,
         strength: Tensor | None = None,
     ) -> Tensor:
-        """The denoiser's velocity for noisy latents (B, C, h, w) at times t (B,), with whom to show if anybody."""
+        """Return the denoiser's velocity for noisy latents (B, C, h, w) at times t (B,).
+
+        `vision` holds the vision tokens by branch, if any; `strength` (B,) scales those branches.
+        """
         branches = self._branches(sentences)
         scales = {} if strength is None else {name: strength for name in vision or {}}
         return cast(Tensor, self.unet(
@@ -250,7 +255,7 @@ class BaseTask:
         ).sample)  # fmt: skip
 
     def _branches(self, sentences: Sentences) -> dict[str, Tokens]:
-        """The tokens of the text branches that there are."""
+        """Return the tokens of the text branches that this task has."""
         branches = {}
         if "t5" in self.settings.text_branches:
             branches["t5"] = sentences.t5
@@ -259,7 +264,7 @@ class BaseTask:
         return branches
 
     def errors(self, batch: BaseBatch, noise: Tensor, t: Tensor) -> Tensor:
-        """Squared error of the velocity, weighted towards face and letters, one number an item."""
+        """Return the squared error (B,) of the velocity, weighted by cell."""
         prediction = self.predict(add_noise(batch.latents, noise, t), t, batch.sentences)
         return squared_error(prediction, velocity(batch.latents, noise), batch.weights)
 
@@ -267,7 +272,7 @@ class BaseTask:
         save_grid(self.decode(batch.latents), path, columns=8)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S), 0 to 1, on the CPU."""
+        """Decode latents to pictures (B, 3, S, S), 0 to 1, on the CPU."""
         return self.codec.decode(latents.to(self.context.device)).cpu()
 
     def loss(self, batch: BaseBatch, images_seen: int) -> Loss:
@@ -275,19 +280,19 @@ class BaseTask:
         return Loss(self.weighted(self.errors(batch, noise, t), t))
 
     def weighted(self, errors: Tensor, t: Tensor) -> Tensor:
-        """Errors (B,) by how much their time counts."""
+        """Return the errors (B,) times the min-SNR weights of their times `t`, if the stage uses such weights."""
         gamma = self.settings.min_snr_gamma
         return errors if gamma is None else errors * min_snr_weight(t, gamma)
 
     def noise(self, latents: Tensor, seed: int, images_seen: int) -> tuple[Tensor, Tensor]:
-        """Noise like the latents, and times (B,): of each image number its own."""
+        """Return noise of the latents' shape, and times (B,); both depend on each image's number alone."""
         count, device = len(latents), latents.device
         noise = normals(seed, "noise", images_seen, count, latents.shape[1:], device)
         normal = normals(seed, "times", images_seen, count, device=device)
         return noise, logit_normal(normal, self.settings.time_mean, self.settings.time_std)
 
     def held_out_batch(self) -> BaseBatch:
-        """One picture each of people whom nobody was trained on, with its caption."""
+        """Return one picture of each held-out person, with its caption."""
         gallery_cache, rows = self.held_out, torch.arange(1, 2 * self.validation_people, 2)
         sentences = gallery_cache.sentences.take(rows, ["rewritten"] * len(rows))
         return BaseBatch(
@@ -295,7 +300,8 @@ class BaseTask:
         )
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        batch = to_device(self.held_out_batch(), self.context.device)  # against their own and others' captions
+        # The losses with the right captions, and with those of other pictures.
+        batch = to_device(self.held_out_batch(), self.context.device)
         noise, t = self.noise(batch.latents, VALIDATION_SEED, 0)
         right = float(self.errors(batch, noise, t).mean())
         wrong = float(self.errors(replace(batch, sentences=batch.sentences.shifted()), noise, t).mean())
@@ -303,19 +309,19 @@ class BaseTask:
         return {"validation_loss": right, "shuffled_captions": wrong, "caption_ratio": wrong / right}
 
     def draw(self, path: Path, seeds: int = 2) -> None:
-        """Fixed sentences at fixed seeds, one column a sentence, without and with guidance."""
+        """Save a grid of pictures at fixed seeds, one column per fixed sentence, without and with guidance."""
         noise = self.drawing_noise(len(PROMPTS) * seeds)
         inputs = Inputs(self.encode_texts(list(PROMPTS) * seeds), self.encode_texts([""] * len(noise)), None)
         rows = [sample(self.unet, noise, inputs, Guidance(scale), self.DRAWING_STEPS) for scale in (1.0, 3.0)]
         save_grid(self.decode(torch.cat(rows)), path, columns=len(PROMPTS))
 
     def encode_texts(self, texts: Sequence[str]) -> TextTokens:
-        """Sentences as the sampler wants them: CLIP's tokens, and those of the other text branches that there are."""
+        """Return the sampler's text input: CLIP's tokens, and those of the other text branches that this task has."""
         clip, branches = self.text.encode(texts)
         return clip, {name: branches[name] for name in self.settings.text_branches}
 
     def drawing_noise(self, count: int) -> Tensor:
-        """The same noise (count, C, h, w) at every call, so that sheets can be compared."""
+        """Return noise (count, C, h, w), the same at every call, so that picture grids are comparable."""
         shape = (count, *self.held_out.latents.values.shape[1:])
         return torch.randn(shape, generator=generator(0, "draw", 0)).to(self.context.device)
 

@@ -1,11 +1,11 @@
-"""A small CLIP (arXiv 2103.00020): crops and whole pictures against dense captions, so that both towers start informed.
+"""Train a small CLIP (arXiv 2103.00020) on images and captions, to pre-train the vision encoder and the text encoders.
 
-Half of each batch are masked face crops, as the vision encoder will see them, half are whole pictures, so that text
-about places and clothes has something to hold on to. A second term asks that two pictures of one person be nearer to
-each other than to anyone else's, and a third that the traits can be read off an embedding: dense captions name them
-coarsely, and identity lies between the words. T5 learns
-beside CLIP's own text tower, through a head that is thrown away, so that the base can leave both as they are: a frozen
-text encoder costs a third of one that trains.
+By default 65% of the images are masked face crops, the input of the vision encoder in later stages. The rest are whole
+pictures, to which the text about places and clothes applies. A second loss term pulls two pictures of one person
+closer to each other than to pictures of other people. A third term predicts the traits from the embedding, because
+dense captions describe them only coarsely, and identity depends on finer differences. T5 trains beside CLIP's own text
+tower, through a head that is discarded afterwards. The base can then freeze both text encoders: a frozen text encoder
+costs a third of one that trains.
 """
 
 from dataclasses import dataclass
@@ -33,30 +33,30 @@ from train.tasks.trait_loss import TRAIT_OUTPUTS, trait_loss
 
 
 class ClipSettings(BaseModel):
-    """What the images are, and how much likeness between pictures of one person counts."""
+    """The mix of images and captions, and the weights of the loss terms."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    captions: bool = True  # False: faces alone, without captions, for a vision encoder whose text towers are done
+    captions: bool = True  # False: face crops alone, without captions; trains the vision encoder only
     whole_share: Share = 0.35  # share of whole pictures among the images
-    dense_share: Share = 0.75  # share of dense captions; the rest are rewritten, as prompts are
+    dense_share: Share = 0.75  # share of dense captions; the rest are rewritten captions, which resemble prompts
     person_weight: Weight = 1.0  # weight of the term between two pictures of one person
-    traits: Weight = 5.0  # weight of reading the identity traits off the embedding of a crop
+    traits: Weight = 5.0  # weight of predicting the identity traits from the embedding of a crop
 
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Images with their captions, and second pictures of the same people to match them with."""
+    """Images with their captions, and second pictures of the same people to match the crops with."""
 
-    first: Tensor  # (B, 3, S, S) a crop or a whole picture, which `texts` describes
-    second: Tensor  # (P, 3, S, S) another picture of the person, for those that are crops
+    first: Tensor  # (B, 3, S, S) face crops and whole pictures, described by `texts`
+    second: Tensor  # (P, 3, S, S) for each crop in `first`, a crop of another picture of that person
     texts: list[str]
-    crops: Tensor  # (P,) which rows of `first` are crops
-    people: People  # who is in those crops
-    drifted: People  # who is in `second`: nearly the same
+    crops: Tensor  # (P,) row numbers of the crops in `first`
+    people: People  # the people in those crops
+    drifted: People  # the people in `second`: the same, with a slightly drifted identity
 
 
 class ClipTask:
-    """Gives the vision encoder and the denoiser's CLIP text encoder their start, before either meets a denoiser."""
+    """Pre-train the vision encoder and the text encoders CLIP and T5, before any of them conditions a denoiser."""
 
     Settings: ClassVar[type[BaseModel]] = ClipSettings
     PARTS: ClassVar[tuple[str, ...]] = ("vision", "text", "t5")
@@ -68,7 +68,7 @@ class ClipTask:
         make_tokenizers(tokenizers)
         self.text = build_text_encoders(tokenizers)
         self.vision = VisionEncoder()
-        self.temperature = Temperature(3)  # for CLIP's captions, people, and T5's captions
+        self.temperature = Temperature(3)  # one scale each for CLIP's captions, people, and T5's captions
         self.t5_head = nn.Linear(self.text.t5.config.d_model, self.vision.config.embed_width)
         self.reading = nn.Linear(self.vision.config.embed_width, TRAIT_OUTPUTS)
         self.modules: dict[str, nn.Module] = {
@@ -123,7 +123,7 @@ class ClipTask:
         image = F.normalize(self.vision.embed(torch.cat((batch.first, batch.second))), dim=1)
         first, second = image[: len(batch.first)], image[len(batch.first) :]
         per_sample, metrics = torch.zeros(len(first), device=image.device), dict[str, Tensor]()
-        if len(second):  # a small piece of a batch may be whole pictures all
+        if len(second):  # a micro-batch may consist of whole pictures only
             faces, metrics = self._faces(first[batch.crops], second, batch)
             per_sample = per_sample.index_add(0, batch.crops, faces)
         if self.settings.captions:
@@ -132,15 +132,15 @@ class ClipTask:
         return Loss(per_sample, metrics)
 
     def _faces(self, crops: Tensor, second: Tensor, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """How badly two pictures of one person are matched, and traits read off them, (P,)."""
+        """Return the loss (P,) of matching two pictures of one person and of predicting their traits, and metrics."""
         person, hits = info_nce(crops, second, self.temperature.scales()[1])
-        seen = torch.cat((crops, second)) * crops.shape[1] ** 0.5
-        traits = trait_loss(self.reading(seen), join((batch.people, batch.drifted))).view(2, -1).mean(0)
+        scaled = torch.cat((crops, second)) * crops.shape[1] ** 0.5
+        traits = trait_loss(self.reading(scaled), join((batch.people, batch.drifted))).view(2, -1).mean(0)
         faces = self.settings.person_weight * person + self.settings.traits * traits
         return faces, {"person_hits": hits, "traits": traits.mean()}
 
     def _captions(self, images: Tensor, texts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """How badly images and captions are matched through CLIP's tower and through T5, (B,)."""
+        """Return the loss (B,) of matching images and captions through CLIP's tower and through T5, and metrics."""
         clip, t5 = self.text.encode_clip(texts), self.text.encode_t5(texts)
         both = encoders.pooled(clip, t5)
         width = int(clip.values.shape[2])

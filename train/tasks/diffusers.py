@@ -1,11 +1,11 @@
-"""The identity adapter on a public base: Stable Diffusion 1.5 or XL, frozen, with our adapters beside it.
+"""Train the identity adapter on a public base: a frozen Stable Diffusion 1.5 or XL with our adapters attached.
 
-As the portrait world's adapter (`tasks.adapter`), it learns from real singles who somebody is, and from pairs what
-is the person and what was only the photo. What differs is the base's: it predicts what its scheduler's config says, on
-its own noise schedule, from its own text encoders' states; SDXL also hears sizes. T5 and ByT5, which such a base never
-read, are branches of a second adapter that begin as nothing.
+It trains on real singles and pairs, like the portrait world's adapter (`train.tasks.adapter`). The base determines the
+rest: the prediction type of its scheduler's config, its noise schedule and the states of its text encoders. SDXL is
+also conditioned on picture sizes. T5 and ByT5 are no inputs of such a base, so they are branches of a second adapter
+whose output starts at zero.
 
-Latents, face crops and text states come from disk; autoencoder and text encoders are gone before the first step.
+Latents, face crops and text states come from the cache. Autoencoder and text encoders are freed before the first step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,77 +37,80 @@ from train.run.grids import save_grid
 from train.task import Loss, Share, TaskContext, Weight
 from train.tasks.base import VALIDATION_SEED, Gamma, check_lora, images_without_effect
 
-_PLUS_HEAD = 64  # width of a plus projection's heads
-_TOKENS = {"t5": 256, "byt5": 128}  # kept of a caption
+_PLUS_HEAD = 64  # width of the attention heads in a plus projection
+_TOKENS = {"t5": 256, "byt5": 128}  # highest number of tokens per caption
 
 
 class DiffusersSettings(BaseModel):
-    """The base, what the adapter is built of and begins with, and how it is fed."""
+    """Settings of the base, of the adapter and its initial weights, and of the training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    base: str  # the folder of a pipeline in diffusers' layout, or a hub id
-    vision: Path | None = None  # of a VisionEncoder or a CLIPVisionModelWithProjection; none: the base's image_encoder
-    t5: Path | None = None  # of a T5 encoder with its tokenizer; none: no such branch
-    byt5: Path | None = None
-    ip_adapter: Path | None = None  # a Plus or Full file that the vision branch begins with
-    projection: Literal["full", "plus"] | None = None  # without such a file; full
-    zero_init: bool | None = None  # likewise: the vision branch begins as nothing (paper, section 3.4.1); true
+    base: str  # folder of a pipeline in diffusers' layout, or a hub id
+    # folder of a VisionEncoder or a CLIPVisionModelWithProjection; None: the base's image_encoder
+    vision: Path | None = None
+    t5: Path | None = None  # folder of a T5 encoder with its tokenizer; None: no T5 branch
+    byt5: Path | None = None  # folder of a ByT5 encoder with its tokenizer; None: no ByT5 branch
+    ip_adapter: Path | None = None  # IP-Adapter Plus or Full file with the initial weights of the vision branch
+    projection: Literal["full", "plus"] | None = None  # without ip_adapter; default: full
+    # without ip_adapter: the output of the vision branch starts at zero (paper, section 3.4.1); default: true
+    zero_init: bool | None = None
     lora_rank: Annotated[int, Field(ge=0)] = 64  # 0: no LoRA
     lora_targets: tuple[LoraTarget, ...] = LORA_TARGETS
     resolution: Annotated[int, Field(ge=8)] = 512  # pixels
     sources: dict[str, float] = {"real": 1.0}
-    alternate: Annotated[int, Field(ge=1)] = 1  # images in a row from one source
-    drop_text: Share = 0.1  # share of images that no text branch is told anything of, for guidance
-    drop_clip: Share = 0.0  # and of those that one branch alone misses
+    alternate: Annotated[int, Field(ge=1)] = 1  # consecutive images from one source
+    drop_text: Share = 0.1  # share of images for which every text branch reads an empty sentence, for guidance
+    drop_clip: Share = 0.0  # share of images for which this branch alone reads an empty sentence
     drop_t5: Share = 0.0
     drop_byt5: Share = 0.0
-    drop_vision: Share = 0.1  # share of images that are shown nobody
-    face_weight: Weight = 1.0  # how much more the loss counts inside the face's box
-    min_snr_gamma: Gamma | None = None  # weigh errors by min-SNR (arXiv 2303.09556), with this gamma
-    gradient_checkpointing: bool = False  # denoiser and vision encoder are computed twice, in far less memory
+    drop_vision: Share = 0.1  # share of images trained without their reference, for guidance
+    face_weight: Weight = 1.0  # loss weight inside the face's box; 1 elsewhere
+    min_snr_gamma: Gamma | None = None  # the gamma of min-SNR loss weights (arXiv 2303.09556)
+    # compute denoiser and vision encoder again in the backward pass, which needs far less memory
+    gradient_checkpointing: bool = False
     base_precision: Literal["fp32", "bf16"] = "fp32"  # of the frozen denoiser's weights
-    held_out: str | None = None  # a source to validate on; none: pictures that it trains on
+    held_out: str | None = None  # source to validate on; None: validate on pictures of the training sources
     validation_images: Annotated[int, Field(ge=2)] = 32
     drawings: Annotated[int, Field(ge=0)] = 4  # pictures drawn at every validation
     drawing_steps: Annotated[int, Field(ge=1)] = 30
     drawing_guidance: float = 5.0
-    licence: str = "unspecified"  # what the exported adapter says of itself
+    licence: str = "unspecified"  # licence in the metadata of the exported adapter
 
     @model_validator(mode="before")
     @classmethod
     def _filled_in(cls, given: Any) -> Any:
-        """Without a file to begin with, the vision branch is the paper's unless something else is said."""
+        """Without an IP-Adapter file, default to the paper's vision branch: full projection, initialised to zero."""
         if not isinstance(given, dict) or given.get("ip_adapter") is not None:
             return given
-        said = {name: value for name, value in given.items() if value is not None}
-        return {"projection": "full", "zero_init": True, **said}
+        explicit = {name: value for name, value in given.items() if value is not None}
+        return {"projection": "full", "zero_init": True, **explicit}
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "DiffusersSettings":
         check_lora(self.lora_rank, self.lora_targets)
         for name, branch, share in (("t5", self.t5, self.drop_t5), ("byt5", self.byt5, self.drop_byt5)):
             if share and branch is None:
-                raise ValueError(f"drop_{name} has no effect without {name}: leave it out, or name the encoder")
+                raise ValueError(f"drop_{name} has no effect without {name}: remove drop_{name}, or set {name}")
         for name, value in (("projection", self.projection), ("zero_init", self.zero_init)):
             if value is not None and self.ip_adapter is not None:
-                raise ValueError(f"{name} has no effect beside ip_adapter, which brings its own: leave it out")
+                raise ValueError(f"{name} has no effect beside ip_adapter, whose file determines it: remove {name}")
         return self
 
 
 @dataclass(frozen=True)
 class DiffusersBatch:
-    """Clean latents, what describes them, and the references they should resemble."""
+    """Clean latents, the text states that describe them, and the references that they should resemble."""
 
-    latents: Tensor  # (B, C, h, w), scaled as the base wants them
-    states: dict[str, Tokens]  # "clip", "pooled" in SDXL, "t5", "byt5"
-    sizes: Tensor  # (B, 6) height and width of the picture, top and left cut off, height and width wanted
-    faces: Tensor  # (B, 1, h, w) 1 where the face is, 0 elsewhere
-    crops: Tensor  # (B, 3, S, S) of the reference
+    latents: Tensor  # (B, C, h, w), scaled by the base's scaling factor
+    states: dict[str, Tokens]  # text states by name: "clip", "pooled" for SDXL, "t5", "byt5"
+    sizes: Tensor  # (B, 6) picture height and width, pixels cropped at top and left, target height and width
+    faces: Tensor  # (B, 1, h, w) face mask: 1 where the face is, 0 elsewhere
+    crops: Tensor  # (B, 3, S, S) face crops of the references
     strength: Tensor  # (B,) 0 where the reference is dropped
 
 
 class DiffusersTask:
-    """The base as others trained it, with a vision branch that learns to carry a face into its pictures."""
+    """Train a vision branch that adds a person's identity to the pictures of a public base."""
 
     Settings: ClassVar[type[BaseModel]] = DiffusersSettings
     PARTS: ClassVar[tuple[str, ...]] = (
@@ -141,7 +144,10 @@ class DiffusersTask:
             self.text_adapter.attach(self.unet)
 
     def _identity(self) -> Adapter:
-        """The vision branch with its projection and LoRA, from an IP-Adapter's file if there is one."""
+        """Build the vision branch with its projection and LoRA; an IP-Adapter file gives its initial weights.
+
+        Raises ConfigError if the file does not take the vision encoder's tokens.
+        """
         settings, width = self.settings, int(self.unet.config.cross_attention_dim)
         vision_width = int(self.vision.config.width)
         inner = (
@@ -159,11 +165,11 @@ class DiffusersTask:
             (given,) = imported.branch_specs
             if given.projection == "linear" or given.input_width != vision_width:
                 raise ConfigError(
-                    f"{settings.ip_adapter} reads {given.input_width} numbers of its own encoder's "
-                    f"{'embedding' if given.projection == 'linear' else 'tokens'}, the vision encoder here gives "
-                    f"tokens of {vision_width}: take a Plus or Full file, and the image_encoder that belongs to it."
+                    f"{settings.ip_adapter} takes {'embeddings' if given.projection == 'linear' else 'tokens'} of "
+                    f"width {given.input_width}, but the vision encoder returns tokens of width {vision_width}: take a "
+                    "Plus or Full file, and the image_encoder that belongs to it."
                 )
-            # Where nobody is shown, the branch is off from now on: that is how it trains here.
+            # Training here switches the branch off in images without a reference, so pictures must do the same.
             spec, initial_tensors = replace(given, absent="off"), imported.state_dict()
         adapter = Adapter(self.unet, [spec], settings.lora_rank, settings.lora_targets)
         if initial_tensors and self.context.device.type != "meta":
@@ -182,7 +188,7 @@ class DiffusersTask:
         return {**absent, "vision_encoder": parameters(self.vision), **self.adapter.parts(), **text}
 
     def blueprint(self) -> Blueprint:
-        """The networks that a step computes, as a plan of its memory and arithmetic wants them."""
+        """Return the networks that a step computes, for planning its memory and operations."""
         networks = {
             "unet": ("UNet2DConditionModel", self.base.config("unet")),
             "vae": ("AutoencoderKL", self.base.config("vae")),
@@ -193,7 +199,7 @@ class DiffusersTask:
         components = {name: Component(kind, _plain(config)) for name, (kind, config) in networks.items()}
         return Blueprint(self.base.kind, components, {**text, "adapter": identity})
 
-    # --- what is made once and kept ---------------------------------------------------------------------------------
+    # --- caches -----------------------------------------------------------------------------------------------------
 
     def check(self) -> list[str]:
         check_sources(self.context.data, self.settings.sources)
@@ -213,7 +219,8 @@ class DiffusersTask:
         self._build_mixtures(galleries)
         self.codec = BaseCodec(self.base, self.context.device)
         self.gallery_caches = {name: self._cache_gallery(some, name) for name, some in pictures.items()}
-        self._build_mixtures(galleries)  # once more: a record may have broken since its face was looked for
+        # Built again, because a record that became unreadable while it was cached must not be drawn.
+        self._build_mixtures(galleries)
         for mixture in (self.mixture, self.validation_sources):
             for source, pairs in zip(mixture.sources, mixture.pairs, strict=True):
                 caption_styles = [caption_style for caption_style, weight in source.captions.items() if weight > 0]
@@ -221,10 +228,10 @@ class DiffusersTask:
         self.codec.free()
 
     def _build_mixtures(self, galleries: Mapping[str, AnyGallery]) -> None:
-        """What is drawn from, to train and to validate."""
+        """Build the mixtures of sources that training and validation draw from."""
         sources, settings, own = data_settings(self.context.data).sources, self.settings, self.context.own_counts
         self.mixture = Mixture(settings.sources, sources, galleries, settings.alternate, own)
-        # A validation never trains, so what it draws may be drawn from the same sources with another seed.
+        # Without a held-out source, validation draws from the training sources with a different seed.
         validation_sources = settings.sources if settings.held_out is None else {settings.held_out: 1.0}
         self.validation_sources = Mixture(validation_sources, sources, galleries, own_counts=own)
 
@@ -234,7 +241,7 @@ class DiffusersTask:
         states = TextStates(pictures.gallery, self.text_encoders, folder)
         return cache_gallery(pictures, self.codec, states, folder, crop_side=crop)
 
-    # --- what a step sees -------------------------------------------------------------------------------------------
+    # --- batches ----------------------------------------------------------------------------------------------------
 
     def batch(self, images_seen: int, size: int) -> DiffusersBatch:
         seed, settings = self.context.seed, self.settings
@@ -247,15 +254,15 @@ class DiffusersTask:
         return self._batch(self.mixture.draw(seed, images_seen, size), images_seen, dropped, strength)
 
     def _batch(self, drawn: DrawnPairs, first: int, dropped: Mapping[str, Tensor], strength: Tensor) -> DiffusersBatch:
-        """What was drawn, with nothing said of the images in `dropped`, and people of this strength."""
+        """Return the batch of the drawn pairs; `dropped` holds for each text branch the images whose caption it drops.
+
+        `first` is the number of the batch's first image. `strength` (B,) is 0 where the reference is dropped.
+        """
         dropped = {**dropped, "pooled": dropped["clip"]}
         positions, latents, sizes, faces, states = [], [], [], [], []
         for name, here in drawn.by_gallery().items():
-            gallery_cache, rows, caption_styles = (
-                self.gallery_caches[name],
-                drawn.targets[here],
-                [drawn.caption_styles[i] for i in here.tolist()],
-            )
+            gallery_cache, rows = self.gallery_caches[name], drawn.targets[here]
+            caption_styles = [drawn.caption_styles[i] for i in here.tolist()]
             positions.append(here)
             latents.append(gallery_cache.latents.take(rows))
             sizes.append(time_ids(gallery_cache.pictures.frames(rows), self.settings.resolution))
@@ -275,12 +282,15 @@ class DiffusersTask:
             strength,
         )
 
-    # --- what is learnt ---------------------------------------------------------------------------------------------
+    # --- predictions and losses -------------------------------------------------------------------------------------
 
     def predict(
         self, noisy: Tensor, steps: Tensor, batch: DiffusersBatch, vision: Tokens, strength: Tensor | None = None
     ) -> Tensor:
-        """What the denoiser says of noisy latents (B, C, h, w) at steps (B,) of its schedule, people that strong."""
+        """Return the denoiser's prediction for noisy latents (B, C, h, w) at steps (B,) of its schedule.
+
+        `strength` (B,) scales the vision branch; None: the batch's own.
+        """
         dtype = self.unet.dtype
         added = None
         if self.base.xl:
@@ -299,14 +309,14 @@ class DiffusersTask:
         return self.adapter.tokens(VISION, self.vision(crops))
 
     def noise(self, latents: Tensor, seed: int, images_seen: int) -> tuple[Tensor, Tensor]:
-        """Noise like the latents, and steps of the schedule (B,): of each image number its own."""
+        """Return noise of the latents' shape, and steps of the schedule (B,); both depend on image numbers alone."""
         count, device = len(latents), latents.device
         noise = normals(seed, "noise", images_seen, count, latents.shape[1:], device)
         share = uniforms(seed, "times", images_seen, count, device=device)
         return noise, (share * self.schedule.config.num_train_timesteps).long()
 
     def errors(self, batch: DiffusersBatch, vision: Tokens, noise: Tensor, steps: Tensor) -> Tensor:
-        """Squared error (B,) of what the base predicts, weighted towards the face."""
+        """Return the squared error (B,) of the base's prediction, with the face weighted by face_weight."""
         noisy = self.schedule.add_noise(batch.latents, noise, steps)
         target = self.schedule.get_velocity(batch.latents, noise, steps) if self._predicts_velocity else noise
         prediction = self.predict(noisy, steps, batch, vision)
@@ -317,7 +327,7 @@ class DiffusersTask:
         return bool(self.schedule.config.prediction_type == "v_prediction")
 
     def loss_weights(self, steps: Tensor) -> Tensor:
-        """How much an error at these steps counts, (B,): min-SNR, in terms of what is predicted."""
+        """Return the loss weights (B,) of these steps: min-SNR, for the base's prediction type."""
         from diffusers.training_utils import compute_snr
 
         if self.settings.min_snr_gamma is None:
@@ -329,38 +339,38 @@ class DiffusersTask:
     def loss(self, batch: DiffusersBatch, images_seen: int) -> Loss:
         if self.unet.dtype != torch.float32 and not torch.is_autocast_enabled(batch.latents.device.type):
             raise ConfigError(
-                f"Stage {self.context.name} has base_precision bf16 but computes in fp32: set its precision to bf16."
+                f"Stage {self.context.name} has base_precision bf16, but computes in fp32: set its precision to bf16."
             )
         noise, steps = self.noise(batch.latents, self.context.seed, images_seen)
         errors = self.errors(batch, self.vision_tokens(batch.crops), noise, steps)
         return Loss(errors * self.loss_weights(steps), {"error": errors.mean()})
 
-    # --- what people look at ----------------------------------------------------------------------------------------
+    # --- picture grids, validation and export -----------------------------------------------------------------------
 
     def show(self, batch: DiffusersBatch, path: Path) -> None:
-        """Each reference, as the vision encoder sees it, with its target to the right."""
+        """Save a grid of the references, as the vision encoder receives them, each with its target on the right."""
         self._sheet(path, [batch.crops, self.codec.decode(batch.latents)], columns=4)
 
     def _sheet(self, path: Path, kinds: Sequence[Tensor], columns: int) -> None:
-        """Pictures of several kinds side by side, `columns` items a row."""
+        """Save a grid of several kinds of pictures (count, 3, H, W) side by side, with `columns` items per row."""
         self.codec.free()
         side = min(256, self.settings.resolution)
         scaled = [F.interpolate(pictures.cpu(), size=(side, side), mode="area") for pictures in kinds]
         save_grid(torch.stack(scaled, 1).flatten(0, 1), path, columns=columns * len(kinds))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        """Errors with each reference, and with another's; some people drawn."""
+        """Return the losses with each person's own reference and with another's, and save some drawn pictures."""
         count = self.settings.validation_images
         right, wrong = torch.zeros(count), torch.zeros(count)
-        # About four at a time and never one alone, which would have nobody else's reference.
+        # About four images at a time, and never one alone, because the wrong references come from the same batch.
         for numbers in torch.arange(count).tensor_split(-(-count // 4)):
             first = int(numbers[0])
             batch = self._validation_batch(first, len(numbers))
             noise, steps = self.noise(batch.latents, VALIDATION_SEED, first)
-            seen = self.vision_tokens(batch.crops)
+            vision = self.vision_tokens(batch.crops)
             here = slice(first, first + len(steps))
-            right[here] = self.errors(batch, seen, noise, steps).cpu()
-            wrong[here] = self.errors(batch, Tokens(seen.values.roll(1, 0)), noise, steps).cpu()
+            right[here] = self.errors(batch, vision, noise, steps).cpu()
+            wrong[here] = self.errors(batch, Tokens(vision.values.roll(1, 0)), noise, steps).cpu()
         if self.settings.drawings:
             self._draw(self._validation_batch(0, min(self.settings.drawings, count)), folder / "pictures.png")
         mean, other = float(right.mean()), float(wrong.mean())
@@ -372,7 +382,7 @@ class DiffusersTask:
         return to_device(self._batch(drawn, first, branches, torch.ones(size)), self.context.device)
 
     def _draw(self, batch: DiffusersBatch, path: Path) -> None:
-        """Each reference, its target, and what the captions give with the reference and without."""
+        """Save a grid of each reference, its target, and pictures of its caption with and without the reference."""
         from diffusers import DDIMScheduler
 
         count = len(batch.latents)
@@ -388,15 +398,15 @@ class DiffusersTask:
             latents = noise * sampler.init_noise_sigma
             for step in sampler.timesteps:
                 steps = step.expand(count)
-                said = self.predict(latents, steps, batch, vision, strength).float()
+                conditional = self.predict(latents, steps, batch, vision, strength).float()
                 unconditional = self.predict(latents, steps, without_text, vision, torch.zeros_like(strength)).float()
-                prediction = unconditional + self.settings.drawing_guidance * (said - unconditional)
+                prediction = unconditional + self.settings.drawing_guidance * (conditional - unconditional)
                 latents = sampler.step(prediction, step, latents).prev_sample
             kinds.append(self.codec.decode(latents))
         self._sheet(path, kinds, columns=1)
 
     def export(self, folder: Path) -> None:
-        """The vision encoder as it is now, and the adapters: what a pipeline around the same base loads."""
+        """Write the trained vision encoder and the adapters, which a pipeline around the same base loads."""
         self.vision.save_pretrained(folder / "image_encoder")
         remove_local_paths(folder)
         facts = {
@@ -414,12 +424,12 @@ class DiffusersTask:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says of its network, not of where it came from."""
+    """Return a configuration without its private entries, which describe where it came from, not the network."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _in_order(positions: Sequence[Tensor], pieces: Sequence[Tokens]) -> Tokens:
-    """Tokens put where `positions` say, the shorter ones padded."""
+    """Join the pieces' tokens, put the rows at `positions`, and pad the shorter ones."""
     if len(pieces) == 1:
         return pieces[0]
     order, joined = torch.cat(list(positions)).argsort(), join(list(pieces))

@@ -1,4 +1,4 @@
-"""The small face finder: renders of one to three people at any place and size, and pictures without anybody."""
+"""Train the small face finder on renders of one to three people at any place and size, and on empty scenes."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -19,20 +19,20 @@ from train.task import Loss, Share, TaskContext
 
 
 class FinderSettings(BaseModel):
-    """How many pictures show nobody or several people; the rest show one."""
+    """The shares of pictures with no person and with several people; the rest show one person."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    empty_share: Share = 0.15  # share of pictures without anybody
-    group_share: Share = 0.25
+    empty_share: Share = 0.15  # share of pictures without a person
+    group_share: Share = 0.25  # share of pictures with two or three people
 
 
 class FinderTask:
-    """Trains the finder where it must work: on any number of people, at any place and size."""
+    """Train the finder on up to three people per picture, at any place and size."""
 
     Settings: ClassVar[type[BaseModel]] = FinderSettings
     PARTS: ClassVar[tuple[str, ...]] = ("finder",)
-    GROUPS: ClassVar[int] = 600  # pictures of two, of three people and of nobody, rendered once
-    HELD_OUT_PICTURES: ClassVar[int] = 100  # of one, two and three people each
+    GROUPS: ClassVar[int] = 600  # pictures each of two people, of three people and of empty scenes, rendered once
+    HELD_OUT_PICTURES: ClassVar[int] = 100  # pictures each of one, two and three people
 
     def __init__(self, settings: FinderSettings, context: TaskContext) -> None:
         self.settings, self.context = settings, context
@@ -55,7 +55,7 @@ class FinderTask:
         self.held_out = [_groups(HELD_OUT.stop - 1_000, count, held_out) for count in (1, 2, 3)]
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures (B, 3, S, S), boxes (B, 3, 4) and which of them count (B, 3)."""
+        """Return pictures (B, 3, S, S), boxes (B, 3, 4) and which of the boxes hold a face (B, 3)."""
         seed = self.context.seed
         rows = draw_rows(self.context, "rows", images_seen, size, len(self.pictures.gallery))
         images, single = self.pictures.take(rows)
@@ -92,10 +92,10 @@ class FinderTask:
         for images, boxes in self.held_out:
             face_boxes, scores = finder.decode(self.finder(images.to(self.context.device)), images.shape[-1])
             for i in range(len(images)):
-                kept = face_boxes[i][scores[i] > 0.5].cpu()
-                near = (_centres(kept)[:, None] - _centres(boxes[i])[None]).norm(dim=-1) < 0.4 * boxes[i, :, 2]
-                right += int(near.any(0).sum()) if len(kept) else 0
-                wrong += int((~near.any(1)).sum()) if len(kept) else 0
+                detected = face_boxes[i][scores[i] > 0.5].cpu()
+                near = (_centres(detected)[:, None] - _centres(boxes[i])[None]).norm(dim=-1) < 0.4 * boxes[i, :, 2]
+                right += int(near.any(0).sum()) if len(detected) else 0
+                wrong += int((~near.any(1)).sum()) if len(detected) else 0
                 found += len(boxes[i])
         return {"recall": right / found, "false_per_face": wrong / found}
 
@@ -114,9 +114,9 @@ def _centres(boxes: Tensor) -> Tensor:
 
 
 def _zoom(images: Tensor, boxes: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-    """Shrink and move each picture on a plain ground (or enlarge it a little), and its boxes with it.
+    """Scale each picture by 0.35 to 1.15 and move it on a plain background, and its boxes with it.
 
-    `random` (B, 6), 0 to 1, decides for each: size, place across and down, and the ground's colour.
+    `random` (B, 6), 0 to 1, holds for each picture: scale, horizontal and vertical place, and background colour.
     """
     count, side = len(images), images.shape[-1]
     scale = 0.35 + 0.8 * random[:, 0]

@@ -1,7 +1,7 @@
-"""A recogniser that reads latents, the teacher of the likeness loss: one person's two pictures belong together.
+"""Train the network of the likeness loss: a recogniser of latents that matches two pictures of one person.
 
-Its people are those the adapter trains on, and its pictures the very latents that the denoiser predicts, so that a loss
-costs no decoding. Noise on them stands for a prediction's flaws.
+It trains on the people that the adapter trains on. Its input is latents, which the denoiser predicts, so the loss needs
+no decoding. Noise on the latents simulates the errors of a prediction.
 """
 
 from dataclasses import dataclass
@@ -26,25 +26,25 @@ from train.tasks.trait_loss import TRAIT_OUTPUTS, trait_loss
 
 
 class LikenessSettings(BaseModel):
-    """What the network is shown, and what helps it."""
+    """The noise on the latents, and the weight of the auxiliary loss."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    noise: Weight = 0.5  # at most so much noise on the latents, whose spread is 1
-    traits: Weight = 5.0  # weight of reading the world's traits off the embedding
+    noise: Weight = 0.5  # highest noise level on the latents, whose standard deviation is 1
+    traits: Weight = 5.0  # weight of predicting the world's traits from the embedding
 
 
 @dataclass(frozen=True)
 class LikenessBatch:
-    """Two pictures each of some people: latents, where their faces are, and who they are."""
+    """Two pictures of each person: latents, face masks and people."""
 
     latents: Tensor  # (B, 2, C, h, w)
     faces: Tensor  # (B, 2, 1, h, w)
-    people: People  # (B)
-    drifted: People  # (B) who is in the second pictures: nearly the same
+    people: People  # (B) the people in the first pictures
+    drifted: People  # (B) the people in the second pictures: the same, with a slightly drifted identity
 
 
 class LikenessTask:
-    """Trains the teacher; nothing of it is shipped."""
+    """Train the likeness network, which is not part of the shipped weights."""
 
     Settings: ClassVar[type[BaseModel]] = LikenessSettings
     PARTS: ClassVar[tuple[str, ...]] = ("likeness",)
@@ -93,9 +93,11 @@ class LikenessTask:
         count, seed, device = len(batch.latents), self.context.seed, batch.latents.device
         level = self.settings.noise * uniforms(seed, "level", images_seen, count, (2, 1, 1, 1), device)
         noise = level * normals(seed, "noise", images_seen, count, batch.latents.shape[1:], device)
-        seen = self.likeness((batch.latents + noise).flatten(0, 1), batch.faces.flatten(0, 1)).unflatten(0, (count, 2))
-        person, hits = info_nce(seen[:, 0], seen[:, 1], self.temperature.scales()[0])
-        read = self.reading(seen * DIMENSIONS**0.5)
+        embeddings = self.likeness((batch.latents + noise).flatten(0, 1), batch.faces.flatten(0, 1)).unflatten(
+            0, (count, 2)
+        )
+        person, hits = info_nce(embeddings[:, 0], embeddings[:, 1], self.temperature.scales()[0])
+        read = self.reading(embeddings * DIMENSIONS**0.5)
         traits = (trait_loss(read[:, 0], batch.people) + trait_loss(read[:, 1], batch.drifted)) / 2
         return Loss(person + self.settings.traits * traits, {"person_hits": hits, "traits": traits.mean()})
 
@@ -104,11 +106,11 @@ class LikenessTask:
         latents = self._latents(held_out, f"held-out-{self.VALIDATION_PEOPLE}")
         rows = torch.arange(2 * self.VALIDATION_PEOPLE)
         parts = [(latents.take(some), latents.faces(some)) for some in rows.split(100)]
-        seen = torch.cat([self.likeness(*(x.to(self.context.device) for x in part)) for part in parts])
-        similarity = seen[::2] @ seen[1::2].T
+        embeddings = torch.cat([self.likeness(*(x.to(self.context.device) for x in part)) for part in parts])
+        similarity = embeddings[::2] @ embeddings[1::2].T
         hits = (similarity.argmax(1) == torch.arange(len(similarity), device=similarity.device)).float().mean()
         other = similarity[~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)].mean()
         return {"rank1": float(hits), "same": float(similarity.diag().mean()), "other": float(other)}
 
     def export(self, folder: Path) -> None:
-        """Later stages read the averaged weights of the stage; there is nothing else to leave."""
+        """Write nothing: later stages load the averaged weights of this stage."""

@@ -1,7 +1,7 @@
-"""Who is in latents, without decoding them: the network behind the adapter's likeness loss.
+"""The network of the adapter's likeness loss: it recognises a person from latents, without decoding them.
 
-It is a teacher: trained and used here alone. The judge, which measures the result, is another network, on pictures,
-trained on other people; it never takes part.
+It is used for training only. The judge, which measures the result, is a different network: it takes pictures and is
+trained on other people. It never takes part in the training of the adapter.
 """
 
 from typing import cast
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from imagine.evaluation.judge import ResidualBlock
 
-DIMENSIONS = 128  # of an embedding
+DIMENSIONS = 128  # width of an embedding
 
 
 class LikenessNetwork(nn.Module):
-    """Normalised latents (B, C, h, w) and where the face is (B, 1, h, w), 1 or 0 -> unit embeddings (B, 128)."""
+    """Map normalised latents (B, C, h, w) and a face mask (B, 1, h, w) of 1 and 0 to unit embeddings (B, 128)."""
 
     def __init__(self, channels: int = 32) -> None:
         super().__init__()

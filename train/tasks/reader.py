@@ -1,4 +1,4 @@
-"""The judge's reader: names what a picture shows, attribute by attribute, and reads the letters on a shirt."""
+"""Train the judge's reader: it classifies each attribute of a picture and reads the letters on a shirt."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -18,14 +18,14 @@ from train.task import Loss, TaskContext, Weight
 
 
 class ReaderSettings(BaseModel):
-    """How the attributes are weighed against each other."""
+    """The weights of the attributes in the loss."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    letters: Weight = 3.0  # weight of the letters among the attributes
+    letters: Weight = 3.0  # weight of the letters; every other attribute has weight 1
 
 
 class ReaderTask:
-    """Trains on the judge's own people, so that it does not share the generator's blind spots."""
+    """Train the reader on the judge's own people, so that it does not share the weaknesses of the generator."""
 
     Settings: ClassVar[type[BaseModel]] = ReaderSettings
     PARTS: ClassVar[tuple[str, ...]] = ("reader",)

@@ -1,7 +1,7 @@
-"""The judge's recogniser: one embedding a face, people pushed apart by a margin (CosFace, arXiv 1801.09414).
+"""Train the judge's recogniser: one embedding per face, with a margin between people (CosFace, arXiv 1801.09414).
 
-A second head reads the traits of the world off the embedding while training. The margin alone learns slowly from four
-pictures a person (docs/experiments.md); the traits say at once what there is to look at.
+During training a second head predicts the traits of the world from the embedding. With four pictures per person the
+margin loss alone learns slowly (docs/experiments.md); the trait loss speeds up the first steps.
 """
 
 from functools import lru_cache
@@ -24,24 +24,23 @@ from train.run.grids import save_grid
 from train.task import Loss, TaskContext, Weight
 from train.tasks.trait_loss import TRAIT_OUTPUTS, trait_loss
 
-HELD_OUT_COUNT = 500  # held-out people, two pictures each (apart from those that evaluation uses)
+HELD_OUT_COUNT = 500  # held-out people, two pictures each; none of them is used by the evaluation
 
 
 class RecogniserSettings(BaseModel):
-    """The margin loss, and how much the traits help it at the beginning."""
+    """Settings of the margin loss and of the auxiliary trait loss."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     scale: float = 24.0
     margin: Weight = 0.25
     dimensions: PositiveInt = 128
-    traits: Weight = 10.0  # weight of reading the traits
-    ramp: PositiveInt = (
-        30_000  # images for which traits come alone, and for as many again the margin loss grows to its weight
-    )
+    traits: Weight = 10.0  # weight of the trait loss
+    # images with the trait loss alone; over as many images after them, the weight of the margin loss rises to 1
+    ramp: PositiveInt = 30_000
 
 
 class Prototypes(nn.Module):
-    """One direction a person, (people, dimensions); thrown away after training."""
+    """One direction per person, (people, dimensions); discarded after training."""
 
     def __init__(self, people: int, dimensions: int) -> None:
         super().__init__()
@@ -49,7 +48,7 @@ class Prototypes(nn.Module):
 
 
 class RecogniserTask:
-    """Trains on the judge's own people, so that it knows nobody whom the generator has seen."""
+    """Train the recogniser on the judge's own people; the generator trains on none of them."""
 
     Settings: ClassVar[type[BaseModel]] = RecogniserSettings
     PARTS: ClassVar[tuple[str, ...]] = ("recogniser",)
@@ -83,7 +82,7 @@ class RecogniserTask:
         rows = draw_rows(self.context, "rows", images_seen, size, len(self.pictures.gallery))
         seed = self.context.seed
         crops = self.face_crops.take(rows, uniforms(seed, "shift", images_seen, size, (2,)))
-        # A cheap camera: the judge must not care about exposure, colour cast and grain.
+        # Simulated camera noise, so that the embedding does not depend on exposure, colour cast and grain.
         cast = torch.tensor([1.0, 0.5, 1.0]).view(3, 1, 1)
         gain = 1 + 0.12 * normals(seed, "gain", images_seen, size, (3, 1, 1)) * cast
         level = 0.04 * uniforms(seed, "level", images_seen, size, (1, 1, 1))
@@ -119,7 +118,7 @@ class RecogniserTask:
 
 @lru_cache(maxsize=2)
 def held_out_crops(size: int, count: int = HELD_OUT_COUNT) -> tuple[Tensor, Tensor]:
-    """Face crops of two pictures of each of `count` held-out people; rendered once a process."""
+    """Return face crops of two pictures of each of `count` held-out people; rendered once per process."""
     seeds = range(HELD_OUT.stop - count, HELD_OUT.stop)
     people = sample_people(seeds)
     pair = []

@@ -1,4 +1,4 @@
-"""Reading the world's identity traits off an embedding: a helper loss that says at once what there is to look at."""
+"""An auxiliary loss that predicts the world's identity traits from an embedding, which speeds up early training."""
 
 import torch
 import torch.nn.functional as F
@@ -7,13 +7,14 @@ from torch import Tensor
 from imagine.world.people import CONTINUOUS, People
 from imagine.world.vocabulary import TRAITS
 
-TRAIT_OUTPUTS = len(CONTINUOUS) + sum(map(len, TRAITS.values()))  # width of what a head must return
+TRAIT_OUTPUTS = len(CONTINUOUS) + sum(map(len, TRAITS.values()))  # output width of the head that predicts the traits
 
 
 def trait_loss(read: Tensor, people: People) -> Tensor:
-    """How badly the traits are read, (B,): squared error of the continuous ones, cross-entropy of the others.
+    """Return the loss (B,): squared error of the continuous traits, cross-entropy of the discrete ones.
 
-    `read` is (B, TRAIT_OUTPUTS): the continuous traits, then logits for each discrete one, in the world's order.
+    `read` (B, TRAIT_OUTPUTS) is the prediction: the continuous traits, then the logits of each discrete trait, in the
+    world's order.
     """
     people = people.to(read.device)
     target = torch.stack([getattr(people, name) for name in CONTINUOUS], 1)
