@@ -1,10 +1,11 @@
-"""What each call-time control does to the pictures of the shipped weights: likeness, obedience, sharpness of faces.
+"""Measure how each call-time control changes likeness, prompt score and face sharpness with the shipped weights.
 
     .venv/bin/python benchmarks/controls.py --identities 8 --steps 12
     .venv/bin/python benchmarks/controls.py --faces --identities 12 --output out/controls
 
-The first draws the same people, sentences and noise under each control. The second draws half-body pictures with and
-without a second pass over their small faces. The people are not those that `imagine evaluate` uses by default.
+The first command draws the same people, sentences and noise with each control. The second command draws half-body
+pictures with and without a second pass over their small faces. The people differ from those that `imagine evaluate`
+uses by default.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SENTENCES = tuple(PORTRAITS[number] for number in (0, 3, 4))  # laughing; on a b
 HALF_BODY = tuple(prompt for prompt in PORTRAITS if prompt.asked.get("framing") == "half body")
 CONTROLS: dict[str, Mapping[str, Any]] = {
     "plain": {},
-    "nobody": {"identity_scale": 0.0},
+    "no person": {"identity_scale": 0.0},
     **{f"window {a}:{b}": {"identity_window": (a, b)} for a, b in ((0, 0.5), (0, 0.8), (0.2, 1), (0.5, 1))},
     **{f"blocks {name}": {"identity_blocks": name} for name in ("coarse", "fine", "down", "up")},
     "guidance 5, 5 balanced": {"guidance_scale": 5.0, "guidance_balance": True},
@@ -48,7 +49,7 @@ SECOND_PASSES: dict[str, Mapping[str, Any]] = {
 
 
 def main() -> int:
-    """Draw and judge every setting, a line each; returns the exit code."""
+    """Draw and judge the pictures of every setting, print one line each, and return the exit code."""
     options = _options()
     judge, pipe = Judge.from_pretrained(), ImaginePipeline.from_pretrained(options.weights)
     pipe.set_progress_bar_config(disable=True)
@@ -63,16 +64,16 @@ def main() -> int:
             continue
         began = time.monotonic()
         drawn[name], refined = _draw(pipe, cases, personas, {**setting, "num_inference_steps": options.steps})
-        told = _judged(judge, cases, real, drawn[name], drawn["plain"])
+        numbers = _judged(judge, cases, real, drawn[name], drawn["plain"])
         seconds = (time.monotonic() - began) / len(cases)
-        print(_line(name, {**told, "refined": refined, "seconds": seconds}), flush=True)
+        print(_line(name, {**numbers, "refined": refined, "seconds": seconds}), flush=True)
     if options.output:
         _sheet(options.output, cases, photos, drawn)
     return 0
 
 
 def _draw(pipe: ImaginePipeline, cases: Cases, personas: list[Any], setting: Mapping[str, Any]) -> tuple[Tensor, int]:
-    """All pictures (cases, 3, H, W), and how many faces were refined."""
+    """Return the pictures of all cases (cases, 3, H, W), and the number of refined faces."""
     parts, refined = [], 0
     for start in range(0, len(cases), 12):
         some = range(start, min(start + 12, len(cases)))
@@ -89,17 +90,20 @@ def _draw(pipe: ImaginePipeline, cases: Cases, personas: list[Any], setting: Map
 
 
 def _judged(judge: Judge, cases: Cases, real: JudgedReal, drawn: Tensor, plain: Tensor) -> dict[str, float]:
-    """Means over all pictures; faces are looked for in the plain pictures, so that all are measured in one place."""
+    """Return the mean scores over all pictures.
+
+    The face boxes come from the plain pictures, so that every setting is measured at the same place.
+    """
     boxes = boxes_by(default_finder(default_folder() / "finder"))(plain)
-    seen = judge_pictures(judge, len(cases), lambda start, stop: (drawn[start:stop], boxes[start:stop]))
-    numbers = {name: float(values.mean()) for name, values in score(cases, seen, real).items() if name != "rank1"}
-    squares = crop_unmasked(drawn, boxes, 64)
-    numbers["sharpness"] = sum(map(sharpness, squares)) / len(squares)
+    judged = judge_pictures(judge, len(cases), lambda start, stop: (drawn[start:stop], boxes[start:stop]))
+    numbers = {name: float(values.mean()) for name, values in score(cases, judged, real).items() if name != "rank1"}
+    crops = crop_unmasked(drawn, boxes, 64)
+    numbers["sharpness"] = sum(map(sharpness, crops)) / len(crops)
     return numbers
 
 
 def _sheet(output: Path, cases: Cases, photos: Tensor, drawn: Mapping[str, Tensor]) -> None:
-    """One row a case of the first people: the reference, then every setting."""
+    """Save a contact sheet with one row per case, for the first 8 cases: the reference, then every setting."""
     output.mkdir(parents=True, exist_ok=True)
     rows = []
     for case in range(min(len(cases), 8)):
@@ -113,12 +117,16 @@ def _line(name: str, numbers: Mapping[str, float]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What each call-time control does to likeness and obedience.")
+    parser = argparse.ArgumentParser(
+        description="Measure how each call-time control changes likeness and prompt score."
+    )
     parser.add_argument("--weights", default=None, help="weights folder (default: the shipped weights)")
     parser.add_argument("--identities", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--faces", action="store_true", help="the second pass over small faces instead")
-    parser.add_argument("--only", nargs="*", default=[], help="settings whose names begin so; include plain")
+    parser.add_argument("--faces", action="store_true", help="measure the second pass over small faces instead")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="run only settings whose names start with one of these; include plain"
+    )
     parser.add_argument("--output", type=Path, help="folder for a contact sheet")
     return parser.parse_args()
 

@@ -1,8 +1,9 @@
-"""Choose the default guidance by measurement: prompt and identity scores at several strengths, on held-out people.
+"""Measure prompt and identity scores at several guidance scales on held-out people, to select the defaults.
 
     .venv/bin/python benchmarks/guidance.py --weights weights --text 1 1.5 2 3 --identity 1 2 --steps 20
 
-One line a setting. The people are not those that `imagine evaluate` uses by default, so nothing is tuned on its test.
+It prints one line per setting. The people differ from those that `imagine evaluate` uses by default, so the defaults
+are not tuned on the test people.
 """
 
 import argparse
@@ -23,11 +24,11 @@ from imagine.evaluation.suites import load_suite
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.world import render
 
-SEED = 5  # other people than those of seed 0
+SEED = 5  # different people from those of seed 0, the default of `imagine evaluate`
 
 
 def main() -> int:
-    """Measure every combination and print it; returns the exit code."""
+    """Measure and print every combination of settings, and return the exit code."""
     options = _options()
     judge, pipe = Judge.from_pretrained(), ImaginePipeline.from_pretrained(options.weights)
     pipe.set_progress_bar_config(disable=True)
@@ -40,8 +41,8 @@ def main() -> int:
     for text, identity, steps in itertools.product(options.text, options.identity or [None], options.steps):
         settings = {"guidance_scale": text, "identity_guidance_scale": identity, "num_inference_steps": steps}
         began = time.monotonic()
-        seen = judge_pictures(judge, len(cases), _pictures(pipe, cases, personas, settings))
-        numbers = {name: float(values.mean()) for name, values in score(cases, seen, real).items()}
+        judged = judge_pictures(judge, len(cases), _pictures(pipe, cases, personas, settings))
+        numbers = {name: float(values.mean()) for name, values in score(cases, judged, real).items()}
         row = {**numbers, "seconds": time.monotonic() - began}
         print(json.dumps({**settings, **row}) if options.json else _line(f"{text} {identity} {steps}", row), flush=True)
     return 0
@@ -68,12 +69,14 @@ def _line(name: str, numbers: dict[str, float]) -> str:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Scores at several strengths of guidance, on held-out people.")
+    parser = argparse.ArgumentParser(description="Measure scores at several guidance scales on held-out people.")
     parser.add_argument("--weights", default=None, help="weights folder (default: the shipped weights)")
     parser.add_argument("--identities", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=13)
-    parser.add_argument("--text", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0])
-    parser.add_argument("--identity", type=float, nargs="*", default=[], help="its own guidance; none: as the text's")
+    parser.add_argument("--text", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="guidance scales")
+    parser.add_argument(
+        "--identity", type=float, nargs="*", default=[], help="identity guidance scales (default: the text's)"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[20])
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()

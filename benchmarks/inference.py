@@ -1,15 +1,16 @@
-"""What identity costs while drawing, against the bare denoiser and diffusers' IP-Adapter: `make bench-inference`.
+"""Measure the cost of identity while drawing, against the bare denoiser and diffusers' IP-Adapter.
 
-Weights are random, which changes no time. Two sizes: `full` is SDXL with ViT-H/14, in bf16; `middle` is a pipeline of
-the same classes a tenth of that, in float32, on which growth and a profile are measured too.
+`make bench-inference` runs it. The weights are random, which does not change the time. There are two sizes: `full` is
+SDXL with ViT-H/14 in bf16. `middle` is a pipeline of the same classes at a tenth of that size in float32; growth and
+the profile are measured on it too.
 
     steps      one guided step with four branches / the same denoiser without adapters
-    pictures   photo and sentence to picture: ours / diffusers with the same IP-Adapter Plus, on the same weights
+    pictures   from photo and sentence to picture: ours / diffusers with the same IP-Adapter Plus, on the same weights
     growth     a step with more references, more tokens, more people
-    profile    where a step's additional time goes
+    profile    the operations that take a step's additional time
 
-What is compared takes turns in one process, so that a busy machine slows all alike; medians, and the quartiles beside
-them. Times say something about one machine only, so they are measured here and never asserted in tests.
+The two sides of a comparison alternate in one process, so that other load on the machine slows both alike. The report
+gives medians and quartiles. Times are valid for one machine only, so tests never assert them.
 """
 
 import argparse
@@ -47,14 +48,14 @@ Work = Callable[[], object]
 
 
 def main() -> int:
-    """Measure what is asked for and print it; returns the exit code."""
+    """Measure the requested parts, print the report, and return the exit code."""
     options = _options()
     torch.manual_seed(0)
     torch.set_default_device(options.device)
     dtype = torch.bfloat16 if options.size == "full" else torch.float32
     report: dict[str, Any] = {"threads": torch.get_num_threads(), "size": options.size, "dtype": str(dtype)}
     report |= {"device": options.device, "resolution": options.resolution, "LoRA rank": options.lora_rank}
-    report["GFLOP a second"] = {str(each): round(product_speed(each)) for each in (torch.float32, torch.bfloat16)}
+    report["GFLOP per second"] = {str(each): round(product_speed(each)) for each in (torch.float32, torch.bfloat16)}
     blueprint = full_size() if options.size == "full" else middle_size()
     networks = filled(add_branches(blueprint, ["t5-xl", "byt5-small"], "plus", options.lora_rank), dtype)
     parts = options.parts or (["steps", "pictures"] if options.size == "full" else list(PARTS))
@@ -62,7 +63,7 @@ def main() -> int:
         for name in parts:
             began = time.perf_counter()
             report[name] = PARTS[name](networks, options)
-            report[name]["seconds in all"] = round(time.perf_counter() - began)
+            report[name]["total seconds"] = round(time.perf_counter() - began)
             print(f"{name}: {json.dumps(report[name], indent=1)}", file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(report))
@@ -75,7 +76,7 @@ def main() -> int:
 
 
 def full_size() -> Blueprint:
-    """SDXL, with the vision encoder that IP-Adapters come with."""
+    """Return the blueprint of SDXL with ViT-H/14, the usual vision encoder of IP-Adapters."""
     base = read_base("sdxl")
     sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
     vision_encoder = Component("CLIPVisionModelWithProjection", {**_VISION_CONFIG, **sizes})
@@ -83,7 +84,7 @@ def full_size() -> Blueprint:
 
 
 def middle_size() -> Blueprint:
-    """The same classes and shape, a tenth of it."""
+    """Return a blueprint of the same classes and structure at a tenth of the size."""
     base = read_base("sdxl")
     unet = dict(base.components["unet"].config) | {
         "block_out_channels": [128, 256, 512], "attention_head_dim": [2, 4, 8], "cross_attention_dim": 1024,
@@ -104,7 +105,7 @@ def middle_size() -> Blueprint:
 
 
 def filled(blueprint: Blueprint, dtype: torch.dtype) -> Networks:
-    """Networks with random weights, without those that read for T5 and ByT5, whose tokens are made up."""
+    """Build networks with random weights; T5 and ByT5 encoders are left out, because their tokens are random too."""
     networks = build(blueprint, leave_out=("t5_encoder", "byt5_encoder"))
     for module in networks.modules().values():
         fill(nn.Module.to(module, dtype).to_empty(device=torch.get_default_device()))
@@ -112,7 +113,7 @@ def filled(blueprint: Blueprint, dtype: torch.dtype) -> Networks:
 
 
 def fill(module: nn.Module) -> None:
-    """Give a network that has none random weights, by copying one random block: drawing billions would take minutes."""
+    """Fill a network with random weights from copies of one random block; drawing billions would take minutes."""
     block = torch.randn(2**20)
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
@@ -130,20 +131,20 @@ def fill(module: nn.Module) -> None:
             buffer.copy_(torch.tensor(CLIP_MEAN if name == "mean" else CLIP_STD).view(3, 1, 1))
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
+# --- measurements -----------------------------------------------------------------------------------------------------
 
 
 def steps(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
-    """A guided step with four branches against the bare denoiser's, vision off in the unconditional half."""
+    """Compare a guided step with four branches with the bare denoiser's; the unconditional half has no vision."""
     guided = conditioning_of(networks)
     works = {"bare": bare(networks, options), "four branches": attached(networks, guided, options)}
     if options.size == "middle":
-        works["CLIP alone, adapters on"] = attached(networks, Conditioning(), options)
+        works["CLIP alone, adapters attached"] = attached(networks, Conditioning(), options)
     return compared(time_interleaved(works, options.rounds), "four branches", "bare")
 
 
 def pictures(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
-    """Photo and sentence to picture, in all: ours and diffusers' pipeline on the same weights and IP-Adapter."""
+    """Compare whole pictures from photo and sentence: ours and diffusers', with the same weights and IP-Adapter."""
     for adapter in networks.adapters.values():
         adapter.detach(networks.unet)
     try:
@@ -171,11 +172,11 @@ def pictures(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
             adapter.attach(networks.unet)
     apart = (drawn["ours"] - drawn["diffusers"]).abs().max() / drawn["diffusers"].abs().max()
     found = compared(times, "ours", "diffusers")
-    return {**found, "steps": options.steps, "latents differ, of their largest": float(apart)}
+    return {**found, "steps": options.steps, "largest difference of latents, relative": float(apart)}
 
 
 def growth(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
-    """A step with more references, more of the sentence, more people in regions of their own, against one of each."""
+    """Compare a step with more references, longer sentences or more people in regions with a step with one of each."""
     works: dict[str, Work] = {"1 reference": attached(networks, conditioning_of(networks), options)}
     for count in GROWTH[1:]:
         works[f"{count} references"] = attached(networks, conditioning_of(networks, count), options)
@@ -192,14 +193,14 @@ def growth(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
         for number, columns in enumerate(torch.arange(sides[1]).chunk(count)):
             regions[0, number, :, columns] = 1
         works[f"{count} people in regions"] = attached(networks, replace(many, regions={VISION: regions}), options)
-    works["a full projection's 257 tokens"] = attached(networks, full_projection(networks), options)
+    works["257 tokens of a full projection"] = attached(networks, full_projection(networks), options)
     times = time_interleaved(works, options.rounds)
     medians = {name: statistics.median(some) for name, some in times.items()}
     return {name: _spread(times[name]) | {"ratio": round(medians[name] / medians["1 reference"], 3)} for name in times}
 
 
 def profile(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds by operation, with four branches and bare, where they differ most; and where rows are skipped."""
+    """Return the milliseconds per step of the operations that differ most between four branches and bare."""
     works = {
         "bare": bare(networks, options),
         "four branches": attached(networks, conditioning_of(networks), options),
@@ -221,8 +222,8 @@ def profile(networks: Networks, options: argparse.Namespace) -> dict[str, Any]:
     ]
     rows.sort(key=lambda row: -abs(row[0]))
     return {
-        key: {"more": round(more, 2), "ms": round(ours[0], 2), "calls": ours[1], "bare ms": round(theirs[0], 2),
-              "bare calls": theirs[1]}
+        key: {"additional ms": round(more, 2), "ms": round(ours[0], 2), "calls": ours[1],
+              "bare ms": round(theirs[0], 2), "bare calls": theirs[1]}
         for more, key, ours, theirs in rows[:12]
     }  # fmt: skip
 
@@ -232,11 +233,11 @@ PARTS: dict[str, Callable[[Networks, argparse.Namespace], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-# --- how --------------------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def bare(networks: Networks, options: argparse.Namespace) -> Work:
-    """A guided step of the denoiser without any adapter."""
+    """Return the work of one guided step of the denoiser without adapters."""
     inputs = unet_inputs(networks.unet, 2, _sides(options))
 
     def work() -> None:
@@ -250,7 +251,7 @@ def bare(networks: Networks, options: argparse.Namespace) -> Work:
 
 
 def attached(networks: Networks, conditioning: Conditioning, options: argparse.Namespace) -> Work:
-    """A guided step that attends to this; what a picture computes once is there from the second one on."""
+    """Return the work of one guided step with this conditioning, whose keys and values are cached in the first run."""
     inputs = unet_inputs(networks.unet, 2, _sides(options))
     ready = prepare(networks.unet, conditioning)
     return lambda: _run_and_wait(
@@ -259,12 +260,12 @@ def attached(networks: Networks, conditioning: Conditioning, options: argparse.N
 
 
 def _sides(options: argparse.Namespace) -> tuple[int, int]:
-    """Height and width of the latents: SDXL's autoencoder makes one of 8 x 8 pixels."""
+    """Return height and width of the latents; SDXL's autoencoder maps 8 x 8 pixels to one cell."""
     return options.resolution // 8, options.resolution // 8
 
 
 def conditioning_of(networks: Networks, references: int = 1) -> Conditioning:
-    """All branches of a guided step: the unconditional row shows nobody."""
+    """Return the conditioning of a guided step with all branches; the unconditional row has no reference."""
     found = build_conditioning(
         networks, 2, references, vision_token_count(networks.models[networks.vision_encoder or ""])
     )
@@ -272,16 +273,16 @@ def conditioning_of(networks: Networks, references: int = 1) -> Conditioning:
 
 
 def full_projection(networks: Networks) -> Conditioning:
-    """The same with as many vision tokens as the paper's projection makes: one global, and one a patch."""
+    """Return the same with the vision tokens of the paper's projection: one global token, and one per patch."""
     found = conditioning_of(networks)
     values = found.branches[VISION].values
-    seen = vision_token_count(networks.models[networks.vision_encoder or ""])
-    many = torch.randn(2, seen, values.shape[2], dtype=values.dtype)
+    count = vision_token_count(networks.models[networks.vision_encoder or ""])
+    many = torch.randn(2, count, values.shape[2], dtype=values.dtype)
     return replace(found, branches={**found.branches, VISION: Tokens(many)})
 
 
 def pipelines(networks: Networks) -> tuple[Any, Any]:
-    """Ours and diffusers' pipeline around one base, with the same IP-Adapter Plus in each."""
+    """Return our pipeline and diffusers' around the same base, both with the same IP-Adapter Plus."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPImageProcessor
 
@@ -304,7 +305,7 @@ def pipelines(networks: Networks) -> tuple[Any, Any]:
 
 
 def twin_of(unet: Any) -> Any:
-    """Another denoiser on the same weights, so that two pipelines may put their own processors on."""
+    """Return a second denoiser that shares the weights, so that each pipeline can set its own attention processors."""
     with torch.device("meta"):
         twin = type(unet).from_config(unet.config)
     twin.load_state_dict(unet.state_dict(), assign=True)
@@ -312,14 +313,12 @@ def twin_of(unet: Any) -> Any:
 
 
 def ip_adapter_plus(networks: Networks) -> dict[str, dict[str, Tensor]]:
-    """A random IP-Adapter Plus for the denoiser, as diffusers takes it from memory."""
+    """Return a random IP-Adapter Plus for the denoiser, in the form in which diffusers loads it from memory."""
     unet = networks.unet
-    width, seen = (
-        int(unet.config.cross_attention_dim),
-        int(cast(Any, networks.models["image_encoder"]).config.hidden_size),
-    )
+    width = int(unet.config.cross_attention_dim)
+    vision_width = int(cast(Any, networks.models["image_encoder"]).config.hidden_size)
     dtype = next(unet.parameters()).dtype
-    inner = min(width, seen) // 64 * 64
+    inner = min(width, vision_width) // 64 * 64
     block = torch.randn(2**20)
 
     def random(shape: Sequence[int]) -> Tensor:
@@ -327,7 +326,7 @@ def ip_adapter_plus(networks: Networks) -> dict[str, dict[str, Tensor]]:
         values = block.repeat(-(-count // len(block)))[:count].view(*shape)
         return (values * (shape[-1] ** -0.5 if len(shape) > 1 else 1.0)).to(dtype)
 
-    shapes = projection_shapes("plus", PLUS_TOKENS, seen, width, inner, inner)
+    shapes = projection_shapes("plus", PLUS_TOKENS, vision_width, width, inner, inner)
     keys = {}
     cross = [attn for attn in attention_layers(unet).values() if attn.is_cross_attention]
     for number, attn in enumerate(cross):
@@ -336,7 +335,7 @@ def ip_adapter_plus(networks: Networks) -> dict[str, dict[str, Tensor]]:
     return {"image_proj": {name: random(shape) for name, shape in shapes.items()}, "ip_adapter": keys}
 
 
-_clock: list[float] = []  # what the work that ran last took; only what is inside `_run_and_wait` counts
+_clock: list[float] = []  # seconds of the last work; only the time inside `_run_and_wait` counts
 
 
 def _run_and_wait(work: Work) -> None:
@@ -348,13 +347,13 @@ def _run_and_wait(work: Work) -> None:
 
 
 def _wait() -> None:
-    """Let an accelerator come to the end of what it was given."""
+    """Wait until an accelerator has finished its queued work."""
     if torch.get_default_device().type != "cpu":
         torch.accelerator.synchronize()
 
 
 def time_interleaved(works: Mapping[str, Work], rounds: int) -> Times:
-    """Seconds of each work in turns, after one round that does not count; every other round goes backwards."""
+    """Return the seconds of each work, run alternately after one warm-up round; every other round is reversed."""
     times: Times = {name: [] for name in works}
     for number in range(rounds + 1):
         order = list(works.items())
@@ -373,11 +372,11 @@ def time_interleaved(works: Mapping[str, Work], rounds: int) -> Times:
 
 
 def compared(times: Times, ours: str, theirs: str) -> dict[str, Any]:
-    """Medians and quartiles, the ratio of medians, and the quartiles of the rounds' own ratios."""
+    """Return medians and quartiles, the ratio of the medians, and the quartiles of the ratios per round."""
     ratios = [first / second for first, second in zip(times[ours], times[theirs], strict=True)]
     medians = {name: statistics.median(some) for name, some in times.items()}
     found: dict[str, Any] = {name: _spread(some) for name, some in times.items()}
-    return {**found, "ratio": round(medians[ours] / medians[theirs], 3), "ratios of rounds": _spread(ratios)}
+    return {**found, "ratio": round(medians[ours] / medians[theirs], 3), "ratios per round": _spread(ratios)}
 
 
 def _spread(some: Sequence[float]) -> dict[str, Any]:
@@ -386,7 +385,7 @@ def _spread(some: Sequence[float]) -> dict[str, Any]:
 
 
 def product_speed(dtype: torch.dtype, side: int = 1024) -> float:
-    """GFLOP a second in a product of two matrices, the best of three."""
+    """Return the GFLOP per second of a matrix product, the best of three runs."""
     left = torch.ones(side, side, dtype=dtype)
     best = float("inf")
     for _ in range(3):
@@ -397,15 +396,17 @@ def product_speed(dtype: torch.dtype, side: int = 1024) -> float:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What identity costs while drawing.")
+    parser = argparse.ArgumentParser(description="Measure the cost of identity while drawing.")
     parser.add_argument("--size", choices=["middle", "full"], default="middle")
-    parser.add_argument("--parts", nargs="*", choices=list(PARTS), help="default: all; steps and pictures at full size")
-    parser.add_argument("--rounds", type=int, default=9, help="of steps (default: 9)")
+    parser.add_argument(
+        "--parts", nargs="*", choices=list(PARTS), help="measurements (default: all; at full size steps and pictures)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of steps (default: 9)")
     parser.add_argument("--pictures", type=int, default=5, help="rounds of whole pictures (default: 5)")
-    parser.add_argument("--steps", type=int, default=6, help="in each picture (default: 6)")
-    parser.add_argument("--resolution", type=int, default=256, help="pixels a side (default: 256)")
-    parser.add_argument("--lora-rank", type=int, default=64, help="of the identity adapter in a step (default: 64)")
-    parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument("--steps", type=int, default=6, help="steps per picture (default: 6)")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the pictures in pixels (default: 256)")
+    parser.add_argument("--lora-rank", type=int, default=64, help="LoRA rank of the identity adapter (default: 64)")
+    parser.add_argument("--device", default="cpu", help="device to compute on (default: cpu)")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 

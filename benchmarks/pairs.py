@@ -1,9 +1,10 @@
-"""How many SynPairs of the portrait world are built in a second, end to end into shards: `python benchmarks/pairs.py`.
+"""Measure how many SynPairs of the portrait world are built per second, end to end into shards: `make bench-pairs`.
 
-With --ray the same pairs are built by Ray with as many workers and by a single process, and all are compared. A build
-of a fifth of the people comes first, and the speed is that of the people which the second one has more: starting
-workers, loading models and compiling painters cost both the same and drop out, the writing of shards, manifest and card
-does not. Times say something about one machine only, and are never asserted in tests.
+With --ray, Ray with the same number of workers and a single process build the same pairs too, and the report compares
+all three. Each executor first builds a fifth of the people and then all of them; the speed is that of the additional
+people. It therefore excludes costs that are the same in both builds: starting workers, loading models and compiling
+the renderer. It includes writing the shards, the manifest and the card. Times are valid for one machine only, so tests
+never assert them.
 """
 
 import argparse
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> int:
-    """Build in a fresh folder, with each executor; returns the exit code."""
+    """Measure the build with each executor, print the report, and return the exit code."""
     options = _options()
     executors = ("single", "local", "ray") if options.ray else ("local",)
     report: dict[str, Any] = {name: measured(name, options) for name in executors}
@@ -29,13 +30,13 @@ def main() -> int:
         report["ratio"] = round(speeds["ray"] / speeds["local"], 2)
         report["ratio_to_single"] = round(speeds["ray"] / speeds["single"], 2)
         report["same_records"] = all(each == records[0] for each in records)
-    print(json.dumps(report) if options.json else _words(report))
+    print(json.dumps(report) if options.json else _formatted(report))
     return 0
 
 
 def measured(executor: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Pairs per second beyond what starting costs, and what starting costs."""
-    if executor == "ray":  # a cluster is started once, whoever builds on it how often
+    """Return the pairs and targets per second without the start, and the seconds of the start."""
+    if executor == "ray":  # both builds share one cluster, so its start is not measured
         import ray
 
         ray.init(log_to_driver=False, include_dashboard=False)
@@ -52,7 +53,10 @@ def measured(executor: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _built(executor: str, identities: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Build the pairs of so many people in a fresh folder: in this process alone, in `workers` beside it, or by Ray."""
+    """Build the pairs of `identities` people in a new folder and return its time, counts and shard hashes.
+
+    executor: "single" (this process), "local" (`workers` processes) or "ray".
+    """
     from data_synth.build import build
     from data_synth.config import load_config
 
@@ -83,7 +87,7 @@ def _overrides(identities: int, options: argparse.Namespace, workers: int) -> li
     ]
 
 
-def _words(report: dict[str, Any]) -> str:
+def _formatted(report: dict[str, Any]) -> str:
     lines = [f"{os.cpu_count()} cores"]
     for name, numbers in report.items():
         if isinstance(numbers, dict):
@@ -93,16 +97,16 @@ def _words(report: dict[str, Any]) -> str:
             )
     if "ratio" in report:
         lines.append(f"ray / local: {report['ratio']}, ray / single: {report['ratio_to_single']}")
-        lines.append(f"the same shards: {report['same_records']}")
+        lines.append(f"identical shards: {report['same_records']}")
     return "\n".join(lines)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pairs per second of the world's build.")
-    parser.add_argument("--identities", type=int, default=1000, help="people, each with four targets")
-    parser.add_argument("--workers", type=int, default=2, help="processes, or copies on Ray")
-    parser.add_argument("--plain", dest="compiled", action="store_false", help="do not compile the painters")
-    parser.add_argument("--ray", action="store_true", help="build with Ray too, and compare")
+    parser = argparse.ArgumentParser(description="Measure the pairs per second of the portrait world's build.")
+    parser.add_argument("--identities", type=int, default=1000, help="number of people, each with four targets")
+    parser.add_argument("--workers", type=int, default=2, help="number of processes, or of workers on Ray")
+    parser.add_argument("--plain", dest="compiled", action="store_false", help="do not compile the renderer")
+    parser.add_argument("--ray", action="store_true", help="also build with Ray and with one process, and compare")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""How fast the adapter trains against a loop that keeps nothing, and where a step's time goes: `make bench-train`.
+"""Measure the speed of adapter training against a loop without caches, and profile a step: `make bench-train`.
 
-All train the same parts of the same networks on the same pairs with the same optimiser. Ours is a stage as the trainer
-runs it, in the precision that it chooses here (or `--precision`), compiled with `--compile`. The plain loop works as
-IP-Adapter's training script does: each picture is read from its file and encoded, and each caption tokenised and read
-by the frozen text encoders, at every step. It runs in both precisions, and the faster one is what ours is compared
-with. They take turns in one process, so that a busy machine slows all alike.
-Times say something about one machine only, so they are measured here and never asserted in tests.
+All loops train the same parts of the same networks on the same pairs with the same optimiser. "Ours" is a stage of the
+trainer, in the precision that the trainer chooses on this machine (or `--precision`), compiled with `--compile`. The
+"plain" loop works like IP-Adapter's training script: in every step it reads and encodes each picture file, and it
+tokenises each caption and encodes it with the frozen text encoders. It runs in both precisions, and ours is compared
+with the faster one. The loops alternate in one process, so that other load on the machine slows all of them alike.
+Times are valid for one machine only, so tests never assert them.
 """
 
 import argparse
@@ -43,7 +43,7 @@ PEOPLE = 128
 
 
 def main() -> int:
-    """Measure all loops in turns and a step in parts; returns the exit code."""
+    """Measure all loops and the parts of their steps, print the report, and return the exit code."""
     options = _options()
     with tempfile.TemporaryDirectory() as folder:
         task = build_task(Path(folder), options.widths)
@@ -51,7 +51,7 @@ def main() -> int:
         plain = {
             f"plain {name}": PlainLoop(task, options.batch, name, Path(folder) / name) for name in ("fp32", "bf16")
         }
-        for number in range(0, PEOPLE, options.batch):  # every caption once, as after a run's first minutes
+        for number in range(0, PEOPLE, options.batch):  # fills the caption cache, as a run's first minutes do
             task.batch(number, options.batch)
         loops: dict[str, TrainersLoop | PlainLoop] = {"ours": ours, **plain}
         times = time_interleaved(loops, options)
@@ -67,13 +67,13 @@ def main() -> int:
         "against": fastest, "ratio": round(seconds[fastest] / seconds["ours"], 2),
         "step": shares,
     }  # fmt: skip
-    print(json.dumps(report) if options.json else _words(report))
+    print(json.dumps(report) if options.json else _formatted(report))
     return 0
 
 
 def time_interleaved(loops: "Mapping[str, TrainersLoop | PlainLoop]", options: Any) -> dict[str, list[float]]:
-    """Seconds of each loop's steps, after some that do not count."""
-    unmeasured = 4 if options.compile else 1  # sentences of other lengths are compiled for again
+    """Return the seconds of each loop's steps, without the warm-up steps."""
+    unmeasured = 4 if options.compile else 1  # more with --compile, because each new caption length compiles again
     times: dict[str, list[float]] = {name: [] for name in loops}
     for number in range(unmeasured + options.steps):
         for name, loop in loops.items():
@@ -86,7 +86,7 @@ def time_interleaved(loops: "Mapping[str, TrainersLoop | PlainLoop]", options: A
 
 
 def build_task(folder: Path, widths: tuple[int, ...]) -> AdapterTask:
-    """The adapter's task as a run builds it, on `PEOPLE` freshly rendered people, with the shipped encoders."""
+    """Build the adapter's task like a run does, on `PEOPLE` newly rendered people, with the shipped encoders."""
     torch.manual_seed(0)
     data = {"folder": str(folder / "data"), "identities": PEOPLE, "pictures": 2}
     settings = AdapterSettings(widths=widths, middle_attention=False)
@@ -101,15 +101,15 @@ def build_task(folder: Path, widths: tuple[int, ...]) -> AdapterTask:
 
 
 class Clock:
-    """Seconds spent on each part of the steps so far; a part within another counts for itself alone."""
+    """Accumulate the seconds of each part of the steps; the time of a nested part does not count for the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._within = 0.0  # seconds of the parts inside the one that is under way
+        self._within = 0.0  # seconds of the parts nested in the current one
 
     @contextmanager
     def on(self, name: str) -> Iterator[None]:
-        """Count the block's time as `name`."""
+        """Add the block's time to the part `name`."""
         began, outside, self._within = time.perf_counter(), self._within, 0.0
         yield
         took = time.perf_counter() - began
@@ -117,13 +117,13 @@ class Clock:
         self._within = outside + took
 
     def shares(self) -> dict[str, float]:
-        """Part -> share of all time counted."""
+        """Return each part's share of the total time."""
         total = sum(self.seconds.values())
         return {name: round(seconds / total, 3) for name, seconds in self.seconds.items()}
 
 
 class TrainersLoop:
-    """Ours, as `python -m train` runs it: its stage, its course, its batches."""
+    """The trainer's own loop, with the stage, the stage run and the batches of `python -m train`."""
 
     def __init__(self, task: AdapterTask, options: Any, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -136,7 +136,7 @@ class TrainersLoop:
         self.micro_batches = self.stage_run.micro_batches()
 
     def step(self, _: int) -> None:
-        """One optimiser step, its parts timed."""
+        """Run one optimiser step and time its parts."""
         timed = [(self.task, "batch", "data"), (self.task, "vision_tokens", "vision encoder")]
         timed += [(self.task, "prediction", "denoiser"), (self.stage_run.accelerator, "backward", "backward")]
         for where, method, name in timed:
@@ -155,7 +155,7 @@ class TrainersLoop:
 
 
 class PlainLoop:
-    """As IP-Adapter's script: files are opened, pictures and captions encoded, at every step."""
+    """A loop like IP-Adapter's training script: every step opens the files and encodes pictures and captions."""
 
     def __init__(self, task: AdapterTask, batch: int, precision: str, folder: Path) -> None:
         self.task, self.batch, self.half, self.clock = task, batch, precision == "bf16", Clock()
@@ -172,7 +172,7 @@ class PlainLoop:
             Image.fromarray((image.permute(1, 2, 0) * 255).byte().numpy()).save(folder / f"{row}.png")
 
     def step(self, number: int) -> None:
-        """One optimiser step on `batch` images; never compiled."""
+        """Run one optimiser step on `batch` images, without compilation."""
         with torch.autocast("cpu", torch.bfloat16, enabled=self.half), torch.compiler.set_stance("force_eager"):
             loss = self._loss(number)
         with self.clock.on("backward"):
@@ -212,7 +212,7 @@ class PlainLoop:
             return torch.nn.functional.mse_loss(prediction, target)
 
 
-def _words(report: dict[str, Any]) -> str:
+def _formatted(report: dict[str, Any]) -> str:
     how = f"{report['precision']}{', ours compiled' if report['compiled'] else ''}"
     lines = [
         f"{report['threads']} threads, batches of {report['batch']}, {how}, median of {report['steps']} steps each"
@@ -228,8 +228,10 @@ def _options() -> Any:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split(":")[0])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: as the trainer")
-    parser.add_argument("--compile", action="store_true", help="ours with `compile: true`, as a long stage would have")
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="precision of ours (auto: as the trainer)"
+    )
+    parser.add_argument("--compile", action="store_true", help="run ours with `compile: true`, as for a long stage")
     parser.add_argument("--widths", type=int, nargs="+", default=(128, 192))
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
