@@ -269,7 +269,7 @@ class DiffusersTask:
             faces.append(gallery_cache.faces(rows))
             states.append(
                 gallery_cache.sentences.take(
-                    rows, caption_styles, {n: without_text[here] for n, without_text in dropped.items()}
+                    rows, caption_styles, {branch: mask[here] for branch, mask in dropped.items()}
                 )
             )
         shifts = uniforms(self.context.seed, "crops", first, len(strength), (2,))

@@ -93,9 +93,8 @@ class LikenessTask:
         count, seed, device = len(batch.latents), self.context.seed, batch.latents.device
         level = self.settings.noise * uniforms(seed, "level", images_seen, count, (2, 1, 1, 1), device)
         noise = level * normals(seed, "noise", images_seen, count, batch.latents.shape[1:], device)
-        embeddings = self.likeness((batch.latents + noise).flatten(0, 1), batch.faces.flatten(0, 1)).unflatten(
-            0, (count, 2)
-        )
+        embeddings = self.likeness((batch.latents + noise).flatten(0, 1), batch.faces.flatten(0, 1))
+        embeddings = embeddings.unflatten(0, (count, 2))
         person, hits = info_nce(embeddings[:, 0], embeddings[:, 1], self.temperature.scales()[0])
         read = self.reading(embeddings * DIMENSIONS**0.5)
         traits = (trait_loss(read[:, 0], batch.people) + trait_loss(read[:, 1], batch.drifted)) / 2

@@ -1,4 +1,4 @@
-"""The adapter's training on SDXL and Stable Diffusion 1.5: every recipe in configs/ through its stages, tiny."""
+"""Adapter training on SDXL and Stable Diffusion 1.5: every recipe in configs/ runs all its stages at tiny sizes."""
 
 import json
 import os
@@ -46,19 +46,19 @@ CPU = torch.device("cpu")
 
 
 class Watched(DiffusersTask):
-    """Remembers itself, sees to it that no encoder is about in a step, and ends the run once at an image number."""
+    """A task that records its instances, requires a freed autoencoder in each step, and can stop the run once."""
 
-    made: ClassVar[list[Any]] = []
-    end_at: ClassVar[int] = -1
+    instances: ClassVar[list[Any]] = []
+    stop_at: ClassVar[int] = -1  # number of the image at which the run receives SIGTERM
 
     def __init__(self, settings: DiffusersSettings, context: TaskContext) -> None:
         super().__init__(settings, context)
-        if context.device.type != "meta":  # not those that only show what is wrong with later stages
-            self.made.append(self)
+        if context.device.type != "meta":  # tasks on the meta device exist only to check later stages
+            self.instances.append(self)
 
     def batch(self, images_seen: int, size: int) -> DiffusersBatch:
-        if images_seen == Watched.end_at:
-            Watched.end_at = -1
+        if images_seen == Watched.stop_at:
+            Watched.stop_at = -1
             os.kill(os.getpid(), signal.SIGTERM)
         return super().batch(images_seen, size)
 
@@ -69,7 +69,7 @@ class Watched(DiffusersTask):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with bases, encoders, an IP-Adapter and a data set, all tiny, as a user has them."""
+    """Return a folder with tiny bases, encoders, an IP-Adapter and a data set, in the layout that users have."""
     home = tmp_path_factory.mktemp("diffusers")
     for xl, name in ((True, "xl"), (False, "sd15")):
         tiny_stock.stock(xl).save_pretrained(home / name)
@@ -84,14 +84,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
-    Watched.made.clear()
-    Watched.end_at = -1
+def _reset() -> Iterator[None]:
+    Watched.instances.clear()
+    Watched.stop_at = -1
     yield
 
 
 def overrides(home: Path, recipe: str, **more: Any) -> list[str]:
-    """What makes a recipe tiny; `more` is said of every stage."""
+    """Return the overrides that make a recipe tiny; `more` applies to every stage."""
     base = "xl" if RECIPES[recipe] else "sd15"
     run = load_run(CONFIGS / f"{recipe}.yaml")
     stage = {
@@ -104,13 +104,13 @@ def overrides(home: Path, recipe: str, **more: Any) -> list[str]:
     lines = [f"data.folder={home / 'data' / base}", "trackers=[]"]
     lines += [f"data.galleries.{name}.records={home / 'records'}" for name in run.data["galleries"]]
     for name in run.stages:
-        asked = run.stages[name].settings
+        stage_settings = run.stages[name].settings
         given = {
             "settings.t5": home / "t5",
             "settings.byt5": home / "byt5",
             "settings.ip_adapter": home / "ip.safetensors",
         }
-        files = {key: path for key, path in given.items() if key.removeprefix("settings.") in asked}
+        files = {key: path for key, path in given.items() if key.removeprefix("settings.") in stage_settings}
         lines += [f"{name}.{key}={value}" for key, value in {**stage, **files}.items()]
         lines += [f"{name}.train.{part}=1.0e-2" for part in run.stages[name].train]
     return lines
@@ -122,7 +122,7 @@ def trained(home: Path, recipe: str, output: Path, only: tuple[str, ...] = (), *
 
 
 def built(home: Path, base: str = "xl", **settings: Any) -> Watched:
-    """A task ready for its first batch."""
+    """Return a task that is ready for its first batch."""
     given = {"base": str(home / base), "vision": home / "vision", "lora_rank": 2, "resolution": 16, **settings}
     galleries = {"photos": {"records": str(home / "records")}}
     sources = {
@@ -144,7 +144,7 @@ def rows_of(run: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def part_of(name: str) -> str:
-    """The part that a tensor of weights.safetensors belongs to."""
+    """Return the part that a tensor of weights.safetensors belongs to."""
     if name.startswith("image_encoder."):
         return "vision_encoder"
     if "projections." in name:
@@ -170,13 +170,13 @@ def test_a_recipe_trains_the_parts_it_names_and_nothing_else(home: Path, recipe:
         before = now
     base = "xl" if RECIPES[recipe] else "sd15"
     frozen = diffusers.UNet2DConditionModel.from_pretrained(home / base / "unet").state_dict()
-    for task in Watched.made:
+    for task in Watched.instances:
         assert all(torch.equal(value, frozen[name]) for name, value in task.unet.state_dict().items())
     assert (tmp_path / "fine_synthetic" / "first_batch.png").stat().st_size > 500
     assert (tmp_path / "fine_synthetic" / "samples" / "000000004-pictures.png").stat().st_size > 500
 
 
-def test_what_was_trained_draws_in_a_pipeline_around_the_same_base(home: Path, tmp_path: Path) -> None:
+def test_an_exported_adapter_draws_in_a_pipeline_around_the_same_base(home: Path, tmp_path: Path) -> None:
     assert trained(home, "sdxl_8gpu", tmp_path / "run", only=("real",), **{"settings.drawings": 0})
     assemble(tmp_path / "run", tmp_path / "out", dtype=torch.float32)
     exported = tmp_path / "run" / "real" / "export"
@@ -197,32 +197,32 @@ def test_what_was_trained_draws_in_a_pipeline_around_the_same_base(home: Path, t
         assert np.abs(with_person - without).max() > 1e-4
         pictures[name] = with_person
     assert np.abs(pictures["export"] - pictures["assembled"]).max() < 1e-5
-    loaded = load_initial(Watched.made[0].modules, tmp_path / "out")  # and from there training goes on
+    loaded = load_initial(Watched.instances[0].modules, tmp_path / "out")  # a later run can start from the export
     assert loaded == ["image_encoder", "adapter", "text_adapter"]
     facts = Adapter.load(exported / "adapter", open_base(str(home / "xl")).denoiser(CPU, torch.float32)).metadata
     assert facts["base_name"] == "xl" and facts["tokens"] == "5" and facts["feature_layer"] == "penultimate"
     assert str(home) not in "".join(file.read_text() for file in exported.rglob("*.json"))
 
 
-def test_a_run_that_was_stopped_ends_as_one_that_was_not_and_reads_nothing_again(
+def test_a_resumed_run_equals_a_straight_run_and_encodes_nothing_again(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = {"images": 8, "settings.gradient_checkpointing": True, "settings.drawings": 0, "ema": 4}
     assert trained(home, "sd15_1gpu", tmp_path / "straight", only=("real",), **more)
 
     def refuse(*_: Any) -> Any:
-        raise AssertionError("an encoder is asked although all it would say is on disk")
+        raise AssertionError("an encoder runs although its outputs are in the cache")
 
     for kind, name in ((BaseTextEncoders, "load"), (T5TextEncoder, "load"), (BaseCodec, "encode")):
         monkeypatch.setattr(kind, name, refuse)
-    Watched.end_at = 4
+    Watched.stop_at = 4
     assert not trained(home, "sd15_1gpu", tmp_path / "stopped", only=("real",), **more)
     assert trained(home, "sd15_1gpu", tmp_path / "stopped", only=("real",), **more)
     one, other = (read_tensors(tmp_path / each / "real" / "weights.safetensors")[0] for each in ("straight", "stopped"))
     assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_a_run_begins_with_an_ip_adapter(home: Path) -> None:
+def test_a_run_can_start_from_an_ip_adapter(home: Path) -> None:
     task = built(home, ip_adapter=home / "ip.safetensors")
     given = tiny_ip.tensors("plus", task.unet)
     cross = [name for name, attn in attention_layers(task.unet).items() if attn.is_cross_attention]
@@ -237,39 +237,39 @@ def test_a_run_begins_with_an_ip_adapter(home: Path) -> None:
         built(home, ip_adapter=home / "linear.safetensors")
 
 
-def test_states_are_what_the_stock_pipeline_says_and_what_is_left_out_is_its_nothing(home: Path) -> None:
-    gone = torch.tensor([False, True])
+def test_text_states_equal_those_of_the_stock_pipeline_also_for_dropped_captions(home: Path) -> None:
+    dropped = torch.tensor([False, True])
     for base, xl in (("xl", True), ("sd15", False)):
         task = built(home, base, t5=home / "t5", byt5=home / "byt5")
         store, gallery = task.gallery_caches["photos"].sentences, task.gallery_caches["photos"].pictures.gallery
         rows = torch.tensor([2, 4])
-        states = store.take(rows, ["dense"] * 2, dict.fromkeys(("clip", "pooled", "t5", "byt5"), gone))
+        states = store.take(rows, ["dense"] * 2, dict.fromkeys(("clip", "pooled", "t5", "byt5"), dropped))
         texts = gallery.captions(rows, ["dense"] * 2)
         kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
         pipe = kind.from_pretrained(home / base, unet=None, vae=None)
         options: Any = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
         with torch.no_grad():
-            said = pipe.encode_prompt(prompt=texts[:1], **options)
-        wanted = {"clip": said[:2], "pooled": [each[:, None] for each in said[2:]]} if xl else {"clip": said}
+            encoded = pipe.encode_prompt(prompt=texts[:1], **options)
+        wanted = {"clip": encoded[:2], "pooled": [each[:, None] for each in encoded[2:]]} if xl else {"clip": encoded}
         for name, (positive, negative) in wanted.items():
             assert states[name].mask is None
             assert torch.allclose(states[name].values, torch.cat([positive, negative]), atol=5e-3), name
-        assert states["t5"].mask is not None and states["t5"].mask[1].sum() == 1  # its end alone
+        assert states["t5"].mask is not None and states["t5"].mask[1].sum() == 1  # the end token alone
 
 
 @pytest.mark.parametrize("alone", ["clip", "t5", "byt5"])
-def test_each_branch_can_be_left_out_alone(readers_task: Watched, alone: str) -> None:
-    task, told = readers_task, {"drop_text": 0.0, "drop_clip": 0.0, "drop_t5": 0.0, "drop_byt5": 0.0}
-    task.settings = task.settings.model_copy(update=told)
-    said = task.batch(0, 3).states
+def test_each_branch_can_be_dropped_alone(readers_task: Watched, alone: str) -> None:
+    task, rates = readers_task, {"drop_text": 0.0, "drop_clip": 0.0, "drop_t5": 0.0, "drop_byt5": 0.0}
+    task.settings = task.settings.model_copy(update=rates)
+    whole = task.batch(0, 3).states
     task.settings = task.settings.model_copy(update={f"drop_{alone}": 1.0})
-    left, nothing = task.batch(0, 3).states, task.gallery_caches["photos"].sentences.empty_sentences(3)
-    assert left.keys() == {"clip", "pooled", "t5", "byt5"}
-    for name, tokens in left.items():
-        gone = name == alone or (name, alone) == ("pooled", "clip")
-        assert torch.equal(tokens.values, (nothing if gone else said)[name].values), name
-    assert said[alone].values.shape != nothing[alone].values.shape or not torch.equal(
-        said[alone].values, nothing[alone].values
+    states, empty = task.batch(0, 3).states, task.gallery_caches["photos"].sentences.empty_sentences(3)
+    assert states.keys() == {"clip", "pooled", "t5", "byt5"}
+    for name, tokens in states.items():
+        dropped = name == alone or (name, alone) == ("pooled", "clip")
+        assert torch.equal(tokens.values, (empty if dropped else whole)[name].values), name
+    assert whole[alone].values.shape != empty[alone].values.shape or not torch.equal(
+        whole[alone].values, empty[alone].values
     )
 
 
@@ -278,19 +278,19 @@ def readers_task(home: Path) -> Watched:
     return built(home, t5=home / "t5", byt5=home / "byt5")
 
 
-def test_latents_are_the_autoencoders_scaled_as_the_base_wants_them(home: Path) -> None:
+def test_latents_are_the_autoencoders_times_the_bases_scaling_factor(home: Path) -> None:
     task = built(home)
-    stock, rows = task.gallery_caches["photos"], torch.tensor([1, 3])
+    cache, rows = task.gallery_caches["photos"], torch.tensor([1, 3])
     vae = diffusers.AutoencoderKL.from_pretrained(home / "xl" / "vae")
     with torch.no_grad():
-        wanted = vae.encode(stock.pictures.take(rows)[0] * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+        wanted = vae.encode(cache.pictures.take(rows)[0] * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
         drawn = (vae.decode(wanted / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-    assert torch.allclose(stock.latents.take(rows), wanted, atol=2e-3)
+    assert torch.allclose(cache.latents.take(rows), wanted, atol=2e-3)
     assert torch.allclose(task.codec.decode(wanted), drawn, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-def test_the_loss_is_the_bases_own(home: Path, kind: str) -> None:
+def test_the_loss_equals_that_of_the_base(home: Path, kind: str) -> None:
     task = built(home, min_snr_gamma=5.0, drop_vision=1.0)
     task.schedule.register_to_config(prediction_type=kind)
     batch = task.batch(4, 3)
@@ -301,17 +301,17 @@ def test_the_loss_is_the_bases_own(home: Path, kind: str) -> None:
         task.adapter.detach(task.unet)
         noisy = task.schedule.add_noise(batch.latents, noise, steps)
         added = {"text_embeds": batch.states["pooled"].values[:, 0], "time_ids": batch.sizes}
-        guess = task.unet(noisy, steps, batch.states["clip"].values, added_cond_kwargs=added).sample
+        prediction = task.unet(noisy, steps, batch.states["clip"].values, added_cond_kwargs=added).sample
     alpha = task.schedule.alphas_cumprod[steps].view(-1, 1, 1, 1)
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * batch.latents
-    error = (guess - (noise if kind == "epsilon" else velocity)).square().mean((1, 2, 3))
+    error = (prediction - (noise if kind == "epsilon" else velocity)).square().mean((1, 2, 3))
     snr = (alpha / (1 - alpha)).flatten()
     weight = snr.clamp(max=5) / (snr if kind == "epsilon" else snr + 1)
     assert torch.allclose(loss, error * weight, atol=1e-5)
     assert batch.sizes.tolist() == [[128, 128, 0, 0, 16, 16]] * 3
 
 
-def test_sdxl_is_told_what_was_cut_off() -> None:
+def test_sdxl_size_conditioning_holds_the_cropped_pixels() -> None:
     wide = torch.tensor([[3000.0, 2000.0, 500.0, 0.0]])
     assert time_ids(wide, 1000).tolist() == [[2000, 3000, 0, 250, 1000, 1000]]
 
@@ -335,15 +335,15 @@ def test_checkpointing_changes_no_gradient_and_bf16_trains(home: Path) -> None:
         for name, module in (("unet", task.unet), ("vision", task.vision)):
             for block in module.modules():
                 if type(block).__name__ in ("BasicTransformerBlock", "ResidualAttentionBlock"):
-                    # Before rather than after: computing again stops as soon as all that is needed is there.
-                    block.register_forward_pre_hook(lambda *_, name=name, seen=blocks[-1]: seen.append(name))
+                    # A pre-hook, because recomputation stops as soon as all the required tensors exist.
+                    block.register_forward_pre_hook(lambda *_, name=name, calls=blocks[-1]: calls.append(name))
         for parameters in task.parts().values():
             for parameter in parameters:
                 torch.nn.init.normal_(parameter, std=0.1, generator=tiny.generator(len(parameter)))
                 parameter.requires_grad_(True)
         task.loss(task.batch(0, 2), 0).per_sample.mean().backward()
         gradients.append([p.grad for own in task.parts().values() for p in own])
-    for name in ("unet", "vision"):  # computed again in the backward pass, or nothing would be saved
+    for name in ("unet", "vision"):  # checkpointing saves memory only if the backward pass computes the blocks again
         assert blocks[1].count(name) > blocks[0].count(name) > 0, name
     for one, other in zip(*gradients, strict=True):
         assert (one is None) == (other is None)
@@ -361,9 +361,9 @@ def test_a_dry_run_plans_from_configurations_alone(
 ) -> None:
     config, lines = str(CONFIGS / "sdxl_8gpu.yaml"), overrides(home, "sdxl_8gpu")
     assert main([config, *lines, "--output", str(tmp_path / "run"), "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert [line.split(":")[0] for line in said.splitlines() if not line.startswith(" ")] == [*FOUR, "all stages"]
-    assert "t5_branch" in said and "of a card's memory" in said and "hours on rtx4090" in said.splitlines()[-2]
+    printed = capsys.readouterr().out
+    assert [line.split(":")[0] for line in printed.splitlines() if not line.startswith(" ")] == [*FOUR, "all stages"]
+    assert "t5_branch" in printed and "of a card's memory" in printed and "hours on rtx4090" in printed.splitlines()[-2]
     assert main([config, "--output", str(tmp_path / "run"), "--dry-run"]) == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert "There is no folder runs/models/stable-diffusion-xl-base-1.0" in sentence and "hf download" in sentence
@@ -391,17 +391,17 @@ def test_a_self_test_computes_as_the_stage_does_and_reaches_every_part(home: Pat
     run = load_run(CONFIGS / "sdxl_8gpu.yaml", overrides(home, "sdxl_8gpu", **more))
     (outcome,) = self_test(run, tmp_path, only=("real",), tasks={"diffusers_adapter": Watched}, steps=30)
     assert outcome.passed and "in bf16" in outcome.sentence and list(tmp_path.iterdir()) == []
-    assert len(Watched.made[-1].gallery_caches["photos"].pictures.gallery) == len(records())
+    assert len(Watched.instances[-1].gallery_caches["photos"].pictures.gallery) == len(records())
 
 
-def test_a_record_that_broke_while_it_was_encoded_is_never_drawn(
+def test_a_record_that_became_unreadable_while_it_was_cached_is_never_drawn(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, reads = Records.picture, []
 
     def breaking(some: Records, index: int) -> Any:
         reads.append(index)
-        if index == 2 and reads.count(2) > 1:  # the first time, its face was looked for
+        if index == 2 and reads.count(2) > 1:  # the first read is the face detection
             raise BadRecordError("Record 0002 is torn.")
         return read(some, index)
 
@@ -416,18 +416,18 @@ def test_a_record_that_broke_while_it_was_encoded_is_never_drawn(
     assert 2 not in task.validation_sources.draw(0, 0, 64).references.tolist()
 
 
-def test_checkpointed_steps_in_bf16_compute_again_as_before(home: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_works_in_bf16(home: Path, tmp_path: Path) -> None:
     more = {"settings.base_precision": "bf16", "precision": "bf16", "settings.gradient_checkpointing": True}
     assert trained(home, "sdxl_8gpu", tmp_path, only=("real",), images=2, **more)
 
 
-def test_a_base_that_cannot_be_used_is_a_sentence(home: Path, tmp_path: Path) -> None:
+def test_an_unusable_base_is_reported_in_one_sentence(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "xl", tmp_path / "noiseless", ignore=shutil.ignore_patterns("scheduler_config.json"))
     with pytest.raises(ConfigError, match=r"scheduler_config\.json cannot be read"):
         _ = open_base(str(tmp_path / "noiseless")).schedule
-    for what, says in (("vision", "holds no Stable Diffusion"), ("nobody/nothing", "could not be fetched")):
+    for what, message in (("vision", "holds no Stable Diffusion"), ("nobody/nothing", "could not be fetched")):
         name = str(home / what) if what == "vision" else what
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             open_base(name)
     with pytest.raises(ConfigError, match="holds no vision encoder"):
         built(home, vision=home / "t5")
@@ -435,7 +435,7 @@ def test_a_base_that_cannot_be_used_is_a_sentence(home: Path, tmp_path: Path) ->
         built(home, t5=tmp_path)
 
 
-def test_what_is_kept_depends_on_configuration_and_vocabulary_too(home: Path, tmp_path: Path) -> None:
+def test_cache_marks_depend_on_configuration_and_vocabulary(home: Path, tmp_path: Path) -> None:
     base = open_base(str(shutil.copytree(home / "xl", tmp_path / "xl")))
     t5 = Path(shutil.copytree(home / "t5", tmp_path / "t5"))
 
@@ -457,50 +457,50 @@ def write_config(folder: Path, **more: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
 
 
-def test_a_validation_never_takes_the_right_reference_for_a_wrong_one(
+def test_validation_never_uses_the_right_reference_as_the_wrong_one(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = built(home, validation_images=5, drawings=0)
-    seen: list[Tensor] = []
+    used: list[Tensor] = []
 
     def errors(batch: DiffusersBatch, vision: Tokens, *_: Any) -> Tensor:
-        seen.append(vision.values)
-        return torch.zeros(len(vision.values)) + len(seen)
+        used.append(vision.values)
+        return torch.zeros(len(vision.values)) + len(used)
 
     monkeypatch.setattr(task, "errors", errors)
     task.validate(tmp_path, 0)
-    right, wrong = torch.cat(seen[::2]), torch.cat(seen[1::2])
+    right, wrong = torch.cat(used[::2]), torch.cat(used[1::2])
     assert len(right) == len(wrong) == 5 and (right != wrong).flatten(1).any(1).all()
 
 
-def test_tokens_are_on_disk_before_their_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, lengths = TokenCache(tmp_path / "t5", 4, 6, 3), []
+def test_cached_tokens_are_flushed_before_their_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, lengths = TokenCache(tmp_path / "t5", 4, 6, 3), []
     flush = np.memmap.flush
 
     def watched(values: Any) -> None:
-        lengths.append(kept.lengths.tolist())
-        assert values is kept.values and values[2].any()
+        lengths.append(cache.lengths.tolist())
+        assert values is cache.values and values[2].any()
         flush(values)
 
     monkeypatch.setattr(np.memmap, "flush", watched)
-    kept.write([2], Tokens(torch.ones(1, 5, 3)))
-    assert lengths == [[0, 0, 0, 0]] and kept.lengths.tolist() == [0, 0, 5, 0]
+    cache.write([2], Tokens(torch.ones(1, 5, 3)))
+    assert lengths == [[0, 0, 0, 0]] and cache.lengths.tolist() == [0, 0, 5, 0]
 
 
-def test_kept_tokens_take_only_what_counts(tmp_path: Path) -> None:
-    kept = TokenCache(tmp_path / "t5", 4, 6, 3)
-    assert kept.missing([1, 3, 1]) == [1, 3]
+def test_the_token_cache_stores_only_unmasked_tokens(tmp_path: Path) -> None:
+    cache = TokenCache(tmp_path / "t5", 4, 6, 3)
+    assert cache.missing([1, 3, 1]) == [1, 3]
     values, mask = torch.randn(2, 8, 3), torch.tensor([[True] * 8, [True] * 2 + [False] * 6])
-    kept.write([3, 1], Tokens(values, mask))
-    again = TokenCache(tmp_path / "t5", 6, 6, 3)  # a gallery that grew
+    cache.write([3, 1], Tokens(values, mask))
+    again = TokenCache(tmp_path / "t5", 6, 6, 3)  # the gallery has grown
     taken, lengths = again.take([1, 3])
     assert lengths.tolist() == [2, 6] and again.missing([0, 1, 3, 5]) == [0, 5]
     assert torch.allclose(taken[1], values[0, :6], atol=2e-3) and not taken[0, 2:].any()
 
 
-def test_kept_tokens_never_shrink_under_another_run(tmp_path: Path) -> None:
-    kept = TokenCache(tmp_path / "t5", 2000, 6, 3)
-    kept.write([1999], Tokens(torch.ones(1, 6, 3)))
+def test_the_token_cache_never_shrinks_while_another_run_uses_it(tmp_path: Path) -> None:
+    cache = TokenCache(tmp_path / "t5", 2000, 6, 3)
+    cache.write([1999], Tokens(torch.ones(1, 6, 3)))
     few = TokenCache(tmp_path / "t5", 2, 6, 3)
-    assert few.lengths.shape == (2,) and kept.take([1999])[0].all()
+    assert few.lengths.shape == (2,) and cache.take([1999])[0].all()
     assert TokenCache(tmp_path / "t5", 2000, 6, 3).missing([1998, 1999]) == [1998]

@@ -1,4 +1,4 @@
-"""Every task of the portrait world, tiny: batches by image number, losses that reach all parts, files that load."""
+"""Tests of every task of the portrait world at tiny sizes: batches, losses, gradients of all parts, and exports."""
 
 import dataclasses
 import functools
@@ -65,7 +65,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class SmallClip(ClipTask):
-    """Validates on few people: two pictures of 500 take longer than all other tests here."""
+    """Validates on few people, because rendering two pictures of 500 takes longer than all other tests here."""
 
     HELD_OUT_PEOPLE: ClassVar[int] = 4
 
@@ -111,7 +111,7 @@ SMALL: dict[str, Any] = {
 
 @functools.cache
 def home() -> Path:
-    """One folder for all tests of this file: galleries and tokenizers are made once."""
+    """Return a folder for all tests of this file, so that galleries and tokenizers are built once."""
     folder = Path(tempfile.mkdtemp(prefix="imagine-tasks-"))
     make_tokenizers(folder / "tokenizers", sentences=150)
     return folder
@@ -129,14 +129,14 @@ def data() -> dict[str, Any]:
 
 
 def with_tokenizers(stage: Path) -> Path:
-    """A stage's folder with tokenizers in its cache, as an interrupted run leaves it."""
+    """Copy tokenizers into the cache of a stage's folder, as an interrupted run leaves it, and return the folder."""
     shutil.copytree(home() / "tokenizers", stage / "cache", dirs_exist_ok=True)
     return stage
 
 
 @functools.cache
 def trained() -> Path:
-    """The chain from autoencoder to adapter, two steps each, from a run file as a user writes it."""
+    """Train the chain from autoencoder to adapter, two steps each, from a run file, and return the run's folder."""
     output = home() / "run"
     parts = {name: dict.fromkeys(SMALL[name].PARTS, 1e-3) for name in CHAIN}
     parts["adapter"] = dict.fromkeys(ADAPTER_PARTS, 1e-3)  # on the frozen base
@@ -157,7 +157,7 @@ def trained() -> Path:
 
 @functools.cache
 def built(name: str) -> Any:
-    """The task, ready for its first batch; base and adapter stand on the chain's autoencoder."""
+    """Return the task, ready for its first batch; base, adapter and likeness use the chain's autoencoder."""
     earlier = {"autoencoder": trained() / "autoencoder" / "export"} if name in ("base", "adapter", "likeness") else {}
     task_class = SMALL[name]
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def built(name: str) -> Any:
 
 
 def leaves(record: Any) -> Iterator[Any]:
-    """Every tensor and text in a batch, in order."""
+    """Yield every tensor and text in a batch, in order."""
     if dataclasses.is_dataclass(record):
         record = [getattr(record, field.name) for field in dataclasses.fields(record)]
     if isinstance(record, dict):
@@ -190,7 +190,7 @@ def same(one: Any, two: Any) -> bool:
 
 
 def test_the_small_tasks_are_the_ones_that_runs_use() -> None:
-    assert SMALL.keys() == SETTINGS.keys() == TASKS.keys() - {"diffusers_adapter"}  # see test_train_diffusers.py
+    assert SMALL.keys() == SETTINGS.keys() == TASKS.keys() - {"diffusers_adapter"}  # see test_diffusers.py
     for name in SMALL:
         address = TASKS[name]
         module, _, class_name = address.partition(":")
@@ -201,7 +201,7 @@ def test_the_small_tasks_are_the_ones_that_runs_use() -> None:
 def test_batches_are_functions_of_images_seen(name: str) -> None:
     task = built(name)
     batch = task.batch(40, 4)
-    torch.rand(1)  # the global generator has no part in it
+    torch.rand(1)  # batches must not depend on the global generator
     assert same(batch, task.batch(40, 4))
     assert not same(batch, task.batch(44, 4))
     floats = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -210,10 +210,10 @@ def test_batches_are_functions_of_images_seen(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(SMALL))
 def test_every_image_is_a_function_of_its_own_number(name: str) -> None:
-    """So that the pieces of a batch do not depend on accumulation, or on how many processes share it."""
+    """Otherwise micro-batches would depend on gradient accumulation and on the number of processes."""
     task = built(name)
     whole, first, second = task.batch(40, 4), task.batch(40, 2), task.batch(42, 2)
-    if name == "clip":  # row numbers within the batch
+    if name == "clip":  # its `crops` are row numbers within the batch
         second = dataclasses.replace(second, crops=second.crops + 2)
     both = [list(leaves(half)) for half in (first, second)]
     words = [[leaf for leaf in half if isinstance(leaf, str)] for half in both]
@@ -223,7 +223,8 @@ def test_every_image_is_a_function_of_its_own_number(name: str) -> None:
     for all_rows, one, two in zip(together, *tensors, strict=True):
         assert len(all_rows) == len(one) + len(two)
         for part, rows in ((one, all_rows[: len(one)]), (two, all_rows[len(one) :])):
-            width = slice(None) if part.dim() < 2 else slice(part.shape[1])  # tokens are cut to the longest caption
+            # Tokens are padded to the longest caption of their own batch.
+            width = slice(None) if part.dim() < 2 else slice(part.shape[1])
             assert torch.equal(rows[:, width] if part.dim() > 1 else rows, part)
 
 
@@ -238,7 +239,7 @@ def test_losses_are_finite_and_reach_every_part(name: str) -> None:
     before = [p.detach().clone() for p in trained_here]
     try:
         with torch.no_grad():
-            for parameter in trained_here:  # gates and gains that begin at zero are open after the first steps
+            for parameter in trained_here:  # gates and gains that are initialised to zero block gradients at first
                 parameter.add_(0.02 * torch.randn_like(parameter))
         for parameter in trained_here:
             parameter.requires_grad_(True)
@@ -270,7 +271,7 @@ def test_losses_are_functions_of_batch_and_images_seen(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["recogniser", "reader", "finder"])
-def test_the_judges_tasks_validate_and_export_what_the_judge_loads(name: str, tmp_path: Path) -> None:
+def test_the_judges_tasks_validate_and_export_files_that_the_judge_loads(name: str, tmp_path: Path) -> None:
     task = built(name)
     with torch.no_grad():
         numbers = task.validate(tmp_path, 0)
@@ -285,14 +286,14 @@ def test_the_judges_tasks_validate_and_export_what_the_judge_loads(name: str, tm
         assert torch.allclose(loaded.state_dict()[key].float(), value.float(), atol=2e-3, rtol=2e-3), key
 
 
-def test_the_finders_batches_hold_nobody_one_and_several_people() -> None:
+def test_the_finders_batches_hold_zero_to_three_people() -> None:
     images, boxes, valid = built("finder").batch(0, 64)
     assert images.shape == (64, 3, 128, 128)
     assert set(valid.sum(1).tolist()) == {0, 1, 2, 3}
     assert (boxes[valid][:, 2:] > 0).all()
 
 
-def test_a_piece_of_whole_pictures_alone_can_be_learnt_from() -> None:
+def test_a_micro_batch_of_whole_pictures_alone_has_a_loss() -> None:
     task = built("clip")
     mixed = task.settings
     task.settings = mixed.model_copy(update={"whole_share": 1.0})
@@ -309,16 +310,16 @@ def test_the_base_pairs_captions_with_pictures_and_drops_some() -> None:
     assert batch.latents.shape == (64, 32, 8, 8)
     assert batch.sentences.clip.mask is not None and batch.sentences.t5.mask is not None
     lengths = batch.sentences.clip.mask.sum(1)
-    assert 0 < (lengths == 2).sum() < 20  # start and end of nothing
+    assert 0 < (lengths == 2).sum() < 20  # dropped captions: start and end tokens alone
     assert lengths.max() > 40 and (lengths[lengths > 2] < 15).any()  # dense captions, and terse ones
 
 
-def test_stored_sentences_are_what_the_encoders_say() -> None:
+def test_cached_sentences_equal_the_encoders_outputs() -> None:
     task = built("base")
     rows, styles = torch.tensor([1, 5, 2, 1]), ["dense", "rewritten", "terse", "dense"]
     store = task.gallery_caches["train"].sentences
-    gone = torch.tensor([False, False, False, True])
-    got = store.take(rows, styles, dict.fromkeys(("clip", "t5", "byt5"), gone))
+    dropped = torch.tensor([False, False, False, True])
+    got = store.take(rows, styles, dict.fromkeys(("clip", "t5", "byt5"), dropped))
     texts = store.gallery.captions(rows, styles)
     assert " skin" in texts[0] and texts[2].startswith("person") and texts[0] == texts[3]
     with torch.no_grad():
@@ -330,7 +331,7 @@ def test_stored_sentences_are_what_the_encoders_say() -> None:
                 assert length == wanted.mask.sum()
                 assert torch.allclose(tokens.values[row, :length], wanted.values[0, :length], atol=5e-3), text
     assert got.letters == [encoders.quoted(text) for text in texts[:3]] + [""]
-    again = store.take(rows, styles, {"t5": gone})  # one branch alone is told nothing of the last
+    again = store.take(rows, styles, {"t5": dropped})  # only one branch drops the last caption
     assert again.clip.mask is not None and again.t5.mask is not None
     assert torch.equal(again.clip.values[0, :8], got.clip.values[0, :8])
     assert again.clip.mask[3].sum() == again.clip.mask[0].sum() and again.t5.mask[3].sum() < again.t5.mask[0].sum()
@@ -339,9 +340,7 @@ def test_stored_sentences_are_what_the_encoders_say() -> None:
     assert torch.equal(shifted.clip.values[1], got.clip.values[0]) and shifted.letters[1] == got.letters[0]
 
 
-def test_each_process_keeps_the_sentences_it_reads_in_files_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_process_caches_its_sentences_in_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task, rows, caption_styles = built("base"), torch.tensor([1, 5]), ["terse", "dense"]
     gallery = task.gallery_caches["train"].pictures.gallery
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -349,13 +348,13 @@ def test_each_process_keeps_the_sentences_it_reads_in_files_of_its_own(
     for rank in (0, 1):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         store = SentenceStore(gallery, task.text, tmp_path)
-        assert store.t5.missing([3, 16]) == [3, 16]  # another process read them, but not into these files
+        assert store.t5.missing([3, 16]) == [3, 16]  # the other process has cached them, but in its own files
         taken.append(store.take(rows, caption_styles))
     assert torch.equal(taken[0].t5.values, taken[1].t5.values)
     assert len(list(tmp_path.glob("t5-*.f16"))) == len(list(tmp_path.glob("clip-*.f16"))) == 2
 
 
-def test_a_sentence_also_acts_as_one_vector() -> None:
+def test_the_pooled_sentence_changes_the_prediction() -> None:
     task = built("base")
     batch = task.batch(0, 2)
     noise, t = task.noise(batch.latents, 0, 0)
@@ -372,28 +371,28 @@ def test_a_sentence_also_acts_as_one_vector() -> None:
             task.unet.class_embedding.linear_2.weight.sub_(0.1)
 
 
-def test_a_text_branch_can_be_left_out_altogether() -> None:
+def test_a_task_can_omit_a_text_branch() -> None:
     whole = built("base")
     settings = BaseSettings(widths=(32, 32), pooled=False, text_branches=("byt5",))
     task = SmallBase(settings, dataclasses.replace(whole.context, folder=with_tokenizers(home() / "built" / "byt5")))
     assert {spec.name for spec in task.text_adapter.branch_specs} == {"byt5"}
     batch = whole.batch(0, 4)
-    deaf = dataclasses.replace(
+    without_t5 = dataclasses.replace(
         batch.sentences, t5=Tokens(torch.zeros_like(batch.sentences.t5.values), batch.sentences.t5.mask)
     )
     noise, t = task.noise(batch.latents, 0, 0)
     with torch.no_grad():
-        assert torch.equal(task.predict(noise, t, batch.sentences), task.predict(noise, t, deaf))
-        assert not torch.equal(whole.predict(noise, t, batch.sentences), whole.predict(noise, t, deaf))
+        assert torch.equal(task.predict(noise, t, batch.sentences), task.predict(noise, t, without_t5))
+        assert not torch.equal(whole.predict(noise, t, batch.sentences), whole.predict(noise, t, without_t5))
     assert task.encode_texts(["a person"])[1].keys() == {"byt5"}
-    without = SmallBase(settings.model_copy(update={"text_branches": ("t5",)}), task.context)
-    assert without.parts()["byt5"] == [] and len(without.parts()["text_adapter"]) > 0
+    without_byt5 = SmallBase(settings.model_copy(update={"text_branches": ("t5",)}), task.context)
+    assert without_byt5.parts()["byt5"] == [] and len(without_byt5.parts()["text_adapter"]) > 0
     for wrong in (["byt5"], [], ["t5", "t5"]):
         with pytest.raises(ValueError, match=r"pooled to false|each once"):
             BaseSettings.model_validate({"text_branches": wrong})
 
 
-def test_a_stage_may_begin_with_a_folder_of_weights(tmp_path: Path) -> None:
+def test_a_stage_can_start_from_a_folder_of_weights(tmp_path: Path) -> None:
     task = built("clip")
     fresh = SMALL["clip"](SMALL["clip"].Settings(), dataclasses.replace(task.context, seed=9))
     folder = trained() / "clip" / "export"
@@ -408,7 +407,7 @@ def test_a_stage_may_begin_with_a_folder_of_weights(tmp_path: Path) -> None:
         load_initial(fresh.modules, tmp_path)
 
 
-def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
+def test_the_adapters_references_are_mostly_other_pictures_of_the_targets_people() -> None:
     task = built("adapter")
     batch = task.batch(0, 64)
     gallery_cache = task.gallery_caches["train"]
@@ -416,33 +415,33 @@ def test_the_adapter_sees_other_pictures_of_the_same_people() -> None:
     everybody = gallery_cache.latents.take(torch.arange(len(gallery)))
     rows = (batch.latents[:, None] == everybody[None]).flatten(2).all(2).float().argmax(1)
     real = rows % gallery.pictures == 0
-    assert 0 < real.sum() < 32  # few targets are their own reference
+    assert 0 < real.sum() < 32  # fewer than half of the targets are their own reference
     assert set(batch.strength.tolist()) == {0.0, 1.0}
     assert batch.crops.shape[:2] == (64, 3) and batch.faces.shape == (64, 1, 8, 8)
     assert set(batch.faces.unique().tolist()) == {0.0, 1.0}
     assert all(0.1 < here.mean() < 0.9 for here in batch.faces)
 
 
-def test_the_loss_looks_closer_at_faces_and_at_letters() -> None:
+def test_the_loss_weights_faces_and_letters_more() -> None:
     task = built("base")
     rows = torch.arange(len(task.gallery_caches["train"].pictures.gallery))
     faces, letters = task.gallery_caches["train"].faces(rows), task.gallery_caches["train"].letters(rows)
     wordless = task.gallery_caches["train"].pictures.gallery.contexts(rows).letters[:, 0] == 0
     assert wordless.any() and not wordless.all() and torch.equal(letters.flatten(1).amax(1) == 0, wordless)
-    assert not (letters * faces)[:, :, :3].any()  # words are below
+    assert not (letters * faces)[:, :, :3].any()  # words are in the lower part of the picture
     settings = task.settings.model_copy(update={"letter_weight": 11.0, "face_weight": 3.0})
     task.settings, before = settings, task.settings
     batch = task.batch(0, 16)
     task.settings = before
     assert set(batch.weights.unique().tolist()) <= {1.0, 3.0, 11.0, 13.0} and (batch.weights > 10).any()
     assert torch.equal(task.batch(0, 16).weights, 1 + (before.face_weight - 1) * batch.faces)
-    guess = torch.zeros_like(batch.latents)
-    wanted = guess + (batch.weights > 10)  # wrong at the letters alone
+    prediction = torch.zeros_like(batch.latents)
+    wanted = prediction + (batch.weights > 10)  # the error is at the letters alone
     shares = ((batch.weights > 10) * batch.weights).flatten(1).sum(1) / batch.weights.flatten(1).sum(1)
-    assert torch.allclose(squared_error(guess, wanted, batch.weights), shares)
+    assert torch.allclose(squared_error(prediction, wanted, batch.weights), shares)
 
 
-def test_a_weight_for_letters_that_no_record_names_is_remarked_on(tmp_path: Path) -> None:
+def test_a_letter_weight_without_effect_on_records_gives_a_warning(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").touch()
     task = built("base")
     mine = {
@@ -451,14 +450,14 @@ def test_a_weight_for_letters_that_no_record_names_is_remarked_on(tmp_path: Path
     }
     settings = task.settings.model_copy(update={"sources": {"mine": 1.0}, "letter_weight": 20.0})
     recorded = SmallBase(settings, dataclasses.replace(task.context, data={**data(), **mine}))
-    assert [said.split(":")[0] for said in recorded.check()] == ["letter_weight has no effect"]
+    assert [warning.split(":")[0] for warning in recorded.check()] == ["letter_weight has no effect"]
     rendered = SmallBase(task.settings.model_copy(update={"letter_weight": 20.0}), task.context)
     assert rendered.check() == []
     plain = SmallBase(settings.model_copy(update={"letter_weight": 1.0}), recorded.context)
     assert plain.check() == []
 
 
-def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
+def test_a_stage_can_train_on_the_shipped_autoencoder() -> None:
     folder = ROOT / "weights"
     vae, mean, std = load_autoencoder(folder)
     latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent
@@ -472,7 +471,7 @@ def test_the_shipped_autoencoder_is_one_to_train_on_with() -> None:
         autoencoder_of(dataclasses.replace(context, initial=home() / "tokenizers"))
 
 
-def test_the_decoder_may_be_told_by_the_vision_encoder_whose_face_it_draws() -> None:
+def test_the_decoder_can_train_with_a_loss_on_the_vision_encoders_features() -> None:
     weights, plain = ROOT / "weights", built("autoencoder")
     settings = AutoencoderSettings(faces=0.5, features=1.0)
     with pytest.raises(ConfigError, match="name a folder of weights as its initial"):
@@ -485,8 +484,8 @@ def test_the_decoder_may_be_told_by_the_vision_encoder_whose_face_it_draws() -> 
     with torch.no_grad():
         loss = task.loss(batch, 0)
         task.settings = settings.model_copy(update={"features": 0.0})
-        silent = task.loss(batch, 0).per_sample
-        assert torch.equal(loss.per_sample > silent, batch.on_face)
+        without_features = task.loss(batch, 0).per_sample
+        assert torch.equal(loss.per_sample > without_features, batch.on_face)
         faces = batch.crops[batch.on_face]
         assert task._feature_loss(faces, faces).max() < 1e-9
         assert (task._feature_loss(faces.roll(1, 0), faces) > task._feature_loss(0.95 * faces, faces)).all()
@@ -502,18 +501,18 @@ def test_a_chain_of_stages_trains_to_the_end() -> None:
         in_parts = {id(p) for part in trained_parts for p in task.parts()[part]}
         trains = {m for m, network in task.modules.items() if any(id(p) in in_parts for p in network.parameters())}
         assert saved == trains, name
-    assert "unet" in built("adapter").modules and "unet" not in saved  # the adapter's base stays as it is
+    assert "unet" in built("adapter").modules and "unet" not in saved  # the adapter's base is frozen
     for name in ("autoencoder", "base", "adapter"):
         assert list((output / name / "samples").rglob("*.png")), name
-    for name in CHAIN:  # what it was shown at the very beginning
+    for name in CHAIN:  # the grid of the first batch is not blank
         with Image.open(output / name / "first_batch.png") as sheet:
             assert len(sheet.convert("RGB").getcolors(1 << 20) or []) > 50, name
     with pytest.raises(ConfigError, match="base has batch_size 2, not 4"):
         run_stages(load_run(home() / "run.yaml", ["base.batch_size=4"]), output, tasks=SMALL)
 
 
-def test_later_stages_begin_with_what_earlier_ones_trained() -> None:
-    """Muon and AdamW move a weight by about its rate a step: two steps stay near the start, a fresh start does not."""
+def test_later_stages_start_from_the_weights_of_earlier_ones() -> None:
+    """Muon and AdamW move a weight by about the learning rate per step, so two steps leave it near its start."""
     clip = read_tensors(trained() / "clip" / "weights.safetensors")[0]
     found = read_tensors(trained() / "adapter" / "weights.safetensors")[0]
     shared = [path for path in found if path in clip and found[path].ndim == 2]
@@ -522,14 +521,14 @@ def test_later_stages_begin_with_what_earlier_ones_trained() -> None:
         assert (found[path] - clip[path]).abs().max() < 0.02, path
 
 
-def test_exports_load_through_the_public_loaders_as_they_were_averaged() -> None:
+def test_exports_load_through_the_public_loaders_with_averaged_weights() -> None:
     def weights(stage: str, module: str) -> dict[str, Tensor]:
         tensors = read_tensors(trained() / stage / "weights.safetensors")[0]
         return {p.removeprefix(f"{module}."): v for p, v in tensors.items() if p.startswith(f"{module}.")}
 
     vae, mean, std = load_autoencoder(trained() / "autoencoder" / "export")
     assert mean.shape == std.shape == (32,) and (std > 0).all()
-    base = trained() / "adapter" / "export"  # an adapter comes with the base that it was trained on
+    base = trained() / "adapter" / "export"  # an adapter's export includes its base
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     text = load_text_encoders(base)
     adapter = trained() / "adapter" / "export"
@@ -552,7 +551,7 @@ def test_exports_load_through_the_public_loaders_as_they_were_averaged() -> None
     assert clip.values.isfinite().all() and set(branches) == {"t5", "byt5"}
 
 
-def test_a_run_becomes_a_folder_of_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_can_be_assembled_into_a_folder_of_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assemble(trained(), tmp_path / "weights", defaults={"default_steps": 3})
     assert "not trained to its end" not in caplog.text
     pipe = ImaginePipeline.from_pretrained(tmp_path / "weights")
@@ -563,9 +562,9 @@ def test_a_run_becomes_a_folder_of_weights(tmp_path: Path, caplog: pytest.LogCap
         assert torch.allclose(value.float(), wanted[f"adapter.{path}"], atol=1e-2, rtol=1e-2), path
     run = tmp_path / "run"
     shutil.copytree(trained(), run)
-    shutil.copytree(run / "autoencoder" / "export", run / "decoder" / "export")  # as if it had been trained on alone
+    shutil.copytree(run / "autoencoder" / "export", run / "decoder" / "export")  # as if a stage had trained it further
     (run / "decoder" / "export" / "latents.json").write_text(json.dumps({"mean": [0.5] * 32, "std": [2.0] * 32}))
-    (run / "adapter" / "done.json").unlink()  # as if its last stage had been stopped
+    (run / "adapter" / "done.json").unlink()  # as if the last stage had been stopped
     assemble(run, tmp_path / "decoded")
     assert "not trained to its end: these are the weights of its stage adapter" in caplog.text
     assert ImaginePipeline.from_pretrained(tmp_path / "decoded").config.latents_mean == [0.5] * 32
@@ -589,8 +588,8 @@ def test_a_run_becomes_a_folder_of_weights(tmp_path: Path, caplog: pytest.LogCap
         assemble(tmp_path, tmp_path / "other", initial=trained() / "autoencoder" / "export")
 
 
-def teacher_stages() -> Path:
-    """A teacher, and an adapter that learns from it, after the chain."""
+def likeness_stages() -> Path:
+    """Write a run file with a likeness network and an adapter with a likeness loss after the chain; return its path."""
     run = yaml.safe_load((home() / "run.yaml").read_text())
     run["stages"]["likeness"] = {
         "task": "likeness", "train": {"likeness": 1e-3}, "muon": ["likeness"], "start_from": ["autoencoder"],
@@ -604,36 +603,36 @@ def teacher_stages() -> Path:
     return home() / "alike.yaml"
 
 
-def test_an_adapter_may_learn_from_a_teacher_that_knows_people() -> None:
-    output, path = trained(), teacher_stages()
+def test_an_adapter_can_train_with_a_likeness_loss() -> None:
+    output, path = trained(), likeness_stages()
     with_tokenizers(output / "alike")
     assert run_stages(load_run(path), output, resume=True, only=["likeness", "alike"], tasks=SMALL)
     lines = [json.loads(line) for line in (output / "alike" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["error"] > 0 and 0 < line["strange"] < 2 for line in lines if "loss" in line)
     assert -1 <= lines[-1]["validate/likeness"] <= 1
     saved = {name.split(".")[0] for name in read_tensors(output / "alike" / "weights.safetensors")[0]}
-    assert "likeness" not in saved  # it teaches and does not learn
+    assert "likeness" not in saved  # the likeness network is frozen
 
 
-def test_a_likeness_loss_needs_its_teacher_and_asks_nothing_where_nobody_is_shown() -> None:
+def test_a_likeness_loss_needs_its_network_and_is_zero_without_a_reference() -> None:
     task = built("adapter")
     settings = task.settings.model_copy(update={"likeness": 2.0})
     with pytest.raises(ConfigError, match="name a stage `likeness` in its start_from"):
         SmallAdapter(settings, task.context)
     batch = task.batch(0, 4)
     batch = dataclasses.replace(batch, strength=torch.tensor([1.0, 0.0, 1.0, 0.0]))
-    silent, task.likeness = task.settings, LikenessNetwork().requires_grad_(False)
+    before, task.likeness = task.settings, LikenessNetwork().requires_grad_(False)
     task.settings = settings
     try:
-        with_teacher = task.loss(batch, 0).per_sample
+        with_likeness = task.loss(batch, 0).per_sample
     finally:
-        task.settings, task.likeness = silent, None
+        task.settings, task.likeness = before, None
     plain = task.loss(batch, 0).per_sample
-    assert torch.equal((with_teacher > plain), batch.strength.bool())
-    assert torch.equal(with_teacher[1::2], plain[1::2])
+    assert torch.equal((with_likeness > plain), batch.strength.bool())
+    assert torch.equal(with_likeness[1::2], plain[1::2])
 
 
-def test_the_teacher_sees_whose_latents_they_are_only_by_the_latents_and_the_place_of_the_face() -> None:
+def test_the_likeness_network_takes_two_pictures_of_one_person_and_their_face_masks() -> None:
     task = built("likeness")
     batch = task.batch(0, 4)
     assert batch.latents.shape == (4, 2, 32, 8, 8) and batch.faces.shape == (4, 2, 1, 8, 8)
@@ -641,27 +640,27 @@ def test_the_teacher_sees_whose_latents_they_are_only_by_the_latents_and_the_pla
     rows = (batch.latents.flatten(0, 1)[:, None] == stored[None]).flatten(2).all(2).float().argmax(1).view(4, 2)
     first, second = rows.unbind(1)
     assert torch.equal(first // 2, second // 2) and (first != second).all()  # two pictures of one person
-    seen = task.likeness(batch.latents.flatten(0, 1), batch.faces.flatten(0, 1))
-    assert torch.allclose(seen.norm(dim=1), torch.ones(8), atol=1e-5)
-    assert not torch.allclose(seen, task.likeness(batch.latents.flatten(0, 1), 1 - batch.faces.flatten(0, 1)))
+    embeddings = task.likeness(batch.latents.flatten(0, 1), batch.faces.flatten(0, 1))
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(8), atol=1e-5)
+    assert not torch.allclose(embeddings, task.likeness(batch.latents.flatten(0, 1), 1 - batch.faces.flatten(0, 1)))
 
 
-def test_an_adapter_stage_may_ask_the_judge_at_every_validation(tmp_path: Path) -> None:
+def test_an_adapter_stage_can_run_the_judge_at_every_validation(tmp_path: Path) -> None:
     task = built("adapter")
-    silent = task.settings
-    task.settings = silent.model_copy(update={"judge": ROOT / "weights"})
+    before = task.settings
+    task.settings = before.model_copy(update={"judge": ROOT / "weights"})
     try:
         with torch.no_grad():
             numbers = task.validate(tmp_path, 0)
     finally:
-        task.settings = silent
+        task.settings = before
     assert {"validation_loss", "prompt", "sim_gt", "rank1_of_100", "sim_gt_ceiling"} <= numbers.keys()
-    assert numbers["sim_gt"] < 0.3 < numbers["sim_gt_ceiling"]  # nothing is learnt yet
+    assert numbers["sim_gt"] < 0.3 < numbers["sim_gt_ceiling"]  # the adapter is untrained
     assert (tmp_path / "judged.png").exists()
 
 
 def adapter_alone(output: Path) -> Run:
-    """The chain's adapter, on real pictures and pairs, as a run whose stages before it are done."""
+    """Return a run of the chain's adapter stage in `output`, where all earlier stages are done."""
     shutil.copytree(trained(), output, ignore=shutil.ignore_patterns("adapter", "checkpoints"))
     with_tokenizers(output / "adapter")
     run = load_run(home() / "run.yaml")
@@ -670,7 +669,7 @@ def adapter_alone(output: Path) -> Run:
     return run.model_copy(update={"stages": stages, "trackers": ()})
 
 
-def handed_on(output: Path) -> dict[str, Tensor]:
+def final_weights(output: Path) -> dict[str, Tensor]:
     return read_tensors(output / "adapter" / "weights.safetensors")[0]
 
 
@@ -680,14 +679,14 @@ def losses(output: Path) -> list[float]:
 
 
 def test_a_real_stage_ends_the_same_after_kills_and_in_two_processes(tmp_path: Path) -> None:
-    straight, killed, shared = tmp_path / "straight", tmp_path / "killed", tmp_path / "shared"
+    straight, killed, parallel = tmp_path / "straight", tmp_path / "killed", tmp_path / "parallel"
     process = start_training(adapter_alone(straight), straight, tasks=SMALL)
     process.join()
     assert process.exitcode == DONE, stderr_of(straight)
     run, checkpoints = adapter_alone(killed), killed / "adapter" / "checkpoints"
-    for seen in (4, 16):  # a kill in the first half, a kill after the rate began to fall
+    for images in (4, 16):  # once in the first half, and once after the learning rate has started to decay
         process = start_training(run, killed, tasks=SMALL)
-        while process.is_alive() and not list(checkpoints.glob(f"{seen:012d}*.safetensors")):
+        while process.is_alive() and not list(checkpoints.glob(f"{images:012d}*.safetensors")):
             time.sleep(0.001)
         process.kill()
         process.join()
@@ -695,9 +694,9 @@ def test_a_real_stage_ends_the_same_after_kills_and_in_two_processes(tmp_path: P
     process = start_training(run, killed, tasks=SMALL)
     process.join()
     assert process.exitcode == DONE, stderr_of(killed)
-    wanted, found = handed_on(straight), handed_on(killed)
+    wanted, found = final_weights(straight), final_weights(killed)
     assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == [] and len(wanted) > 50
-    assert run_in_processes(adapter_alone(shared), shared, tasks=SMALL) == [DONE, DONE], stderr_of(shared)
+    assert run_in_processes(adapter_alone(parallel), parallel, tasks=SMALL) == [DONE, DONE], stderr_of(parallel)
     assert len(losses(straight)) == 6
-    torch.testing.assert_close(losses(shared), losses(straight), rtol=0, atol=1e-4)
-    torch.testing.assert_close(handed_on(shared), wanted, rtol=0, atol=1e-3)
+    torch.testing.assert_close(losses(parallel), losses(straight), rtol=0, atol=1e-4)
+    torch.testing.assert_close(final_weights(parallel), wanted, rtol=0, atol=1e-3)
