@@ -1,1 +1,1 @@
-"""The models behind each build step, one class per kind of model, behind small contracts."""
+"""The models that the steps of a build call: the interfaces, and the backends that implement them."""

@@ -1,7 +1,8 @@
-"""Dense captions of references, by a vision-language model here or behind an endpoint.
+"""Write dense captions of references with a vision-language model, in this process or behind an endpoint.
 
-What the paper's section 3.3 asks of "a multi-modal LLM" without saying how: the instruction is ours, and a setting. It
-asks for the person first and in the words that `rewriters` changes or keeps, and for nothing that cannot be seen.
+The paper's section 3.3 captions with "a multi-modal LLM" and does not give the prompt, so the default instruction is
+ours; it is a setting. It requests the person first, with the attributes that `rewriters` changes or preserves, and
+nothing that is not visible.
 """
 
 import functools
@@ -26,13 +27,13 @@ VERSION = 1
 
 
 class TransformersCaptioner:
-    """Any vision-language model that transformers' AutoModelForImageTextToText loads."""
+    """A captioner with any vision-language model that transformers' AutoModelForImageTextToText loads."""
 
     class Settings(ChatSettings):
-        """The model, and what it is asked."""
+        """The model and its prompt."""
 
         instruction: str = Field(default=DESCRIBE, min_length=1)
-        longest_side: int = Field(default=1024, ge=32)  # pixels; larger photos are shrunk before they are looked at
+        longest_side: int = Field(default=1024, ge=32)  # pixels; larger photos are shrunk before the model reads them
 
     def __init__(self, settings: "TransformersCaptioner.Settings") -> None:
         self.settings = settings
@@ -40,25 +41,25 @@ class TransformersCaptioner:
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version, and the model's name, weights and licence."""
+        """The class, the version, and the model's name, weights and licence."""
         return identity_of(self, VERSION, **model_identity(self.settings))
 
     def load(self) -> None:
-        """Load the model; WeightsError if it is not there or cannot see."""
+        """Load the model. Raises WeightsError if it cannot be loaded or does not read pictures."""
         self.language_model.load()
 
     def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
-        """A dense caption of each reference."""
+        """Return a dense caption of each reference."""
         return answers(
             self.language_model, _questions(references, self.settings.instruction, self.settings.longest_side)
         )
 
 
 class EndpointCaptioner:
-    """A vision-language model behind an OpenAI-compatible endpoint."""
+    """A captioner with a vision-language model behind an OpenAI-compatible endpoint."""
 
     class Settings(EndpointSettings):
-        """The endpoint, and what it is asked."""
+        """The endpoint and its prompt."""
 
         instruction: str = Field(default=DESCRIBE, min_length=1)
         longest_side: int = Field(default=1024, ge=32)  # pixels; larger photos are shrunk before they are sent
@@ -69,15 +70,15 @@ class EndpointCaptioner:
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version, and what the endpoint calls its model: it alone knows which weights those are."""
+        """The class, the version and the endpoint's name for its model; the weights behind that name are unknown."""
         return identity_of(self, VERSION, model=self.settings.model, licence=self.settings.licence)
 
     def load(self) -> None:
-        """Find the key; ConfigError if there is none."""
+        """Read the API key. Raises ConfigError if it is missing."""
         self.language_model.load()
 
     def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
-        """A dense caption of each reference."""
+        """Return a dense caption of each reference."""
         return answers(
             self.language_model, _questions(references, self.settings.instruction, self.settings.longest_side)
         )

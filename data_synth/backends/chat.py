@@ -1,9 +1,9 @@
-"""One question to a language model, with or without a picture, and its answer made fit to be a caption.
+"""Send questions to a language model, with or without a picture, and turn its answers into captions.
 
-Captioners and rewriters ask `Question`s; whoever can `answer` them is a model in this process (`ChatModel`) or an
-endpoint (endpoint.py). Models here answer one question at a time, each with random numbers of its own, so that an
-answer depends on its question alone. That is right for thousands of pictures; for millions, serve the model with an
-engine that batches (vLLM, SGLang, llama.cpp) and ask it as an endpoint.
+Captioners and rewriters send `Question`s to a `LanguageModel`: a model in this process (`ChatModel`) or an endpoint
+(endpoint.py). A `ChatModel` answers one question at a time, each with its own random generator, so an answer depends on
+its question only. This is fast enough for thousands of pictures. For millions, serve the model with an engine that
+batches (vLLM, SGLang, llama.cpp) and use it as an endpoint.
 """
 
 import hashlib
@@ -40,29 +40,32 @@ _SENTENCE_END = re.compile(r"[.!?…](?:[\"”’')\]]*)(?=\s|\Z)")
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked."""
+    """One prompt for a model, possibly with a picture."""
 
     text: str
-    seed: int  # of the answer's random numbers
+    seed: int  # for sampling the answer
     image: Image.Image | None = None  # RGB, upright
 
 
 class LanguageModel(Protocol):
-    """Whoever answers questions."""
+    """A model that answers questions, in this process or behind an endpoint."""
 
     def answer(self, questions: Sequence[Question]) -> list[str | Failed]:
-        """One answer a question, in order, already tidied."""
+        """Return one tidied answer per question, in order."""
         ...
 
 
 def answers(language_model: LanguageModel, questions: Sequence[Question | Failed]) -> list[str | Failed]:
-    """The talker's answers; what already failed is not asked and stays in its place."""
-    asked = iter(language_model.answer([question for question in questions if isinstance(question, Question)]))
-    return [next(asked) if isinstance(question, Question) else question for question in questions]
+    """Return the model's answers in order; a failure among the questions is returned in its place without a request."""
+    answered = iter(language_model.answer([question for question in questions if isinstance(question, Question)]))
+    return [next(answered) if isinstance(question, Question) else question for question in questions]
 
 
 def picture_question(text: str, picture: bytes, seed: int, longest_side: int) -> Question | Failed:
-    """A question about a picture file, turned upright and shrunk to `longest_side` pixels at most."""
+    """Return a question about a picture file, which is turned upright and shrunk to `longest_side` pixels at most.
+
+    Return Failed if the picture cannot be read.
+    """
     from imagine.people.photos import open_photo
 
     try:
@@ -75,15 +78,15 @@ def picture_question(text: str, picture: bytes, seed: int, longest_side: int) ->
 
 
 def seed_of(key: str) -> int:
-    """A seed of 31 bits for a record that has a key and no seed."""
+    """Return a 31-bit seed for a record that has a key but no seed."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
 
 
 def tidy(answer: str, complete: bool) -> str | Failed:
-    """An answer as one paragraph without thoughts, preamble, bold type or quotation marks around it.
+    """Return an answer as one paragraph, without reasoning, introduction, bold type or quotation marks around it.
 
-    complete: whether the model came to its own end; if not, only whole sentences are kept. A refusal, or an answer of
-    which nothing is left, is a failure.
+    complete: whether the model ended the answer itself; if not, an unfinished last sentence is removed. Return Failed
+    for a refusal and for an answer of which nothing is left.
     """
     text = _THOUGHTS.sub("", answer).replace("**", "").strip()
     text = " ".join(_PREAMBLE.sub("", text).split())
@@ -96,20 +99,20 @@ def tidy(answer: str, complete: bool) -> str | Failed:
     if complete:
         return text
     ends = [found.end() for found in _SENTENCE_END.finditer(text)]
-    return text[: ends[-1]] if ends else Failed(TRUNCATED, "Not one sentence was finished: give a larger max_tokens.")
+    return text[: ends[-1]] if ends else Failed(TRUNCATED, "The answer has no complete sentence. Increase max_tokens.")
 
 
 class ChatSettings(ModelSettings):
-    """A language model that runs here, through transformers."""
+    """Settings of a language model that runs in this process, with transformers."""
 
-    max_tokens: int = Field(default=300, ge=1)  # of an answer
-    temperature: float = Field(default=0.0, ge=0)  # 0: always the likeliest word
-    top_p: float = Field(default=1.0, gt=0, le=1)  # of the likeliest words, those that make up this much
+    max_tokens: int = Field(default=300, ge=1)  # maximum length of an answer
+    temperature: float = Field(default=0.0, ge=0)  # 0: always the most likely token
+    top_p: float = Field(default=1.0, gt=0, le=1)  # sample from the most likely tokens with this total probability
     template: dict[str, Any] = Field(default_factory=dict)  # for the chat template, such as {enable_thinking: false}
 
 
 class ChatModel:
-    """A language model with eyes ("image-text-to-text") or without ("text-generation"), and with a chat template."""
+    """A chat model in this process that reads pictures ("image-text-to-text") or only text ("text-generation")."""
 
     def __init__(self, settings: ChatSettings, task: Literal["image-text-to-text", "text-generation"]) -> None:
         self.settings, self.task = settings, task
@@ -117,7 +120,10 @@ class ChatModel:
         self.processor: Any = None
 
     def load(self) -> None:
-        """Load through transformers' Auto classes; WeightsError if that cannot be done, or it is no chat model."""
+        """Load the model with transformers' Auto classes.
+
+        Raises WeightsError if it cannot be loaded or has no chat template.
+        """
         import transformers
 
         settings, has_vision = self.settings, self.task == "image-text-to-text"
@@ -130,18 +136,16 @@ class ChatModel:
             self.processor = processor_class.from_pretrained(settings.model, **source, **trusted)
             dtype = choose_dtype(settings.dtype, device)
             model = model_class.from_pretrained(settings.model, dtype=dtype, **source, **settings.options)
-            # With a device_map the library has already put it somewhere.
+            # With a device_map, transformers has already placed the model.
             self.model = (model if "device_map" in settings.options else model.to(device)).eval()
         if not getattr(self.processor, "chat_template", None):
-            raise WeightsError(
-                f"The model {settings.model} has no chat template: choose one that was trained to follow instructions."
-            )
-        # Words are drawn by `_SeededSampler`, whatever the model's own file prefers.
+            raise WeightsError(f"The model {settings.model} has no chat template. Choose an instruction-tuned model.")
+        # `_SeededSampler` samples the tokens, so the sampling options of the model's files are disabled.
         config = self.model.generation_config
         config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
 
     def answer(self, questions: Sequence[Question]) -> list[str | Failed]:
-        """One answer a question, each as if it were the only one."""
+        """Return one answer per question; the questions are processed one at a time."""
         return [self._answer(question) for question in questions]
 
     def _answer(self, question: Question) -> str | Failed:
@@ -184,11 +188,11 @@ class ChatModel:
 
 
 class _SeededSampler:
-    """Draws the next word of one answer, as a step of transformers' generate.
+    """A logits processor for transformers' generate that samples the tokens of one answer.
 
-    Adding Gumbel noise to the scores and then taking the largest draws from their softmax (Maddison et al.,
-    arXiv 1411.0030). The noise comes from a generator of this answer's own on the CPU, so that a seed means the same on
-    every device, and nobody else's draws move it.
+    It adds Gumbel noise to the scores; the token with the largest score is then a sample from their softmax (Maddison
+    et al., arXiv 1411.0030). The noise comes from a CPU generator of this answer only. A seed therefore gives the same
+    noise on every device, independent of other random draws in the process.
     """
 
     def __init__(self, seed: int, temperature: float, top_p: float) -> None:
@@ -198,13 +202,13 @@ class _SeededSampler:
         self.temperature, self.top_p = temperature, top_p
 
     def __call__(self, input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
-        """Scores (1, words) -> scores whose largest is the drawn word."""
+        """Return scores (1, tokens) whose largest entry is the sampled token."""
         import torch
 
         scores = scores.float() / self.temperature
         if self.top_p < 1:
             ordered, places = scores.sort(descending=True)
-            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # of all likelier words together
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # total probability of all more likely tokens
             unlikely = torch.zeros_like(before, dtype=torch.bool).scatter(-1, places, before >= self.top_p)
             scores = scores.masked_fill(unlikely, -torch.inf)
         exponential_noise = torch.empty(scores.shape).exponential_(generator=self.generator)

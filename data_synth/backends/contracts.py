@@ -1,13 +1,16 @@
-"""What the steps of a build ask of models: one small contract each, so that any of them changes by one line of config.
+"""The interfaces between the steps of a build and their models, one per kind of backend.
 
-Every backend is a class `Backend(settings)`: `Settings` is its frozen pydantic model (unknown keys are refused), and
-constructing must be cheap; models load in `load()`, which is called once in each process that works with it. All calls
-take and return lists of equal length, in order, and must not depend on how a list is cut into batches: randomness comes
-from the records' own seeds. One bad item must not sink the others: `Failed(reason, sentence)` is returned in its place.
+Because of these interfaces, one line of the build file replaces the model of a step.
 
-Results are kept under a hash of `identity`, the settings and the inputs, so that a build redoes only what changed. What
-does not change results (batch size, device, address, timeouts) is marked `Field(..., exclude=True)` in `Settings`: it
-is left out of the hash, as pydantic leaves it out of `model_dump()`.
+Every backend is a class `Backend(settings)`. `Settings` is its frozen pydantic model, which rejects unknown keys. The
+constructor must be cheap: models load in `load()`, which runs once in each process that uses the backend. Every call
+takes a list and returns a list of the same length and order. The results must not depend on how a list is split into
+batches, so random numbers come from the seeds of the records. An item that fails must not affect the others: the
+backend returns `Failed(reason, sentence)` in its place.
+
+The store saves a result under a hash of `identity`, the settings and the inputs, so a build repeats only what changed.
+A setting that does not change results (batch size, device, address, timeouts) is marked `Field(..., exclude=True)` in
+`Settings`. pydantic then omits it from `model_dump()`, and so it is not part of the hash.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,26 +24,30 @@ from data_synth.records import Candidate, Measures, Reference, Rejection, Target
 
 @dataclass(frozen=True)
 class Failed:
-    """One item that a backend could not do."""
+    """One item that a backend could not process."""
 
-    reason: str  # a few words, always the same ones
-    sentence: str = ""  # for a person
-    for_now: bool = False  # True: the item is fine and the backend is not (an endpoint that is down): park it
+    reason: str  # a fixed short text, used for counting
+    sentence: str = ""  # details for the reader
+    # True: the backend failed and not the item (an endpoint that is down), so a later build tries it again
+    for_now: bool = False
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a rewriter is to bring about: a value for each attribute, drawn so that the wished distribution is met."""
+    """The input of a rewriter: a caption and the attribute values that the rewritten caption should describe.
+
+    The values are assigned so that the whole build meets the wished distribution.
+    """
 
     reference: Reference
-    caption: str  # dense caption of the reference
+    caption: str  # the dense caption of the reference
     aims: Mapping[str, str]  # {"expression": "smiling", "gaze": "left", "scene": "beach", ...}
     seed: int
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A candidate to be refined, with all that belongs to it."""
+    """A candidate to refine or measure, with its reference and target specification."""
 
     reference: Reference
     spec: TargetSpec
@@ -48,82 +55,94 @@ class Draft:
 
 
 class Backend(Protocol):
-    """What all backends have."""
+    """The members of every backend."""
 
     Settings: ClassVar[type[BaseModel]]
 
     @property
     def settings(self) -> BaseModel:
-        """What it was made with."""
+        """The settings that the backend was constructed with."""
         ...
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What results depend on besides their inputs, for hashes and the manifest: class, model id, revision or
-        fingerprint of the weights, licence ("" if unknown), version of this code."""
+        """What the results depend on besides the inputs and the settings, for hashes and the manifest: class, model id,
+        revision or fingerprint of the weights, licence ("" if unknown), version of the backend's code."""
         ...
 
     def load(self) -> None:
-        """Load the models; raises ImagineError with one sentence that says what to install or which folder to give."""
+        """Load the models.
+
+        Raises ImagineError with one sentence that says what to install or which folder to name.
+        """
         ...
 
 
 class IndexedReferences(Backend, Protocol):
-    """References that are drawn by their number, as any other step's results."""
+    """References that the backend produces by their number, in chunks, like the results of any other step."""
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of references."""
         ...
 
     def draw(self, numbers: Sequence[int]) -> Sequence[Reference | Failed]:
-        """The references of these numbers, 0 to count - 1; the same whatever `count` is."""
+        """Return the references with these numbers, 0 to count - 1.
+
+        The reference with a given number must not depend on `count`.
+        """
         ...
 
 
 class CollectedReferences(Backend, Protocol):
-    """References that only a look at all of them tells, read once and kept; `identity` must change when they do."""
+    """References that can only be determined from all photos together; they are read once and then stored.
+
+    `identity` must change when they change.
+    """
 
     def collect(self) -> Iterator[Reference | Rejection]:
-        """Every reference there is, in a fixed order, and why a photo is none."""
+        """Yield every reference, in a fixed order, and a rejection with its reason for every photo that is not one."""
         ...
 
 
 class Captioner(Backend, Protocol):
-    """Says what a reference shows."""
+    """A backend that describes references."""
 
     def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
-        """A dense caption of each reference: the person and everything around them."""
+        """Return a dense caption of each reference: the person and everything around them."""
         ...
 
 
 class Rewriter(Backend, Protocol):
-    """Says what a target should show."""
+    """A backend that writes the captions of targets."""
 
     def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
-        """The caption with its aims brought in and the person kept."""
+        """Return each caption changed to include its aims, with the description of the person unchanged."""
         ...
 
 
 class Generator(Backend, Protocol):
-    """Makes candidates."""
+    """A backend that generates candidates."""
 
     def generate(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
-        """For each (reference, ask, attempt) a candidate of round 0; its noise follows from ask.seed and attempt."""
+        """Return a candidate of round 0 for each (reference, target specification, attempt).
+
+        Its noise depends on the specification's seed and the attempt only.
+        """
         ...
 
 
 class Refiner(Backend, Protocol):
-    """Brings candidates nearer to their references."""
+    """A backend that makes candidates more similar to their references."""
 
     def refine(self, drafts: Sequence[Draft]) -> list[Candidate | Failed]:
-        """For each draft the same picture with the reference's identity brought nearer: `round` one higher."""
+        """Return each draft's picture with an identity closer to the reference's: a candidate of the next `round`."""
         ...
 
 
 class Measurer(Backend, Protocol):
-    """Says how good candidates are, in numbers."""
+    """A backend that measures candidates."""
 
     def measure(self, drafts: Sequence[Draft]) -> list[Measures | Failed]:
-        """Identity, difference, faces, quality, sharpness, text and hash of each candidate beside its reference."""
+        """Return identity, difference, faces, quality, sharpness, text and hash of each candidate and its reference."""
         ...

@@ -1,12 +1,13 @@
-"""The portrait world as backends: everything about it is known, so that a build can be checked against the truth.
+"""Backends of the portrait world, whose exact ground truth makes the results of a build verifiable.
 
-    WorldPeople       references: one photo each of so many people
-    GrammarCaptioner  their dense captions, by the world's grammar
-    GrammarRewriter   the same of the person as the target should show them
-    Renderer          targets drawn exactly, of a person who has drifted a little: SynPairs whose faults are known
-    Truth             what the renderer says of its pictures, as measures
+    WorldPeople       references: one photo per person
+    GrammarCaptioner  captioner: the dense captions of those photos, from the world's grammar
+    GrammarRewriter   rewriter: dense captions of the same people as the targets should show them
+    Renderer          generator: targets that match their specification, of a slightly drifted person
+    Truth             measurer: the measures that follow from the renderer's ground truth
 
-Everything follows from seeds, so that each item is drawn alike in any company.
+Because the renderer reports how far a person drifted, the identity errors of its pairs are known. All results depend on
+seeds only, so each item is the same in any batch.
 """
 
 import io
@@ -38,17 +39,18 @@ LICENCE = "Apache-2.0"
 VERSION = 1
 NOT_WORLD_PERSON = "not a person of the portrait world"
 
-_BATCH = 16  # pictures painted at once, always so many: compiled painters take no other number
-_STRIDE = 7_368_787  # a prime: people are taken from a range of seeds far apart, and each once
-_STRANGER_DISTANCE = 0.373  # root mean square distance of two people's continuous traits
-_TURNS = {"yaw": 0.49, "pitch": 0.3, "roll": 0.26, "gaze": 0.9}  # clearly to one side, in radians or shares
+_BATCH = 16  # pictures per batch, fixed because compiled painters accept no other number
+_STRIDE = 7_368_787  # a prime: spreads the people over the range of seeds and selects each only once
+_STRANGER_DISTANCE = 0.373  # root mean square distance between the continuous traits of two people
+# Values that clearly count as turned: angles in radians, and gaze as a share.
+_TURNS = {"yaw": 0.49, "pitch": 0.3, "roll": 0.26, "gaze": 0.9}
 _CLOTHES_WITH_LETTERS = ("t-shirt", "hoodie")
 _SKINS = ("fair", "light", "tan", "brown", "dark")
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
 def world_groups(skin: float, age: float) -> dict[str, str]:
-    """The groups of somebody in the portrait world, for a reference's facts, in the words of the world's captions.
+    """Return the skin-tone and age groups of a person, for a reference's facts, in the words of the world's captions.
 
     skin and age: traits of imagine.world.People, 0 to 1.
     """
@@ -57,27 +59,28 @@ def world_groups(skin: float, age: float) -> dict[str, str]:
 
 
 class _DrawSettings(BaseModel):
-    """How pictures are drawn."""
+    """Settings of all backends that draw pictures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(default=128, ge=16, le=1024)
-    compiled: bool = False  # twice as fast, after up to a minute; needs a C++ compiler; differs in rounding
+    # compile the painters: twice as fast after up to a minute; needs a C++ compiler; results differ in rounding
+    compiled: bool = False
 
 
 def _check_compiler(settings: _DrawSettings) -> None:
     if settings.compiled and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
         raise ConfigError(
-            "Compiled painters need a C++ compiler, and there is none: install g++, or set compiled to false."
+            "`compiled` needs a C++ compiler, and none was found. Either install g++ or set `compiled` to false."
         )
 
 
 def _draw(people: People, contexts: Contexts, settings: _DrawSettings) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each portrait as a PNG file, and what is known of it."""
+    """Yield each portrait as a PNG file, with its facts."""
     painters = compiled_painters() if settings.compiled else Painters()
     known = attributes(people, contexts)
     for start in range(0, len(people), _BATCH):
-        rows = torch.arange(start, start + _BATCH).clamp(max=len(people) - 1)  # the last one fills up the batch
+        rows = torch.arange(start, start + _BATCH).clamp(max=len(people) - 1)  # repeat the last one to fill the batch
         drawn = render(people[rows], contexts[rows], settings.size, painters)
         pixels = (drawn.images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
         for row in range(min(_BATCH, len(people) - start)):
@@ -91,7 +94,7 @@ def _draw(people: People, contexts: Contexts, settings: _DrawSettings) -> Iterat
 
 def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)  # a fifth larger, and three times as fast
+    image.save(file, "PNG", compress_level=1)  # three times as fast, and the file is a fifth larger
     return file.getvalue()
 
 
@@ -101,10 +104,10 @@ def _rounded(values: Tensor) -> Any:
 
 # --- references -------------------------------------------------------------------------------------------------------
 class WorldPeople:
-    """So many people of the portrait world, each in one photo."""
+    """References of the portrait world: one photo per person."""
 
     class Settings(_DrawSettings):
-        """Who, and how many: the first N people of a seed are the same whatever N is."""
+        """The people and their number; with the same seed, the first N people do not depend on `identities`."""
 
         identities: int = Field(ge=1, exclude=True)
         people: Literal["train", "judge", "held_out", "demo"] = "train"
@@ -114,24 +117,24 @@ class WorldPeople:
         self.settings = settings
         self._range = RANGES[settings.people]
         if settings.identities > len(self._range):
-            raise ConfigError(f"{settings.identities} identities cannot be drawn: give 1 to {len(self._range):,}.")
+            raise ConfigError(f"{settings.identities} identities cannot be drawn. Request 1 to {len(self._range):,}.")
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version and licence."""
+        """The class, the version and the licence."""
         return identity_of(self, VERSION, licence=LICENCE)
 
     @property
     def count(self) -> int:
-        """How many references there are."""
+        """The number of references."""
         return self.settings.identities
 
     def load(self) -> None:
-        """Check that painters can be compiled, if they are to be; raises ConfigError."""
+        """Raise ConfigError if `compiled` is set and no C++ compiler is found."""
         _check_compiler(self.settings)
 
     def draw(self, numbers: Sequence[int]) -> list[Reference]:
-        """The references of these numbers, 0 to count - 1."""
+        """Return the references with these numbers, 0 to count - 1."""
         offset = self.settings.seed * 1_000_003
         identities = [self._range[(offset + number * _STRIDE) % len(self._range)] for number in numbers]
         seeds = [noise_seed(self.settings.seed, identity) for identity in identities]
@@ -154,12 +157,12 @@ class WorldPeople:
 
 
 def noise_seed(*parts: int) -> int:
-    """63 bits that follow from several numbers."""
+    """Return a 63-bit seed that is derived from several numbers."""
     return int(np.random.SeedSequence([part % 2**64 for part in parts]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _world_rows(references: Sequence[Reference]) -> list[int]:
-    """The rows of those that WorldPeople drew."""
+    """Return the rows of the references that WorldPeople drew."""
     return [row for row, reference in enumerate(references) if "world" in reference.facts]
 
 
@@ -168,18 +171,20 @@ def _people(references: Sequence[Reference]) -> People:
 
 
 def _scatter_results(count: int, rows: Sequence[int], results: Sequence[Any]) -> list[Any]:
-    """Results at their rows, and a failure everywhere else."""
+    """Return a list of `count` items: the results at their rows, and a failure at all other rows."""
     existing = dict(zip(rows, results, strict=True))
-    missing = Failed(NOT_WORLD_PERSON, "Its reference was not made by `references: world`: take another backend.")
+    missing = Failed(
+        NOT_WORLD_PERSON, "Its reference does not come from `references: world`. Use another backend for this step."
+    )
     return [existing.get(row, missing) for row in range(count)]
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
 class GrammarCaptioner:
-    """The world's dense captions of its own photos."""
+    """A captioner for photos from WorldPeople, with the dense captions of the world's grammar."""
 
     class Settings(BaseModel):
-        """Nothing to set."""
+        """There are no settings."""
 
         model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -188,14 +193,14 @@ class GrammarCaptioner:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version and licence."""
+        """The class, the version and the licence."""
         return identity_of(self, VERSION, licence=LICENCE)
 
     def load(self) -> None:
-        """Nothing to load."""
+        """Do nothing; there is no model to load."""
 
     def caption(self, references: Sequence[Reference]) -> list[str | Failed]:
-        """The person and everything around them; Failed for a photo from elsewhere."""
+        """Return a caption of each person and everything around them; Failed for a photo of other origin."""
         rows = _world_rows(references)
         world_items = [references[row] for row in rows]
         if not world_items:
@@ -206,7 +211,7 @@ class GrammarCaptioner:
 
 
 class GrammarRewriter:
-    """A dense caption of the person as the target should show them, by the world's grammar."""
+    """A rewriter for photos from WorldPeople: dense captions of the targets, from the world's grammar."""
 
     Settings = GrammarCaptioner.Settings
 
@@ -215,14 +220,17 @@ class GrammarRewriter:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version and licence."""
+        """The class, the version and the licence."""
         return identity_of(self, VERSION, licence=LICENCE)
 
     def load(self) -> None:
-        """Nothing to load."""
+        """Do nothing; there is no model to load."""
 
     def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
-        """What the renderer draws for the same aims and seed; Failed for a photo from elsewhere."""
+        """Return a caption of what the renderer draws for the same aims and seed; Failed for a photo of other origin.
+
+        The captions in the targets are not used.
+        """
         rows = _world_rows([target.reference for target in targets])
         world_items = [targets[row] for row in rows]
         if not world_items:
@@ -233,16 +241,16 @@ class GrammarRewriter:
         return _scatter_results(len(targets), rows, captions(people, contexts, "dense", seeds))
 
 
-def target_contexts(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Contexts:
-    """One context a row: drawn from its seed, with what was asked for put in.
+def target_contexts(aims: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Contexts:
+    """Return one context per row, drawn from its seed, with the requested attribute values set.
 
-    Raises ConfigError for an attribute or a value that the world does not have.
+    Raises ConfigError for an unknown attribute or value.
     """
     contexts = sample_contexts(seeds)
     existing = attribute_indices(contexts)
     columns = {}
-    for name in dict.fromkeys(name for row in asked for name in row):
-        wanted = torch.tensor([_number(name, row.get(name)) for row in asked])
+    for name in dict.fromkeys(name for row in aims for name in row):
+        wanted = torch.tensor([_number(name, row.get(name)) for row in aims])
         values = getattr(contexts, name)
         given = (wanted - 1) * _TURNS[name] if name in _TURNS else wanted
         columns[name] = torch.where((wanted < 0) | (wanted == existing[name]), values, given.to(values.dtype))
@@ -250,15 +258,15 @@ def target_contexts(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) ->
 
 
 def _number(name: str, value: str | None) -> int:
-    """The number of a value; -1 for none."""
+    """Return the index of a value in the vocabulary; -1 for None."""
     if name not in ATTRIBUTES or value not in (None, *ATTRIBUTES[name]):
         valid = ", ".join(ATTRIBUTES.get(name, ATTRIBUTES))
-        raise ConfigError(f"targets: the portrait world has no {name} {value!r}; choose from {valid}.")
+        raise ConfigError(f"targets: the portrait world has no {name} {value!r}. Choose from {valid}.")
     return -1 if value is None else ATTRIBUTES[name].index(value)
 
 
 def _without_impossible(contexts: Contexts) -> Contexts:
-    """Without letters on clothes that bear none, and with nothing that a close-up cuts off."""
+    """Remove letters on clothes that cannot have any, and letters and held objects that a close-up cuts off."""
     plain = torch.zeros(len(contexts), dtype=torch.bool)
     for word in _CLOTHES_WITH_LETTERS:
         plain |= contexts.clothes == CLOTHES.index(word)
@@ -269,32 +277,32 @@ def _without_impossible(contexts: Contexts) -> Contexts:
 
 # --- the renderer -----------------------------------------------------------------------------------------------------
 class Renderer:
-    """Draws exactly what was asked for, of a person who has drifted: the fault of synthetic pairs, as a number."""
+    """A generator that draws exactly the requested attributes, of a person whose traits have drifted.
+
+    Drift is the identity error of synthetic pairs; here it is a setting.
+    """
 
     class Settings(_DrawSettings):
-        """How far people drift, and how often somebody else is drawn."""
+        """How far people drift, and how often another person is drawn."""
 
-        drift: float = Field(
-            default=0.06, ge=0, le=1
-        )  # standard deviation of each continuous trait, on its scale of 0 to 1
-        strangers: float = Field(
-            default=0.0, ge=0, le=1
-        )  # share of pictures that show another person, for filters to find
+        # standard deviation of the change of each continuous trait, on its scale of 0 to 1
+        drift: float = Field(default=0.06, ge=0, le=1)
+        strangers: float = Field(default=0.0, ge=0, le=1)  # share of pictures that show another person, to test filters
 
     def __init__(self, settings: "Renderer.Settings") -> None:
         self.settings = settings
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version and licence."""
+        """The class, the version and the licence."""
         return identity_of(self, VERSION, licence=LICENCE)
 
     def load(self) -> None:
-        """Check that painters can be compiled, if they are to be; raises ConfigError."""
+        """Raise ConfigError if `compiled` is set and no C++ compiler is found."""
         _check_compiler(self.settings)
 
     def generate(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
-        """A picture for each (reference, ask, attempt); Failed for a person from elsewhere."""
+        """Return one candidate for each (reference, target specification, attempt); Failed for other people."""
         rows = _world_rows([reference for reference, _, _ in work])
         world_items = [work[row] for row in rows]
         if not world_items:
@@ -329,13 +337,13 @@ class Renderer:
 
 
 def _likeness(one: People, two: People) -> list[float]:
-    """How alike two people are by their traits: 1 the same, 0 as unlike as strangers are on average."""
+    """Return each pair's similarity of traits: 1 for equal traits, 0 at the typical distance of strangers."""
     distance = torch.stack([getattr(one, name) - getattr(two, name) for name in CONTINUOUS]).square().mean(0).sqrt()
     return [round(float(value), 4) for value in (1 - distance / _STRANGER_DISTANCE).clamp(min=-1)]
 
 
 class Truth:
-    """Measures of the renderer's pictures from what it says of them: exact, and at no cost."""
+    """A measurer for the renderer's pictures that uses the renderer's ground truth: exact and without computation."""
 
     Settings = GrammarCaptioner.Settings
 
@@ -344,21 +352,23 @@ class Truth:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version and licence."""
+        """The class, the version and the licence."""
         return identity_of(self, VERSION, licence=LICENCE)
 
     def load(self) -> None:
-        """Nothing to load."""
+        """Do nothing; there is no model to load."""
 
     def measure(self, drafts: Sequence[Draft]) -> list[Measures | Failed]:
-        """Similarity by traits, difference by attributes; quality, sharpness and text are not measured."""
+        """Return similarity by traits and difference by attributes; quality, sharpness and text are not measured."""
         return [_truth(draft) for draft in drafts]
 
 
 def _truth(draft: Draft) -> Measures | Failed:
     facts = draft.candidate.facts
     if "similarity" not in facts:
-        return Failed("nothing is known of it", "Only the renderer says the truth of its pictures: measure them.")
+        return Failed(
+            "no ground truth", "Only the renderer's pictures have a ground truth. Use `measurer: pictures` instead."
+        )
     known, visible = draft.reference.facts.get("attributes", {}), facts["attributes"]
     difference = attribute_difference(known, visible)
     return Measures(1, facts["similarity"], difference, picture_hash=facts["hash"], attributes=visible)

@@ -1,8 +1,8 @@
-"""Target pictures from sentences, by any text-to-image pipeline that diffusers loads.
+"""Generate candidates from prompts, with any text-to-image pipeline that diffusers loads.
 
-A generator need not know the person: it draws whoever the sentence describes, doing what the sentence says, and a
-refiner brings the reference's identity in. Noise is drawn on the CPU from the ask's seed and the attempt, so that a
-seed means the same noise on every device and in every batch.
+A generator does not need the reference: it draws some person who fits the prompt, and a refiner then adds the
+reference's identity. The noise is drawn on the CPU from the target specification's seed and the attempt, so a seed
+gives the same noise on every device and in every batch.
 """
 
 import functools
@@ -38,12 +38,15 @@ VERSION = 1
 
 
 class DiffusersGenerator:
-    """Any diffusers pipeline that takes a `prompt`: Stable Diffusion, SDXL, Flux, SD3, PixArt, Sana, Qwen-Image ..."""
+    """A generator with any diffusers pipeline that takes a `prompt`.
+
+    Examples are Stable Diffusion, SDXL, Flux, SD3, PixArt, Sana and Qwen-Image.
+    """
 
     class Settings(ModelSettings):
-        """The pipeline, and how it draws; what is None stays as the pipeline has it."""
+        """The pipeline and the arguments of its call; for None, the pipeline's own value is used."""
 
-        # what is put around the sentence, such as a trigger word
+        # text around the target's prompt, such as a trigger word
         prompt: str = Field(default="{prompt}", pattern=r"\{prompt\}")
         negative_prompt: str = ""
         width: int | None = Field(default=None, ge=8)
@@ -51,9 +54,9 @@ class DiffusersGenerator:
         steps: int | None = Field(default=None, ge=1)
         guidance_scale: float | None = None
         arguments: dict[str, Any] = Field(default_factory=dict)  # further arguments of the call: {true_cfg_scale: 4}
-        # Pictures drawn at once. More is faster on a GPU; a picture's last bits may then depend on its neighbours.
+        # Pictures per batch. More is faster on a GPU, but the last bit may depend on the other pictures of the batch.
         batch_size: int = Field(default=1, ge=1, exclude=True)
-        # keep parts in main memory until they are needed: a smaller GPU
+        # keep models in main memory until they are needed, for a smaller GPU
         offload: bool = Field(default=False, exclude=True)
 
     def __init__(self, settings: "DiffusersGenerator.Settings") -> None:
@@ -62,28 +65,28 @@ class DiffusersGenerator:
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version, and the pipeline's name, weights and licence."""
+        """The class, the version, and the pipeline's name, weights and licence."""
         return identity_of(self, VERSION, **model_identity(self.settings))
 
     def load(self) -> None:
-        """Load the pipeline; WeightsError if it is not there or does not draw from sentences."""
+        """Load the pipeline. Raises WeightsError if it cannot be loaded or does not take a prompt."""
         from diffusers import DiffusionPipeline
 
         self.pipe = load_pipeline(DiffusionPipeline, self.settings, self.settings.offload)
         parameters = inspect.signature(self.pipe.__call__).parameters
         if not {"prompt", "generator"} <= set(parameters):
             raise WeightsError(
-                f"{self.settings.model} is a {type(self.pipe).__name__}, which does not draw from a sentence: name a "
-                "text-to-image pipeline."
+                f"{self.settings.model} is a {type(self.pipe).__name__}, which does not take a prompt. "
+                "Name a text-to-image pipeline."
             )
 
     def generate(self, work: Sequence[Work]) -> list[Candidate | Failed]:
-        """One candidate of round 0 for each (reference, ask, attempt)."""
+        """Return one candidate of round 0 for each (reference, target specification, attempt)."""
         size = self.settings.batch_size
         return [one for start in range(0, len(work), size) for one in self._draw(work[start : start + size])]
 
     def _draw(self, work: Sequence[Work]) -> list[Candidate | Failed]:
-        """A batch; if something in it is wrong, each by itself, so that one item fails and not all."""
+        """Return one batch of candidates; after an error, draw its items one by one, so that only the bad one fails."""
         settings = self.settings
         prompts = [settings.prompt.replace("{prompt}", spec.prompt) for _, spec, _ in work]
         call_options = {
@@ -107,7 +110,7 @@ class DiffusersGenerator:
 
 
 def load_pipeline(kind: Any, settings: ModelSettings, offload: bool = False) -> Any:
-    """A diffusers pipeline by `kind.from_pretrained`, quiet, in the settings' precision, on their device."""
+    """Load a diffusers pipeline with `kind.from_pretrained`, without output, with the settings' dtype and device."""
     device = choose_device(settings.device)
     options = {dtype_argument(kind): choose_dtype(settings.dtype, device), **settings.options}
     if settings.revision is not None:
@@ -123,7 +126,10 @@ def load_pipeline(kind: Any, settings: ModelSettings, offload: bool = False) -> 
 
 
 def load_imagine(settings: ModelSettings) -> ImaginePipeline:
-    """Our own pipeline, quiet, in the settings' precision, on their device; `model` "" is the shipped weights."""
+    """Load our own pipeline without output, with the settings' dtype and device.
+
+    `model` "" means the shipped weights.
+    """
     device = choose_device(settings.device)
     options = {**settings.options, "dtype": choose_dtype(settings.dtype, device)}
     if settings.revision is not None:
@@ -135,13 +141,13 @@ def load_imagine(settings: ModelSettings) -> ImaginePipeline:
 
 
 def noise_of(seed: int, attempt: int, round: int = 0) -> torch.Generator:
-    """The random numbers of one picture: another stream for every seed, attempt and round of refinement."""
+    """Return the random generator of one picture: a different stream for every seed, attempt and refinement round."""
     mixed = hashlib.sha256(f"{seed}-{attempt}-{round}".encode()).digest()[:8]
     return torch.Generator().manual_seed(int.from_bytes(mixed, "big") >> 1)
 
 
 def candidate_of(spec: TargetSpec, attempt: int, round: int, image: Image.Image) -> Candidate:
-    """A picture as a candidate: a PNG file under the ask's key with attempt and round."""
+    """Return a picture as a candidate: a PNG file under the specification's key with attempt and round."""
     file = io.BytesIO()
     image.convert("RGB").save(file, "PNG")
     return Candidate(f"{spec.key}-{attempt}-{round}", spec.key, file.getvalue(), attempt, round)

@@ -1,7 +1,8 @@
-"""What backends with models of their own share: where a model lies, what tells it from others, and on what it runs.
+"""Locate, identify and load the models that backends run in this process.
 
-A model is a folder, a file or the id of a hub repository. A folder is known by a fingerprint of its content, so that it
-may be moved without a build being redone; a repository by its revision, so name a commit where results must last.
+A model is a folder, a file or the id of a hub repository. A folder is identified by a fingerprint of its content, so it
+can be moved without repeating a build. A repository is identified by its revision, so name a commit if results must be
+reproducible.
 """
 
 import functools
@@ -17,16 +18,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from data_synth.backends.contracts import Failed
 from imagine.errors import FaceError, ImagineError, PictureError, PromptError, WeightsError
 
-if TYPE_CHECKING:  # the settings are checked without torch, which takes a second to import
+if TYPE_CHECKING:  # settings are validated without torch, whose import takes a second
     import torch
 
-_READ_WHOLE, _BLOCK, _BLOCKS = 1 << 20, 4096, 64  # bytes; larger files are known by as many blocks, evenly spaced
-_IGNORED_SUFFIXES = {".md", ".png", ".jpg", ".jpeg", ".webp", ".gif"}  # what a model does not depend on
+_READ_WHOLE, _BLOCK, _BLOCKS = 1 << 20, 4096, 64  # bytes; of larger files, 64 evenly spaced blocks are read
+_IGNORED_SUFFIXES = {".md", ".png", ".jpg", ".jpeg", ".webp", ".gif"}  # files that do not affect a model
 _LICENCE = re.compile(r"^licen[sc]e:\s*(\S.*?)\s*$", re.MULTILINE)
 _REASONS: dict[type[Exception], str] = {
     FaceError: "no usable face",
     PictureError: "a picture that cannot be read",
-    PromptError: "a sentence that cannot be used",
+    PromptError: "a prompt that cannot be used",
 }
 
 
@@ -34,36 +35,36 @@ def _expand_home(source: str) -> str:
     return str(Path(source).expanduser()) if source.startswith("~") else source
 
 
-# A folder, a file or a hub repository owner/name; ~ means what it means to a shell, which has not seen it in a file.
+# A folder, a file or a hub repository owner/name. A shell does not expand ~ in a build file, so it is expanded here.
 ModelSource = Annotated[str, AfterValidator(_expand_home)]
 
 
 class ModelSettings(BaseModel):
-    """Which model, and how it runs. Where it lies and on what it runs leave results as they are."""
+    """The model and how it runs. Its location and device do not change results."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: ModelSource = Field(min_length=1, exclude=True)  # a folder, or a hub repository; `identity` knows it
-    revision: str | None = Field(default=None, exclude=True)  # of a hub repository: best a commit
+    model: ModelSource = Field(min_length=1, exclude=True)  # a folder or a hub repository; part of `identity`
+    revision: str | None = Field(default=None, exclude=True)  # of a hub repository, preferably a commit
     device: str = Field(default="auto", exclude=True)  # "cuda:1", "cpu", ...; auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
-    licence: str = Field(default="", exclude=True)  # for the manifest; "": what the folder's README.md says
+    licence: str = Field(default="", exclude=True)  # for the manifest; "": from the folder's README.md
     options: dict[str, Any] = Field(default_factory=dict)  # further arguments of from_pretrained, such as a variant
 
 
 def identity_of(backend: object, version: int, **facts: Any) -> dict[str, Any]:
-    """What tells a backend from others: its class, the version of its code, and these facts."""
+    """Return the identity of a backend: its class, the version of its code, and these facts."""
     kind = type(backend)
     return {"class": f"{kind.__module__}:{kind.__qualname__}", "version": version, **facts}
 
 
 def model_identity(settings: ModelSettings) -> dict[str, str]:
-    """Name, content or revision, and licence of the settings' model. Reads little, loads nothing."""
+    """Return name, fingerprint or revision, and licence of the settings' model, without loading it."""
     return source_identity(settings.model, settings.revision, settings.licence)
 
 
 def source_identity(source: str, revision: str | None = None, licence: str = "") -> dict[str, str]:
-    """As `model_identity`, of any folder, file or hub repository."""
+    """Return the same as `model_identity`, for any folder, file or hub repository."""
     path = Path(source).expanduser()
     if not path.exists():
         return {"model": source, "weights": revision or "main", "licence": licence}
@@ -72,10 +73,10 @@ def source_identity(source: str, revision: str | None = None, licence: str = "")
 
 @functools.cache
 def fingerprint(path: Path) -> str:
-    """16 hexadecimal digits of a file's content, or of the names and contents of all files in a folder.
+    """Return 16 hexadecimal digits of a hash of a file's content, or of the names and contents of a folder's files.
 
-    Of files above 1 MB, sizes and 64 blocks are read: training changes all of a model. Hidden files, texts for people
-    and pictures do not count. Worked out once in a process.
+    Of files above 1 MB, only the size and 64 blocks are read, which is enough because training changes every part of a
+    model. Hidden files, Markdown files and pictures in a folder are ignored. The result is cached for the process.
     """
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.is_file())
@@ -98,7 +99,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _stated_licence(path: Path) -> str:
-    """The licence that a model card names in its header; "" if there is none."""
+    """Return the licence in the header of the folder's model card; "" if there is none."""
     card = path / "README.md"
     if not card.is_file():
         return ""
@@ -108,7 +109,7 @@ def _stated_licence(path: Path) -> str:
 
 
 def choose_device(name: str) -> "torch.device":
-    """The device called `name`; auto is a GPU if there is one. Raises ImagineError for a device that is not there."""
+    """Return the device with this name; auto is a GPU if there is one. Raises ImagineError if it is not available."""
     import torch
 
     if name == "auto":
@@ -116,14 +117,14 @@ def choose_device(name: str) -> "torch.device":
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ImagineError(f"There is no device {name!r}: choose auto, cpu, cuda or cuda:N.") from error
+        raise ImagineError(f"There is no device {name!r}. Choose auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ImagineError(f"The device {name} is not there: this torch sees no GPU; choose auto or cpu.")
+        raise ImagineError(f"The device {name} is not available, because torch finds no GPU. Choose auto or cpu.")
     return device
 
 
 def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
-    """The precision called `name`; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Return the precision with this name; auto is bfloat16 on a GPU and float32 on a CPU."""
     import torch
 
     if name == "auto":
@@ -134,7 +135,7 @@ def choose_dtype(name: str, device: "torch.device") -> "torch.dtype":
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """Load something quietly in this block; whatever the libraries raise becomes one WeightsError about `model`."""
+    """Silence the libraries in this block, and turn their errors into a WeightsError about `model`."""
     from imagine.networks.weights import quiet_libraries
 
     try:
@@ -142,15 +143,15 @@ def loading(model: str) -> Iterator[None]:
             yield
     except ImagineError:
         raise
-    # Each library and file format fails in its own way; the user can do only one thing about it.
+    # Libraries and file formats raise different errors, but the remedy is always the same.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise WeightsError(
-            f"The model {model} cannot be loaded ({reason}); name a folder that holds a model of this kind, or a hub "
-            "repository that this machine can reach."
+            f"The model {model} cannot be loaded ({reason}). Name a folder that contains a model of this kind, or "
+            "a hub repository that this machine can reach."
         ) from error
 
 
 def failure(error: Exception) -> Failed:
-    """An error about one item as that item's failure; its reason is always one of a few."""
-    return Failed(_REASONS.get(type(error), "it could not be drawn"), str(error))
+    """Return the failure of an item for an error about it, with a fixed reason for each type of error."""
+    return Failed(_REASONS.get(type(error), "drawing failed"), str(error))

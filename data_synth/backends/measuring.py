@@ -1,11 +1,12 @@
-"""What can be measured of a candidate beside its reference: numbers for the filters, words for the data card.
+"""Measure candidates against their references: numbers for the filters, attributes for the data card.
 
-Identity comes from a recogniser (recognisers.py), words from the judge's reader if it is switched on; everything else
-is arithmetic on pixels, stated function by function with what it cannot see. Where a picture's facts hold its face's
-"box" or its "attributes" (rendered pictures do), those are used: they are exact and cost nothing.
+Identity comes from a recogniser (recognisers.py). Attributes come from the judge's attribute reader, if the settings
+enable it. All other measures are computed from pixels; the docstring of each function states its limits. If a
+picture's facts contain the "box" of the face or its "attributes", as those of rendered pictures do, these are used
+instead, because they are exact and need no computation.
 
-None of these numbers says whether a picture is beautiful or true. They find what is plainly wrong: no face, another
-person, a copy, noise, mist, blur, writing.
+The measures do not judge beauty or realism. They find clear faults: no face, another person, a copy, noise, haze,
+blur, writing.
 """
 
 import math
@@ -37,34 +38,34 @@ from imagine.records import FaceBox
 
 POSE = ("expression", "gaze", "yaw", "pitch", "roll")  # the attributes that a pair should change
 UNREADABLE = "a picture that cannot be read"
-VERSION = 1  # of this file's arithmetic: another number, other measures
+VERSION = 1  # of the arithmetic in this file; increase it whenever a measure changes
 
-_QUOTED = re.compile(rf'["“][^"“”]{{{LETTERS},}}["”]')  # shorter writing is none to text_share
+_QUOTED = re.compile(rf'["“][^"“”]{{{LETTERS},}}["”]')  # text_share ignores shorter writing
 _QUALITY_SIDE = 256
-_NOISE = 0.15  # of 0 to 1: the standard deviation of noise at which nothing is left of a picture's quality
-_FACE_SIDE, _MAX_SHIFT = 32, 3  # pixels of the compared face, and how far its parts may lie apart
-_BANDS = ((0.1, 0.55), (0.5, 1.0))  # of the face box's height: brows and eyes; mouth and chin
+_NOISE = 0.15  # standard deviation of noise, of brightness 0 to 1, at which the quality is 0
+_FACE_SIDE, _MAX_SHIFT = 32, 3  # pixels: side of the compared face, and maximum shift of its bands
+_BANDS = ((0.1, 0.55), (0.5, 1.0))  # in heights of the face box: brows and eyes; mouth and chin
 
 
 class Measurer:
-    """Measures candidates; a `backends.Measurer` that never draws on how a list is cut into batches.
+    """A measurer for candidates of any origin; it implements `contracts.Measurer`.
 
-    Numbers are rounded, so that another machine's last bits are no other result.
+    Numbers are rounded, so that results do not differ in the last bits between machines.
     """
 
     class Settings(BaseModel):
-        """What to measure with."""
+        """The networks and what they measure."""
 
         model_config = ConfigDict(frozen=True, extra="forbid")
 
-        recogniser: str = "judge"  # a name or module:Class (recognisers.py); "none": faces only where boxes are known
-        recogniser_settings: dict[str, Any] = Field(default_factory=dict, exclude=True)  # `identity` knows them
-        reader: bool = False  # read attributes with the judge's reader: it knows pictures of the portrait world only
-        judge: str = Field(default="", exclude=True)  # the folder with that reader/; "": the shipped judge
-        # attributes: the share of POSE that is another; face: the look of eyes and mouth; auto: attributes where known
+        recogniser: str = "judge"  # a name or module:Class (recognisers.py); "none": only boxes in the facts count
+        recogniser_settings: dict[str, Any] = Field(default_factory=dict, exclude=True)  # part of `identity`
+        reader: bool = False  # predict attributes with the judge's reader, which works on the portrait world only
+        judge: str = Field(default="", exclude=True)  # the folder that contains reader/; "": the shipped judge
+        # attributes: share of POSE that differs; face: difference of eyes and mouth; auto: attributes if both are known
         difference: Literal["auto", "attributes", "face"] = "auto"
-        crop: int = Field(default=64, ge=16)  # pixels: the side at which the encoder sees faces, for their sharpness
-        text: bool = True  # look for writing, which takes most of the time of what is measured on pixels
+        crop: int = Field(default=64, ge=16)  # pixels a side of the face crop for sharpness, as the encoder's input
+        text: bool = True  # detect writing, the slowest of the measures from pixels
 
     def __init__(self, settings: "Measurer.Settings") -> None:
         self.settings = settings
@@ -81,7 +82,7 @@ class Measurer:
 
     @cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version, the recogniser with its settings, and the reader's weights."""
+        """The class, the version, the recogniser with its settings, and the reader's weights."""
         facts: dict[str, Any] = {"licence": "Apache-2.0"}
         if self._recogniser is not None:
             settings = self._recogniser.Settings(**self.settings.recogniser_settings).model_dump(mode="json")
@@ -92,14 +93,14 @@ class Measurer:
         return identity_of(self, VERSION, **facts)
 
     def load(self) -> None:
-        """Load recogniser and reader; WeightsError or ImagineError if one is missing."""
+        """Load recogniser and reader. Raises WeightsError or ImagineError if one is missing."""
         if self._recogniser is not None:
             self._recogniser.load()
         if self.settings.reader:
             self._reader = Reader.load(self._reader_folder).requires_grad_(False)
 
     def measure(self, drafts: Sequence[Draft]) -> list[Measures | Failed]:
-        """The measures of each candidate beside its reference; Failed where either is no picture."""
+        """Return the measures of each candidate; Failed if it or its reference cannot be read."""
         references: dict[str, _InspectedPicture | Failed] = {}
         for draft in drafts:
             if draft.reference.key not in references:
@@ -159,23 +160,29 @@ class Measurer:
         return face_difference(one.image, one.box, two.image, two.box) if one.box and two.box else None
 
     def _looks_for_text(self, draft: Draft) -> bool:
-        """Whether writing is looked for: where a long one was asked for, nobody can tell it from one that was not."""
+        """Return whether to detect writing.
+
+        If the prompt contains long writing in quotation marks, it cannot be distinguished from unwanted writing.
+        """
         return self.settings.text and not _QUOTED.search(draft.spec.prompt)
 
 
 @dataclass(frozen=True)
 class _InspectedPicture:
-    """A picture that was looked at."""
+    """A decoded picture with its faces and attributes."""
 
     image: Image.Image
-    count: int  # of faces
-    face: KnownFace | None  # the one that counts
-    box: FaceBox | None  # around it
+    count: int  # number of faces
+    face: KnownFace | None  # the person's face
+    box: FaceBox | None  # of that face
     attributes: Mapping[str, str]
 
 
 def known_box(photo: Photo, facts: Mapping[str, Any]) -> FaceBox | None:
-    """The face's "box" in a record's facts (pixels of the stored picture held upright), in pixels of `photo.image`."""
+    """Return the face's "box" from a record's facts, in pixels of `photo.image`; None if there is none.
+
+    The facts give it in pixels of the stored picture, turned upright.
+    """
     box = facts.get("box")
     if not isinstance(box, Sequence) or len(box) != 4:
         return None
@@ -189,7 +196,7 @@ def _nearest(faces: Sequence[KnownFace], box: FaceBox) -> KnownFace | None:
 
 
 def _tensor(image: Image.Image) -> torch.Tensor:
-    """(3, H, W), 0 to 1."""
+    """Return the picture as (3, H, W), 0 to 1."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
 
@@ -199,22 +206,22 @@ def _rounded(number: float | None, digits: int = 4) -> float | None:
 
 # --- pixels -----------------------------------------------------------------------------------------------------------
 def picture_hash(image: Image.Image) -> str:
-    """dHash, 16 hexadecimal digits: whether brightness rises from each to the next of 9 x 8 cells, row by row.
+    """Return the dHash as 16 hexadecimal digits: 64 bits, row by row, one per pair of adjacent cells of 9 x 8.
 
-    Another size, file format or exposure of a picture changes few of the 64 bits; a crop or a mirror image changes many
-    and is not found.
+    A bit is set if the brightness increases to the right. Another size, file format or exposure changes few bits. A
+    crop or a mirror image changes many, so it is not recognised as a duplicate.
     """
     cells = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     return np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes().hex()
 
 
 def quality(image: Image.Image) -> float:
-    """0 to 1: the worst of three things that broken generators do to a whole picture.
+    """Return the minimum of three scores from 0 to 1, for faults of broken generators that affect a whole picture.
 
-    Exposure: half of the colour values may be 0 or 255 at no cost, nothing is left if all are. Contrast: the entropy of
-    brightness, full from 3 of 5 bits on, so that mist and flat colour score low while dark pictures and dark skin do
-    not. Noise: its standard deviation by Immerkaer's mask (Computer Vision and Image Understanding 64, 1996), 0.15 and
-    more scoring 0; fine texture counts as noise too. It says nothing of hands, eyes or taste.
+    Exposure: 1 if at most half of the colour values are clipped (0 or 255), down to 0 if all are. Contrast: the entropy
+    of brightness, 1 from 3 of 5 bits on, so haze and flat colour score low, and dark pictures and dark skin do not.
+    Noise: its standard deviation by Immerkaer's mask (Computer Vision and Image Understanding 64, 1996); 0.15 and more
+    score 0, and fine texture counts as noise too. Wrong hands or eyes and poor composition are not detected.
     """
     small = image.copy()
     small.thumbnail((_QUALITY_SIDE, _QUALITY_SIDE), Image.Resampling.BOX)
@@ -227,26 +234,28 @@ def quality(image: Image.Image) -> float:
 
 
 def _noise(grey: NDArray[np.float32]) -> float:
-    """The standard deviation of white noise in (H, W): a mask of two Laplacians leaves it and little else."""
+    """Return the standard deviation of white noise in (H, W), with a mask of two Laplacians that removes structure."""
     rows = grey[:-2] - 2 * grey[1:-1] + grey[2:]
     mask = rows[:, :-2] - 2 * rows[:, 1:-1] + rows[:, 2:]
     return float(np.sqrt(np.pi / 2) * np.abs(mask).mean() / 6)
 
 
 def face_sharpness(image: Image.Image, box: FaceBox, crop: int) -> float:
-    """Variance of the Laplacian of the face crop at `crop` pixels, as `imagine.people.faces.sharpness`."""
+    """Return the variance of the Laplacian of the face crop at `crop` pixels, as `imagine.people.faces.sharpness`."""
     edges = torch.tensor([[box.left, box.top, box.width, box.height]])
     return sharpness(crop_unmasked(_tensor(image)[None], edges, crop)[0])
 
 
 def face_difference(one: Image.Image, one_box: FaceBox, two: Image.Image, two_box: FaceBox) -> float:
-    """How unlike two pictures show eyes and mouth: 0, the same picture, to 1, nothing in common.
+    """Return the difference of eyes and mouth in two pictures, from 0 (the same picture) to 1 (nothing in common).
 
-    Both face boxes are brought to 32 x 32 pixels; what is brighter or darker than its surroundings is compared, the
-    eyes' band and the mouth's each by correlation, at the best of all shifts of up to 3 pixels; 1 minus their mean. So
-    a pasted copy scores near 0 in whatever size, place and exposure. It cannot tell *what* differs: another person,
-    style, or light from another side counts too, so a high number promises no other expression; a low one means a copy.
-    In the world, a person drawn again a little wrongly has 0.01 to 0.06, and in another picture 0.5 to 0.8.
+    Both face boxes are resized to 32 x 32 pixels, and local brightness is subtracted. The band of the eyes and the band
+    of the mouth are each compared by correlation, at the best of all shifts of up to 3 pixels. The result is 1 minus
+    the mean of the two correlations, so a pasted copy scores near 0 at any size, place and exposure.
+
+    A low value means a copy. A high value does not prove another expression, because another person, style or
+    direction of light also increases it. In the portrait world, a slightly drifted drawing of the same picture has 0.01
+    to 0.06, and another picture of the person has 0.5 to 0.8.
     """
     a, b = _detail(one, one_box), _detail(two, two_box)
     bands = [(round(low * _FACE_SIDE), round(high * _FACE_SIDE)) for low, high in _BANDS]
@@ -255,7 +264,7 @@ def face_difference(one: Image.Image, one_box: FaceBox, two: Image.Image, two_bo
 
 
 def _detail(image: Image.Image, box: FaceBox) -> NDArray[np.float32]:
-    """The face at _FACE_SIDE pixels less its blurred self: features without light and skin."""
+    """Return the face at _FACE_SIDE pixels minus its blurred copy: the features without light and skin colour."""
     left, top = max(0.0, box.left), max(0.0, box.top)
     right, bottom = min(float(image.width), box.left + box.width), min(float(image.height), box.top + box.height)
     side = (_FACE_SIDE, _FACE_SIDE)
@@ -270,7 +279,7 @@ def _detail(image: Image.Image, box: FaceBox) -> NDArray[np.float32]:
 
 
 def _best_correlation(one: NDArray[np.float32], two: NDArray[np.float32]) -> float:
-    """The highest correlation, at least 0, of the middle of `one` with any place in `two`."""
+    """Return the highest correlation of the middle of `one` with any place in `two`, at least 0."""
     middle = one[_MAX_SHIFT:-_MAX_SHIFT, _MAX_SHIFT:-_MAX_SHIFT]
     places = np.lib.stride_tricks.sliding_window_view(two, middle.shape)
     middle = middle - middle.mean()
@@ -281,6 +290,6 @@ def _best_correlation(one: NDArray[np.float32], two: NDArray[np.float32]) -> flo
 
 
 def attribute_difference(one: Mapping[str, str], two: Mapping[str, str]) -> float | None:
-    """The share of POSE that two pictures show differently, of what is known of both; None if that is nothing."""
+    """Return the share of differing values among the attributes of POSE that both have; None if they share none."""
     both = [name for name in POSE if name in one and name in two]
     return sum(one[name] != two[name] for name in both) / len(both) if both else None

@@ -1,4 +1,4 @@
-"""Targets drawn by our own pipeline: what one stage has learnt makes the pairs that the next one learns from."""
+"""Generate candidates with our own pipeline, so that the weights of one stage make the pairs for the next stage."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,18 @@ VERSION = 1
 
 
 class ImagineGenerator:
-    """Our pipeline, by default with the shipped weights: from the sentence alone, or from the reference too."""
+    """A generator with our pipeline, from the prompt alone or from prompt and reference."""
 
     class Settings(ModelSettings):
-        """The weights, and how they draw; what is None is the weights' own."""
+        """The weights and the arguments of the call; for None, the value of the weights is used."""
 
         model: ModelSource = Field(default="", exclude=True)  # "": the shipped weights
-        # 0: by the sentence alone, as in the paper, for refiners to bring the person in; 1: with all of the reference
+        # 0: from the prompt alone, as in the paper, so that a refiner adds the identity; 1: with the full reference
         identity_scale: float = Field(default=0.0, ge=0)
         steps: int | None = Field(default=None, ge=1)
         guidance_scale: float | None = None
         identity_guidance_scale: float | None = None
-        # Pictures drawn at once. More is faster; a picture's last bits may then depend on its neighbours.
+        # Pictures per batch. More is faster, but the last bit may depend on the other pictures of the batch.
         batch_size: int = Field(default=8, ge=1, exclude=True)
 
     def __init__(self, settings: "ImagineGenerator.Settings") -> None:
@@ -37,21 +37,21 @@ class ImagineGenerator:
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version, and the weights with their licence."""
+        """The class, the version, and the weights with their licence."""
         model = self.settings.model or str(default_folder())
         return identity_of(self, VERSION, **source_identity(model, self.settings.revision, self.settings.licence))
 
     def load(self) -> None:
-        """Load the pipeline; WeightsError if there is none."""
+        """Load the pipeline. Raises WeightsError if it cannot be loaded."""
         self.pipe = load_imagine(self.settings)
 
     def generate(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
-        """A picture for each (reference, ask, attempt)."""
+        """Return one candidate of round 0 for each (reference, target specification, attempt)."""
         size = self.settings.batch_size
         return [one for start in range(0, len(work), size) for one in self._draw(work[start : start + size])]
 
     def _draw(self, work: Sequence[tuple[Reference, TargetSpec, int]]) -> list[Candidate | Failed]:
-        """A batch; if something in it is wrong, each by itself."""
+        """Return the candidates of one batch; after an error, draw its items one by one."""
         settings = self.settings
         try:
             drawn = self.pipe(

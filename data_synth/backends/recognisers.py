@@ -1,9 +1,9 @@
-"""Who is in a picture: pictures to faces with identity embeddings, by our own judge or by InsightFace.
+"""Find the faces in pictures and compute their identity embeddings, with our judge or with InsightFace.
 
-Every part of a build that asks "is this the same person?" asks a recogniser: the measurer, the import of photos grouped
-by person, anything of your own. Numbers of different recognisers are on different scales, so thresholds belong to one:
-real photos of one person have a median cosine near 0.46 by ArcFace (arXiv 2510.14975), and Movie Gen drops pairs
-below 0.7 (arXiv 2410.13720).
+The measurer and the import of photos grouped by person compare faces with a recogniser, and your own code can use one
+too. The similarities of different recognisers have different scales, so a threshold is valid for one recogniser only.
+With ArcFace, real photos of one person have a median cosine near 0.46 (arXiv 2510.14975). Movie Gen drops pairs below
+0.7 (arXiv 2410.13720).
 """
 
 import functools
@@ -43,29 +43,32 @@ RECOGNISERS: Mapping[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class KnownFace:
-    """One face in a picture, and whose it is in numbers."""
+    """One face in a picture and its identity embedding."""
 
     box: FaceBox  # in pixels of the upright picture
     embedding: NDArray[np.float32] = field(repr=False)  # (D,), of length 1
 
 
 class Recogniser(Backend, Protocol):
-    """Anything that finds faces and embeds them."""
+    """A backend that finds faces and computes their identity embeddings."""
 
     def recognise(self, pictures: Sequence[PhotoSource]) -> list[tuple[KnownFace, ...] | Failed]:
-        """All faces of each picture (a path, a file's bytes, a Pillow image ...), largest first; () where is none."""
+        """Return all faces of each picture, largest first; () if a picture has none.
+
+        pictures: paths, contents of files, Pillow images and other photo sources.
+        """
         ...
 
 
 def similarity(one: KnownFace, two: KnownFace) -> float:
-    """Cosine of two embeddings by the same recogniser, -1 to 1."""
+    """Return the cosine of two embeddings from the same recogniser, -1 to 1."""
     return float(np.clip(one.embedding @ two.embedding, -1.0, 1.0))
 
 
 def make_recogniser(name: str, settings: Mapping[str, Any] | None = None) -> Recogniser:
-    """The recogniser called `name`: "judge", "insightface" or "package.module:Class"; `load()` it before use.
+    """Return a recogniser by its name: "judge", "insightface" or "package.module:Class". Call its `load()` before use.
 
-    Raises ConfigError if there is no such recogniser, or it does not know one of the settings.
+    Raises ConfigError for an unknown name or setting.
     """
     class_path = RECOGNISERS.get(name, name)
     module, _, kind = class_path.partition(":")
@@ -73,7 +76,7 @@ def make_recogniser(name: str, settings: Mapping[str, Any] | None = None) -> Rec
         recogniser_class = getattr(importlib.import_module(module), kind)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"There is no recogniser {name!r}: choose {', '.join(RECOGNISERS)} or name a class as package.module:Class."
+            f"There is no recogniser {name!r}. Choose {', '.join(RECOGNISERS)}, or name a class (package.module:Class)."
         ) from error
     recogniser: Recogniser = recogniser_class(
         validated(recogniser_class.Settings, settings or {}, f"recogniser {name}")
@@ -82,21 +85,21 @@ def make_recogniser(name: str, settings: Mapping[str, Any] | None = None) -> Rec
 
 
 class JudgeRecogniser:
-    """Our own judge: for people of the portrait world, or of whatever a judge in that folder was trained on."""
+    """A recogniser with our judge, for people of the portrait world or of the judge's own training data."""
 
     class Settings(BaseModel):
-        """Which judge."""
+        """The judge and its device."""
 
         model_config = ConfigDict(frozen=True, extra="forbid")
 
-        # a folder with recogniser/, and finder/ beside it; "": the shipped one
+        # a folder with recogniser/, and optionally finder/ beside the folder; "": the shipped judge
         judge: str = Field(default="", exclude=True)
-        device: str = Field(default="cpu", exclude=True)  # the network is small
+        device: str = Field(default="cpu", exclude=True)  # a CPU is fast enough, because the network is small
 
     def __init__(self, settings: "JudgeRecogniser.Settings") -> None:
         self.settings = settings
         self.network: RecogniserNetwork
-        self.finder: FaceFinder  # after loading; may be exchanged
+        self.finder: FaceFinder  # set by load(); may be replaced
 
     @property
     def _folder(self) -> Path:
@@ -104,23 +107,26 @@ class JudgeRecogniser:
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version and the weights of the judge and of the finder beside it."""
+        """The class, the version, and the weights of the judge and of the finder beside it."""
         finder_folder = self._folder.parent / "finder"
         finder = fingerprint(finder_folder) if finder_folder.is_dir() else ""
         licence = "" if self.settings.judge else "Apache-2.0"  # of the shipped weights
         return identity_of(self, 1, **source_identity(str(self._folder / "recogniser"), licence=licence), finder=finder)
 
     def load(self) -> None:
-        """Load the recogniser and the face finder beside it; WeightsError if there is none."""
+        """Load the recogniser and the face finder beside it. Raises WeightsError if the recogniser cannot be loaded.
+
+        Without a finder beside it, the default finder is used.
+        """
         self._device = choose_device(self.settings.device)
         self.network = RecogniserNetwork.load(self._folder / "recogniser").to(self._device).requires_grad_(False)
         finder_folder = self._folder.parent / "finder"
-        # Only what was trained for these pictures counts faces in them reliably; without it, whatever there is.
+        # Only a finder trained on the same kind of pictures counts their faces reliably.
         self.finder = LearnedFinder.from_folder(finder_folder) if finder_folder.is_dir() else default_finder()
 
     @torch.inference_mode()
     def recognise(self, pictures: Sequence[PhotoSource]) -> list[tuple[KnownFace, ...] | Failed]:
-        """All faces of each picture, largest first."""
+        """Return all faces of each picture, largest first."""
         return [self._recognise(picture) for picture in pictures]
 
     def _recognise(self, picture: PhotoSource) -> tuple[KnownFace, ...] | Failed:
@@ -139,19 +145,20 @@ class JudgeRecogniser:
 
 
 class InsightFaceRecogniser:
-    """InsightFace's detectors and ArcFace embeddings, for photographs: `pip install -e '.[faces]'`.
+    """A recogniser for photographs with InsightFace's detectors and ArcFace embeddings.
 
-    Nothing is downloaded: get a model pack and name it. The packs are for non-commercial research only.
+    It needs `pip install -e '.[faces]'` and a model pack, which you download yourself and name in the settings. The
+    packs are for non-commercial research only.
     """
 
     class Settings(BaseModel):
-        """Which pack, and what counts as a face."""
+        """The model pack and the detector's threshold."""
 
         model_config = ConfigDict(frozen=True, extra="forbid")
 
-        pack: str = Field(default="buffalo_l", exclude=True)  # its name below root/models, or a folder of ONNX files
+        pack: str = Field(default="buffalo_l", exclude=True)  # its name in root/models, or a folder of ONNX files
         root: str = Field(default="~/.insightface", exclude=True)
-        threshold: float = Field(default=0.5, gt=0, lt=1)  # the least score of a face
+        threshold: float = Field(default=0.5, gt=0, lt=1)  # minimum score of a face
         device: Literal["cpu", "cuda"] = Field(default="cpu", exclude=True)
         licence: str = Field(default="non-commercial research only", exclude=True)
 
@@ -161,23 +168,26 @@ class InsightFaceRecogniser:
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version and the pack's content."""
+        """The class, the version, and the name, content and licence of the pack."""
         return identity_of(self, 1, **source_identity(str(self._pack()), licence=self.settings.licence))
 
     def _pack(self) -> Path:
         return model_pack(self.settings.pack, Path(self.settings.root).expanduser())
 
     def load(self) -> None:
-        """Load detector and embedder; ImagineError if insightface or the pack is missing."""
+        """Load the detector and the recogniser.
+
+        Raises ImagineError if insightface is not installed, and WeightsError if the pack is missing or incomplete.
+        """
         pack = self._pack()
         if not pack.is_dir():
-            raise WeightsError(f"{pack} is a file: give the folder with a detector's and a recogniser's ONNX files.")
+            raise WeightsError(f"{pack} is a file. Name the folder with the ONNX files of a detector and a recogniser.")
         try:
             analysis = importlib.import_module("insightface.app.face_analysis").FaceAnalysis
             self._face = importlib.import_module("insightface.app.common").Face
         except ImportError as error:
             raise ImagineError(
-                "This recogniser needs insightface: install it with pip install -e '.[faces]'."
+                "This recogniser needs insightface. Install it with pip install -e '.[faces]'."
             ) from error
         on_gpu = self.settings.device == "cuda"
         providers = ["CUDAExecutionProvider"] * on_gpu + ["CPUExecutionProvider"]
@@ -186,15 +196,15 @@ class InsightFaceRecogniser:
                 loaded = analysis(
                     str(pack.resolve()), allowed_modules=["detection", "recognition"], providers=providers
                 )
-        except AssertionError as error:  # insightface's only word for it
-            raise WeightsError(f"{pack} holds no face detector: give the folder of a whole model pack.") from error
+        except AssertionError as error:  # insightface raises it for a pack without a detector
+            raise WeightsError(f"{pack} holds no face detector. Name the folder of a complete model pack.") from error
         if "recognition" not in loaded.models:
-            raise WeightsError(f"{pack} holds no recogniser: give the folder of a whole model pack.")
+            raise WeightsError(f"{pack} holds no recogniser. Name the folder of a complete model pack.")
         loaded.prepare(0 if on_gpu else -1, det_thresh=self.settings.threshold, det_size=(640, 640))
         self._analysis = loaded
 
     def recognise(self, pictures: Sequence[PhotoSource]) -> list[tuple[KnownFace, ...] | Failed]:
-        """All faces of each picture, largest first, each aligned by its five landmarks before it is embedded."""
+        """Return all faces of each picture, largest first; each is aligned by its five landmarks for its embedding."""
         return [self._recognise(picture) for picture in pictures]
 
     def _recognise(self, picture: PhotoSource) -> tuple[KnownFace, ...] | Failed:
@@ -202,13 +212,16 @@ class InsightFaceRecogniser:
             image = open_photo(picture)
         except PictureError as error:
             return failure(error)
-        pixels = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])  # insightface reads BGR
+        pixels = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])  # insightface expects BGR
         edges, landmarks = self._detect(pixels)
         faces = [self._embed(pixels, row, marks) for row, marks in zip(edges, landmarks, strict=True)]
         return tuple(sorted(faces, key=lambda face: face.box.width * face.box.height, reverse=True))
 
     def _detect(self, pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Boxes with scores (N, 5) and landmarks (N, 5, 2); what is too large for one pass is found in a smaller."""
+        """Return boxes with scores (N, 5) and landmarks (N, 5, 2).
+
+        If no face is found, the detector runs again at smaller sizes, because a face can be too large for it.
+        """
         detector = self._analysis.det_model
         fixed = isinstance(detector.input_shape[2], int)
         edges, landmarks = detector.detect(pixels)
@@ -216,18 +229,23 @@ class InsightFaceRecogniser:
             if not len(edges):
                 edges, landmarks = detector.detect(pixels, input_size=(side, side))
         if landmarks is None:
-            raise WeightsError("This face detector gives no landmarks, so that faces cannot be aligned: take another.")
+            raise WeightsError(
+                "This face detector gives no landmarks, which the alignment of faces needs. Use another model pack."
+            )
         return edges, landmarks
 
     def _embed(self, pixels: NDArray[np.uint8], row: NDArray[np.float32], marks: NDArray[np.float32]) -> KnownFace:
         embedding = self._analysis.models["recognition"].get(pixels, self._face(bbox=row[:4], kps=marks))
         left, top, right, bottom, score = (float(number) for number in row)
-        brow = top + InsightFaceFinder.brow * (bottom - top)  # our boxes begin lower (see imagine.people.faces)
+        brow = top + InsightFaceFinder.brow * (bottom - top)  # our boxes start lower (see imagine.people.faces)
         length = max(float(np.linalg.norm(embedding)), 1e-12)
         box = FaceBox(left, brow, right - left, bottom - brow, score)
         return KnownFace(box, np.asarray(embedding / length, np.float32))
 
 
 def make_finder(pack: str = "") -> FaceFinder:
-    """A face finder for photographs: InsightFace's with a pack, else the built-in ones with the shipped network."""
+    """Return a face finder for photographs: InsightFace's if a pack is named, else the built-in ones.
+
+    The built-in finders include the shipped network.
+    """
     return InsightFaceFinder(pack) if pack else default_finder(default_folder() / "finder")

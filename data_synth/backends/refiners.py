@@ -1,15 +1,15 @@
-"""The reference's identity brought into a candidate: what the paper calls face refinement and does not describe.
+"""Make candidates more similar to their references: the paper's face refinement, which it does not describe.
 
-Each refiner adds noise to a picture that has already been drawn and takes it away again while looking at the
-reference (SDEdit, arXiv 2108.01073), so that composition, clothes and place stay and the person comes nearer.
-`strength` says how much is redrawn: too little and nothing changes, too much and the pose is lost. A build repeats it
-for several rounds, each with noise of its own.
+Each refiner adds noise to a candidate and denoises it again, conditioned on the reference (SDEdit, arXiv 2108.01073).
+Composition, clothes and place are preserved, and the person becomes more similar. `strength` is the noise level at
+which redrawing starts: too low a value changes nothing, too high a value loses the pose. A build can refine for several
+rounds, each with different noise.
 
-    ImagineRefiner     our pipeline with a trained identity adapter redraws the whole picture
-    InpaintRefiner     the same, only the face: everything outside an ellipse round it stays as it is, bit for bit
-    IPAdapterRefiner   any diffusers pipeline with an IP-Adapter (image-to-image), the whole picture or only the face
+    ImagineRefiner     our pipeline with a trained identity adapter, for the whole picture
+    InpaintRefiner     the same for the face only: outside an ellipse around the face, the picture is bit-identical
+    IPAdapterRefiner   any diffusers image-to-image pipeline with an IP-Adapter, for the whole picture or the face only
 
-One picture at a time, so that none depends on its neighbours.
+Refiners process one picture at a time, so that a picture does not depend on others in a batch.
 """
 
 import functools
@@ -50,74 +50,74 @@ from imagine.records import FaceBox
 NO_FACE = "no face to refine"
 VERSION = 1
 
-_CACHE_SIZE = 256  # references whose faces are remembered: the drafts of one follow each other
+_CACHE_SIZE = 256  # references in the cache; few are enough, because the drafts of a reference are consecutive
 
 
-# --- where in a picture something is redrawn --------------------------------------------------------------------------
+# --- the redrawn part of a picture ------------------------------------------------------------------------------------
 class Region(BaseModel):
-    """How much of the picture a refiner of faces redraws, in units of the face box (brow to chin, ear to ear)."""
+    """The region of a face that is redrawn, in sides of the face box (brow to chin, ear to ear)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    around: float = Field(default=2.4, ge=1)  # side of the square that is redrawn, by the box's longer side
-    reach: float = Field(default=1.4, gt=0)  # the ellipse that is put back, by the box's sides: with forehead and jaw
-    edge: float = Field(default=0.3, gt=0, le=1)  # it fades over this part of its radius
+    around: float = Field(default=2.4, ge=1)  # side of the redrawn square, in the box's longer sides
+    reach: float = Field(default=1.4, gt=0)  # ellipse to blend back, in the box's sides; 1.4 includes forehead and jaw
+    edge: float = Field(default=0.3, gt=0, le=1)  # the share of its radius over which the ellipse fades
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A part of a picture that is redrawn at another size and put back."""
+    """A part of a picture that is redrawn, possibly at another size, and blended back."""
 
     whole: Image.Image
-    place: tuple[int, int, int, int]  # left, top, right, bottom in pixels of the whole
-    opacity: Tensor | None  # (height, width) of the place, 0 to 1: what of the new shows; None: everything
+    place: tuple[int, int, int, int]  # left, top, right, bottom in pixels of the whole picture
+    opacity: Tensor | None  # (height, width) of the part, 0 to 1: weight of the new pixels; None: 1 everywhere
 
     @property
     def part(self) -> Image.Image:
-        """What lies at the place now."""
+        """The part of the picture before redrawing."""
         return self.whole.crop(self.place)
 
     def put_back(self, drawn: Image.Image) -> Image.Image:
-        """The whole with `drawn`, of any size, at the place; a pixel where nothing of it shows is as before."""
+        """Return the whole picture with `drawn`, of any size, blended in; pixels with opacity 0 do not change."""
         old = np.asarray(self.part, np.float32)
         height, width = old.shape[:2]
         new = np.asarray(drawn.convert("RGB").resize((width, height), Image.Resampling.LANCZOS), np.float32)
-        shown = np.float32(1) if self.opacity is None else self.opacity.numpy()[..., None]
-        mixed = np.clip(np.rint(old + shown * (new - old)), 0, 255).astype(np.uint8)
+        weight = np.float32(1) if self.opacity is None else self.opacity.numpy()[..., None]
+        mixed = np.clip(np.rint(old + weight * (new - old)), 0, 255).astype(np.uint8)
         whole = self.whole.copy()
         whole.paste(Image.fromarray(mixed), self.place[:2])
         return whole
 
 
 def whole_picture(image: Image.Image) -> Patch:
-    """All of a picture."""
+    """Return a patch that covers the whole picture."""
     return Patch(image, (0, 0, *image.size), None)
 
 
 def face_patch(image: Image.Image, box: FaceBox, region: Region) -> Patch:
-    """The square round a face, and the ellipse in it that is put back."""
+    """Return the patch of a face: the square around it, with the ellipse that is blended back."""
     place = square_around(box, image.size, region.around)
     return Patch(image, place, ellipse_around(box, place, region.reach, region.edge))
 
 
 def drawable_size(size: tuple[int, int], usual: int, step: int) -> tuple[int, int]:
-    """Width and height of the same shape that a model can draw: about usual x usual pixels, multiples of step."""
+    """Return width and height with the aspect ratio of `size`, about usual x usual pixels, in multiples of `step`."""
     scale = usual / (size[0] * size[1]) ** 0.5
     width, height = (max(1, round(side * scale / step)) * step for side in size)
     return width, height
 
 
-# --- what all refiners do ---------------------------------------------------------------------------------------------
-Cut = Callable[[Image.Image], Patch | None]  # None: there is nothing to redraw
+# --- shared by all refiners -------------------------------------------------------------------------------------------
+Cut = Callable[[Image.Image], Patch | None]  # None: no face was found
 Draw = Callable[[Draft, Patch], Image.Image | Failed]
 
 
 def refined(draft: Draft, cut: Cut, draw: Draw) -> Candidate | Failed:
-    """The draft's next round: what `cut` takes of its picture, redrawn by `draw` and put back."""
+    """Return the draft's candidate of the next round: the patch from `cut`, redrawn by `draw` and blended back."""
     try:
         patch = cut(open_photo(draft.candidate.image))
         if patch is None:
-            return Failed(NO_FACE, f"No face was found in {draft.candidate.key}.")
+            return Failed(NO_FACE, f"No face was found in the candidate {draft.candidate.key}.")
         drawn = draw(draft, patch)
     except (FaceError, PictureError, PromptError) as error:
         return failure(error)
@@ -127,7 +127,7 @@ def refined(draft: Draft, cut: Cut, draw: Draw) -> Candidate | Failed:
 
 
 def largest_face(finder: FaceFinder, region: Region) -> Cut:
-    """Cuts the largest face out of a picture."""
+    """Return a function that cuts the largest face out of a picture."""
 
     def cut(image: Image.Image) -> Patch | None:
         found = finder.find(image)
@@ -142,20 +142,21 @@ def _noise(draft: Draft) -> torch.Generator:
 
 # --- our own pipeline -------------------------------------------------------------------------------------------------
 class ImagineRefiner:
-    """Our pipeline with a trained identity adapter redraws the whole picture."""
+    """A refiner that redraws the whole picture with our pipeline and a trained identity adapter."""
 
     class Settings(ModelSettings):
-        """The weights, and how much they may change."""
+        """The weights, and how much they redraw."""
 
         model: ModelSource = Field(default="", exclude=True)  # "": the shipped weights
-        # an identity adapter in place of the weights' own: a folder or a file
+        # an identity adapter that replaces the one in the weights: a folder or a file
         adapter: ModelSource = Field(default="", exclude=True)
-        strength: float = Field(default=0.5, gt=0, le=1)  # the noise level that redrawing begins at
+        strength: float = Field(default=0.5, gt=0, le=1)  # the noise level at which redrawing starts
         steps: int = Field(default=10, ge=1)
-        guidance_scale: float | None = None  # None: the weights' own
+        guidance_scale: float | None = None  # None: the value of the weights
         identity_guidance_scale: float | None = None
         identity_scale: float = Field(default=1.0, ge=0)
-        insightface: str = Field(default="", exclude=True)  # a model pack that finds faces; "": the weights' own finder
+        # a model pack that finds faces; "": the finder of the weights
+        insightface: str = Field(default="", exclude=True)
 
     def __init__(self, settings: "ImagineRefiner.Settings") -> None:
         self.settings = settings
@@ -164,14 +165,14 @@ class ImagineRefiner:
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version, the weights and, where it is another, the adapter."""
+        """The class, the version, the weights, the finder and, if the settings name one, the adapter."""
         model = self.settings.model or str(default_folder())
         facts = source_identity(model, self.settings.revision, self.settings.licence)
         adapter = source_identity(self.settings.adapter)["weights"] if self.settings.adapter else ""
         return identity_of(self, VERSION, **facts, adapter=adapter, finder=Path(self.settings.insightface).name)
 
     def load(self) -> None:
-        """Load pipeline and adapter; WeightsError if there are none."""
+        """Load pipeline and adapter. Raises WeightsError if one cannot be loaded."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         settings = self.settings
@@ -179,15 +180,17 @@ class ImagineRefiner:
         if settings.adapter:
             self.pipe.load_adapter(settings.adapter)
         if self.pipe.adapter is None:
-            raise WeightsError(f"{settings.model} holds no identity adapter to refine with: name one as adapter.")
+            raise WeightsError(
+                f"{settings.model} holds no identity adapter, which this refiner needs. Name one with `adapter`."
+            )
         if settings.insightface:
             self.pipe.finder = InsightFaceFinder(settings.insightface)
-        # Plain noise levels: what `sigmas` says is what is used, whatever schedule the weights draw from nothing with.
+        # The scheduler of the weights may shift the noise levels; this one uses `sigmas` unchanged.
         self.pipe.scheduler = FlowMatchEulerDiscreteScheduler()
         self._personas.clear()
 
     def refine(self, drafts: Sequence[Draft]) -> list[Candidate | Failed]:
-        """Each draft's picture redrawn as the reference's person."""
+        """Return each draft's picture, redrawn with the reference's identity."""
         return [refined(draft, whole_picture, self._draw) for draft in drafts]
 
     @torch.no_grad()
@@ -211,14 +214,17 @@ class ImagineRefiner:
             guidance_scale=settings.guidance_scale,
             identity_guidance_scale=settings.identity_guidance_scale,
             identity_scale=settings.identity_scale,
-            refine_faces=False,  # this is one already
+            refine_faces=False,  # this call is itself a refinement
             callback_on_step_end=keep,
         )
         image: Image.Image = out.images[0]
         return image
 
     def _persona(self, reference: Reference) -> Persona:
-        """Whoever the reference shows, looked at once; FaceError or PictureError if it cannot be used."""
+        """Return the reference's persona, from the cache if possible.
+
+        Raises FaceError or PictureError if the reference cannot be used.
+        """
         if reference.key not in self._personas:
             if len(self._personas) >= _CACHE_SIZE:
                 self._personas.pop(next(iter(self._personas)))
@@ -227,15 +233,16 @@ class ImagineRefiner:
 
 
 class InpaintRefiner(ImagineRefiner):
-    """Our pipeline redraws the face alone.
+    """A refiner that redraws only the face with our pipeline.
 
-    A square round the face is enlarged to the pipeline's own size and redrawn; what lies outside the face's ellipse is
-    put back after every step as it was, with that step's noise (RePaint, arXiv 2201.09865, without its jumps), so that
-    the face grows into its surroundings. Then the ellipse is laid over the picture, and nothing else of it changes.
+    A square around the face is scaled to the pipeline's size and redrawn. After every step, the latents outside the
+    face's ellipse are replaced by the original ones with that step's noise (RePaint, arXiv 2201.09865, without its
+    resampling), so that the face matches its surroundings. Then the ellipse is blended into the picture; the rest of
+    the picture does not change.
     """
 
     class Settings(ImagineRefiner.Settings):
-        """The weights, how much they may change, and where."""
+        """The weights, and how much and which region they redraw."""
 
         region: Region = Region()
 
@@ -245,47 +252,50 @@ class InpaintRefiner(ImagineRefiner):
         super().__init__(settings)
 
     def refine(self, drafts: Sequence[Draft]) -> list[Candidate | Failed]:
-        """Each draft's face redrawn as the reference's."""
+        """Return each draft's picture, with its face redrawn with the reference's identity."""
         cut = largest_face(self.pipe.finder, self.settings.region)
         return [refined(draft, cut, self._draw) for draft in drafts]
 
 
 def encoded(pipe: ImaginePipeline, image: Image.Image) -> Tensor:
-    """A picture as normalised latents (1, channels, height, width) in float32."""
+    """Return a picture as normalised latents (1, channels, height, width) in float32."""
     return pipe.encode_pictures(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255)
 
 
 def _step(pipe: Any) -> int:
-    """Pixels that every side must be a multiple of: each resolution of the denoiser halves the latent once."""
+    """Return the number of pixels that every side must be a multiple of.
+
+    Each resolution of the denoiser after the first halves the latent once.
+    """
     unet = getattr(pipe, "unet", None)
     halvings = 1 if unet is None else len(unet.config.block_out_channels) - 1
     return int(pipe.vae_scale_factor) * 2**halvings
 
 
-# --- other people's ---------------------------------------------------------------------------------------------------
+# --- diffusers pipelines ----------------------------------------------------------------------------------------------
 class IPAdapterRefiner:
-    """A diffusers image-to-image pipeline with an IP-Adapter: Stable Diffusion, SDXL, and what else loads one.
+    """A refiner with a diffusers image-to-image pipeline that loads IP-Adapters: Stable Diffusion, SDXL and others.
 
-    Variants that look at pictures (base, Plus, Plus-Face, Full-Face) work; those that want an ArcFace embedding
-    (FaceID) do not.
+    Variants with an image encoder work (base, Plus, Plus-Face, Full-Face). FaceID variants do not, because they need an
+    ArcFace embedding.
     """
 
     class Settings(ModelSettings):
-        """The pipeline, its adapter, and how much they may change."""
+        """The pipeline, its adapter, and how much and which region they redraw."""
 
         adapter: ModelSource = Field(min_length=1, exclude=True)  # a folder or hub repository, such as h94/IP-Adapter
-        subfolder: str = ""  # in it, such as sdxl_models
-        weight_name: str = Field(min_length=1)  # in that, such as ip-adapter-plus-face_sdxl_vit-h.safetensors
-        image_encoder_folder: str = "image_encoder"  # with a slash in it: from the top of the repository
+        subfolder: str = ""  # in `adapter`, such as sdxl_models
+        weight_name: str = Field(min_length=1)  # in the subfolder, such as ip-adapter-plus-face_sdxl_vit-h.safetensors
+        image_encoder_folder: str = "image_encoder"  # in `subfolder`; a value with a slash is in `adapter`
         adapter_revision: str | None = Field(default=None, exclude=True)
         strength: float = Field(default=0.4, gt=0, le=1)
-        steps: int = Field(default=30, ge=1)  # of which the share `strength` is made
+        steps: int = Field(default=30, ge=1)  # of which the share `strength` runs
         guidance_scale: float | None = None
         negative_prompt: str = ""
-        scale: float = Field(default=0.7, ge=0)  # of the adapter
-        look_at: Literal["face", "picture"] = "face"  # what of the reference it sees
-        redraw: Literal["face", "picture"] = "face"  # what of the candidate it changes
-        # pixels a side the pipeline draws best at; None: as its U-Net says, or 1024
+        scale: float = Field(default=0.7, ge=0)  # strength of the adapter
+        look_at: Literal["face", "picture"] = "face"  # the part of the reference that the adapter reads
+        redraw: Literal["face", "picture"] = "face"  # the part of the candidate that is redrawn
+        # the side in pixels at which the pipeline draws best; None: from its U-Net's config, or 1024
         usual: int | None = Field(None, ge=8)
         insightface: str = Field(default="", exclude=True)  # a model pack that finds faces; "": the built-in finders
         region: Region = Region()
@@ -294,23 +304,23 @@ class IPAdapterRefiner:
     def __init__(self, settings: "IPAdapterRefiner.Settings") -> None:
         self.settings = settings
         self.pipe: Any = None
-        self.finder: FaceFinder  # after loading; may be exchanged
+        self.finder: FaceFinder  # set by load(); may be replaced
         self._adapter_images: dict[str, Image.Image] = {}
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version, and the weights of pipeline and adapter."""
+        """The class, the version, the weights of pipeline and adapter, and the finder."""
         adapter = source_identity(self.settings.adapter, self.settings.adapter_revision)
         facts = model_identity(self.settings)
         return identity_of(self, VERSION, **facts, adapter=adapter, finder=Path(self.settings.insightface).name)
 
     def load(self) -> None:
-        """Load pipeline and adapter; WeightsError if they are not there or do not go together."""
+        """Load pipeline and adapter. Raises WeightsError if one cannot be loaded or they do not fit each other."""
         settings = self.settings
         self.pipe = load_pipeline(_image_to_image(settings), settings)
         source = {} if settings.adapter_revision is None else {"revision": settings.adapter_revision}
         with loading(settings.adapter):
-            # The fast way of loading leaves out layers that it does not expect, without a word.
+            # With low_cpu_mem_usage, diffusers skips unexpected layers without an error.
             self.pipe.load_ip_adapter(
                 settings.adapter, subfolder=settings.subfolder, weight_name=settings.weight_name,
                 image_encoder_folder=settings.image_encoder_folder, low_cpu_mem_usage=False, **source,
@@ -321,7 +331,7 @@ class IPAdapterRefiner:
         self._adapter_images.clear()
 
     def refine(self, drafts: Sequence[Draft]) -> list[Candidate | Failed]:
-        """Each draft's face, or all of its picture, redrawn after the reference."""
+        """Return each draft's picture, with its face or all of it redrawn with the reference's identity."""
         face = self.settings.redraw == "face"
         cut = largest_face(self.finder, self.settings.region) if face else whole_picture
         return [refined(draft, cut, self._draw) for draft in drafts]
@@ -349,7 +359,10 @@ class IPAdapterRefiner:
         return image
 
     def _adapter_image(self, reference: Reference) -> Image.Image:
-        """What the adapter sees of the reference; FaceError if it should be a face and there is none."""
+        """Return the adapter's input from the reference: the square around the face, or the whole picture.
+
+        Raises FaceError if the settings need a face and none is found.
+        """
         if reference.key not in self._adapter_images:
             image = open_photo(reference.image)
             if self.settings.look_at == "face":
@@ -364,7 +377,10 @@ class IPAdapterRefiner:
 
 
 def _image_to_image(settings: ModelSettings) -> Any:
-    """The image-to-image class for a model, by its name: AutoPipelineForImage2Image would import all of diffusers."""
+    """Return the image-to-image class for a model, found by the name of its pipeline.
+
+    AutoPipelineForImage2Image would import all of diffusers. Raises WeightsError if the class takes no IP-Adapter.
+    """
     import diffusers
 
     source = {} if settings.revision is None else {"revision": settings.revision}
@@ -372,5 +388,7 @@ def _image_to_image(settings: ModelSettings) -> Any:
         name = str(diffusers.DiffusionPipeline.load_config(settings.model, **source)["_class_name"])
     kind = getattr(diffusers, name if "Img2Img" in name else name.replace("Pipeline", "Img2ImgPipeline"), None)
     if not hasattr(kind, "load_ip_adapter"):
-        raise WeightsError(f"{settings.model} is a {name}, which takes no IP-Adapter: name a Stable Diffusion or SDXL.")
+        raise WeightsError(
+            f"{settings.model} is a {name}, which takes no IP-Adapter. Name a Stable Diffusion or SDXL model."
+        )
     return kind

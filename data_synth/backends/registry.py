@@ -1,7 +1,8 @@
-"""Which class stands behind each backend's name; its module is imported when a build uses it.
+"""Map the name of each backend to its class, and construct the backends that a build file selects.
 
-A build file says `captioner: grammar`, or `captioner: {backend: endpoint, model: NAME}` with the backend's own settings
-beside its name. Your own backend is named by its place, "package.module:Class" (contracts.py says what it must do).
+The module of a backend is imported only when a build uses it. A build file contains `captioner: grammar`, or
+`captioner: {backend: endpoint, model: NAME}` with the backend's settings beside its name. A backend of your own is
+named by its import path, "package.module:Class" (contracts.py documents its interface).
 """
 
 import importlib
@@ -44,7 +45,8 @@ BACKENDS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-CALLS: Mapping[str, Sequence[str]] = {  # what a backend of each kind must have besides what all have (backends.py)
+# The required members of each kind, besides those of every backend (contracts.py).
+CALLS: Mapping[str, Sequence[str]] = {
     "references": ("count", "draw"),  # or "collect"
     "captioner": ("caption",),
     "rewriter": ("rewrite",),
@@ -55,10 +57,10 @@ CALLS: Mapping[str, Sequence[str]] = {  # what a backend of each kind must have 
 
 
 def make_backend(kind: str, choice: BackendChoice) -> Any:
-    """The backend of that kind that a build file chose, its settings checked and nothing loaded.
+    """Return the backend that a build file selects for a step; its settings are checked and no model is loaded.
 
-    Raises ConfigError, naming the valid ones, for a name or a setting that there is not, and for a class that lacks
-    something that every build asks for.
+    Raises ConfigError, with the valid values, for an unknown name or setting, and for a class without a required
+    member.
     """
     class_path = BACKENDS[kind].get(choice.backend, choice.backend)
     module, colon, name = class_path.partition(":")
@@ -68,12 +70,12 @@ def make_backend(kind: str, choice: BackendChoice) -> Any:
         backend_class = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"{kind}: {class_path} cannot be imported ({error}): install it, or correct its name."
+            f"{kind}: {class_path} cannot be imported ({error}). Install the package, or correct the name."
         ) from error
     if not hasattr(backend_class, "Settings"):
         raise ConfigError(_missing_message(kind, class_path, ["Settings"]))
     backend = backend_class(validated(backend_class.Settings, choice.settings, f"{kind} {choice.backend}"))
-    members = dir(backend)  # nothing is asked for: `identity` may read a whole model
+    members = dir(backend)  # hasattr would compute `identity`, which may read a whole model
     calls = ("collect",) if kind == "references" and "collect" in members else CALLS[kind]
     if missing := [name for name in ("settings", "identity", "load", *calls) if name not in members]:
         raise ConfigError(_missing_message(kind, class_path, missing))
@@ -82,4 +84,4 @@ def make_backend(kind: str, choice: BackendChoice) -> Any:
 
 def _missing_message(kind: str, class_path: str, missing: Sequence[str]) -> str:
     lacks = " and no ".join(missing)
-    return f"{kind}: {class_path} has no {lacks}: data_synth/backends/contracts.py says what a backend must have."
+    return f"{kind}: {class_path} has no {lacks}: data_synth/backends/contracts.py documents what to add."

@@ -1,8 +1,8 @@
-"""Captions rewritten to what a target should show, by a language model here or behind an endpoint.
+"""Rewrite captions to describe a target, with a language model in this process or behind an endpoint.
 
-The paper's section 3.3 lets Llama 3 "inject" gaze and pose. Here the aims are drawn beforehand, so that the wished
-distribution is met over the whole build, and the model only writes them into the sentence: a model that chooses by
-itself makes everybody smile into the camera.
+In the paper's section 3.3, Llama 3 "injects" gaze and pose. Here the aims (the attribute values of a target) are
+assigned before, so that the whole build meets the wished distribution, and the model only writes them into the
+caption. A model that chooses the values itself makes almost everybody smile into the camera.
 """
 
 import functools
@@ -28,7 +28,7 @@ VERSION = 1
 
 def _has_places(instruction: str) -> str:
     if missing := [place for place in ("{aims}", "{caption}") if place not in instruction]:
-        raise ValueError(f"the instruction does not say where {' and '.join(missing)} go")
+        raise ValueError(f"the instruction does not say where {' and '.join(missing)} go; add the placeholder")
     return instruction
 
 
@@ -36,13 +36,13 @@ Instruction = Annotated[str, AfterValidator(_has_places)]
 
 
 class TransformersRewriter:
-    """Any language model that transformers' AutoModelForCausalLM loads, trained to follow instructions."""
+    """A rewriter with any instruction-tuned language model that transformers' AutoModelForCausalLM loads."""
 
     class Settings(ChatSettings):
-        """The model, and what it is asked."""
+        """The model and its prompt."""
 
-        instruction: Instruction = REWRITE  # {aims} and {caption} are put in
-        temperature: float = Field(default=0.7, ge=0)  # some chance, or equal aims give equal sentences
+        instruction: Instruction = REWRITE  # {aims} and {caption} are replaced
+        temperature: float = Field(default=0.7, ge=0)  # above 0, so that equal aims give different sentences
         top_p: float = Field(default=0.95, gt=0, le=1)
 
     def __init__(self, settings: "TransformersRewriter.Settings") -> None:
@@ -51,26 +51,26 @@ class TransformersRewriter:
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version, and the model's name, weights and licence."""
+        """The class, the version, and the model's name, weights and licence."""
         return identity_of(self, VERSION, **model_identity(self.settings))
 
     def load(self) -> None:
-        """Load the model; WeightsError if it is not there or knows no conversation."""
+        """Load the model. Raises WeightsError if it cannot be loaded or has no chat template."""
         self.language_model.load()
 
     def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
-        """Each target's caption with its aims brought in."""
+        """Return each target's caption, changed to include its aims."""
         return _rewritten(self.language_model, targets, self.settings.instruction)
 
 
 class EndpointRewriter:
-    """A language model behind an OpenAI-compatible endpoint."""
+    """A rewriter with a language model behind an OpenAI-compatible endpoint."""
 
     class Settings(EndpointSettings):
-        """The endpoint, and what it is asked."""
+        """The endpoint and its prompt."""
 
-        instruction: Instruction = REWRITE  # {aims} and {caption} are put in
-        temperature: float | None = Field(default=0.7, ge=0)  # some chance, or equal aims give equal sentences
+        instruction: Instruction = REWRITE  # {aims} and {caption} are replaced
+        temperature: float | None = Field(default=0.7, ge=0)  # above 0, so that equal aims give different sentences
 
     def __init__(self, settings: "EndpointRewriter.Settings") -> None:
         self.settings = settings
@@ -78,29 +78,29 @@ class EndpointRewriter:
 
     @functools.cached_property
     def identity(self) -> Mapping[str, Any]:
-        """Class, version, and what the endpoint calls its model: it alone knows which weights those are."""
+        """The class, the version and the endpoint's name for its model; the weights behind that name are unknown."""
         return identity_of(self, VERSION, model=self.settings.model, licence=self.settings.licence)
 
     def load(self) -> None:
-        """Find the key; ConfigError if there is none."""
+        """Read the API key. Raises ConfigError if it is missing."""
         self.language_model.load()
 
     def rewrite(self, targets: Sequence[Target]) -> list[str | Failed]:
-        """Each target's caption with its aims brought in."""
+        """Return each target's caption, changed to include its aims."""
         return _rewritten(self.language_model, targets, self.settings.instruction)
 
 
 def _rewritten(language_model: LanguageModel, targets: Sequence[Target], instruction: str) -> list[str | Failed]:
-    """Ask for every target that has aims; where nothing is to change, the caption is the answer."""
-    asked = [target for target in targets if target.aims]
+    """Rewrite the caption of every target that has aims; return the other captions unchanged."""
+    with_aims = [target for target in targets if target.aims]
     texts = iter(
-        answers(language_model, [Question(_instruction(target, instruction), target.seed) for target in asked])
+        answers(language_model, [Question(_instruction(target, instruction), target.seed) for target in with_aims])
     )
     return [next(texts) if target.aims else target.caption for target in targets]
 
 
 def _instruction(target: Target, instruction: str) -> str:
     aims = "\n".join(f"- {name}: {value}" for name, value in target.aims.items())
-    # Not str.format: captions and other people's instructions may hold braces. The caption comes last, so that a
-    # caption that holds "{aims}" stays as it is.
+    # str.format would fail, because captions and custom instructions may contain braces. The caption is inserted last,
+    # so that "{aims}" in a caption is not replaced.
     return instruction.replace("{aims}", aims).replace("{caption}", target.caption)

@@ -1,15 +1,19 @@
-"""A simple detector of writing: watermarks, captions and signatures that a generator learnt from the web.
+"""Detect writing with a simple method: watermarks, captions and signatures that a generator has learnt from the web.
 
-It looks for what print has and faces have not: several small shapes, each drawn with strokes of one width in a clear
-contrast to what is around them, side by side on a straight line, all of one height, stroke and brightness (the rules of
-Epshtein, Ofek and Wexler's "Stroke Width Transform", CVPR 2010, on plain connected shapes). Eyes behind glasses are
-such a line too, so a known face is left out.
+A line of writing is a row of several small shapes on a straight line. Each shape has strokes of one width that contrast
+clearly with their surroundings, and the shapes have similar height, stroke width and brightness. These are the rules of
+Epshtein, Ofek and Wexler's "Stroke Width Transform" (CVPR 2010), applied to connected components. Eyes behind glasses
+also fit these rules, so shapes on a known face are ignored.
 
-Its limits, so that nobody relies on it for more: lines of fewer than four letters pass, and so do joined-up
-handwriting, lines tilted by more than about 15 degrees, letters on the face, letters larger than a quarter of the
-picture or lower than about 8 pixels (of 512), and watermarks so faint that they change brightness by less than a tenth.
-Rows of other small open shapes (railings, trees) can be taken for letters, and so can grass: of six photographs without
-writing, two had 2 to 3 % of it. Real watermarks deserve a trained detector.
+The detector does not find:
+
+- lines of fewer than four letters, and lines tilted by more than about 15 degrees;
+- joined-up handwriting, and letters on the face;
+- letters higher than a quarter of the picture or lower than about 8 pixels (of 512);
+- watermarks that change the brightness by less than a tenth.
+
+Rows of other small open shapes (railings, trees) and grass can be mistaken for letters: of six photographs without
+writing, two had 2 to 3 % of their area detected. Use a trained detector for real watermarks.
 """
 
 import importlib
@@ -21,25 +25,25 @@ from PIL import Image
 
 from imagine.records import FaceBox
 
-SIDE = 512  # larger pictures are shrunk to it
-LETTERS = 4  # fewer in a line are no writing: the world's shirts bear up to three
+SIDE = 512  # pixels; larger pictures are shrunk to this longest side
+LETTERS = 4  # minimum number in a line, because shirts of the portrait world have up to three
 
-_STROKES = (3, 7, 15)  # pixels: strokes are looked for that are narrower than each of these ...
-_WIDEST = 0.03  # ... but than no more than this share of the picture's shorter side, the first excepted
-_CONTRAST = 0.1  # of brightness, 0 to 1, between a stroke and its surroundings
-_CLEAREST = 0.5  # of the strongest contrast near it, so that texture does not join letters
-_HEIGHTS = (5, 0.25)  # pixels at least; share of the picture's height at most
-_SOLID = 0.85  # a shape that fills its box more than this is a window or a dot, unless it is as narrow as an I
-_OPEN = 0.6  # of a line's shapes, at least this share must not be solid
-_UNEVEN = 0.1  # of the letters' height: how far half of a line's letters may stand off a straight line
-_SHADES = 0.15  # of brightness, between neighbouring letters
+_STROKES = (3, 7, 15)  # pixels: maximum stroke widths; strokes below each of them are detected separately
+_WIDEST = 0.03  # of the picture's shorter side: the larger widths of _STROKES above it are skipped
+_CONTRAST = 0.1  # minimum difference of brightness, 0 to 1, between a stroke and its surroundings
+_CLEAREST = 0.5  # minimum share of the strongest contrast nearby, so that texture does not connect letters
+_HEIGHTS = (5, 0.25)  # of a letter: minimum in pixels, maximum as a share of the picture's height
+_SOLID = 0.85  # share of its box above which a shape is solid (a window, a dot), unless it is as narrow as an I
+_OPEN = 0.6  # minimum share of a line's shapes that are not solid
+_UNEVEN = 0.1  # maximum median distance of a line's letters from a straight line, in heights of a letter
+_SHADES = 0.15  # maximum difference of brightness between neighbouring letters
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-Shape = tuple[float, float, float, float, float, float, float]  # a box, 1 if solid, depth of strokes, brightness
+Shape = tuple[float, float, float, float, float, float, float]  # a box, 1 if solid, half the stroke width, brightness
 
 
 def text_share(image: Image.Image, face: FaceBox | None = None) -> float:
-    """The share of the picture, 0 to 1, that the boxes of lines of writing cover, those on the face left out."""
+    """Return the share of the picture, 0 to 1, that the boxes of lines of writing cover, except letters on the face."""
     grey = image.convert("L")
     if max(grey.size) > SIDE:
         grey.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -55,8 +59,8 @@ def text_share(image: Image.Image, face: FaceBox | None = None) -> float:
 
 
 def _shapes(picture: NDArray[np.float32], width: int) -> NDArray[np.float64]:
-    """What may be letters in bright strokes narrower than `width`, left to right: (S, 7), rows as `Shape` says."""
-    ndimage: Any = importlib.import_module("scipy.ndimage")  # comes with scikit-image
+    """Return possible letters in bright strokes narrower than `width`, left to right: (S, 7), each row a `Shape`."""
+    ndimage: Any = importlib.import_module("scipy.ndimage")  # a dependency of scikit-image
     contrast = picture - ndimage.grey_opening(picture, size=(width, width))
     strokes = contrast > np.maximum(_CONTRAST, _CLEAREST * ndimage.maximum_filter(contrast, 2 * width + 1))
     labels, count = ndimage.label(strokes, structure=np.ones((3, 3)))
@@ -76,7 +80,7 @@ def _shapes(picture: NDArray[np.float32], width: int) -> NDArray[np.float64]:
 def _depths(
     ndimage: Any, strokes: NDArray[np.bool_], labels: NDArray[np.int32], count: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Half the width of each shape's strokes (S,), from their middle lines, and whether it is about equal all along."""
+    """Return half the stroke width of each shape (S,), measured on its centre lines, and whether it is uniform (S,)."""
     depth = ndimage.distance_transform_edt(strokes)
     ridge = strokes & (depth >= ndimage.maximum_filter(depth, 3))
     where = labels[ridge]
@@ -87,7 +91,7 @@ def _depths(
 
 
 def _outside(shapes: NDArray[np.float64], face: FaceBox | None, scale: float) -> NDArray[np.float64]:
-    """The shapes whose middle is not in the face's box."""
+    """Return the shapes whose centre is not in the face's box."""
     if face is None or not len(shapes):
         return shapes
     middle = (shapes[:, :2] + shapes[:, 2:4]) / 2 / scale
@@ -96,7 +100,7 @@ def _outside(shapes: NDArray[np.float64], face: FaceBox | None, scale: float) ->
 
 
 def _lines(shapes: NDArray[np.float64]) -> list[Box]:
-    """The boxes of lines: shapes that are alike, level with each other and close together."""
+    """Return the boxes of lines: rows of similar shapes at the same height and close together."""
     lines: list[list[Shape]] = []
     for row in shapes.tolist():
         shape: Shape = tuple(row)
@@ -111,7 +115,7 @@ def _lines(shapes: NDArray[np.float64]) -> list[Box]:
 
 
 def _follows(one: Shape, two: Shape) -> bool:
-    """Whether `two` may be the next letter after `one`."""
+    """Return whether `two` may be the next letter after `one`."""
     low, high = sorted((one[3] - one[1], two[3] - two[1]))
     level = min(one[3], two[3]) - max(one[1], two[1])
     near = -0.2 * high <= two[0] - one[2] <= high and 2 * level >= low
@@ -124,7 +128,7 @@ def _share_open(line: list[Shape]) -> float:
 
 
 def _is_straight(line: list[Shape]) -> bool:
-    """Whether most letters stand on one straight line, which may be tilted; leaves and grass do not."""
+    """Return whether the letters' lower edges are on one straight line, possibly tilted, unlike leaves and grass."""
     rows = np.array(line)
     middle, foot = (rows[:, 0] + rows[:, 2]) / 2, rows[:, 3]
     off = np.abs(foot - np.polyval(np.polyfit(middle, foot, 1), middle))
