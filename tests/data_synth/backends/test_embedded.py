@@ -1,4 +1,4 @@
-"""The portrait world's backends: targets show what was asked for in any company, and faults are known."""
+"""Test the portrait world's backends: results do not depend on the batch, and match the specification."""
 
 import io
 from collections import Counter
@@ -34,7 +34,7 @@ def people() -> list[Reference]:
 
 
 def work(people: list[Reference]) -> list[tuple[Reference, TargetSpec, int]]:
-    """Five asks of four kinds each."""
+    """Return one item per person; the aims repeat every four people."""
     return [
         (one, TargetSpec(f"{one.key}-0", one.key, "", "", AIMS[number % len(AIMS)], 1000 + number), number % 2)
         for number, one in enumerate(people)
@@ -47,7 +47,7 @@ def generated(renderer: Renderer, some: list[tuple[Reference, TargetSpec, int]])
     return [one for one in made if isinstance(one, Candidate)]
 
 
-def test_references_are_the_same_in_any_company(people: list[Reference]) -> None:
+def test_references_do_not_depend_on_the_batch(people: list[Reference]) -> None:
     source = WorldPeople(WorldPeople.Settings(identities=20, size=32))
     assert source.draw([7]) == [people[7]]
     assert source.draw([19, 3]) == [people[19], people[3]]
@@ -58,36 +58,37 @@ def test_references_are_the_same_in_any_company(people: list[Reference]) -> None
         assert (image.size, image.format) == ((32, 32), "PNG")
 
 
-def test_targets_are_the_same_in_any_company_and_show_what_was_asked_for(people: list[Reference]) -> None:
+def test_targets_do_not_depend_on_the_batch_and_show_their_aims(people: list[Reference]) -> None:
     renderer, some = Renderer(Renderer.Settings(size=32)), work(people)
     together = generated(renderer, some)
     apart = [one for part in (some[:1], some[1:8], some[8:17], some[17:]) for one in generated(renderer, part)]
     assert together == apart
     for (_, spec, _), made in zip(some, together, strict=True):
         shown = made.facts["attributes"]
-        wanted = {name: "none" if name == "held" else value for name, value in spec.aims.items()}  # cut off
+        # A close-up cuts off held objects.
+        wanted = {name: "none" if name == "held" else value for name, value in spec.aims.items()}
         assert {name: shown[name] for name in wanted} == wanted
         assert shown["letters"] == "" or shown["clothes"] in ("t-shirt", "hoodie")
 
 
-def test_the_rewritten_caption_is_of_the_picture_that_is_drawn(people: list[Reference]) -> None:
+def test_the_rewritten_caption_describes_the_rendered_picture(people: list[Reference]) -> None:
     some = work(people)
     targets = [Target(reference, "", spec.aims, spec.seed) for reference, spec, _ in some]
     rewriter = GrammarRewriter(GrammarRewriter.Settings())
     sentences = rewriter.rewrite(targets)
     assert sentences[4:9] == rewriter.rewrite(targets[4:9])
     pictures = generated(Renderer(Renderer.Settings(size=32)), some)
-    said = 0
+    mentioned = 0
     for sentence, picture in zip(sentences, pictures, strict=True):
         assert isinstance(sentence, str)
         for name, phrases in PHRASES.items():
-            there = [value for value, some in phrases.items() if any(f", {one}" in sentence for one in some)]
-            assert there in ([], [picture.facts["attributes"][name]]), (name, sentence)
-            said += len(there)
-    assert said > 60
+            found = [value for value, some in phrases.items() if any(f", {one}" in sentence for one in some)]
+            assert found in ([], [picture.facts["attributes"][name]]), (name, sentence)
+            mentioned += len(found)
+    assert mentioned > 60
 
 
-def test_drift_is_the_distance_that_truth_measures(people: list[Reference]) -> None:
+def test_more_drift_lowers_the_similarity_that_truth_measures(people: list[Reference]) -> None:
     some = work(people)
     means = []
     for drift in (0.0, 0.06, 0.2):
@@ -99,13 +100,13 @@ def test_drift_is_the_distance_that_truth_measures(people: list[Reference]) -> N
     assert means[0] == 1.0 and 0.8 < means[1] < 0.88 and 0.4 < means[2] < 0.65
 
 
-def test_strangers_are_unlike_the_reference(people: list[Reference]) -> None:
+def test_strangers_have_a_low_similarity(people: list[Reference]) -> None:
     made = generated(Renderer(Renderer.Settings(size=32, strangers=0.5, drift=0.02)), work(people))
     unlike = [one.facts["similarity"] < 0.5 for one in made]
     assert 4 <= sum(unlike) <= 16
 
 
-def test_difference_counts_what_changed_of_pose_and_expression(people: list[Reference]) -> None:
+def test_the_difference_is_the_share_of_changed_pose_attributes(people: list[Reference]) -> None:
     facts = {**people[0].facts, "similarity": 1.0}
     same = Candidate("a", "b", b"", facts=facts)
     other = replace(same, facts={**facts, "attributes": {**facts["attributes"], "yaw": "-", "gaze": "-"}})
@@ -114,7 +115,7 @@ def test_difference_counts_what_changed_of_pose_and_expression(people: list[Refe
     assert [one.difference for one in measured if isinstance(one, Measures)] == [0.0, 0.4]
 
 
-def test_people_from_elsewhere_fail_alone(people: list[Reference]) -> None:
+def test_items_of_other_people_fail_without_affecting_the_others(people: list[Reference]) -> None:
     captions = GrammarCaptioner(GrammarCaptioner.Settings()).caption([STRANGER, people[0]])
     assert isinstance(captions[0], Failed) and isinstance(captions[1], str)
     spec = TargetSpec("x-0", "x", "", "", {}, 5)
@@ -125,9 +126,7 @@ def test_people_from_elsewhere_fail_alone(people: list[Reference]) -> None:
 
 
 @pytest.mark.parametrize(("aims", "sentence"), [({"pose": "x"}, "no pose 'x'"), ({"yaw": "up"}, "no yaw 'up'")])
-def test_an_aim_that_the_world_does_not_know_is_one_sentence(
-    people: list[Reference], aims: dict[str, str], sentence: str
-) -> None:
+def test_an_unknown_aim_raises_one_sentence(people: list[Reference], aims: dict[str, str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         GrammarRewriter(GrammarRewriter.Settings()).rewrite([Target(people[0], "", aims, 1)])
 
@@ -151,15 +150,15 @@ def test_the_shipped_build_file_builds(tmp_path: Path, capsys: pytest.CaptureFix
     }
 
 
-def test_our_own_pipeline_draws_targets(people: list[Reference], tmp_path: Path) -> None:
+def test_our_own_pipeline_generates_candidates(people: list[Reference], tmp_path: Path) -> None:
     tiny.pipeline().save_pretrained(tmp_path / "weights")
-    asks = [
+    specs = [
         replace(spec, prompt=prompt)
         for (_, spec, _), prompt in zip(
             work(people)[:3], (*tiny.SENTENCES[:1], "a hat " * 40, "an old woman"), strict=True
         )
     ]
-    some = [(reference, spec, 0) for reference, spec in zip(people, asks, strict=False)]
+    some = [(reference, spec, 0) for reference, spec in zip(people, specs, strict=False)]
     made = {}
     for size in (1, 3):
         settings = ImagineGenerator.Settings(model=str(tmp_path / "weights"), steps=2, batch_size=size, device="cpu")
@@ -177,7 +176,7 @@ def test_our_own_pipeline_draws_targets(people: list[Reference], tmp_path: Path)
     assert isinstance(other, Candidate) and isinstance(made[3][0], Candidate) and other.image != made[3][0].image
 
 
-def test_compiling_without_a_compiler_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_without_a_compiler_raises_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     Renderer(Renderer.Settings(size=32)).load()

@@ -1,4 +1,4 @@
-"""The client of chat endpoints, against a server on this machine that misbehaves on demand."""
+"""Test the client of chat endpoints against a local server that can return any error."""
 
 import base64
 import io
@@ -26,18 +26,19 @@ Reply = tuple[int, dict[str, str], bytes]
 
 
 def completion(text: Any, finish: str = "stop", **message: Any) -> Reply:
-    """A chat completion as OpenAI's interface has it."""
+    """Return a chat completion in the format of OpenAI's interface."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
     return 200, {}, json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
 
 
 def trouble(status: int, sentence: str = "no", **headers: str) -> Reply:
+    """Return an error in the format of OpenAI's interface."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return status, named, json.dumps({"error": {"message": sentence}}).encode()
 
 
 class Stub:
-    """An endpoint: checks the form of each request, and answers what `reply` says to its number and body."""
+    """An endpoint that checks the format of each request and answers with `reply(number, body)`; None: it hangs."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -52,7 +53,7 @@ class Stub:
             def do_POST(self) -> None:
                 content = self.rfile.read(int(self.headers["Content-Length"]))
                 reply = stub.take(self.path, dict(self.headers), content)
-                if reply is None:  # hangs until the test is over
+                if reply is None:  # hang until the test ends
                     stub.closing.wait(20)
                     return
                 status, headers, answer = reply
@@ -103,19 +104,19 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
 
 
 def client(stub: Stub, **settings: Any) -> Endpoint:
-    patient = {"first_wait": 0.01, "timeout": 5.0, **settings}
-    endpoint = Endpoint(EndpointSettings(model="some/model", url=stub.url, **patient))
+    fast = {"first_wait": 0.01, "timeout": 5.0, **settings}
+    endpoint = Endpoint(EndpointSettings(model="some/model", url=stub.url, **fast))
     endpoint.load()
     return endpoint
 
 
 def text_of(body: dict[str, Any]) -> str:
-    """What a question says, with or without a picture."""
+    """Return the text of a question, with or without a picture."""
     content = body["messages"][0]["content"]
     return content if isinstance(content, str) else content[0]["text"]
 
 
-def test_a_question_is_asked_as_the_interface_wants_it(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_has_the_format_of_the_interface(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "secret")
     endpoint = client(stub, key_from="SOME_KEY", max_tokens=50, body={"top_p": 0.9})
     assert endpoint.answer([Question("Who?", 7)]) == ["A person."]
@@ -136,7 +137,7 @@ def test_a_question_is_asked_as_the_interface_wants_it(stub: Stub, monkeypatch: 
     assert "Authorization" not in stub.headers[1]
 
 
-def test_pictures_travel_as_data_urls_upright_and_shrunk(stub: Stub) -> None:
+def test_pictures_are_sent_upright_and_shrunk_as_data_urls(stub: Stub) -> None:
     def describe(number: int, body: dict[str, Any]) -> Reply:
         text, picture = body["messages"][0]["content"]
         assert text == {"type": "text", "text": DESCRIBE} and picture["type"] == "image_url"
@@ -147,19 +148,21 @@ def test_pictures_travel_as_data_urls_upright_and_shrunk(stub: Stub) -> None:
     stub.reply = describe
     file = io.BytesIO()
     sideways = Image.new("RGB", (200, 100), "red").getexif()
-    sideways[0x0112] = 6  # turn by 90 degrees to see it
+    sideways[0x0112] = 6  # stored rotated by 90 degrees
     Image.new("RGB", (200, 100), "red").save(file, "JPEG", exif=sideways)
     captioner = EndpointCaptioner(EndpointCaptioner.Settings(model="m", url=stub.url, longest_side=64))
     captioner.load()
-    told = captioner.caption([Reference("a", file.getvalue()), Reference("b", b"no picture"), tiny_models.reference(1)])
-    assert told[0] == "A data:image/jpeg;base64 of JPEG (32, 64)."
-    assert isinstance(told[1], Failed) and not told[1].for_now
-    assert told[2] == "A data:image/jpeg;base64 of JPEG (64, 64)."
+    captions = captioner.caption(
+        [Reference("a", file.getvalue()), Reference("b", b"no picture"), tiny_models.reference(1)]
+    )
+    assert captions[0] == "A data:image/jpeg;base64 of JPEG (32, 64)."
+    assert isinstance(captions[1], Failed) and not captions[1].for_now
+    assert captions[2] == "A data:image/jpeg;base64 of JPEG (64, 64)."
     assert len(stub.requests) == 2 and stub.requests[0]["seed"] != stub.requests[1]["seed"]
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_passes_by_itself_is_asked_again(stub: Stub, status: int) -> None:
+def test_transient_errors_are_retried(stub: Stub, status: int) -> None:
     stub.reply = lambda number, body: trouble(status) if number < 3 else completion("At last.")
     assert client(stub).answer([Question("Who?", 0)]) == ["At last."]
     assert len(stub.requests) == 4
@@ -169,12 +172,12 @@ def test_waits_double(stub: Stub) -> None:
     stub.reply = lambda number, body: trouble(503) if number < 4 else completion("At last.")
     client(stub, first_wait=0.05, longest_wait=0.2).answer([Question("Who?", 0)])
     waits = [later - earlier for earlier, later in zip(stub.times, stub.times[1:], strict=False)]
-    for wait, most in zip(waits, (0.05, 0.1, 0.2, 0.2), strict=True):  # the last is bounded
+    for wait, most in zip(waits, (0.05, 0.1, 0.2, 0.2), strict=True):  # the last one reaches longest_wait
         assert most / 2 <= wait < most + 0.1
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_obeyed(stub: Stub, form: str) -> None:
+def test_retry_after_is_respected(stub: Stub, form: str) -> None:
     ahead = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))  # between 1 and 2 seconds from now
     header = "0.4" if form == "seconds" else ahead
     stub.reply = lambda number, body: trouble(429, Retry_After=header) if number == 0 else completion("At last.")
@@ -182,7 +185,7 @@ def test_retry_after_is_obeyed(stub: Stub, form: str) -> None:
     assert stub.times[1] - stub.times[0] >= (0.4 if form == "seconds" else 0.9)
 
 
-def test_a_server_that_hangs_drips_or_answers_nonsense_is_parked(stub: Stub) -> None:
+def test_timeouts_and_invalid_answers_are_parked(stub: Stub) -> None:
     stub.reply = lambda number, body: None
     began = time.monotonic()
     (hung,) = client(stub, timeout=0.2, retries=1).answer([Question("Who?", 0)])
@@ -197,14 +200,14 @@ def test_a_server_that_hangs_drips_or_answers_nonsense_is_parked(stub: Stub) -> 
     assert isinstance(cut, Failed) and cut.for_now
 
 
-def test_nobody_there_is_parked(stub: Stub) -> None:
+def test_a_closed_server_is_parked(stub: Stub) -> None:
     endpoint = client(stub, retries=1)
     stub.server.server_close()
     (parked,) = endpoint.answer([Question("Who?", 0)])
     assert isinstance(parked, Failed) and parked.for_now and parked.reason == DOWN
 
 
-def test_what_is_wrong_with_one_question_fails_for_good_and_alone(stub: Stub) -> None:
+def test_an_error_of_one_question_is_permanent_and_affects_no_other(stub: Stub) -> None:
     def picky(number: int, body: dict[str, Any]) -> Reply:
         return trouble(400, "image too large") if text_of(body) == "bad" else completion(f"To {text_of(body)}.")
 
@@ -212,7 +215,7 @@ def test_what_is_wrong_with_one_question_fails_for_good_and_alone(stub: Stub) ->
     first, bad, last = client(stub).answer([Question("one", 0), Question("bad", 0), Question("two", 0)])
     assert (first, last) == ("To one.", "To two.")
     assert isinstance(bad, Failed) and not bad.for_now and bad.reason == REJECTED and "image too large" in bad.sentence
-    assert len(stub.requests) == 3  # never asked twice
+    assert len(stub.requests) == 3  # no retry
 
 
 @pytest.mark.parametrize("status", [401, 404, 307])
@@ -220,20 +223,20 @@ def test_a_wrong_key_name_or_address_parks_without_retries(stub: Stub, status: i
     stub.reply = lambda number, body: trouble(status, "unknown", Location="http://127.0.0.1:9/v1/chat/completions")
     (parked,) = client(stub).answer([Question("Who?", 0)])
     assert isinstance(parked, Failed) and parked.for_now and parked.reason == DENIED
-    assert len(stub.requests) == 1  # and no redirection was followed with the key
+    assert len(stub.requests) == 1  # no retry, and no redirection was followed
 
 
-def test_a_dead_endpoint_is_not_asked_for_every_record(stub: Stub) -> None:
+def test_after_repeated_failures_the_rest_is_parked_without_requests(stub: Stub) -> None:
     stub.reply = lambda number, body: trouble(503)
     endpoint = client(stub, retries=1, at_once=1, patience=3)
     parked = endpoint.answer([Question("Who?", number) for number in range(20)])
     assert all(isinstance(one, Failed) and one.for_now and one.reason == DOWN for one in parked)
     assert len(stub.requests) == 6
     stub.reply = lambda number, body: completion("A person.")
-    assert endpoint.answer([Question("Who?", 0)]) == ["A person."]  # the next call tries anew
+    assert endpoint.answer([Question("Who?", 0)]) == ["A person."]  # the next call sends requests again
 
 
-def test_answers_come_in_order_whoever_is_first(stub: Stub) -> None:
+def test_answers_are_returned_in_order(stub: Stub) -> None:
     def slow_first(number: int, body: dict[str, Any]) -> Reply:
         time.sleep(0.1 if text_of(body) == "0" else 0)
         return completion(f"To {text_of(body)}.")
@@ -243,7 +246,7 @@ def test_answers_come_in_order_whoever_is_first(stub: Stub) -> None:
     assert client(stub, at_once=4).answer(questions) == [f"To {number}." for number in range(8)]
 
 
-def test_refusals_and_cut_answers(stub: Stub) -> None:
+def test_refusals_and_truncated_answers(stub: Stub) -> None:
     stub.reply = lambda number, body: [
         completion(None, refusal="I will not."),
         completion("Half", finish="content_filter"),
@@ -271,17 +274,17 @@ def test_refusals_and_cut_answers(stub: Stub) -> None:
     ],
 )
 def test_answers_are_tidied(answer: str, tidied: str) -> None:
-    told = tidy(answer, complete=True)
-    assert (told.reason if isinstance(told, Failed) else told) == tidied
+    result = tidy(answer, complete=True)
+    assert (result.reason if isinstance(result, Failed) else result) == tidied
 
 
-def test_of_an_unfinished_answer_whole_sentences_stay() -> None:
+def test_an_unfinished_last_sentence_is_removed() -> None:
     assert tidy('He says "no." She is 1.5 m ta', complete=False) == 'He says "no."'
     cut = tidy("A man with", complete=False)
     assert isinstance(cut, Failed) and cut.reason == TRUNCATED
 
 
-def test_rewriters_are_told_caption_and_aims(stub: Stub) -> None:
+def test_the_prompt_of_a_rewriter_contains_caption_and_aims(stub: Stub) -> None:
     stub.reply = lambda number, body: completion(text_of(body))
     reference = Reference("r", b"")
     settings = EndpointRewriter.Settings(model="m", url=stub.url, instruction="[{aims}] {caption}")
@@ -290,7 +293,7 @@ def test_rewriters_are_told_caption_and_aims(stub: Stub) -> None:
     braces = Target(reference, "A {aims} of {style}.", {"gaze": "left", "scene": "beach"}, 3)
     same = Target(reference, "A man.", {}, 4)
     assert rewriter.rewrite([braces, same]) == ["[- gaze: left - scene: beach] A {aims} of {style}.", "A man."]
-    assert [body["seed"] for body in stub.requests] == [3]  # nothing is to change: nobody is asked
+    assert [body["seed"] for body in stub.requests] == [3]  # no request for the target without aims
     assert stub.requests[0]["temperature"] == 0.7
 
 
@@ -304,7 +307,7 @@ def test_settings_are_checked_and_only_those_that_change_answers_are_hashed(monk
     monkeypatch.delenv("SOME_KEY", raising=False)
     with pytest.raises(ConfigError, match="SOME_KEY"):
         Endpoint(EndpointSettings(model="m", key_from="SOME_KEY")).load()
-    kept = EndpointCaptioner.Settings(model="m").model_dump()
-    assert set(kept) == {"model", "max_tokens", "temperature", "body", "instruction", "longest_side"}
-    here, there = (EndpointCaptioner(EndpointCaptioner.Settings(model="m", licence="x", timeout=t)) for t in (1, 2))
-    assert here.identity == there.identity and here.identity["model"] == "m" and here.identity["licence"] == "x"
+    hashed = EndpointCaptioner.Settings(model="m").model_dump()
+    assert set(hashed) == {"model", "max_tokens", "temperature", "body", "instruction", "longest_side"}
+    one, two = (EndpointCaptioner(EndpointCaptioner.Settings(model="m", licence="x", timeout=t)) for t in (1, 2))
+    assert one.identity == two.identity and one.identity["model"] == "m" and one.identity["licence"] == "x"

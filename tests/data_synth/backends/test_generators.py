@@ -1,4 +1,4 @@
-"""The diffusers generator on a tiny random Stable Diffusion."""
+"""Test the diffusers generator with a tiny random Stable Diffusion."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def generator(folder: Path, **settings: object) -> DiffusersGenerator:
     return made
 
 
-def test_candidates_follow_from_seed_and_attempt_alone(folder: Path) -> None:
+def test_candidates_depend_on_seed_and_attempt_only(folder: Path) -> None:
     draws = generator(folder)
     reference = tiny_models.reference(1)
     spec, other = tiny_models.spec(reference, 0), tiny_models.spec(reference, 1)
@@ -40,16 +40,16 @@ def test_candidates_follow_from_seed_and_attempt_alone(folder: Path) -> None:
     assert alone == [together[2], together[1]]  # bit for bit
 
 
-def test_a_batch_draws_the_same_pictures_up_to_rounding(folder: Path) -> None:
+def test_a_batch_gives_the_same_pictures_up_to_rounding(folder: Path) -> None:
     reference = tiny_models.reference(1)
     items = [(reference, tiny_models.spec(reference, number), 0) for number in range(3)]
-    one_by_one, at_once = generator(folder).generate(items), generator(folder, batch_size=2).generate(items)
-    for one, two in zip(one_by_one, at_once, strict=True):
+    one_by_one, batched = generator(folder).generate(items), generator(folder, batch_size=2).generate(items)
+    for one, two in zip(one_by_one, batched, strict=True):
         assert isinstance(one, Candidate) and isinstance(two, Candidate) and one.key == two.key
         assert np.abs(pixels(one).astype(int) - pixels(two)).max() <= 1
 
 
-def test_half_precision_draws_nearly_the_same(folder: Path) -> None:
+def test_half_precision_gives_nearly_the_same_picture(folder: Path) -> None:
     reference = tiny_models.reference(1)
     item = [(reference, tiny_models.spec(reference), 0)]
     (exact,), (rough,) = (generator(folder, dtype=dtype).generate(item) for dtype in ("float32", "bfloat16"))
@@ -64,38 +64,38 @@ def test_settings_reach_the_pipeline(folder: Path) -> None:
     (wide,) = generator(folder, width=48, height=16).generate(item)
     (framed,) = generator(folder, prompt="{prompt}, as a pencil sketch").generate(item)
     (negative,) = generator(folder, negative_prompt="a red hat").generate(item)
-    (argued,) = generator(folder, arguments={"guidance_rescale": 0.9}).generate(item)
+    (rescaled,) = generator(folder, arguments={"guidance_rescale": 0.9}).generate(item)
     assert isinstance(wide, Candidate) and pixels(wide).shape == (16, 48, 3)
-    drawn = [one.image for one in (plain, framed, negative, argued) if isinstance(one, Candidate)]
+    drawn = [one.image for one in (plain, framed, negative, rescaled) if isinstance(one, Candidate)]
     assert len(set(drawn)) == 4
 
 
-def test_one_item_that_cannot_be_drawn_fails_alone(folder: Path) -> None:
+def test_one_bad_item_does_not_affect_the_others(folder: Path) -> None:
     draws = generator(folder, batch_size=2)
     reference = tiny_models.reference(1)
     good, bad = tiny_models.spec(reference, 0), tiny_models.spec(reference, 1)
-    real = draws.pipe.check_inputs
+    original = draws.pipe.check_inputs
 
     def refuse(prompt: list[str], *rest: object, **named: object) -> None:
         if "unspeakable" in prompt:
             raise ValueError("this is not to be drawn")
-        real(prompt, *rest, **named)
+        original(prompt, *rest, **named)
 
-    draws.pipe.check_inputs = refuse  # the pipeline's own check, with one more thing it objects to
+    draws.pipe.check_inputs = refuse  # the pipeline's own check with one more error
     bad = tiny_models.spec(reference, 1, prompt="unspeakable")
     first, second = draws.generate([(reference, good, 0), (reference, bad, 0)])
     assert isinstance(first, Candidate)
     assert isinstance(second, Failed) and "not to be drawn" in second.sentence and not second.for_now
 
 
-def test_what_a_safety_checker_blocks_is_no_candidate(folder: Path) -> None:
+def test_a_picture_blocked_by_the_safety_checker_is_a_failure(folder: Path) -> None:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
-    eyes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(vision_config={**eyes, "image_size": 32, "patch_size": 16}, projection_dim=8)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config={**vision, "image_size": 32, "patch_size": 16}, projection_dim=8)
     checker = StableDiffusionSafetyChecker(config).eval()
-    checker.concept_embeds_weights.data.fill_(-2.0)  # every picture is alike enough
+    checker.concept_embeds_weights.data.fill_(-2.0)  # every picture exceeds the threshold
     draws = generator(folder)
     draws.pipe.register_modules(safety_checker=checker, feature_extractor=CLIPImageProcessor(size=32, crop_size=32))
     reference = tiny_models.reference(1)
@@ -103,7 +103,7 @@ def test_what_a_safety_checker_blocks_is_no_candidate(folder: Path) -> None:
     assert isinstance(blocked, Failed) and blocked.reason == BLOCKED
 
 
-def test_streams_of_noise_differ() -> None:
+def test_noise_differs_by_seed_attempt_and_round() -> None:
     drawn = {
         float(torch.randn(1, generator=noise_of(*place))) for place in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (10, 0, 0)]
     }
@@ -111,7 +111,7 @@ def test_streams_of_noise_differ() -> None:
     assert torch.equal(torch.randn(3, generator=noise_of(7, 1, 2)), torch.randn(3, generator=noise_of(7, 1, 2)))
 
 
-def test_pipelines_that_cannot_be_used_are_refused_in_sentences(tmp_path: Path) -> None:
+def test_unusable_pipelines_raise_one_sentence(tmp_path: Path) -> None:
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     with pytest.raises(WeightsError, match="cannot be loaded"):
@@ -121,12 +121,12 @@ def test_pipelines_that_cannot_be_used_are_refused_in_sentences(tmp_path: Path) 
         up_block_types=("UpBlock2D",),
     )  # fmt: skip
     DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path / "ddim")
-    with pytest.raises(WeightsError, match="does not draw from a sentence"):
+    with pytest.raises(WeightsError, match="does not take a prompt"):
         generator(tmp_path / "ddim")
 
 
-def test_identity_is_known_before_loading(folder: Path) -> None:
+def test_the_identity_is_available_before_loading(folder: Path) -> None:
     settings = DiffusersGenerator.Settings(model=str(folder), batch_size=8)
-    known = DiffusersGenerator(settings).identity
-    assert known["model"] == folder.name and known["licence"] == "apache-2.0" and len(known["weights"]) == 16
+    identity = DiffusersGenerator(settings).identity
+    assert identity["model"] == folder.name and identity["licence"] == "apache-2.0" and len(identity["weights"]) == 16
     assert not {"model", "batch_size", "device", "offload"} & set(settings.model_dump())

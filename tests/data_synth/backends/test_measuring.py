@@ -1,4 +1,4 @@
-"""What is measured moves with what is wrong and stays where nothing is: on rendered people, whose truth is known."""
+"""Test the measures on rendered people with exact ground truth: each fault must change its measure, and only then."""
 
 import io
 from dataclasses import dataclass, replace
@@ -30,8 +30,8 @@ from imagine.world.seeds import HELD_OUT
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A rendered picture with its truth."""
+class RenderedPicture:
+    """A rendered picture with its ground truth."""
 
     image: Image.Image
     box: FaceBox
@@ -44,11 +44,11 @@ class Shown:
         return file.getvalue()
 
 
-PEOPLE = (0, 0, 1, 0)  # of each picture below: twice the same person, somebody else, the first one differently
+PEOPLE = (0, 0, 1, 0)  # per picture: one person twice, another person, the first person in another context
 
 
 def contexts() -> Contexts:
-    """Photos from the front; the last one is another picture altogether."""
+    """Return the contexts: frontal photos, of which the last one is turned and of another scene."""
     drawn = sample_contexts([3, 3, 3, 4])
     calm = {"yaw": 0.0, "pitch": 0.0, "roll": 0.0, "style": 0, "headwear": 0, "framing": 1, "light": 0}
     still = drawn.replace(**calm)
@@ -57,7 +57,7 @@ def contexts() -> Contexts:
 
 
 @lru_cache(maxsize=1)
-def pictures() -> tuple[Shown, ...]:
+def pictures() -> tuple[RenderedPicture, ...]:
     people = sample_people([HELD_OUT[number] for number in PEOPLE])
     how = contexts()
     drawn, truth = render(people, how, size=128), attributes(people, how)
@@ -65,13 +65,13 @@ def pictures() -> tuple[Shown, ...]:
     for number, image in enumerate(drawn.images):
         left, top, width, height = drawn.boxes[number].tolist()
         facts = {"box": [left, top, width, height], "attributes": truth[number]}
-        shown.append(Shown(to_pil(image), FaceBox(left, top, width, height, 1.0), facts))
+        shown.append(RenderedPicture(to_pil(image), FaceBox(left, top, width, height, 1.0), facts))
     return tuple(shown)
 
 
 @lru_cache(maxsize=1)
 def portraits() -> tuple[tuple[Image.Image, FaceBox], ...]:
-    """Many pictures of many people, as they come."""
+    """Return 48 pictures of different people in random contexts."""
     seeds = range(48)
     drawn = render(sample_people([HELD_OUT[seed] for seed in seeds]), sample_contexts(list(seeds)), size=128)
     boxes = [FaceBox(left, top, width, height, 1.0) for left, top, width, height in drawn.boxes.tolist()]
@@ -93,7 +93,7 @@ def as_jpeg(image: Image.Image, quality: int = 80) -> Image.Image:
 
 
 # --- hash -------------------------------------------------------------------------------------------------------------
-def test_a_picture_hash_outlives_size_format_and_exposure() -> None:
+def test_size_format_and_exposure_change_few_bits_of_the_hash() -> None:
     for image in crowd()[:16]:
         assert len(picture_hash(image)) == 16
         assert bits(image, image.resize((200, 200), Image.Resampling.LANCZOS)) <= 3
@@ -101,21 +101,21 @@ def test_a_picture_hash_outlives_size_format_and_exposure() -> None:
         assert bits(image, ImageEnhance.Brightness(image).enhance(0.8)) <= 3
 
 
-def test_different_pictures_have_hashes_far_apart() -> None:
+def test_different_pictures_have_different_hashes() -> None:
     some = crowd()
     apart = [bits(one, two) for number, one in enumerate(some) for two in some[:number]]
     assert min(apart) > 3
     assert np.median(apart) > 15
 
 
-def test_a_picture_hash_is_what_it_says() -> None:
+def test_the_hash_has_one_bit_per_increase_of_brightness() -> None:
     rising = Image.fromarray(np.tile(np.arange(0, 252, 28, dtype=np.uint8).repeat(4), (32, 1)))
     assert picture_hash(rising) == "f" * 16
     assert picture_hash(rising.transpose(Image.Transpose.FLIP_LEFT_RIGHT)) == "0" * 16
 
 
 # --- quality and sharpness --------------------------------------------------------------------------------------------
-def test_quality_finds_what_is_broken() -> None:
+def test_broken_pictures_have_low_quality() -> None:
     random = np.random.default_rng(0)
     image = crowd()[0]
     pixels = np.asarray(image, np.float32)
@@ -130,14 +130,14 @@ def test_quality_finds_what_is_broken() -> None:
     assert quality(flat) == 0
 
 
-def test_quality_leaves_good_pictures_alone_dark_ones_and_drawings_too() -> None:
+def test_good_pictures_dark_ones_and_drawings_have_high_quality() -> None:
     good = [quality(image) for image in crowd()]
     assert min(good) > 0.3
     dark = [quality(ImageEnhance.Brightness(image).enhance(0.35)) for image in crowd()]
     assert min(dark) > 0.3
 
 
-def test_sharpness_falls_with_every_blur() -> None:
+def test_blur_lowers_the_sharpness() -> None:
     shown = pictures()[0]
     blurred = [shown.image.filter(ImageFilter.GaussianBlur(radius)) for radius in (0, 1, 2, 4)]
     sharp = [face_sharpness(image, shown.box, 64) for image in blurred]
@@ -146,7 +146,7 @@ def test_sharpness_falls_with_every_blur() -> None:
 
 
 # --- difference -------------------------------------------------------------------------------------------------------
-def test_a_copy_is_no_different_whatever_was_done_to_it() -> None:
+def test_an_edited_copy_has_a_low_difference() -> None:
     shown = pictures()[0]
     darker = ImageEnhance.Contrast(ImageEnhance.Brightness(shown.image).enhance(0.7)).enhance(1.3)
     larger = shown.image.resize((192, 192), Image.Resampling.LANCZOS)
@@ -159,7 +159,7 @@ def test_a_copy_is_no_different_whatever_was_done_to_it() -> None:
     assert face_difference(shown.image, shown.box, shown.image, beside) < 0.1
 
 
-def test_another_expression_and_another_pose_are_different() -> None:
+def test_another_expression_or_pose_has_a_high_difference() -> None:
     calm, laughing, _, turned = pictures()
     copy = face_difference(calm.image, calm.box, as_jpeg(calm.image), calm.box)
     mood = face_difference(calm.image, calm.box, laughing.image, laughing.box)
@@ -169,12 +169,12 @@ def test_another_expression_and_another_pose_are_different() -> None:
     assert pose > 0.3
 
 
-def test_a_box_outside_the_picture_is_no_crash() -> None:
+def test_a_box_outside_the_picture_raises_no_error() -> None:
     shown = pictures()[0]
     assert face_difference(shown.image, FaceBox(500, 500, 20, 20, 1.0), shown.image, shown.box) == pytest.approx(1)
 
 
-def test_attributes_differ_by_share_of_what_is_known_of_both() -> None:
+def test_the_attribute_difference_is_a_share_of_the_common_attributes() -> None:
     one = {"expression": "sad", "gaze": "left", "yaw": "left", "pitch": "up", "roll": "left", "scene": "beach"}
     assert attribute_difference(one, one) == 0
     assert attribute_difference(one, {**one, "gaze": "right", "yaw": "front"}) == pytest.approx(0.4)
@@ -201,12 +201,12 @@ def test_watermarks_are_found() -> None:
     assert np.mean(found) > 0.75
 
 
-def test_pictures_without_writing_pass_and_so_do_letters_on_shirts() -> None:
-    taken = [text_share(image, box) > 0.01 for image, box in portraits()]  # many bear up to three letters
+def test_pictures_without_writing_and_letters_on_shirts_are_not_detected() -> None:
+    taken = [text_share(image, box) > 0.01 for image, box in portraits()]  # many shirts have up to three letters
     assert np.mean(taken) <= 0.05
 
 
-def test_the_share_is_about_the_box_of_the_writing() -> None:
+def test_the_share_is_close_to_the_area_of_the_writing() -> None:
     page = Image.new("RGB", (200, 200), (200, 190, 180))
     marked = written(page, "Watermark", 24, (20, 20, 20), (20, 80))
     left, top, right, bottom = ImageDraw.Draw(page).textbbox(
@@ -215,17 +215,19 @@ def test_the_share_is_about_the_box_of_the_writing() -> None:
     assert text_share(page) == 0
     assert text_share(marked) == pytest.approx((right - left) * (bottom - top) / 200**2, rel=0.25)
     assert text_share(written(page, "ABC", 24, (20, 20, 20), (20, 80))) == 0
-    assert text_share(marked, FaceBox(0, 60, 200, 80, 1.0)) == 0  # whatever is on a face is none
+    assert text_share(marked, FaceBox(0, 60, 200, 80, 1.0)) == 0  # letters on the face are ignored
 
 
-def test_a_large_picture_is_read_at_a_smaller_size() -> None:
+def test_a_large_picture_is_shrunk_before_detection() -> None:
     page = written(Image.new("RGB", (1600, 1200), (200, 190, 180)), "Watermark", 80, (20, 20, 20), (900, 1000))
     assert text_share(page) == pytest.approx(text_share(page.resize((800, 600), Image.Resampling.LANCZOS)), rel=0.2)
     assert text_share(page, FaceBox(880, 980, 600, 150, 1.0)) == 0
 
 
 # --- the measurer -----------------------------------------------------------------------------------------------------
-def draft(reference: Shown, candidate: Shown | bytes, prompt: str = "a person, smiling", **facts: Any) -> Draft:
+def draft(
+    reference: RenderedPicture, candidate: RenderedPicture | bytes, prompt: str = "a person, smiling", **facts: Any
+) -> Draft:
     content = candidate if isinstance(candidate, bytes) else candidate.png
     return Draft(
         Reference("r", reference.png, facts=facts.pop("reference_facts", {})),
@@ -247,7 +249,7 @@ def measured(*drafts: Draft, by: Measurer | None = None) -> list[Measures]:
     return found  # type: ignore[return-value]
 
 
-def test_identity_and_difference_by_the_shipped_judge() -> None:
+def test_the_shipped_judge_measures_identity_and_difference() -> None:
     calm, laughing, other, turned = pictures()
     copied, moved, stranger, elsewhere = measured(*(draft(calm, one) for one in (calm, laughing, other, turned)))
     assert copied.similarity == pytest.approx(1, abs=1e-3)
@@ -260,10 +262,10 @@ def test_identity_and_difference_by_the_shipped_judge() -> None:
         assert one.difference >= 0.2
     assert {one.faces for one in (copied, moved, stranger, elsewhere)} == {1}
     assert elsewhere.attributes["yaw"] == "right"
-    assert "hair_style" not in elsewhere.attributes  # whose the face is, is no context
+    assert "hair_style" not in elsewhere.attributes  # an attribute of the identity, not of the context
 
 
-def test_measures_do_not_depend_on_batches() -> None:
+def test_measures_do_not_depend_on_the_batch() -> None:
     drafts = [
         replace(draft(pictures()[0], one), candidate=Candidate(f"{n}", "r-0", one.png))
         for n, one in enumerate(pictures())
@@ -271,7 +273,7 @@ def test_measures_do_not_depend_on_batches() -> None:
     assert measured(*drafts) == [one for each in drafts for one in measured(each)]
 
 
-def test_known_facts_are_used() -> None:
+def test_boxes_and_attributes_in_the_facts_are_used() -> None:
     calm, _, _, turned = pictures()
     quick = Measurer(Measurer.Settings(recogniser="none", text=False))
     quick.load()
@@ -284,18 +286,18 @@ def test_known_facts_are_used() -> None:
     assert (unknown.faces, unknown.difference, unknown.sharpness, unknown.attributes) == (0, None, None, {})
 
 
-def test_without_words_the_look_of_the_face_is_compared() -> None:
+def test_without_attributes_the_pixels_of_the_face_are_compared() -> None:
     calm, laughing, _, _ = pictures()
-    blind = Measurer(Measurer.Settings())
-    blind.load()
-    copied, moved = measured(draft(calm, calm), draft(calm, laughing), by=blind)
+    by_pixels = Measurer(Measurer.Settings())
+    by_pixels.load()
+    copied, moved = measured(draft(calm, calm), draft(calm, laughing), by=by_pixels)
     assert copied.attributes == {}
     assert copied.difference == pytest.approx(0, abs=1e-4)
     assert moved.difference is not None
     assert moved.difference > 0.2
 
 
-def test_a_picture_without_a_face_and_one_that_is_none() -> None:
+def test_pictures_without_a_face_and_unreadable_pictures() -> None:
     calm = pictures()[0]
     empty = io.BytesIO()
     Image.new("RGB", (128, 128), (120, 160, 200)).save(empty, format="PNG")
@@ -309,13 +311,13 @@ def test_a_picture_without_a_face_and_one_that_is_none() -> None:
     assert isinstance(fine, Measures)
 
 
-def test_long_writing_that_was_asked_for_is_not_measured() -> None:
+def test_text_is_not_measured_if_the_prompt_contains_long_writing() -> None:
     calm = pictures()[0]
-    some = measured(*(draft(calm, calm, prompt=said) for said in ('a sign "WELCOME"', 'letters "ABC"', "a sign")))
+    some = measured(*(draft(calm, calm, prompt=prompt) for prompt in ('a sign "WELCOME"', 'letters "ABC"', "a sign")))
     assert [one.text is None for one in some] == [True, False, False]
 
 
-def test_the_identity_tells_what_measures_depend_on() -> None:
+def test_the_identity_contains_recogniser_and_reader() -> None:
     plain, reading = (Measurer(Measurer.Settings(reader=reader)).identity for reader in (False, True))
     assert plain["recogniser"]["weights"] == reading["recogniser"]["weights"]
     assert "reader" in reading
@@ -323,7 +325,7 @@ def test_the_identity_tells_what_measures_depend_on() -> None:
     assert Measurer.Settings(recogniser_settings={"device": "cpu"}).model_dump().get("recogniser_settings") is None
 
 
-def test_a_known_box_is_scaled_with_a_large_photo() -> None:
+def test_the_box_in_the_facts_is_scaled_with_a_large_photo() -> None:
     file = io.BytesIO()
     Image.new("RGB", (4096, 2048)).save(file, format="JPEG")
     photo = read_photo(file.getvalue())

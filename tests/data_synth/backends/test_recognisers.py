@@ -1,4 +1,4 @@
-"""Recognisers: the shipped judge on rendered people, and InsightFace's own classes on tiny graphs."""
+"""Test recognisers: the shipped judge on rendered people, and InsightFace's own classes with tiny ONNX graphs."""
 
 import importlib
 import io
@@ -24,14 +24,14 @@ from imagine.people.faces import InsightFaceFinder
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 
-# insightface aligns faces by a function that scikit-image will not have for ever.
+# insightface aligns faces with a function that scikit-image has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")
 
 
 # --- our judge --------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
-    """Six held-out people in two contexts each, one after the other."""
+    """Return six held-out people in two contexts each; pictures of one person are consecutive."""
     people = sample_people([HELD_OUT[number] for number in range(6) for _ in range(2)])
     images = render(people, sample_contexts(range(12)), 128).images
     return [Image.fromarray((each.clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()) for each in images]
@@ -49,9 +49,11 @@ def only(faces: tuple[KnownFace, ...] | Failed) -> KnownFace:
     return faces[0]
 
 
-def test_the_judge_knows_people_again(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
-    seen = judge.recognise(pictures)
-    faces = [each[0] for each in seen if isinstance(each, tuple) and each]
+def test_the_judge_recognises_the_same_person_in_another_context(
+    pictures: list[Image.Image], judge: JudgeRecogniser
+) -> None:
+    recognised = judge.recognise(pictures)
+    faces = [each[0] for each in recognised if isinstance(each, tuple) and each]
     assert len(faces) == len(pictures)
     same = [similarity(faces[2 * number], faces[2 * number + 1]) for number in range(6)]
     other = [
@@ -64,7 +66,7 @@ def test_the_judge_knows_people_again(pictures: list[Image.Image], judge: JudgeR
     assert all(abs(float(np.linalg.norm(face.embedding)) - 1) < 1e-5 for face in faces)
 
 
-def test_each_picture_is_seen_as_if_alone(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
+def test_results_do_not_depend_on_the_batch(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
     file = io.BytesIO()
     pictures[0].save(file, "PNG")
     mixed = judge.recognise([file.getvalue(), b"no picture", Image.new("RGB", (64, 64)), pictures[1]])
@@ -75,7 +77,7 @@ def test_each_picture_is_seen_as_if_alone(pictures: list[Image.Image], judge: Ju
     assert np.array_equal(only(mixed[3]).embedding, last.embedding)
 
 
-def test_all_faces_of_a_group_are_known_each(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
+def test_each_face_of_a_group_is_recognised(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
     group = Image.new("RGB", (256, 128))
     group.paste(pictures[0], (0, 0))
     group.paste(pictures[2], (128, 0))
@@ -87,7 +89,7 @@ def test_all_faces_of_a_group_are_known_each(pictures: list[Image.Image], judge:
     assert similarity(right, alone[1]) > similarity(right, alone[0])
 
 
-def test_which_judge_is_in_its_identity(judge: JudgeRecogniser, tmp_path: Path) -> None:
+def test_the_identity_contains_the_weights_of_the_judge(judge: JudgeRecogniser, tmp_path: Path) -> None:
     from imagine.evaluation.judge import Recogniser
 
     assert judge.identity["model"] == "recogniser" and judge.identity["finder"]
@@ -110,7 +112,7 @@ def test_recognisers_are_made_by_name() -> None:
 
 # --- InsightFace ------------------------------------------------------------------------------------------------------
 def tiny_pack(folder: Path, side: int = 64, landmarks: bool = True, recogniser: bool = True) -> Path:
-    """A model pack: an SCRFD graph that sees a face in every bright 32 x 32 cell, and random numbers for an ArcFace."""
+    """Save a model pack: an SCRFD graph that detects a face in every bright 32 x 32 cell, and a random ArcFace."""
     onnx = importlib.import_module("onnx")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     nodes, constants, outputs = [], [], []
@@ -130,7 +132,7 @@ def tiny_pack(folder: Path, side: int = 64, landmarks: bool = True, recogniser: 
     for stride in (8, 16):
         empty = constant(f"none_{stride}", np.zeros((counts[stride], 1)))
         nodes.append(helper.make_node("Identity", [empty], [f"score_{stride}"]))
-    # From the cell's corner, in strides: a box of its middle half, and eyes, nose and mouth where they are in a face.
+    # Relative to the cell's corner, in strides: a box of the middle half, and plausible eyes, nose and mouth.
     marks = [0.1, 0.1, 0.4, 0.1, 0.25, 0.25, 0.12, 0.4, 0.38, 0.4]
     reaches = {"box": [-0.25, -0.25, 0.75, 0.75], **({"mark": marks} if landmarks else {})}
     for kind, reach in reaches.items():
@@ -158,7 +160,7 @@ def _save(onnx: Any, graph: Any, path: Path) -> None:
 
 
 def faces_at(*corners: tuple[int, int], colour: str = "white") -> Image.Image:
-    """128 x 128, black, with a bright cell of the detector (64 pixels a side here) at each corner."""
+    """Return a black picture of 128 x 128 with a bright cell of the detector (64 pixels a side here) at each corner."""
     image = Image.new("RGB", (128, 128))
     for left, top in corners:
         image.paste(colour, (left, top, left + 64, top + 64))
@@ -178,7 +180,7 @@ def test_insightface_finds_and_embeds_every_face(arcface: InsightFaceRecogniser)
         [faces_at((64, 64)), faces_at(), faces_at((0, 0), (64, 64)), b"no picture"]
     )
     face = only(white)
-    # The detector's box is (40, 40) to (56, 56) of 64 pixels, so (80, 80) to (112, 112) here; ours begins lower.
+    # The detector's box is (40, 40) to (56, 56) of 64 pixels, so (80, 80) to (112, 112) here; ours starts lower.
     assert (face.box.left, face.box.width) == pytest.approx((80, 32))
     assert face.box.top == pytest.approx(80 + 0.12 * 32)
     assert face.embedding.shape == (16,) and abs(float(np.linalg.norm(face.embedding)) - 1) < 1e-5
@@ -186,7 +188,7 @@ def test_insightface_finds_and_embeds_every_face(arcface: InsightFaceRecogniser)
     assert isinstance(broken, Failed)
 
 
-def test_insightface_tells_faces_apart_and_aligns_them(arcface: InsightFaceRecogniser) -> None:
+def test_insightface_distinguishes_and_aligns_faces(arcface: InsightFaceRecogniser) -> None:
     def picture(turn: int, corner: int) -> Image.Image:
         cell = Image.new("RGB", (64, 64), "white")
         cell.paste((255, 120, 0), (14, 10, 40, 20))
@@ -194,12 +196,12 @@ def test_insightface_tells_faces_apart_and_aligns_them(arcface: InsightFaceRecog
         image.paste(cell.rotate(turn), (corner, corner))
         return image
 
-    here, there, turned = (only(each) for each in arcface.recognise([picture(0, 64), picture(0, 0), picture(180, 64)]))
-    assert similarity(here, here) == pytest.approx(1)
-    assert similarity(here, there) > similarity(here, turned)
+    one, moved, turned = (only(each) for each in arcface.recognise([picture(0, 64), picture(0, 0), picture(180, 64)]))
+    assert similarity(one, one) == pytest.approx(1)
+    assert similarity(one, moved) > similarity(one, turned)
 
 
-def test_packs_that_cannot_be_used_are_refused_in_sentences(tmp_path: Path) -> None:
+def test_unusable_packs_raise_one_sentence(tmp_path: Path) -> None:
     def load(pack: Path) -> InsightFaceRecogniser:
         made = InsightFaceRecogniser(InsightFaceRecogniser.Settings(pack=str(pack), root=str(tmp_path)))
         made.load()
@@ -208,12 +210,12 @@ def test_packs_that_cannot_be_used_are_refused_in_sentences(tmp_path: Path) -> N
     with pytest.raises(WeightsError, match="no InsightFace model pack"):
         load(Path("buffalo_l"))
     with pytest.raises(WeightsError, match="no recogniser"):
-        load(tiny_pack(tmp_path / "blind", recogniser=False))
-    (tiny_pack(tmp_path / "headless") / "det.onnx").unlink()
+        load(tiny_pack(tmp_path / "detector_only", recogniser=False))
+    (tiny_pack(tmp_path / "recogniser_only") / "det.onnx").unlink()
     with pytest.raises(WeightsError, match="no face detector"):
-        load(tmp_path / "headless")
+        load(tmp_path / "recogniser_only")
     with pytest.raises(WeightsError, match="is a file"):
-        load(tmp_path / "headless" / "w600k.onnx")
+        load(tmp_path / "recogniser_only" / "w600k.onnx")
     flat = load(tiny_pack(tmp_path / "flat", landmarks=False))
     with pytest.raises(WeightsError, match="no landmarks"):
         flat.recognise([faces_at((64, 64))])
@@ -225,12 +227,12 @@ def test_finders_for_refiners(tmp_path: Path) -> None:
     assert hasattr(make_finder(), "find")
 
 
-def test_identity_of_a_pack_is_its_content(arcface: InsightFaceRecogniser) -> None:
-    known = arcface.identity
-    assert len(known["weights"]) == 16 and "research" in known["licence"]
+def test_the_identity_of_a_pack_depends_on_its_content(arcface: InsightFaceRecogniser) -> None:
+    identity = arcface.identity
+    assert len(identity["weights"]) == 16 and "research" in identity["licence"]
     assert set(arcface.settings.model_dump()) == {"threshold"}
 
 
-def test_embeddings_need_no_gradients(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
+def test_recognising_computes_no_gradients(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
     assert not any(parameter.requires_grad for parameter in judge.network.parameters())
     assert torch.is_grad_enabled() and judge.recognise([pictures[0]])[0] != ()

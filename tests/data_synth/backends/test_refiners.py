@@ -1,4 +1,4 @@
-"""Refiners on tiny random pipelines: ours, and a Stable Diffusion with an IP-Adapter."""
+"""Test refiners with tiny random pipelines: ours, and a Stable Diffusion with an IP-Adapter."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def refiner(folder: Path, kind: Any = ImagineRefiner, **settings: object) -> Any:
-    """A loaded refiner that knows where every face is."""
+    """Return a loaded refiner whose finder returns tiny.BOX for every picture."""
     chosen = {"model": str(folder), "device": "cpu", "steps": 3, "guidance_scale": 2.0, **settings}
     made = kind(kind.Settings.model_validate(chosen))
     made.load()
@@ -59,7 +59,7 @@ def refiner(folder: Path, kind: Any = ImagineRefiner, **settings: object) -> Any
 
 
 def draft(person: int = 1, picture: int = 7, number: int = 0) -> Draft:
-    """A candidate of 64 x 64 pixels whose face lies in tiny.BOX, and a reference."""
+    """Return a reference and a candidate of 64 x 64 pixels whose face is in tiny.BOX."""
     reference = tiny_models.reference(person)
     spec = tiny_models.spec(reference, number)
     return Draft(reference, spec, candidate_of(spec, 0, 0, tiny.photo(picture)))
@@ -77,7 +77,7 @@ def again(one: Draft, candidate: Candidate) -> Draft:
 
 @pytest.fixture(scope="module")
 def kinds(ours: Path, stock: tuple[Path, Path]) -> list[Any]:
-    """One of each kind, loaded once: what they make follows from their drafts alone."""
+    """Return one refiner of each kind, loaded once, because results depend on the drafts only."""
     adapter = {"adapter": str(stock[1]), "subfolder": "models", "weight_name": "ip-adapter.safetensors"}
     region = {"region": REGION.model_dump()}
     return [
@@ -88,7 +88,7 @@ def kinds(ours: Path, stock: tuple[Path, Path]) -> list[Any]:
     ]
 
 
-def test_refining_follows_from_draft_and_round_alone(kinds: list[Any]) -> None:
+def test_results_depend_on_draft_and_round_only(kinds: list[Any]) -> None:
     for made in kinds:
         one, two = draft(1), draft(2, number=1)
         first, second = refined(made, one, two)
@@ -98,21 +98,21 @@ def test_refining_follows_from_draft_and_round_alone(kinds: list[Any]) -> None:
         assert refined(made, two, one) == [second, first]  # bit for bit
         (third,) = refined(made, again(one, first))
         assert third.key == "r1-0-0-2" and third.image != first.image
-        # Another round is other noise, not only another picture to begin with.
+        # Another round must have different noise, not only a different input.
         (other,) = refined(made, again(one, replace(one.candidate, round=1)))
         assert other.image != first.image
 
 
-def test_the_person_and_the_sentence_matter(kinds: list[Any]) -> None:
+def test_results_depend_on_reference_and_prompt(kinds: list[Any]) -> None:
     for made in kinds:
         one = draft(1)
         (usual,) = refined(made, one)
         (another,) = refined(made, replace(one, reference=tiny_models.reference(3)))
-        (said,) = refined(made, replace(one, spec=replace(one.spec, prompt=tiny.SENTENCES[1])))
-        assert len({usual.image, another.image, said.image}) == 3
+        (prompted,) = refined(made, replace(one, spec=replace(one.spec, prompt=tiny.SENTENCES[1])))
+        assert len({usual.image, another.image, prompted.image}) == 3
 
 
-def test_outside_the_face_not_one_bit_changes(kinds: list[Any]) -> None:
+def test_pixels_outside_the_face_are_bit_identical(kinds: list[Any]) -> None:
     for made in kinds[1:3]:
         one = draft()
         before, after = pixels(one.candidate), pixels(refined(made, one)[0])
@@ -122,7 +122,7 @@ def test_outside_the_face_not_one_bit_changes(kinds: list[Any]) -> None:
         assert (before != after)[radius < 0.6].any(axis=-1).mean() > 0.9
 
 
-def test_little_strength_changes_little(ours: Path) -> None:
+def test_a_low_strength_changes_little(ours: Path) -> None:
     one = draft()
     image = Image.fromarray(pixels(one.candidate))
     faint = refiner(ours, strength=1e-4, steps=1)
@@ -136,7 +136,7 @@ def test_little_strength_changes_little(ours: Path) -> None:
     assert np.abs(pixels(strong).astype(int) - np.asarray(coded)).max() > 10
 
 
-def test_latents_outside_the_mask_end_where_they_began() -> None:
+def test_latents_outside_the_mask_do_not_change() -> None:
     pipe = tiny.pipeline()
     clean, noise = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4)
     redrawn = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
@@ -150,13 +150,15 @@ def test_latents_outside_the_mask_end_where_they_began() -> None:
     assert not torch.isclose(out, clean)[redrawn.expand_as(out)].any()
 
 
-def test_identity_scale_is_the_strength_of_the_person(ours: Path) -> None:
-    nobody = refiner(ours, identity_scale=0.0)
+def test_identity_scale_zero_ignores_the_reference(ours: Path) -> None:
+    unconditioned = refiner(ours, identity_scale=0.0)
     one = draft(1)
-    assert refined(nobody, one) == refined(nobody, replace(one, reference=replace(tiny_models.reference(3), key="r9")))
+    assert refined(unconditioned, one) == refined(
+        unconditioned, replace(one, reference=replace(tiny_models.reference(3), key="r9"))
+    )
 
 
-def test_one_bad_draft_fails_alone(kinds: list[Any]) -> None:
+def test_one_bad_draft_does_not_affect_the_others(kinds: list[Any]) -> None:
     for made in kinds:
         good = draft(1)
         unreadable = Reference("broken", b"no picture")
@@ -167,7 +169,7 @@ def test_one_bad_draft_fails_alone(kinds: list[Any]) -> None:
         assert isinstance(third, Candidate)
 
 
-def test_without_a_face_there_is_nothing_to_refine(ours: Path) -> None:
+def test_a_candidate_or_reference_without_a_face_is_a_failure(ours: Path) -> None:
     made = refiner(ours, InpaintRefiner)
     made.pipe.finder = KnownBoxesFinder([])
     (failed,) = made.refine([draft()])
@@ -178,7 +180,7 @@ def test_without_a_face_there_is_nothing_to_refine(ours: Path) -> None:
     assert isinstance(failed, Failed) and failed.reason == "no usable face"  # in the reference
 
 
-def test_half_precision_draws_nearly_the_same(ours: Path, stock: tuple[Path, Path]) -> None:
+def test_half_precision_gives_nearly_the_same_picture(ours: Path, stock: tuple[Path, Path]) -> None:
     adapter = {"adapter": str(stock[1]), "subfolder": "models", "weight_name": "ip-adapter.safetensors"}
     one = draft()
     for folder, kind, settings in ((ours, InpaintRefiner, {}), (stock[0], IPAdapterRefiner, adapter)):
@@ -189,13 +191,13 @@ def test_half_precision_draws_nearly_the_same(ours: Path, stock: tuple[Path, Pat
         assert 0 < np.abs(pixels(exact[0]).astype(int) - pixels(rough[0])).mean() < change / 2
 
 
-def test_squares_lie_within_the_picture() -> None:
+def test_squares_around_faces_are_inside_the_picture() -> None:
     assert square_around(FaceBox(20, 30, 20, 16, 1), (100, 80), 2.0) == (10, 18, 50, 58)
     assert square_around(FaceBox(0, 0, 20, 20, 1), (100, 80), 2.0) == (0, 0, 40, 40)
     assert square_around(FaceBox(80, 60, 40, 40, 1), (100, 80), 3.0) == (20, 0, 100, 80)
 
 
-def test_sizes_keep_the_shape() -> None:
+def test_drawable_sizes_have_the_same_aspect_ratio() -> None:
     assert drawable_size((128, 128), 128, 16) == (128, 128)
     assert drawable_size((1024, 1024), 128, 32) == (128, 128)
     width, height = drawable_size((1600, 900), 1024, 64)
@@ -204,17 +206,17 @@ def test_sizes_keep_the_shape() -> None:
     assert drawable_size((1000, 10), 64, 32) == (640, 32)
 
 
-def test_a_patch_put_back_as_it_was_changes_nothing() -> None:
+def test_blending_back_an_unchanged_patch_changes_nothing() -> None:
     image = tiny.photo(4)
     patch = face_patch(image, tiny.BOX, Region())
     assert np.array_equal(np.asarray(patch.put_back(patch.part)), np.asarray(image))
     white = np.asarray(patch.put_back(Image.new("RGB", (8, 8), "white")))
     assert (white[32, 32] == 255).all() and np.array_equal(white[0], np.asarray(image)[0])
-    wholly = whole_picture(image)
-    assert np.array_equal(np.asarray(wholly.put_back(tiny.photo(5))), np.asarray(tiny.photo(5)))
+    whole = whole_picture(image)
+    assert np.array_equal(np.asarray(whole.put_back(tiny.photo(5))), np.asarray(tiny.photo(5)))
 
 
-def test_an_adapter_of_ones_own_and_its_identity(ours: Path, tmp_path: Path) -> None:
+def test_a_separate_adapter_and_its_identity(ours: Path, tmp_path: Path) -> None:
     from imagine import ImaginePipeline
 
     bare = tmp_path / "bare"
@@ -226,15 +228,15 @@ def test_an_adapter_of_ones_own_and_its_identity(ours: Path, tmp_path: Path) -> 
         refiner(bare)
     whole = ImaginePipeline.from_pretrained(ours)
     assert whole.adapter is not None
-    told = {name: "test" for name in ("base", "encoder", "feature_layer", "tokens", "licence")}
-    whole.adapter.save(tmp_path / "adapter", {**told, "encoder_fingerprint": whole.encoder_fingerprint})
+    metadata = {name: "test" for name in ("base", "encoder", "feature_layer", "tokens", "licence")}
+    whole.adapter.save(tmp_path / "adapter", {**metadata, "encoder_fingerprint": whole.encoder_fingerprint})
     with_it = refiner(bare, adapter=str(tmp_path / "adapter"))
     one = draft()
     assert refined(with_it, one)[0].image == refined(refiner(ours), one)[0].image
     assert with_it.identity["adapter"] and with_it.identity != refiner(ours).identity
 
 
-def test_an_ip_adapter_for_other_sizes_is_refused(stock: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_ip_adapter_for_other_sizes_is_an_error(stock: tuple[Path, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder, adapter = stock
@@ -251,7 +253,7 @@ def test_an_ip_adapter_for_other_sizes_is_refused(stock: tuple[Path, Path], tmp_
                 weight_name="ip-adapter.safetensors")  # fmt: skip
 
 
-def test_the_ip_adapter_sees_the_face_or_the_picture(stock: tuple[Path, Path]) -> None:
+def test_the_ip_adapter_reads_the_face_or_the_picture(stock: tuple[Path, Path]) -> None:
     adapter = {"adapter": str(stock[1]), "subfolder": "models", "weight_name": "ip-adapter.safetensors"}
     face = refiner(stock[0], IPAdapterRefiner, **adapter)
     whole = refiner(stock[0], IPAdapterRefiner, **adapter, look_at="picture")
@@ -261,6 +263,6 @@ def test_the_ip_adapter_sees_the_face_or_the_picture(stock: tuple[Path, Path]) -
     assert refined(off, one) == refined(off, replace(one, reference=replace(tiny_models.reference(3), key="r9")))
 
 
-def test_noise_is_the_drafts_own() -> None:
+def test_noise_differs_by_round() -> None:
     one = torch.randn(4, generator=noise_of(100, 0, 1))
     assert not torch.equal(one, torch.randn(4, generator=noise_of(100, 0, 2)))
