@@ -11,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format weights bench bench-train bench-pairs bench-inference clean
+.PHONY: help setup demo test check docs format weights bench bench-train bench-pairs bench-inference clean
 
 help:  ## list the verbs
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ check: $(READY)  ## formatting, lint, types and import layers
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+
+docs: $(READY)  ## the documentation as a site in out/site; a broken link fails (for the search: python -m http.server -d out/site)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 format: $(READY)  ## put the code in its standard form
 	$(PY) -m ruff check --fix --quiet . || true
