@@ -51,10 +51,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ("bash", "python")
 LANGUAGES = (*RUN, "text", "yaml")
 # Pages that do not follow these rules yet: their blocks are parsed but not run. Take a page out when it is rewritten.
-PENDING = (
-    "README.md", "docs/backbones.md", "docs/controls.md", "docs/data.md", "docs/inference.md", "docs/ip_adapter.md",
-    "docs/pairs.md", "docs/planner.md", "docs/training.md",
-)  # fmt: skip
 WRITABLE = ("out", "runs")
 LONGEST = 600  # seconds after which a script or a command counts as hung
 
@@ -130,8 +126,6 @@ def test_there_are_blocks_to_run() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_names_its_language(page: Path) -> None:
-    if untagged(page) and page.relative_to(ROOT).as_posix() in PENDING:
-        pytest.xfail("its blocks name no language yet")
     assert untagged(page) == []
 
 
@@ -298,8 +292,6 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("page", pages_to_run())
 def test_blocks_of_a_page_run(page: Path, clone: Path, tmp_path: Path) -> None:
-    if page.relative_to(ROOT).as_posix() in PENDING:
-        pytest.skip("the page does not follow the rules yet")
     before = _files(clone)
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
