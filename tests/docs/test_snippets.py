@@ -16,7 +16,7 @@ How to write a block of code in these pages:
   other.
 
 The commands `imagine` and `python -m imagine|train|train.assemble|data_synth` of a script are passed to processes that
-are forked from one that has imported everything already, which saves ten seconds each.
+are fork_process from one that has imported everything already, which saves ten seconds each.
 """
 
 import argparse
@@ -42,7 +42,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.forks import forked
+from tests.forks import fork_process
 from tests.root import ROOT
 
 PACKAGES = ("imagine", "train", "data_synth")
@@ -344,11 +344,11 @@ def run_script(block: Block, calls: Path) -> None:
 
 
 def answer(call: Path, smaller: Sequence[str]) -> None:
-    """Do what a command of a script asked for, in a forked process, and give its exit code back."""
+    """Do what a command of a script asked for, in a fork_process process, and give its exit code back."""
     program, *words = (call / "words").read_text().split("\0")[:-1]
     for text in smaller:
         words = made_smaller([program, *words], shlex.split(text))[1:]
-    process = forked(_command, program, words, (call / "folder").read_text().strip(), str(call))
+    process = fork_process(_command, program, words, (call / "folder").read_text().strip(), str(call))
     try:
         process.join(LONGEST)
     finally:  # also when the tests are interrupted
