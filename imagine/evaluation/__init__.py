@@ -1,1 +1,1 @@
-"""Measure a pipeline on held-out people: suites, scores, metrics, the judge and the report."""
+"""Evaluate a pipeline on held-out people: prompt suites, metrics, scores, the judge and the report."""

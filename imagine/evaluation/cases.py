@@ -1,8 +1,8 @@
-"""The cases of an evaluation: who is asked to do what, the real pictures of it, and what the judge sees in them.
+"""Build the cases of an evaluation: every (person, prompt), the real renders of it, and the judge's results for them.
 
-For each held-out person the world renders a reference (all that the pipeline sees), a gallery picture, and for each
-prompt two more pictures that show what the prompt asks for: the ground truth, and a second one that stands in for a
-perfect pipeline (row "ceiling"). No render is kept longer than the judge needs to look at it.
+For each held-out person the world renders a reference (the only picture that the pipeline gets) and a gallery picture.
+For each prompt it renders two more pictures that show what the prompt asks for: the ground truth, and a second one that
+takes the place of a perfect pipeline's output (row "ceiling"). Renders are judged batch by batch and then freed.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,10 @@ PictureLoader = Callable[
 
 @dataclass(frozen=True)
 class Judged:
-    """What the judge saw in a list of pictures."""
+    """The judge's results for a list of pictures."""
 
     embeddings: Tensor  # (N, D), unit length
-    read: list[dict[str, str]]
+    read: list[dict[str, str]]  # attribute or trait -> word, one dict a picture
 
     def __getitem__(self, rows: Tensor) -> "Judged":
         return Judged(self.embeddings[rows], [self.read[row] for row in rows.tolist()])
@@ -34,15 +34,15 @@ class Judged:
 
 @dataclass(frozen=True)
 class Cases:
-    """Every (person, prompt) in order, all prompts of the first person first, with the real pictures' recipe."""
+    """Every (person, prompt), all prompts of the first person first, with the contexts of the real renders."""
 
     prompts: tuple[Prompt, ...]
     people: People  # the gallery's people, the evaluated ones first
-    references: Contexts  # one an evaluated person
-    gallery: Contexts  # one a person of the gallery
-    truths: Contexts  # one a case
-    ceilings: Contexts  # one a case
-    identities: int
+    references: Contexts  # one per evaluated person
+    gallery: Contexts  # one per person in the gallery
+    truths: Contexts  # one per case
+    ceilings: Contexts  # one per case
+    identities: int  # number of evaluated people
 
     def __len__(self) -> int:
         return self.identities * len(self.prompts)
@@ -57,7 +57,7 @@ class Cases:
 
 @dataclass(frozen=True)
 class JudgedReal:
-    """What the judge saw in the real renders, and what the references truly show."""
+    """The judge's results for the real renders, and the true attributes of the references."""
 
     references: Judged
     reference_attributes: list[dict[str, str]]
@@ -67,11 +67,14 @@ class JudgedReal:
 
 
 def make_cases(prompts: Sequence[Prompt], identities: int, seed: int, gallery: int = GALLERY) -> Cases:
-    """The people and contexts of one evaluation, from held-out seeds only; ten values of `seed` give other people."""
+    """Return the people and contexts of one evaluation, from held-out seeds only.
+
+    `seed` is taken modulo 10: ten values give different people.
+    """
     base = seeds.HELD_OUT.start + (seed % 10) * 1_000_000
     gallery = max(gallery, identities)
     asked = [prompt.asked for _ in range(identities) for prompt in prompts]
-    plain = [{"style": "photo", "headwear": "none"}]  # a photo to recognise somebody by
+    plain = [{"style": "photo", "headwear": "none"}]  # a plain photo, for recognition
     return Cases(
         prompts=tuple(prompts),
         people=sample_people(range(base, base + gallery)),

@@ -1,15 +1,15 @@
-"""Measure a pipeline on held-out people: the same prompts, people and noise for everybody, next to real renders.
+"""Evaluate a pipeline on held-out people, with the same prompts, people and noise in every run, next to real renders.
 
-Every row of the report is scored by the same code:
+The same code scores every row of the report:
 
     full       the pipeline
-    detached   the pipeline without a reference: the base alone, which cannot know the person
-    ceiling    real renders of the person doing what the prompt says
-    other      real renders of another person doing it: identity by chance
-    copy       the reference itself, whatever the prompt says
+    detached   the pipeline without a reference: the base alone, which has no information about the person
+    ceiling    real renders of the person as the prompt describes
+    other      real renders of another person as the prompt describes: identity by chance
+    copy       the reference itself, for every prompt
 
-Pictures are written as they are made, and a run that was killed carries on after the last whole picture. The judge
-reads the pictures back from disk, so a continued run and a straight one see the same pixels.
+The run writes each picture when it is made, and an interrupted run resumes after the last complete picture. The judge
+reads the pictures back from disk, so a resumed run and an uninterrupted one judge the same pixels.
 """
 
 import hashlib
@@ -92,11 +92,11 @@ def run(
 
 
 def fingerprint(pipeline: Any) -> str:
-    """A short hash of the pipeline's weights and defaults: pictures of other weights are never taken for its own."""
+    """Return a short hash of the pipeline's weights and defaults, to recognise pictures that other weights made."""
     digest = hashlib.sha256()
     for name, part in sorted(pipeline.components.items()):
         if isinstance(part, torch.nn.Module):
-            # One of the two ways of rounding, so that results of earlier versions are carried on.
+            # Only one of the fingerprint's two rounding schemes, so that runs of earlier versions can be resumed.
             digest.update(f"{name} {weights.fingerprint(part)[:16]}".encode())
     for name, value in sorted(pipeline.config.items()):
         if name.startswith(("default_", "latents_")):
@@ -124,7 +124,7 @@ def _draw(
     pipeline: Any, cases: Cases, references: Sequence[Image.Image], output: Path, rows: Sequence[str], seed: int,
     batch: int, options: dict[str, Any], progress: bool,
 ) -> None:  # fmt: skip
-    """Draw what is still missing, a batch at a time, each picture from its own noise whatever the batch."""
+    """Draw the missing pictures in batches; the noise of a picture does not depend on its batch."""
     todo = [
         (row, case)
         for row in rows
@@ -154,7 +154,7 @@ def _draw(
 
 
 def _generator_for(seed: int, case: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + case) % 2**63)  # torch knows no larger seeds
+    return torch.Generator().manual_seed((seed * 1_000_003 + case) % 2**63)  # torch accepts no larger seeds
 
 
 def _batches(todo: Sequence[tuple[str, int]], batch: int) -> Iterator[tuple[str, list[int]]]:
@@ -184,16 +184,16 @@ def _from_disk(output: Path, row: str, cases: Cases) -> PictureLoader:
 
 
 def read_picture(path: Path) -> Tensor:
-    """A picture file as (3, H, W) in 0..1."""
+    """Read a picture file as (3, H, W) in 0..1. Raises ConfigError if it cannot be read."""
     try:
         with Image.open(path) as image:
             return report.to_tensor(image)
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read as a picture: delete it, and it is drawn again.") from error
+        raise ConfigError(f"{path} cannot be read as a picture: delete it, and the run draws it again.") from error
 
 
 def _save_atomically(image: Image.Image, path: Path) -> None:
-    """Written aside and then renamed, so that a file that exists is a whole picture."""
+    """Write to a temporary file and rename it, so that a file that exists is always a complete picture."""
     with _config_error_on_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_path = path.with_suffix(".part")
@@ -203,12 +203,12 @@ def _save_atomically(image: Image.Image, path: Path) -> None:
 
 @contextmanager
 def _config_error_on_failure(path: Path) -> Iterator[None]:
-    """Turn what keeps a file from being written into a ConfigError."""
+    """Turn an OSError while a file is written into a ConfigError."""
     try:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written ({error.strerror or error}): make room for it, or choose another --output."
+            f"{path} cannot be written ({error.strerror or error}): free some disk space, or choose another --output."
         ) from error
 
 
@@ -217,22 +217,22 @@ def _config_error_on_failure(path: Path) -> Iterator[None]:
 
 def _check(suite: Sequence[Prompt], identities: int, prompts: int, rows: Sequence[str]) -> None:
     if not 2 <= identities <= GALLERY:
-        raise ConfigError(f"{identities} identities cannot be evaluated: give a number from 2 to {GALLERY}.")
+        raise ConfigError(f"{identities} identities cannot be evaluated: choose a number from 2 to {GALLERY}.")
     if not 1 <= prompts <= len(suite):
-        raise ConfigError(f"{prompts} prompts cannot be evaluated: this suite has 1 to {len(suite)}.")
+        raise ConfigError(f"{prompts} prompts cannot be evaluated: choose 1 to {len(suite)}, all that this suite has.")
     if not rows or set(rows) - set(DRAWN_ROWS):
-        raise ConfigError(f"Rows {', '.join(rows) or '(none)'} cannot be drawn: choose among {', '.join(DRAWN_ROWS)}.")
+        raise ConfigError(f"Rows {', '.join(rows) or '(none)'} cannot be drawn: choose from {', '.join(DRAWN_ROWS)}.")
 
 
 def _check_settings_file(output: Path, settings: Mapping[str, Any]) -> None:
-    """Remember what this folder measures; refuse to mix it with pictures of another evaluation."""
+    """Write the settings of this evaluation into the folder. Raises ConfigError if it holds other settings."""
     path = output / "evaluation.json"
     wanted = json.loads(json.dumps(settings, default=str))
     if kind_of(path, ConfigError) != "nothing":
         found = _read_settings_file(path)
         if found != wanted:
             other = ", ".join(key for key in wanted if found.get(key) != wanted[key])
-            raise ConfigError(f"{output} holds an evaluation with other {other}; choose another --output folder.")
+            raise ConfigError(f"{output} holds an evaluation with other {other}: choose another --output folder.")
     with _config_error_on_failure(path):
         output.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
@@ -243,15 +243,15 @@ def _read_settings_file(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"{path} is damaged, so that nobody knows what the pictures beside it are of; choose another --output "
-            "folder."
+            f"{path} is damaged, so the pictures beside it cannot be assigned to an evaluation: choose another "
+            "--output folder."
         ) from error
 
 
 def commit() -> str | None:
-    """The commit of the checkout this module lies in, with "-dirty" where files were changed since; else None.
+    """Return the commit of the checkout that holds this module, with "-dirty" if files were changed since; else None.
 
-    A package that was installed into a folder below somebody else's repository is not of their commit.
+    The result is also None for a package that is installed in a folder inside another project's repository.
     """
     root = PACKAGE.parent
     try:
@@ -299,7 +299,7 @@ def _line(
 
 
 def _samples(output: Path, row: str, cases: Cases, people: int = 8, prompts: int = 13) -> Image.Image:
-    """A grid of the first people and prompts, the reference in the first column."""
+    """Return a grid of the first people and prompts, with the reference in the first column."""
     lines = []
     for person in range(min(people, cases.identities)):
         files = [output / "pictures" / "reference" / f"{person:03}.png"] + [

@@ -1,14 +1,16 @@
-"""The judge: who is in a picture, and what does it show?
+"""The judge: two small networks that recognise the person in a picture and classify what the picture shows.
 
-Two small networks, trained on renders of people from seeds of their own (never those of the generator), measure what
-the pipeline draws. `Recogniser` turns a masked face crop into a unit vector; the angle between two vectors says
-whether two pictures show one person. `Reader` names the context of a whole picture (expression, scene, letters ...)
-and, for diagnosis, the identity traits. `imagine.evaluation.evaluate` and the demo call `Judge`, which holds both.
+They are trained on renders of people from a separate range of seeds (never those of the generator's training) and
+measure the pictures that the pipeline draws. `Recogniser` turns a masked face crop into a unit vector; the angle
+between two vectors measures whether two pictures show the same person. `Reader` classifies the context of a whole
+picture (expression, scene, letters ...) and, for diagnosis, the identity traits. `imagine.evaluation.evaluate` and the
+demo call `Judge`, which holds both.
 
-Both networks share one residual body that is cheap on a CPU in float32: an early stride, and bottlenecks of ordinary
-3x3 convolutions, since depthwise ones are slow there. GroupNorm keeps training and use the same function, so an
-average of weights needs no second average of statistics. Vocabularies come as plain mappings and are stored beside
-the weights, so a reader knows which words it was trained on, whatever the world has become since.
+Both networks share one residual body that is cheap on a CPU in float32: it uses an early stride, and bottlenecks of
+ordinary 3x3 convolutions, because depthwise convolutions are slow on a CPU. GroupNorm computes the same function in
+training and in inference, so an average of the weights needs no average of batch statistics. Vocabularies are passed
+as plain mappings and saved with the weights, so that a saved reader keeps the words of its training even if the
+vocabulary of the world changes.
 """
 
 import itertools
@@ -29,8 +31,8 @@ from imagine.people.faces import FaceFinder, LearnedFinder, crop_faces
 FORMAT_VERSION = 1
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_SLOTS = 3
-IGNORED = -100  # the class of an attribute that a picture does not have: no loss, as in torch's cross_entropy
-PRIOR_BOX = (0.3, 0.274, 0.4, 0.416)  # left, top, width, height of the world's usual face, as shares of the picture
+IGNORED = -100  # the class of an attribute without a label: it adds no loss, as in torch's cross_entropy
+PRIOR_BOX = (0.3, 0.274, 0.4, 0.416)  # left, top, width, height of a typical face, as shares of the picture
 
 Vocabulary = Mapping[str, Sequence[str]]
 Network = TypeVar("Network", "Recogniser", "Reader")
@@ -38,7 +40,7 @@ FaceBoxes = Callable[[Tensor], Tensor]  # pictures (N, 3, H, W) in 0..1 -> boxes
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions through half the width, added to the input; starts as the identity."""
+    """A residual block of two 3x3 convolutions through half the width; it is initialised to the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class ResidualBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Stem, then stages that halve the side; gives the maps of every stage, finest first.
+    """A stem and stages that halve the side; returns the feature maps of every stage, finest first.
 
     Pictures (B, 3, S, S) in 0..1 -> [(B, w1, s/2, s/2), (B, w2, s/4, s/4), ...] with s = S / stem_stride.
     """
@@ -85,7 +87,7 @@ class Backbone(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """Masked face crops (B, 3, size, size) in 0..1 -> unit embeddings (B, dimensions); about 50 MFLOP a crop."""
+    """Embed masked face crops: (B, 3, size, size) in 0..1 -> unit vectors (B, dimensions); about 50 MFLOP per crop."""
 
     def __init__(
         self, size: int = 64, widths: Sequence[int] = (32, 48, 96, 192), blocks: int = 1, dimensions: int = 128
@@ -106,15 +108,15 @@ class Recogniser(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Recogniser":
-        """The network saved in `folder`, in float32, ready to use. Raises WeightsError if anything does not fit."""
+        """Load the network saved in `folder`, in float32 and eval mode. Raises WeightsError if the files do not fit."""
         return _load(cls, folder)
 
 
 def margin_loss(embeddings: Tensor, labels: Tensor, prototypes: Tensor, scale: float, margin: float) -> Tensor:
-    """CosFace's large-margin loss (arXiv 1801.09414, eq. 4), one number per sample.
+    """Return CosFace's large-margin loss (arXiv 1801.09414, eq. 4) for each sample, (B,).
 
-    embeddings (B, D) and prototypes (C, D) are compared by cosine, whatever their lengths; labels (B,) name each
-    sample's prototype. -log( e^{s(cos_y - m)} / (e^{s(cos_y - m)} + sum_{j != y} e^{s cos_j}) ).
+    Embeddings (B, D) and prototypes (C, D) are compared by cosine, so their lengths do not matter; labels (B,) are the
+    indices of the samples' prototypes. -log( e^{s(cos_y - m)} / (e^{s(cos_y - m)} + sum_{j != y} e^{s cos_j}) ).
     """
     cosines = F.normalize(embeddings, dim=-1) @ F.normalize(prototypes, dim=-1).T
     margins = margin * F.one_hot(labels, len(prototypes)).to(cosines.dtype)
@@ -122,11 +124,11 @@ def margin_loss(embeddings: Tensor, labels: Tensor, prototypes: Tensor, scale: f
 
 
 class Reader(nn.Module):
-    """Whole pictures (B, 3, size, size) in 0..1 -> logits per attribute. About 130 MFLOP at the defaults.
+    """Classify whole pictures: (B, 3, size, size) in 0..1 -> logits per attribute; about 130 MFLOP at the defaults.
 
-    `attributes` (context) and `traits` (identity, for diagnosis) name each classification head and its words. An
-    attribute called "letters" needs no words: its own head reads up to three characters, each one of 27 classes
-    (none, A to Z), from the finer maps, wherever on the shirt they stand.
+    `attributes` (context) and `traits` (identity, for diagnosis) map the name of each classification head to its words.
+    The attribute "letters" needs no words: a separate head reads up to three characters, each one of 27 classes (none,
+    A to Z), from the finer feature maps, at any place on the shirt. Raises ValueError if a name is in both mappings.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class Reader(nn.Module):
         super().__init__()
         traits = traits or {}
         if shared := sorted(set(attributes) & set(traits)):
-            raise ValueError(f"{shared} are named both as attributes and as traits")
+            raise ValueError(f"{shared} are both attributes and traits: remove them from one of the two.")
         self.attributes = {name: tuple(words) for name, words in attributes.items()}
         self.traits = {name: tuple(words) for name, words in traits.items()}
         self.config: dict[str, Any] = {
@@ -152,18 +154,18 @@ class Reader(nn.Module):
         self.size = size
         self.body = Backbone(widths, stem_stride=2, blocks=blocks)
         cells = (size >> len(widths)) ** 2
-        thin = nn.Conv2d(widths[-1], widths[-1] // 2, 1)  # so that flattening, which keeps places, stays affordable
+        thin = nn.Conv2d(widths[-1], widths[-1] // 2, 1)  # keeps the linear layer after the flattening small
         self.trunk = nn.Sequential(thin, nn.Flatten(), nn.Linear(widths[-1] // 2 * cells, hidden), nn.ReLU())
         self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(words)) for name, words in self.vocabulary.items()})
         self.letters = LettersHead(widths[1], widths[2]) if "letters" in self.attributes else None
 
     @property
     def vocabulary(self) -> dict[str, tuple[str, ...]]:
-        """The words of every plain head, context attributes first; letters are not among them."""
+        """Return the words of every head except the letters' head, context attributes first."""
         return {name: words for name, words in {**self.attributes, **self.traits}.items() if name != "letters"}
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Logits: name -> (B, words), and "letters" -> (B, 3, 27)."""
+        """Return logits: name -> (B, words), and "letters" -> (B, 3, 27)."""
         maps = self.body(pictures)
         h = self.trunk(maps[-1])
         logits = {name: head(h) for name, head in self.heads.items()}
@@ -172,7 +174,7 @@ class Reader(nn.Module):
         return logits
 
     def targets(self, labels: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
-        """Class numbers of true attributes, as `reading_loss` wants them; what a picture does not say is IGNORED."""
+        """Return the class indices of true attributes, for `reading_loss`; a missing attribute is IGNORED."""
         classes = {
             name: torch.tensor([_class(words, label.get(name)) for label in labels])
             for name, words in self.vocabulary.items()
@@ -182,7 +184,7 @@ class Reader(nn.Module):
         return classes
 
     def words(self, logits: Mapping[str, Tensor]) -> list[dict[str, str]]:
-        """The likeliest word of every head, per picture; letters as one upper-case string, empty for none."""
+        """Return the most likely word of every head, per picture; letters are one upper-case string, empty for none."""
         names = list(self.vocabulary)
         numbers = {name: logits[name].argmax(-1).tolist() for name in names}
         count = len(next(iter(logits.values())))
@@ -197,12 +199,12 @@ class Reader(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Reader":
-        """The network saved in `folder`, in float32, ready to use. Raises WeightsError if anything does not fit."""
+        """Load the network saved in `folder`, in float32 and eval mode. Raises WeightsError if the files do not fit."""
         return _load(cls, folder)
 
 
 class LettersHead(nn.Module):
-    """Reads up to three characters: each slot looks for its place in the finest map, and all share one classifier."""
+    """Read up to three characters: each slot attends to a place in the finest map, and all share one classifier."""
 
     def __init__(self, fine_width: int, coarse_width: int, hidden: int = 64) -> None:
         super().__init__()
@@ -222,23 +224,23 @@ class LettersHead(nn.Module):
 
 
 def reading_loss(logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cross-entropy per head and per sample: name -> (B,); letters are the mean over their three slots.
+    """Return the cross-entropy per head and sample, name -> (B,); for letters, the mean over their three slots.
 
-    `targets` is `Reader.targets`; an IGNORED entry has zero loss.
+    `targets` comes from `Reader.targets`; an IGNORED entry has zero loss.
     """
     losses = {}
     for name, target in targets.items():
-        scores = logits[name].transpose(1, -1)  # classes second, as cross_entropy wants them
+        scores = logits[name].transpose(1, -1)  # cross_entropy takes the classes in dimension 1
         loss = F.cross_entropy(scores, target, ignore_index=IGNORED, reduction="none")
         losses[name] = loss.flatten(1).mean(1) if loss.ndim > 1 else loss
     return losses
 
 
 class Judge:
-    """Both networks, with what finds the face in a picture that comes without a box.
+    """The recogniser and the reader, with a function that finds the face in pictures without a box.
 
-    `find_boxes` is any function from pictures to one box each (`boxes_by` makes one of a face finder); without one
-    every picture gets the prior box, the usual place of a face in this world.
+    `find_boxes` is any function from pictures to one box each (`boxes_by` makes one from a face finder). Without it,
+    every picture gets the prior box, the typical place of a face in this world.
     """
 
     def __init__(self, recogniser: Recogniser, reader: Reader, find_boxes: FaceBoxes | None = None) -> None:
@@ -248,9 +250,10 @@ class Judge:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path | None = None, find_boxes: FaceBoxes | None = None) -> "Judge":
-        """The judge saved in `folder` (it holds recogniser/ and reader/), or the shipped one.
+        """Load the judge saved in `folder` (with recogniser/ and reader/), or the shipped judge.
 
-        Without `find_boxes`, faces are found by the small finder that lies beside the folder, if one does.
+        Without `find_boxes`, the judge uses the small face finder in finder/ beside the folder, if it exists.
+        Raises WeightsError if the files are missing, damaged or of another format.
         """
         folder = default_folder() / "judge" if folder is None else Path(folder)
         finder_folder = folder.parent / "finder"
@@ -264,7 +267,10 @@ class Judge:
 
     @torch.inference_mode()
     def embed(self, images: Tensor, boxes: Tensor | None = None, batch: int = 64) -> Tensor:
-        """Unit embeddings (N, D) of the faces in pictures (N, 3, H, W) in 0..1; without boxes the face is found."""
+        """Return unit embeddings (N, D) of the faces in pictures (N, 3, H, W) in 0..1.
+
+        `boxes` (N, 4) are left, top, width and height in px; without them `find_boxes` finds the faces.
+        """
         parts = []
         for start in range(0, len(images), batch):
             some = images[start : start + batch]
@@ -274,7 +280,7 @@ class Judge:
 
     @torch.inference_mode()
     def read(self, images: Tensor, batch: int = 64) -> list[dict[str, str]]:
-        """What each picture (N, 3, H, W) in 0..1 shows: attribute or trait -> word."""
+        """Classify each picture (N, 3, H, W) in 0..1: attribute or trait -> word."""
         read: list[dict[str, str]] = []
         for start in range(0, len(images), batch):
             some = images[start : start + batch]
@@ -285,14 +291,14 @@ class Judge:
 
 
 def prior_boxes(images: Tensor) -> Tensor:
-    """The typical place of a face, for every picture (N, 3, H, W): boxes (N, 4) left, top, width, height in px."""
+    """Return the typical place of a face for pictures (N, 3, H, W): boxes (N, 4), left, top, width, height in px."""
     height, width = images.shape[-2:]
     box = torch.tensor(PRIOR_BOX) * torch.tensor([width, height, width, height])
     return box.expand(len(images), 4)
 
 
 def boxes_by(finder: FaceFinder) -> FaceBoxes:
-    """The largest face that `finder` finds in each picture, and the prior box where it finds none."""
+    """Return a function that gives the largest face that `finder` finds in each picture, or the prior box."""
 
     def boxes(images: Tensor) -> Tensor:
         where = prior_boxes(images).clone()
@@ -307,7 +313,7 @@ def boxes_by(finder: FaceFinder) -> FaceBoxes:
 
 
 def _groups(width: int) -> int:
-    """The most GroupNorm groups, at most 8, of at least four channels each where the width allows."""
+    """Return the largest number of GroupNorm groups, up to 8, with at least four channels each where possible."""
     return next(groups for groups in (8, 4, 2, 1) if width % groups == 0 and (width // groups >= 4 or groups == 1))
 
 
@@ -343,21 +349,21 @@ def _load(cls: type[Network], folder: str | Path) -> Network:
         tensors = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
         raise WeightsError(f"{folder} holds no {cls.__name__.lower()}: {Path(error.filename or '').name or 'a file'} "
-                           "is missing; train one with `make weights` or name another folder.") from error  # fmt: skip
+                           "is missing; train it with `make weights` or choose another folder.") from error  # fmt: skip
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
-        raise WeightsError(f"The files in {folder} are damaged ({error}); fetch or train them again.") from error
+        raise WeightsError(f"The files in {folder} are damaged ({error}): download or train them again.") from error
     if not isinstance(config, dict):
-        raise WeightsError(f"The config.json in {folder} describes no network; fetch or train it again.")
+        raise WeightsError(f"The config.json in {folder} does not describe a network: download or train it again.")
     found = (config.pop("format_version", None), config.pop("network", None))
     if found != (FORMAT_VERSION, cls.__name__):
         raise WeightsError(f"{folder} holds a {found[1]} in format {found[0]}, but a {cls.__name__} in format "
-                           f"{FORMAT_VERSION} is wanted; name the right folder.")  # fmt: skip
+                           f"{FORMAT_VERSION} is needed: choose the right folder.")  # fmt: skip
     try:
         network = cls(**config)
-    except Exception as error:  # every wrong value fails in its own way; the user can do only one thing
+    except Exception as error:  # wrong values raise many kinds of errors, and all of them have the same remedy
         reason = " ".join(f"{error}".split())[:200]
         raise WeightsError(
-            f"The config.json in {folder} does not fit a {cls.__name__} ({reason}); fetch or train it again."
+            f"The config.json in {folder} does not fit a {cls.__name__} ({reason}): download or train it again."
         ) from error
     _fill(network, tensors, folder)
     return network.eval()
@@ -370,5 +376,5 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> No
         wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
         raise WeightsError(f"The weights in {folder} do not fit their config.json: {wrong[0]!r} is "
                            f"{given.get(wrong[0], 'missing')} where {wanted.get(wrong[0], 'nothing')} is expected"
-                           f" ({len(wrong)} such); fetch or train them again.")  # fmt: skip
+                           f" ({len(wrong)} such tensors); download or train them again.")  # fmt: skip
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)

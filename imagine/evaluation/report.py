@@ -1,7 +1,7 @@
-"""What people look at: contact sheets with scores under the pictures, and the evaluation's HTML page.
+"""Draw contact sheets with scores under the pictures, and write the HTML page of an evaluation.
 
-The evaluation and the demo share it. The page is one self-contained file of tables, so that it opens anywhere; it
-shows the sample grid that lies beside it.
+The evaluation and the demo share this module. The page is a single HTML file with inline styles, which any browser can
+open; it embeds the sample grid (samples.png) from the same folder.
 """
 
 import html as markup
@@ -16,11 +16,11 @@ from torch import Tensor
 
 MARGIN = 10
 TITLES = {
-    "prompt": "Prompt: share of asked-for attributes found",
+    "prompt": "Prompt: share of the requested attributes that were found",
     "sim_gt": "SimGT: similarity to another picture of the person",
     "sim_ref": "SimRef: similarity to the reference",
-    "rank1": "Rank-1 among the people of the gallery",
-    "copy_paste": "Copy-paste (0 none, 1 the reference again)",
+    "rank1": "Rank-1 among the people in the gallery",
+    "copy_paste": "Copy-paste (0: none, 1: a copy of the reference)",
 }
 ROW_TITLES = {
     "full": "pipeline",
@@ -33,27 +33,27 @@ ROW_TITLES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture of a contact sheet and the short lines under it, each with whether it is good (None: neither)."""
+    """One picture of a contact sheet and the short lines under it, each good (True), bad (False) or neutral (None)."""
 
     image: Image.Image
     notes: Sequence[tuple[str, bool | None]] = ()
 
 
 def to_pil(picture: Tensor) -> Image.Image:
-    """(3, H, W) in 0..1 -> an RGB picture."""
+    """Convert (3, H, W) in 0..1 to an RGB picture."""
     values = (picture.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(values))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A picture -> (3, H, W) in 0..1."""
+    """Convert a picture to (3, H, W) in 0..1."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
 def contact_sheet(
     headers: Sequence[str], rows: Sequence[Sequence[Cell]], side: int = 128, title: str = ""
 ) -> Image.Image:
-    """Rows of pictures under wrapped headers, one column a header, pictures shown at `side` px."""
+    """Draw rows of pictures under wrapped headers, with one column per header and pictures of `side` px."""
     font, bold = ImageFont.load_default(size=11), ImageFont.load_default(size=16)
     wrapped = [_wrap(header, font, side) for header in headers]
     title_height = 30 if title else 0
@@ -64,7 +64,7 @@ def contact_sheet(
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN), title, fill="black", font=bold)
     for column, lines in enumerate(wrapped):
-        for number, line in enumerate(lines):  # bottom-aligned, so that headers sit on their pictures
+        for number, line in enumerate(lines):  # bottom-aligned, so that a short header is next to its picture
             y = top - 6 - 14 * (len(lines) - number)
             pen.text((MARGIN + column * (side + MARGIN), y), line, fill="black", font=font)
     for number, row in enumerate(rows):
@@ -95,7 +95,7 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
 
 
 def html(summary: Mapping[str, Any]) -> str:
-    """The whole page for what report.json holds."""
+    """Return the whole page for a summary as report.json holds it."""
     facts = (
         f"{summary['identities']} held-out people × {summary['prompts']} prompts of suite “{summary['suite']}”, "
         f"seed {summary['seed']}, gallery of {summary['gallery']} people, commit {summary['commit'] or 'unknown'}."
@@ -106,7 +106,7 @@ def html(summary: Mapping[str, Any]) -> str:
         "<h2>Metrics</h2>", _metrics_table(summary),
         "<h2>Rows</h2>", _rows_table(summary["rows"]),
         "<h2>Prompt attributes found</h2>", _share_table(summary["attributes"], rows, "asked"),
-        "<h2>Leakage: the reference's attribute shown where another was asked for</h2>",
+        "<h2>Leakage: the reference's attribute appears where the prompt requests another</h2>",
         _share_table(summary["leakage"], rows, "possible"),
         "<h2>Prompt groups</h2>", _groups_table(summary["groups"]),
         '<h2>Samples</h2><img src="samples.png" alt="references and pictures">',

@@ -1,7 +1,7 @@
-"""From what the judge saw to the tables of the report: plain numbers, one computation for every row.
+"""Compute the tables of the report from the judge's results, with the same computation for every row.
 
-A row is one way to answer the prompts: the pipeline ("full"), the base alone ("detached"), real renders of the person
-("ceiling") or of somebody else ("other"), and the reference itself ("copy").
+A row is one source of pictures for the prompts: the pipeline ("full"), the base alone ("detached"), real renders of
+the person ("ceiling") or of another person ("other"), or the reference itself ("copy").
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ OF_CEILING = ("prompt", "sim_gt", "rank1")
 
 
 def score(cases: Cases, judged: Judged, real: JudgedReal) -> dict[str, Tensor]:
-    """One number a case (I, P) for each metric; "prompt" is a share of that prompt's attributes."""
+    """Return each metric for every case, as (I, P); "prompt" is the share of the prompt's attributes that was found."""
     reference = real.references.embeddings[cases.person]
     truth = real.truths.embeddings
     shares = [_share(cases.prompt(case), judged.read[case]) for case in range(len(cases))]
@@ -37,7 +37,7 @@ def score(cases: Cases, judged: Judged, real: JudgedReal) -> dict[str, Tensor]:
 def summarise(
     cases: Cases, scores: Mapping[str, Mapping[str, Tensor]], judged: Mapping[str, Judged], real: JudgedReal, seed: int
 ) -> dict[str, Any]:
-    """The tables of the report, as plain numbers: metrics, rows, attributes, groups, leakage."""
+    """Return the tables of the report as plain numbers: metrics, rows, attributes, groups, leakage."""
     counts = torch.tensor([float(len(prompt.asked)) for prompt in cases.prompts])
     weights = {name: counts if name == "prompt" else torch.ones_like(counts) for name in METRICS}
     table = {
@@ -64,14 +64,14 @@ def _share(prompt: Prompt, read: Mapping[str, str]) -> float:
 
 
 def _summary(values: Tensor, weights: Tensor, seed: int) -> dict[str, float]:
-    """Mean over prompts (by weight) and then people, with a bootstrap interval over people: (I, P), (P,)."""
+    """Return the weighted mean over prompts, then over people, with a bootstrap interval over people: (I, P), (P,)."""
     people = (values * weights).sum(1) / weights.sum()
     low, high = metrics.bootstrap(people, seed)
     return {"value": float(people.mean()), "low": low, "high": high}
 
 
 def _attribute_table(cases: Cases, judged: Mapping[str, Judged]) -> dict[str, dict[str, float]]:
-    """Attribute -> how often it was asked for, and the share found in each row."""
+    """Return attribute -> how many prompts asked for it, and the share found in each row."""
     names = dict.fromkeys(name for prompt in cases.prompts for name in prompt.asked)
     table: dict[str, dict[str, float]] = {}
     for name in names:
@@ -84,7 +84,7 @@ def _attribute_table(cases: Cases, judged: Mapping[str, Judged]) -> dict[str, di
 
 
 def _group_table(cases: Cases, scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Prompt group -> row -> mean of every metric."""
+    """Return prompt group -> row -> mean of every metric."""
     groups = dict.fromkeys(prompt.group for prompt in cases.prompts)
     columns = {g: [i for i, prompt in enumerate(cases.prompts) if prompt.group == g] for g in groups}
     return {
@@ -99,7 +99,10 @@ def _group_table(cases: Cases, scores: Mapping[str, Mapping[str, Tensor]]) -> di
 def _leakage_table(
     cases: Cases, judged: Mapping[str, Judged], references: Sequence[Mapping[str, str]]
 ) -> dict[str, dict[str, float]]:
-    """Attribute -> how often it could leak from the reference, and the share that did in each row; "all" pools them."""
+    """Return attribute -> how often it could leak from the reference, and the share that leaked in each row.
+
+    "all" pools the attributes.
+    """
     counts: dict[str, dict[str, list[bool]]] = {"all": {row: [] for row in judged}}
     for row, what in judged.items():
         for case in range(len(cases)):

@@ -1,7 +1,7 @@
-"""What an evaluation asks for: fixed sentences, each with the attributes that its pictures must show.
+"""Define the prompt suites: fixed sentences, each with the attributes that its pictures must show.
 
-The sentences are worded as people write them, in the world's vocabulary. `contexts_for` turns asked-for attributes
-into contexts to render, so that real pictures which obey a prompt stand beside the pipeline's.
+The sentences read like a user's prompts and use the vocabulary of the world. `contexts_for` turns requested attributes
+into contexts to render, so that real pictures which follow a prompt can be compared with the pipeline's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """One sentence, the attributes it asks for (attribute -> word) and the group it is reported in."""
+    """One sentence, the attributes that it requests (attribute -> word) and the group that reports list it in."""
 
     text: str
     group: str
@@ -37,7 +37,8 @@ def _p(group: str, text: str, **asked: str) -> Prompt:
     return Prompt(text, group, asked)
 
 
-# Sides are those of the picture, as its viewer sees them. The first 13 ask for every attribute at least once.
+# "left" and "right" are sides of the picture, from the viewer. The first 13 prompts request every attribute at least
+# once.
 PORTRAITS: tuple[Prompt, ...] = (
     _p("expression", "a person, laughing", expression="laughing"),
     _p("gaze and head turn", "a person, head turned to the left, eyes looking right", yaw="left", gaze="right"),
@@ -138,18 +139,18 @@ SUITES = {"portraits": PORTRAITS}
 
 
 def load_suite(name: str) -> tuple[Prompt, ...]:
-    """The prompts of a suite. Raises ConfigError for an unknown name."""
+    """Return the prompts of a suite. Raises ConfigError for an unknown name."""
     if name not in SUITES:
-        raise ConfigError(f"There is no suite {name!r}: choose among {', '.join(SUITES)}.")
+        raise ConfigError(f"There is no suite {name!r}: choose from {', '.join(SUITES)}.")
     return SUITES[name]
 
 
 def contexts_for(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Contexts:
-    """One context a row that shows the asked-for attributes; the rest is as in an everyday photo.
+    """Return one context per row that shows the requested attributes; the rest is as in an everyday photo.
 
-    Expression, head turn, gaze, scene and clothes that nobody asked for are drawn from the row's seed. All else is
-    plain (a head-and-shoulders photo in soft light, head upright, no hat, nothing in hand, no letters): what a
-    sentence that does not name it means.
+    Expression, head turn, gaze, scene and clothes that a row does not request are drawn from the row's seed. Every
+    other attribute takes a plain default, which a sentence implies if it does not name the attribute: a
+    head-and-shoulders photo in soft light, head upright, no hat, nothing in hand, no letters.
     """
     contexts = sample_contexts(seeds)
     columns = {name: getattr(contexts, name).clone() for name in (*ATTRIBUTES, "letters")}
@@ -160,7 +161,7 @@ def contexts_for(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Co
 
 
 def _required_changes(wanted: Mapping[str, str], columns: Mapping[str, Tensor], row: int) -> dict[str, str]:
-    """What must change so that asked-for letters can be seen at all."""
+    """Return the attributes that must change so that requested letters are visible: clothes that can carry letters."""
     if "letters" in wanted and CLOTHES[int(columns["clothes"][row])] not in _LETTERED:
         return {"clothes": "t-shirt"}
     return {}
