@@ -154,7 +154,7 @@ class Reader(nn.Module):
         self.size = size
         self.body = Backbone(widths, stem_stride=2, blocks=blocks)
         cells = (size >> len(widths)) ** 2
-        thin = nn.Conv2d(widths[-1], widths[-1] // 2, 1)  # keeps the linear layer after the flattening small
+        thin = nn.Conv2d(widths[-1], widths[-1] // 2, 1)  # flattening keeps positions, at an affordable width
         self.trunk = nn.Sequential(thin, nn.Flatten(), nn.Linear(widths[-1] // 2 * cells, hidden), nn.ReLU())
         self.heads = nn.ModuleDict({name: nn.Linear(hidden, len(words)) for name, words in self.vocabulary.items()})
         self.letters = LettersHead(widths[1], widths[2]) if "letters" in self.attributes else None

@@ -1,1 +1,1 @@
-"""Estimate memory, arithmetic and time of inference and training before anything is downloaded."""
+"""Estimate the memory, arithmetic and time of inference and training before any download."""

@@ -1,7 +1,7 @@
-"""What a base is made of: the configurations of its networks, from a folder or from a small table of public ones.
+"""Read the configurations of a base's networks, from a folder or from a small table of public bases, and build them.
 
-Weights are not needed, nor numbers: networks are built on torch's meta device, from real classes. The table holds what
-the public config.json files say where it differs from the classes' defaults:
+No weights are needed: the real classes are built on torch's meta device, where tensors have shapes but no values. The
+table holds the values of the public config.json files that differ from the classes' defaults:
 stabilityai/stable-diffusion-xl-base-1.0, stable-diffusion-v1-5/stable-diffusion-v1-5, google/t5-v1_1-xl and -xxl,
 google/ul2, google/byt5-small and -base on the hub, and open_clip's model_configs/ViT-H-14.json.
 """
@@ -23,7 +23,7 @@ from imagine.networks.weights import ADAPTERS, INDEX, default_folder
 
 PORTRAIT = "portrait"  # the shipped weights
 VISION, T5, BYT5 = "vision", "t5", "byt5"  # our branches
-VISION_ENCODERS = ("vision_encoder", "image_encoder")  # who looks at references, in order of preference
+VISION_ENCODERS = ("vision_encoder", "image_encoder")  # component names of the vision encoder, in order of preference
 _OURS = ("VisionEncoder",)
 _DIFFUSERS = ("UNet2DConditionModel", "AutoencoderKL", "AutoencoderDC")
 _TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "CLIPVisionModelWithProjection")
@@ -31,7 +31,7 @@ _TRANSFORMERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel
 
 @dataclass(frozen=True)
 class Component:
-    """One network: its class, by name, and what its config.json says."""
+    """One network: the name of its class and the contents of its config.json."""
 
     kind: str
     config: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Component:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """What an adapter is built from."""
+    """The arguments that an adapter is built from."""
 
     branches: tuple[BranchSpec, ...]
     lora_rank: int = 0
@@ -48,7 +48,7 @@ class AdapterShape:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A base's networks, and the adapters on its denoiser."""
+    """The networks of a base, and the adapters on its denoiser."""
 
     name: str
     components: Mapping[str, Component]
@@ -57,7 +57,7 @@ class Blueprint:
 
 @dataclass
 class Networks:
-    """The networks of a base, built; adapters are attached to the denoiser."""
+    """The built networks of a base, with the adapters attached to the denoiser."""
 
     models: dict[str, nn.Module]
     adapters: dict[str, Adapter]
@@ -68,17 +68,17 @@ class Networks:
 
     @property
     def vision_encoder(self) -> str | None:
-        """The name of the network that looks at references; None if there is none."""
+        """Return the component name of the vision encoder; None if there is none."""
         return next((name for name in VISION_ENCODERS if name in self.models), None)
 
     def text_encoders(self) -> list[str]:
-        """The names of the networks that read text."""
+        """Return the component names of the text encoders."""
         return [
             name for name in self.models if name.startswith("text_encoder") or name in ("t5_encoder", "byt5_encoder")
         ]
 
     def modules(self) -> dict[str, nn.Module]:
-        """Every network and every adapter, by name."""
+        """Return every network and every adapter, by name."""
         return {**self.models, **self.adapters}
 
 
@@ -138,7 +138,7 @@ def _t5(d_model: int, d_ff: int, layers: int, heads: int, d_kv: int, vocabulary:
     })  # fmt: skip
 
 
-TEXT_ENCODERS = {  # what may read the sentence beside CLIP, and the letters
+TEXT_ENCODERS = {  # text encoders beside CLIP; the ByT5 ones read the letters
     "t5-xl": _t5(2048, 5120, 24, 32, 64),
     "t5-xxl": _t5(4096, 10240, 24, 64, 64),
     "ul2": _t5(4096, 16384, 32, 16, 256),
@@ -152,9 +152,9 @@ VIT_H = Component("VisionEncoder", {
 
 
 def read_base(source: str) -> Blueprint:
-    """Return what `source` means: a name in `KNOWN_BASES`, "portrait", a folder, or a hub id that is in the cache.
+    """Return the base `source`: a name in `KNOWN_BASES`, "portrait", a folder, or a hub id that is in the local cache.
 
-    Raises ConfigError or WeightsError, in one sentence, for anything else; nothing is downloaded.
+    Downloads nothing. Raises ConfigError for an unknown base, and WeightsError if its folder cannot be planned for.
     """
     if source in KNOWN_BASES:
         return Blueprint(source, KNOWN_BASES[source])
@@ -164,15 +164,15 @@ def read_base(source: str) -> Blueprint:
     components = {name: _component(folder / name, kind) for name, kind in _listed(folder).items()}
     for needed in ("unet", "vae"):
         if needed not in components:
-            raise WeightsError(f"{folder} has no {needed} that could be planned for: name a Stable Diffusion folder.")
+            raise WeightsError(f"{folder} has no {needed} that can be planned for: choose a Stable Diffusion folder.")
     return Blueprint(source, components, {name: _shape(folder / name) for name in ADAPTERS if (folder / name).is_dir()})
 
 
 def add_branches(base: Blueprint, text_encoders: Sequence[str], projection: str, lora_rank: int) -> Blueprint:
-    """The base with our encoders and adapters, unless it has adapters already.
+    """Return the base with our encoders and adapters; a base that has adapters is returned unchanged.
 
-    `text_encoders` are names of `TEXT_ENCODERS`, each with a branch; "plus" or "full" is the projection of the
-    vision branch. Raises ConfigError if two text encoders would feed one branch, or a name is unknown.
+    `text_encoders` are names in `TEXT_ENCODERS`, each with a branch; `projection` of the vision branch is "plus" or
+    "full". Raises ConfigError if two text encoders would feed the same branch, or a name is unknown.
     """
     if base.adapters:
         return base
@@ -180,10 +180,12 @@ def add_branches(base: Blueprint, text_encoders: Sequence[str], projection: str,
     text: list[BranchSpec] = []
     for name in text_encoders:
         if name not in TEXT_ENCODERS:
-            raise ConfigError(f"There is no text encoder {name!r} to plan for: choose from {', '.join(TEXT_ENCODERS)}.")
+            raise ConfigError(f"There is no text encoder {name!r}: choose from {', '.join(TEXT_ENCODERS)}.")
         branch = BYT5 if name.startswith("byt5") else T5
         if any(spec.name == branch for spec in text):
-            raise ConfigError(f"{' and '.join(text_encoders)} would feed one branch, {branch}: choose one of them.")
+            raise ConfigError(
+                f"{' and '.join(text_encoders)} would feed the same branch, {branch}: choose one of them."
+            )
         components[f"{branch}_encoder"] = TEXT_ENCODERS[name]
         text.append(BranchSpec(branch, TEXT_ENCODERS[name].config["d_model"]))
     vision_encoder = next((name for name in VISION_ENCODERS if name in components), None)
@@ -202,7 +204,7 @@ def add_branches(base: Blueprint, text_encoders: Sequence[str], projection: str,
 
 
 def default_resolution(base: Blueprint) -> int:
-    """Pixels a side of the pictures that a base was made for."""
+    """Return the default side of a base's pictures, in pixels."""
     latents = int(base.components["unet"].config.get("sample_size") or 64)
     vae = base.components["vae"].config
     halvings = len(vae.get("block_out_channels") or vae["encoder_block_out_channels"]) - 1
@@ -210,7 +212,7 @@ def default_resolution(base: Blueprint) -> int:
 
 
 def build(base: Blueprint, device: str = "meta", leave_out: Sequence[str] = ()) -> Networks:
-    """Build every network of a base, and attach its adapters; on the meta device that takes no memory."""
+    """Build every network of a base and attach its adapters; on the meta device they take no memory."""
     with torch.device(device):
         models = {
             name: _built(name, component).eval() for name, component in base.components.items() if name not in leave_out
@@ -232,15 +234,15 @@ def _built(name: str, component: Component) -> Any:
         if library == "transformers":
             return kind(kind.config_class.from_dict(dict(component.config)))
         return kind.from_config(dict(component.config))
-    except Exception as error:  # whatever is wrong with a configuration, the user can do only one thing
+    except Exception as error:  # wrong values raise many kinds of errors, and all of them have the same remedy
         reason = str(error).strip().split("\n")[0][:200]
         raise WeightsError(
-            f"No network can be built from the config.json of {name} ({reason}); fetch it again."
+            f"No network can be built from the config.json of {name} ({reason}): download it again."
         ) from error
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """The components of a pipeline's folder that can be planned for, with their classes."""
+    """Return the components of a pipeline's folder that can be planned for: name -> class."""
     index = _json(folder / INDEX)
     kinds = {*_OURS, *_DIFFUSERS, *_TRANSFORMERS}
     named = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
@@ -256,10 +258,10 @@ def _json(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"{file} cannot be read: name the folder of a pipeline, with its config.json files."
+            f"{file} cannot be read: choose the folder of a pipeline, with its config.json files."
         ) from error
     if not isinstance(found, dict):
-        raise WeightsError(f"{file} does not describe a network: fetch it again.")
+        raise WeightsError(f"{file} does not describe a network: download it again.")
     return found
 
 
@@ -271,11 +273,13 @@ def _shape(folder: Path) -> AdapterShape:
             specs, int(metadata["lora_rank"]), tuple(json.loads(metadata["lora_targets"])) or LORA_TARGETS
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{folder} does not describe its branches and LoRA properly; save it again.") from error
+        raise WeightsError(
+            f"The metadata of the adapter in {folder} do not describe its branches and LoRA: save it again."
+        ) from error
 
 
 def _cached(source: str) -> Path:
-    """The folder of a hub repository in the local cache."""
+    """Return the folder of a hub repository in the local cache. Raises ConfigError if it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -286,7 +290,7 @@ def _cached(source: str) -> Path:
     if not isinstance(found, str):
         words = ", ".join((*KNOWN_BASES, PORTRAIT))
         raise ConfigError(
-            f"There is no base {source!r}: name a folder, one of {words}, or a hub id that was downloaded before."
+            f"There is no base {source!r}: choose a folder, one of {words}, or a hub id that is already downloaded."
         )
     return Path(found).parent
 

@@ -1,8 +1,9 @@
-"""Devices to plan for: how fast they are, what they hold beside tensors, and how people write speeds and sizes.
+"""Describe the devices to plan for: their speed and their memory beside tensors; and parse speeds and sizes.
 
-Speeds of cards are the makers' figures for dense half-precision products summed in float32; the sources are NVIDIA's
-data sheets and its white papers on the Ampere and Ada architectures. A network never reaches them: `UTILISATION` is the
-share that stock diffusers networks are assumed to reach, unless a speed is given (`--flops`) or measured here.
+The speeds of cards are the makers' figures for dense half-precision products with float32 accumulation, from NVIDIA's
+datasheets and its white papers on the Ampere and Ada architectures. A network never reaches them: `UTILISATION` is the
+share that stock diffusers networks are assumed to reach, unless a speed is given (`--flops`) or measured on this
+machine.
 """
 
 import re
@@ -12,17 +13,16 @@ from dataclasses import dataclass
 from imagine.errors import ConfigError
 
 GIB = 2**30
-UTILISATION = 0.4  # of a card's published speed; an assumption, and every plan says so
-BUS_BANDWIDTH = (
-    12e9  # bytes a second from the computer's memory to a card, over PCIe 4 with 16 lanes in practice; an assumption
-)
+UTILISATION = 0.4  # of a card's published speed; an assumption, which every plan states
+# Bytes per second from host memory to a card, over PCIe 4 with 16 lanes in practice; an assumption.
+BUS_BANDWIDTH = 12e9
 
-# What a card holds beside tensors: the driver's context, work space of convolutions, and blocks lost between tensors.
+# The memory of a card beside tensors: the driver's context, work space of convolutions, and memory fragmentation.
 RESERVE = 0.6 * GIB
 SLACK = 0.03  # of everything else
 
 
-CARDS = {  # FLOP a second in half precision
+CARDS = {  # FLOP per second in half precision
     "t4": 65e12,
     "v100": 125e12,
     "rtx3060": 25.5e12,
@@ -40,22 +40,22 @@ DEFAULT_CARDS = (
     "rtx4090",
     "a100",
     "h100",
-)  # what times are given for where nobody names a device
+)  # plans give times for these cards if no device is given
 THIS_MACHINE = "here"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOP a second that networks reach on a device, and how that is known."""
+    """The speed that networks reach on a device, in FLOP per second, and the source of this number."""
 
     flops: float
     how: str
 
 
 def speeds(device: str | None, flops: str | None, half: bool) -> dict[str, Speed]:
-    """The speeds to plan with, by name: a device's, a given one, or those of a few known cards.
+    """Return the speeds to plan with, by name: the given speed, the given device's, or those of a few known cards.
 
-    In float32 (not `half`) cards are taken to be four times as slow. Raises ConfigError for an unknown device.
+    In float32 (not `half`) cards are assumed to be four times as slow. Raises ConfigError for an unknown device.
     """
     if flops is not None:
         return {flops: Speed(read_flops(flops), "as given with --flops")}
@@ -63,7 +63,7 @@ def speeds(device: str | None, flops: str | None, half: bool) -> dict[str, Speed
         return {THIS_MACHINE: measured_speed(half)}
     if device is not None and device not in CARDS:
         raise ConfigError(
-            f"There is no device {device!r}: choose from {', '.join(CARDS)}, {THIS_MACHINE}, or give --flops."
+            f"There is no device {device!r}: choose from {', '.join(CARDS)}, {THIS_MACHINE}, or use --flops."
         )
     share = UTILISATION * (1 if half else 0.25)
     how = f"{share:.0%} of the card's published half-precision speed, an assumption"
@@ -71,7 +71,7 @@ def speeds(device: str | None, flops: str | None, half: bool) -> dict[str, Speed
 
 
 def measured_speed(half: bool, side: int = 1536) -> Speed:
-    """Measure a matrix product on this machine: the best of four, on its accelerator if it has one."""
+    """Measure a matrix product on this machine, on its accelerator if it has one: the best of four runs."""
     import torch
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -88,15 +88,18 @@ def measured_speed(half: bool, side: int = 1536) -> Speed:
 
 
 def read_flops(text: str) -> float:
-    """Read a speed such as "300T" (FLOP a second). Raises ConfigError for anything else."""
+    """Parse a speed such as "300T", in FLOP per second. Raises ConfigError for any other text."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GTP])", text.strip(), re.IGNORECASE)
     if found is None or float(found[1]) == 0:
-        raise ConfigError(f"--flops {text} is not a speed: write FLOP a second as in 300T, or 0.5P.")
+        raise ConfigError(f"--flops {text} is not a speed: write FLOP per second as in 300T or 0.5P.")
     return float(found[1]) * {"G": 1e9, "T": 1e12, "P": 1e15}[found[2].upper()]
 
 
 def read_size(text: str) -> int:
-    """Read an amount of memory such as "12GB" or "23034MiB" in bytes: GB are 2**30, MB 2**20. ConfigError otherwise."""
+    """Parse an amount of memory such as "12GB" or "23034MiB" and return bytes; a GB is 2**30 and an MB 2**20.
+
+    Raises ConfigError for any other text.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(G|GB|GiB|M|MB|MiB)", text.strip(), re.IGNORECASE)
     if found is None or float(found[1]) == 0:
         raise ConfigError(f"--fit {text} is not an amount of memory: write it as in 12GB.")
@@ -104,5 +107,5 @@ def read_size(text: str) -> int:
 
 
 def with_reserve(tensors: float) -> int:
-    """Bytes that a card needs for so many bytes of tensors."""
+    """Return the bytes of memory that a card needs to hold `tensors` bytes of tensors."""
     return int(tensors * (1 + SLACK) + RESERVE)

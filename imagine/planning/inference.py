@@ -1,13 +1,13 @@
-"""What drawing takes, from networks on the meta device: parameters, arithmetic and memory of every part of a call.
+"""Plan inference with networks on the meta device: parameters, arithmetic and memory of every part of a call.
 
-    reading    each text encoder, for sentences and negative ones
-    seeing     the vision encoder, for all references
-    steps      the denoiser with its adapters; the first step also makes the keys and values that the others reuse
-    decoding   the autoencoder
+    text encoders     each of them, for sentences and negative sentences
+    vision encoder    for all references
+    denoiser steps    with the adapters; the first step also computes the keys and values that the other steps reuse
+    autoencoder       decoding
 
-The parts take turns, so that memory depends on which weights lie beside the part at work: all of them, its own and the
-adapters', or (sequential) those of one layer. `Drawing.plan` measures each part once and keeps what it found;
-`Drawing.combinations` are what a plan may be made of, the best first.
+The parts run one after another, so memory depends on the weights that are on the device beside the running part: all
+weights; its own and the adapters'; or (sequential) those of one layer. `Drawing.plan` measures each part once and
+caches the result. `Drawing.combinations` yields the possible switches, the best first.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -27,39 +27,39 @@ from imagine.planning.meter import Meter, parameter_count, planned_kernels, weig
 from imagine.records import Conditioning, Tokens
 
 Offload = Literal["none", "model", "sequential"]
-OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")  # the fastest first
+OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")  # fastest first
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TEXT_LENGTHS = {T5: 128, "byt5": 32}  # tokens that T5 and ByT5 are planned with; CLIP always reads a whole window
-TILE = 64  # side of the autoencoder's tiles in latents; diffusers' own would leave a picture of 1024 px whole
+TEXT_LENGTHS = {T5: 128, "byt5": 32}  # planned tokens for T5 and ByT5; CLIP always gets a full window
+TILE = 64  # side of the autoencoder's tiles in latents; diffusers' default would not split a picture of 1024 px
 
 
 @dataclass(frozen=True)
 class DrawingWorkload:
-    """What is to be drawn: pictures at once, pixels a side, steps, references in each, and whether guided by text."""
+    """The size of a call to plan."""
 
-    resolution: int
-    batch: int = 1
+    resolution: int  # side in pixels
+    batch: int = 1  # pictures per call
     steps: int = 30
-    references: int = 1
-    guided: bool = True
+    references: int = 1  # per picture
+    guided: bool = True  # classifier-free guidance
 
     @property
     def rows(self) -> int:
-        """Batch items of the denoiser: with guidance every picture is predicted with and without its sentence."""
+        """Return the batch size of the denoiser: guidance predicts every picture with and without its sentence."""
         return self.batch * (2 if self.guided else 1)
 
 
 @dataclass(frozen=True)
 class DrawingOptions:
-    """The switches of a call that change how much memory it takes."""
+    """The switches of a call that affect its memory."""
 
     precision: Precision = "bf16"
     offload: Offload = "none"
     tiling: bool = False
 
     def switches(self, vae: Any, batch: int) -> list[str]:
-        """The same as lines of Python, for a pipeline with this autoencoder."""
+        """Return the switches as lines of Python, for a pipeline with this autoencoder."""
         dtype = str(DTYPES[self.precision])
         lines = [f"pipe = ImaginePipeline.from_pretrained(..., dtype={dtype})"]
         lines += {
@@ -79,42 +79,43 @@ class DrawingOptions:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a call: numbers in its weights, bytes of them, bytes made while it works, and its arithmetic."""
+    """The measurements of one part of a call."""
 
-    parameters: int
-    weights: int
-    working: int
+    parameters: int  # number of parameters
+    weights: int  # bytes of weights
+    working: int  # peak bytes of other tensors while it runs
     flops: int
-    largest_layer: int
+    largest_layer: int  # bytes of weights
 
 
 @dataclass(frozen=True)
 class DrawingPlan:
-    """What a call takes under one choice of switches."""
+    """The requirements of a call with one choice of switches."""
 
     options: DrawingOptions
     parts: Mapping[str, Part]
-    flops_step: int  # of the second step and all later ones
+    flops_step: int  # of the second and every later step
     flops: int  # of the whole call
-    at_once: Mapping[str, int]  # bytes of tensors while each part works
-    moved: int  # bytes of weights that cross the bus to the device while drawing
+    at_once: Mapping[str, int]  # bytes of all tensors on the device while each part runs
+    moved: int  # bytes of weights that are copied to the device during the call
 
     @property
     def busiest(self) -> str:
+        """Return the part with the most memory."""
         return max(self.at_once, key=lambda name: self.at_once[name])
 
     @property
     def peak(self) -> int:
-        """Bytes that a device needs."""
+        """Return the bytes of memory that a device needs."""
         return with_reserve(self.at_once[self.busiest])
 
     def seconds(self, speed: float) -> float:
-        """Seconds for the call at so many FLOP a second; weights cross the bus meanwhile without overlap."""
+        """Return the seconds of the call at `speed` FLOP per second; copies of weights do not overlap with it."""
         return self.flops / speed + self.moved / BUS_BANDWIDTH
 
 
 def unet_inputs(unet: nn.Module, rows: int, sides: tuple[int, int], text_length: int = 77) -> dict[str, Any]:
-    """Inputs of any Stable Diffusion denoiser, random or without numbers, on its device and in its precision."""
+    """Return inputs for any Stable Diffusion denoiser, on its device and in its precision (random, or meta tensors)."""
     config: Any = unet.config
     like = next(unet.parameters())
 
@@ -127,7 +128,7 @@ def unet_inputs(unet: nn.Module, rows: int, sides: tuple[int, int], text_length:
         "encoder_hidden_states": some(rows, text_length, config.cross_attention_dim),
     }
     if config.addition_embed_type == "text_time":
-        ids = 6  # sizes and crop, as SDXL hears them
+        ids = 6  # SDXL's size and crop conditioning
         pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
         inputs["added_cond_kwargs"] = {"text_embeds": some(rows, pooled), "time_ids": some(rows, ids)}
     if config.class_embed_type == "projection":
@@ -136,7 +137,7 @@ def unet_inputs(unet: nn.Module, rows: int, sides: tuple[int, int], text_length:
 
 
 def branch_tokens(adapter: Adapter, spec: BranchSpec, rows: int, references: int, vision_tokens: int) -> Tokens:
-    """A branch's tokens: a sentence's, or those of references, each `vision_tokens` features of the vision encoder."""
+    """Return a branch's tokens: those of a sentence, or of references with `vision_tokens` features each."""
     length = TEXT_LENGTHS.get(spec.name, vision_tokens)
     width = spec.input_width or spec.width
     if spec.name != VISION:
@@ -149,7 +150,7 @@ def branch_tokens(adapter: Adapter, spec: BranchSpec, rows: int, references: int
 
 
 def build_conditioning(networks: Networks, rows: int, references: int, vision_tokens: int) -> Conditioning:
-    """What the denoiser attends to beside its own text: a sequence for every branch of every adapter."""
+    """Return the conditioning that the denoiser attends to beside its own text: one sequence per adapter branch."""
     return Conditioning({
         spec.name: branch_tokens(adapter, spec, rows, references, vision_tokens)
         for adapter in networks.adapters.values()
@@ -158,18 +159,18 @@ def build_conditioning(networks: Networks, rows: int, references: int, vision_to
 
 
 def vision_token_count(vision_encoder: Any) -> int:
-    """How many tokens the vision encoder makes of one reference."""
+    """Return the number of tokens that the vision encoder makes from one reference."""
     return 1 + (int(vision_encoder.config.image_size) // int(vision_encoder.config.patch_size)) ** 2
 
 
 def encode_text(encoder: Any, rows: int, branch: str) -> Any:
-    """Run a text encoder on sentences of the length that it is planned with."""
+    """Run a text encoder on `rows` sentences of its planned length."""
     length = getattr(encoder.config, "max_position_embeddings", None) or TEXT_LENGTHS[branch]
     return encoder(input_ids=torch.zeros(rows, length, dtype=torch.long, device=next(encoder.parameters()).device))
 
 
 def encode_crops(vision_encoder: Any, references: int) -> Any:
-    """Run a vision encoder, ours or transformers', on so many references."""
+    """Run a vision encoder, ours or one of transformers, on `references` face crops."""
     side = int(vision_encoder.config.image_size)
     like = next(vision_encoder.parameters())
     crops = torch.zeros(references, 3, side, side, device=like.device, dtype=like.dtype)
@@ -181,7 +182,7 @@ def encode_crops(vision_encoder: Any, references: int) -> Any:
 
 
 def decode(vae: Any, batch: int, sides: tuple[int, int]) -> Tensor:
-    """Run an autoencoder's decoder on latents."""
+    """Run the decoder of an autoencoder on latents with `sides` (height, width)."""
     like = next(vae.parameters())
     channels = int(vae.config.latent_channels)
     pictures: Tensor = vae.decode(torch.zeros(batch, channels, *sides, device=like.device, dtype=like.dtype))[0]
@@ -189,7 +190,7 @@ def decode(vae: Any, batch: int, sides: tuple[int, int]) -> Tensor:
 
 
 class Drawing:
-    """A base's networks without numbers, measured part by part; what was measured once is kept."""
+    """Plan calls of a base, whose networks are on the meta device; each part is measured once and cached."""
 
     def __init__(self, base: Blueprint, workload: DrawingWorkload) -> None:
         self.base, self.workload = base, workload
@@ -202,9 +203,9 @@ class Drawing:
         return {name: parameter_count(module) for name, module in self.networks.modules().items()}
 
     def combinations(self, first: DrawingOptions, fixed: Collection[str] = ()) -> Iterator[DrawingOptions]:
-        """Every choice of switches, the fastest first; tiles, whose seams may show, after doing without.
+        """Yield every choice of switches, fastest first; for each, tiles come last because seams may be visible.
 
-        What `fixed` names of `first` stays as it is there. A precision that is not kept is bf16: fp16 takes no less.
+        The fields of `first` that `fixed` names do not change. Precision, unless fixed, is bf16: fp16 needs as much.
         """
         precision = first.precision if "precision" in fixed else "bf16"
         for offload in (first.offload,) if "offload" in fixed else OFFLOADS:
@@ -212,7 +213,7 @@ class Drawing:
                 yield DrawingOptions(precision, offload, tiling)
 
     def plan(self, options: DrawingOptions) -> DrawingPlan:
-        """What a call takes under these switches."""
+        """Return the requirements of a call with these switches."""
         parts: dict[str, Part] = {}
         second_step_flops = 0
         for name in self._part_names():
@@ -230,18 +231,18 @@ class Drawing:
         return DrawingPlan(options, parts, second_step_flops, total, at_once, self._moved(parts, options.offload))
 
     def _part_names(self) -> list[str]:
-        """The parts that take turns."""
+        """Return the parts that run one after another."""
         vision_encoder = [self.networks.vision_encoder] if self.networks.vision_encoder else []
         return [*self.networks.text_encoders(), *vision_encoder, "unet", "vae"]
 
     def _weights_on_device(self, parts: Mapping[str, Part], at_work: str, offload: Offload) -> int:
-        """Bytes of weights on the device while a part works."""
+        """Return the bytes of weights on the device while part `at_work` runs."""
         if offload == "none":
             return sum(part.weights for part in parts.values())
         adapters = sum(parts[name].weights for name in ADAPTERS if name in parts)
         if offload == "model":
             return adapters + parts[at_work].weights
-        vision_encoder = self.networks.vision_encoder  # it stays, since it is not run through `forward` alone
+        vision_encoder = self.networks.vision_encoder  # stays on the device, as `forward` is not its only entry
         staying = parts[vision_encoder].weights if vision_encoder else 0
         return adapters + staying + (0 if at_work == vision_encoder else parts[at_work].largest_layer)
 
@@ -255,14 +256,14 @@ class Drawing:
         return weight_bytes(nn.Module.to(module, DTYPES[precision]))
 
     def _measured(self, name: str, precision: Precision, tiling: bool) -> tuple[Part, int]:
-        """A part measured, and the arithmetic of doing it again."""
+        """Measure a part; return it and the arithmetic of a repeated run (0 where nothing is repeated)."""
         tiling = tiling and name == "vae"
         key = (name, precision, tiling)
         if key not in self._cache:
             module = self.networks.models[name]
-            # diffusers decodes in float32 where an autoencoder is known to overflow in fp16.
+            # diffusers decodes in float32 if the autoencoder overflows in fp16 (force_upcast).
             upcast = name == "vae" and precision == "fp16" and bool(getattr(module.config, "force_upcast", False))
-            for each in self.networks.modules().values():  # diffusers' own `to` would warn of what is meant
+            for each in self.networks.modules().values():  # diffusers' own `to` would print a warning
                 nn.Module.to(each, DTYPES["fp32" if upcast else precision])
             with torch.no_grad(), planned_kernels(), Meter() as meter:
                 again = self._run_part(name, tiling, meter)
@@ -272,7 +273,7 @@ class Drawing:
         return self._cache[key]
 
     def _run_part(self, name: str, tiling: bool, meter: Meter) -> int:
-        """Let a part work; returns the arithmetic of a second time, where there is one."""
+        """Run a part; return the arithmetic of its second run if it has one, else 0."""
         networks, workload = self.networks, self.workload
         module = networks.models[name]
         if name == "unet":
@@ -290,9 +291,9 @@ class Drawing:
 def step_twice(
     networks: Networks, rows: int, sides: tuple[int, int], references: int, meter: Meter | None = None
 ) -> int:
-    """Take two steps of one picture; returns the arithmetic of the second, which finds keys and values made.
+    """Run two steps; return the arithmetic of the second, which reuses the keys and values of the first.
 
-    Without a meter around it that is not known, and 0.
+    Return 0 without a meter.
     """
     vision_tokens = vision_token_count(networks.models[networks.vision_encoder]) if networks.vision_encoder else 0
     inputs = unet_inputs(networks.unet, rows, sides)
@@ -306,18 +307,18 @@ def step_twice(
 
 
 def latent_side(vae: Any, unet: Any, resolution: int) -> int:
-    """Latents a side of pictures of this resolution. Raises ConfigError if it is no multiple of what the base needs."""
+    """Return the side of the latents for this resolution. Raises ConfigError if the base cannot draw it."""
     factor = step = compression(vae)
-    if hasattr(vae, "spatial_compression_ratio"):  # ours, whose denoiser halves latents evenly; others pad what is odd
+    if hasattr(vae, "spatial_compression_ratio"):  # our denoiser needs even latents at every level; others pad
         step *= 2 ** (len(unet.config.block_out_channels) - 1)
     if resolution < step or resolution % step:
         lower = max(step, resolution // step * step)
-        raise ConfigError(f"A resolution of {resolution} does not fit: take a multiple of {step}, such as {lower}.")
+        raise ConfigError(f"A resolution of {resolution} does not fit the base: choose a multiple of {step}, such as {lower}.")
     return resolution // factor
 
 
 def compression(vae: Any) -> int:
-    """How many pixels one latent stands for along a side."""
+    """Return the number of pixels per latent along a side."""
     ratio = getattr(vae, "spatial_compression_ratio", None)
     return int(ratio or 2 ** (len(vae.config.block_out_channels) - 1))
 
@@ -329,10 +330,10 @@ def _tile(vae: Any, tiling: bool) -> None:
         return
     vae.enable_tiling()
     vae.enable_slicing()
-    if hasattr(vae, "tile_latent_min_size"):  # AutoencoderKL, whose enable_tiling takes no sizes
+    if hasattr(vae, "tile_latent_min_size"):  # AutoencoderKL: its enable_tiling takes no sizes
         vae.tile_latent_min_size, vae.tile_sample_min_size = TILE, TILE * compression(vae)
 
 
 def _own_bytes(layer: nn.Module) -> int:
-    """Bytes of a layer's own parameters, without its children's."""
+    """Return the bytes of a layer's own parameters, without those of its children."""
     return sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters(recurse=False))

@@ -1,10 +1,10 @@
-"""How much memory and arithmetic a computation takes, read off its tensors: on torch's meta device nothing is computed.
+"""Count the memory and the arithmetic of a computation from its tensors, also on torch's meta device.
 
-A `Meter` watches every operation below autograd, so that backward passes, recomputation and tensors that autograd keeps
-are seen as they are. What exists before it starts (weights, gradients) is not counted; what is made inside is, until
-nobody holds it any more. Counting bytes of tensors leaves out what kernels use inside one operation, and what an
-allocator loses between blocks; `cards.RESERVE` stands for those. `profiled_peak` measures real tensors independently,
-from the allocator's own events, and `imagine plan --check` holds one against the other.
+A `Meter` intercepts every operation below autograd, so that it includes backward passes, recomputation and the tensors
+that autograd saves. It does not count tensors that exist before it starts (weights, gradients). It counts tensors that
+are made inside its block, until they are freed. The count leaves out the work space of kernels inside one operation and
+the fragmentation of the allocator; `cards.RESERVE` accounts for both. `profiled_peak` measures real tensors
+independently, from the events of the allocator, and `imagine plan --check` compares the two.
 """
 
 import weakref
@@ -22,17 +22,17 @@ from torch.utils.flop_counter import flop_registry
 
 
 class Meter(TorchDispatchMode):
-    """Counts inside its `with` block: `live` and `peak` bytes of tensors made there, and `flops` (two a product)."""
+    """Count, inside a `with` block, the `live` and `peak` bytes of its tensors, and `flops` (two per multiply-add)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = self.flops = 0
-        self._storages: dict[int, Any] = {}  # every storage seen and still alive, by its address
+        self._storages: dict[int, Any] = {}  # every storage that was seen and is alive, by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
         for tensor in _tensors((args, options)):
-            self._track(tensor, 0)  # whatever was not made in the block is not ours to count
+            self._track(tensor, 0)  # a tensor from outside the block does not count
         out = func(*args, **options)
         for tensor in _tensors(out):
             self._track(tensor, tensor.untyped_storage().nbytes())
@@ -60,11 +60,12 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def planned_kernels(autocast: torch.dtype | None = None) -> Iterator[None]:
-    """Let tensors on the meta device go through the operations that run on a device.
+    """Make operations on the meta device use the same kernels as on a real device.
 
-    There torch would take attention apart, with all scores in memory; devices have it as one operation. `autocast`
-    also casts as torch.autocast does on CUDA, which has no counterpart on the meta device: products in that precision,
-    normalisation and the loss in float32 (https://docs.pytorch.org/docs/stable/amp.html, "Autocast Op Reference").
+    On the meta device torch decomposes attention, with all scores in memory; real devices use one fused operation.
+    `autocast` also casts as torch.autocast does on CUDA, which does not exist for the meta device: products in that
+    precision, normalisation and the loss in float32 (https://docs.pytorch.org/docs/stable/amp.html, "Autocast Op
+    Reference").
     """
     replaced: dict[str, Callable[..., Any]] = {"scaled_dot_product_attention": _attention}
     if autocast is not None:
@@ -79,7 +80,7 @@ def planned_kernels(autocast: torch.dtype | None = None) -> Iterator[None]:
 
 @contextmanager
 def _replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Let torch.nn.functional have other functions for a while: its own composite ones look them up there too."""
+    """Replace functions of torch.nn.functional temporarily; torch's own composite functions then use them too."""
     before = {name: getattr(F, name) for name in functions}
     try:
         for name, function in functions.items():
@@ -107,7 +108,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The fused attention, by the one of its names whose shapes torch knows on every device."""
+    """Run fused attention through the one operator whose shape function torch has for every device."""
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -117,9 +118,9 @@ def _attention(
 
 
 def profiled_peak(work: Callable[[], Any]) -> int:
-    """Run `work` on the CPU and return the most bytes that torch's allocator had given out for it at once.
+    """Run `work` on the CPU and return the peak of the bytes that torch's allocator allocated for it.
 
-    From the events that the allocator itself reports to torch.profiler; what was there before does not count.
+    The numbers come from the events that the allocator reports to torch.profiler; earlier allocations do not count.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
@@ -133,11 +134,11 @@ def profiled_peak(work: Callable[[], Any]) -> int:
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
+    """Return the bytes of a module's parameters and buffers."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def parameter_count(module: torch.nn.Module) -> int:
-    """How many numbers a module's parameters are."""
+    """Return the number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

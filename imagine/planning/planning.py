@@ -1,11 +1,13 @@
-"""`imagine plan`: what drawing or training takes, before anybody waits for a download or a card runs out of memory.
+"""`imagine plan`: estimate what inference or training needs, before a download and before a card runs out of memory.
 
-    bases            what a base is made of
-    plan_inference   a call, part by part            plan_training   a step, forward and backward
-    meter            bytes and arithmetic of either  cards           speeds and sizes of devices
+    bases       the networks of a base
+    inference   a call, part by part
+    training    a step, forward and backward
+    meter       counts bytes and arithmetic
+    cards       speeds and sizes of devices
 
-A plan is a dict that says it all (`--json`), and `words` are its lines. `check` measures small networks with numbers on
-this machine's CPU and holds them against what is planned for the same networks without numbers.
+A plan is a dict with all results (`--json`), and `words` formats it as lines. `check` runs small networks on this
+machine's CPU and compares their measurements with the plan for the same networks on the meta device.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -40,7 +42,7 @@ from imagine.planning.training import (
 )
 
 Plan = TypeVar("Plan", DrawingPlan, TrainingPlan)
-TOLERANCE = 0.15  # how far planned and measured memory may lie apart
+TOLERANCE = 0.15  # the largest relative difference between planned and measured memory
 
 
 def plan_drawing(
@@ -51,10 +53,10 @@ def plan_drawing(
     speeds: Mapping[str, Speed],
     fixed: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The plan of a call with these switches; with a `limit` in bytes, with the fastest that fit under it.
+    """Return the plan of a call with these switches, or under a `limit` in bytes with the fastest ones that fit.
 
-    Whatever `fixed` names of `options` ("precision", "offload", "tiling") stays under a limit, too. Raises ConfigError,
-    naming the least that would do, if none fit.
+    The fields of `options` that `fixed` names ("precision", "offload", "tiling") do not change under a limit. Raises
+    ConfigError, with the smallest memory that would fit, if no switches fit.
     """
     drawing = Drawing(base, workload)
     if limit is None:
@@ -90,10 +92,10 @@ def plan_training(
     speeds: Mapping[str, Speed],
     fixed: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The plan of a training step with these settings; with a `limit` in bytes, with the fastest that fit under it.
+    """Return the plan of a training step with this recipe, or under a `limit` in bytes with the fastest one that fits.
 
-    Whatever `fixed` names of `recipe` (any fields) stays under a limit, too. Raises ConfigError, naming the least
-    that would do, if none fit.
+    The fields of `recipe` that `fixed` names do not change under a limit. Raises ConfigError, with the smallest memory
+    that would fit, if no recipe fits.
     """
     training = Training(base, workload)
     if limit is None:
@@ -113,9 +115,9 @@ def plan_training(
 
 
 def fitting(plans: Iterable[Plan], limit: int, what: str, fixed: Collection[str] = ()) -> Plan:
-    """The first plan that needs no more than `limit` bytes. Raises ConfigError, naming the least, if none does.
+    """Return the first plan that needs at most `limit` bytes. Raises ConfigError, with the smallest need, if none does.
 
-    `fixed` are the switches that were given, for the sentence.
+    `what` and `fixed` (the switches that were given) are for the error sentence only.
     """
     tried: list[Plan] = []
     for plan in plans:
@@ -125,14 +127,14 @@ def fitting(plans: Iterable[Plan], limit: int, what: str, fixed: Collection[str]
     least = min(tried, key=lambda plan: plan.peak)
     most = least.busiest if isinstance(least, DrawingPlan) else max(least.memory, key=lambda name: least.memory[name])
     raise ConfigError(
-        f"{what} does not fit into {_gib(limit)}: with every switch{_except(fixed)} it still takes {_gib(least.peak)}, "
-        f"most of it for {most.replace('_', ' ')}; take a card with {_card(least.peak)} GB, a lower resolution or a "
+        f"{what} does not fit into {_gib(limit)}: with every switch{_except(fixed)} it still needs {_gib(least.peak)}, "
+        f"most of it for {most.replace('_', ' ')}; use a card with {_card(least.peak)} GB, a lower resolution or a "
         + ("smaller batch." if isinstance(least, DrawingPlan) else "smaller batch, or train fewer parts.")
     )
 
 
 def _except(fixed: Collection[str]) -> str:
-    return f" but the given {' and '.join(sorted(fixed))}" if fixed else ""
+    return f" except the given {' and '.join(sorted(fixed))}" if fixed else ""
 
 
 def _describe(base: Blueprint, workload: DrawingWorkload | TrainingWorkload) -> str:
@@ -140,15 +142,15 @@ def _describe(base: Blueprint, workload: DrawingWorkload | TrainingWorkload) -> 
 
 
 def words(report: Mapping[str, Any]) -> list[str]:
-    """A plan as lines for people."""
+    """Format a plan as lines of text."""
     return _training_words(report) if "trained" in report else _drawing_words(report)
 
 
 def _drawing_words(report: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"{report['base']}, {report['batch']} of {report['resolution']} px, {report['steps']} steps"
+        f"{report['base']}, batch of {report['batch']} at {report['resolution']} px, {report['steps']} steps"
         f"{' with guidance' if report['guided'] else ''}, {report['precision']}",
-        f"  {'part':<16} {'parameters':>11} {'weights':>10} {'working':>10} {'at once':>10} {'TFLOP':>8}",
+        f"  {'part':<16} {'parameters':>11} {'weights':>10} {'working':>10} {'total':>10} {'TFLOP':>8}",
     ]
     for name, part in report["parts"].items():
         at_once = _gib(part["at_once"]) if "at_once" in part else ""
@@ -157,24 +159,24 @@ def _drawing_words(report: Mapping[str, Any]) -> list[str]:
             f"{at_once:>10} {part['flops'] / 1e12:>8.2f}"
         )
     lines += [
-        f"arithmetic: {report['flops_step'] / 1e12:.2f} TFLOP a step, {report['flops'] / 1e12:.1f} TFLOP in all",
-        f"memory: {_gib(report['peak'])} at most, while {report['busiest'].replace('_', ' ')} works"
-        f" (tensors, and what a card holds beside them); offload {report['offload']}",
+        f"arithmetic: {report['flops_step'] / 1e12:.2f} TFLOP per step, {report['flops'] / 1e12:.1f} TFLOP in total",
+        f"memory: peak of {_gib(report['peak'])} while {report['busiest'].replace('_', ' ')} runs"
+        f" (tensors and the overhead of a card); offload {report['offload']}",
     ]
-    return [*lines, *_time_words(report, "for all pictures"), "with:", *(f"  {line}" for line in report["switches"])]
+    return [*lines, *_time_words(report, "for the batch"), "switches:", *(f"  {line}" for line in report["switches"])]
 
 
 def _training_words(report: Mapping[str, Any]) -> list[str]:
-    lines = [f"training {report['base']} at {report['resolution']} px, {report['batch']} images a step"]
+    lines = [f"training {report['base']} at {report['resolution']} px, {report['batch']} images per step"]
     lines += [f"  {name:<26} {count / 1e6:>9.1f} M" for name, count in report["trained"].items()]
     lines.append(f"  {'frozen':<26} {report['frozen'] / 1e6:>9.1f} M")
     lines += [f"  {name:<26} {_gib(size):>11}" for name, size in report["memory"].items()]
     lines += [
-        f"arithmetic: {report['flops_step'] / 1e12:.1f} TFLOP a step",
-        f"memory: {_gib(report['peak'])} (tensors, and what a card holds beside them)",
+        f"arithmetic: {report['flops_step'] / 1e12:.1f} TFLOP per step",
+        f"memory: {_gib(report['peak'])} (tensors and the overhead of a card)",
     ]
-    lines += _time_words(report, "a step")
-    return [*lines, "with, in a stage of a config:", *(f"  {line}" for line in report["switches"])]
+    lines += _time_words(report, "per step")
+    return [*lines, "settings of the stage in a config:", *(f"  {line}" for line in report["switches"])]
 
 
 def _time_words(report: Mapping[str, Any], of: str) -> list[str]:
@@ -193,7 +195,7 @@ def _gib(size: float) -> str:
 
 
 def _card(size: int) -> int:
-    """The smallest usual card that holds so much, in GB."""
+    """Return the size of the smallest common card that holds `size` bytes, in GB."""
     return next((usual for usual in (4, 6, 8, 12, 16, 24, 32, 48, 80, 96, 141, 192) if usual * GIB >= size), 288)
 
 
@@ -201,7 +203,7 @@ def _card(size: int) -> int:
 
 
 def small_base() -> Blueprint:
-    """A base like SDXL with two levels, and our four branches; small enough to be measured in a second or two."""
+    """Return a base like SDXL with two levels and our branches, small enough to be measured in a second or two."""
     unet = {
         "sample_size": 32, "block_out_channels": [64, 128], "layers_per_block": 1, "attention_head_dim": [2, 4],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "cross_attention_dim": 64,
@@ -228,11 +230,11 @@ def small_base() -> Blueprint:
 
 
 def check(batch: int = 2, resolution: int = 128) -> dict[str, Any]:
-    """Hold plans of small networks against the same networks at work on this machine's CPU, in float32.
+    """Compare plans of small networks with the same networks that run on this machine's CPU, in float32.
 
-    Parameters and arithmetic must be equal (the latter by torch's own FlopCounterMode on tensors with numbers), and the
-    memory of steps, decoding and training, by the allocator's own events, within `TOLERANCE`. Raises RuntimeError,
-    which is our fault, if they are not.
+    Parameters and arithmetic (by torch's FlopCounterMode on real tensors) must be equal. The memory of steps, decoding
+    and training (by the events of the allocator) must agree within `TOLERANCE`. Raises RuntimeError if they do not,
+    because that is a bug of the planner.
     """
     base = small_base()
     planned, real = build(base), build(base, "cpu")
@@ -258,7 +260,7 @@ def _check_rows(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_words(report: Mapping[str, Any]) -> list[str]:
-    """A check as lines for people."""
+    """Format a check as lines of text."""
     lines = [
         f"{name:<40} planned {row['planned']:>14,}, measured {row['measured']:>14,}, off by {row['off']:.1%}"
         for name, row in report["rows"].items()
@@ -287,7 +289,7 @@ def _checks(batch: int, side: int) -> dict[str, Work]:
 
 
 def _compare(name: str, work: Work, planned: Networks, real: Networks) -> dict[str, dict[str, Any]]:
-    """Planned and measured arithmetic and memory of one kind of work."""
+    """Return the planned and the measured arithmetic and memory of one kind of work."""
     for networks in (planned, real):
         if name.startswith("training"):
             set_trainable(networks, choose_parts(networks, ()), torch.float32)

@@ -1,12 +1,12 @@
-"""What a step of training the adapters takes, from networks on the meta device.
+"""Plan a training step of the adapters with networks on the meta device.
 
-As our trainer does it, and the paper (*Imagine yourself*, section 3.2): the vision encoder, the vision branch with its
-projection, the text branches and LoRA train; the base is frozen. Latents and the text encoders' states were made once
-and lie on disk, so neither the autoencoder nor a text encoder is there. What trains is kept in float32, with gradient,
-optimiser state and average beside it. The frozen denoiser is kept in the precision that a step computes in; whatever
-else is frozen stays in float32, as our trainer leaves it.
+The plan follows our trainer and the paper (*Imagine yourself*, section 3.2): the vision encoder, the vision branch with
+its projection, the text branches and LoRA train; the base is frozen. Latents and the text encoders' states are cached
+on disk, so neither the autoencoder nor a text encoder is in memory. Trained parameters are in float32, with gradient,
+optimiser state and weight average. The frozen denoiser has the precision that a step computes in; all other frozen
+networks are in float32, as in our trainer.
 
-One step is run as it is, forward and backward; its activations and gradients are what the meter counts.
+The plan runs one complete step, forward and backward, and the meter counts its activations and gradients.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,52 +26,52 @@ from imagine.records import Conditioning
 
 VISION_ENCODER = "vision_encoder"
 FLOAT = 4  # bytes
-_BLOCK = 256  # bitsandbytes keeps one float32 a block of its one-byte states
-_HALF_LIFE = 1000  # steps, of the average that a plan proposes; how long it is takes no memory
+_BLOCK = 256  # bitsandbytes stores one float32 per block of this many one-byte states
+_HALF_LIFE = 1000  # steps; half-life of the weight average in a printed plan, which does not affect memory
 
 
 @dataclass(frozen=True)
 class TrainingWorkload:
-    """What is to be trained: pixels a side, images a step, and the parts; () is all of them."""
+    """The size of a training step to plan."""
 
-    resolution: int
-    batch: int = 1
-    parts: tuple[str, ...] = ()
+    resolution: int  # side in pixels
+    batch: int = 1  # images per step
+    parts: tuple[str, ...] = ()  # the parts to train; () means all
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a run that change how much memory it takes."""
+    """The settings of a training run that affect its memory."""
 
     precision: Precision = "bf16"
     checkpointing: bool = False
     optimiser: Literal["adamw", "adamw8bit"] = "adamw"
     accumulation: int = 1
-    average: bool = True
+    average: bool = True  # of the trained weights
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a step takes under one recipe."""
+    """The requirements of a step with one recipe."""
 
     recipe: Recipe
-    trained: Mapping[str, int]  # part -> numbers that train
-    frozen: int  # numbers that do not
-    memory: Mapping[str, int]  # bytes by what they hold
+    trained: Mapping[str, int]  # part -> number of trained parameters
+    frozen: int  # number of frozen parameters
+    memory: Mapping[str, int]  # kind of tensors -> bytes
     flops: int  # of one optimiser step, recomputation included
 
     @property
     def peak(self) -> int:
-        """Bytes that a device needs."""
+        """Return the bytes of memory that a device needs."""
         return with_reserve(sum(self.memory.values()))
 
     def seconds(self, speed: float) -> float:
-        """Seconds for a step at so many FLOP a second."""
+        """Return the seconds of a step at `speed` FLOP per second."""
         return self.flops / speed
 
 
 class Training:
-    """A base's networks without numbers, a step of them measured."""
+    """Plan training steps of a base, whose networks are on the meta device."""
 
     def __init__(self, base: Blueprint, workload: TrainingWorkload) -> None:
         self.base, self.workload = base, workload
@@ -80,15 +80,16 @@ class Training:
         ]
         self.networks = build(base, leave_out=["vae", *text_encoders])
         self.side = _side(base, self.networks.unet, workload.resolution)
-        # Stock bases are for the task diffusers_adapter, which has settings for them; our own world's task has none.
+        # Only the task of stock bases, diffusers_adapter, has settings for checkpointing and the frozen precision.
         self.stock = base.components["vae"].kind == "AutoencoderKL"
         self.parts = choose_parts(self.networks, workload.parts)
         self._cache: dict[tuple[Precision, bool, int, bool], tuple[int, int, int]] = {}
 
     def recipes(self, first: Recipe, fixed: Collection[str] = ()) -> Iterator[Recipe]:
-        """`first`, then ever less hungry ones: recomputation, small optimiser states, smaller pieces, no average.
+        """Yield `first`, then recipes with less and less memory.
 
-        What `fixed` names of `first` stays as it is there. A precision that is not kept is bf16.
+        The order is recomputation, 8-bit optimiser states, smaller micro-batches, no average. The fields of `first`
+        that `fixed` names do not change. The precision, unless fixed, is bf16.
         """
         now = first if "precision" in fixed else replace(first, precision="bf16")
         yield now
@@ -102,7 +103,7 @@ class Training:
                 yield now
 
     def switches(self, recipe: Recipe) -> list[str]:
-        """The same as lines of a stage of our trainer's config; whatever it is not told there it would do otherwise."""
+        """Return the recipe as lines of a stage in our trainer's config; the defaults of a stage are different."""
         batch, shape = self.workload.batch, self.base.adapters.get("adapter")
         settings: dict[str, Any] = {}
         if self.stock:
@@ -111,20 +112,21 @@ class Training:
         if shape:
             settings["lora_rank"] = shape.lora_rank
         for spec in shape.branches if shape and self.stock else ():
-            if spec.projection in ("full", "plus"):  # the trainer's forms
+            if spec.projection in ("full", "plus"):  # the projections that the trainer has
                 settings["projection"] = spec.projection
         lines = [f"batch_size: {batch}", f"accumulation: {recipe.accumulation}", f"precision: {recipe.precision}"]
         lines += [f"optimiser: {recipe.optimiser}", f"ema: {_HALF_LIFE * batch if recipe.average else 0}"]
         return [*lines, "settings:", *(f"  {name}: {value}" for name, value in settings.items())]
 
     def plan(self, recipe: Recipe) -> TrainingPlan:
-        """What a step takes under this recipe. Raises ConfigError if the trainer would not follow it."""
+        """Return the requirements of a step with this recipe. Raises ConfigError if our trainer does not support it."""
         if self.workload.batch % recipe.accumulation:
             raise ConfigError(
-                f"A batch of {self.workload.batch} does not divide into {recipe.accumulation} pieces: choose a divisor."
+                f"A batch of {self.workload.batch} cannot be split into {recipe.accumulation} equal micro-batches: "
+                "choose a divisor."
             )
         if recipe.checkpointing and not self.stock:
-            raise ConfigError(f"Our trainer recomputes no activations of {self.base.name}: leave --checkpointing out.")
+            raise ConfigError(f"Our trainer cannot recompute activations of {self.base.name}: remove --checkpointing.")
         micro_batch = self.workload.batch // recipe.accumulation
         accumulates = recipe.accumulation > 1
         working, trained_count, flops = self._measured(recipe.precision, recipe.checkpointing, micro_batch, accumulates)
@@ -138,7 +140,7 @@ class Training:
             "trained weights": sum(size for key, size in bytes_of.items() if key in trained),
             "optimiser": int(optimiser_state * trained_count),
             "average": sum(size for key, size in bytes_of.items() if key in trained) * recipe.average,
-            # While backward runs, gradients take the place of activations; the optimiser meets gradients alone.
+            # During the backward pass gradients replace activations; in the optimiser's step only gradients are left.
             "activations and gradients": working + gradients if accumulates else max(working, gradients),
         }
         counts = {name: sum(p.numel() for p in parameters) for name, parameters in self.parts.items()}
@@ -148,7 +150,7 @@ class Training:
     def _measured(
         self, precision: Precision, checkpointing: bool, micro_batch: int, accumulates: bool
     ) -> tuple[int, int, int]:
-        """Bytes of one forward and backward, how many numbers got a gradient, and the arithmetic."""
+        """Return the bytes of a forward and backward pass, the number of values with a gradient, and the arithmetic."""
         key = (precision, checkpointing, micro_batch, accumulates)
         if key not in self._cache:
             set_trainable(self.networks, self.parts, DTYPES[precision] if self.stock else torch.float32)
@@ -156,7 +158,7 @@ class Training:
             with_gradient: dict[int, int] = {}
             hooks = []
             for parameter in {id(p): p for part in self.parts.values() for p in part}.values():
-                # The gradients of earlier pieces are there already; one that none will be added to is not counted.
+                # With accumulation, gradients exist from earlier micro-batches; only those that get an update count.
                 parameter.grad = torch.zeros_like(parameter) if accumulates else None
                 hooks.append(
                     parameter.register_post_accumulate_grad_hook(lambda p: with_gradient.update({id(p): p.numel()}))
@@ -170,7 +172,7 @@ class Training:
 
 
 def choose_parts(networks: Networks, names: Sequence[str]) -> dict[str, list[nn.Parameter]]:
-    """The parts of these names, all if there are none. Raises ConfigError, listing them, for a name that is unknown."""
+    """Return the named parts, or all parts if `names` is empty. Raises ConfigError for an unknown part."""
     parts: dict[str, list[nn.Parameter]] = {}
     if networks.vision_encoder:
         parts[VISION_ENCODER] = list(networks.models[networks.vision_encoder].parameters())
@@ -182,9 +184,9 @@ def choose_parts(networks: Networks, names: Sequence[str]) -> dict[str, list[nn.
 
 
 def set_trainable(networks: Networks, parts: Mapping[str, Sequence[nn.Parameter]], frozen: torch.dtype) -> None:
-    """Let these parts train, in float32, and freeze everything else: the denoiser in that precision, others in float32.
+    """Make these parts trainable, in float32, and freeze the rest: the denoiser in `frozen`, other networks in float32.
 
-    That is how our trainer does it: a frozen vision encoder or branch is what it was loaded as.
+    This is what our trainer does: a frozen vision encoder or branch keeps the precision that it was loaded in.
     """
     trained = {id(p) for parameters in parts.values() for p in parameters}
     for name, module in networks.modules().items():
@@ -199,9 +201,11 @@ def set_trainable(networks: Networks, parts: Mapping[str, Sequence[nn.Parameter]
 
 
 def checkpoint(networks: Networks, on: bool) -> None:
-    """Compute activations of the denoiser and of the vision encoder anew in the backward pass, or keep them."""
+    """Switch gradient checkpointing of the denoiser and of the vision encoder on or off."""
     unet = networks.unet
-    unet.train(on)  # diffusers and transformers recompute only while training; without dropout nothing else changes
+    unet.train(
+        on
+    )  # diffusers and transformers recompute in training mode only; without dropout the mode has no other effect
     (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
     if networks.vision_encoder:
         vision_encoder: Any = networks.models[networks.vision_encoder]
@@ -213,7 +217,7 @@ def checkpoint(networks: Networks, on: bool) -> None:
 
 
 def backward(networks: Networks, batch: int, side: int) -> None:
-    """One step's forward and backward pass on one reference an image; gradients are left on the parameters."""
+    """Run the forward and backward pass of a step with one reference per image; the parameters keep the gradients."""
     inputs = unet_inputs(networks.unet, batch, (side, side))
     conditioning = Conditioning({
         spec.name: adapter.tokens(spec.name, _features(networks, adapter, spec.name, batch))
@@ -228,7 +232,7 @@ def backward(networks: Networks, batch: int, side: int) -> None:
 
 
 def _features(networks: Networks, adapter: Adapter, branch: str, batch: int) -> Tensor:
-    """What a branch reads: what the vision encoder sees, which may train, or cached states of a text encoder."""
+    """Return a branch's input: features of the vision encoder, which may train, or cached states of a text encoder."""
     spec = next(spec for spec in adapter.branch_specs if spec.name == branch)
     like = next(networks.unet.parameters())
     if branch != VISION or networks.vision_encoder is None:

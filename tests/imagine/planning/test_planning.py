@@ -1,4 +1,4 @@
-"""Plans agree with what real networks take, choose what fits, and say in a sentence what does not."""
+"""Tests of the planner: plans agree with real networks, switches that fit are chosen, errors are one sentence."""
 
 import json
 import re
@@ -35,7 +35,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()  # what making the tiny models printed
+        capsys.readouterr()  # drop the output of making the tiny models
         code = main(["plan", *arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -45,13 +45,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def sdxl() -> Drawing:
-    """SDXL with all branches: what it takes is measured once for all tests that ask."""
+    """SDXL with all branches, measured once for all tests."""
     return Drawing(add_branches(read_base("sdxl"), ["t5-xl", "byt5-small"], "plus", 64), DrawingWorkload(1024))
 
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch, sdxl: Drawing) -> None:
-    """Let commands plan with `sdxl` where they would build exactly the same."""
+    """Let commands reuse `sdxl` where they would build the same base and workload."""
 
     def drawing(base: Blueprint, workload: DrawingWorkload) -> Drawing:
         return sdxl if (base, workload) == (sdxl.base, sdxl.workload) else Drawing(base, workload)
@@ -59,9 +59,9 @@ def shared(monkeypatch: pytest.MonkeyPatch, sdxl: Drawing) -> None:
     monkeypatch.setattr(planning, "Drawing", drawing)
 
 
-# --- what is counted --------------------------------------------------------------------------------------------------
-def test_plans_agree_with_networks_at_work() -> None:
-    report = planning.check()  # raises if they do not
+# --- measurements -----------------------------------------------------------------------------------------------------
+def test_plans_agree_with_running_networks() -> None:
+    report = planning.check()  # raises RuntimeError if they do not
     kinds = {name.rpartition(", ")[0]: row for name, row in report["rows"].items() if name.endswith("memory")}
     assert set(kinds) == {"drawing", "decoding", "training", "training, recomputed"}
     assert all(row["off"] <= 0.15 for row in kinds.values())
@@ -69,7 +69,7 @@ def test_plans_agree_with_networks_at_work() -> None:
     assert "Memory agrees within 15%" in planning.check_words(report)[-1]
 
 
-def test_a_check_that_fails_is_our_fault(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+def test_a_failed_check_exits_with_code_1(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     monkeypatch.setattr(planning, "profiled_peak", lambda work: 1)
     code, _, err = run("--check")
     assert code == 1 and "drawing, memory: planned" in err
@@ -84,17 +84,17 @@ def test_known_bases_have_the_published_numbers_of_parameters(sdxl: Drawing) -> 
         assert counts["vae"] == 83_653_863 and counts["text_encoder"] == 123_060_480
         assert counts["vision_encoder"] == 632_076_800
         assert counts.get("text_encoder_2") == (694_659_840 if networks is sdxl.networks else None)
-    # ip-adapter-plus_sdxl_vit-h has 423,748,864; ours has a gate per channel of every cross-attention beside it
+    # ip-adapter-plus_sdxl_vit-h has 423,748,864; ours also has a gate per channel of every cross-attention
     parts = sdxl.networks.adapters["adapter"].parts()
     ours = [p.numel() for name in ("vision_branch", "vision_projection") for p in parts[name]]
     assert sum(ours) == 423_748_864 + 83_200
 
 
-def test_only_what_lives_at_once_counts() -> None:
+def test_peak_counts_only_tensors_that_are_alive_together() -> None:
     weight = torch.zeros(1000)
     with Meter() as meter:
-        (weight * 2).add_(1)  # freed at the end of the line; its own memory is reused
-        weight.view(10, 100).t()  # a view of what was there
+        (weight * 2).add_(1)  # in place, and freed at the end of the line
+        weight.view(10, 100).t()  # a view of an existing tensor
         kept = weight + 1
         assert meter.live == 4000
         kept[:10] = kept.view(100, 10).sum(0)
@@ -104,7 +104,7 @@ def test_only_what_lives_at_once_counts() -> None:
     assert meter.live == 0
 
 
-def test_attention_without_numbers_keeps_no_scores() -> None:
+def test_attention_on_meta_tensors_keeps_no_scores() -> None:
     query = torch.empty(1, 2, 512, 8, device="meta")
     with planned_kernels(), Meter() as fused:
         F.scaled_dot_product_attention(query, query, query)
@@ -119,7 +119,7 @@ def test_attention_without_numbers_keeps_no_scores() -> None:
     assert F.scaled_dot_product_attention is before
 
 
-def test_casting_counts_as_autocast_casts() -> None:
+def test_planned_casts_match_autocast() -> None:
     def learn(device: str) -> None:
         net = nets[device]
         states = torch.ones(256, 64, device=device)
@@ -136,23 +136,23 @@ def test_casting_counts_as_autocast_casts() -> None:
     assert normal.dtype == torch.float32
 
 
-# --- what is chosen ---------------------------------------------------------------------------------------------------
+# --- choosing ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def drawing() -> Drawing:
     return Drawing(SMALL, DrawingWorkload(512, batch=2, steps=10))
 
 
 def test_the_fastest_switches_that_fit_are_chosen(drawing: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "Drawing", lambda base, workload: drawing)  # it is what would be built
+    monkeypatch.setattr(planning, "Drawing", lambda base, workload: drawing)  # the same as would be built
     plans = [drawing.plan(options) for options in drawing.combinations(DrawingOptions())]
-    for tiling in (False, True):  # tiles are a last resort at every speed, as their seams may show
+    for tiling in (False, True):  # tiles come last for each offload, because seams may be visible
         times = [plan.seconds(1e12) for plan in plans if plan.options.tiling == tiling]
         assert times == sorted(times) and len(set(times)) == 3
     for number, plan in enumerate(plans):
         if all(plan.peak < earlier.peak for earlier in plans[:number]):
             assert planning.fitting(plans, plan.peak, "it") is plan
     least = min(plan.peak for plan in plans)
-    with pytest.raises(ConfigError, match=r"It does not fit .* it still takes 0\.\d+ GiB, most .* a card with 4 GB"):
+    with pytest.raises(ConfigError, match=r"It does not fit .* it still needs 0\.\d+ GiB, most .* a card with 4 GB"):
         planning.fitting(plans, least - 1, "It")
     full = DrawingOptions("fp32")
     found = planning.plan_drawing(SMALL, drawing.workload, full, plans[2].peak, {})
@@ -160,7 +160,7 @@ def test_the_fastest_switches_that_fit_are_chosen(drawing: Drawing, monkeypatch:
     expected = planning.fitting(plans, plans[2].peak, "it")
     assert (found["offload"], found["tiling"]) == (expected.options.offload, expected.options.tiling)
     assert found["peak"] == expected.peak
-    with pytest.raises(ConfigError, match="with every switch but the given precision it still takes"):
+    with pytest.raises(ConfigError, match="with every switch except the given precision it still needs"):
         planning.plan_drawing(SMALL, drawing.workload, full, plans[2].peak, {}, ["precision"])
     assert [plan.options for plan in plans[2:4]] == list(
         drawing.combinations(DrawingOptions("fp16", "model"), ["offload"])
@@ -171,7 +171,7 @@ def test_the_fastest_switches_that_fit_are_chosen(drawing: Drawing, monkeypatch:
     } == {("fp32", True)}
 
 
-def test_what_lies_on_the_device_follows_from_the_offload(drawing: Drawing) -> None:
+def test_weights_on_the_device_depend_on_the_offload(drawing: Drawing) -> None:
     plans = {offload: drawing.plan(DrawingOptions("bf16", offload)) for offload in OFFLOADS}
     parts = plans["none"].parts
     weights = {name: part.weights for name, part in parts.items()}
@@ -186,24 +186,24 @@ def test_what_lies_on_the_device_follows_from_the_offload(drawing: Drawing) -> N
     assert plans["sequential"].moved > 9 * weights["unet"] > plans["model"].moved > plans["none"].moved == 0
 
 
-def test_tiling_and_precision_change_what_they_should(drawing: Drawing) -> None:
+def test_tiling_and_precision_change_only_their_parts(drawing: Drawing) -> None:
     plain, tiled = (drawing.plan(DrawingOptions("bf16", "none", tiling)) for tiling in (False, True))
     assert tiled.parts["vae"].working < 0.6 * plain.parts["vae"].working
     assert tiled.parts["unet"] == plain.parts["unet"]
     full = drawing.plan(DrawingOptions("fp32"))
     assert full.parts["unet"].weights == 2 * plain.parts["unet"].weights and full.flops == plain.flops
     unguided = Drawing(SMALL, DrawingWorkload(512, batch=2, steps=10, guided=False)).plan(DrawingOptions())
-    assert 2 * unguided.flops_step == plain.flops_step < plain.parts["unet"].flops  # the first step makes keys too
+    assert 2 * unguided.flops_step == plain.flops_step < plain.parts["unet"].flops  # the first step also computes keys
     assert plain.flops == sum(part.flops for part in plain.parts.values()) + 9 * plain.flops_step
 
 
-def test_training_takes_ever_less_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_need_less_and_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(SMALL, TrainingWorkload(64, 2))
     plans = [training.plan(recipe) for recipe in training.recipes(Recipe())]
     peaks = [plan.peak for plan in plans]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
     plain, recomputed, small_states = plans[:3]
-    learning = plain.memory["optimiser"] / 8  # two float32 numbers for each that got a gradient
+    learning = plain.memory["optimiser"] / 8  # two float32 states for each value with a gradient
     trained = sum(plain.trained.values())
     assert 0.5 * trained < learning < trained  # the vision encoder's last layers are never used
     assert plain.memory["trained weights"] == plain.memory["average"] == 4 * trained
@@ -214,10 +214,10 @@ def test_training_takes_ever_less_until_it_fits(monkeypatch: pytest.MonkeyPatch)
     kept = list(training.recipes(Recipe("fp32"), ["precision", "optimiser", "average"]))
     assert [(recipe.checkpointing, recipe.accumulation) for recipe in kept] == [(False, 1), (True, 1), (True, 2)]
     assert all((recipe.precision, recipe.optimiser, recipe.average) == ("fp32", "adamw", True) for recipe in kept)
-    monkeypatch.setattr(planning, "Training", lambda base, workload: training)  # it is what would be built
+    monkeypatch.setattr(planning, "Training", lambda base, workload: training)  # the same as would be built
     with pytest.raises(ConfigError, match=r"Training a small base at 64 px .* or train fewer parts"):
         planning.plan_training(SMALL, training.workload, Recipe(), peaks[-1] - 1, {})
-    with pytest.raises(ConfigError, match=r"A batch of 2 does not divide into 3 pieces"):
+    with pytest.raises(ConfigError, match=r"A batch of 2 cannot be split into 3 equal micro-batches: choose a divisor"):
         training.plan(Recipe(accumulation=3))
     with pytest.raises(ConfigError, match=r"no part 'visoin' to train: choose from vision_encoder, t5_branch"):
         Training(SMALL, TrainingWorkload(64, 2, ("visoin",)))
@@ -256,13 +256,13 @@ def test_our_own_folder_comes_with_its_adapters(tmp_path: Path, capsys: pytest.C
     assert plan.parts["text_encoder_3"].flops > 0 and plan.parts["image_encoder"].flops > 0
     with pytest.raises(ConfigError, match="multiple of 16"):
         Drawing(base, DrawingWorkload(40))
-    # Our own world is trained by another task, which keeps its denoiser in float32 and every activation.
+    # Another task trains our own world: its denoiser is in float32, and it recomputes no activations.
     training = Training(base, TrainingWorkload(tiny.SIZE, 2))
     own = training.plan(Recipe())
     assert own.memory["frozen weights"] == 4 * own.frozen
     assert not any(recipe.checkpointing for recipe in training.recipes(Recipe()))
     assert not any("checkpointing" in line or "base_precision" in line for line in training.switches(Recipe()))
-    with pytest.raises(ConfigError, match="recomputes no activations"):
+    with pytest.raises(ConfigError, match="cannot recompute activations"):
         training.plan(Recipe(checkpointing=True))
     assert main(["plan", "--base", str(tmp_path), "--lora-rank", "4"]) == 2
     assert "has adapters of its own: leave --lora-rank out." in capsys.readouterr().err
@@ -298,14 +298,14 @@ def test_the_command_prints_a_plan(run: Run, tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["--fit", "12 apples"], "--fit 12 apples is not an amount of memory: write it as in 12GB."),
-        (["--resolution", "513"], "A resolution of 513 does not fit: take a multiple of 8, such as 512."),
-        (["--base", "sd16"], "There is no base 'sd16': name a folder, one of sdxl, sd15, portrait, or a hub id"),
-        (["--base", "nobody/nothing"], "or a hub id that was downloaded before."),
-        (["--base", "/"], "cannot be read: name the folder of a pipeline"),
+        (["--resolution", "513"], "A resolution of 513 does not fit the base: choose a multiple of 8, such as 512."),
+        (["--base", "sd16"], "There is no base 'sd16': choose a folder, one of sdxl, sd15, portrait, or a hub id"),
+        (["--base", "nobody/nothing"], "or a hub id that is already downloaded."),
+        (["--base", "/"], "cannot be read: choose the folder of a pipeline"),
         (["--device", "abacus"], "There is no device 'abacus': choose from t4,"),
-        (["--flops", "many"], "--flops many is not a speed: write FLOP a second as in 300T"),
-        (["--readers", "t6"], "There is no text encoder 't6' to plan for: choose from t5-xl,"),
-        (["--readers", "t5-xl,ul2"], "t5-xl and ul2 would feed one branch, t5: choose one of them."),
+        (["--flops", "many"], "--flops many is not a speed: write FLOP per second as in 300T"),
+        (["--readers", "t6"], "There is no text encoder 't6': choose from t5-xl,"),
+        (["--readers", "t5-xl,ul2"], "t5-xl and ul2 would feed the same branch, t5: choose one of them."),
         (["--train", "--precision", "fp16"], "take bf16 or fp32."),
         (["--batch", "many"], "'many' is not a whole number from 1 on"),
         (["--train", "--steps", "3", "--tiling"], "Training does not depend on --steps and --tiling: leave that out"),
@@ -324,20 +324,24 @@ def test_a_broken_folder_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text("{}")
-    with pytest.raises(WeightsError, match="has no unet that could be planned for"):
+    with pytest.raises(WeightsError, match="has no unet that can be planned for"):
         read_base(str(tmp_path))
     broken = replace(SMALL.components["unet"], config={"block_out_channels": [8, 9]})
     with pytest.raises(WeightsError, match=r"No network can be built from the config.json of unet"):
         build(Blueprint("broken", {"unet": broken}))
 
 
-# --- what is published ------------------------------------------------------------------------------------------------
-ROWS = ("8 GB |", "12 GB", "24 GB |")  # of docs/planner.md: they share one measurement, the others would take too long
+# --- published plans --------------------------------------------------------------------------------------------------
+ROWS = (
+    "8 GB |",
+    "12 GB",
+    "24 GB |",
+)  # rows of docs/planner.md that share one measurement; the others would take too long
 AT_WORK = {"decoding": "vae", "denoising": "unet"}
 
 
 @pytest.mark.parametrize("mark", ROWS)
-def test_the_published_plan_is_what_the_command_says(run: Run, shared: None, mark: str) -> None:
+def test_the_published_plan_is_what_the_command_prints(run: Run, shared: None, mark: str) -> None:
     lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
     (row,) = [line for line in lines if line.startswith(f"| {mark}")]
     (heading,) = [line for line in lines if line.startswith("| drawing |")]
@@ -355,7 +359,7 @@ def test_the_published_plan_is_what_the_command_says(run: Run, shared: None, mar
 
 
 def _said(run: Run, text: str) -> dict[str, Any]:
-    """What the command in `text`, between backticks, prints."""
+    """Run the command in `text`, between backticks, and return its JSON."""
     command = re.search(r"`imagine plan (.*?)`", text)
     assert command is not None
     code, out, err = run(*command[1].split(), "--json")
@@ -365,13 +369,13 @@ def _said(run: Run, text: str) -> dict[str, Any]:
 
 
 def _memory(published: str, size: int) -> None:
-    """Compare "12.3 GiB" with bytes; versions of the libraries differ a little."""
+    """Compare "12.3 GiB" with bytes; the tolerance allows for other versions of the libraries."""
     found = re.search(r"(\d+\.\d) GiB", published)
     assert found is not None and size / GIB == pytest.approx(float(found[1]), rel=0.03)
 
 
-@pytest.mark.parametrize("recipe", ["sdxl_24gb", "sd15_1gpu"])  # sdxl_8gpu's would take ten seconds more
-def test_what_a_recipe_says_of_itself_is_planned(run: Run, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", ["sdxl_24gb", "sd15_1gpu"])  # sdxl_8gpu would take ten more seconds
+def test_the_header_of_a_recipe_matches_its_plan(run: Run, recipe: str) -> None:
     file = CONFIGS / f"{recipe}.yaml"
     header = " ".join(line.lstrip("# ") for line in file.read_text(encoding="utf-8").partition("data:")[0].splitlines())
     said = _said(run, header)
@@ -383,19 +387,19 @@ def test_what_a_recipe_says_of_itself_is_planned(run: Run, recipe: str) -> None:
     time = re.search(r"(\d+) TFLOP, ([\d.]+) s at 40 % of an (.*?):", header)
     assert time is not None and int(time[1]) == round(said["flops_step"] / 1e12)
     assert float(time[2]) == pytest.approx(said["seconds"][time[3].lower().replace(" ", "")], abs=0.06)
-    # The recipe itself has the settings that the command plans.
+    # The config itself has the settings that the command plans.
     planned, stage = yaml.safe_load("\n".join(said["switches"])), load_run(file).stages["real"]
     assert stage.batch_size == planned.pop("batch_size")
     assert (stage.ema > 0) == (planned.pop("ema") > 0)
     settings = planned.pop("settings")
-    if "ip_adapter" in stage.settings:  # the file says which projection it has
+    if "ip_adapter" in stage.settings:  # the adapter's file determines the projection
         assert settings.pop("projection") == "plus" and "plus" in stage.settings["ip_adapter"]
     assert settings.items() <= stage.settings.items()
     assert planned == {name: getattr(stage, name) for name in planned} and len(planned) == 3
 
 
 @pytest.mark.parametrize("parts", ["", "vision_branch,vision_projection,lora"])
-def test_our_trainer_with_the_printed_switches_holds_the_planned_weights(run: Run, tmp_path: Path, parts: str) -> None:
+def test_our_trainer_with_the_printed_settings_has_the_planned_weights(run: Run, tmp_path: Path, parts: str) -> None:
     folder = tiny_models.stable_diffusion(tmp_path / "base")
     tiny_stock.encoder().save_pretrained(folder / "vision_encoder")
     index = json.loads((folder / "model_index.json").read_text())
