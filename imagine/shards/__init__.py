@@ -1,1 +1,1 @@
-"""Read, index and write image records on disk: webdataset shards and folders of pictures."""
+"""Index, read and write image records on disk: webdataset shards and folders of pictures."""

@@ -1,8 +1,8 @@
-"""What is in a shard or a folder of pictures, as lines of JSON: where each picture lies, and its facts.
+"""Index a shard or a folder of pictures: one line of JSON per record, with the place of its picture and its metadata.
 
-A tar has no table of contents, so each is read through once, and what was found is kept in a local cache and mapped
-from there: a caption then costs no request, a picture exactly one. Data gathered from the web are never whole: what is
-broken is noted with its reason and left out, and the rest is read.
+A tar has no table of contents, so each tar is read once from start to end, and its index is stored in a local cache and
+memory-mapped. A caption then costs no request, and a picture exactly one. Data from the web always have errors: a
+broken record is left out and listed with the reason, and the rest is read.
 """
 
 import hashlib
@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 FORMAT_VERSION = 1
 METADATA = "metadata.jsonl"
 MISSING_SHARD = "a shard that does not exist"
-FIELDS = ("key", "caption", "captions", "identity", "reference", "box", "source", "width", "height")  # of our JSON
+FIELDS = ("key", "caption", "captions", "identity", "reference", "box", "source", "width", "height")  # in our JSON
 
 _PICTURES = ("jpg", "jpeg", "png", "webp")
-_LARGEST_TEXT = 16 << 20  # bytes of a caption or of facts; more is no such thing, and could fill the memory
+_LARGEST_TEXT = 16 << 20  # bytes; a larger caption or JSON file is an error and could exhaust the memory
 
 
 class Index:
-    """Lines of JSON, in memory or mapped from the cache: a header, then one for each record."""
+    """Lines of JSON, in memory or memory-mapped from the cache: a header, then one line per record."""
 
     def __init__(self, lines: NDArray[np.uint8]) -> None:
         self._lines = lines
@@ -51,9 +51,9 @@ def _serialise(rows: Iterable[Mapping[str, Any]], problems: Mapping[str, list[st
 
 
 def open_index(filesystem: Any, path: str, cache: Path, captions: bool = True) -> Index:
-    """What is in a shard: from the cache if the shard is as it was, else from the shard.
+    """Return the index of a shard: from the cache if the shard has not changed, else by reading the shard.
 
-    captions: leave out records without one.
+    captions: leave out records without a caption.
     """
     try:
         info = filesystem.info(path)
@@ -76,7 +76,7 @@ def open_index(filesystem: Any, path: str, cache: Path, captions: bool = True) -
 def _cached_index(cache_file: Path, state: Mapping[str, str]) -> Index | None:
     try:
         index = Index(np.memmap(cache_file, np.uint8, mode="r"))
-    except (OSError, ValueError, IndexError):  # not there, empty, not JSON, without a line
+    except (OSError, ValueError, IndexError):  # the file is missing, empty, not JSON or without a line
         return None
     written = {name: index.header.get(name) for name in ("version", "state", "records")}
     return index if written == {"version": FORMAT_VERSION, "state": state, "records": len(index)} else None
@@ -88,13 +88,13 @@ def _write_cache(cache_file: Path, lines: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=cache_file.parent, delete=False) as draft:
             draft.write(lines)
         os.replace(draft.name, cache_file)
-    except OSError:  # no room or no right to write: then the shard is read through again next time
+    except OSError:  # disk full or not writable: the shard is then read again next time
         return
 
 
 @dataclass
 class _RecordMembers:
-    """The members of one record."""
+    """The tar members of one record."""
 
     picture: tuple[int, int] | None = None  # start and size
     txt: bytes | None = None
@@ -102,7 +102,7 @@ class _RecordMembers:
 
 
 def _index_tar(file: BinaryIO, size: int, state: Mapping[str, str], captions: bool) -> bytes:
-    """Read a tar through, picture bytes excepted."""
+    """Read a tar from start to end, without the bytes of pictures, and return its index."""
     problems: dict[str, list[str]] = {}
     found: dict[str, _RecordMembers] = {}
     digest = hashlib.sha256()
@@ -126,7 +126,7 @@ def _index_tar(file: BinaryIO, size: int, state: Mapping[str, str], captions: bo
                 digest.update(content)
                 setattr(members, kind, content)
     except (tarfile.TarError, ValueError, OverflowError):
-        # Nobody can say whether the last record is whole: its facts may be what was cut off.
+        # The last record may be incomplete: its JSON may be in the part that was cut off.
         found.pop(key, None)
         add_problem(problems, "a shard that is cut off or damaged", f"after {key}" if key else "")
     rows = [row for key, members in found.items() if (row := _row(key, members, problems, captions)) is not None]
@@ -134,10 +134,10 @@ def _index_tar(file: BinaryIO, size: int, state: Mapping[str, str], captions: bo
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar of `size` bytes. Raises TarError where it is damaged: tarfile alone may just stop."""
+    """Yield the files in a tar of `size` bytes. Raises TarError if it is damaged; tarfile alone may stop silently."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # else it remembers them all
+            tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps a list of all members
             if member.isreg():
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError("cut off")
@@ -155,7 +155,7 @@ def _text_of(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 
 def _row(key: str, members: _RecordMembers, problems: dict[str, list[str]], captions: bool) -> dict[str, Any] | None:
-    """A record as a line of the index, or None and a problem."""
+    """Return a record as a row of the index, or add a problem and return None."""
     facts = json_object(members.json) if members.json is not None else {}
     if members.picture is None:
         add_problem(problems, "a record without a picture", key)
@@ -170,9 +170,9 @@ def _row(key: str, members: _RecordMembers, problems: dict[str, list[str]], capt
 
 
 def index_folder(filesystem: Any, folder: str, captions: bool = True) -> Index:
-    """What a metadata.jsonl says, in the form of Hugging Face's imagefolder, and that its pictures are there.
+    """Index a folder with a metadata.jsonl in the format of Hugging Face's imagefolder, and check that pictures exist.
 
-    captions: leave out records without one.
+    captions: leave out records without a caption.
     """
     problems: dict[str, list[str]] = {}
     there = filesystem.find(folder, detail=True)
@@ -199,7 +199,7 @@ def index_folder(filesystem: Any, folder: str, captions: bool = True) -> Index:
 def _folder_row(
     file: str, size: int, facts: dict[str, Any], problems: dict[str, list[str]], captions: bool
 ) -> dict[str, Any] | None:
-    """A record as a line of the index: its key is the picture's name without the ending, here and in references."""
+    """Return a record as a row of the index; its key, also in references, is the picture's name without the suffix."""
     row = _normalised_facts(_text_or_empty(facts.pop("text", None)), facts)
     ending = re.compile(rf"\.({'|'.join(_PICTURES)})$", re.IGNORECASE)
     row["reference"] = row["reference"] and ending.sub("", row["reference"])
@@ -219,7 +219,7 @@ def _captioned(
 
 
 def json_object(content: bytes) -> dict[str, Any] | None:
-    """The JSON object that these bytes are; None if they are none."""
+    """Parse a JSON object; return None if the bytes are not one."""
     try:
         facts = json.loads(content)
     except (ValueError, RecursionError):
@@ -228,9 +228,9 @@ def json_object(content: bytes) -> dict[str, Any] | None:
 
 
 def _normalised_facts(text: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts with Record's names and types; what is not of a field's type is as if it were not there.
+    """Return the metadata with the names and types of `Record`; a value of the wrong type is treated as missing.
 
-    `text` is the short caption beside the facts. Where the facts have a longer one of their own, it is the terse one.
+    `text` is the short caption beside the JSON. If the JSON has another caption, `text` becomes the terse one.
     """
     given = facts.get("captions")
     captions = (
@@ -274,7 +274,7 @@ def _box(value: object) -> list[float] | None:
 
 
 def add_problem(problems: dict[str, list[str]], reason: str, key: str) -> None:
-    """Add a key to the list of those with this problem."""
+    """Add a key to the list of keys with this problem."""
     names = problems.setdefault(reason, [])
-    if key not in names[-1:]:  # the parts of one record follow each other
+    if key not in names[-1:]:  # the members of one record are consecutive
         names.append(key)

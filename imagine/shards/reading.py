@@ -1,11 +1,12 @@
-"""Image records on disk, read by number: webdataset shards, and plain folders with a metadata.jsonl.
+"""Read image records by index from webdataset shards, and from plain folders with a metadata.jsonl.
 
-A record is one picture with its captions and, where it is half of a pair, the name of the reference that belongs to it.
-In a shard, which is a plain tar file, it is two or three neighbours: `KEY.jpg`, `.png` or `.webp` as it came,
-`KEY.txt` with one caption, `KEY.json` with all facts. That is what img2dataset writes and `webdataset` reads; the
-fields that make pairs are ours (docs/data.md lists them). Addresses are fsspec's throughout.
+A record is one picture with its captions and, if it is the target of a pair, the key of its reference. In a shard,
+which is a plain tar file, a record is two or three consecutive members: `KEY.jpg`, `.png` or `.webp` with the original
+bytes, `KEY.txt` with one caption, and `KEY.json` with all metadata. img2dataset writes this format and `webdataset`
+reads it; the fields for pairs are ours (docs/data.md lists them). All addresses are fsspec URLs or paths.
 
-Reading is by number, since position in training is a number (images seen): `order` says which record each image is.
+Records are read by index because the position in training is a number (images seen): `order` maps each image number to
+a record.
 """
 
 import hashlib
@@ -28,14 +29,14 @@ from PIL import Image
 from imagine.errors import BadRecordError, ConfigError, PictureError
 from imagine.shards.index import FIELDS, METADATA, MISSING_SHARD, Index, add_problem, index_folder, open_index
 
-_INDEX_THREADS = 8  # shards indexed at a time: what is waited for is the network
-_FOLDER_SHARD_SIZE = 1000  # of a folder: it has no shards, but the order of training wants some
+_INDEX_THREADS = 8  # shards that are indexed in parallel, because the network is the bottleneck
+_FOLDER_SHARD_SIZE = 1000  # records; a folder is divided into such virtual shards for the order of training
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ByteRange:
-    """Where the bytes of a picture lie: `size` bytes from `start` on, in a file of an fsspec filesystem."""
+    """The place of a picture's bytes: `size` bytes from offset `start` in a file of an fsspec filesystem."""
 
     filesystem: Any = field(repr=False)
     path: str
@@ -43,35 +44,39 @@ class ByteRange:
     size: int
 
     def read(self) -> bytes:
-        """The bytes, in one request; fewer if the file has become shorter. Raises OSError if it cannot be reached."""
+        """Read the bytes in one request; the result is shorter if the file was truncated.
+
+        Raises OSError if the file cannot be read.
+        """
         content: bytes = self.filesystem.cat_file(self.path, start=self.start, end=self.start + self.size)
         return content
 
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with what is known about it.
+    """One picture and its metadata.
 
-    `width`, `height` and `box` are pixels of the whole picture held upright; `load_picture` shrinks very large ones.
+    `width`, `height` and `box` are in pixels of the full picture in upright orientation; `load_picture` shrinks very
+    large pictures.
     """
 
     key: str
-    image: bytes | ByteRange = field(repr=False)  # a JPEG, PNG or WebP file, or where one lies
-    caption: str  # the fullest sentence about the picture
-    captions: Mapping[str, str] = field(default_factory=dict)  # by manner: "terse", "dense", "rewritten"
-    identity: str | None = None  # who it is: equal for pictures of one person
+    image: bytes | ByteRange = field(repr=False)  # a JPEG, PNG or WebP file, or its place
+    caption: str  # the most detailed caption
+    captions: Mapping[str, str] = field(default_factory=dict)  # by style: "terse", "dense", "rewritten"
+    identity: str | None = None  # the same for all pictures of a person
     reference: str | None = None  # for the target of a pair: the key of its reference
     box: tuple[float, float, float, float] | None = None  # left, top, width, height of the face
-    source: str = ""  # a free word, such as "real" or "synthetic"
+    source: str = ""  # any word, such as "real" or "synthetic"
     width: int | None = None
     height: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # the JSON's other fields
 
     def read(self) -> bytes:
-        """The picture file as it is.
+        """Return the bytes of the picture file.
 
-        Raises BadRecordError if it is no longer there as it was, OSError if the network or the disk fails: that says
-        nothing about the record.
+        Raises BadRecordError if the file was changed or removed since the shard was opened, and OSError if the network
+        or the disk fails, which does not mean that the record is bad.
         """
         if isinstance(self.image, bytes):
             return self.image
@@ -81,17 +86,18 @@ class Record:
             content = b""
         if len(content) != self.image.size:
             raise BadRecordError(
-                f"Record {self.key} in {self.image.path} has changed since it was opened: open it anew."
+                f"Record {self.key} in {self.image.path} has changed since it was opened: open the data set again."
             )
         return content
 
 
 def load_picture(record: Record) -> Image.Image:
-    """The picture as every other picture here is opened: RGB, upright, its longest side at most photos.MAX_SIDE.
+    """Open the record's picture like every photo: RGB, upright, its longest side at most photos.MAX_SIDE.
 
-    Raises BadRecordError, whose sentence names shard and key, if it is damaged or no picture, else as `Record.read`.
+    Raises BadRecordError, with the shard and the key, if it is damaged or not a picture; else the errors of
+    `Record.read`.
     """
-    from imagine.people.photos import open_photo  # with torch, which whoever only writes shards does not need
+    from imagine.people.photos import open_photo  # imports torch, which writing shards does not need
 
     try:
         return open_photo(record.read())
@@ -106,11 +112,11 @@ def open_records(
 ) -> "Records":
     """Open a data set of shards, or a folder of pictures with a metadata.jsonl.
 
-    address: on any fsspec filesystem, a folder, one .tar, a glob, or braces as in `s3://bucket/{00000..00012}.tar`.
-    cache: a local folder that keeps what was found in each shard; None is ~/.cache/imagine/shards.
-    captions: leave out records without one, which cannot be trained on; False for whoever will write them.
-    shards: open so many of the first ones, for a trial; None is all.
-    Raises ConfigError if nothing of the kind is there. What is broken inside is left out: see `Records.problems`.
+    address: on any fsspec filesystem: a folder, one .tar, a glob, or braces as in `s3://bucket/{00000..00012}.tar`.
+    cache: a local folder for the indices of shards; None means ~/.cache/imagine/shards.
+    captions: leave out records without a caption, which cannot be trained on; False keeps them, for captioning.
+    shards: open only this many of the first shards, for a trial; None means all.
+    Raises ConfigError if there are no records at the address. Broken records are left out: see `Records.problems`.
     """
     name = os.fspath(address)
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagine" / "shards"
@@ -122,15 +128,18 @@ def open_records(
         tars = [tar for one in _expand_braces(name) for tar in _tars(one)][:shards]
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
             parts = list(pool.map(lambda tar: _Part(tar[0], tar[1], open_index(tar[0], tar[1], cache, captions)), tars))
-    except (OSError, ValueError, ImportError) as error:  # no rights, no such protocol, its package not installed
+    except (OSError, ValueError, ImportError) as error:  # no permission, unknown protocol, missing package
         raise ConfigError(f"{name} cannot be opened ({error}): check the address.") from error
     if all(MISSING_SHARD in part.index.header["problems"] for part in parts):
-        raise ConfigError(f"There are no shards (*.tar) and there is no {METADATA} at {name}: check the address.")
+        raise ConfigError(f"There are no shards (*.tar) and no {METADATA} at {name}: check the address.")
     return Records(parts)
 
 
 def has_records(address: str | os.PathLike[str]) -> bool:
-    """Whether `open_records` would find shards or a folder there; nothing is read. ConfigError if nobody can tell."""
+    """Return whether there are shards or a metadata.jsonl at the address, without reading them.
+
+    Raises ConfigError if the address cannot be opened.
+    """
     name = os.fspath(address)
     try:
         filesystem, path = url_to_fs(re.sub(rf"(^|/){METADATA}$", "", name) or ".")
@@ -142,7 +151,7 @@ def has_records(address: str | os.PathLike[str]) -> bool:
 
 
 def _expand_braces(address: str) -> list[str]:
-    """The address once for each word or number in its braces."""
+    """Return the address once for each word or number in its braces."""
     braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", address)
     if braces is None:
         return [address]
@@ -152,11 +161,11 @@ def _expand_braces(address: str) -> list[str]:
 
 
 def _tars(address: str) -> list[tuple[Any, str]]:
-    """(filesystem, path) of the shards that an address without braces means."""
+    """Return (filesystem, path) of every shard at an address without braces."""
     filesystem, path = url_to_fs(address)
     if re.search(r"[*?\[]", path) and not filesystem.exists(path):
         return [(filesystem, found) for found in sorted(filesystem.glob(path))]
-    # Over HTTP, asking whether something is a folder downloads it.
+    # Over HTTP, `isdir` downloads the file.
     if not path.endswith(".tar") and filesystem.isdir(path):
         names = filesystem.ls(path, detail=False)
         return [(filesystem, found) for found in sorted(names) if found.endswith(".tar")]
@@ -164,7 +173,7 @@ def _tars(address: str) -> list[tuple[Any, str]]:
 
 
 class Records:
-    """The records of a data set, by number, and what could not be used of it."""
+    """The records of a data set, by index, and the list of those that cannot be used."""
 
     counts: tuple[int, ...]  # records in each shard, for `order`
 
@@ -179,7 +188,7 @@ class Records:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Record:
-        """The record of that number, its picture not yet read. Raises IndexError."""
+        """Return the record with this index, without reading its picture. Raises IndexError."""
         part, row = self._find(index)
         facts = json.loads(part.index.line(row))
         path = f"{part.path}/{facts['file']}" if "file" in facts else part.path
@@ -192,7 +201,7 @@ class Records:
         return (self[index] for index in range(len(self)))
 
     def picture(self, index: int) -> Image.Image:
-        """As `load_picture` of that record; one that cannot be read is also noted in `problems`."""
+        """Return `load_picture` of the record with this index; a picture that cannot be read is added to `problems`."""
         record = self[index]
         try:
             return load_picture(record)
@@ -203,14 +212,14 @@ class Records:
             raise
 
     def row(self, shard: int, index: int) -> int:
-        """The number of the record that `order` calls (shard, index)."""
+        """Return the index of the record that `order` gives as (shard, index in the shard)."""
         return self._starts[shard] + index
 
     def pairs(self, per_identity: int = 4) -> list[tuple[int, int]]:
-        """(reference, target) numbers, by target.
+        """Return pairs of indices (reference, target), sorted by target.
 
-        A person of whom any picture names a reference, or is one, is in the pairs so named. Of others, every two
-        different pictures are a pair, in both orders, but no target is given more than `per_identity` references.
+        For a person whose pictures name references, or are references, these are the named pairs. For other persons
+        every two different pictures are a pair, in both orders, with at most `per_identity` references per target.
         """
         named = {*self._links.references, *self._links.references.values()}
         pairs = [(reference, target) for target, reference in self._links.references.items()]
@@ -222,14 +231,14 @@ class Records:
 
     @cached_property
     def mark(self) -> str:
-        """Sixteen hexadecimal digits for what is in here: names, sizes, facts. Not for where it lies."""
+        """Return a fingerprint of 16 hexadecimal digits: of names, sizes and metadata, but not of the address."""
         headers = [(part.name, part.index.header) for part in self._parts]
         whole = [[METADATA if header["folder"] else name, header["digest"]] for name, header in headers]
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
     @property
     def problems(self) -> dict[str, list[str]]:
-        """What is broken, by reason, each as "SHARD: KEY". Pictures are decoded when read, so those are noted then."""
+        """Return reason -> broken records as "SHARD: KEY"; broken pictures appear only after they were read."""
         found: dict[str, list[str]] = {}
         for part in self._parts:
             for reason, keys in part.index.header["problems"].items():
@@ -249,7 +258,7 @@ class Records:
 
 @dataclass(frozen=True)
 class _Part:
-    """A shard, or a folder with a metadata.jsonl, and what is in it."""
+    """A shard, or a folder with a metadata.jsonl, and its index."""
 
     filesystem: Any
     path: str
@@ -261,23 +270,25 @@ class _Part:
 
     @property
     def counts(self) -> list[int]:
-        """Records, a shard at a time."""
+        """Return the number of records in each shard, or in each virtual shard of a folder."""
         step = _FOLDER_SHARD_SIZE if self.index.header["folder"] else max(len(self.index), 1)
         return [min(step, len(self.index) - start) for start in range(0, max(len(self.index), 1), step)]
 
 
-# --- who belongs to whom ----------------------------------------------------------------------------------------------
+# --- references -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Links:
-    references: dict[int, int]  # target: reference
-    people: dict[str, list[int]]  # identity: its records
-    problems: dict[str, list[str]]
+    """The resolved references, the records of each person and the problems, with records as indices."""
+
+    references: dict[int, int]  # target -> reference
+    people: dict[str, list[int]]  # identity -> records
+    problems: dict[str, list[str]]  # reason -> "SHARD: KEY"
 
 
 def _resolve_references(parts: Sequence[_Part]) -> _Links:
-    """Follow every reference, once all keys are known."""
+    """Resolve every reference to the index of a record, after all keys are collected."""
     links = _Links({}, {}, {})
-    rows: dict[str, list[tuple[int, int]]] = {}  # key: (part, number)
+    rows: dict[str, list[tuple[int, int]]] = {}  # key -> (part, index)
     wanted = []
     identities: dict[int, str] = {}
     numbered = ((place, part, row) for place, part in enumerate(parts) for row in range(len(part.index)))
@@ -293,7 +304,7 @@ def _resolve_references(parts: Sequence[_Part]) -> _Links:
             wanted.append((place, number, facts["key"], facts["reference"]))
     for place, number, key, reference in wanted:
         there = rows.get(reference, [])
-        # Keys need only be unique inside a shard: the own shard's come first.
+        # Keys are only unique inside a shard, so the record's own shard has precedence.
         near = [row for row in there if row[0] == place] or there
         problem = _reference_problem(number, near, identities)
         if problem:
@@ -304,7 +315,7 @@ def _resolve_references(parts: Sequence[_Part]) -> _Links:
 
 
 def _reference_problem(target: int, found: Sequence[tuple[int, int]], identities: Mapping[int, str]) -> str:
-    """What is wrong with the reference of `target`, or nothing."""
+    """Return the problem with the reference of `target`, or an empty string."""
     if not found:
         return "a reference that does not exist"
     if len(found) > 1:
@@ -318,16 +329,16 @@ def _reference_problem(target: int, found: Sequence[tuple[int, int]], identities
 
 # --- the order of training --------------------------------------------------------------------------------------------
 def order(count_by_shard: Sequence[int], seed: int, first: int, size: int, window: int = 8) -> list[tuple[int, int]]:
-    """(shard, number in the shard) of the images number `first` to `first + size - 1`: a pure function of these.
+    """Return (shard, index in the shard) of the images `first` to `first + size - 1`; a pure function of its arguments.
 
-    In each round every record comes once. Shards are shuffled anew each round and records among `window` shards that
-    follow each other, so that only so many shards are being read at any time. A rank or a worker takes its part by
-    asking for its own image numbers. Raises ConfigError if there are no records.
+    Every epoch contains each record once. Each epoch shuffles the shards, and shuffles records among `window`
+    consecutive shards, so that at most `window` shards are read at a time. A rank or a worker gets its part by passing
+    its own image numbers. Raises ConfigError if there are no records.
     """
     counts = tuple(count_by_shard)
     total = sum(counts)
     if not total:
-        raise ConfigError("There are no records to put in order: check the data set, or what is wrong with it.")
+        raise ConfigError("The data set has no usable records: check its address and its list of problems.")
     drawn: list[tuple[int, int]] = []
     while len(drawn) < size:
         epoch, place = divmod(first + len(drawn), total)
@@ -344,7 +355,7 @@ def order(count_by_shard: Sequence[int], seed: int, first: int, size: int, windo
 def _windows(
     counts: tuple[int, ...], seed: int, epoch: int, window: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The shards in this round's order, and after how many records each window of them ends."""
+    """Return the shards in the order of this epoch, and the cumulative number of records at the end of each window."""
     shards = _permutation(len(counts), seed, epoch, 0)
     sizes = np.add.reduceat(np.asarray(counts, np.int64)[shards], np.arange(0, len(shards), window))
     return shards, np.cumsum(sizes)
@@ -354,7 +365,7 @@ def _windows(
 def _window(
     counts: tuple[int, ...], seed: int, epoch: int, window: int, number: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Shard, and number in the shard, of each record of a window, shuffled."""
+    """Return the shard and the index in the shard of each record of a window, shuffled."""
     shards = _windows(counts, seed, epoch, window)[0][number * window : (number + 1) * window]
     owners = np.repeat(shards, [counts[shard] for shard in shards])
     rows = np.concatenate([np.arange(counts[shard]) for shard in shards])
@@ -363,6 +374,6 @@ def _window(
 
 
 def _permutation(count: int, *seeds: int) -> NDArray[np.int64]:
-    """By sorting raw bits, which numpy promises never to change; what its generators make of them, it does not."""
+    """Return a permutation by sorting raw bits, because numpy guarantees only the raw bit stream across versions."""
     bits = np.random.Philox(np.random.SeedSequence(seeds)).random_raw(count)
     return np.argsort(bits, kind="stable")

@@ -1,8 +1,8 @@
-"""Image records written into webdataset shards, with checksums and a data sheet.
+"""Write image records into webdataset shards, with checksums and a datasheet.
 
-Writing gives the same bytes for the same records, and a shard is finished once its sidecar `00000.json` is there: the
-sidecar is written last, holds the shard's checksum and what the data sheet needs of it, and says where a rerun goes on.
-So a writer may be killed at any moment, on any filesystem, whether or not that one can move a file in one step.
+The same records give the same bytes. A shard is finished when its sidecar `00000.json` exists: the sidecar is written
+last and holds the shard's checksum and its counts for the datasheet. A rerun resumes after the last finished shard.
+A writer may therefore be killed at any time, on any filesystem, also where moving a file is not atomic.
 """
 
 import hashlib
@@ -27,45 +27,47 @@ from imagine.errors import BadRecordError, ConfigError
 from imagine.shards.index import FIELDS, FORMAT_VERSION, json_object
 from imagine.shards.reading import Record
 
-SETTINGS = "settings.json"  # beside the shards: what they follow from
+SETTINGS = "settings.json"  # beside the shards: the settings that determine their contents
 
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
-_KEY = re.compile(r"[^./\\\s]+(/[^./\\\s]+)*")  # webdataset takes a name up to its first dot
+_KEY = re.compile(r"[^./\\\s]+(/[^./\\\s]+)*")  # webdataset ends a key at the first dot
 
 
 @dataclass(frozen=True)
 class DatasheetInfo:
-    """What a data sheet says that cannot be counted (Datasheets for Datasets, arXiv 1803.09010, shortened).
+    """The parts of a datasheet that cannot be counted (Datasheets for Datasets, arXiv 1803.09010, shortened).
 
-    `seeds` and `settings` are what the records follow from: a folder that was begun with others is refused.
+    `seeds` and `settings` determine the records: a folder that was started with other values is refused.
     """
 
     title: str
-    purpose: str  # why it was made, and what it is and is not fit for
-    collection: str  # where pictures and captions come from
+    purpose: str  # why the data set was made, and its suitable and unsuitable uses
+    collection: str  # the origin of pictures and captions
     licence: str
     seeds: Mapping[str, int] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ShardWriter:
-    """Write records into shards 00000.tar, 00001.tar ..., and a data sheet at the end; a context manager.
+    """Write records into shards 00000.tar, 00001.tar ..., and a datasheet at the end; a context manager.
 
-    Same records, same bytes. A shard appears when it is whole. If the writing is stopped, a writer for the same address
-    goes on at the first shard that is not finished: give it the same records again, without the first `processed`.
+    The same records give the same bytes. A shard appears when it is complete. After an interruption, a new writer for
+    the same address resumes at the first unfinished shard: pass it the same records again, without the first
+    `processed`.
 
-    address: a folder on any fsspec filesystem. Raises ConfigError if it cannot be used, or was begun otherwise.
+    address: a folder on any fsspec filesystem. Raises ConfigError if it cannot be used or was started with other
+    settings.
     """
 
-    processed: int  # records written and rejected that lie in finished shards
+    processed: int  # records, written and rejected, that finished shards account for
 
     def __init__(self, address: str | os.PathLike[str], about: DatasheetInfo, records_per_shard: int = 1000) -> None:
         if records_per_shard < 1:
-            raise ConfigError(f"{records_per_shard} records do not make a shard: give 1 or more.")
+            raise ConfigError(f"A shard cannot have {records_per_shard} records: choose 1 or more.")
         self._about, self._size = about, records_per_shard
         self._filesystem, self._folder = _open_folder(os.fspath(address), about, records_per_shard)
-        self._finished: dict[str, dict[str, Any]] = {}  # the sidecars, by name of the shard
+        self._finished: dict[str, dict[str, Any]] = {}  # shard name -> sidecar
         while (sidecar := self._sidecar(len(self._finished))) is not None:
             self._finished[f"{len(self._finished):05d}.tar"] = sidecar
         tallies = [_Tally.of(sidecar) for sidecar in self._finished.values()]
@@ -83,22 +85,22 @@ class ShardWriter:
         if kind is None:
             if self._tar is not None:
                 self._close_shard()
-            self._write_data_sheet()
-        elif self._tar is not None:  # a shard with fewer records than it should have must not look finished
+            self._write_datasheet()
+        elif self._tar is not None:  # an incomplete shard must not look finished
             self._tar.close()
             self._draft.unlink(missing_ok=True)
 
     def write(self, record: Record) -> None:
-        """Add a record; width and height are taken from its picture.
+        """Add a record; its width and height are read from its picture.
 
-        Raises BadRecordError, nothing being written, if it has no caption, an odd key, one that is in this shard
-        already, or a picture that is no JPEG, PNG or WebP. The caller may `reject` it and go on.
+        Raises BadRecordError, without writing anything, if it has no caption, an invalid key, a key that this shard
+        already has, or a picture that is not a JPEG, PNG or WebP file. The caller may `reject` it and continue.
         """
         picture = record.read()
         if not record.caption:
-            raise BadRecordError(f"Record {record.key} has no caption: give it one.")
+            raise BadRecordError(f"Record {record.key} has no caption: add one.")
         if not _KEY.fullmatch(record.key) or record.key in self._keys:
-            raise BadRecordError(f"{record.key!r} cannot be a key here: give one without dots, once a shard.")
+            raise BadRecordError(f"{record.key!r} cannot be a key: use a key without dots that is unique in its shard.")
         width, height, ending = check_picture(record.key, picture)
         record = replace(record, width=width, height=height)
         members = {ending: picture, "txt": record.caption.encode("utf-8", "replace"), "json": _json_of(record)}
@@ -113,12 +115,12 @@ class ShardWriter:
             self._close_shard()
 
     def reject(self, reason: str) -> None:
-        """Count something that was not written, for the data sheet: the reason in a few words, always the same ones."""
+        """Count a record that was not written, for the datasheet; use the same short `reason` for equal cases."""
         self._tally.rejected[reason] += 1
 
     def _open_shard(self) -> tarfile.TarFile:
         self._draft = _draft(self._filesystem, self._path(f"{len(self._finished):05d}.tar"))
-        self._tar = tarfile.open(self._draft, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 -- _finish closes it
+        self._tar = tarfile.open(self._draft, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 -- _close_shard closes it
         return self._tar
 
     def _close_shard(self) -> None:
@@ -133,7 +135,7 @@ class ShardWriter:
         self._tar, self._tally, self._keys = None, _Tally(), set()
 
     def _sidecar(self, number: int) -> dict[str, Any] | None:
-        """What is noted of a finished shard; None if it is not finished."""
+        """Return the sidecar of a shard; None if the shard is not finished."""
         name = self._path(f"{number:05d}")
         if not self._filesystem.exists(f"{name}.tar"):
             return None
@@ -142,8 +144,8 @@ class ShardWriter:
         except FileNotFoundError:
             return None
 
-    def _write_data_sheet(self) -> None:
-        sheet = _data_sheet(self._about, self._finished, self._tally)
+    def _write_datasheet(self) -> None:
+        sheet = _datasheet(self._about, self._finished, self._tally)
         _put_text(self._filesystem, _pretty(sheet), self._path("datasheet.json"))
         _put_text(self._filesystem, _as_markdown(sheet), self._path("datasheet.md"))
 
@@ -152,7 +154,7 @@ class ShardWriter:
 
 
 def _open_folder(address: str, about: DatasheetInfo, records_per_shard: int) -> tuple[Any, str]:
-    """Make the folder, or check that it was begun with the same settings."""
+    """Create the folder, or check that it was started with the same settings; return (filesystem, folder)."""
     wanted = {"version": FORMAT_VERSION, "records_per_shard": records_per_shard, **about.seeds, **about.settings}
     try:
         filesystem, folder = url_to_fs(address)
@@ -162,29 +164,32 @@ def _open_folder(address: str, about: DatasheetInfo, records_per_shard: int) -> 
             _put_text(filesystem, _pretty(wanted), f"{folder}/{SETTINGS}")
         there = json_object(filesystem.cat_file(f"{folder}/{SETTINGS}")) or {}
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"{address} cannot be used as the output folder ({error}): give another one.") from error
-    wanted = json.loads(json.dumps(wanted))  # as it would come back
-    said = [f"{name} {there.get(name)}" for name in sorted({*there, *wanted}) if there.get(name) != wanted.get(name)]
-    if said:
+        raise ConfigError(f"{address} cannot be used as the output folder ({error}): choose another one.") from error
+    wanted = json.loads(json.dumps(wanted))  # as JSON returns it
+    changed = [f"{name} {there.get(name)}" for name in sorted({*there, *wanted}) if there.get(name) != wanted.get(name)]
+    if changed:
         raise ConfigError(
-            f"{address} holds shards made with {', '.join(said)}: give the same settings or another folder."
+            f"{address} holds shards made with {', '.join(changed)}: give the same settings, or choose another folder."
         )
     return filesystem, folder
 
 
 def check_picture(key: str, picture: bytes) -> tuple[int, int, str]:
-    """Width and height, held upright, and the file ending of a picture that shards can hold; else BadRecordError."""
+    """Return width and height, in upright orientation, and the file suffix of a picture that shards can hold.
+
+    Raises BadRecordError if it is not a JPEG, PNG or WebP file.
+    """
     try:
         with Image.open(io.BytesIO(picture)) as image:
             ending = _ENDINGS[image.format or ""]
             width, height = image.size
             if image.format == "PNG" and b"eXIf" not in picture and b"exif" not in picture:
-                image.verify()  # its checksums: asking for EXIF that is not there would decode all of it
+                image.verify()  # checksums only: `getexif` without EXIF would decode the whole picture
                 sideways = False
             else:
                 sideways = image.getexif().get(_ORIENTATION) in _SIDEWAYS
-    except Exception as error:  # whatever a decoder raises on damaged bytes
-        raise BadRecordError(f"The picture of record {key} is no JPEG, PNG or WebP: convert it.") from error
+    except Exception as error:  # decoders raise many kinds of errors on damaged bytes
+        raise BadRecordError(f"The picture of record {key} is not a JPEG, PNG or WebP file: convert it.") from error
     return (height, width, ending) if sideways else (width, height, ending)
 
 
@@ -203,7 +208,7 @@ def _sha256(file: Path) -> str:
 
 
 def _draft(filesystem: Any, path: str) -> Path:
-    """A local file to write first: in the same folder if that is local, so that moving it is one step."""
+    """Return a local file to write first: in the same folder if that is local, so that moving it is atomic."""
     if isinstance(filesystem, LocalFileSystem):
         return Path(f"{path}.part")
     handle, name = tempfile.mkstemp()
@@ -212,7 +217,7 @@ def _draft(filesystem: Any, path: str) -> Path:
 
 
 def _put(filesystem: Any, draft: Path, path: str) -> None:
-    """Move a finished local file to its place: in one step on this machine, as one upload elsewhere."""
+    """Move a finished local file to its place: atomically on a local filesystem, as one upload on a remote one."""
     if isinstance(filesystem, LocalFileSystem):
         with draft.open("rb") as file:
             os.fsync(file.fileno())
@@ -232,20 +237,20 @@ def _pretty(facts: Mapping[str, Any]) -> str:
     return json.dumps(facts, indent=1) + "\n"
 
 
-# --- the data sheet ---------------------------------------------------------------------------------------------------
+# --- the datasheet ----------------------------------------------------------------------------------------------------
 @dataclass
 class _Tally:
-    """What is counted of records: in a sidecar for its shard, in the data sheet for all of them."""
+    """The counts of records: a sidecar has those of its shard, the datasheet those of all shards."""
 
     records: int = 0
     pairs: int = 0  # records that name a reference
     boxes: int = 0  # records with a face box
     identities: set[str] = field(default_factory=set)
     sources: Counter[str] = field(default_factory=Counter)
-    sizes: Counter[str] = field(default_factory=Counter)  # "width x height": records
-    manners: Counter[str] = field(default_factory=Counter)  # of captions: records
-    words: Counter[str] = field(default_factory=Counter)  # words in the caption: records
-    rejected: Counter[str] = field(default_factory=Counter)  # reason: how often
+    sizes: Counter[str] = field(default_factory=Counter)  # "width x height" -> records
+    manners: Counter[str] = field(default_factory=Counter)  # style of caption -> records
+    words: Counter[str] = field(default_factory=Counter)  # number of words in the caption -> records
+    rejected: Counter[str] = field(default_factory=Counter)  # reason -> rejected records
 
     @staticmethod
     def of(sidecar: Mapping[str, Any]) -> "_Tally":
@@ -260,7 +265,7 @@ class _Tally:
         self.identities |= {record.identity} if record.identity is not None else set()
         self.sources[record.source or "not given"] += 1
         self.sizes[f"{record.width} x {record.height}"] += 1
-        self.manners.update(list(record.captions))  # a mapping would be added up by its values
+        self.manners.update(list(record.captions))  # Counter would add the values of a mapping
         self.words[str(len(record.caption.split()))] += 1
 
     def join(self, other: "_Tally") -> None:
@@ -272,7 +277,7 @@ class _Tally:
                 mine.update(value)
 
     def as_json(self) -> dict[str, Any]:
-        """In a fixed order, so that the same records give the same bytes."""
+        """Return the counts in a fixed order, so that the same records give the same bytes."""
         return {
             name: value if isinstance(value, int) else sorted(value) if isinstance(value, set) else _sorted(value)
             for name, value in vars(self).items()
@@ -287,8 +292,8 @@ def _numbers(name: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
-def _data_sheet(about: DatasheetInfo, sidecars: Mapping[str, Mapping[str, Any]], unwritten: _Tally) -> dict[str, Any]:
-    """Everything that datasheet.json says. `unwritten` holds what was rejected after the last record."""
+def _datasheet(about: DatasheetInfo, sidecars: Mapping[str, Mapping[str, Any]], unwritten: _Tally) -> dict[str, Any]:
+    """Return the contents of datasheet.json; `unwritten` counts what was rejected after the last record."""
     whole = _Tally()
     for sidecar in sidecars.values():
         whole.join(_Tally.of(sidecar))
@@ -299,7 +304,7 @@ def _data_sheet(about: DatasheetInfo, sidecars: Mapping[str, Mapping[str, Any]],
 
 
 def _as_markdown(sheet: Mapping[str, Any]) -> str:
-    """datasheet.md: the numbers of datasheet.json in a few sentences."""
+    """Return datasheet.md: the numbers of datasheet.json in a few sentences."""
     records = sheet["records"]
     size = sum(shard["bytes"] for shard in sheet["shards"].values())
     lines = [
@@ -310,7 +315,7 @@ def _as_markdown(sheet: Mapping[str, Any]) -> str:
         f"{sheet['identities']:,} identities, {sheet['pairs']:,} pairs.",
         f"- sources: {_listed(sheet['sources'])}",
         f"- picture sizes in pixels: {_listed(_most(sheet['sizes']))}",
-        f"- words in a caption: {_describe_spread(sheet['words'])}; captions by manner: {_listed(sheet['manners'])}",
+        f"- words in a caption: {_describe_spread(sheet['words'])}; captions by style: {_listed(sheet['manners'])}",
         f"- with a face box: {sheet['boxes'] / max(records, 1):.1%}",
         "- `sha256` of every shard: in `datasheet.json`",
         f"## Collection\n{sheet['collection']}",
@@ -332,6 +337,6 @@ def _most(counts: Mapping[str, int], number: int = 5) -> dict[str, int]:
 
 
 def _describe_spread(counts: Mapping[str, int]) -> str:
-    """The least, the middle and the most of numbers that are counted by value."""
+    """Describe the minimum, the maximum and the median of numbers that are counted by value."""
     values = sorted(Counter({int(value): count for value, count in counts.items()}).elements())
-    return f"{values[0]} to {values[-1]}, half of them up to {values[len(values) // 2]}" if values else "none"
+    return f"{values[0]} to {values[-1]}, median {values[len(values) // 2]}" if values else "none"

@@ -1,4 +1,4 @@
-"""Records on disk: what is written comes back, broken things are counted and left out, and the order misses nothing."""
+"""Tests of shards: written records are read back, broken ones are counted and left out, and the order is complete."""
 
 import gc
 import io
@@ -42,7 +42,7 @@ def picture(number: int = 0, kind: str = "PNG", size: tuple[int, int] = (40, 32)
 
 
 def record(number: int, **changes: Any) -> Record:
-    """Picture `number`; every third is a reference, the next two are its targets."""
+    """Record `number`; every third is a reference, and the next two are its targets."""
     person, place = divmod(number, 3)
     plain = Record(
         key=f"{number:09d}",
@@ -69,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def tar(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> Path:
-    """A shard of somebody else's."""
+    """A shard that another tool wrote."""
     with tarfile.open(path, "w") as file:
         for name, content in members.items() if isinstance(members, Mapping) else members:
             member = tarfile.TarInfo(name)
@@ -93,7 +93,7 @@ def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-def test_what_is_written_comes_back(ten: Path) -> None:
+def test_written_records_are_read_back(ten: Path) -> None:
     records = open_records(ten)
     assert (len(records), records.counts, records.problems) == (10, (4, 4, 2), {})
     for number, found in enumerate(records):
@@ -107,7 +107,7 @@ def test_what_is_written_comes_back(ten: Path) -> None:
 def test_the_webdataset_package_reads_the_shards(ten: Path) -> None:
     shards = [str(path) for path in sorted(ten.glob("*.tar"))]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files to the garbage collector
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files to the garbage collector
         found = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil"))
         gc.collect()
     assert [sample["__key__"] for sample in found] == [f"{number:09d}" for number in range(10)]
@@ -131,7 +131,7 @@ def test_same_records_same_bytes(ten: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", ["nothing", "a draft", "a shard without its sidecar", "a torn sidecar"])
-def test_stopped_and_carried_on_equals_a_straight_run(left: str, ten: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run(left: str, ten: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     with pytest.raises(ZeroDivisionError), ShardWriter(folder, ABOUT, 4) as writer:
         for number in range(10):
@@ -151,7 +151,7 @@ def test_stopped_and_carried_on_equals_a_straight_run(left: str, ten: Path, tmp_
     assert (folder / "00000.tar").stat().st_ino == whole, "a finished shard was written again"
 
 
-def test_killed_without_a_word_and_carried_on_equals_a_straight_run(ten: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_after_sigkill_equals_an_uninterrupted_run(ten: Path, tmp_path: Path) -> None:
     code = """
 import os, signal, sys
 from imagine.shards.reading import open_records
@@ -170,7 +170,7 @@ with ShardWriter(sys.argv[2], about, 4) as writer:
     assert contents(tmp_path / "killed") == contents(ten)
 
 
-def test_another_filesystem_holds_the_same_bytes_and_is_read(ten: Path, tmp_path: Path) -> None:
+def test_another_filesystem_gets_the_same_bytes_and_is_read(ten: Path, tmp_path: Path) -> None:
     write("memory://shards/ten", map(record, range(10)))
     memory = fsspec.filesystem("memory")
     assert {name: memory.cat_file(f"/shards/ten/{name}") for name in contents(ten)} == contents(ten)
@@ -182,7 +182,7 @@ def test_another_filesystem_holds_the_same_bytes_and_is_read(ten: Path, tmp_path
     assert (len(local), local[7].read()) == (8, picture(7))
 
 
-def test_sidecars_and_data_sheet_count_what_is_there(tmp_path: Path) -> None:
+def test_sidecars_and_datasheet_count_records(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, ABOUT, 4) as writer:
         writer.write(record(0, image=picture(0, "JPEG", (64, 48))))
         writer.reject("no face")
@@ -203,12 +203,12 @@ def test_sidecars_and_data_sheet_count_what_is_there(tmp_path: Path) -> None:
     assert ShardWriter(tmp_path, ABOUT, 4).processed == 5 + 3
 
 
-def test_what_is_rejected_after_the_last_shard_is_in_the_data_sheet_too(tmp_path: Path) -> None:
+def test_the_datasheet_counts_rejections_after_the_last_shard(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, ABOUT, 1) as writer:
         writer.write(record(0))
         writer.reject("no face")
     assert json.loads((tmp_path / "datasheet.json").read_text())["rejected"] == {"no face": 1}
-    assert ShardWriter(tmp_path, ABOUT, 1).processed == 1  # a rerun sees, and rejects, it again
+    assert ShardWriter(tmp_path, ABOUT, 1).processed == 1  # a rerun rejects it again
 
 
 @pytest.mark.parametrize(
@@ -217,11 +217,11 @@ def test_what_is_rejected_after_the_last_shard_is_in_the_data_sheet_too(tmp_path
         ({"caption": ""}, "has no caption"),
         ({"key": "a.b"}, "'a.b' cannot be a key"),
         ({"key": "000000000"}, "'000000000' cannot be a key"),
-        ({"image": b"no picture"}, "is no JPEG, PNG or WebP"),
-        ({"image": picture(0, "GIF")}, "is no JPEG, PNG or WebP"),
+        ({"image": b"no picture"}, "is not a JPEG, PNG or WebP"),
+        ({"image": picture(0, "GIF")}, "is not a JPEG, PNG or WebP"),
     ],
 )
-def test_a_bad_record_is_refused_and_leaves_no_trace(
+def test_a_bad_record_is_refused_and_writes_nothing(
     change: dict[str, Any], sentence: str, ten: Path, tmp_path: Path
 ) -> None:
     with ShardWriter(tmp_path, ABOUT, 4) as writer:
@@ -233,13 +233,13 @@ def test_a_bad_record_is_refused_and_leaves_no_trace(
     assert contents(tmp_path) == contents(ten)
 
 
-def test_a_folder_begun_otherwise_is_refused(ten: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_settings_is_refused(ten: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="made with records_per_shard 4, seed 3: give the same"):
         ShardWriter(ten, replace(ABOUT, seeds={"seed": 4}), 5)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be used as the output folder"):
         ShardWriter(tmp_path / "file", ABOUT)
-    with pytest.raises(ConfigError, match="0 records do not make a shard"):
+    with pytest.raises(ConfigError, match="A shard cannot have 0 records"):
         ShardWriter(tmp_path, ABOUT, 0)
 
 
@@ -255,14 +255,14 @@ def test_every_form_of_address(name: str, count: int, ten: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["nowhere", "nowhere/{00000..00003}.tar", "nowhere/*.tar", "nosuch://a/b.tar", "empty"]
 )
-def test_an_address_with_nothing_behind_it_is_one_sentence(name: str, tmp_path: Path) -> None:
+def test_an_address_without_records_is_one_sentence(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="check the address") as raised:
         open_records(name if ":" in name else tmp_path / name)
     assert "\n" not in str(raised.value)
 
 
-def test_img2dataset_shards_are_read_as_they_are(tmp_path: Path) -> None:
+def test_img2dataset_shards_are_read(tmp_path: Path) -> None:
     facts = {"caption": "a web caption", "key": "000000007", "url": "https://x/y", "status": "success", "exif": "{}"}
     with webdataset.TarWriter(str(tmp_path / "00000.tar")) as writer:
         for number in range(3):
@@ -278,13 +278,13 @@ def test_img2dataset_shards_are_read_as_they_are(tmp_path: Path) -> None:
     assert load_picture(found).size == (40, 32)
 
 
-def test_a_caption_beside_a_fuller_one_is_the_terse_one(tmp_path: Path) -> None:
+def test_a_caption_beside_a_longer_one_is_the_terse_one(tmp_path: Path) -> None:
     tar(tmp_path / "0.tar", {"a.jpg": picture(), "a.json": b'{"caption": "all of it"}', "a.txt": b"a bit\n"})
     found = open_records(tmp_path)[0]
     assert (found.caption, found.captions) == ("all of it", {"terse": "a bit"})
 
 
-def test_a_folder_with_metadata_is_read_as_imagefolder_has_it(tmp_path: Path) -> None:
+def test_a_folder_with_metadata_is_read_like_an_imagefolder(tmp_path: Path) -> None:
     rows = [
         {"file_name": "a/1.png", "text": "one", "identity": 5},
         {"file_name": "a/2.PNG", "caption": "two", "identity": 5, "reference": "a/1.png", "box": [1, 2, 3, 4], "x": 1},
@@ -347,7 +347,7 @@ def test_odd_modes_become_rgb(tmp_path: Path) -> None:
     assert [records.picture(number).mode for number in range(4)] == ["RGB"] * 4
 
 
-# --- what is broken ---------------------------------------------------------------------------------------------------
+# --- broken data ------------------------------------------------------------------------------------------------------
 def test_broken_records_are_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     good = {"jpg": picture(1, "JPEG"), "txt": b"words", "json": b'{"identity": "x"}'}
     members = [(f"{key}.{end}", good[end]) for key in "abcdefghi" for end in sorted(good)]
@@ -389,7 +389,7 @@ def flipped(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "left", "after"), [(cut, 5, "after 000000006"), (flipped, 4, "after 000000005"), (len, 4, "")]
 )
-def test_a_damaged_shard_gives_what_came_before_and_the_others(
+def test_records_before_the_damage_and_other_shards_are_read(
     damage: Any, left: int, after: str, tmp_path: Path
 ) -> None:
     write(tmp_path, map(record, range(12)))
@@ -405,11 +405,11 @@ def test_a_damaged_shard_gives_what_came_before_and_the_others(
     assert records.picture(len(records) - 1).getpixel((0, 0)) == (11, 0, 0)
 
 
-def test_a_shard_named_in_braces_that_is_not_there_is_a_problem(ten: Path) -> None:
+def test_a_missing_shard_in_braces_is_a_problem(ten: Path) -> None:
     records = open_records(f"{ten}/{{00001..00004}}.tar")
     assert len(records) == 6
     assert records.problems["a shard that does not exist"] == ["00003.tar", "00004.tar"]
-    assert "a reference that does not exist" in records.problems  # of record 4, to 3 in shard 0
+    assert "a reference that does not exist" in records.problems  # from record 4 to record 3, which is in shard 0
 
 
 def test_a_shard_that_changes_after_opening_is_one_sentence(tmp_path: Path) -> None:
@@ -464,7 +464,7 @@ def test_a_reference_to_another_person_makes_no_pair(tmp_path: Path) -> None:
     assert records.problems == {"a reference to another person": ["00000.tar: 000000002"]}
 
 
-def test_the_mark_follows_the_contents_and_not_the_address(ten: Path, tmp_path: Path) -> None:
+def test_the_mark_depends_on_the_contents_and_not_on_the_address(ten: Path, tmp_path: Path) -> None:
     write(tmp_path / "same", map(record, range(10)))
     write(tmp_path / "other", (record(i, caption="somebody, take X") if i == 9 else record(i) for i in range(10)))
     mark = open_records(ten).mark
@@ -472,7 +472,7 @@ def test_the_mark_follows_the_contents_and_not_the_address(ten: Path, tmp_path: 
     assert len({mark, open_records(tmp_path / "other").mark, open_records(ten / "00000.tar").mark}) == 3
 
 
-def test_a_shard_is_read_through_once_and_again_when_it_changed(
+def test_a_shard_is_indexed_once_and_again_after_a_change(
     ten: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -517,16 +517,16 @@ COUNTS = (5, 0, 3, 9, 1, 4, 7, 2)
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
-def test_every_record_comes_once_a_round(window: int) -> None:
+def test_every_record_comes_once_per_epoch(window: int) -> None:
     total = sum(COUNTS)
     rounds = [order(COUNTS, 1, turn * total, total, window) for turn in range(3)]
     everything = [(shard, row) for shard, count in enumerate(COUNTS) for row in range(count)]
     assert all(sorted(one) == everything for one in rounds)
-    assert len({tuple(one) for one in rounds}) == 3, "rounds should differ"
+    assert len({tuple(one) for one in rounds}) == 3, "epochs should differ"
     assert order(COUNTS, 2, 0, total, window) != rounds[0], "seeds should differ"
 
 
-def test_ranks_that_ask_for_their_part_see_what_one_process_sees() -> None:
+def test_the_parts_of_all_ranks_equal_the_order_of_one_process() -> None:
     whole = order(COUNTS, 7, 0, 100, 3)
     halves = [order(COUNTS, 7, step + rank * 5, 5, 3) for step in range(0, 100, 10) for rank in range(2)]
     assert [pair for half in halves for pair in half] == whole
@@ -542,7 +542,7 @@ def test_only_a_window_of_shards_is_open_at_a_time_and_they_mix() -> None:
 
 
 def test_the_order_is_pinned() -> None:
-    """A resumed run must go on where it was, with whatever versions."""
+    """A resumed run must continue at the same image, with any versions of the libraries."""
     assert order((2, 1, 2), 1, 3, 8, 2) == [(2, 0), (1, 0), (1, 0), (0, 1), (0, 0), (2, 1), (2, 0), (0, 0)]
 
 
@@ -556,12 +556,12 @@ def test_the_order_of_a_hundred_million_records_needs_little_memory() -> None:
     assert peak < 8 << 20
 
 
-def test_there_must_be_something_to_put_in_order() -> None:
-    with pytest.raises(ConfigError, match="no records"):
+def test_an_order_without_records_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no usable records"):
         order([0, 0], 0, 0, 1)
 
 
-def test_records_can_be_written_again_as_they_were_read(ten: Path, tmp_path: Path) -> None:
+def test_records_that_were_read_can_be_written_again(ten: Path, tmp_path: Path) -> None:
     records: Records = open_records(ten)
     write(tmp_path / "copy", records)
     assert contents(tmp_path / "copy") == contents(ten)
