@@ -1,4 +1,4 @@
-"""The house rules that can be checked: layers, silent imports, commands, public names, the file guide and sizes."""
+"""Tests of the project's rules: layers, imports without side effects, commands, public names, file guide, sizes."""
 
 import ast
 import importlib
@@ -25,28 +25,28 @@ def sources(*folders: str) -> list[Path]:
 
 
 def modules() -> list[str]:
-    """Every module of the three packages, by its dotted name; `__main__` runs things and is left out."""
+    """Return the dotted names of all modules in the three packages, without `__main__`, which runs code on import."""
     names = (".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources(*PACKAGES))
     return [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
 
 
 def in_fresh_python(code: str) -> object:
-    """What `code`, run in a fresh interpreter at the root, prints as JSON; anything on stderr is a failure."""
+    """Run `code` in a new interpreter at the root and return the JSON that it prints; fail on an error exit."""
     setting = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=setting, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 
 
-def test_imports_go_one_way() -> None:
-    # In a process of its own, because import-linter switches off every logger that exists.
+def test_imports_follow_the_layers() -> None:
+    # In a separate process, because import-linter disables all existing loggers.
     code = "from importlinter.cli import lint_imports; import sys; sys.exit(lint_imports(no_cache=True))"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout
 
 
 def test_importing_any_module_only_defines_names() -> None:
-    # An act is ours if a file of ours is on the stack above the innermost import: what third parties do is theirs.
+    # An action counts only if one of our files is on the stack above the innermost import, not a third party's.
     code = f"""
 import importlib, json, os, sys, threading
 import numpy, torch
@@ -128,8 +128,8 @@ def test_the_architecture_page_draws_the_layers_that_are_enforced() -> None:
     assert drawn == enforced
 
 
-def test_functions_and_files_keep_their_size() -> None:
-    """A budget that may be lowered, not raised: the longest are the pipeline's file and its call."""
+def test_functions_and_files_are_short() -> None:
+    """The limits may be lowered but not raised; the pipeline's file and its call are the longest."""
     files = {path: path.read_text() for path in sources(*PACKAGES)}
     lengths = {
         f"{path.relative_to(ROOT)}:{node.name}": (node.end_lineno or 0) - node.lineno + 1
@@ -142,7 +142,7 @@ def test_functions_and_files_keep_their_size() -> None:
     assert sum(length > 30 for length in lengths.values()) <= len(lengths) / 20
 
 
-def test_names_say_what_they_hold() -> None:
+def test_file_and_class_names_are_specific() -> None:
     vague = re.compile(r"^(utils?|helpers?|misc|common)$")
     assert [path for path in sources(*PACKAGES) if vague.match(path.stem)] == []
     classes = [

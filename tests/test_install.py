@@ -1,4 +1,4 @@
-"""What people install and type: the verbs of the Makefile, and the wheel."""
+"""Tests of the installation: the targets of the Makefile, and the wheel."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 
 from tests.root import ROOT
 
-needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
 
 def make(verb: str, *variables: str) -> subprocess.CompletedProcess[str]:
@@ -23,7 +23,7 @@ def make(verb: str, *variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def script(path: Path, *lines: str) -> Path:
-    """An executable that notes what it is asked for in `asked` beside it, and then does `lines`."""
+    """Write an executable that appends its arguments to the file `asked` beside it and then runs `lines`."""
     path.write_text("\n".join(["#!/bin/sh", f'echo "$*" >> {path.with_name("asked")}', *lines, ""]))
     path.chmod(0o755)
     return path
@@ -31,16 +31,16 @@ def script(path: Path, *lines: str) -> Path:
 
 @needs_make
 @pytest.mark.parametrize(("code", "asked"), [(0, ["train", "train.assemble"]), (3, ["train"]), (2, ["train"])])
-def test_weights_are_put_together_only_after_the_last_image(tmp_path: Path, code: int, asked: list[str]) -> None:
+def test_weights_are_assembled_only_after_the_last_image(tmp_path: Path, code: int, asked: list[str]) -> None:
     python = script(tmp_path / "python", f'[ "$2" != train ] || exit {code}')
-    (tmp_path / "ready").touch()  # newer than what it is made from
+    (tmp_path / "ready").touch()  # newer than its prerequisites
     ran = make("weights", f"PY={python}", f"READY={tmp_path / 'ready'}")
     assert (ran.returncode == 0) == (code == 0), ran.stderr
     assert [line.split()[1] for line in (tmp_path / "asked").read_text().splitlines()] == asked
 
 
 def python_of_version(path: Path, minor: int) -> None:
-    """A command that is this Python and says that it is another."""
+    """Write a command that runs this Python but reports another minor version."""
     answer = f"import sys; sys.version_info = (3, {minor}, 0); exec(sys.argv[1])"
     script(path, f'exec {sys.executable} -c "{answer}" "$2"')
 
@@ -55,7 +55,7 @@ def python_of_version(path: Path, minor: int) -> None:
         ({"python3": 9}, ""),
     ],
 )
-def test_setup_takes_a_python_that_the_pinned_versions_are_for(
+def test_setup_chooses_a_python_that_the_pinned_versions_support(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, int], taken: str
 ) -> None:
     for name, minor in found.items():
@@ -68,7 +68,7 @@ def test_setup_takes_a_python_that_the_pinned_versions_are_for(
 
 
 @needs_make
-def test_setup_makes_a_half_made_venv_anew_and_leaves_a_whole_one(tmp_path: Path) -> None:
+def test_setup_recreates_an_incomplete_venv_and_keeps_a_complete_one(tmp_path: Path) -> None:
     python = script(tmp_path / "python3", "exit 7")
     setting = (f"VENV={tmp_path / 'venv'}", f"PYTHON={python}")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
@@ -79,19 +79,19 @@ def test_setup_makes_a_half_made_venv_anew_and_leaves_a_whole_one(tmp_path: Path
     assert (tmp_path / "asked").read_text().count("\n") == 1 and (tmp_path / "venv" / ".ready").exists()
 
 
-def test_every_package_that_is_asked_for_is_pinned() -> None:
+def test_every_required_package_is_pinned() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0] for line in lines if "==" in line}
     asked = {
         re.split(r"[^\w.-]", each)[0].lower().replace("_", "-") for each in requires("imagine-yourself-open") or ()
     }
     assert len(asked) > 25 and asked - pinned == set()
-    assert "opencv-python" not in pinned, "it needs libraries of the system; opencv-python-headless does not"
+    assert "opencv-python" not in pinned, "opencv-python needs system libraries; use opencv-python-headless"
 
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the wheel holds, built without the network from what `make setup` installs."""
+    """Build the wheel offline, with the packages that `make setup` installs, and return a folder with its contents."""
     made, folder = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(made)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

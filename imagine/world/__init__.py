@@ -1,9 +1,9 @@
 """The portrait world: a procedural generator of stylised people with exact ground truth.
 
-    seeds -> people.py (who), contexts.py (how)  ->  render.py (pictures, masks, boxes, landmarks)
-                                                 ->  captions.py (sentences), attributes
+    seeds -> people.py (identity), contexts.py (context)  ->  render.py (pictures, masks, boxes, landmarks)
+                                                          ->  captions.py (sentences), attributes
 
-Identity is drawn apart from context; everything is a pure function of integer seeds.
+Identity and context are sampled independently; everything is a pure function of integer seeds.
 """
 
 from imagine.world.captions import attributes, captions

@@ -1,4 +1,4 @@
-"""Neck, shoulders, clothes, letters on the chest, and what a hand holds up."""
+"""Paint the body: neck, shoulders, clothes, letters on the chest, and a hand with an object."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ _SHOULDER = 1.55  # half the shoulders' width, in heads
 
 
 def paint_body(canvas: Tensor, people: People, contexts: Contexts, view: View, light: Light) -> Tensor:
-    """Neck, clothes and letters onto `canvas` (B, 3, H, W), in place; returns their coverage (B, H, W)."""
+    """Paint neck and clothes onto `canvas` (B, 3, H, W), in place; return their coverage (B, H, W)."""
     x, y = view.x, view.y
     skin = colour(skin_colour(people))
     soft = 2 * view.pixel
@@ -41,7 +41,7 @@ def _torso(x: Tensor, y: Tensor, soft: Tensor) -> Tensor:
 def _paint_clothes_details(
     canvas: Tensor, contexts: Contexts, view: View, torso: Tensor, skin: Tensor, bright: Tensor, cloth: Tensor
 ) -> None:
-    """What tells a hoodie from a suit."""
+    """Paint the details of each garment, in place: collar, hood, lapels, tie, stripes."""
     x, y, soft = view.x, view.y, 2 * view.pixel
     kind = per_pixel(contexts.clothes)
     white = canvas.new_tensor((0.96, 0.96, 0.95)).view(1, 3, 1, 1)
@@ -66,7 +66,7 @@ def _paint_clothes_details(
 
 
 def paint_letters(canvas: Tensor, contexts: Contexts, view: View) -> None:
-    """The word on the chest, light on dark cloth and dark on light, in place."""
+    """Paint the word on the chest, in place: light on dark cloth and dark on light cloth."""
     rows = (contexts.letters[:, 0] > 0).nonzero().squeeze(1)
     if not len(rows):
         return
@@ -88,9 +88,9 @@ def paint_letters(canvas: Tensor, contexts: Contexts, view: View) -> None:
 
 
 def letter_boxes(contexts: Contexts, size: int) -> Tensor:
-    """Left, top, width and height in pixels of the word on each portrait's chest, (B, 4); no width where there is none.
+    """Return left, top, width and height in pixels of the word on each portrait's chest, (B, 4); width 0 for no word.
 
-    As it is painted: a picture may end before its word does.
+    The box is that of the whole word, which may extend beyond the edge of the picture.
     """
     centre, scale = head_place(contexts)
     count, width, height, middle = _word(contexts)
@@ -100,14 +100,14 @@ def letter_boxes(contexts: Contexts, size: int) -> Tensor:
 
 
 def _word(contexts: Contexts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How many letters there are, how wide and high one is, and how low their middle, all (B,); lengths in heads."""
+    """Return the number of letters, the width and height of one, and the y of their centre, all (B,), in heads."""
     far = contexts.framing == FRAMINGS.index("half body")
     height = torch.where(far, 0.72, 0.54)
     return (contexts.letters > 0).sum(1).float(), 0.85 * height, height, torch.where(far, 2.12, 1.84)
 
 
 def paint_held(canvas: Tensor, people: People, contexts: Contexts, view: View, light: Light) -> Tensor:
-    """A hand at the picture's right with a balloon, a flower or a cup; returns its coverage (B, H, W)."""
+    """Paint a hand at the right with a balloon, a flower or a cup, in place; return the coverage (B, H, W)."""
     full = torch.zeros_like(view.x)
     for number in range(1, len(HELD)):
         rows = (contexts.held == number).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""Where the head is in the picture, how it is turned and how it is lit: the geometry that all painters share."""
+"""Compute the place, the orientation and the light of the head: the geometry that all painters share."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from imagine.world.people import People
 from imagine.world.vocabulary import LIGHTS
 
 _HEAD_SIZE = (0.34, 0.26, 0.195)  # half the head's height as a share of the picture's side, by framing
-_HEAD_PLACE = (0.52, 0.43, 0.36)  # the head's centre from the top, likewise
+_HEAD_PLACE = (0.52, 0.43, 0.36)  # y of the head's centre from the top, as a share of the side, by framing
 _LIGHT = {  # direction (right, down, towards the viewer), ambient, diffuse, tint
     "soft": ((0.0, -0.5, 0.85), 0.66, 0.42, (1.0, 1.0, 1.0)),
     "left": ((-0.88, -0.25, 0.40), 0.46, 0.72, (1.0, 1.0, 1.0)),
@@ -31,35 +31,35 @@ class Light:
     tint: Tensor
 
     def brightness(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        """How bright a surface with this normal is, (B, H, W)."""
+        """Return the brightness of a surface with the normal (x, y, z), (B, H, W)."""
         d = self.direction
         return self.ambient + self.diffuse * (x * d[:, 0] + y * d[:, 1] + z * d[:, 2]).clamp(min=0)
 
 
 @dataclass(frozen=True)
 class View:
-    """Pixels seen from one person a picture. Lengths are in heads: half the head's height is 1; y points down."""
+    """Pixel coordinates relative to the person of each picture, in units of half the head's height; y points down."""
 
     x: Tensor  # (B, H, W) from the head's centre, upright
     y: Tensor
-    head_x: Tensor  # the same, turned with the head's tilt
+    head_x: Tensor  # the same, rotated with the head's roll
     head_y: Tensor
     pixel: Tensor  # (B, 1, 1) one pixel in heads
     right: Tensor  # (B, 3, 1, 1) the head's own axes in view space
     down: Tensor
     front: Tensor
     width: Tensor  # (B, 1, 1) half the head's width
-    centre: Tensor  # (B, 2) the head's centre and
-    scale: Tensor  # (B,) half its height, both as shares of the picture's side
+    centre: Tensor  # (B, 2) the head's centre, as a share of the picture's side
+    scale: Tensor  # (B,) half the head's height, as a share of the picture's side
     roll: Tensor  # (B,)
 
     def place(self, x: "Tensor | float", y: "Tensor | float", z: "Tensor | float") -> tuple[Tensor, Tensor]:
-        """Where a point of the head (in head radii along its own axes) appears, as (head_x, head_y), (B, 1, 1)."""
+        """Project a point of the head (in head radii along the head's axes) to (head_x, head_y), each (B, 1, 1)."""
         seen = [x * self.right[:, i] + y * self.down[:, i] + z * self.front[:, i] for i in (0, 1)]
         return seen[0] * self.width, seen[1]
 
     def to_picture(self, head_x: Tensor, head_y: Tensor) -> Tensor:
-        """Points (B, ...) in the head's tilted frame to shares of the picture's side, (B, ..., 2)."""
+        """Convert points (B, ...) in the head's rotated frame to shares of the picture's side, (B, ..., 2)."""
         shape = [-1] + [1] * (head_x.dim() - 1)
         cos, sin = self.roll.cos().view(shape), self.roll.sin().view(shape)
         scale = self.scale.view(shape)
@@ -69,7 +69,7 @@ class View:
 
 
 def view_of(people: People, contexts: Contexts, size: int, centre: "Tensor | None", shrink: float) -> View:
-    """The view of each person; `centre` (B, 2) overrides the framing's place, `shrink` its size (for groups)."""
+    """Return the view of each person; in groups `centre` (B, 2) replaces the framing's place and `shrink` scales it."""
     device = contexts.yaw.device
     usual, scale = head_place(contexts)
     centre, scale = usual if centre is None else centre, scale * shrink
@@ -85,7 +85,7 @@ def view_of(people: People, contexts: Contexts, size: int, centre: "Tensor | Non
 
 
 def head_place(contexts: Contexts) -> tuple[Tensor, Tensor]:
-    """Centre (B, 2) and half the height (B,) of a single portrait's head, as shares of the picture's side."""
+    """Return the centre (B, 2) and half the height (B,) of a portrait's head, as shares of the picture's side."""
     device = contexts.yaw.device
     scale = torch.tensor(_HEAD_SIZE, device=device)[contexts.framing] * contexts.zoom
     middle = torch.tensor(_HEAD_PLACE, device=device)[contexts.framing] + contexts.shift_y
@@ -93,7 +93,7 @@ def head_place(contexts: Contexts) -> tuple[Tensor, Tensor]:
 
 
 def light_of(contexts: Contexts) -> Light:
-    """The light that each context names, as numbers that painters shade with."""
+    """Return the light of each context, as the numbers that painters shade with."""
     rows = [_LIGHT[name] for name in LIGHTS]
 
     def table(index: int) -> Tensor:
@@ -104,7 +104,7 @@ def light_of(contexts: Contexts) -> Light:
 
 
 def _axes(yaw: Tensor, pitch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The head's right, down and front directions in view space, each (B, 3, 1, 1)."""
+    """Return the head's right, down and front directions in view space, each (B, 3, 1, 1)."""
     sy, cy, sp, cp = yaw.sin(), yaw.cos(), pitch.sin(), pitch.cos()
     axes = (
         torch.stack((cy, torch.zeros_like(cy), -sy), 1),

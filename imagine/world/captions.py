@@ -1,10 +1,10 @@
-"""Sentences about pictures, in three manners, and the facts behind them.
+"""Write captions in three styles, and list the attributes behind them.
 
-- dense: everything there is to say about person and picture, as a captioning model writes it;
-- terse: a few noisy words, as pictures on the web are labelled (with no more than a hint of truth);
-- rewritten: what the picture should show, without a word on who is in it: how people write prompts.
+- dense: a complete description of person and picture, as a captioning model writes it;
+- terse: a few noisy words, like labels of pictures on the web, which give little information;
+- rewritten: a description of the picture without the person's identity, as users write prompts.
 
-`suites.py` writes its prompts with the same phrases, so that asking and answering share one language.
+The prompts in `imagine/evaluation/suites.py` use the same phrases.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ _DEFAULTS = {
     "headwear": "none", "held": "none", "framing": "portrait", "style": "photo",
 }  # fmt: skip
 _ORDER = ("expression", "yaw", "gaze", "pitch", "roll", "headwear", "held", "scene", "light", "framing")
-_EXTREMES = {  # trait: what to say of its lowest and of its highest third
+_EXTREMES = {  # trait -> phrases for values below 0.3 and above 0.7
     "head_width": ("a narrow face", "a wide face"),
     "jaw": ("a pointed chin", "a square jaw"),
     "eye_spacing": ("close-set eyes", "wide-set eyes"),
@@ -104,7 +104,7 @@ _EXTREMES = {  # trait: what to say of its lowest and of its highest third
     "lip_fullness": ("thin lips", "full lips"),
     "ear_size": ("small ears", "big ears"),
 }
-_DENSE_LENGTH = 58  # tokens: a dense caption fits into one window of the small CLIP text encoder
+_DENSE_LENGTH = 58  # tokens, so that a dense caption fits into one window of the small CLIP text encoder
 _SKINS = ("fair", "light", "tan", "brown", "dark")
 _HAIR = {
     "bald": "a bald head", "buzz cut": "a {} buzz cut", "short": "short {} hair", "fringe": "{} hair with a fringe",
@@ -114,7 +114,7 @@ _HAIR = {
 
 
 def attributes(people: People, contexts: Contexts) -> list[dict[str, str]]:
-    """Every named fact about each picture: context attributes, letters (maybe empty) and identity traits."""
+    """Return all attributes of each picture by name: context attributes, letters (may be empty) and identity traits."""
     numbers = attribute_indices(contexts)
     rows = []
     for i in range(len(contexts)):
@@ -126,7 +126,7 @@ def attributes(people: People, contexts: Contexts) -> list[dict[str, str]]:
 
 
 def captions(people: People, contexts: Contexts, style: str = "dense", seed: "int | Sequence[int]" = 0) -> list[str]:
-    """One caption a row, in the manner "dense", "terse" or "rewritten"; one seed a row, or one for all."""
+    """Return one caption per row in the style "dense", "terse" or "rewritten"; `seed` is one per row or one for all."""
     write = {"dense": _dense, "terse": _terse, "rewritten": _rewritten}.get(style)
     if write is None:
         raise ValueError(f"There is no caption style {style!r}: choose dense, terse or rewritten.")
@@ -152,7 +152,7 @@ def _garment(row: dict[str, str]) -> str:
 def _picture(
     row: dict[str, str], random: np.random.Generator, probability: float, default_probability: float
 ) -> list[str]:
-    """What the picture shows, some of it left out, in a fixed order or (half of the time) a shuffled one."""
+    """Return phrases for the context, with random omissions, in a fixed order or (half of the time) shuffled."""
     parts = []
     for name in _ORDER:
         chance = default_probability if row[name] == _DEFAULTS.get(name) else probability
@@ -166,7 +166,7 @@ def _picture(
 
 
 def _opening(row: dict[str, str], random: np.random.Generator) -> str:
-    """The style; a photo often goes without saying."""
+    """Return the phrase for the style; a photo often gets none."""
     if row["style"] == "photo" and random.random() < 0.4:
         return ""
     return _choose(random, STYLE_PHRASES[row["style"]]) + " "
@@ -183,12 +183,12 @@ def _dense(people: People, i: int, row: dict[str, str], random: np.random.Genera
 
 
 def _length(text: str) -> int:
-    """About how many tokens a phrase and its comma take."""
+    """Estimate the number of tokens of a phrase and its comma."""
     return len(text.replace("-", " - ").split()) + 1
 
 
 def _person(people: People, i: int, row: dict[str, str], tokens_left: int, random: np.random.Generator) -> str:
-    """Who is in the picture: what strikes first, then as many finer traits as there is room for."""
+    """Describe the person: the most visible traits first, then as many finer traits as fit into the tokens left."""
     age, skin = float(people.age[i]), float(people.skin[i])
     noun = "a young person" if age < 0.35 else "an old person" if age > 0.7 else "a person"
     hair = _HAIR[row["hair_style"]].format(row["hair_colour"])

@@ -1,7 +1,7 @@
-"""What a picture shows of somebody: a batched record of pose, expression, light, scene, clothes, style and framing.
+"""Sample contexts: batched records of pose, expression, light, scene, clothes, style and framing of a picture.
 
-Each attribute that captions name has well-separated values (a head is turned by at least 20 degrees or by less
-than 8), so that what was asked for can be read back from a picture without doubt.
+Each attribute that captions name has well-separated values (a head is turned by at least 20 degrees or by less than 8),
+so that a classifier can read it from the picture without ambiguity.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ SCENE_VARIATIONS = 4
 
 @dataclass(frozen=True)
 class Contexts(Table):
-    """One row a picture. Angles are in radians; every tensor is (N,) but `letters` (N, 3) and `variation` (N, 4)."""
+    """One row per picture. Angles are in radians; tensors are (N,), except `letters` (N, 3) and `variation` (N, 4)."""
 
     yaw: Tensor  # positive: turned towards the right edge of the picture
     pitch: Tensor  # positive: looking down
     roll: Tensor  # positive: head tilted clockwise
-    gaze: Tensor  # -1 left edge of the picture, 1 right edge
+    gaze: Tensor  # -1: towards the left edge of the picture, 1: towards the right edge
     expression: Tensor
     light: Tensor
     scene: Tensor
@@ -36,20 +36,20 @@ class Contexts(Table):
     letters: Tensor  # 0 for none, else 1 to 26
     style: Tensor
     framing: Tensor
-    zoom: Tensor  # jitter of the head's size, about 1
+    zoom: Tensor  # jitter of the head's size, around 1
     shift_x: Tensor  # jitter of the head's place, as a share of the picture's side
     shift_y: Tensor
-    variation: Tensor  # 0 to 1: what differs between two beaches
+    variation: Tensor  # 0 to 1: random details of a scene
 
 
 def sample_contexts(seeds: Sequence[int]) -> Contexts:
-    """Draw one context for each seed; the same seed is the same context in any batch."""
+    """Sample one context per seed; a seed gives the same context in any batch."""
     rows = [_draw(seed) for seed in seeds]
     return Contexts(**{s.name: torch.as_tensor(np.array([row[s.name] for row in rows])) for s in fields(Contexts)})
 
 
 def attribute_indices(contexts: Contexts) -> dict[str, Tensor]:
-    """Each closed attribute as indices (N,) into `vocabulary.ATTRIBUTES`."""
+    """Return each attribute with a closed list of values as indices (N,) into `vocabulary.ATTRIBUTES`."""
     return {
         "yaw": _side_index(contexts.yaw, 0.2),
         "pitch": _side_index(contexts.pitch, 0.13),
@@ -60,12 +60,12 @@ def attribute_indices(contexts: Contexts) -> dict[str, Tensor]:
 
 
 def letters_text(letters: Tensor) -> str:
-    """One row of letter numbers as text; empty if there are none."""
+    """Convert one row of letter numbers to text; no letters give an empty string."""
     return "".join(words.LETTERS[number - 1] for number in letters.tolist() if number > 0)
 
 
 def letter_numbers(text: str) -> Tensor:
-    """At most three capitals as numbers (3,), padded with 0."""
+    """Convert at most three letters to numbers (3,), padded with 0."""
     numbers = [words.LETTERS.index(letter) + 1 for letter in text.upper()[: words.MAX_LETTERS]]
     return torch.tensor(numbers + [0] * (words.MAX_LETTERS - len(numbers)))
 
@@ -75,7 +75,7 @@ def _side_index(values: Tensor, edge: float) -> Tensor:
 
 
 def _turn(random: np.random.Generator, still: float, small: float, low: float, high: float) -> np.float32:
-    """Near zero with probability `still`, else clearly to one side."""
+    """Return an angle near zero with probability `still`, else one clearly to one side."""
     if random.random() < still:
         return np.float32(np.clip(random.normal(0, small), -2 * small, 2 * small))
     return np.float32(random.choice((-1, 1)) * random.uniform(low, high))

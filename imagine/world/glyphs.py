@@ -1,4 +1,4 @@
-"""Capital letters as pictures, for shirts: one small atlas, drawn once from Pillow's own font."""
+"""Draw capital letters for shirts into one small atlas, from Pillow's built-in font."""
 
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,10 @@ WIDTH, HEIGHT = 20, 24
 
 @lru_cache(maxsize=1)
 def atlas() -> Tensor:
-    """(27, 24, 20), 1 inside a letter; entry 0 is empty. Each letter fills the same cell, so that all read alike."""
+    """Return (27, 24, 20), with 1 inside a letter; entry 0 is empty.
+
+    Letters fill cells of equal size, so that all are equally legible.
+    """
     font = ImageFont.load_default(size=64)
     cells: list[NDArray[Any]] = [np.zeros((HEIGHT, WIDTH), np.float32)]
     for letter in LETTERS:

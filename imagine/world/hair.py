@@ -1,4 +1,4 @@
-"""Hair and headwear: swollen eggs round the head, cut by a hairline or a brim."""
+"""Paint hair and headwear: enlarged egg surfaces around the head, cut off at a hairline or a brim."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from imagine.world.paint import blend, colour, coverage, ellipse, per_pixel, sha
 from imagine.world.people import People
 from imagine.world.vocabulary import COLOUR_RGB, HAIR_STYLES
 
-# by hair style: swell of the cap, height of the hairline, its slant to one side, opacity
+# hair style -> scale of the cap, height of the hairline, its slant to one side, opacity
 _CAPS = {
     "bald": (1.0, -2.0, 0.0, 0.0),
     "buzz cut": (1.02, -0.46, 0.0, 0.72),
@@ -26,7 +26,7 @@ _CAPS = {
 
 
 def paint_back_hair(canvas: Tensor, people: People, view: View, light: Light) -> Tensor:
-    """What hangs or stands behind the head, before body and face; returns its coverage (B, H, W)."""
+    """Paint the hair behind the head, before body and face; return its coverage (B, H, W)."""
     x, y = view.head_x, view.head_y
     style = per_pixel(people.hair_style)
     soft = 2 * view.pixel
@@ -51,7 +51,7 @@ def paint_back_hair(canvas: Tensor, people: People, view: View, light: Light) ->
 
 
 def paint_hair(canvas: Tensor, people: People, view: View, light: Light) -> Tensor:
-    """The cap of hair over the head; returns its coverage (B, H, W)."""
+    """Paint the hair on top of the head; return its coverage (B, H, W)."""
     swell, line, slant, opacity = (
         per_pixel(people.skin.new_tensor([_CAPS[name][i] for name in HAIR_STYLES])[people.hair_style]) for i in range(4)
     )
@@ -60,7 +60,7 @@ def paint_hair(canvas: Tensor, people: People, view: View, light: Light) -> Tens
     cap = surface(people, view, swell)
     edge = line + slant * cap.x + 0.10 * cap.x**2
     edge = edge + (style == HAIR_STYLES.index("curly")) * 0.05 * torch.sin(16 * cap.x)
-    # Behind the ears hair reaches lower than at the brow; on a turned head that is what shows at the side.
+    # Behind the ears hair reaches lower than at the brow; a turned head shows this part at its side.
     mask = torch.maximum(coverage(cap.y - edge, soft), coverage(cap.z + 0.08, soft) * coverage(cap.y - 0.35, soft))
     mask = mask * cap.inside * opacity
     crest = surface(people, view, 1.34)
@@ -73,7 +73,7 @@ def paint_hair(canvas: Tensor, people: People, view: View, light: Light) -> Tens
 
 
 def paint_headwear(canvas: Tensor, people: People, contexts: Contexts, view: View, light: Light) -> Tensor:
-    """Hats; returns their coverage (B, H, W)."""
+    """Paint hats; return their coverage (B, H, W)."""
     full = torch.zeros_like(view.x)
     for kind, painter in ((1, _cap), (2, _beanie), (3, _sun_hat), (4, _crown)):
         rows = (contexts.headwear == kind).nonzero().squeeze(1)

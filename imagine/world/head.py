@@ -1,6 +1,6 @@
-"""A shaded head: an egg seen by parallel rays, with features painted on its surface in the head's own coordinates.
+"""Paint a shaded head: an egg in parallel projection, with features painted on its surface in head coordinates.
 
-Painting on the surface gives foreshortening for free: a turned head shows less of its far eye.
+Painting on the surface produces foreshortening: a turned head shows less of its far eye.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from imagine.world.contexts import Contexts
 from imagine.world.paint import blend, colour, coverage, ellipse, per_pixel, ramp, segment, shade
 from imagine.world.people import People
 
-# by expression: eye opening, brow raise, brow angle (positive: inner end down), mouth bend, mouth opening, mouth width
+# expression -> eye opening, brow raise, brow angle (positive: inner end down), mouth bend, mouth opening, mouth width
 _EXPRESSION_VALUES = {
     "neutral": (1.0, 0.0, 0.0, 0.0, 0.0, 1.0),
     "smiling": (0.85, 0.02, 0.0, 0.15, 0.0, 1.15),
@@ -30,7 +30,7 @@ _FRECKLES = ((0.42, 0.20), (0.52, 0.10), (0.56, 0.26), (0.34, 0.30), (0.46, 0.36
 
 @dataclass(frozen=True)
 class Surface:
-    """An egg round the head: coverage (B, H, W), view normal (x, y, z) and the same point along the head's axes."""
+    """An egg around the head: coverage (B, H, W), normal (x, y, z) in view space, and the point in head coordinates."""
 
     inside: Tensor
     normal: tuple[Tensor, Tensor, Tensor]
@@ -40,7 +40,7 @@ class Surface:
 
 
 def surface(people: People, view: View, swell: "Tensor | float" = 1.0) -> Surface:
-    """The head's egg, or one `swell` times as large (hair, hats)."""
+    """Return the surface of the head, or one that is `swell` times as large (hair, hats)."""
     taper = 1 - per_pixel(0.36 - 0.26 * people.jaw) * ramp(view.head_y, 0.05, 1.15)
     u = view.head_x / (view.width * taper * swell)
     v = view.head_y / swell
@@ -52,7 +52,7 @@ def surface(people: People, view: View, swell: "Tensor | float" = 1.0) -> Surfac
 
 
 def skin_colour(people: People) -> Tensor:
-    """(B, 3)."""
+    """Return the skin colour of each person, (B, 3) in 0..1."""
     fair, mid, dark = (people.skin.new_tensor(rgb) for rgb in _SKIN)
     tone = people.skin.unsqueeze(1)
     base = torch.where(tone < 0.5, fair + (mid - fair) * 2 * tone, mid + (dark - mid) * (2 * tone - 1))
@@ -61,12 +61,12 @@ def skin_colour(people: People) -> Tensor:
 
 
 def hair_colour(people: People) -> Tensor:
-    """(B, 3)."""
+    """Return the hair colour of each person, (B, 3) in 0..1."""
     return people.skin.new_tensor(words.HAIR_RGB)[people.hair_colour]
 
 
 def paint_head(canvas: Tensor, people: People, contexts: Contexts, view: View, light: Light) -> Tensor:
-    """Ears, head and face onto `canvas` (B, 3, H, W), in place; returns their coverage (B, H, W)."""
+    """Paint ears, head and face onto `canvas` (B, 3, H, W), in place; return their coverage (B, H, W)."""
     skin = colour(skin_colour(people))
     egg = surface(people, view)
     ears = _paint_ears(canvas, people, view, light, skin)
@@ -101,7 +101,7 @@ def _paint_ears(canvas: Tensor, people: People, view: View, light: Light, skin: 
 
 
 def _paint_marks(canvas: Tensor, people: People, egg: Surface, face: Tensor) -> None:
-    """Freckles, and the lines that age draws."""
+    """Paint freckles and wrinkles."""
     has = per_pixel(people.freckles.float()) * face
     spots = torch.zeros_like(face)
     for x, y in _FRECKLES:

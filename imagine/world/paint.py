@@ -1,45 +1,45 @@
-"""Brushes: soft shapes over batches of pixels. Everything is (B, H, W) or broadcasts to it; colours are (B, 3, ...)."""
+"""Draw soft shapes on batches of pixels: all values are (B, H, W) or broadcast to it, and colours are (B, 3, ...)."""
 
 import torch
 from torch import Tensor
 
 
 def per_pixel(values: Tensor) -> Tensor:
-    """(B,) to (B, 1, 1), to meet pixels."""
+    """Reshape (B,) to (B, 1, 1), to broadcast over pixels."""
     return values.view(-1, 1, 1)
 
 
 def colour(values: Tensor) -> Tensor:
-    """(B, 3) to (B, 3, 1, 1)."""
+    """Reshape (B, 3) to (B, 3, 1, 1)."""
     return values.view(-1, 3, 1, 1)
 
 
 def coverage(distance: Tensor, soft: "Tensor | float") -> Tensor:
-    """1 where a signed distance is inside (negative), 0 outside, a ramp of width `soft` between."""
+    """Return 1 where a signed distance is inside (negative), 0 outside, and a ramp of width `soft` between them."""
     return (0.5 - distance / soft).clamp_(0, 1)
 
 
 def ramp(values: Tensor, low: "Tensor | float", high: "Tensor | float") -> Tensor:
-    """Smooth step from 0 at `low` to 1 at `high`."""
+    """Return a smooth step from 0 at `low` to 1 at `high`."""
     share = ((values - low) / (high - low)).clamp(0, 1)
     return share * share * (3 - 2 * share)
 
 
 def ellipse(x: Tensor, y: Tensor, width: "Tensor | float", height: "Tensor | float") -> Tensor:
-    """Approximate signed distance to an axis-aligned ellipse round the origin, in the units of x and y."""
+    """Return the approximate signed distance to an axis-aligned ellipse at the origin, in the units of x and y."""
     small = torch.minimum(torch.as_tensor(width), torch.as_tensor(height))
     return (torch.sqrt((x / width) ** 2 + (y / height) ** 2 + 1e-9) - 1) * small
 
 
 def segment(x: Tensor, y: Tensor, ax: Tensor, ay: Tensor, bx: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to the line from a to b, and where along it (0 at a, 1 at b) the nearest point lies."""
+    """Return the distance to the segment from a to b, and the position of the nearest point on it (0 at a, 1 at b)."""
     dx, dy = bx - ax, by - ay
     along = (((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy + 1e-6)).clamp(0, 1)
     return torch.sqrt((x - ax - along * dx) ** 2 + (y - ay - along * dy) ** 2 + 1e-9), along
 
 
 def blend(canvas: Tensor, paint: Tensor, alpha: Tensor) -> None:
-    """Lay `paint` (B, 3, 1, 1) or (B, 3, H, W) over `canvas` (B, 3, H, W), in place, through `alpha` (B, H, W)."""
+    """Blend `paint` (B, 3, 1, 1) or (B, 3, H, W) over `canvas` (B, 3, H, W), in place, with `alpha` (B, H, W)."""
     canvas.lerp_(paint.expand_as(canvas), alpha.unsqueeze(-3).expand_as(canvas))
 
 

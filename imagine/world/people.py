@@ -1,6 +1,6 @@
-"""Who somebody is: a batched record of identity traits, drawn from one integer seed a person.
+"""Sample people: batched records of identity traits, from one integer seed per person.
 
-Identity is drawn apart from context (contexts.py), so that any person can be put into any picture.
+Identity is independent of context (contexts.py), so that any person can appear in any context.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ DISCRETE = ("hair_style", "hair_colour", "eye_colour", "beard", "glasses", "frec
 
 @dataclass(frozen=True)
 class People(Table):
-    """One row a person. Continuous traits run from 0 to 1, discrete ones index `vocabulary`; every tensor is (N,)."""
+    """One row per person. Continuous traits are in 0..1, discrete ones index `vocabulary`; every tensor is (N,)."""
 
     skin: Tensor  # 0 fair, 1 dark
     undertone: Tensor  # 0 rosy, 1 olive
@@ -38,7 +38,7 @@ class People(Table):
     mouth_height: Tensor
     lip_fullness: Tensor
     ear_size: Tensor
-    age: Tensor  # 0 young, 1 old: lines in the face
+    age: Tensor  # 0 young, 1 old: wrinkles
     hair_style: Tensor
     hair_colour: Tensor
     eye_colour: Tensor
@@ -48,7 +48,7 @@ class People(Table):
 
 
 def sample_people(seeds: Sequence[int]) -> People:
-    """Draw one person for each seed; the same seed is the same person in any batch."""
+    """Sample one person per seed; a seed gives the same person in any batch."""
     rows = [_draw(seed) for seed in seeds]
     columns: dict[str, Tensor] = {}
     for index, spec in enumerate(fields(People)):
@@ -58,10 +58,10 @@ def sample_people(seeds: Sequence[int]) -> People:
 
 
 def drift(people: People, seeds: Sequence[int], amount: float = 0.06) -> People:
-    """The same people as a generator that is not quite sure of them would draw them: continuous traits wander.
+    """Return the people with noise on their continuous traits, like the output of a generator with identity errors.
 
-    One seed a row; `amount` is the standard deviation of the wandering, on the traits' scale of 0 to 1. This is the
-    identity error of synthetic pairs (method paper, section 4.3.3) as a controlled quantity.
+    `seeds` has one seed per row; `amount` is the standard deviation of the noise, on the traits' scale of 0 to 1. This
+    is the identity error of synthetic pairs (method paper, section 4.3.3) as a controlled quantity.
     """
     drawn = [np.random.default_rng([seed, 3]).standard_normal(len(CONTINUOUS)) for seed in seeds]
     steps = np.array(drawn).reshape(len(seeds), len(CONTINUOUS))

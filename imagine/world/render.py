@@ -1,7 +1,7 @@
-"""People and contexts in, pictures with exact ground truth out: the camera of the portrait world.
+"""Render pictures with exact ground truth from people and contexts.
 
-One person's picture is scene, then the person from back to front, then light on everything, then the style. All of it
-is batched tensor code without data-dependent branches on pixels, so that it runs on a GPU as it does on a CPU.
+A picture is painted in this order: the scene, the person from back to front, light on the whole picture, the style. All
+code works on batches of tensors without branches that depend on pixels, so it runs on a GPU as on a CPU.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from imagine.world.scenes import paint_scenes
 from imagine.world.styles import apply_styles
 from imagine.world.vocabulary import LIGHTS
 
-_CHUNK = 16  # pictures painted at once: small enough for the CPU's caches
+_CHUNK = 16  # pictures per batch: small enough for the CPU's caches
 _GROUP_PLACES = {1: ((0.5, 0.42),), 2: ((0.29, 0.46), (0.71, 0.46)), 3: ((0.2, 0.5), (0.5, 0.42), (0.8, 0.5))}
 _GROUP_SHRINK = {1: 1.0, 2: 0.74, 3: 0.58}
 
@@ -31,7 +31,7 @@ Painter = Callable[[Tensor, People, View, Light], Tensor]
 
 @dataclass(frozen=True)
 class Painters:
-    """The four costly painters; `compiled_painters` gives the same ones fused, for long jobs."""
+    """The four most expensive painters; `compiled_painters` returns them compiled, for long jobs."""
 
     back_hair: Painter = paint_back_hair
     body: Callable[[Tensor, People, Contexts, View, Light], Tensor] = paint_body
@@ -41,7 +41,7 @@ class Painters:
 
 @lru_cache(maxsize=1)
 def compiled_painters() -> Painters:
-    """About twice as fast after a minute of compiling; pictures differ by rounding only (1e-5)."""
+    """Return compiled painters: about twice as fast after a minute of compilation, and equal up to rounding (1e-5)."""
     plain = Painters()
     return Painters(
         *(torch.compile(paint, dynamic=False) for paint in (plain.back_hair, plain.body, plain.head, plain.hair))
@@ -50,11 +50,11 @@ def compiled_painters() -> Painters:
 
 @dataclass(frozen=True)
 class Renders:
-    """Pictures (N, 3, S, S), 0 to 1, and what is in them.
+    """Pictures (N, 3, S, S) in 0..1 and their ground truth.
 
-    `masks` (N, S, S) covers the people; `boxes` (N, P, 4) are left, top, width, height of each face in pixels (brow
-    to chin, ear to ear) and `landmarks` (N, P, 5, 2) its eyes (left one first, as seen), nose tip and mouth corners;
-    for single portraits the axis P is dropped.
+    `masks` (N, S, S) cover the people. `boxes` (N, P, 4) are left, top, width and height of each face in pixels (brow
+    to chin, ear to ear). `landmarks` (N, P, 5, 2) are the eyes (the one at the left of the picture first), the tip of
+    the nose and the corners of the mouth. Single portraits have no axis P.
     """
 
     images: Tensor
@@ -64,9 +64,9 @@ class Renders:
 
 
 def render(people: People, contexts: Contexts, size: int = 128, painters: Painters | None = None) -> Renders:
-    """One portrait a row: `people[i]` in `contexts[i]`."""
+    """Render one portrait per row: `people[i]` in `contexts[i]`. Raises ValueError if their numbers differ."""
     if len(people) != len(contexts):
-        raise ValueError(f"{len(people)} people cannot be put into {len(contexts)} contexts: give one context each.")
+        raise ValueError(f"{len(people)} people do not match {len(contexts)} contexts: give one context per person.")
     group = render_groups(people, contexts, people_per_picture=1, size=size, painters=painters)
     return Renders(group.images, group.masks, group.boxes[:, 0], group.landmarks[:, 0])
 
@@ -74,9 +74,9 @@ def render(people: People, contexts: Contexts, size: int = 128, painters: Painte
 def render_groups(
     people: People, contexts: Contexts, people_per_picture: int, size: int = 128, painters: Painters | None = None
 ) -> Renders:
-    """Pictures of one to three people: rows i*P to i*P+P-1 stand side by side, from left to right, in picture i.
+    """Render pictures of one to three people: picture i shows the rows i*P to i*P+P-1, from left to right.
 
-    Scene, light and style come from each group's first context, the rest from each person's own.
+    Scene, light and style come from the first context of each group, and all else from the context of each person.
     """
     if people_per_picture not in _GROUP_PLACES:
         raise ValueError(f"{people_per_picture} people do not fit into a picture: choose 1, 2 or 3.")
@@ -127,7 +127,7 @@ def _paint_person(canvas: Tensor, people: People, contexts: Contexts, view: View
 
 
 def _light_scene(canvas: Tensor, contexts: Contexts) -> Tensor:
-    """Tint everything, and let light from a side fall off across the picture."""
+    """Tint the picture, and make light from one side decrease across it."""
     light = light_of(contexts)
     size = canvas.shape[-1]
     across = (torch.arange(size, device=canvas.device) + 0.5) / size * 2 - 1
@@ -137,7 +137,7 @@ def _light_scene(canvas: Tensor, contexts: Contexts) -> Tensor:
 
 
 def _geometry(people: People, view: View, size: int) -> tuple[Tensor, Tensor]:
-    """Face boxes (B, 4) and landmarks (B, 5, 2), in pixels."""
+    """Return face boxes (B, 4) and landmarks (B, 5, 2), in pixels."""
     eye = 0.33 + 0.12 * people.eye_spacing.view(-1, 1, 1)
     mouth = 0.23 + 0.13 * people.mouth_width.view(-1, 1, 1)
     nose = 0.17 + 0.17 * people.nose_length.view(-1, 1, 1)

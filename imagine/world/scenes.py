@@ -1,4 +1,4 @@
-"""Places with depth: each a sky or wall, a middle ground and a foreground, drawn for a batch of pictures at once."""
+"""Paint scenes for batches of pictures: each has a sky or wall, a middle ground and a foreground."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,11 @@ from imagine.world.contexts import Contexts
 from imagine.world.paint import blend, coverage, per_pixel
 from imagine.world.vocabulary import SCENES
 
-SOFT = 0.02  # width of edges, as a share of the picture's side: backgrounds lie a little out of focus
+SOFT = 0.02  # width of edges, as a share of the picture's side: backgrounds are slightly out of focus
 
 
 def paint_scenes(contexts: Contexts, size: int) -> Tensor:
-    """Background pictures (N, 3, size, size), 0 to 1."""
+    """Return background pictures (N, 3, size, size) in 0..1."""
     device = contexts.scene.device
     axis = (torch.arange(size, device=device) + 0.5) / size
     y, x = torch.meshgrid(axis, axis, indexing="ij")

@@ -1,4 +1,4 @@
-"""Which seeds belong to whom: people for training, judging, evaluation and the demo never overlap."""
+"""Ranges of seeds: people for training, for training the judge, for evaluation and for the demo never overlap."""
 
 TRAIN = range(0, 10_000_000)
 JUDGE = range(10_000_000, 20_000_000)

@@ -1,4 +1,4 @@
-"""Rendering styles: the finished picture as a photo, a drawing or a game sprite."""
+"""Apply a rendering style to finished pictures: photo, pencil, watercolour, pixel art or comic."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ _LUMA = (0.299, 0.587, 0.114)
 
 
 def apply_styles(images: Tensor, styles: Tensor) -> Tensor:
-    """Pictures (N, 3, S, S), each redrawn in its style (N,)."""
+    """Return pictures (N, 3, S, S), each in its style (N,)."""
     out = images.clone()
     for number, name in enumerate(STYLES):
         rows = (styles == number).nonzero().squeeze(1)
@@ -20,7 +20,7 @@ def apply_styles(images: Tensor, styles: Tensor) -> Tensor:
 
 
 def camera_noise(images: Tensor, seed: int) -> Tensor:
-    """What a cheap camera does to (N, 3, S, S): a colour cast, exposure, blur in half of the pictures, grain."""
+    """Add the errors of a cheap camera to (N, 3, S, S): colour cast, exposure, blur in half of the pictures, grain."""
     random = torch.Generator().manual_seed(seed)
     count = len(images)
 
@@ -44,7 +44,7 @@ def _luma(images: Tensor) -> Tensor:
 
 
 def _edges(images: Tensor) -> Tensor:
-    """How strongly the picture changes at each pixel, (N, 1, S, S), 0 to about 1."""
+    """Return the gradient magnitude at each pixel, (N, 1, S, S), from 0 to about 1."""
     padded = F.pad(_blur(images, 1), [1] * 4, mode="replicate")
     across = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
     down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
@@ -76,7 +76,7 @@ def _comic(images: Tensor) -> Tensor:
     vivid = _luma(images) + 1.5 * (images - _luma(images))
     steps = 4.0
     level = vivid * steps
-    # Steep ramps instead of steps: posterised, but with edges that a small network can draw.
+    # Steep ramps instead of steps, so that a small network can draw the edges.
     bands = (level.floor() + ((level - level.floor() - 0.5) * 4 + 0.5).clamp(0, 1)) / steps
     ink = (1 - (_edges(images) - 0.16).clamp(min=0) * 5).clamp(0.08, 1)
     return bands * ink

@@ -1,4 +1,4 @@
-"""A frozen record of equally long tensors: rows can be taken, repeated and joined like those of a table."""
+"""A frozen dataclass of tensors of equal length, whose rows can be selected, repeated and joined as in a table."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ Self = TypeVar("Self", bound="Table")
 
 @dataclass(frozen=True)
 class Table:
-    """Equally long tensors, one row an item. `table[2:5]`, `table[index_tensor]` and `table[mask]` take rows."""
+    """Tensors of equal length, one row per item; `table[2:5]`, `table[index_tensor]` and `table[mask]` select rows."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
@@ -23,14 +23,14 @@ class Table:
         return self._map(lambda column: column[index])
 
     def repeat(self: Self, times: int) -> Self:
-        """Each row `times` times in a row: a, a, b, b ..."""
+        """Repeat each row `times` times: a, a, b, b ..."""
         return self._map(lambda column: column.repeat_interleave(times, dim=0))
 
     def to(self: Self, device: "torch.device | str") -> Self:
         return self._map(lambda column: column.to(device))
 
     def replace(self: Self, **columns: "Tensor | int | float") -> Self:
-        """A copy with some columns exchanged; a number fills its column."""
+        """Return a copy with some columns replaced; a number fills its whole column."""
         full = {
             name: value if isinstance(value, Tensor) else torch.full_like(getattr(self, name), value)
             for name, value in columns.items()
@@ -42,6 +42,6 @@ class Table:
 
 
 def join(tables: Sequence[Self]) -> Self:
-    """One table with the rows of all, in order."""
+    """Concatenate the rows of tables, in order."""
     first = tables[0]
     return type(first)(**{s.name: torch.cat([getattr(t, s.name) for t in tables]) for s in fields(first)})

@@ -1,6 +1,6 @@
-"""The words and colours of the portrait world: every discrete choice, in the order its number means.
+"""The words and colours of the portrait world: the values of every discrete attribute, in the order of their numbers.
 
-Renderer, captions, judge and evaluation all index these tuples, so that a word has one meaning everywhere.
+Renderer, captions, judge and evaluation all index these tuples, so that a word has the same meaning everywhere.
 """
 
 HAIR_STYLES = ("bald", "buzz cut", "short", "fringe", "side part", "curly", "afro", "long", "bun", "mohawk")

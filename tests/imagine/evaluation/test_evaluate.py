@@ -1,7 +1,7 @@
-"""The evaluation: formulas on hand-made embeddings, intervals, cases, resuming, and what the report holds.
+"""Tests of the evaluation: formulas on constructed embeddings, intervals, cases, resuming, and the report.
 
-The pipelines here are perfect or perfectly bad: `Oracle` draws real renders, so that the row of the pipeline must come
-out equal to a row whose truth is known.
+The pipelines here are perfect or completely wrong: `Oracle` returns real renders, so that the pipeline's row must equal
+a row with known scores.
 """
 
 import json
@@ -37,7 +37,7 @@ def judge() -> Judge:
 
 
 class Oracle:
-    """Draws what the ceiling row shows, or (`copies`) the reference again; knows people by their references."""
+    """A pipeline that returns the pictures of the ceiling row, or (`copies`) the references."""
 
     def __init__(self, copies: bool = False, killed_after: int | None = None) -> None:
         self.components: dict[str, Any] = {"unet": torch.nn.Linear(2, 2)}
@@ -53,7 +53,7 @@ class Oracle:
         assert disable
 
     def enroll(self, photos: Sequence[Image.Image], on_no_face: str) -> Image.Image:
-        assert on_no_face == "whole"  # one reference without a face must not end the run
+        assert on_no_face == "whole"  # a reference without a face must not stop the run
         self.enrolled.append(photos[0].tobytes())
         return photos[0]
 
@@ -65,8 +65,8 @@ class Oracle:
         assert output_type == "pil"
         assert len(generator) == len(prompts)
         self.drawn += prompts
-        numbers = [generator_.initial_seed() for generator_ in generator]  # the case's number, at seed 0
-        if reference is None:  # the base alone: a stranger
+        numbers = [generator_.initial_seed() for generator_ in generator]  # the index of the case, at seed 0
+        if reference is None:  # the base alone draws another person
             stranger = sample_people([seeds.HELD_OUT.start + 900_000] * len(numbers))
             return SimpleNamespace(images=_images(stranger, self.cases.ceilings[numbers]))
         if self.copies:
@@ -92,11 +92,11 @@ def straight(judge: Judge, tmp_path_factory: pytest.TempPathFactory) -> tuple[di
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
 def at(*degrees: float) -> Tensor:
-    """Unit vectors in the plane."""
+    """Return unit vectors in the plane at these angles."""
     return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
 
 
-def test_angles_and_similarity_on_hand_made_embeddings() -> None:
+def test_angles_and_similarity_on_constructed_embeddings() -> None:
     assert metrics.similarity(at(0, 0, 0), at(0, 60, 180)).tolist() == pytest.approx([1, 0.5, -1], abs=1e-6)
     assert metrics.angle(at(0, 0), at(60, 180)).tolist() == pytest.approx([math.pi / 3, math.pi], abs=1e-3)
 
@@ -106,18 +106,18 @@ def test_angles_and_similarity_on_hand_made_embeddings() -> None:
     [(40, -1.0), (0, 1.0), (20, 0.0), (30, -0.5), (-10, 1.0)],
     ids=["the truth", "the reference", "halfway", "nearer to the truth", "beyond the reference"],
 )
-def test_copy_paste_on_hand_made_embeddings(output: float, expected: float) -> None:
+def test_copy_paste_on_constructed_embeddings(output: float, expected: float) -> None:
     score = metrics.copy_paste(at(output), truth=at(40), reference=at(0))
     assert score.tolist() == pytest.approx([expected], abs=2e-3)
 
 
-def test_copy_paste_stays_finite_where_truth_and_reference_agree() -> None:
+def test_copy_paste_is_finite_if_truth_and_reference_agree() -> None:
     score = metrics.copy_paste(at(30), truth=at(10), reference=at(10))
     assert score.tolist() == pytest.approx([0.0], abs=1e-4)
     assert metrics.copy_paste(at(1), at(0.01), at(0), smallest=1.0).abs().item() < 1e-2
 
 
-def test_rank1_asks_for_the_very_person() -> None:
+def test_rank1_needs_the_right_person() -> None:
     gallery = at(0, 90, 180)
     assert metrics.rank1(at(10, 80, 170, 100), gallery, torch.tensor([0, 1, 1, 1])).tolist() == [1, 1, 0, 1]
 
@@ -128,14 +128,14 @@ def test_found_compares_every_letter() -> None:
     assert metrics.found(asked, read) == {"letters": False, "scene": True, "gaze": False}
 
 
-def test_only_what_the_reference_shows_and_nobody_asked_for_can_leak() -> None:
+def test_only_unrequested_attributes_of_the_reference_can_leak() -> None:
     asked = {"expression": "sad", "scene": "beach", "clothes": "suit", "headwear": "cap"}
     reference = {"expression": "smiling", "scene": "beach", "clothes": "hoodie", "headwear": "none"}
     read = {"expression": "smiling", "scene": "beach", "clothes": "suit", "headwear": "none"}
     assert metrics.leaked(asked, reference, read) == {"expression": True, "clothes": False}
 
 
-def test_bootstrap_covers_the_mean_as_theory_says() -> None:
+def test_bootstrap_interval_matches_the_normal_approximation() -> None:
     values = torch.randn(400, generator=torch.Generator().manual_seed(1))
     low, high = metrics.bootstrap(values)
     error = float(values.std()) / math.sqrt(len(values))
@@ -146,7 +146,7 @@ def test_bootstrap_covers_the_mean_as_theory_says() -> None:
 
 
 # --- the suite --------------------------------------------------------------------------------------------------------
-def test_the_suite_is_large_and_its_start_asks_for_everything() -> None:
+def test_the_suite_is_large_and_its_first_prompts_request_every_attribute() -> None:
     assert len(PORTRAITS) >= 65
     assert len({prompt.text for prompt in PORTRAITS}) == len(PORTRAITS)
     assert {name for prompt in PORTRAITS[:13] for name in prompt.asked} == {*ATTRIBUTES, "letters"}
@@ -155,7 +155,7 @@ def test_the_suite_is_large_and_its_start_asks_for_everything() -> None:
         load_suite("portrait")
 
 
-def test_sentences_say_what_they_ask_for_in_the_worlds_phrases() -> None:
+def test_sentences_use_the_phrases_of_the_world() -> None:
     phrases = {**PHRASES, "style": STYLE_PHRASES}
     for prompt in PORTRAITS:
         for name, word in prompt.asked.items():
@@ -163,7 +163,7 @@ def test_sentences_say_what_they_ask_for_in_the_worlds_phrases() -> None:
             assert any(phrase in prompt.text for phrase in said), (prompt.text, name, word)
 
 
-def test_contexts_show_what_was_asked_for_and_are_plain_otherwise() -> None:
+def test_contexts_show_the_requested_attributes_and_are_plain_otherwise() -> None:
     asked = [prompt.asked for prompt in PORTRAITS]
     contexts = contexts_for(asked, range(seeds.HELD_OUT.start, seeds.HELD_OUT.start + len(asked)))
     shown = attributes(sample_people(range(len(asked))), contexts)
@@ -190,15 +190,15 @@ def test_people_are_held_out_and_no_picture_is_used_twice() -> None:
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
-def test_a_perfect_pipeline_scores_as_the_ceiling_does(straight: tuple[dict[str, Any], Path]) -> None:
+def test_a_perfect_pipeline_scores_like_the_ceiling(straight: tuple[dict[str, Any], Path]) -> None:
     rows = straight[0]["rows"]
     for name in scores.METRICS:
-        # pictures are rounded to 8 bits on their way through the files
+        # the picture files round values to 8 bits
         assert rows["full"][name]["value"] == pytest.approx(rows["ceiling"][name]["value"], abs=0.05), name
     assert rows["detached"]["sim_gt"]["value"] < rows["full"]["sim_gt"]["value"]
 
 
-def test_a_copying_pipeline_is_the_copy_row(judge: Judge, tmp_path: Path) -> None:
+def test_a_copying_pipeline_scores_like_the_copy_row(judge: Judge, tmp_path: Path) -> None:
     summary = evaluated(Oracle(copies=True), tmp_path, judge, rows=("full",))
     for name, numbers in summary["rows"]["full"].items():
         assert numbers["value"] == pytest.approx(summary["rows"]["copy"][name]["value"], abs=0.05), name
@@ -206,7 +206,7 @@ def test_a_copying_pipeline_is_the_copy_row(judge: Judge, tmp_path: Path) -> Non
     assert "detached" not in summary["rows"]
 
 
-def test_the_report_keeps_its_contract(straight: tuple[dict[str, Any], Path]) -> None:
+def test_the_report_has_the_documented_fields(straight: tuple[dict[str, Any], Path]) -> None:
     summary, folder = straight
     stored = json.loads((folder / "report.json").read_text())
     assert stored == json.loads(json.dumps(summary))
@@ -222,13 +222,13 @@ def test_the_report_keeps_its_contract(straight: tuple[dict[str, Any], Path]) ->
     assert set(stored["leakage"]["all"]) == {"possible", *stored["rows"]}
 
 
-def test_the_commit_is_that_of_the_checkout_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_none_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "PACKAGE", tmp_path / "imagine")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert evaluate.commit() is None
 
 
-def test_the_commit_is_never_that_of_another_repository_and_says_where_files_were_changed(
+def test_the_commit_is_never_that_of_another_repository_and_marks_changed_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def git(*words: str) -> str:
@@ -273,7 +273,7 @@ def test_the_page_shows_every_row_and_attribute(straight: tuple[dict[str, Any], 
     assert (folder / "samples.png").is_file()
 
 
-def test_a_killed_run_carries_on_to_the_same_report(
+def test_an_interrupted_run_resumes_to_the_same_report(
     straight: tuple[dict[str, Any], Path], judge: Judge, tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -302,14 +302,14 @@ def test_a_real_pipeline_is_evaluated_the_same_in_any_batch(judge: Judge, tmp_pa
         for row in ("full", "detached")
     }
     differ = [not torch.equal(a, b) for a, b in zip(pictures["full"], pictures["detached"], strict=True)]
-    assert all(differ)  # the person reaches the picture, and without a reference does not
+    assert all(differ)  # the reference affects the picture
     assert torch.equal(pipeline.components["unet"].conv_in.weight, tiny.pipeline().components["unet"].conv_in.weight)
 
 
 def test_another_evaluation_is_not_mixed_in(straight: tuple[dict[str, Any], Path], judge: Judge) -> None:
     changed = Oracle()
     torch.nn.init.zeros_(changed.components["unet"].weight)
-    with pytest.raises(ConfigError, match="other weights; choose another --output"):
+    with pytest.raises(ConfigError, match="other weights: choose another --output"):
         evaluated(changed, straight[1], judge)
     slower = Oracle()
     slower.config = {"default_steps": 5}
@@ -357,20 +357,20 @@ def test_an_output_that_cannot_be_used_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_cannot_be_written_or_read_on_the_way_is_one_sentence(judge: Judge, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_or_read_during_the_run_is_one_sentence(judge: Judge, tmp_path: Path) -> None:
     (tmp_path / "pictures").write_text("in the way of a folder")
     with pytest.raises(ConfigError, match="cannot be written"):
         evaluated(Oracle(), tmp_path, judge)
     (tmp_path / "pictures").unlink()
     (tmp_path / "pictures" / "full").mkdir(parents=True)
     (tmp_path / "pictures" / "full" / "000_00.png").write_text("no picture")
-    with pytest.raises(ConfigError, match="delete it, and it is drawn again"):
+    with pytest.raises(ConfigError, match="delete it, and the run draws it again"):
         evaluated(Oracle(), tmp_path, judge)
 
 
-def test_noise_is_there_for_every_seed_and_stays_what_it_was() -> None:
+def test_every_seed_gives_noise_and_the_noise_is_pinned() -> None:
     assert evaluate._generator_for(3, 5).initial_seed() == 3 * 1_000_003 + 5
-    last = 2**63 - 1  # the largest that the command line takes
+    last = 2**63 - 1  # the largest that the command line accepts
     assert evaluate._generator_for(last, 5).initial_seed() != evaluate._generator_for(last, 6).initial_seed()
 
 
@@ -386,6 +386,6 @@ def test_a_contact_sheet_places_every_picture_under_its_header() -> None:
     assert colours == {(255, 0, 0): 2 * 40 * 40, (0, 0, 255): 2 * 40 * 40}
 
 
-def test_pictures_survive_the_way_to_pil_and_back() -> None:
+def test_conversion_to_pil_and_back_is_exact() -> None:
     picture = torch.arange(3 * 4 * 5).view(3, 4, 5) / 255
     assert torch.equal(report.to_tensor(report.to_pil(picture)), picture)

@@ -1,4 +1,4 @@
-"""The judge: CosFace against hand computation, words and letters, strict files, and where faces are looked for."""
+"""Tests of the judge: CosFace against a direct computation, words and letters, file checks, and face boxes."""
 
 import json
 import math
@@ -37,19 +37,19 @@ def judge() -> Judge:
     )
 
 
-def test_margin_loss_is_cosface_by_hand() -> None:
+def test_margin_loss_equals_a_direct_computation_of_cosface() -> None:
     embeddings = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     prototypes = torch.tensor([[2.0, 0.0], [0.0, 5.0], [-1.0, 0.0]])  # lengths must not matter
     loss = margin_loss(embeddings, torch.tensor([0, 1]), prototypes, scale=4.0, margin=0.3)
 
-    def by_hand(cosines: list[float], label: int) -> float:
+    def direct(cosines: list[float], label: int) -> float:
         right = math.exp(4 * (cosines[label] - 0.3))
         return -math.log(right / (right + sum(math.exp(4 * c) for j, c in enumerate(cosines) if j != label)))
 
-    assert loss.tolist() == pytest.approx([by_hand([1, 0, -1], 0), by_hand([0.6, 0.8, -0.6], 1)], rel=1e-5)
+    assert loss.tolist() == pytest.approx([direct([1, 0, -1], 0), direct([0.6, 0.8, -0.6], 1)], rel=1e-5)
 
 
-def test_a_margin_makes_the_task_harder_and_none_is_plain_softmax() -> None:
+def test_a_margin_raises_the_loss_and_no_margin_is_plain_softmax() -> None:
     torch.manual_seed(0)
     embeddings, prototypes, labels = torch.randn(5, 4), torch.randn(7, 4), torch.arange(5)
     cosines = torch.nn.functional.normalize(embeddings) @ torch.nn.functional.normalize(prototypes).T
@@ -58,7 +58,7 @@ def test_a_margin_makes_the_task_harder_and_none_is_plain_softmax() -> None:
     assert (margin_loss(embeddings, labels, prototypes, 10.0, 0.2) > plain).all()
 
 
-def test_the_recogniser_learns_to_tell_two_people_apart() -> None:
+def test_the_recogniser_learns_to_distinguish_two_people() -> None:
     torch.manual_seed(0)
     network = Recogniser(size=32, widths=(8, 8, 8, 16), dimensions=6)
     prototypes = torch.nn.Parameter(torch.randn(2, 6))
@@ -77,7 +77,7 @@ def test_the_recogniser_learns_to_tell_two_people_apart() -> None:
     assert float(one @ two) < 0.2
 
 
-def test_embeddings_have_length_one_and_do_not_depend_on_the_batch(judge: Judge) -> None:
+def test_embeddings_have_unit_length_and_do_not_depend_on_the_batch(judge: Judge) -> None:
     images = torch.rand(5, 3, 64, 64)
     embedded = judge.embed(images)
     torch.testing.assert_close(embedded.norm(dim=1), torch.ones(5))
@@ -91,10 +91,10 @@ def test_only_the_face_inside_the_box_is_recognised(judge: Judge) -> None:
     elsewhere = images.clone()
     elsewhere[..., 40:, 40:] = 0
     torch.testing.assert_close(judge.embed(images, box), judge.embed(elsewhere, box))
-    assert not torch.allclose(judge.embed(images), judge.embed(elsewhere))  # the prior box reaches there
+    assert not torch.allclose(judge.embed(images), judge.embed(elsewhere))  # the prior box includes that region
 
 
-def test_faces_are_looked_for_with_what_was_injected(judge: Judge) -> None:
+def test_the_judge_uses_the_given_face_finder(judge: Judge) -> None:
     images = torch.rand(2, 3, 64, 64)
     found = boxes_by(KnownBoxesFinder([FaceBox(1, 2, 30, 40, 1.0), FaceBox(5, 6, 7, 8, 1.0)]))
     assert found(images).tolist() == [[1, 2, 30, 40]] * 2
@@ -102,7 +102,7 @@ def test_faces_are_looked_for_with_what_was_injected(judge: Judge) -> None:
     torch.testing.assert_close(injected.embed(images), judge.embed(images, found(images)))
 
 
-def test_where_no_face_is_found_the_prior_box_stands_in() -> None:
+def test_the_prior_box_is_used_if_no_face_is_found() -> None:
     images = torch.rand(2, 3, 40, 80)
     assert torch.equal(boxes_by(KnownBoxesFinder([]))(images), prior_boxes(images))
     assert prior_boxes(images)[1].tolist() == pytest.approx(
@@ -111,7 +111,7 @@ def test_where_no_face_is_found_the_prior_box_stands_in() -> None:
 
 
 def test_the_reader_gives_one_word_per_attribute_and_trait(judge: Judge) -> None:
-    rows = judge.read(torch.rand(3, 3, 128, 128))  # any size is brought to the reader's own
+    rows = judge.read(torch.rand(3, 3, 128, 128))  # pictures of any size are resized to the reader's
     assert [set(row) for row in rows] == [{"expression", "scene", "hair_style", "letters"}] * 3
     assert all(row["scene"] in ATTRIBUTES["scene"] for row in rows)
 
@@ -129,7 +129,7 @@ def test_words_and_targets_are_inverse(judge: Judge) -> None:
     assert targets["letters"].tolist() == [[15, 11, 0], [0, 0, 0], [24, 25, 26]]
 
 
-def test_reading_loss_counts_each_sample_and_skips_what_is_unknown(judge: Judge) -> None:
+def test_reading_loss_is_per_sample_and_skips_missing_labels(judge: Judge) -> None:
     logits = judge.reader(torch.rand(2, 3, 64, 64))
     targets = judge.reader.targets([{"expression": "smiling", "letters": "A"}, {"scene": "moon"}])
     assert targets["scene"].tolist() == [IGNORED, IGNORED]
@@ -142,8 +142,8 @@ def test_reading_loss_counts_each_sample_and_skips_what_is_unknown(judge: Judge)
     torch.testing.assert_close(losses["letters"][0], (letters[0, 1] + letters[1, 0] + letters[2, 0]) / 3)
 
 
-def test_one_word_cannot_be_attribute_and_trait() -> None:
-    with pytest.raises(ValueError, match="scene"):
+def test_a_name_cannot_be_both_attribute_and_trait() -> None:
+    with pytest.raises(ValueError, match=r"\['scene'\] are both attributes and traits"):
         Reader({"scene": ("a", "b")}, {"scene": ("a", "b")})
 
 
@@ -204,7 +204,7 @@ def test_a_weight_file_with_one_wrong_key_is_refused(judge: Judge, tmp_path: Pat
         {"size": 0},
     ],
 )
-def test_a_config_from_elsewhere_is_refused(judge: Judge, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_config_with_wrong_values_is_refused(judge: Judge, tmp_path: Path, change: dict[str, Any]) -> None:
     judge.recogniser.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -213,10 +213,10 @@ def test_a_config_from_elsewhere_is_refused(judge: Judge, tmp_path: Path, change
     assert "\n" not in str(caught.value)
 
 
-def test_a_config_that_describes_nothing_is_refused(judge: Judge, tmp_path: Path) -> None:
+def test_a_config_that_is_not_an_object_is_refused(judge: Judge, tmp_path: Path) -> None:
     judge.recogniser.save(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(WeightsError, match="describes no network"):
+    with pytest.raises(WeightsError, match="does not describe a network"):
         Recogniser.load(tmp_path)
 
 
@@ -228,5 +228,5 @@ def test_a_truncated_weight_file_is_refused(judge: Judge, tmp_path: Path) -> Non
         Recogniser.load(tmp_path)
 
 
-def test_judging_asks_for_no_gradients(judge: Judge) -> None:
+def test_the_judge_needs_no_gradients(judge: Judge) -> None:
     assert not any(p.requires_grad for p in [*judge.recogniser.parameters(), *judge.reader.parameters()])

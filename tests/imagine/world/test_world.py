@@ -1,4 +1,4 @@
-"""The portrait world: pure functions of seeds, exact ground truth, and words that agree with the pixels."""
+"""Tests of the portrait world: pure functions of seeds, exact ground truth, and words that agree with the pixels."""
 
 import functools
 import itertools
@@ -30,7 +30,7 @@ def some() -> tuple[People, Contexts, world.Renders]:
 
 
 def plain(count: int = 1, **changes: "Tensor | float") -> tuple[People, Contexts]:
-    """One person, `count` times, looking straight at the camera in a plain picture with some changes."""
+    """Return one person `count` times, facing the camera in a plain context with `changes`."""
     people = sample_people([7]).replace(glasses=0, beard=0, hair_style=2).repeat(count)
     contexts = sample_contexts([3]).replace(**PLAIN, **STILL).repeat(count)
     contexts = contexts.replace(letters=torch.zeros(count, 3, dtype=torch.int64))
@@ -41,7 +41,7 @@ def equal(one: Table, two: Table) -> bool:
     return all(torch.equal(getattr(one, f.name), getattr(two, f.name)) for f in fields(one))
 
 
-def test_the_same_seed_is_the_same_row_in_any_batch() -> None:
+def test_a_seed_gives_the_same_row_in_any_batch() -> None:
     for sample in (sample_people, sample_contexts):
         batch = sample([5, 9, 5, 123_456])
         assert equal(batch[[0]], batch[[2]])
@@ -50,7 +50,7 @@ def test_the_same_seed_is_the_same_row_in_any_batch() -> None:
         assert equal(batch, sample([5, 9, 5, 123_456]))
 
 
-def test_identity_is_drawn_apart_from_context() -> None:
+def test_identity_and_context_are_independent() -> None:
     assert not {f.name for f in fields(People)} & {f.name for f in fields(Contexts)}
     seeds = range(600)
     people, contexts = sample_people(seeds), sample_contexts(seeds)
@@ -84,7 +84,7 @@ def test_drift_moves_continuous_traits_a_little_and_leaves_the_rest() -> None:
     people = sample_people(range(100))
     moved = world.drift(people, range(100), 0.06)
     steps = torch.stack([getattr(moved, n) - getattr(people, n) for n in CONTINUOUS])
-    assert 0.03 < steps.std() < 0.06  # clipping at 0 and 1 takes some of it away
+    assert 0.03 < steps.std() < 0.06  # clipping at 0 and 1 reduces it
     assert all(torch.equal(getattr(moved, name), getattr(people, name)) for name in DISCRETE)
     assert equal(moved[[3]], world.drift(people[[3]], [3], 0.06))
     assert equal(world.drift(people, range(100), 0.0), people)
@@ -132,7 +132,7 @@ def test_boxes_and_landmarks_lie_on_the_person() -> None:
 
 
 def test_the_mask_covers_what_the_person_changes() -> None:
-    """Two people in one context (no style, no light that bleeds) differ only where one of them is."""
+    """Two people in one context (photo style, soft light) give pictures that differ only inside the masks."""
     one, context = plain()
     other = sample_people([8])
     a, b = render(one, context), render(other, context)
@@ -183,7 +183,7 @@ def test_every_word_of_a_context_changes_the_picture(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hair_style", "hair_colour", "eye_colour", "beard", "glasses", "freckles"])
-def test_every_word_of_a_person_changes_the_picture(name: str) -> None:
+def test_every_discrete_trait_changes_the_picture(name: str) -> None:
     count = len(words.TRAITS[name])
     people, contexts = plain(count, framing=0)
     images = render(people.replace(**{name: torch.arange(count)}), contexts).images
@@ -203,7 +203,7 @@ def test_gaze_moves_the_irises() -> None:
     out = render(people, contexts)
     left, top, width, height = out.boxes[0].long().tolist()
     dark = 1 - out.images[:, :, top : top + height // 2, left : left + width].mean(1)
-    dark = (dark - dark.amin(0)).clamp(min=0)  # what differs between the three
+    dark = (dark - dark.amin(0)).clamp(min=0)  # the differences between the three pictures
     places = (dark * torch.arange(width)).sum((1, 2)) / dark.sum((1, 2))
     assert places[0] < places[1] < places[2]
 
@@ -220,7 +220,7 @@ def test_letters_are_drawn_on_the_chest() -> None:
     assert [letters_text(row) for row in contexts.letters] == ["", "HI", "HO"]
 
 
-def test_the_letters_are_where_their_boxes_say() -> None:
+def test_the_letters_are_inside_their_boxes() -> None:
     for framing in (1, 2):  # portrait, half body
         people, contexts = plain(3, framing=framing, shift_x=torch.tensor([0.02, -0.02, 0.0]))
         lettered = contexts.replace(letters=torch.stack([letter_numbers(text) for text in ("O", "MAN", "")]))
@@ -243,7 +243,7 @@ def test_letters_are_light_on_dark_cloth_and_dark_on_light() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_groups_show_everybody_from_left_to_right(count: int) -> None:
+def test_groups_show_all_people_from_left_to_right(count: int) -> None:
     people, contexts, _ = some()
     out = render_groups(people[: 4 * count], contexts[: 4 * count], count, size=64)
     assert out.images.shape == (4, 3, 64, 64) and out.boxes.shape == (4, count, 4)
@@ -256,9 +256,9 @@ def test_groups_show_everybody_from_left_to_right(count: int) -> None:
         assert torch.equal(out.images, render(people[:4], contexts[:4], size=64).images)
 
 
-def test_impossible_requests_are_refused_in_words() -> None:
+def test_invalid_arguments_are_refused() -> None:
     people, contexts, _ = some()
-    with pytest.raises(ValueError, match="one context each"):
+    with pytest.raises(ValueError, match="2 people do not match 3 contexts: give one context per person"):
         render(people[:2], contexts[:3])
     with pytest.raises(ValueError, match="choose 1, 2 or 3"):
         render_groups(people[:4], contexts[:4], 4)
@@ -301,7 +301,7 @@ def test_dense_captions_describe_the_person() -> None:
     assert len(set(texts)) == len(texts)
 
 
-def test_rewritten_captions_never_say_who() -> None:
+def test_rewritten_captions_do_not_describe_the_person() -> None:
     texts = written("rewritten")[0]
     for text in texts:
         assert not [word for word in IDENTITY if f" {word} " in f" {text.replace(',', ' ')} "], text
@@ -316,8 +316,8 @@ def test_terse_captions_are_a_few_words() -> None:
 
 
 @pytest.mark.parametrize("style", ["dense", "rewritten"])
-def test_captions_say_nothing_but_the_truth(style: str) -> None:
-    """A phrase that only one value of an attribute can have appears only where the picture has that value."""
+def test_captions_are_true(style: str) -> None:
+    """A phrase of one value of an attribute appears only if the picture has this value."""
     texts, facts = written(style)
     said = 0
     for name, phrases in PHRASES.items():
@@ -334,7 +334,7 @@ def test_captions_say_nothing_but_the_truth(style: str) -> None:
         assert not any(text.startswith(phrase + " a") for phrase in others)
 
 
-def test_phrases_cover_every_word_and_mean_one_thing() -> None:
+def test_every_word_has_phrases_and_no_phrase_is_used_twice() -> None:
     for name, phrases in PHRASES.items():
         assert set(phrases) == set(words.ATTRIBUTES[name])
     assert set(STYLE_PHRASES) == set(words.STYLES)
