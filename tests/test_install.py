@@ -110,7 +110,9 @@ def test_the_wheel_holds_the_packages_the_weights_and_the_command(unpacked: Path
     assert Path("unet/diffusion_pytorch_model.safetensors") in shipped
     packed = unpacked / "imagine" / "_weights"
     assert [path for path in shipped if (packed / path).read_bytes() != (ROOT / "weights" / path).read_bytes()] == []
-    assert (unpacked / "data_synth" / "review_page.html").is_file() and (unpacked / "imagine" / "py.typed").is_file()
+    assert (unpacked / "data_synth" / "review" / "page.html").is_file() and (
+        unpacked / "imagine" / "py.typed"
+    ).is_file()
 
 
 def test_an_installed_wheel_finds_the_weights_that_it_holds(unpacked: Path) -> None:

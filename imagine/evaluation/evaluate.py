@@ -159,9 +159,9 @@ def _generator_for(seed: int, case: int) -> torch.Generator:
 
 def _batches(todo: Sequence[tuple[str, int]], batch: int) -> Iterator[tuple[str, list[int]]]:
     for row in dict.fromkeys(row for row, _ in todo):
-        mine = [case for other, case in todo if other == row]
-        for start in range(0, len(mine), batch):
-            yield row, mine[start : start + batch]
+        cases_of_row = [case for other, case in todo if other == row]
+        for start in range(0, len(cases_of_row), batch):
+            yield row, cases_of_row[start : start + batch]
 
 
 @contextmanager

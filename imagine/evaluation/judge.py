@@ -273,9 +273,9 @@ class Judge:
         """
         parts = []
         for start in range(0, len(images), batch):
-            some = images[start : start + batch]
-            where = self.find_boxes(some) if boxes is None else boxes[start : start + batch]
-            parts.append(self.recogniser(crop_faces(some, where, self.recogniser.size)))
+            images_of_batch = images[start : start + batch]
+            boxes_of_batch = self.find_boxes(images_of_batch) if boxes is None else boxes[start : start + batch]
+            parts.append(self.recogniser(crop_faces(images_of_batch, boxes_of_batch, self.recogniser.size)))
         return torch.cat(parts) if parts else torch.zeros(0, self.recogniser.config["dimensions"])
 
     @torch.inference_mode()
@@ -283,10 +283,12 @@ class Judge:
         """Classify each picture (N, 3, H, W) in 0..1: attribute or trait -> word."""
         read: list[dict[str, str]] = []
         for start in range(0, len(images), batch):
-            some = images[start : start + batch]
-            if some.shape[-1] != self.reader.size or some.shape[-2] != self.reader.size:
-                some = F.interpolate(some, size=(self.reader.size,) * 2, mode="bilinear", antialias=True)
-            read += self.reader.words(self.reader(some))
+            images_of_batch = images[start : start + batch]
+            if images_of_batch.shape[-1] != self.reader.size or images_of_batch.shape[-2] != self.reader.size:
+                images_of_batch = F.interpolate(
+                    images_of_batch, size=(self.reader.size,) * 2, mode="bilinear", antialias=True
+                )
+            read += self.reader.words(self.reader(images_of_batch))
         return read
 
 
@@ -301,13 +303,13 @@ def boxes_by(finder: FaceFinder) -> FaceBoxes:
     """Return a function that gives the largest face that `finder` finds in each picture, or the prior box."""
 
     def boxes(images: Tensor) -> Tensor:
-        where = prior_boxes(images).clone()
+        found_boxes = prior_boxes(images).clone()
         for row, image in enumerate(images):
             pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
             if found := finder.find(Image.fromarray(pixels)):
                 face = found[0]
-                where[row] = torch.tensor([face.left, face.top, face.width, face.height])
-        return where
+                found_boxes[row] = torch.tensor([face.left, face.top, face.width, face.height])
+        return found_boxes
 
     return boxes
 
@@ -324,8 +326,8 @@ def _class(words: Sequence[str], word: str | None) -> int:
 def _letter_classes(letters: str | None) -> list[int]:
     if letters is None:
         return [IGNORED] * LETTER_SLOTS
-    known = letters[:LETTER_SLOTS].ljust(LETTER_SLOTS)
-    return [LETTERS.find(letter) + 1 for letter in known]
+    padded = letters[:LETTER_SLOTS].ljust(LETTER_SLOTS)
+    return [LETTERS.find(letter) + 1 for letter in padded]
 
 
 def _save(network: "Recogniser | Reader", folder: str | Path, dtype: torch.dtype) -> None:

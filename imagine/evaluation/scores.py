@@ -59,8 +59,8 @@ def summarise(
 
 
 def _share(prompt: Prompt, read: Mapping[str, str]) -> float:
-    right = metrics.found(prompt.asked, read)
-    return sum(right.values()) / len(right)
+    correct = metrics.found(prompt.asked, read)
+    return sum(correct.values()) / len(correct)
 
 
 def _summary(values: Tensor, weights: Tensor, seed: int) -> dict[str, float]:
@@ -75,11 +75,11 @@ def _attribute_table(cases: Cases, judged: Mapping[str, Judged]) -> dict[str, di
     names = dict.fromkeys(name for prompt in cases.prompts for name in prompt.asked)
     table: dict[str, dict[str, float]] = {}
     for name in names:
-        some = [case for case in range(len(cases)) if name in cases.prompt(case).asked]
-        table[name] = {"asked": len(some)}
-        for row, what in judged.items():
-            right = [metrics.found(cases.prompt(case).asked, what.read[case])[name] for case in some]
-            table[name][row] = sum(right) / len(right)
+        with_attribute = [case for case in range(len(cases)) if name in cases.prompt(case).asked]
+        table[name] = {"asked": len(with_attribute)}
+        for row, results in judged.items():
+            correct = [metrics.found(cases.prompt(case).asked, results.read[case])[name] for case in with_attribute]
+            table[name][row] = sum(correct) / len(correct)
     return table
 
 
@@ -104,12 +104,14 @@ def _leakage_table(
     "all" pools the attributes.
     """
     counts: dict[str, dict[str, list[bool]]] = {"all": {row: [] for row in judged}}
-    for row, what in judged.items():
+    for row, results in judged.items():
         for case in range(len(cases)):
-            shown = references[case // len(cases.prompts)]
-            for name, did in metrics.leaked(cases.prompt(case).asked, shown, what.read[case]).items():
-                counts.setdefault(name, {}).setdefault(row, []).append(did)
-                counts["all"][row].append(did)
+            reference_words = references[case // len(cases.prompts)]
+            for name, has_leaked in metrics.leaked(
+                cases.prompt(case).asked, reference_words, results.read[case]
+            ).items():
+                counts.setdefault(name, {}).setdefault(row, []).append(has_leaked)
+                counts["all"][row].append(has_leaked)
     return {
         name: {
             "possible": len(next(iter(by_row.values()))),

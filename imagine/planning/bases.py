@@ -192,8 +192,8 @@ def add_branches(base: Blueprint, text_encoders: Sequence[str], projection: str,
     if vision_encoder is None:
         vision_encoder = VISION_ENCODERS[0]
         components[vision_encoder] = VIT_H
-    seen = components[vision_encoder].config
-    width = int(seen.get("width") or seen["hidden_size"])
+    encoder_config = components[vision_encoder].config
+    width = int(encoder_config.get("width") or encoder_config["hidden_size"])
     text_width = _text_width(components["unet"])
     # IP-Adapter Plus has 1280 for SDXL and 768 for SD 1.5; heads are 64 wide.
     inner = -(-min(width, text_width) // PLUS_HEAD) * PLUS_HEAD
@@ -288,9 +288,9 @@ def _cached(source: str) -> Path:
     except HFValidationError:
         found = None
     if not isinstance(found, str):
-        words = ", ".join((*KNOWN_BASES, PORTRAIT))
+        names = ", ".join((*KNOWN_BASES, PORTRAIT))
         raise ConfigError(
-            f"There is no base {source!r}: choose a folder, one of {words}, or a hub id that is already downloaded."
+            f"There is no base {source!r}: choose a folder, one of {names}, or a hub id that is already downloaded."
         )
     return Path(found).parent
 

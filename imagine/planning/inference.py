@@ -117,22 +117,22 @@ class DrawingPlan:
 def unet_inputs(unet: nn.Module, rows: int, sides: tuple[int, int], text_length: int = 77) -> dict[str, Any]:
     """Return inputs for any Stable Diffusion denoiser, on its device and in its precision (random, or meta tensors)."""
     config: Any = unet.config
-    like = next(unet.parameters())
+    parameter = next(unet.parameters())
 
-    def some(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=like.device, dtype=like.dtype)
+    def random_tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=parameter.device, dtype=parameter.dtype)
 
     inputs: dict[str, Any] = {
-        "sample": some(rows, config.in_channels, *sides),
-        "timestep": torch.full((rows,), 500.0, device=like.device),
-        "encoder_hidden_states": some(rows, text_length, config.cross_attention_dim),
+        "sample": random_tensor(rows, config.in_channels, *sides),
+        "timestep": torch.full((rows,), 500.0, device=parameter.device),
+        "encoder_hidden_states": random_tensor(rows, text_length, config.cross_attention_dim),
     }
     if config.addition_embed_type == "text_time":
         ids = 6  # SDXL's size and crop conditioning
         pooled = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": some(rows, pooled), "time_ids": some(rows, ids)}
+        inputs["added_cond_kwargs"] = {"text_embeds": random_tensor(rows, pooled), "time_ids": random_tensor(rows, ids)}
     if config.class_embed_type == "projection":
-        inputs["class_labels"] = some(rows, config.projection_class_embeddings_input_dim)
+        inputs["class_labels"] = random_tensor(rows, config.projection_class_embeddings_input_dim)
     return inputs
 
 
@@ -172,8 +172,8 @@ def encode_text(encoder: Any, rows: int, branch: str) -> Any:
 def encode_crops(vision_encoder: Any, references: int) -> Any:
     """Run a vision encoder, ours or one of transformers, on `references` face crops."""
     side = int(vision_encoder.config.image_size)
-    like = next(vision_encoder.parameters())
-    crops = torch.zeros(references, 3, side, side, device=like.device, dtype=like.dtype)
+    parameter = next(vision_encoder.parameters())
+    crops = torch.zeros(references, 3, side, side, device=parameter.device, dtype=parameter.dtype)
     return (
         vision_encoder(crops)
         if hasattr(vision_encoder, "tower")
@@ -183,9 +183,11 @@ def encode_crops(vision_encoder: Any, references: int) -> Any:
 
 def decode(vae: Any, batch: int, sides: tuple[int, int]) -> Tensor:
     """Run the decoder of an autoencoder on latents with `sides` (height, width)."""
-    like = next(vae.parameters())
+    parameter = next(vae.parameters())
     channels = int(vae.config.latent_channels)
-    pictures: Tensor = vae.decode(torch.zeros(batch, channels, *sides, device=like.device, dtype=like.dtype))[0]
+    pictures: Tensor = vae.decode(torch.zeros(batch, channels, *sides, device=parameter.device, dtype=parameter.dtype))[
+        0
+    ]
     return pictures
 
 
@@ -243,8 +245,8 @@ class Drawing:
         if offload == "model":
             return adapters + parts[at_work].weights
         vision_encoder = self.networks.vision_encoder  # stays on the device, as `forward` is not its only entry
-        staying = parts[vision_encoder].weights if vision_encoder else 0
-        return adapters + staying + (0 if at_work == vision_encoder else parts[at_work].largest_layer)
+        vision_weights = parts[vision_encoder].weights if vision_encoder else 0
+        return adapters + vision_weights + (0 if at_work == vision_encoder else parts[at_work].largest_layer)
 
     def _moved(self, parts: Mapping[str, Part], offload: Offload) -> int:
         if offload == "none":
@@ -263,13 +265,16 @@ class Drawing:
             module = self.networks.models[name]
             # diffusers decodes in float32 if the autoencoder overflows in fp16 (force_upcast).
             upcast = name == "vae" and precision == "fp16" and bool(getattr(module.config, "force_upcast", False))
-            for each in self.networks.modules().values():  # diffusers' own `to` would print a warning
-                nn.Module.to(each, DTYPES["fp32" if upcast else precision])
+            for other_module in self.networks.modules().values():  # diffusers' own `to` would print a warning
+                nn.Module.to(other_module, DTYPES["fp32" if upcast else precision])
             with torch.no_grad(), planned_kernels(), Meter() as meter:
-                again = self._run_part(name, tiling, meter)
+                repeated_flops = self._run_part(name, tiling, meter)
             largest = max((_own_bytes(layer) for layer in module.modules()), default=0)
             weights = weight_bytes(module)
-            self._cache[key] = (Part(self.parameters[name], weights, meter.peak, meter.flops - again, largest), again)
+            self._cache[key] = (
+                Part(self.parameters[name], weights, meter.peak, meter.flops - repeated_flops, largest),
+                repeated_flops,
+            )
         return self._cache[key]
 
     def _run_part(self, name: str, tiling: bool, meter: Meter) -> int:

@@ -196,7 +196,9 @@ def _gib(size: float) -> str:
 
 def _card(size: int) -> int:
     """Return the size of the smallest common card that holds `size` bytes, in GB."""
-    return next((usual for usual in (4, 6, 8, 12, 16, 24, 32, 48, 80, 96, 141, 192) if usual * GIB >= size), 288)
+    return next(
+        (gigabytes for gigabytes in (4, 6, 8, 12, 16, 24, 32, 48, 80, 96, 141, 192) if gigabytes * GIB >= size), 288
+    )
 
 
 # --- the check --------------------------------------------------------------------------------------------------------

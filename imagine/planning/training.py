@@ -91,16 +91,16 @@ class Training:
         The order is recomputation, 8-bit optimiser states, smaller micro-batches, no average. The fields of `first`
         that `fixed` names do not change. The precision, unless fixed, is bf16.
         """
-        now = first if "precision" in fixed else replace(first, precision="bf16")
-        yield now
+        recipe = first if "precision" in fixed else replace(first, precision="bf16")
+        yield recipe
         batch = self.workload.batch
-        divisors = [count for count in range(now.accumulation + 1, batch + 1) if batch % count == 0]
+        divisors = [count for count in range(recipe.accumulation + 1, batch + 1) if batch % count == 0]
         steps: list[tuple[str, Any]] = [("checkpointing", True)] if self.stock else []
         steps += [("optimiser", "adamw8bit"), *(("accumulation", count) for count in divisors), ("average", False)]
         for name, value in steps:
-            if name not in fixed and getattr(now, name) != value:
-                now = replace(now, **{name: value})
-                yield now
+            if name not in fixed and getattr(recipe, name) != value:
+                recipe = replace(recipe, **{name: value})
+                yield recipe
 
     def switches(self, recipe: Recipe) -> list[str]:
         """Return the recipe as lines of a stage in our trainer's config; the defaults of a stage are different."""
@@ -234,20 +234,20 @@ def backward(networks: Networks, batch: int, side: int) -> None:
 def _features(networks: Networks, adapter: Adapter, branch: str, batch: int) -> Tensor:
     """Return a branch's input: features of the vision encoder, which may train, or cached states of a text encoder."""
     spec = next(spec for spec in adapter.branch_specs if spec.name == branch)
-    like = next(networks.unet.parameters())
+    parameter = next(networks.unet.parameters())
     if branch != VISION or networks.vision_encoder is None:
         shape = (batch, TEXT_LENGTHS.get(branch, 1), spec.input_width or spec.width)
-        return torch.randn(*shape, device=like.device, dtype=like.dtype)
+        return torch.randn(*shape, device=parameter.device, dtype=parameter.dtype)
     vision_encoder: Any = networks.models[networks.vision_encoder]
     side = int(vision_encoder.config.image_size)
-    crops = torch.rand(batch, 3, side, side, device=like.device, dtype=like.dtype)
+    crops = torch.rand(batch, 3, side, side, device=parameter.device, dtype=parameter.dtype)
     pooled = spec.projection == "linear"
     if hasattr(vision_encoder, "tower"):
-        found: Tensor = vision_encoder.embed(crops) if pooled else vision_encoder(crops)
+        tokens: Tensor = vision_encoder.embed(crops) if pooled else vision_encoder(crops)
     else:
         seen = vision_encoder(pixel_values=crops, output_hidden_states=True)
-        found = seen.image_embeds if pooled else seen.hidden_states[-2]
-    return found if spec.projection is None else found[:, None]
+        tokens = seen.image_embeds if pooled else seen.hidden_states[-2]
+    return tokens if spec.projection is None else tokens[:, None]
 
 
 def _side(base: Blueprint, unet: Any, resolution: int) -> int:

@@ -175,8 +175,8 @@ def index_folder(filesystem: Any, folder: str, captions: bool = True) -> Index:
     captions: leave out records without a caption.
     """
     problems: dict[str, list[str]] = {}
-    there = filesystem.find(folder, detail=True)
-    sizes = {path[len(folder.rstrip("/")) + 1 :]: int(info["size"]) for path, info in there.items()}
+    files = filesystem.find(folder, detail=True)
+    sizes = {path[len(folder.rstrip("/")) + 1 :]: int(info["size"]) for path, info in files.items()}
     rows: dict[str, dict[str, Any]] = {}
     content: bytes = filesystem.cat_file(f"{folder}/{METADATA}")
     for number, line in enumerate(content.splitlines(), 1):

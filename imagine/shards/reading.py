@@ -289,7 +289,7 @@ def _resolve_references(parts: Sequence[_Part]) -> _Links:
     """Resolve every reference to the index of a record, after all keys are collected."""
     links = _Links({}, {}, {})
     rows: dict[str, list[tuple[int, int]]] = {}  # key -> (part, index)
-    wanted = []
+    unresolved = []
     identities: dict[int, str] = {}
     numbered = ((place, part, row) for place, part in enumerate(parts) for row in range(len(part.index)))
     for number, (place, part, row) in enumerate(numbered):
@@ -301,16 +301,16 @@ def _resolve_references(parts: Sequence[_Part]) -> _Links:
             links.people.setdefault(facts["identity"], []).append(number)
             identities[number] = facts["identity"]
         if facts["reference"] is not None:
-            wanted.append((place, number, facts["key"], facts["reference"]))
-    for place, number, key, reference in wanted:
-        there = rows.get(reference, [])
+            unresolved.append((place, number, facts["key"], facts["reference"]))
+    for place, number, key, reference in unresolved:
+        candidates = rows.get(reference, [])
         # Keys are only unique inside a shard, so the record's own shard has precedence.
-        near = [row for row in there if row[0] == place] or there
-        problem = _reference_problem(number, near, identities)
+        preferred = [row for row in candidates if row[0] == place] or candidates
+        problem = _reference_problem(number, preferred, identities)
         if problem:
             add_problem(links.problems, problem, f"{parts[place].name}: {key}")
         else:
-            links.references[number] = near[0][1]
+            links.references[number] = preferred[0][1]
     return links
 
 

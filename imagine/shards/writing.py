@@ -162,11 +162,13 @@ def _open_folder(address: str, about: DatasheetInfo, records_per_shard: int) -> 
         filesystem.makedirs(folder, exist_ok=True)
         if not filesystem.exists(f"{folder}/{SETTINGS}"):
             _put_text(filesystem, _pretty(wanted), f"{folder}/{SETTINGS}")
-        there = json_object(filesystem.cat_file(f"{folder}/{SETTINGS}")) or {}
+        stored = json_object(filesystem.cat_file(f"{folder}/{SETTINGS}")) or {}
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{address} cannot be used as the output folder ({error}): choose another one.") from error
     wanted = json.loads(json.dumps(wanted))  # as JSON returns it
-    changed = [f"{name} {there.get(name)}" for name in sorted({*there, *wanted}) if there.get(name) != wanted.get(name)]
+    changed = [
+        f"{name} {stored.get(name)}" for name in sorted({*stored, *wanted}) if stored.get(name) != wanted.get(name)
+    ]
     if changed:
         raise ConfigError(
             f"{address} holds shards made with {', '.join(changed)}: give the same settings, or choose another folder."
@@ -269,12 +271,12 @@ class _Tally:
         self.words[str(len(record.caption.split()))] += 1
 
     def join(self, other: "_Tally") -> None:
-        for name, mine in vars(self).items():
+        for name, count in vars(self).items():
             value = getattr(other, name)
-            if isinstance(mine, int):
-                setattr(self, name, mine + value)
+            if isinstance(count, int):
+                setattr(self, name, count + value)
             else:
-                mine.update(value)
+                count.update(value)
 
     def as_json(self) -> dict[str, Any]:
         """Return the counts in a fixed order, so that the same records give the same bytes."""
