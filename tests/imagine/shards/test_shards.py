@@ -371,7 +371,9 @@ def test_broken_records_are_counted_and_the_rest_is_read(tmp_path: Path) -> None
     }
     assert records.problems == problems
     for _ in range(2):
-        with pytest.raises(BadRecordError, match=r"Record g in .*0\.tar cannot be used: the picture is cut off"):
+        with pytest.raises(
+            BadRecordError, match=r"Record g in .*0\.tar cannot be used: the picture is incomplete or damaged"
+        ):
             records.picture(3)
     assert records.problems == {**problems, "a picture that cannot be decoded": ["0.tar: g"]}
     assert records.picture(4).size == (40, 32)
