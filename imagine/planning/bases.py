@@ -172,7 +172,7 @@ def add_branches(base: Blueprint, text_encoders: Sequence[str], projection: str,
     """Return the base with our encoders and adapters; a base that has adapters is returned unchanged.
 
     `text_encoders` are names in `TEXT_ENCODERS`, each with a branch; `projection` of the vision branch is "plus" or
-    "full". Raises ConfigError if two text encoders would feed the same branch, or a name is unknown.
+    "full". Raises ConfigError if two text encoders would feed one branch, or a name is unknown.
     """
     if base.adapters:
         return base
@@ -183,9 +183,7 @@ def add_branches(base: Blueprint, text_encoders: Sequence[str], projection: str,
             raise ConfigError(f"There is no text encoder {name!r}: choose from {', '.join(TEXT_ENCODERS)}.")
         branch = BYT5 if name.startswith("byt5") else T5
         if any(spec.name == branch for spec in text):
-            raise ConfigError(
-                f"{' and '.join(text_encoders)} would feed the same branch, {branch}: choose one of them."
-            )
+            raise ConfigError(f"{' and '.join(text_encoders)} would feed one branch, {branch}: choose one of them.")
         components[f"{branch}_encoder"] = TEXT_ENCODERS[name]
         text.append(BranchSpec(branch, TEXT_ENCODERS[name].config["d_model"]))
     vision_encoder = next((name for name in VISION_ENCODERS if name in components), None)

@@ -6,8 +6,8 @@
     meter       counts bytes and arithmetic
     cards       speeds and sizes of devices
 
-A plan is a dict with all results (`--json`), and `words` formats it as lines. `check` runs small networks on this
-machine's CPU and compares their measurements with the plan for the same networks on the meta device.
+A plan is a dict of plain numbers and words, which `imagine.cli.plan` prints. `check` measures small networks on this
+machine's CPU and compares them with the plans of the same networks without numbers.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -142,15 +142,15 @@ def _describe(base: Blueprint, workload: DrawingWorkload | TrainingWorkload) -> 
 
 
 def words(report: Mapping[str, Any]) -> list[str]:
-    """Format a plan as lines of text."""
+    """A plan as lines for people."""
     return _training_words(report) if "trained" in report else _drawing_words(report)
 
 
 def _drawing_words(report: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"{report['base']}, batch of {report['batch']} at {report['resolution']} px, {report['steps']} steps"
+        f"{report['base']}, {report['batch']} of {report['resolution']} px, {report['steps']} steps"
         f"{' with guidance' if report['guided'] else ''}, {report['precision']}",
-        f"  {'part':<16} {'parameters':>11} {'weights':>10} {'working':>10} {'total':>10} {'TFLOP':>8}",
+        f"  {'part':<16} {'parameters':>11} {'weights':>10} {'working':>10} {'at once':>10} {'TFLOP':>8}",
     ]
     for name, part in report["parts"].items():
         at_once = _gib(part["at_once"]) if "at_once" in part else ""
@@ -159,24 +159,24 @@ def _drawing_words(report: Mapping[str, Any]) -> list[str]:
             f"{at_once:>10} {part['flops'] / 1e12:>8.2f}"
         )
     lines += [
-        f"arithmetic: {report['flops_step'] / 1e12:.2f} TFLOP per step, {report['flops'] / 1e12:.1f} TFLOP in total",
-        f"memory: peak of {_gib(report['peak'])} while {report['busiest'].replace('_', ' ')} runs"
-        f" (tensors and the overhead of a card); offload {report['offload']}",
+        f"arithmetic: {report['flops_step'] / 1e12:.2f} TFLOP a step, {report['flops'] / 1e12:.1f} TFLOP in all",
+        f"memory: {_gib(report['peak'])} at most, while {report['busiest'].replace('_', ' ')} works"
+        f" (tensors, and what a card holds beside them); offload {report['offload']}",
     ]
-    return [*lines, *_time_words(report, "for the batch"), "switches:", *(f"  {line}" for line in report["switches"])]
+    return [*lines, *_time_words(report, "for all pictures"), "with:", *(f"  {line}" for line in report["switches"])]
 
 
 def _training_words(report: Mapping[str, Any]) -> list[str]:
-    lines = [f"training {report['base']} at {report['resolution']} px, {report['batch']} images per step"]
+    lines = [f"training {report['base']} at {report['resolution']} px, {report['batch']} images a step"]
     lines += [f"  {name:<26} {count / 1e6:>9.1f} M" for name, count in report["trained"].items()]
     lines.append(f"  {'frozen':<26} {report['frozen'] / 1e6:>9.1f} M")
     lines += [f"  {name:<26} {_gib(size):>11}" for name, size in report["memory"].items()]
     lines += [
-        f"arithmetic: {report['flops_step'] / 1e12:.1f} TFLOP per step",
-        f"memory: {_gib(report['peak'])} (tensors and the overhead of a card)",
+        f"arithmetic: {report['flops_step'] / 1e12:.1f} TFLOP a step",
+        f"memory: {_gib(report['peak'])} (tensors, and what a card holds beside them)",
     ]
-    lines += _time_words(report, "per step")
-    return [*lines, "settings of the stage in a config:", *(f"  {line}" for line in report["switches"])]
+    lines += _time_words(report, "a step")
+    return [*lines, "with, in a stage of a config:", *(f"  {line}" for line in report["switches"])]
 
 
 def _time_words(report: Mapping[str, Any], of: str) -> list[str]:
@@ -262,7 +262,7 @@ def _check_rows(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def check_words(report: Mapping[str, Any]) -> list[str]:
-    """Format a check as lines of text."""
+    """A check as lines for people."""
     lines = [
         f"{name:<40} planned {row['planned']:>14,}, measured {row['measured']:>14,}, off by {row['off']:.1%}"
         for name, row in report["rows"].items()

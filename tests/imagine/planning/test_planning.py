@@ -305,7 +305,7 @@ def test_the_command_prints_a_plan(run: Run, tmp_path: Path) -> None:
         (["--device", "abacus"], "There is no device 'abacus': choose from t4,"),
         (["--flops", "many"], "--flops many is not a speed: write FLOP per second as in 300T"),
         (["--readers", "t6"], "There is no text encoder 't6': choose from t5-xl,"),
-        (["--readers", "t5-xl,ul2"], "t5-xl and ul2 would feed the same branch, t5: choose one of them."),
+        (["--readers", "t5-xl,ul2"], "t5-xl and ul2 would feed one branch, t5: choose one of them."),
         (["--train", "--precision", "fp16"], "take bf16 or fp32."),
         (["--batch", "many"], "'many' is not a whole number from 1 on"),
         (["--train", "--steps", "3", "--tiling"], "Training does not depend on --steps and --tiling: leave that out"),
