@@ -17,7 +17,7 @@ from typing import Any
 
 from imagine.planning.cards import UTILISATION, speeds
 from imagine.planning.inference import Precision
-from imagine.planning.training import Recipe, Training, TrainingPlan, TrainingWorkload
+from imagine.planning.training import Recipe, TrainingPlan, TrainingPlanner, TrainingWorkload
 from train.config import Run, Stage
 from train.run import parts
 from train.stages import TASKS, build_on_meta, resolved
@@ -68,7 +68,7 @@ def plan(run: Run, output: Path, tasks: Mapping[str, Any] = TASKS) -> list[Stage
     stages = {name: resolved(name, stage, tasks) for name, stage in run.stages.items()}
     with tempfile.TemporaryDirectory() as folder:  # what tasks write while they are built, tokenizers once for all
         run = run.model_copy(update={"stages": stages})
-        trainings: dict[str, Training] = {}  # stages of one recipe share most of what is planned
+        trainings: dict[str, TrainingPlanner] = {}  # stages of one recipe share most of what is planned
         return [_plan_stage(name, run, output, tasks, Path(folder), trainings) for name in stages]
 
 
@@ -93,7 +93,7 @@ def format_plan(plans: list[StagePlan]) -> str:
 
 
 def _plan_stage(
-    name: str, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path, trainings: dict[str, Training]
+    name: str, run: Run, output: Path, tasks: Mapping[str, Any], folder: Path, trainings: dict[str, TrainingPlanner]
 ) -> StagePlan:
     stage, task = run.stages[name], build_on_meta(name, run, output, folder, tasks)
     remarks = task.check()
@@ -110,7 +110,7 @@ def _plan_stage(
     )  # fmt: skip
 
 
-def _plan_step(stage: Stage, task: Task, trainings: dict[str, Training]) -> TrainingPlan | None:
+def _plan_step(stage: Stage, task: Task, trainings: dict[str, TrainingPlanner]) -> TrainingPlan | None:
     """What a step takes in one process, if the task has a blueprint; `auto` is taken to be bf16, as on every card."""
     blueprint = getattr(task, "blueprint", None)
     if blueprint is None:
@@ -118,7 +118,7 @@ def _plan_step(stage: Stage, task: Task, trainings: dict[str, Training]) -> Trai
     base, settings = blueprint(), stage.settings
     lesson = TrainingWorkload(settings["resolution"], stage.batch_size, tuple(stage.train))
     key = repr((base, lesson))
-    training = trainings[key] = trainings.get(key) or Training(base, lesson)
+    training = trainings[key] = trainings.get(key) or TrainingPlanner(base, lesson)
     precision: Precision = "fp32" if stage.precision == "fp32" else "bf16"
     recipe = Recipe(
         precision, settings["gradient_checkpointing"], stage.optimiser, stage.accumulation, bool(stage.ema)

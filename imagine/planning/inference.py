@@ -6,8 +6,8 @@
     autoencoder       decoding
 
 The parts run one after another, so memory depends on the weights that are on the device beside the running part: all
-weights; its own and the adapters'; or (sequential) those of one layer. `Drawing.plan` measures each part once and
-caches the result. `Drawing.combinations` yields the possible switches, the best first.
+weights; its own and the adapters'; or (sequential) those of one layer. `DrawingPlanner.plan` measures each part once
+and caches the result. `DrawingPlanner.combinations` yields the possible switches, the best first.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -191,7 +191,7 @@ def decode(vae: Any, batch: int, sides: tuple[int, int]) -> Tensor:
     return pictures
 
 
-class Drawing:
+class DrawingPlanner:
     """Plan calls of a base, whose networks are on the meta device; each part is measured once and cached."""
 
     def __init__(self, base: Blueprint, workload: DrawingWorkload) -> None:
@@ -318,7 +318,9 @@ def latent_side(vae: Any, unet: Any, resolution: int) -> int:
         step *= 2 ** (len(unet.config.block_out_channels) - 1)
     if resolution < step or resolution % step:
         lower = max(step, resolution // step * step)
-        raise ConfigError(f"A resolution of {resolution} does not fit the base: choose a multiple of {step}, such as {lower}.")
+        raise ConfigError(
+            f"A resolution of {resolution} does not fit the base: choose a multiple of {step}, such as {lower}."
+        )
     return resolution // factor
 
 

@@ -21,9 +21,9 @@ from imagine.errors import ConfigError
 from imagine.planning.bases import AdapterShape, Blueprint, Component, Networks, build
 from imagine.planning.cards import GIB, Speed
 from imagine.planning.inference import (
-    Drawing,
     DrawingOptions,
     DrawingPlan,
+    DrawingPlanner,
     DrawingWorkload,
     compression,
     decode,
@@ -32,8 +32,8 @@ from imagine.planning.inference import (
 from imagine.planning.meter import Meter, parameter_count, planned_kernels, profiled_peak
 from imagine.planning.training import (
     Recipe,
-    Training,
     TrainingPlan,
+    TrainingPlanner,
     TrainingWorkload,
     backward,
     checkpoint,
@@ -58,7 +58,7 @@ def plan_drawing(
     The fields of `options` that `fixed` names ("precision", "offload", "tiling") do not change under a limit. Raises
     ConfigError, with the smallest memory that would fit, if no switches fit.
     """
-    drawing = Drawing(base, workload)
+    drawing = DrawingPlanner(base, workload)
     if limit is None:
         plan = drawing.plan(options)
     else:
@@ -97,7 +97,7 @@ def plan_training(
     The fields of `recipe` that `fixed` names do not change under a limit. Raises ConfigError, with the smallest memory
     that would fit, if no recipe fits.
     """
-    training = Training(base, workload)
+    training = TrainingPlanner(base, workload)
     if limit is None:
         plan = training.plan(recipe)
     else:

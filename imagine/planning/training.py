@@ -70,7 +70,7 @@ class TrainingPlan:
         return self.flops / speed
 
 
-class Training:
+class TrainingPlanner:
     """Plan training steps of a base, whose networks are on the meta device."""
 
     def __init__(self, base: Blueprint, workload: TrainingWorkload) -> None:

@@ -18,9 +18,9 @@ from imagine.errors import ConfigError, WeightsError
 from imagine.planning import planning
 from imagine.planning.bases import Blueprint, add_branches, build, default_resolution, read_base
 from imagine.planning.cards import CARDS, GIB, THIS_MACHINE, UTILISATION, read_flops, read_size, speeds, with_reserve
-from imagine.planning.inference import OFFLOADS, Drawing, DrawingOptions, DrawingWorkload
+from imagine.planning.inference import OFFLOADS, DrawingOptions, DrawingPlanner, DrawingWorkload
 from imagine.planning.meter import Meter, parameter_count, planned_kernels, profiled_peak
-from imagine.planning.training import Recipe, Training, TrainingWorkload
+from imagine.planning.training import Recipe, TrainingPlanner, TrainingWorkload
 from tests import tiny, tiny_models, tiny_stock
 from tests.root import ROOT
 from train.config import load_run
@@ -44,19 +44,19 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 @pytest.fixture(scope="module")
-def sdxl() -> Drawing:
+def sdxl() -> DrawingPlanner:
     """SDXL with all branches, measured once for all tests."""
-    return Drawing(add_branches(read_base("sdxl"), ["t5-xl", "byt5-small"], "plus", 64), DrawingWorkload(1024))
+    return DrawingPlanner(add_branches(read_base("sdxl"), ["t5-xl", "byt5-small"], "plus", 64), DrawingWorkload(1024))
 
 
 @pytest.fixture
-def shared(monkeypatch: pytest.MonkeyPatch, sdxl: Drawing) -> None:
+def shared(monkeypatch: pytest.MonkeyPatch, sdxl: DrawingPlanner) -> None:
     """Let commands reuse `sdxl` where they would build the same base and workload."""
 
-    def drawing(base: Blueprint, workload: DrawingWorkload) -> Drawing:
-        return sdxl if (base, workload) == (sdxl.base, sdxl.workload) else Drawing(base, workload)
+    def drawing(base: Blueprint, workload: DrawingWorkload) -> DrawingPlanner:
+        return sdxl if (base, workload) == (sdxl.base, sdxl.workload) else DrawingPlanner(base, workload)
 
-    monkeypatch.setattr(planning, "Drawing", drawing)
+    monkeypatch.setattr(planning, "DrawingPlanner", drawing)
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_a_failed_check_exits_with_code_1(monkeypatch: pytest.MonkeyPatch, run: 
     assert code == 1 and "drawing, memory: planned" in err
 
 
-def test_known_bases_have_the_published_numbers_of_parameters(sdxl: Drawing) -> None:
+def test_known_bases_have_the_published_numbers_of_parameters(sdxl: DrawingPlanner) -> None:
     small = build(add_branches(read_base("sd15"), ["byt5-small"], "plus", 0))
     for networks, layers, unet in ((small, 16, 859_520_964), (sdxl.networks, 70, 2_567_463_684)):
         counts = {part: parameter_count(module) for part, module in networks.modules().items()}
@@ -138,12 +138,12 @@ def test_planned_casts_match_autocast() -> None:
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def drawing() -> Drawing:
-    return Drawing(SMALL, DrawingWorkload(512, batch=2, steps=10))
+def drawing() -> DrawingPlanner:
+    return DrawingPlanner(SMALL, DrawingWorkload(512, batch=2, steps=10))
 
 
-def test_the_fastest_switches_that_fit_are_chosen(drawing: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "Drawing", lambda base, workload: drawing)  # the same as would be built
+def test_the_fastest_switches_that_fit_are_chosen(drawing: DrawingPlanner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "DrawingPlanner", lambda base, workload: drawing)  # the same as would be built
     plans = [drawing.plan(options) for options in drawing.combinations(DrawingOptions())]
     for tiling in (False, True):  # tiles come last for each offload, because seams may be visible
         times = [plan.seconds(1e12) for plan in plans if plan.options.tiling == tiling]
@@ -171,7 +171,7 @@ def test_the_fastest_switches_that_fit_are_chosen(drawing: Drawing, monkeypatch:
     } == {("fp32", True)}
 
 
-def test_weights_on_the_device_depend_on_the_offload(drawing: Drawing) -> None:
+def test_weights_on_the_device_depend_on_the_offload(drawing: DrawingPlanner) -> None:
     plans = {offload: drawing.plan(DrawingOptions("bf16", offload)) for offload in OFFLOADS}
     parts = plans["none"].parts
     weights = {name: part.weights for name, part in parts.items()}
@@ -186,19 +186,19 @@ def test_weights_on_the_device_depend_on_the_offload(drawing: Drawing) -> None:
     assert plans["sequential"].moved > 9 * weights["unet"] > plans["model"].moved > plans["none"].moved == 0
 
 
-def test_tiling_and_precision_change_only_their_parts(drawing: Drawing) -> None:
+def test_tiling_and_precision_change_only_their_parts(drawing: DrawingPlanner) -> None:
     plain, tiled = (drawing.plan(DrawingOptions("bf16", "none", tiling)) for tiling in (False, True))
     assert tiled.parts["vae"].working < 0.6 * plain.parts["vae"].working
     assert tiled.parts["unet"] == plain.parts["unet"]
     full = drawing.plan(DrawingOptions("fp32"))
     assert full.parts["unet"].weights == 2 * plain.parts["unet"].weights and full.flops == plain.flops
-    unguided = Drawing(SMALL, DrawingWorkload(512, batch=2, steps=10, guided=False)).plan(DrawingOptions())
+    unguided = DrawingPlanner(SMALL, DrawingWorkload(512, batch=2, steps=10, guided=False)).plan(DrawingOptions())
     assert 2 * unguided.flops_step == plain.flops_step < plain.parts["unet"].flops  # the first step also computes keys
     assert plain.flops == sum(part.flops for part in plain.parts.values()) + 9 * plain.flops_step
 
 
 def test_recipes_need_less_and_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(SMALL, TrainingWorkload(64, 2))
+    training = TrainingPlanner(SMALL, TrainingWorkload(64, 2))
     plans = [training.plan(recipe) for recipe in training.recipes(Recipe())]
     peaks = [plan.peak for plan in plans]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
@@ -214,13 +214,13 @@ def test_recipes_need_less_and_less_memory(monkeypatch: pytest.MonkeyPatch) -> N
     kept = list(training.recipes(Recipe("fp32"), ["precision", "optimiser", "average"]))
     assert [(recipe.checkpointing, recipe.accumulation) for recipe in kept] == [(False, 1), (True, 1), (True, 2)]
     assert all((recipe.precision, recipe.optimiser, recipe.average) == ("fp32", "adamw", True) for recipe in kept)
-    monkeypatch.setattr(planning, "Training", lambda base, workload: training)  # the same as would be built
+    monkeypatch.setattr(planning, "TrainingPlanner", lambda base, workload: training)  # the same as would be built
     with pytest.raises(ConfigError, match=r"Training a small base at 64 px .* or train fewer parts"):
         planning.plan_training(SMALL, training.workload, Recipe(), peaks[-1] - 1, {})
     with pytest.raises(ConfigError, match=r"A batch of 2 cannot be split into 3 equal micro-batches: choose a divisor"):
         training.plan(Recipe(accumulation=3))
     with pytest.raises(ConfigError, match=r"no part 'visoin' to train: choose from vision_encoder, t5_branch"):
-        Training(SMALL, TrainingWorkload(64, 2, ("visoin",)))
+        TrainingPlanner(SMALL, TrainingWorkload(64, 2, ("visoin",)))
 
 
 # --- bases and devices ------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_a_stock_folder_without_weights_is_enough(tmp_path: Path) -> None:
     networks = build(base)
     assert {part: parameter_count(networks.models[part]) for part in real} == real
     assert default_resolution(base) == 32
-    plan = Drawing(base, DrawingWorkload(32)).plan(DrawingOptions())
+    plan = DrawingPlanner(base, DrawingWorkload(32)).plan(DrawingOptions())
     assert plan.parts["unet"].flops > 0 and set(plan.at_once) == {"text_encoder", "vision_encoder", "unet", "vae"}
 
 
@@ -252,12 +252,12 @@ def test_our_own_folder_comes_with_its_adapters(tmp_path: Path, capsys: pytest.C
     networks = build(base)
     for name in ("unet", "vae", "text_encoder_2", "image_encoder", "adapter", "text_adapter"):
         assert parameter_count(networks.modules()[name]) == parameter_count(getattr(pipe, name))
-    plan = Drawing(base, DrawingWorkload(tiny.SIZE, references=2)).plan(DrawingOptions("fp32"))
+    plan = DrawingPlanner(base, DrawingWorkload(tiny.SIZE, references=2)).plan(DrawingOptions("fp32"))
     assert plan.parts["text_encoder_3"].flops > 0 and plan.parts["image_encoder"].flops > 0
     with pytest.raises(ConfigError, match="multiple of 16"):
-        Drawing(base, DrawingWorkload(40))
+        DrawingPlanner(base, DrawingWorkload(40))
     # Another task trains our own world: its denoiser is in float32, and it recomputes no activations.
-    training = Training(base, TrainingWorkload(tiny.SIZE, 2))
+    training = TrainingPlanner(base, TrainingWorkload(tiny.SIZE, 2))
     own = training.plan(Recipe())
     assert own.memory["frozen weights"] == 4 * own.frozen
     assert not any(recipe.checkpointing for recipe in training.recipes(Recipe()))
