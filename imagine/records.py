@@ -1,6 +1,6 @@
 """Frozen records that modules exchange, and functions that select, join and repeat rows of token batches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,13 @@ import torch
 from PIL import Image
 
 VISION = "vision"  # name of the identity branch in adapters and conditionings
+
+# Called while something long advances: with a stage, how many of its steps are done, and how many it has (0: unknown).
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from imagine.evaluation.judge import Judge
 from imagine.evaluation.suites import Prompt, contexts_for
+from imagine.records import Progress, no_progress
 from imagine.world import Contexts, People, attributes, render, sample_people, seeds
 
 GALLERY = 1000
@@ -86,20 +87,26 @@ def make_cases(prompts: Sequence[Prompt], identities: int, seed: int, gallery: i
     )
 
 
-def judge_real_pictures(cases: Cases, judge: Judge) -> JudgedReal:
+def judge_real_pictures(cases: Cases, judge: Judge, progress: Progress = no_progress) -> JudgedReal:
     """Render everything real, a batch at a time, and judge it."""
+
+    def judged(stage: str, count: int, pictures: PictureLoader) -> Judged:
+        return judge_pictures(judge, count, pictures, progress=progress, stage=f"judging {stage}")
+
     evaluated = cases.people[: cases.identities]
     each = evaluated.repeat(len(cases.prompts))
-    references = judge_pictures(judge, cases.identities, _rendered(evaluated, cases.references, true_boxes=True))
+    references = judged("the references", cases.identities, _rendered(evaluated, cases.references, true_boxes=True))
     # Judged as the pipeline's pictures are: face found, not known.
-    ceiling = judge_pictures(judge, len(cases), _rendered(each, cases.ceilings, true_boxes=False))
+    ceiling = judged("real pictures for the ceiling", len(cases), _rendered(each, cases.ceilings, true_boxes=False))
     other = torch.arange(len(cases)).roll(len(cases.prompts))  # the previous person, same prompt
-    copies = judge_pictures(judge, cases.identities, _rendered(evaluated, cases.references, true_boxes=False))
+    copies = judged(
+        "the references as copies", cases.identities, _rendered(evaluated, cases.references, true_boxes=False)
+    )
     return JudgedReal(
         references=references,
         reference_attributes=attributes(evaluated, cases.references),
-        truths=judge_pictures(judge, len(cases), _rendered(each, cases.truths, true_boxes=True)),
-        gallery=judge_pictures(judge, len(cases.gallery), _rendered(cases.people, cases.gallery, true_boxes=True)),
+        truths=judged("real pictures to compare with", len(cases), _rendered(each, cases.truths, true_boxes=True)),
+        gallery=judged("the gallery", len(cases.gallery), _rendered(cases.people, cases.gallery, true_boxes=True)),
         rows={"ceiling": ceiling, "other": ceiling[other], "copy": copies[cases.person]},
     )
 
@@ -112,10 +119,18 @@ def _rendered(people: People, contexts: Contexts, true_boxes: bool) -> PictureLo
     return pictures
 
 
-def judge_pictures(judge: Judge, count: int, pictures: PictureLoader, batch: int = 64) -> Judged:
+def judge_pictures(
+    judge: Judge,
+    count: int,
+    pictures: PictureLoader,
+    batch: int = 64,
+    progress: Progress = no_progress,
+    stage: str = "judging",
+) -> Judged:
     """Judge `count` pictures without holding more than a batch of them."""
     embeddings, read = [], []
     for start in range(0, count, batch):
+        progress(stage, start, count)
         images, boxes = pictures(start, min(start + batch, count))
         embeddings.append(judge.embed(images, boxes))
         read += judge.read(images)

@@ -17,7 +17,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from imagine.evaluation.scores import METRICS, score, summarise
 from imagine.evaluation.suites import Prompt, load_suite
 from imagine.networks import weights
 from imagine.paths import PACKAGE, kind_of
+from imagine.records import Progress, no_progress
 from imagine.world import render
 
 FORMAT_VERSION = 1
@@ -60,13 +61,14 @@ def run(
     batch: int = 16,
     options: Mapping[str, Any] | None = None,
     gallery: int = GALLERY,
-    progress: bool = True,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Evaluate `pipeline` and write report.json, report.html, samples.png and pictures/ into `output`.
 
     `rows` are those the pipeline draws ("full", "detached"); `options` go to every call (steps, guidance ...);
-    `gallery` is how many people rank-1 chooses among. Returns what report.json holds. Raises ConfigError for an unknown
-    suite or row, counts out of range, or an `output` that cannot be written or holds another evaluation.
+    `gallery` is how many people rank-1 chooses among; `progress` is called as the stages advance. Returns what
+    report.json holds. Raises ConfigError for an unknown suite or row, counts out of range, or an `output` that cannot
+    be written or holds another evaluation.
     """
     output = Path(output)
     chosen = load_suite(suite)
@@ -76,11 +78,13 @@ def run(
     settings = {"suite": suite, "identities": identities, "prompts": prompts, "seed": seed}
     _check_settings_file(output, {**settings, "options": dict(options or {}), "weights": fingerprint(pipeline)})
     started = time.monotonic()
+    progress("rendering the references", 0, 0)
     references = _render_references(cases, output)
     _draw(pipeline, cases, references, output, rows, seed, batch, dict(options or {}), progress)
     drawing = time.monotonic() - started
-    real = judge_real_pictures(cases, judge)
-    judged = {row: judge_pictures(judge, len(cases), _from_disk(output, row, cases)) for row in rows} | real.rows
+    real = judge_real_pictures(cases, judge, progress)
+    judged = {row: _judge_row(judge, output, row, cases, progress) for row in rows} | real.rows
+    progress("computing the scores", 0, 0)
     scores = {row: score(cases, judged[row], real) for row in judged}
     summary = {
         "format_version": FORMAT_VERSION, **settings, "commit": commit(), "gallery": len(cases.gallery),
@@ -122,7 +126,7 @@ def _picture_path(output: Path, row: str, cases: Cases, case: int) -> Path:
 
 def _draw(
     pipeline: Any, cases: Cases, references: Sequence[Image.Image], output: Path, rows: Sequence[str], seed: int,
-    batch: int, options: dict[str, Any], progress: bool,
+    batch: int, options: dict[str, Any], progress: Progress,
 ) -> None:  # fmt: skip
     """Draw the missing pictures in batches; the noise of a picture does not depend on its batch."""
     todo = [
@@ -131,26 +135,29 @@ def _draw(
         for case in range(len(cases))
         if not _picture_path(output, row, cases, case).exists()
     ]
+    total = len(cases) * len(rows)
+    progress("drawing", total - len(todo), total)
     if not todo:
         return
     personas: dict[int, Any] = {}
-    pipeline.set_progress_bar_config(disable=True)  # one bar for the whole run says more than one a batch
-    with _bar(len(cases) * len(rows), len(todo), progress) as advance:
-        for row, some in _batches(todo, batch):
-            for case in some:
-                person = case // len(cases.prompts)
-                if person not in personas:
-                    personas[person] = pipeline.enroll([references[person]], on_no_face="whole")
-            drawn = pipeline(
-                [cases.prompt(case).text for case in some],
-                reference=[personas[case // len(cases.prompts)] for case in some] if row == "full" else None,
-                generator=[_generator_for(seed, case) for case in some],
-                output_type="pil",
-                **options,
-            )
-            for case, image in zip(some, drawn.images, strict=True):
-                _save_atomically(image, _picture_path(output, row, cases, case))
-            advance(len(some))
+    pipeline.set_progress_bar_config(disable=True)  # `progress` counts the pictures of the whole run
+    done = total - len(todo)
+    for row, some in _batches(todo, batch):
+        for case in some:
+            person = case // len(cases.prompts)
+            if person not in personas:
+                personas[person] = pipeline.enroll([references[person]], on_no_face="whole")
+        drawn = pipeline(
+            [cases.prompt(case).text for case in some],
+            reference=[personas[case // len(cases.prompts)] for case in some] if row == "full" else None,
+            generator=[_generator_for(seed, case) for case in some],
+            output_type="pil",
+            **options,
+        )
+        for case, image in zip(some, drawn.images, strict=True):
+            _save_atomically(image, _picture_path(output, row, cases, case))
+        done += len(some)
+        progress("drawing", done, total)
 
 
 def _generator_for(seed: int, case: int) -> torch.Generator:
@@ -164,16 +171,9 @@ def _batches(todo: Sequence[tuple[str, int]], batch: int) -> Iterator[tuple[str,
             yield row, cases_of_row[start : start + batch]
 
 
-@contextmanager
-def _bar(total: int, left: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar with the time left, on stderr; gives the function that advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("", total=total, completed=total - left)
-        yield lambda count: bar.advance(task, count)
+def _judge_row(judge: Judge, output: Path, row: str, cases: Cases, progress: Progress) -> Judged:
+    pictures = _from_disk(output, row, cases)
+    return judge_pictures(judge, len(cases), pictures, progress=progress, stage=f"judging row {row}")
 
 
 def _from_disk(output: Path, row: str, cases: Cases) -> PictureLoader:

@@ -48,7 +48,7 @@ from imagine.pipeline.second_pass import (
     noise_from_latents,
     visible_latents,
 )
-from imagine.records import Tokens, repeat
+from imagine.records import Progress, Tokens, no_progress, repeat
 from imagine.request import (
     Request,
     check_choice,
@@ -95,6 +95,7 @@ class _CallState:
     guidance: Guidance
     timesteps: int
     interrupt: bool = False
+    progress: Progress = no_progress
 
 
 _call_state: ContextVar[_CallState | None] = ContextVar("imagine_call", default=None)
@@ -362,14 +363,10 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         prompt: "str | Sequence[str] | None" = None,
         reference: Any = None,
         *,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float | None = None,
-        identity_guidance_scale: float | None = None,
-        guidance_rescale: float = 0.0,
-        guidance_balance: bool = False,
+        height: int | None = None, width: int | None = None,
+        num_inference_steps: int | None = None, sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None, identity_guidance_scale: float | None = None,
+        guidance_rescale: float = 0.0, guidance_balance: bool = False,
         identity_scale: "float | Sequence[float] | Tensor" = 1.0,
         identity_window: "Window | Sequence[float]" = (0.0, 1.0),
         identity_blocks: Blocks = ALL,
@@ -378,16 +375,15 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         num_images_per_prompt: int = 1,
         generator: "torch.Generator | Sequence[torch.Generator] | None" = None,
         latents: Tensor | None = None,
-        prompt_embeds: TextTokens | None = None,
-        negative_prompt_embeds: TextTokens | None = None,
-        face: FaceChoice = "largest",
-        on_no_face: Literal["error", "whole"] = "error",
+        prompt_embeds: TextTokens | None = None, negative_prompt_embeds: TextTokens | None = None,
+        face: FaceChoice = "largest", on_no_face: Literal["error", "whole"] = "error",
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagineOutput:
+        progress: Progress = no_progress,
+    ) -> ImagineOutput:  # fmt: skip
         """Generate one picture, or `num_images_per_prompt` pictures, for each prompt.
 
         reference: the people in the picture: a photo (path, bytes, PIL, array), a Persona or its file, a list of these
@@ -408,6 +404,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         face, on_no_face: which face of a photo to use, and what to do if there is none (see `faces.crop_face`).
         callback_on_step_end: called as (pipe, step, timestep, tensors). It may return changed "latents" or
             "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
+        progress: called as (stage, steps done, steps in all) while the call denoises, decodes and redraws small faces.
 
         With return_dict=False the result is the tuple (images, faces), as everywhere in diffusers.
         Raises ImagineError (PromptError, PictureError, FaceError, WeightsError, ConfigError) with one sentence.
@@ -429,26 +426,23 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         inputs = Inputs(text, negative, self._vision_tokens(personas, copies), plan.factors)
         start = self._start_latents(len(strength), size, generator, latents)
         denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
-        out = self._generate(plan, denoiser, start, strength, personas)
+        out = self._generate(plan, denoiser, start, strength, personas, progress)
         return out if return_dict else cast(Any, out.to_tuple())
 
     def _generate(
-        self,
-        plan: "_CallSettings",
-        denoiser: GuidedDenoiser,
-        start: Tensor,
-        strength: Tensor,
-        people: list[list[Persona]],
-    ) -> ImagineOutput:
+        self, plan: "_CallSettings", denoiser: GuidedDenoiser, start: Tensor, strength: Tensor,
+        people: list[list[Persona]], progress: Progress,
+    ) -> ImagineOutput:  # fmt: skip
         """Generate all pictures of a call from their start latents.
 
         strength: identity strength, (pictures,). people: one list per prompt.
         """
         steps = len(plan.scheduler.timesteps)
         refined, notes = 0, list[str]()
-        token = _call_state.set(_CallState(plan.guidance, steps))
+        token = _call_state.set(_CallState(plan.guidance, steps, progress=progress))
         try:
             images = self._denoise(denoiser, start, strength, plan.scheduler, plan.window.steps(steps), plan.on_step)
+            progress("decoding", 0, 0)
             if plan.refining is not None:
                 images = self._decode(images, "pt")
                 per_picture = [each for each in people for _ in range(len(start) // len(people))]
@@ -457,6 +451,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
                 )
                 # A new adapter must give the base's picture bit for bit, so small faces are not redrawn with one.
                 if not self.interrupt and self.adapter is not None and self.adapter.active:
+                    progress("finding small faces", 0, 0)
                     side = int(self.unet.config.sample_size) * self.vae_scale_factor
                     refined, notes = second_pass.refine(images, side, self.finder, self._redraw)
                 images = self.image_processor.postprocess(images, plan.output_type, [False] * len(images))
@@ -469,14 +464,9 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         return ImagineOutput(images, faces, refined, notes)
 
     def _encode_requests(
-        self,
-        prompt: "str | Sequence[str] | None",
-        reference: Any,
-        embeds: TextTokens | None,
-        negative_prompt: "str | Sequence[str] | None",
-        negative_embeds: TextTokens | None,
-        copies: int,
-    ) -> tuple[list[Request], TextTokens, TextTokens]:
+        self, prompt: "str | Sequence[str] | None", reference: Any, embeds: TextTokens | None,
+        negative_prompt: "str | Sequence[str] | None", negative_embeds: TextTokens | None, copies: int,
+    ) -> tuple[list[Request], TextTokens, TextTokens]:  # fmt: skip
         """Return one request per prompt, and the encoded prompts and negative prompts, one batch item per picture."""
         if (prompt is None) == (embeds is None):
             raise PromptError("Give exactly one of prompt and prompt_embeds.")
@@ -556,14 +546,9 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         return torch.stack([each.to(device) for each in drawn])
 
     def _denoise(
-        self,
-        denoiser: GuidedDenoiser,
-        latents: Tensor,
-        strength: Tensor,
-        scheduler: Any,
-        active: Sequence[bool],
-        on_step: "_StepCallback | None",
-    ) -> Tensor:
+        self, denoiser: GuidedDenoiser, latents: Tensor, strength: Tensor, scheduler: Any, active: Sequence[bool],
+        on_step: "_StepCallback | None", stage: str = "denoising",
+    ) -> Tensor:  # fmt: skip
         """Run all steps from noise to clean latents, in float32. active: whether the identity acts in each step."""
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         call, zero_strength = self._current_call(), torch.zeros_like(strength)
@@ -571,6 +556,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             for number, timestep in enumerate(scheduler.timesteps):
                 if call.interrupt:
                     break
+                call.progress(stage, number, len(scheduler.timesteps))
                 scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)(latents, timestep)
                 current_strength = strength if active[number] else zero_strength
                 velocity = denoiser.velocity(scaled.to(self.unet.dtype), timestep, current_strength, call.guidance)
@@ -601,6 +587,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             scheduler,
             second_pass.active,
             _StepCallback(keep, ("latents",)),
+            "redrawing small faces",
         )
         return cast(Tensor, self._decode(latents, "pt"))
 

@@ -80,7 +80,7 @@ def _images(people: Any, contexts: Any) -> list[Image.Image]:
 
 
 def evaluated(pipeline: Oracle, output: Path, judge: Judge, **options: Any) -> dict[str, Any]:
-    settings = {"identities": PEOPLE, "prompts": PROMPTS, "batch": 3, "gallery": 6, "progress": False} | options
+    settings = {"identities": PEOPLE, "prompts": PROMPTS, "batch": 3, "gallery": 6} | options
     return evaluate.run(pipeline, output, judge=judge, **settings)
 
 
@@ -290,7 +290,7 @@ def test_an_interrupted_run_resumes_to_the_same_report(
 
 def test_a_real_pipeline_is_evaluated_the_same_in_any_batch(judge: Judge, tmp_path: Path) -> None:
     pipeline = tiny.pipeline()
-    settings: dict[str, Any] = {"identities": 2, "prompts": 2, "gallery": 3, "progress": False, "judge": judge}
+    settings: dict[str, Any] = {"identities": 2, "prompts": 2, "gallery": 3, "judge": judge}
     summary = evaluate.run(pipeline, tmp_path / "one", batch=4, options={"num_inference_steps": 2}, **settings)
     again = evaluate.run(pipeline, tmp_path / "two", batch=1, options={"num_inference_steps": 2}, **settings)
     for row in ("full", "detached"):
