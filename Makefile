@@ -26,8 +26,8 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/uv pip install --quiet --python $(PY) --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## four people x six sentences with the shipped weights, as one scored contact sheet
-	$(PY) -m imagine.cli.demo
+demo: $(READY)  ## four people x six prompts with the shipped weights, as one scored contact sheet
+	$(PY) -m imagine demo
 
 test: $(READY)  ## the tests, on the CPU
 	$(PY) -m pytest $(ARGS)

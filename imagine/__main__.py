@@ -1,4 +1,4 @@
-"""`python -m imagine` is the command `imagine`."""
+"""`python -m imagine` runs the command `imagine`."""
 
 import sys
 

@@ -12,7 +12,7 @@ from imagine.adapter.adapter import Adapter
 from imagine.cli import main
 from imagine.networks.encoders import VisionEncoder
 from tests import tiny, tiny_ip
-from tests.imagine.cli.test_cli import assert_refused
+from tests.commands import assert_refused
 
 
 @pytest.fixture(scope="module")

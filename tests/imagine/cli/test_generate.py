@@ -1,10 +1,8 @@
-"""The command line: what it writes, what it says, and how it refuses."""
+"""`imagine generate`: the pictures it writes, what it prints, and what it refuses."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,59 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from skimage import data
 
-from imagine import __version__
-from imagine.cli import BATCH, main
+from imagine.cli.generate import BATCH
 from imagine.people.faces import KnownBoxesFinder
 from imagine.people.persona import Persona
 from imagine.pipeline.pipeline import ImaginePipeline
+from imagine.records import FaceBox
 from tests import pictures, tiny
-from tests.root import ROOT
-
-Run = Callable[..., tuple[int, str, str]]
+from tests.commands import Run, assert_refused, generate, process, terminal
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("weights")
-    tiny.pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def refining(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights, which draw small faces once more unless told not to."""
-    folder = Path(shutil.copytree(weights, tmp_path_factory.mktemp("refining") / "weights"))
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps({**index, "default_refine_faces": True}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A photograph with one face, which the embedded finder finds."""
-    path = tmp_path_factory.mktemp("photos") / "astronaut.jpg"
-    Image.fromarray(data.astronaut()).crop((110, 0, 350, 240)).save(path)
-    return path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        code = main([str(each) for each in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-def generate(weights: Path, photo: Path, output: Path, *more: Any) -> list[Any]:
-    usual = ["generate", "--weights", weights, "--prompt", "smiling on a beach", "--seed", "7", "--steps", "2"]
-    return [*usual, "--reference", photo, "--output", output, *more]
-
-
-# --- controls ---------------------------------------------------------------------------------------------------------
 def test_generate_takes_the_controls_of_a_call(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
     more = ["--identity-window", "0:0.5", "--identity-blocks", "up", "--refine-faces", "--json"]
     code, out, err = run(*generate(weights, photo, tmp_path / "a.png", *more))
@@ -78,10 +33,9 @@ def test_generate_takes_the_controls_of_a_call(run: Run, weights: Path, photo: P
     assert code == 2 and "choose all, coarse, fine, down, mid or up" in err and err.count("\n") == 1
     for window in ("0.8:0.2", "0.5", "0:2", "a:b"):
         code, _, err = run(*generate(weights, photo, tmp_path / "a.png", "--identity-window", window))
-        assert code == 2 and "START:END, two shares of the steps such as 0:0.8" in err and err.count("\n") == 1
+        assert code == 2 and "START:END, two fractions of the steps such as 0:0.8" in err and err.count("\n") == 1
 
 
-# --- what is written and said -----------------------------------------------------------------------------------------
 def test_generate_writes_a_picture_that_its_seed_repeats(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
     code, out, err = run(*generate(weights, photo, tmp_path / "a.png"))
     assert (code, err) == (0, "") and str(tmp_path / "a.png") in out and "seed 7" in out
@@ -92,15 +46,13 @@ def test_generate_writes_a_picture_that_its_seed_repeats(run: Run, weights: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
 
 
-def test_generate_says_how_to_draw_with_a_stock_folder(run: Run, photo: Path, tmp_path: Path) -> None:
+def test_a_stock_folder_is_refused_with_the_way_to_use_it(run: Run, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     code, _, err = run(*generate(tmp_path, photo, tmp_path / "a.png"))
     assert code == 2 and "holds a StableDiffusionXLPipeline" in err and "docs/backbones.md" in err
 
 
 def test_generate_agrees_with_the_library(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
-    from imagine import ImaginePipeline
-
     assert run(*generate(weights, photo, tmp_path / "a.png", "--identity-scale", "0.5"))[0] == 0
     pipe = ImaginePipeline.from_pretrained(weights)
     pipe.set_progress_bar_config(disable=True)
@@ -111,14 +63,14 @@ def test_generate_agrees_with_the_library(run: Run, weights: Path, photo: Path, 
 
 def test_generate_as_json_with_several_pictures(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
     code, out, err = run(*generate(weights, photo, tmp_path / "x.jpg", "--num-images", "2", "--json"))
-    said = json.loads(out)
+    result = json.loads(out)
     assert (code, err) == (0, "")
-    assert said["images"] == [str(tmp_path / "x-1.jpg"), str(tmp_path / "x-2.jpg")] and said["seeds"] == [7, 8]
-    assert all(Image.open(path).format == "JPEG" for path in said["images"])
-    assert said["faces"][0]["reference"] == str(photo) and said["faces"][0]["box"]["width"] > 20
+    assert result["images"] == [str(tmp_path / "x-1.jpg"), str(tmp_path / "x-2.jpg")] and result["seeds"] == [7, 8]
+    assert all(Image.open(path).format == "JPEG" for path in result["images"])
+    assert result["faces"][0]["reference"] == str(photo) and result["faces"][0]["box"]["width"] > 20
 
 
-def test_many_pictures_are_drawn_a_batch_at_a_time_each_from_its_own_seed(
+def test_many_pictures_are_drawn_in_batches_each_from_its_own_seed(
     run: Run, refining: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
@@ -131,26 +83,26 @@ def test_many_pictures_are_drawn_a_batch_at_a_time_each_from_its_own_seed(
     monkeypatch.setattr(ImaginePipeline, "_identity_strength", counted)
     code, out, err = run(*generate(refining, photo, tmp_path / "x.png", "--num-images", BATCH + 2, "--json"))
     assert (code, err, drawn) == (0, "", [BATCH, 2])
-    said = json.loads(out)
-    assert said["seeds"] == list(range(7, 7 + BATCH + 2)) and len(said["faces"]) == 1
-    numbers = [int(note.split(":")[0].removeprefix("Picture ")) for note in said["notes"]]  # of pictures without a face
+    result = json.loads(out)
+    assert result["seeds"] == list(range(7, 7 + BATCH + 2)) and len(result["faces"]) == 1
+    numbers = [int(note.split(":")[0].removeprefix("Picture ")) for note in result["notes"]]
     assert numbers == sorted(set(numbers)) and BATCH < numbers[-1] <= BATCH + 2
     assert run(*generate(refining, photo, tmp_path / "one.png", "--seed", 7 + BATCH + 1))[0] == 0
-    last, one = (np.asarray(Image.open(each)).astype(int) for each in (said["images"][-1], tmp_path / "one.png"))
-    assert np.abs(last - one).max() <= 1  # a batch may round otherwise
+    last, one = (np.asarray(Image.open(each)).astype(int) for each in (result["images"][-1], tmp_path / "one.png"))
+    assert np.abs(last - one).max() <= 1  # the size of a batch may change the rounding
 
 
-def test_notes_are_told_whoever_asked_for_the_second_pass(
+def test_notes_of_the_second_pass_are_printed_if_it_ran(
     run: Run, weights: Path, refining: Path, photo: Path, tmp_path: Path
 ) -> None:
-    """These weights draw no face that could be found, which a user must hear where the weights refine by default."""
+    """These weights draw no face that the detector finds; the note appears also if the pass is the weights' default."""
     note = "Picture 1: no face was found for one person"
-    for folder, more, told in ((refining, [], True), (weights, ["--refine-faces"], True), (weights, [], False)):
+    for folder, more, expected in ((refining, [], True), (weights, ["--refine-faces"], True), (weights, [], False)):
         code, out, _ = run(*generate(folder, photo, tmp_path / "a.png", *more))
-        assert code == 0 and (note in out) is told
+        assert code == 0 and (note in out) is expected
 
 
-def test_the_finder_is_insightface_where_that_is_asked_for(
+def test_finder_insightface_replaces_the_face_detector(
     run: Run, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -166,7 +118,7 @@ def test_the_finder_is_insightface_where_that_is_asked_for(
     assert code == 0 and len(json.loads(out)["faces"]) == 1
 
 
-def test_the_device_is_a_gpu_where_there_is_one(
+def test_the_default_device_is_a_gpu_if_there_is_one(
     run: Run, weights: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -203,22 +155,6 @@ def test_generate_from_a_persona_and_from_names(run: Run, weights: Path, photo: 
     code, out, err = run("generate", "--weights", weights, *named, *both, "--json")
     assert code == 0, err
     assert [face["reference"].split(":")[0] for face in json.loads(out)["faces"]] == ["ann", "bob", "bob"]
-
-
-def test_inspect_says_what_things_are(run: Run, weights: Path) -> None:
-    code, out, _ = run("inspect", weights / "adapter", "--json")
-    assert code == 0 and json.loads(out)["kind"] == "adapter"
-    code, out, _ = run("inspect", weights)
-    assert code == 0 and "kind: weights" in out and "UNet2DConditionModel" in out
-
-
-def test_doctor_reports_on_the_installation_and_on_a_photo(run: Run, weights: Path, photo: Path) -> None:
-    code, out, _ = run("doctor", "--weights", weights, "--json")
-    assert code == 0 and "unet" in json.loads(out)["components"]
-    code, out, _ = run("doctor", photo, "--weights", weights, "--json")
-    assert code == 0 and len(json.loads(out)["faces"]) == 1
-    code, out, _ = run("doctor", photo, "--weights", weights)
-    assert code == 0 and "sharpness" in out
 
 
 def rotated(plain: Image.Image, folder: Path) -> Path:
@@ -261,7 +197,7 @@ def palette_with_alpha(plain: Image.Image, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [rotated, cmyk, grey, animated, deep, deep_grey, palette_with_alpha])
-def test_odd_pictures_serve_as_well_as_plain_ones(
+def test_unusual_picture_formats_are_read(
     run: Run, weights: Path, photo: Path, tmp_path: Path, make: Callable[[Image.Image, Path], Path]
 ) -> None:
     odd = make(Image.open(photo).convert("RGB"), tmp_path)
@@ -272,7 +208,7 @@ def test_odd_pictures_serve_as_well_as_plain_ones(
     assert Image.open(tmp_path / "out.png").size == (tiny.SIZE, tiny.SIZE)
 
 
-def test_of_several_faces_it_is_said_which_was_used(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+def test_the_face_used_among_several_is_named(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
     one = Image.open(photo)
     both = Image.new("RGB", (2 * one.width, one.height))
     both.paste(one, (0, 0))
@@ -284,8 +220,7 @@ def test_of_several_faces_it_is_said_which_was_used(run: Run, weights: Path, pho
     assert code == 0 and json.loads(out)["faces"][0]["index"] == 1
 
 
-# --- names that are no text -------------------------------------------------------------------------------------------
-def test_names_that_are_no_text_are_printed_as_escapes(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+def test_file_names_that_are_no_text_are_escaped(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
     odd = os.fsdecode(bytes(tmp_path) + b"/m\xff.jpg")
     try:
         Path(odd).write_bytes(photo.read_bytes())
@@ -297,24 +232,6 @@ def test_names_that_are_no_text_are_printed_as_escapes(run: Run, weights: Path, 
     assert (code, err) == (0, "") and "m\\udcff.png (seed 7" in out
 
 
-def test_a_terminal_that_knows_few_letters_shows_the_others_as_escapes(tmp_path: Path) -> None:
-    (tmp_path / "é").mkdir()
-    tiny.pipeline().enroll(tiny.photo(1)).save(tmp_path / "é" / "me.safetensors")
-    for more, shown in (([], "\\xe9"), (["--json"], "\\u00e9")):
-        done = process("-m", "imagine", "inspect", str(tmp_path / "é"), *more, PYTHONIOENCODING="ascii")
-        assert (done.returncode, done.stderr) == (0, "") and shown in done.stdout
-    assert json.loads(done.stdout)["path"] == str(tmp_path / "é")
-
-
-def test_a_result_that_cannot_be_printed_is_told_in_a_sentence(weights: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("this system has no /dev/full")
-    command = f"{sys.executable} -m imagine inspect {weights} > /dev/full"
-    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
-    assert ran.returncode == 1 and ran.stderr.count("\n") == 1 and "cannot be printed (No space left" in ran.stderr
-
-
-# --- what is refused --------------------------------------------------------------------------------------------------
 def text_file(folder: Path) -> Path:
     (folder / "text.png").write_text("not a picture")
     return folder / "text.png"
@@ -349,7 +266,7 @@ def a_folder(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [text_file, truncated, one_pixel, huge, faceless, missing, a_folder])
-def test_photos_that_cannot_be_used(run: Run, weights: Path, tmp_path: Path, make: Callable[[Path], Path]) -> None:
+def test_unusable_photos_are_refused(run: Run, weights: Path, tmp_path: Path, make: Callable[[Path], Path]) -> None:
     code, out, err = run(*generate(weights, make(tmp_path), tmp_path / "out.png"))
     assert_refused(code, out, err)
     assert not (tmp_path / "out.png").exists()
@@ -392,38 +309,23 @@ WRONG_FILES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "says"), WRONG_FILES)
-def test_files_that_do_not_fit(
-    run: Run, weights: Path, tmp_path: Path, make: Callable[[Path, Path], list[Any]], says: str
+@pytest.mark.parametrize(("make", "message"), WRONG_FILES)
+def test_files_of_other_weights_are_refused(
+    run: Run, weights: Path, tmp_path: Path, make: Callable[[Path, Path], list[Any]], message: str
 ) -> None:
     code, out, err = run(*make(weights, tmp_path))
     assert_refused(code, out, err)
-    assert says in err and not (tmp_path / "out.png").exists()
+    assert message in err and not (tmp_path / "out.png").exists()
 
 
-def test_enroll_looks_for_the_photos_before_it_loads_anything(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{")  # loading this would be the next thing to fail
-    code, out, err = run("enroll", "nobody.jpg", "--weights", tmp_path, "--output", tmp_path / "me.safetensors")
-    assert_refused(code, out, err)
-    assert "There is no file nobody.jpg" in err
-
-
-def test_evaluate_looks_at_its_output_before_it_loads_anything(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{")
-    for output in (tmp_path / "model_index.json", tmp_path / "model_index.json" / "below"):
-        code, out, err = run("evaluate", "--weights", tmp_path, "--output", output)
-        assert_refused(code, out, err)
-        assert "choose another" in err and "JSON" not in err
-
-
-def test_a_face_that_is_not_there(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+def test_a_face_number_that_is_too_large(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
     code, out, err = run(*generate(weights, photo, tmp_path / "out.png", "--face", "3"))
     assert_refused(code, out, err)
     assert "face=3" in err
 
 
 @pytest.mark.parametrize(
-    ("more", "says"),
+    ("more", "message"),
     [
         (["--prompt", ""], "empty"),
         (["--prompt", "   "], "empty"),
@@ -453,46 +355,14 @@ def test_a_face_that_is_not_there(run: Run, weights: Path, photo: Path, tmp_path
         (["--style", "x"], "--style"),
     ],
 )
-def test_arguments_that_do_not_fit(
-    run: Run, weights: Path, photo: Path, tmp_path: Path, monkeypatch: Any, more: list[str], says: str
+def test_wrong_arguments_are_refused(
+    run: Run, weights: Path, photo: Path, tmp_path: Path, monkeypatch: Any, more: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*generate(weights, photo, tmp_path / "out.png", *more))
     assert_refused(code, out, err)
-    assert says in err
+    assert message in err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["paint"],
-        ["generate"],
-        ["enroll", "nobody.jpg", "--output", "me.png"],
-        ["inspect", "nothing.safetensors"],
-        ["inspect", "x" * 5000],
-        ["inspect", "~nobody-at-all"],
-        ["enroll", "x" * 5000, "--output", "me.safetensors"],
-        ["evaluate", "--output", "x" * 5000],
-        ["import-ip-adapter", "x.safetensors", "--base", "sdxl", "--output", "x" * 5000],
-        ["export-ip-adapter", "~nobody-at-all", "--output", "x.safetensors"],
-        ["doctor", "nobody.jpg"],
-        ["doctor", "--weights", "nowhere"],
-        ["evaluate", "--weights", "nowhere", "--output", "report"],
-        ["evaluate", "--output", "report", "--identities", "none"],
-    ],
-)
-def test_commands_that_cannot_be_done(run: Run, tmp_path: Path, monkeypatch: Any, arguments: list[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert_refused(*run(*arguments))
-    assert not list(tmp_path.iterdir())
-
-
-def assert_refused(code: int, out: str, err: str) -> None:
-    """Exit code 2 and exactly one line, a sentence, on stderr."""
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1 and err.strip().endswith(".") and "Traceback" not in err
 
 
 def test_a_failed_run_leaves_an_earlier_picture_alone(run: Run, weights: Path, tmp_path: Path) -> None:
@@ -501,46 +371,31 @@ def test_a_failed_run_leaves_an_earlier_picture_alone(run: Run, weights: Path, t
     assert (tmp_path / "out.png").read_bytes() == b"earlier"
 
 
-def test_our_own_faults_exit_with_one_and_without_a_traceback(run: Run, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("imagine.inspection.inspect", lambda path: [][1])
-    code, out, err = run("inspect", tmp_path)
-    assert (code, out) == (1, "") and "IndexError" in err and "Traceback" not in err
-    monkeypatch.setenv("IMAGINE_DEBUG", "1")
-    with pytest.raises(IndexError):
-        run("inspect", tmp_path)
-
-
-# --- as a process -----------------------------------------------------------------------------------------------------
-def process(*arguments: str, **setting: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **setting}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
-
-
-def test_help_and_version_come_without_heavy_imports() -> None:
-    check = (
-        "import sys; from imagine.cli import main; code = main(['--help']); print(sorted(sys.modules)); sys.exit(code)"
-    )
-    done = process("-c", check)
-    assert done.returncode == 0 and "generate" in done.stdout
-    modules = done.stdout.splitlines()[-1]
-    assert not any(f"'{name}'" in modules for name in ("torch", "diffusers", "transformers", "PIL", "numpy"))
-
-
-def test_the_module_is_the_command() -> None:
-    done = process("-m", "imagine", "--version")
-    assert (done.returncode, done.stdout.strip()) == (0, f"imagine {__version__}")
-    done = process("-m", "imagine", "generate", "--reference", "x.jpg", "--prompt", "smiling", "--output", "x.png")
-    assert_refused(done.returncode, done.stdout, done.stderr)
-
-
-def test_the_lean_process_refuses_weights_that_do_not_fit(weights: Path, tmp_path: Path) -> None:
+def test_a_process_refuses_weights_that_do_not_fit(weights: Path, tmp_path: Path) -> None:
     done = process("-m", "imagine", *map(str, foreign_weights(weights, tmp_path)))
     assert_refused(done.returncode, done.stdout, done.stderr)
     assert "trained with the vision encoder" in done.stderr and not (tmp_path / "out.png").exists()
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m imagine inspect {tmp_path / 'weights'} | true; exit ${{PIPESTATUS[0]}}"
-    tiny.pipeline().save_pretrained(tmp_path / "weights")
-    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (0, "")
+# --- progress ---------------------------------------------------------------------------------------------------------
+def test_progress_appears_on_a_terminal(
+    run: Run, refining: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImaginePipeline, "finder", KnownBoxesFinder([FaceBox(8.0, 8.0, 6.0, 6.0, 1.0)]))
+    with terminal(monkeypatch) as progress:
+        code, out, _ = run(*generate(refining, photo, tmp_path / "a.png"))
+    assert code == 0 and "Small faces redrawn: 1." in out and "denoising" not in out
+    stages = ["importing the libraries", "loading the model", "encoding the reference", "denoising", "decoding"]
+    stages += ["finding small faces", "redrawing small faces", "saving"]
+    found = [progress[0].find(stage) for stage in stages]
+    assert -1 not in found and found == sorted(found)
+    assert run(*generate(refining, photo, tmp_path / "b.png"))[2] == ""  # stderr is no terminal
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_json_comes_without_progress(
+    run: Run, weights: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with terminal(monkeypatch) as progress:
+        code, out, _ = run(*generate(weights, photo, tmp_path / "a.png", "--json"))
+    assert code == 0 and json.loads(out)["seeds"] == [7] and progress == [""]

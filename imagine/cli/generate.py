@@ -1,0 +1,174 @@
+"""`imagine generate`: draw a person from a photo or a persona, as a prompt says."""
+
+import argparse
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imagine.cli import arguments
+from imagine.cli.loading import check_photos, load_pipeline
+from imagine.cli.progress import Display
+from imagine.errors import ConfigError, PictureError
+from imagine.paths import kind_of, writable_file
+from imagine.request import read_requests
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from imagine.pipeline.pipeline import ImagineOutput, ImaginePipeline
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+BATCH = 8  # pictures drawn at a time, so that memory does not grow with --num-images
+_PICTURE_NUMBER = re.compile(r"^Picture (\d+)")  # a note of the second pass begins with its picture's number in a batch
+_NAMED_REFERENCE = re.compile(r"([^\W\d]\w*)=(.+)", re.DOTALL)
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = arguments.add_command(commands, "generate", "draw a person from a photo, as a prompt says", run)
+    command.add_argument(
+        "--reference", action="append", required=True, metavar="PHOTO", help="photo or persona file of the person; "
+        "repeat it for more photos of the person, or give name=PHOTO for each {name} in the prompt",
+    )  # fmt: skip
+    command.add_argument("--prompt", required=True, metavar="TEXT", help='such as "smiling, on a beach"')
+    command.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture to write: png, jpg, webp")
+    arguments.add_weights(command)
+    arguments.add_device(command)
+    command.add_argument("--seed", type=arguments.seed, metavar="N", help="repeats a picture (default: a random seed)")
+    command.add_argument("--num-images", type=arguments.positive, default=1, metavar="N", help="number of pictures, "
+                         "with the seeds N, N+1, ... (default: 1)")  # fmt: skip
+    command.add_argument("--steps", type=arguments.positive, metavar="N", help="denoising steps; more take longer and "
+                         "draw finer detail (default: the weights' own)")  # fmt: skip
+    _add_controls(command)
+    arguments.add_face(command)
+    arguments.add_no_face(command)
+    arguments.add_finder(command)
+
+
+def _add_controls(command: Any) -> None:
+    """Add the arguments that control how strongly the prompt and the person act."""
+    number = arguments.finite_float
+    command.add_argument("--guidance-scale", type=number, metavar="X", help="how closely the prompt is followed; 1 "
+                         "turns guidance off (default: the weights' own)")  # fmt: skip
+    command.add_argument("--identity-guidance-scale", type=number, metavar="X", help="the same for the person "
+                         "(default: the weights' own, or else --guidance-scale)")  # fmt: skip
+    command.add_argument("--guidance-balance", action="store_true", help="scale both guidance terms to one norm first")
+    command.add_argument("--identity-scale", type=number, default=1.0, metavar="X", help="strength of the person; 0 "
+                         "turns it off (default: 1)")  # fmt: skip
+    command.add_argument("--identity-window", type=arguments.window, default=(0.0, 1.0), metavar="START:END",
+                         help="steps in which the person acts, as fractions of all steps (default: 0:1)")  # fmt: skip
+    command.add_argument("--identity-blocks", default="all", metavar="NAME", help="blocks of the denoiser in which the "
+                         "person acts: all, coarse, fine, down, mid or up (default: all)")  # fmt: skip
+    command.add_argument("--refine-faces", action=argparse.BooleanOptionalAction, help="redraw small faces enlarged in "
+                         "a second pass, or not (default: the weights' own)")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Draw and save the pictures; return where they are and which faces were used."""
+    paths = _output_paths(writable_file(options.output, FORMATS), options.num_images)
+    reference = _references(options.reference)
+    read_requests(options.prompt, reference)  # reports a mistake before anything is loaded
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    with Display(options) as display:
+        pipe = load_pipeline(options, display)
+        started = time.monotonic()
+        faces, refined, notes = _draw_all(pipe, options, reference, seed, paths, display)
+        seconds = round(time.monotonic() - started, 2)
+    poor = [f"{face['reference']}: {face['quality']}" for face in faces if face["quality"] != "good"]
+    refined_lines = [f"Small faces redrawn: {refined}."] if refined or options.refine_faces else []
+    return {
+        "lines": [f"{', '.join(map(str, paths))} (seed {seed}, {seconds} s)", *poor, *refined_lines, *notes],
+        "images": [str(path) for path in paths],
+        "prompt": options.prompt,
+        "seeds": [seed + number for number in range(options.num_images)],
+        "device": str(pipe.device),
+        "faces": faces,
+        "refined": refined,
+        "notes": notes,
+        "seconds": seconds,
+    }
+
+
+def _draw_all(
+    pipe: "ImaginePipeline", options: argparse.Namespace, reference: Any, seed: int, paths: Sequence[Path],
+    display: Display,
+) -> tuple[list[dict[str, Any]], int, list[str]]:  # fmt: skip
+    """Draw and save one picture per path, a batch at a time; return the faces used, and the second pass's results."""
+    faces: list[dict[str, Any]] = []
+    refined, notes = 0, list[str]()
+    for first in range(0, len(paths), BATCH):
+        batch = paths[first : first + BATCH]
+        drawn = _draw(pipe, options, reference, range(seed + first, seed + first + len(batch)), display)
+        display.report("saving")
+        for image, path in zip(drawn.images, batch, strict=True):
+            _save_atomically(image, path)
+        faces = [face.as_dict() for face in drawn.faces]  # the same in every batch
+        refined += drawn.refined
+        notes += [_renumbered(note, first) for note in drawn.notes]
+    return faces, refined, notes
+
+
+def _renumbered(note: str, first: int) -> str:
+    return _PICTURE_NUMBER.sub(lambda found: f"Picture {int(found[1]) + first}", note)
+
+
+def _draw(
+    pipe: "ImaginePipeline", options: argparse.Namespace, reference: Any, seeds: Sequence[int], display: Display
+) -> "ImagineOutput":
+    """Draw one picture per seed. Each has noise of its own, so that the size of a batch does not change a picture."""
+    import torch
+
+    display.report("encoding the reference and the prompt")
+    return pipe(
+        options.prompt,
+        reference=reference,
+        num_images_per_prompt=len(seeds),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        identity_guidance_scale=options.identity_guidance_scale,
+        guidance_balance=options.guidance_balance,
+        identity_scale=options.identity_scale,
+        identity_window=options.identity_window,
+        identity_blocks=options.identity_blocks,
+        refine_faces=options.refine_faces,
+        face=options.face,
+        on_no_face=options.on_no_face,
+        progress=display.report,
+    )
+
+
+def _references(given: Sequence[str]) -> Any:
+    """Return the references of a call: one photo, a list of photos of one person, or a dict of people by name."""
+    named: dict[str, list[str]] = {}
+    plain: list[str] = []
+    for each in given:
+        found = None if kind_of(Path(each), PictureError) != "nothing" else _NAMED_REFERENCE.fullmatch(each)
+        if found is None:
+            plain.append(each)
+        else:
+            named.setdefault(found[1], []).append(found[2])
+    if named and plain:
+        raise ConfigError(f"Give every reference a name, as in name={plain[0]}, or none of them.")
+    check_photos([*plain, *(path for paths in named.values() for path in paths)])
+    return named or (plain if len(plain) > 1 else plain[0])
+
+
+def _output_paths(path: Path, count: int) -> list[Path]:
+    """Return the path itself for one picture, else name-1.png, name-2.png ..."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
+
+
+def _save_atomically(image: "Image.Image", path: Path) -> None:
+    unfinished = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(unfinished, FORMATS[path.suffix.lower()], quality=95)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written ({error.strerror or error}): choose another --output.") from error

@@ -1,0 +1,217 @@
+"""`imagine plan`: how much memory, arithmetic and time drawing or training takes, without running it."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from imagine.cli.arguments import add_command, non_negative, positive
+from imagine.cli.printing import size, table_lines
+from imagine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from imagine.planning.bases import Blueprint
+    from imagine.planning.cards import Speed
+
+_MEMORY_OPTIONS = ("precision", "offload", "tiling")
+_RECIPE_OPTIONS = ("precision", "checkpointing", "optimiser", "accumulation")
+_BRANCH_OPTIONS = ("readers", "projection", "lora_rank")
+_DRAWING_OPTIONS = ("steps", "references", "no_guidance", "offload", "tiling")
+_TRAINING_OPTIONS = ("parts", "checkpointing", "optimiser", "accumulation", "no_average")
+_COMMON_OPTIONS = ("train", "resolution", "batch", "fit", "precision", "device", "flops", *_BRANCH_OPTIONS)
+
+
+def add_commands(commands: Any) -> None:
+    """Add the command to the parser."""
+    command = add_command(commands, "plan", "estimate the memory, arithmetic and time of drawing or training", run)
+    subject = command.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--base", metavar="BASE", help="sdxl, sd15, portrait, a folder, or a downloaded hub id")
+    subject.add_argument("--check", action="store_true", help="compare plans with small networks that run here")
+    command.add_argument("--resolution", type=positive, metavar="PX", help="pixels a side (default: the base's own)")
+    command.add_argument("--batch", type=positive, metavar="N", help="pictures at a time, or images a step "
+                         "(default: 1)")  # fmt: skip
+    command.add_argument("--fit", metavar="SIZE", help="choose the fastest settings that fit into this memory, such as "
+                         "12GB; the settings that are given stay")  # fmt: skip
+    command.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16; --fit does not change "
+                         "it")  # fmt: skip
+    command.add_argument("--readers", metavar="NAMES", help="text encoders beside the base's own: t5-xl, t5-xxl or "
+                         "ul2, and byt5-small or byt5-base; or none (default: t5-xl,byt5-small)")  # fmt: skip
+    command.add_argument("--projection", choices=["plus", "full"], help="of the vision branch (default: plus)")
+    command.add_argument("--lora-rank", type=non_negative, metavar="N", help="0 for no LoRA (default: 64)")
+    speed = command.add_mutually_exclusive_group()
+    speed.add_argument("--device", metavar="NAME", help="device to plan the time for: a card such as rtx4090 or a100, "
+                       "or here (default: five usual cards)")  # fmt: skip
+    speed.add_argument("--flops", metavar="SPEED", help="speed that the device reaches, in FLOP a second, such as 300T")
+    _add_drawing(command.add_argument_group("for drawing"))
+    _add_training(command.add_argument_group("for training"))
+
+
+def _add_drawing(group: Any) -> None:
+    group.add_argument("--steps", type=positive, metavar="N", help="denoising steps (default: 30)")
+    group.add_argument("--references", type=positive, metavar="N", help="photos for each picture (default: 1)")
+    group.add_argument("--no-guidance", action="store_true", help="one denoiser pass a step, as few-step models need")
+    group.add_argument("--offload", choices=["none", "model", "sequential"], help="default: none, or what --fit needs")
+    group.add_argument("--tiling", action="store_true", help="decode in tiles")
+
+
+def _add_training(group: Any) -> None:
+    group.add_argument("--train", action="store_true", help="plan a training step instead of drawing")
+    group.add_argument("--parts", metavar="NAMES", help="parts to train, such as vision_branch,lora (default: all)")
+    group.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    group.add_argument("--optimiser", choices=["adamw", "adamw8bit"], help="default: adamw, or what --fit needs")
+    group.add_argument("--accumulation", type=positive, metavar="N", help="parts into which a batch is split (default: "
+                       "1, or what --fit needs)")  # fmt: skip
+    group.add_argument("--no-average", action="store_true", help="keep no moving average of the weights")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the plan, or the comparison of --check."""
+    from imagine.planning.cards import read_size, speeds
+
+    _check_unused_options(options)
+    limit = None if options.fit is None else read_size(options.fit)
+    if options.train and options.precision == "fp16":
+        raise ConfigError("Training in fp16 needs loss scaling, which our trainer does not have: choose bf16 or fp32.")
+    known = speeds(options.device, options.flops, options.precision != "fp32") if options.base else {}
+    if options.check:
+        from imagine.planning import planning
+
+        checked = planning.check()
+        return {"lines": check_lines(checked), **checked}
+    base = _planned_base(options)
+    if options.train:
+        report = _plan_training(options, base, limit, known)
+        return {"lines": training_lines(report), **report}
+    report = _plan_drawing(options, base, limit, known)
+    return {"lines": drawing_lines(report), **report}
+
+
+def _plan_training(
+    options: argparse.Namespace, base: "Blueprint", limit: int | None, known: "Mapping[str, Speed]"
+) -> dict[str, Any]:
+    from imagine.planning.bases import default_resolution
+    from imagine.planning.planning import plan_training
+    from imagine.planning.training import Recipe, TrainingWorkload
+
+    parts = tuple(filter(None, (options.parts or "").split(",")))
+    workload = TrainingWorkload(options.resolution or default_resolution(base), options.batch or 1, parts)
+    given = {name: getattr(options, name) for name in _given_names(options, _RECIPE_OPTIONS)}
+    recipe = Recipe(**given, average=not options.no_average)
+    return plan_training(base, workload, recipe, limit, known, [*given, *["average"] * options.no_average])
+
+
+def _plan_drawing(
+    options: argparse.Namespace, base: "Blueprint", limit: int | None, known: "Mapping[str, Speed]"
+) -> dict[str, Any]:
+    from imagine.planning.bases import default_resolution
+    from imagine.planning.inference import DrawingOptions, DrawingWorkload
+    from imagine.planning.planning import plan_drawing
+
+    given = {name: getattr(options, name) for name in _given_names(options, ("steps", "references"))}
+    resolution = options.resolution or default_resolution(base)
+    workload = DrawingWorkload(resolution, options.batch or 1, **given, guided=not options.no_guidance)
+    fixed = _given_names(options, _MEMORY_OPTIONS)
+    settings = DrawingOptions(**{name: getattr(options, name) for name in fixed})
+    return plan_drawing(base, workload, settings, limit, known, fixed)
+
+
+def _planned_base(options: argparse.Namespace) -> "Blueprint":
+    from imagine.planning.bases import add_branches, read_base
+
+    base = read_base(options.base)
+    if base.adapters and (unused := _given_names(options, _BRANCH_OPTIONS)):
+        raise ConfigError(f"{options.base} has adapters already: leave out {_flag_names(unused)}.")
+    readers = (options.readers or "t5-xl,byt5-small").split(",")
+    rank = 64 if options.lora_rank is None else options.lora_rank
+    return add_branches(base, [n for n in readers if n and n != "none"], options.projection or "plus", rank)
+
+
+def _check_unused_options(options: argparse.Namespace) -> None:
+    """Raise ConfigError for arguments that do not apply to what is planned."""
+    if options.check:
+        if unused := _given_names(options, (*_COMMON_OPTIONS, *_DRAWING_OPTIONS, *_TRAINING_OPTIONS)):
+            raise ConfigError(f"--check takes no other arguments: leave out {_flag_names(unused)}.")
+    elif options.train and (unused := _given_names(options, _DRAWING_OPTIONS)):
+        raise ConfigError(f"Training does not depend on {_flag_names(unused)}: leave that out, or leave out --train.")
+    elif not options.train and (unused := _given_names(options, _TRAINING_OPTIONS)):
+        raise ConfigError(f"Drawing does not depend on {_flag_names(unused)}: leave that out, or add --train.")
+
+
+def _given_names(options: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    return [name for name in names if getattr(options, name) is not None and getattr(options, name) is not False]
+
+
+def _flag_names(names: Sequence[str]) -> str:
+    return " and ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+def drawing_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return the plan of a call as lines: a table of its parts, then totals, times and the code that sets it up."""
+    guided = "with guidance" if report["guided"] else "without guidance"
+    rows = [
+        [
+            name, _millions(part["parameters"]), size(part["weights"]), size(part["working"]),
+            size(part["at_once"]) if "at_once" in part else "", f"{part['flops'] / 1e12:.3g}",
+        ]
+        for name, part in report["parts"].items()
+    ]  # fmt: skip
+    return [
+        f"Drawing with {report['base']}: {report['resolution']} px, {report['batch']} at a time, {report['steps']} "
+        f"steps {guided}, {report['precision']}, offload {report['offload']}",
+        "",
+        *table_lines(["part", "parameters", "weights", "working", "peak", "TFLOP"], rows, "  "),
+        "",
+        f"Arithmetic: {report['flops_step'] / 1e12:.3g} TFLOP a step, {report['flops'] / 1e12:.3g} TFLOP in all.",
+        f"Memory: at most {size(report['peak'])}, while {report['busiest'].replace('_', ' ')} runs. This counts "
+        "tensors, and what a card holds beside them.",
+        *_time_lines(report, "for all pictures"),
+        "",
+        "In Python:",
+        *(f"  {line}" for line in report["switches"]),
+    ]
+
+
+def training_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return the plan of a training step as lines: tables of parts and memory, then totals, times and settings."""
+    counts = [*report["trained"].items(), ("frozen", report["frozen"])]
+    return [
+        f"Training {report['base']}: {report['batch']} images of {report['resolution']} px a step",
+        "",
+        *table_lines(["part", "parameters"], [[name, _millions(count)] for name, count in counts], "  "),
+        "",
+        *table_lines(["memory for", "size"], [[name, size(count)] for name, count in report["memory"].items()], "  "),
+        "",
+        f"Arithmetic: {report['flops_step'] / 1e12:.3g} TFLOP a step.",
+        f"Memory: {size(report['peak'])}. This counts tensors, and what a card holds beside them.",
+        *_time_lines(report, "for a step"),
+        "",
+        "In a stage of a configuration file:",
+        *(f"  {line}" for line in report["switches"]),
+    ]
+
+
+def check_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return a comparison of planned and measured numbers as a table."""
+    rows = [[name, row["planned"], row["measured"], f"{row['off']:.1%}"] for name, row in report["rows"].items()]
+    return [
+        *table_lines(["quantity", "planned", "measured", "difference"], rows),
+        f"Memory agrees within {report['tolerance']:.0%}, everything else exactly.",
+    ]
+
+
+def _time_lines(report: Mapping[str, Any], of: str) -> list[str]:
+    if not report["seconds"]:
+        return []
+    times = [[name, _seconds(each)] for name, each in report["seconds"].items()]
+    speeds = "; ".join(dict.fromkeys(report["speeds"].values()))
+    return ["", *table_lines(["device", f"time {of}"], times, "  "), f"  Speed: {speeds}."]
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 0.1:
+        return f"{seconds * 1000:.2g} ms"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:,.1f} M"

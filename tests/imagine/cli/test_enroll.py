@@ -1,0 +1,22 @@
+"""`imagine enroll`: what it refuses; test_generate.py draws with what it writes."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands import Run, assert_refused, terminal
+
+
+def test_enroll_checks_the_photos_before_it_loads_anything(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{")  # loading this file would fail next
+    code, out, err = run("enroll", "nobody.jpg", "--weights", tmp_path, "--output", tmp_path / "me.safetensors")
+    assert_refused(code, out, err)
+    assert "There is no file nobody.jpg" in err
+
+
+def test_progress_appears_on_a_terminal(
+    run: Run, weights: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with terminal(monkeypatch) as progress:
+        assert run("enroll", photo, photo, "--weights", weights, "--output", tmp_path / "me.safetensors")[0] == 0
+    assert "loading the model" in progress[0] and "encoding the photos" in progress[0]
