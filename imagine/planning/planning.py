@@ -141,55 +141,6 @@ def _describe(base: Blueprint, workload: DrawingWorkload | TrainingWorkload) -> 
     return f"{base.name} at {workload.resolution} px in batches of {workload.batch}"
 
 
-def words(report: Mapping[str, Any]) -> list[str]:
-    """A plan as lines for people."""
-    return _training_words(report) if "trained" in report else _drawing_words(report)
-
-
-def _drawing_words(report: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"{report['base']}, {report['batch']} of {report['resolution']} px, {report['steps']} steps"
-        f"{' with guidance' if report['guided'] else ''}, {report['precision']}",
-        f"  {'part':<16} {'parameters':>11} {'weights':>10} {'working':>10} {'at once':>10} {'TFLOP':>8}",
-    ]
-    for name, part in report["parts"].items():
-        at_once = _gib(part["at_once"]) if "at_once" in part else ""
-        lines.append(
-            f"  {name:<16} {part['parameters'] / 1e6:>9.1f} M {_gib(part['weights']):>10} {_gib(part['working']):>10} "
-            f"{at_once:>10} {part['flops'] / 1e12:>8.2f}"
-        )
-    lines += [
-        f"arithmetic: {report['flops_step'] / 1e12:.2f} TFLOP a step, {report['flops'] / 1e12:.1f} TFLOP in all",
-        f"memory: {_gib(report['peak'])} at most, while {report['busiest'].replace('_', ' ')} works"
-        f" (tensors, and what a card holds beside them); offload {report['offload']}",
-    ]
-    return [*lines, *_time_words(report, "for all pictures"), "with:", *(f"  {line}" for line in report["switches"])]
-
-
-def _training_words(report: Mapping[str, Any]) -> list[str]:
-    lines = [f"training {report['base']} at {report['resolution']} px, {report['batch']} images a step"]
-    lines += [f"  {name:<26} {count / 1e6:>9.1f} M" for name, count in report["trained"].items()]
-    lines.append(f"  {'frozen':<26} {report['frozen'] / 1e6:>9.1f} M")
-    lines += [f"  {name:<26} {_gib(size):>11}" for name, size in report["memory"].items()]
-    lines += [
-        f"arithmetic: {report['flops_step'] / 1e12:.1f} TFLOP a step",
-        f"memory: {_gib(report['peak'])} (tensors, and what a card holds beside them)",
-    ]
-    lines += _time_words(report, "a step")
-    return [*lines, "with, in a stage of a config:", *(f"  {line}" for line in report["switches"])]
-
-
-def _time_words(report: Mapping[str, Any], of: str) -> list[str]:
-    if not report["seconds"]:
-        return []
-    times = ", ".join(f"{_seconds(seconds)} on {name}" for name, seconds in report["seconds"].items())
-    return [f"time {of}: {times} ({'; '.join(dict.fromkeys(report['speeds'].values()))})"]
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
-
-
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
@@ -259,15 +210,6 @@ def _check_rows(rows: Mapping[str, Mapping[str, Any]]) -> None:
     for name, row in rows.items():
         if row["off"] > (TOLERANCE if name.endswith("memory") else 0):
             raise RuntimeError(f"{name}: planned {row['planned']}, measured {row['measured']}")
-
-
-def check_words(report: Mapping[str, Any]) -> list[str]:
-    """A check as lines for people."""
-    lines = [
-        f"{name:<40} planned {row['planned']:>14,}, measured {row['measured']:>14,}, off by {row['off']:.1%}"
-        for name, row in report["rows"].items()
-    ]
-    return [*lines, f"Memory agrees within {report['tolerance']:.0%}, everything else exactly."]
 
 
 Work = Callable[[Networks], Any]
