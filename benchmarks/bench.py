@@ -1,7 +1,7 @@
-"""How fast things are here: `make bench`. Prints one line a measurement, or one JSON object with --json.
+"""Measure the speed of rendering, drawing and a cold start: `make bench`.
 
-Times are medians of several runs, after one run that is not counted. They say something about one machine only, so
-they are measured here and never asserted in tests.
+Print one line per measurement, or one JSON object with --json. Times are medians of several runs, after one run to warm
+up. They depend on the machine, so no test asserts them.
 """
 
 import argparse
@@ -23,11 +23,11 @@ PROMPT = "smiling, on a beach"
 
 
 def main() -> int:
-    """Measure everything; returns the exit code."""
+    """Measure everything and return the exit code."""
     parser = argparse.ArgumentParser(description="Measure seconds per picture, cold start and rendering.")
-    parser.add_argument("--weights", default=None, help="weights folder (default: the shipped weights)")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--weights", default=None, help="folder of weights (default: the shipped weights)")
+    parser.add_argument("--runs", type=int, default=5, help="runs to take the median of (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         reference = Path(folder) / "reference.png"
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def seconds(work: Callable[[], object], runs: int) -> float:
-    """The median time of `work`, in seconds, after one run that is not counted."""
+    """Return the median time of `work` in seconds, after one run to warm up."""
     work()
     times = []
     for _ in range(runs):
@@ -57,7 +57,7 @@ def seconds(work: Callable[[], object], runs: int) -> float:
 
 
 def render_batch() -> object:
-    """Draw 64 portraits."""
+    """Render 64 portraits."""
     return render(sample_people(DEMO[:64]), sample_contexts(DEMO[:64]), size=128)
 
 
@@ -70,7 +70,7 @@ def write_reference(path: Path) -> None:
 
 
 def picture_seconds(reference: Path, options: argparse.Namespace) -> float:
-    """One photo and a sentence to one picture, the face crop and the encoders included."""
+    """Return the seconds for one picture from a photo and a prompt, the face crop and the encoders included."""
     from imagine import ImaginePipeline
 
     pipe = ImaginePipeline.from_pretrained(*([options.weights] if options.weights else []))
@@ -79,8 +79,8 @@ def picture_seconds(reference: Path, options: argparse.Namespace) -> float:
 
 
 def cold_seconds(reference: Path, options: argparse.Namespace) -> float:
-    """The whole command in a new process: start Python, load, draw, save."""
-    command = [sys.executable, "-m", "imagine.cli", "generate", "--reference", str(reference), "--prompt", PROMPT]
+    """Return the seconds for the whole command in a new process: start Python, load, draw and save."""
+    command = [sys.executable, "-m", "imagine", "generate", "--reference", str(reference), "--prompt", PROMPT]
     command += [
         "--output",
         str(reference.with_name("out.png")),
