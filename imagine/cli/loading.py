@@ -30,7 +30,9 @@ def weights_folder(given: Path | None) -> Path:
         return default_folder()
     folder = as_path(given)
     if kind_of(folder, WeightsError) != "folder":
-        raise WeightsError(f"There is no folder {shorten_path(given)}: name a folder of weights, or leave --weights out.")
+        raise WeightsError(
+            f"There is no folder {shorten_path(given)}: name a folder of weights, or leave --weights out."
+        )
     if (kind := read_index(folder, class_names())["_class_name"]) != PIPELINE:
         raise WeightsError(
             f"{given} holds a {kind}, but this command takes imagine's own weights only: use it from Python, with "
