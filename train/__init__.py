@@ -1,1 +1,1 @@
-"""The trainer: an ordered list of stages, each a task trained for a number of images (`python -m train`)."""
+"""The trainer (`python -m train`): a run is an ordered list of stages; each trains one task for a number of images."""

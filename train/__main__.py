@@ -1,7 +1,7 @@
-"""`python -m train CONFIG.yaml --output DIR`: read the run file, run its stages.
+"""`python -m train CONFIG.yaml --output DIR`: read the run file and train its stages.
 
-Exit codes: 0 done; 3 stopped cleanly before the end, to be carried on by the same command; 2 the input is wrong; 1 our
-fault.
+Exit codes: 0 done; 1 an error of the program; 2 the input is wrong; 3 stopped cleanly before the end, and the same
+command resumes the run.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from imagine.errors import ImagineError
 from imagine.paths import folder_to_fill
 from train.config import load_run
 
-DONE, WRONG, STOPPED = 0, 2, 3  # a script that goes on after training must be able to tell the first from the last
+DONE, WRONG, STOPPED = 0, 2, 3  # a script that uses the trained weights must be able to tell "done" from "stopped"
 
 
 def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None = None) -> int:
-    """Run the command line; `tasks` replaces the table of tasks. The exit code."""
+    """Run the command line and return the exit code. `tasks` replaces the table of tasks."""
     options = _parser().parse_intermixed_args(arguments)
     _configure_logging()
     try:
         run = load_run(options.config, options.overrides)
-        from train.stages import TASKS, run_stages  # after the file is read: a typo is told before torch is loaded
+        from train.stages import TASKS, run_stages  # imported late, so that a typo is reported before torch loads
 
         chosen = TASKS if tasks is None else tasks
         only = [name for name in options.only.split(",") if name]
@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None
     except ImagineError as error:
         sys.stderr.write(f"{error}\n")
         return WRONG
-    except OSError as error:  # a full disk, no rights, a network that is gone
-        what = "What the run reads or writes failed"
-        sys.stderr.write(f"{what} ({error}): mend that and run the same command again; it carries on.\n")
+    except OSError as error:  # a full disk, missing permissions, a lost network
+        what = "A file of the run could not be read or written"
+        sys.stderr.write(f"{what} ({error}). Fix the cause and run the same command again; it resumes the run.\n")
         return WRONG
     return DONE if finished else STOPPED
 
@@ -52,21 +52,21 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m train",
-        description="Train the stages of a run file in order. The same command again carries on where it was stopped.",
+        description="Train the stages of a run file in order. The same command resumes a run that was stopped.",
     )
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the run file")
-    parser.add_argument("overrides", nargs="*", metavar="stage.key=value", help="replaces a value of the run file")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the run's folder")
-    parser.add_argument("--resume", action="store_true", help="carry on although settings changed, for example images")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained, and train nothing")
-    parser.add_argument("--self-test", action="store_true", help="can each stage learn one batch? Keeps nothing")
-    parser.add_argument("--only", default="", metavar="STAGE[,STAGE]", help="leave the other stages alone")
+    parser.add_argument("overrides", nargs="*", metavar="stage.key=value", help="replace a value of the run file")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder of the run")
+    parser.add_argument("--resume", action="store_true", help="resume with changed settings, for example images")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan of every stage; train nothing")
+    parser.add_argument("--self-test", action="store_true", help="overfit one batch per stage; keep nothing")
+    parser.add_argument("--only", default="", metavar="STAGE[,STAGE]", help="train only these stages")
     parser.add_argument("--max-minutes", type=float, metavar="M", help="stop cleanly after M minutes")
     return parser
 
 
 def _configure_logging() -> None:
-    """The trainer's own lines on stderr, through rich where there is a terminal, so that bar and lines do not mix."""
+    """Send the trainer's log lines to stderr; on a terminal through rich, so that the progress bar stays intact."""
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.console import Console

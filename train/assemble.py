@@ -1,9 +1,9 @@
-"""From a finished run to a weights folder: `python -m train.assemble runs/weights --output weights`.
+"""Turn a finished run into a weights folder: `python -m train.assemble runs/weights --output weights`.
 
-Takes what the stages exported, puts the pipeline together, and saves it in half precision beside judge and finder. Only
-components that the pipeline, judge and finder own are replaced, each when it is whole and on disk; the model card and
-the examples stay. Of a run on somebody else's base it leaves what was trained, the adapters and the vision encoder, for
-a pipeline around that base.
+The pipeline is built from the exports of the stages and saved in half precision, with the judge and the finder beside
+it. Only components of the pipeline, the judge and the finder are replaced, each one only after it is completely written
+to disk; the model card and the examples are not touched. For a run on a public base, only the trained components (the
+adapters and the vision encoder) are written, to be loaded into a pipeline with that base.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from train.data.language import load_text_encoders
 from train.run.checkpoint import read_tensors, replacing, write_tensors
 
 log = logging.getLogger("train")
-ADAPTER_TASKS = ("adapter", "diffusers_adapter")  # tasks whose stages leave something to draw with
+ADAPTER_TASKS = ("adapter", "diffusers_adapter")  # tasks whose exports a pipeline can generate with
 JUDGE_FOLDERS = {"recogniser": "recogniser", "reader": "reader"}  # stage -> the folder it exports
 
 
@@ -40,14 +40,14 @@ def assemble(
     stage: str | None = None,
     best: bool = False,
 ) -> None:
-    """Write the pipeline of `run` to `output`; stages that are not there yet (judge, finder) are left as they are.
+    """Write the pipeline of `run` to `output`. Components whose stage is not trained (judge, finder) are not changed.
 
-    `initial` is the folder of weights that the run began with, for what it did not train. The pipeline draws with the
-    adapter of `stage`, or of the last adapter stage that left one; a warning says so if that is not the end of the run.
-    With `best` that adapter is the stage's best by its `best_by`, not its last.
-    `defaults` go to the pipeline: what a call uses that names no steps or guidance (`benchmarks/guidance.py` measures).
+    `initial` is the folder of weights that the run started from; it provides what the run did not train. The pipeline
+    uses the adapter of `stage`, or by default of the last adapter stage with an export; a warning is logged if that is
+    not the end of the run. With `best`, the adapter is the stage's best one by its `best_by` instead of its last one.
+    `defaults` are the pipeline's defaults for calls without steps or guidance (measured by `benchmarks/guidance.py`).
     """
-    adapter_export = _export(run, stage) if stage else _last_adapter(run)  # with the base that it was trained on
+    adapter_export = _export(run, stage) if stage else _last_adapter(run)  # includes the adapter's base
     if best:
         adapter_export = _best(adapter_export.parent)
     output.mkdir(parents=True, exist_ok=True)
@@ -61,9 +61,9 @@ def assemble(
 
 
 def _put(draft: Path, output: Path) -> None:
-    """Every component of `draft` in the place of the one in `output`; the files beside them last."""
+    """Replace the components in `output` by those of `draft`; top-level files such as model_index.json come last."""
     for part in sorted(draft.iterdir(), key=lambda part: (part.is_file(), part.name)):
-        if part.name == "judge":  # its two networks come and go by themselves
+        if part.name == "judge":  # its two networks are replaced independently
             (output / part.name).mkdir(exist_ok=True)
             _put(part, output / part.name)
             continue
@@ -74,7 +74,7 @@ def _put(draft: Path, output: Path) -> None:
 def _assemble_pipeline(
     run: Path, adapter_export: Path, initial: Path | None, output: Path, dtype: torch.dtype, defaults: Mapping[str, Any]
 ) -> None:
-    """The pipeline around the base that was trained with this adapter, beside judge and finder."""
+    """Save the pipeline with the base that was trained with this adapter, and copy the judge and the finder."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
     from imagine.adapter.adapter import Adapter
@@ -103,7 +103,7 @@ def _assemble_pipeline(
     )
     pipe.to(dtype)
     for part in (pipe.text_adapter, pipe.adapter):
-        assert part is not None, "both adapters were just given"
+        assert part is not None, "both adapters were passed to the constructor"
         part.to(dtype)
     pipe.save_pretrained(output)
     for stage, folder in (*((name, f"judge/{name}") for name in JUDGE_FOLDERS), ("finder", "finder")):
@@ -113,7 +113,7 @@ def _assemble_pipeline(
 
 
 def _assemble_adapters(adapter_export: Path, output: Path, dtype: torch.dtype) -> None:
-    """The vision encoder and the adapters that a stage on a public base left, in this precision."""
+    """Write the vision encoder and the adapters that a stage on a public base exported, cast to `dtype`."""
     encoder = load_model(adapter_export / "image_encoder", "imagine.networks.encoders", "VisionEncoder", dtype)
     encoder.save_pretrained(output / "image_encoder")
     remove_local_paths(output / "image_encoder")
@@ -126,24 +126,28 @@ def _assemble_adapters(adapter_export: Path, output: Path, dtype: torch.dtype) -
 
 
 def _last_adapter(run: Path) -> Path:
-    """What the last adapter stage that left anything exported: coarse to fine, the last is the best."""
+    """Return the export of the last adapter stage that has one: stages go from coarse to fine, so the last is best."""
     import yaml
 
     described = run / "run.yaml"
     if not described.is_file():
-        raise WeightsError(f"{run} holds no run (there is no run.yaml): name the folder that a training left.")
+        raise WeightsError(
+            f"{run} is not the folder of a run (it has no run.yaml). Name the output folder of a training."
+        )
     stages = yaml.safe_load(described.read_text(encoding="utf-8"))["stages"]
     adapters = [name for name, stage in stages.items() if stage["task"] in ADAPTER_TASKS]
     found = [name for name in adapters if (run / name / "export").is_dir()]
     if not found:
-        raise WeightsError(f"No adapter stage of {run} is trained yet: train it first with `make weights`.")
+        raise WeightsError(
+            f"No adapter stage of {run} is trained yet. Train one first, for example with `make weights`."
+        )
     if found[-1] != adapters[-1] or not (run / found[-1] / "done.json").is_file():
-        log.warning("%s is not trained to its end: these are the weights of its stage %s, so far.", run, found[-1])
+        log.warning("%s is not fully trained; the weights come from its stage %s so far.", run, found[-1])
     return run / found[-1] / "export"
 
 
 def _autoencoder(run: Path, initial: Path | None) -> Path:
-    """Where the autoencoder lies: the decoder that was trained on alone, or both halves, or what the run began with."""
+    """Return the autoencoder's folder: of the stage `decoder`, else of the stage `autoencoder`, else `initial`."""
     for stage in ("decoder", "autoencoder"):
         if (run / stage / "export" / "vae").is_dir():
             return run / stage / "export"
@@ -151,11 +155,11 @@ def _autoencoder(run: Path, initial: Path | None) -> Path:
 
 
 def _best(stage: Path) -> Path:
-    """What the stage exported with its best weights."""
+    """Return the stage's export with its best weights; WeightsError if it has none."""
     if not (stage / "best").is_dir():
         raise WeightsError(
-            f"{stage} holds no best weights: give the stage best_by (a number of its validation) and train it to its "
-            "end, or leave --best out."
+            f"{stage} holds no best weights. Set best_by in the stage to one of its validation numbers and finish its "
+            "training, or leave --best out."
         )
     return stage / "best"
 
@@ -163,22 +167,26 @@ def _best(stage: Path) -> Path:
 def _export(run: Path, stage: str) -> Path:
     folder = run / stage / "export"
     if not folder.is_dir():
-        raise WeightsError(f"{run} holds no export of the stage {stage}: train it first, or name another.")
+        raise WeightsError(f"{run} holds no export of the stage {stage}. Train that stage first, or name another.")
     return folder
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; 0, or 2 with one sentence."""
+    """Run the command line. Return 0, or 2 after printing what is wrong with the input."""
     parser = argparse.ArgumentParser(prog="python -m train.assemble", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", type=Path, help="the folder of the run")
     parser.add_argument("--output", type=Path, required=True, help="the weights folder to write")
-    parser.add_argument("--initial", type=Path, help="the weights that the run began with, if it did")
-    parser.add_argument("--stage", help="the adapter stage to draw with; none: the last that is trained")
-    parser.add_argument("--best", action="store_true", help="that stage's best weights by its best_by, not its last")
-    parser.add_argument("--steps", type=int, default=20, help="the pipeline's default")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="the pipeline's default")
-    parser.add_argument("--identity-guidance-scale", type=float, help="the pipeline's default; none: as the text's")
-    parser.add_argument("--refine-faces", action="store_true", help="small faces are drawn once more by default")
+    parser.add_argument("--initial", type=Path, help="the weights folder that the run started from, if any")
+    parser.add_argument("--stage", help="the adapter stage to use; default: the last one that is trained")
+    parser.add_argument(
+        "--best", action="store_true", help="use that stage's best weights by its best_by, not its last"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="the pipeline's default number of steps")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="the pipeline's default text guidance")
+    parser.add_argument(
+        "--identity-guidance-scale", type=float, help="the pipeline's default identity guidance; none: the text's"
+    )
+    parser.add_argument("--refine-faces", action="store_true", help="refine small faces in a second pass by default")
     options = parser.parse_args(arguments)
     defaults = {
         "default_steps": options.steps,

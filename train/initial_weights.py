@@ -1,6 +1,6 @@
-"""Where a stage may begin besides an earlier stage: a folder of weights, such as the one that is shipped.
+"""Load initial weights of a stage from a folder of weights, such as the shipped one, instead of from an earlier stage.
 
-So training goes on from what was published, when the run that made it is long gone.
+So training can continue from published weights without the run that made them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from imagine.errors import WeightsError
 from train.run import checkpoint
 
-WEIGHT_FOLDERS = {  # module -> its folder among the weights; what is not here (heads that are thrown away) starts fresh
+WEIGHT_FOLDERS = {  # module -> its folder in the weights; other modules (heads for training) start from random weights
     "vae": "vae", "unet": "unet", "text_adapter": "text_adapter", "adapter": "adapter",
     "image_encoder": "image_encoder", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2",
     "text_encoder_3": "text_encoder_3",
@@ -20,9 +20,9 @@ WEIGHT_FOLDERS = {  # module -> its folder among the weights; what is not here (
 
 
 def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
-    """Load every module that the folder `weights` holds, strictly; the names of those that were.
+    """Load every module that the folder `weights` holds, strictly, and return the names of the loaded modules.
 
-    Raises WeightsError as `find_weights` does, and if a module has other names or shapes.
+    Raises WeightsError as `find_weights` does, and if the names or shapes of a module's tensors differ.
     """
     present = find_weights(modules, weights)
     for name, file in present.items():
@@ -33,24 +33,26 @@ def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
 
 
 def find_weights(modules: Iterable[str], weights: Path) -> dict[str, Path]:
-    """Module -> its file, of those that the folder `weights` holds.
+    """Return module -> file for the modules that the folder `weights` holds.
 
-    Raises WeightsError if the folder is missing, or holds none of those that weights can hold.
+    Raises WeightsError if the folder is missing, or if it holds none of the modules that a weights folder can hold.
     """
     if not weights.is_dir():
-        raise WeightsError(f"There is no folder {weights} to begin from: name one that holds weights, or leave it out.")
+        raise WeightsError(
+            f"The folder {weights} in `initial` does not exist. Name a folder of weights, or leave it out."
+        )
     files = {name: _file(weights / WEIGHT_FOLDERS[name]) for name in modules if name in WEIGHT_FOLDERS}
     present = {name: file for name, file in files.items() if file is not None}
     if files and not present:
         expected = (
             ", ".join(str(weights / WEIGHT_FOLDERS[name]) for name in files) or "weights of this stage's networks"
         )
-        raise WeightsError(f"{weights} holds nothing that this stage can begin from; expected: {expected}.")
+        raise WeightsError(f"{weights} holds no weights that this stage can start from. Expected: {expected}.")
     return present
 
 
 def _untied(module: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is stored, with the second names of tensors that the module has under two: files keep only one."""
+    """Return the stored tensors, plus the second names of tied tensors: files keep only one name of each."""
     own = module.state_dict()
     home = {value.data_ptr(): key for key, value in own.items() if key in stored}
     second = {key: stored[home[value.data_ptr()]] for key, value in own.items() if value.data_ptr() in home}

@@ -1,10 +1,11 @@
-"""One stage, from its start or its newest checkpoint to its last image: the loop, in sentences.
+"""The training loop: train one stage from its start, or from its newest checkpoint, to its last image.
 
-It knows no networks. The clock is the number of images seen; learning rate, data, random numbers and the moments for
-validation follow from it, so a run that was stopped anywhere ends with the weights of one that was not.
+The loop is independent of the networks. Progress is the number of images seen; learning rate, data, random numbers and
+validations depend only on it, so a run that was stopped and resumed ends with the weights of an uninterrupted run.
 
-Several processes take the same steps, each on its share of every batch. What only one of them knows (a signal, a clock,
-a record that cannot be read, the validation's numbers) they tell each other before any of them acts on it.
+Several processes take the same steps, each on its share of every batch. Information that only one process has (a
+signal, a time limit, a record that cannot be read, validation numbers) is reduced or broadcast before any process acts
+on it.
 """
 
 import functools
@@ -40,22 +41,22 @@ from train.run.stopping import Stopped, Stopping
 from train.task import Loss, Task
 
 log = logging.getLogger("train")
-MAX_BAD_BATCHES = 3  # in a row
-FIRST_BATCH_IMAGES = 32  # images of the first batch that are saved for people to see
-# How long processes wait for each other; one that dies is noticed at once.
-SETUP_TIMEOUT = timedelta(hours=24)  # for the main one, while it renders pictures, encodes them, validates or exports
-STEP_TIMEOUT = timedelta(hours=1)  # within steps, so that one that hangs does not hold all machines for a day
+MAX_BAD_BATCHES = 3  # skipped batches in a row after which training stops
+FIRST_BATCH_IMAGES = 32  # images of the first batch that are saved for inspection
+# How long processes wait for each other. A process that dies is noticed immediately.
+SETUP_TIMEOUT = timedelta(hours=24)  # while the main process renders or encodes pictures, validates or exports
+STEP_TIMEOUT = timedelta(hours=1)  # within steps: a process that hangs must not block all machines for a day
 Metrics = Mapping[str, float | Tensor]
 Value = TypeVar("Value")
 Arguments = ParamSpec("Arguments")
 
 
 class TrainingError(ImagineError):
-    """Training cannot go on with these settings."""
+    """Raised when training cannot continue with the stage's settings."""
 
 
 def on_any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
-    """Each flag as it is on any process: true on all of them if on one."""
+    """Return the logical OR of each flag over all processes."""
     if accelerator.num_processes == 1:
         return list(flags)
     counts = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum")
@@ -63,23 +64,23 @@ def on_any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
 
 
 def broadcast_from_main(accelerator: Accelerator, value: Value) -> Value:
-    """The main process's value, on all of them."""
+    """Return the main process's value on every process."""
     shared: list[Value] = [value] if accelerator.num_processes == 1 else broadcast_object_list([value])
     return shared[0]
 
 
 def set_process_timeout(accelerator: Accelerator, timeout: timedelta) -> None:
-    """How long this process waits for the others from now on, whatever for."""
+    """Set the timeout of all later collective operations of this process."""
     if accelerator.num_processes > 1:
         from torch.distributed import distributed_c10d as distributed
 
-        set_timeout = getattr(distributed, "set_timeout", None) or distributed._set_pg_timeout  # as older torch has it
+        set_timeout = getattr(distributed, "set_timeout", None) or distributed._set_pg_timeout  # older torch versions
         set_timeout(timeout)
 
 
 @contextmanager
 def step_timeout(accelerator: Accelerator) -> Iterator[None]:
-    """For the block processes wait no longer than steps may take."""
+    """Use STEP_TIMEOUT within the block, and SETUP_TIMEOUT after it."""
     set_process_timeout(accelerator, STEP_TIMEOUT)
     try:
         yield
@@ -90,7 +91,7 @@ def step_timeout(accelerator: Accelerator) -> Iterator[None]:
 def with_setup_timeout(
     method: "Callable[Concatenate[StageRun, Arguments], Value]",
 ) -> "Callable[Concatenate[StageRun, Arguments], Value]":
-    """A method of a hurried course that the main process may take its time for."""
+    """Wrap a method that may take the main process long: use SETUP_TIMEOUT during the call, STEP_TIMEOUT after it."""
 
     @functools.wraps(method)
     def with_timeout(stage_run: "StageRun", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
@@ -106,12 +107,12 @@ def with_setup_timeout(
 def train_stage(
     name: str, stage: Stage, task: Task, folder: Path, accelerator: Accelerator, stopping: Stopping
 ) -> dict[str, float] | None:
-    """Train `task` until `stage.images`; the last validation's numbers, or None if it was stopped before the end.
+    """Train `task` until `stage.images`; return the last validation's numbers, or None if stopped before the end.
 
-    `folder` receives checkpoints/, metrics.jsonl, samples/, weights.safetensors (the averaged weights of the modules
-    that trained), best.safetensors (likewise, at the best validation), export/ (what the task writes) and best/
-    (likewise, with the best weights).
-    TrainingError if three batches in a row cannot be used, or `best_by` names no number of the validation.
+    `folder` receives checkpoints/, metrics.jsonl, samples/, weights.safetensors (averaged weights of the trained
+    modules), best.safetensors (averaged weights at the best validation), export/ (the task's export) and best/ (the
+    task's export with the best weights).
+    Raises TrainingError if three batches in a row cannot be used, or if `best_by` is not a number of the validation.
     """
     try:
         stage_run = StageRun(name, stage, task, folder, accelerator, stopping)
@@ -127,7 +128,7 @@ def train_stage(
                 stage_run.save()
             if stop:
                 stage_run.leave_weights()
-                why = reason or "another process was asked to"
+                why = reason or "another process was stopped"
                 log.info("%s: stopped at %s images: %s.", name, f"{state.progress.images_seen:,}", why)
                 return None
             before = state.progress.images_seen
@@ -143,7 +144,7 @@ def train_stage(
 
 
 class StageRun:
-    """One stage under way: the task, what changes while it trains, and the steps of the loop."""
+    """A stage in training: the task, the training state, and the steps of the loop."""
 
     def __init__(
         self,
@@ -173,14 +174,14 @@ class StageRun:
         self.seconds_before = self.state.progress.seconds
 
     def micro_batches(self) -> Generator[tuple[int, Any], None, None]:
-        """(first image number, batch) of every piece of every step from here to the end, this process's share.
+        """Yield (first image number, batch) for this process's share of every remaining micro-batch.
 
-        In place of a batch with a bad record stands the BadRecordError, so that the pieces after it still come.
+        A batch with a bad record is replaced by its BadRecordError, so that the iterator continues after it.
         """
         return prefetched(torch.no_grad()(self._batch), self._micro_batch_ranges(), self.stage.prefetch)
 
     def step(self, micro_batches: Iterator[tuple[int, Any]]) -> None:
-        """One optimiser step on `batch_size` images, or none if a record or a number in them is bad."""
+        """Take one optimiser step on `batch_size` images; skip it for a bad record or a loss or gradient not finite."""
         progress, stage = self.state.progress, self.stage
         parts.set_rates(self.state.optimiser, stage.rate(progress.images_seen))
         batches = list(islice(micro_batches, stage.accumulation))
@@ -194,7 +195,7 @@ class StageRun:
 
     @with_setup_timeout
     def validate(self) -> dict[str, float]:
-        """The task's numbers and pictures with the averaged weights in place, written to metrics.jsonl and samples/."""
+        """Validate with the averaged weights: write metrics.jsonl and samples/, and return the numbers."""
         seen = self.state.progress.images_seen
         self.report.row(seen, self._rates_and_progress())
         began = time.monotonic()
@@ -214,13 +215,13 @@ class StageRun:
         self.report.pause(self.saved_at - began)
 
     def checkpoint_is_due(self) -> bool:
-        """Whether there is something to save and it was not saved for long."""
+        """Return whether `checkpoint_every_seconds` have passed since the last checkpoint, with at least one step."""
         waited = time.monotonic() - self.saved_at >= self.stage.checkpoint_every_seconds
         return waited and self.state.progress.images_seen > self.saved_images
 
     @with_setup_timeout
     def leave_weights(self, at_the_end: bool = False) -> None:
-        """Write the averaged weights for later stages and the task's own export; in the end also one of the best."""
+        """Write the averaged weights for later stages, and the export; at the end also export the best weights."""
         best = self.folder / checkpoint.BEST
         with self._averaged():
             if not self.accelerator.is_main_process:
@@ -232,7 +233,7 @@ class StageRun:
                 self._export("best")
 
     def _export(self, name: str) -> None:
-        """What the task makes of the weights in place, in a folder of that name."""
+        """Have the task export its current weights to the folder `name`."""
         with checkpoint.replacing(self.folder / name) as draft:
             draft.mkdir()
             self.task.export(draft)
@@ -244,14 +245,14 @@ class StageRun:
             return error
 
     def _bad_record_reason(self, batches: list[tuple[int, Any]]) -> str:
-        """Why no process may take this step, if one of them met a bad record, in one line; "" if all can take it."""
+        """Return in one line which bad records any process met in this step; "" if there are none."""
         reasons = [str(batch) for _, batch in batches if isinstance(batch, BadRecordError)]
         if not on_any_process(self.accelerator, bool(reasons))[0]:
             return ""
         return " ".join("; ".join(gather_object(reasons)).split())[:300].rstrip(".")
 
     def _optimiser_step(self, batches: list[tuple[int, Any]]) -> str:
-        """Move the weights by one step, or leave them and say why; "" if they moved."""
+        """Update the weights and return ""; if loss or gradient is not finite, return that reason and do not update."""
         loss, metrics = self._forward_backward(batches)
         norm = self._clip()
         is_finite, size = math.isfinite(float(loss + norm)), self.stage.batch_size
@@ -259,22 +260,22 @@ class StageRun:
             self.optimiser.step()
             self.state.average.update(self.state.progress.images_seen + size, size)
             self.report.count({"loss": loss, "gradient_norm": norm}, size)
-            for piece in metrics:
-                self.report.count(piece, size // self.stage.accumulation)
+            for micro_batch_metrics in metrics:
+                self.report.count(micro_batch_metrics, size // self.stage.accumulation)
         self.optimiser.zero_grad(set_to_none=True)
-        return "" if is_finite else "a number in it is not finite"
+        return "" if is_finite else "its loss or gradient is not finite"
 
     def _forward_backward(self, batches: list[tuple[int, Any]]) -> tuple[Tensor, list[Metrics]]:
-        """Gradients of the mean loss over the whole batch, piece by piece; that mean, and the metrics of each piece."""
+        """Accumulate the gradients of the whole batch's mean loss; return that mean and each micro-batch's metrics."""
         count, total = len(batches), torch.zeros((), device=self.accelerator.device)
         metrics: list[Metrics] = []
         for number, (first, batch) in enumerate(batches):
-            torch.manual_seed(derive_seed(self.task.context.seed, "step", first))  # for dropout and the like
+            torch.manual_seed(derive_seed(self.task.context.seed, "step", first))  # for dropout
             batch = to_device(batch, self.accelerator.device)
             with self._without_sync(number + 1 < count), self._autocast(), self._attention():
                 per_sample, measured = self.model(batch, first)
             mean = per_sample.float().mean()
-            with self._without_sync(number + 1 < count), self._attention():  # checkpoints compute it again
+            with self._without_sync(number + 1 < count), self._attention():  # gradient checkpointing recomputes it
                 self.accelerator.backward(mean / count)
             total = total + mean.detach() / count
             metrics.append(measured)
@@ -282,7 +283,7 @@ class StageRun:
         return self.accelerator.reduce(total, "mean") if shared else total, metrics
 
     def _clip(self) -> Tensor:
-        """Norm of the gradients before they are cut to `clip`."""
+        """Clip the gradients to the norm `clip`, and return their norm before clipping."""
         norm = nn.utils.clip_grad_norm_(list(self.state.trained.values()), self.stage.clip or math.inf)
         return checkpoint.gather_full(norm.detach())
 
@@ -290,20 +291,20 @@ class StageRun:
         progress = self.state.progress
         progress.skipped += 1
         where = f"{progress.images_seen:,}"
-        log.warning("%s: the batch before image %s is left out: %s.", self.name, where, skip_reason)
+        log.warning("%s: skipped the batch before image %s: %s.", self.name, where, skip_reason)
         if progress.skipped_in_a_row >= MAX_BAD_BATCHES:
             raise TrainingError(
-                f"Stage {self.name} stopped at {where} images because {MAX_BAD_BATCHES} batches in a row had to be "
-                f"left out, the last because {skip_reason}: look at its data, or lower its learning rates or its clip, "
-                "and run it again."
+                f"Stage {self.name} stopped at {where} images because {MAX_BAD_BATCHES} batches in a row were "
+                f"skipped. The reason for the last one: {skip_reason}. Check the stage's data, or lower its learning "
+                "rates or its clip, and run it again."
             )
 
     def _measure(self) -> dict[str, float]:
-        """The task's numbers; its pictures into samples/, named by the images seen so that all of them stay."""
+        """Return the task's validation numbers; save its pictures in samples/, with the images seen in their names."""
         samples, seen = self.folder / "samples", self.state.progress.images_seen
         samples.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=samples) as draft:
-            # compiled code knows training's shapes only; validation's would be compiled again, for minutes
+            # The modules are compiled for the shapes of training; compiling those of validation would take minutes.
             with self._autocast(), torch.compiler.set_stance("force_eager"):
                 numbers = self.task.validate(Path(draft), seen)
             pictures = {
@@ -314,7 +315,7 @@ class StageRun:
         return {name: float(value) for name, value in numbers.items()}
 
     def _save_if_best(self, numbers: Mapping[str, float]) -> None:
-        """Write best.safetensors if the number that `best_by` names was never as good; averaged weights in place."""
+        """Write best.safetensors if the number `best_by` is the best so far. The averaged weights must be applied."""
         wanted = self.stage.best_by
         if not wanted:
             return
@@ -329,7 +330,7 @@ class StageRun:
             self._write_weights(checkpoint.BEST, {"best_by": wanted, "best_is": self.stage.best_is, "value": value})
 
     def _best_so_far(self, saved: Checkpoint | None) -> float | None:
-        """The best number up to that checkpoint; best.safetensors goes back to where it was then."""
+        """Return the best number up to the checkpoint `saved`, and restore the best.safetensors of that time."""
         if not self.stage.best_by:
             return None
         if self.accelerator.is_main_process:
@@ -339,7 +340,7 @@ class StageRun:
         return note["value"] if same else None
 
     def _write_weights(self, name: str, note: Mapping[str, Any]) -> None:
-        """The weights that are in place, with a note of where they are from."""
+        """Write the modules' current weights, with a note of their stage and images seen in the header."""
         facts = {"stage": self.name, "images_seen": self.state.progress.images_seen, **note}
         tensors = checkpoint.weights(self.task.modules, self.training)
         checkpoint.write_tensors(self.folder / name, tensors, {"from": json.dumps(facts)})
@@ -353,11 +354,14 @@ class StageRun:
         shares = self.stage.accumulation * self.accelerator.num_processes
         size, rank = self.stage.batch_size // shares, self.accelerator.process_index
         for step_start in range(self.state.progress.images_seen, self.stage.images, self.stage.batch_size):
-            for piece in range(self.stage.accumulation):
-                yield step_start + (piece * self.accelerator.num_processes + rank) * size, size
+            for micro_batch in range(self.stage.accumulation):
+                yield step_start + (micro_batch * self.accelerator.num_processes + rank) * size, size
 
     def _can_resume_from(self, saved: Checkpoint) -> bool:
-        """Whether this stage, run straight, would have passed through that checkpoint: its rate did not fall yet."""
+        """Return whether an uninterrupted run of this stage would have reached that checkpoint.
+
+        It would if `images` is the same, or if the learning rate had not begun to fall at the checkpoint.
+        """
         facts = ("images", "batch_size", "schedule", "decay")
         then = self.stage.model_copy(update={fact: saved.stage[fact] for fact in facts})
         if then.images == self.stage.images:
@@ -366,7 +370,7 @@ class StageRun:
         return self.stage.schedule == "constant" or last_step <= min(then.decay_start, self.stage.decay_start)
 
     def _state(self, chosen: parts.Parts, saved: Checkpoint | None) -> State:
-        """What changes while training; from here on FSDP, if it is used, has cut the modules into shards."""
+        """Create the training state. After this call, the modules are sharded if FSDP is used."""
         stage, paths = self.stage, list(parts.named(self.task.modules, chosen))
         optimiser = parts.optimiser(
             chosen, stage.train, stage.betas, stage.weight_decay, stage.muon, stage.optimiser
@@ -375,26 +379,26 @@ class StageRun:
         self.model, self.optimiser = self.accelerator.prepare(losses, optimiser)
         trained = parts.parameters_at(self.task.modules, paths)
         if stage.optimiser == "adamw8bit" and any(checkpoint.is_sharded(p) for p in trained.values()):
-            raise ConfigError(f"stage {self.name}: optimiser adamw8bit cannot train shards (FSDP): take adamw.")
+            raise ConfigError(f"stage {self.name}: optimiser adamw8bit does not support FSDP; use optimiser adamw.")
         modules = {name: self.task.modules[name] for name in self.training}
         described, average = stage.model_dump(mode="json"), Average(trained, stage.ema)
         return State(modules, trained, optimiser, average, Progress(), described, self._precision(saved))
 
     def _precision(self, saved: Checkpoint | None) -> str:
-        """What the stage says, or what its checkpoint began with, or what the run found to be faster."""
+        """Return the stage's precision; for `auto` the checkpoint's, or else the one measured to be faster."""
         if self.stage.precision != "auto":
             return self.stage.precision
         if saved is not None:
             return saved.precision
-        main = self.accelerator.is_main_process  # which measures for all
+        main = self.accelerator.is_main_process  # the only process that measures
         precision, words = broadcast_from_main(self.accelerator, self._faster() if main else ("", ""))
-        log.info("%s: trains in %s (%s)", self.name, precision, words)
+        log.info("%s: training in %s (%s)", self.name, precision, words)
         return precision
 
     def _faster(self) -> tuple[str, str]:
-        """The faster precision on this kind of device, and the measurement, which is taken once for the whole run.
+        """Return the faster precision on this type of device, and the measurement as text. Measure it once per run.
 
-        On a busy machine it may come out otherwise, and a run that starts again must go on with the same numbers.
+        A second measurement on a busy machine could differ, and a resumed run must compute in the same precision.
         """
         path, device = self.folder.parent / "precision.json", self.accelerator.device
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -404,7 +408,10 @@ class StageRun:
         return known[device.type]["precision"], known[device.type]["measured"]
 
     def _prepare(self, stopping: Stopping) -> None:
-        """The main process first: it fills the caches that the others find. Stopped, on all, if it is to stop there."""
+        """Prepare the task, on the main process first, which fills the caches that the other processes read.
+
+        Raises Stopped on all processes if one of them is asked to stop.
+        """
         main, reason = self.accelerator.is_main_process, ""
         for main_turn in (True, False):
             if main == main_turn and not reason:
@@ -414,7 +421,7 @@ class StageRun:
                 except Stopped as stopped:
                     reason = str(stopped)
             if on_any_process(self.accelerator, bool(reason))[0]:
-                raise Stopped(reason or "another process was asked to")
+                raise Stopped(reason or "another process was stopped")
 
     def _prepare_task(self) -> None:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -424,13 +431,13 @@ class StageRun:
             parts.train_mode(self.task.modules, self.training)
 
     def _show_first_batch(self) -> None:
-        """Leave the first pictures of the stage as a sheet beside its numbers."""
+        """Save the first pictures of the stage as first_batch.png in its folder, unless the file exists."""
         path = self.folder / "first_batch.png"
         if not self.accelerator.is_main_process or path.exists():
             return
         batch = self._batch(0, min(FIRST_BATCH_IMAGES, self.stage.batch_size))
         if isinstance(batch, BadRecordError):
-            log.warning("%s: there is no first_batch.png, since a record is bad: %s", self.name, batch)
+            log.warning("%s: first_batch.png is not written, because a record is bad: %s", self.name, batch)
             return
         with checkpoint.replacing(path) as draft:
             self.task.show(batch, draft)
@@ -438,16 +445,16 @@ class StageRun:
     def _log_start(self, chosen: parts.Parts) -> None:
         seen = self.state.progress.images_seen
         sizes = ", ".join(f"{part} {count / 1e6:.2f} M" for part, count in parts.sizes(chosen).items())
-        begins = f"carries on at {seen:,}" if seen else "starts"
-        log.info("%s: %s of %s images, training %s", self.name, begins, f"{self.stage.images:,}", sizes)
+        start = f"resuming at {seen:,}" if seen else "starting at 0"
+        log.info("%s: %s of %s images, training %s", self.name, start, f"{self.stage.images:,}", sizes)
 
     def _compile_modules(self) -> None:
         if self.stage.compile and self.accelerator.device.type == "cpu" and not _cpp_compiler():
             raise ConfigError(
-                f"stage {self.name}: compile: true needs a C++ compiler on a CPU: install g++ or clang++ (or name "
-                "one in CXX), or leave it out."
+                f"stage {self.name}: compile: true needs a C++ compiler on a CPU. Install g++ or clang++ (or name "
+                "one in CXX), or leave compile out."
             )
-        for module in self.task.modules.values():  # frozen ones too: most of a step may be theirs
+        for module in self.task.modules.values():  # frozen ones too: they may take most of a step
             if self.stage.channels_last:
                 module.to(memory_format=torch.channels_last)
             if self.stage.compile:
@@ -455,8 +462,8 @@ class StageRun:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Averaged weights in whole modules, eval mode, no gradients; afterwards all as before. For all processes."""
-        main = self.accelerator.is_main_process  # the only one that uses them
+        """Within the block: averaged weights, unsharded modules, eval mode, no gradients. All processes must enter."""
+        main = self.accelerator.is_main_process  # the only process that uses the unsharded modules
         modules = self.task.modules
         with torch.no_grad(), self.state.average.applied(), parts.unsharded(modules.values(), main):
             parts.train_mode(modules, ())
@@ -470,18 +477,18 @@ class StageRun:
         return torch.autocast(device, torch.bfloat16, enabled=self.state.precision == "bf16")
 
     def _attention(self) -> AbstractContextManager[Any]:
-        """On a CPU in bf16 attention as plain products: PyTorch's fused kernel takes six times as long backwards."""
+        """Use plain attention on a CPU in bf16: the backward pass of PyTorch's fused kernel takes six times as long."""
         on_cpu = self.accelerator.device.type == "cpu"
         return plain_attention() if on_cpu and self.state.precision == "bf16" else ExitStack()
 
     def _without_sync(self, hold: bool) -> AbstractContextManager[Any]:
-        """Gradients travel between processes once per step, with its last piece."""
+        """Suspend gradient synchronisation if `hold`: gradients are exchanged once a step, in its last micro-batch."""
         return self.accelerator.no_sync(self.model) if hold else ExitStack()
 
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention as products and a softmax, all in the precision of its inputs."""
+    """Compute attention within the block as matrix products and a softmax, all in the precision of its inputs."""
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
@@ -492,9 +499,9 @@ def plain_attention() -> Iterator[None]:
 
 
 class _Losses(nn.Module):
-    """The task's loss as one forward call over its training modules, which is what several processes can share.
+    """The task's loss as the forward call of one module that holds the training modules, as DDP and FSDP need it.
 
-    It returns plain tuples and dicts, in which DDP and FSDP find the tensors whose gradients they wait for.
+    It returns plain tuples and dicts, in which DDP and FSDP can find the tensors whose gradients they synchronise.
     """
 
     def __init__(self, task: Task, training: list[str]) -> None:
@@ -509,10 +516,10 @@ class _Losses(nn.Module):
 
 
 def _cpp_compiler() -> str | None:
-    """The compiler that torch.compile would call on a CPU, if there is one."""
+    """Return the path of the C++ compiler that torch.compile would call on a CPU, or None."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))), None)
 
 
 def _crossed(every: int, before: int, after: int, end: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]; the end has a validation of its own."""
+    """Return whether a multiple of `every` is in (before, after]; False at the end, where a validation runs anyway."""
     return bool(every) and before // every != after // every and after < end

@@ -1,9 +1,9 @@
-"""What a run would do, before it does it: parameters by part, memory, steps and hours.
+"""Plan a run before it starts (`--dry-run`): parameters by part, memory, steps and hours of each stage.
 
-Networks are built without their numbers (on torch's meta device), so that planning for a large model takes no memory.
-On a public base a step is planned as `imagine plan --train` does it, activations and arithmetic included. The portrait
-world's networks are small and not planned so: their memory is told without activations, and their hours once they are
-measured, when a stage has run for a minute in this folder.
+Networks are built without weights (on torch's meta device), so that planning a large model takes no memory.
+For a public base, a step is planned as `imagine plan --train` does, including activations and arithmetic. For the small
+networks of the portrait world, the plan gives the memory without activations, and the hours only after the stage has
+run for a minute in the output folder, from its measured speed.
 """
 
 import json
@@ -23,40 +23,40 @@ from train.run import parts
 from train.stages import TASKS, build_on_meta, resolved
 from train.task import Task
 
-_FLOAT = 4  # bytes; what trains, its gradients and averages are float32 whatever a step computes in
-_LATEST = 20  # rows of metrics.jsonl that speed is taken from
+_FLOAT = 4  # bytes; trained weights, gradients and averages are float32 in every precision
+_LATEST = 20  # rows of metrics.jsonl whose median speed is used
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: what trains and what does not, what that takes, and how far it is."""
+    """The plan of one stage: trained and frozen parameters, memory, and progress so far."""
 
     name: str
-    begins: str  # where its weights come from
+    begins: str  # sources of its initial weights
     trained: dict[str, int]  # part -> parameters
     rates: dict[str, float]  # part -> learning rate
-    frozen: int  # parameters
-    bytes: int  # weights, gradients, optimiser and average; activations come on top
-    step: TrainingPlan | None  # what one step takes with its activations; None where that is not planned
+    frozen: int  # number of frozen parameters
+    bytes: int  # memory of weights, gradients, optimiser state and average, without activations
+    step: TrainingPlan | None  # the plan of one step, with activations; None for tasks without a blueprint
     images: int
     images_seen: int
     batch_size: int
-    speed: float | None  # images per second, as last measured in this run's folder
-    remarks: list[str]  # what is odd about it, a sentence each
+    speed: float | None  # images per second, as last measured in the output folder
+    remarks: list[str]  # warnings about its settings, one sentence each
 
     @property
     def steps(self) -> int:
-        """Optimiser steps still to do."""
+        """Remaining optimiser steps."""
         return math.ceil((self.images - self.images_seen) / self.batch_size)
 
     @property
     def hours(self) -> float | None:
-        """Hours still to go at the speed last measured; None if it was never measured here."""
+        """Remaining hours at the speed last measured; None if it was never measured in the output folder."""
         return None if self.speed is None else (self.images - self.images_seen) / self.speed / 3600
 
     @property
     def hours_on(self) -> dict[str, float]:
-        """Card -> hours still to go at a share of its published speed; none where a step is not planned."""
+        """Card -> remaining hours at a share of its published speed; empty if the step is not planned."""
         if self.step is None:
             return {}
         known = speeds(None, None, self.step.recipe.precision != "fp32")
@@ -64,16 +64,17 @@ class StagePlan:
 
 
 def plan(run: Run, output: Path, tasks: Mapping[str, Any] = TASKS) -> list[StagePlan]:
-    """The plan of every stage; ConfigError for all that would stop the run itself before its first step."""
+    """Plan every stage; ConfigError for every mistake that would stop the run before its first step."""
     stages = {name: resolved(name, stage, tasks) for name, stage in run.stages.items()}
-    with tempfile.TemporaryDirectory() as folder:  # what tasks write while they are built, tokenizers once for all
+    # Tasks write files while they are built, such as tokenizers, which the stages share.
+    with tempfile.TemporaryDirectory() as folder:
         run = run.model_copy(update={"stages": stages})
-        trainings: dict[str, TrainingPlanner] = {}  # stages of one recipe share most of what is planned
+        trainings: dict[str, TrainingPlanner] = {}  # stages with the same base and workload share one plan
         return [_plan_stage(name, run, output, tasks, Path(folder), trainings) for name in stages]
 
 
 def format_plan(plans: list[StagePlan]) -> str:
-    """The plans as text: a line a stage, a line a part."""
+    """Format the plans as text, with one line per stage and one per part."""
     lines = []
     for each in plans:
         so_far = f"{each.images_seen:,} of " if each.images_seen else ""
@@ -85,10 +86,10 @@ def format_plan(plans: list[StagePlan]) -> str:
         lines.append(f"  {'frozen':<20} {each.frozen / 1e6:>9.2f} M")
         lines += [f"  {remark}" for remark in each.remarks]
     images, steps = (sum(counts) for counts in zip(*((p.images - p.images_seen, p.steps) for p in plans), strict=True))
-    lines.append(f"all stages: {images:,} images and {steps:,} steps still to go, {_duration(plans)}")
+    lines.append(f"all stages: {images:,} images and {steps:,} steps remaining, {_duration(plans)}")
     if any(each.step for each in plans):
         share = f"{UTILISATION:.0%} of its published speed"
-        lines.append(f"  (one card of each kind, at {share}, an assumption; preparing data is not counted)")
+        lines.append(f"  (hours assume one card at {share}; preparing the data is not included)")
     return "\n".join(lines)
 
 
@@ -102,7 +103,7 @@ def _plan_stage(
     trained = parts.sizes(chosen)
     memory = sum(p.numel() * p.element_size() for p in everything) + _training_state(stage, chosen)
     seen, speed = _so_far(output / name / "metrics.jsonl")
-    begins = ", ".join([*([str(stage.initial)] if stage.initial else []), *stage.start_from]) or "nothing"
+    begins = ", ".join([*([str(stage.initial)] if stage.initial else []), *stage.start_from]) or "random weights"
     frozen = sum(p.numel() for p in everything) - sum(trained.values())
     return StagePlan(
         name, begins, trained, dict(stage.train), frozen, memory, _plan_step(stage, task, trainings), stage.images,
@@ -111,20 +112,21 @@ def _plan_stage(
 
 
 def _plan_step(stage: Stage, task: Task, trainings: dict[str, TrainingPlanner]) -> TrainingPlan | None:
-    """What a step takes in one process, if the task has a blueprint; `auto` is taken to be bf16, as on every card."""
+    """Plan a step in one process, if the task has a blueprint. Precision `auto` counts as bf16, as on every card."""
     blueprint = getattr(task, "blueprint", None)
     if blueprint is None:
         return None
     base, settings = blueprint(), stage.settings
-    lesson = TrainingWorkload(settings["resolution"], stage.batch_size, tuple(stage.train))
-    key = repr((base, lesson))
-    training = trainings[key] = trainings.get(key) or TrainingPlanner(base, lesson)
+    workload = TrainingWorkload(settings["resolution"], stage.batch_size, tuple(stage.train))
+    key = repr((base, workload))
+    training = trainings[key] = trainings.get(key) or TrainingPlanner(base, workload)
     precision: Precision = "fp32" if stage.precision == "fp32" else "bf16"
     recipe = Recipe(
         precision, settings["gradient_checkpointing"], stage.optimiser, stage.accumulation, bool(stage.ema)
     )  # fmt: skip
     planned = training.plan(recipe)
-    own = next(task.modules["unet"].parameters()).element_size()  # what base_precision says; the planner follows a step
+    # The frozen weights are stored in base_precision; the planner assumes the step's precision.
+    own = next(task.modules["unet"].parameters()).element_size()
     unet = own * sum(p.numel() for p in training.networks.unet.parameters())
     held = sum(p.numel() * p.element_size() for p in training.networks.unet.parameters())
     memory = {**planned.memory, "frozen weights": planned.memory["frozen weights"] + unet - held}
@@ -132,7 +134,7 @@ def _plan_step(stage: Stage, task: Task, trainings: dict[str, TrainingPlanner]) 
 
 
 def _training_state(stage: Stage, chosen: parts.Parts) -> int:
-    """Bytes kept for each trained parameter beside itself: gradient, optimiser state, average."""
+    """Return the bytes of the trained parameters' gradients, optimiser states and averages."""
     total = 0
     for part, parameters in chosen.items():
         for parameter in parameters:
@@ -143,12 +145,12 @@ def _training_state(stage: Stage, chosen: parts.Parts) -> int:
 
 
 def _so_far(path: Path) -> tuple[int, float | None]:
-    """Images seen, and images per second over the latest rows; (0, None) if the stage never ran."""
+    """Return the images seen, and the median images per second of the latest rows; (0, None) if the stage never ran."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a row that a kill cut short
+        except json.JSONDecodeError:  # a row that was cut short when the process was killed
             break
     measured = [row["images_per_second"] for row in rows if "images_per_second" in row]
     seen = max((int(row["images_seen"]) for row in rows), default=0)
@@ -162,7 +164,7 @@ def _memory(plan: StagePlan) -> str:
 
 
 def _duration(plans: list[StagePlan]) -> str:
-    """How long these stages take together: as measured here, else on a few cards, else nobody knows."""
+    """Return the remaining time of the stages: as measured, else as planned for a few cards, else as not known."""
     known = [each.hours for each in plans if each.hours is not None]
     if len(known) == len(plans):
         return _time(sum(known))
@@ -178,5 +180,5 @@ def _size(count: int) -> str:
 
 def _time(hours: float | None) -> str:
     if hours is None:
-        return "hours not known before it ran for a minute"
+        return "hours not known until it has run for a minute"
     return f"{hours:.1f} hours left" if hours >= 1 else f"{hours * 60:.0f} minutes left"

@@ -1,11 +1,12 @@
-"""`--self-test`: can each stage learn one batch by heart? A stage that cannot will not learn a million of them either.
+"""`--self-test`: overfit one batch per stage. A stage that cannot overfit one batch cannot learn a data set either.
 
-The same few images, with the same noise, are shown again and again at the stage's own learning rates, in pieces of its
-own size and in its own precision. If the loss does not fall, the sentence says what is most likely wrong: numbers that
-are not finite, a part that the loss never reaches, or rates that are far off.
+Each stage trains repeatedly on the same few images with the same noise, with its own learning rates, micro-batch size
+and precision. If the loss does not fall, the result says the most likely cause: values that are not finite, a part
+that gets no gradient, or learning rates that are far too high or too low.
 
-It needs no run: a stage begins with the weights of earlier ones where the run's folder has them, with untrained ones
-elsewhere. Data are made of few people, or of a few records of the first shards, in a folder that is gone afterwards.
+No stage needs to be trained before: a stage starts from the weights of earlier stages where the output folder has them,
+and from untrained weights otherwise. The data, of few people or a few records of the first shards, are made in a
+temporary folder.
 """
 
 import gc
@@ -31,20 +32,20 @@ from train.stages import TASKS, build_with_weights, resolved, task_context, want
 from train.task import Task
 
 log = logging.getLogger("train")
-STEPS = 200
-SECONDS = 100.0  # for all stages together, whatever they spend them on
-IMAGES = 8
-PASS_RATIO = 0.7  # a loss at this share of its first value is learnt by heart
-FALLING_RATIO = 0.98  # and at this one it falls, if there is no time for more
-DIVERGENCE_RATIO = 10.0  # neither counts if it rose to so many times its first value on the way
-_PEOPLE = 32  # of each gallery, or records
-_GRADIENT_CHECK_STEPS = 10  # steps after which every part must have felt the loss: gates and LoRA begin at zero
+STEPS = 200  # most steps of a stage
+SECONDS = 100.0  # time limit of all stages together, with building and data
+IMAGES = 8  # most images in the batch
+PASS_RATIO = 0.7  # the batch is overfitted when the loss falls to this share of its first value
+FALLING_RATIO = 0.98  # if the time is over, the stage passes when the loss fell to this share of its first value
+DIVERGENCE_RATIO = 10.0  # a stage whose loss rose to this multiple of its first value does not pass
+_PEOPLE = 32  # most people, or records, of each gallery
+_GRADIENT_CHECK_STEPS = 10  # every part needs a gradient within these steps: zero-initialised gates and LoRA delay it
 _MIN_STEPS = 30  # steps that a stage takes even if its time is over
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one stage did."""
+    """The result of one stage."""
 
     stage: str
     passed: bool
@@ -59,9 +60,9 @@ def self_test(
     steps: int = STEPS,
     seconds: float = SECONDS,
 ) -> list[Outcome]:
-    """Every wanted stage's outcome; nothing is kept, and nothing need have been trained.
+    """Run the self-test of the stages (all, or those in `only`) and return their outcomes. It keeps no file.
 
-    `seconds` are shared out among the stages; each takes a few steps even if they are over.
+    `seconds` are divided among the stages. Each stage takes at least 30 steps, even if its time is over.
     """
     stages = {name: resolved(name, stage, tasks) for name, stage in run.stages.items()}
     wanted, end = wanted_stages(run, only), time.monotonic() + seconds
@@ -77,27 +78,27 @@ def self_test(
 
 
 class _StageBuilder:
-    """Builds stages in a folder of its own, whatever the run's folder holds."""
+    """Builds stages in the temporary folder `place`, with the weights that the run's folder `output` holds."""
 
     def __init__(self, run: Run, output: Path, place: Path, tasks: Mapping[str, Any]) -> None:
         self.run, self.output, self.place, self.tasks = run, output, place, tasks
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def outcome(self, name: str, steps: int, deadline: float) -> Outcome:
-        """How the stage does in so many steps at most, and up to that moment."""
+        """Run the stage for at most `steps` steps, until `deadline` (of time.monotonic)."""
         try:
             passed, sentence = _overfit_one_batch(
                 _OverfitRun(name, self.run.stages[name], self.prepared_task(name)), steps, deadline
             )
         except BadRecordError as error:
-            passed, sentence = False, f"its first batch cannot be made: {error}"
+            passed, sentence = False, f"the first batch cannot be made: {error}"
         gc.collect()  # the next stage needs the memory
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return Outcome(name, passed, sentence)
 
     def prepared_task(self, name: str) -> Task:
-        """The stage's task with its data, from what was trained so far."""
+        """Return the stage's task with its data, and with the weights of earlier stages that are trained."""
         stage = self.run.stages[name]
         trained = [self.output / source for source in stage.start_from if self._is_trained(source)]
         context = task_context(name, self.run, self.output, self.device, self.place / "stages")
@@ -110,7 +111,7 @@ class _StageBuilder:
         return task
 
     def export(self, name: str) -> Path:
-        """What the run's stage exported, or what it would export untrained."""
+        """Return the stage's export in the run's folder, or an export of the untrained stage."""
         if self._is_trained(name):
             return self.output / name / "export"
         folder = self.place / "exports" / name
@@ -125,7 +126,7 @@ class _StageBuilder:
 
 
 class _Exports(Mapping[str, Path]):
-    """Earlier stages and their exports, made when one is asked for: few stages ask, and networks may be large."""
+    """Earlier stages and their exports. An export is made on first access: few stages need one, and it may be large."""
 
     def __init__(self, builder: _StageBuilder, names: Sequence[str]) -> None:
         self._builder, self._names = builder, names
@@ -146,7 +147,7 @@ class _Exports(Mapping[str, Path]):
 
 
 class _OverfitRun:
-    """A stage with one piece of its first batch, as the loop would train it."""
+    """A stage with one micro-batch of its first batch, trained as the loop would."""
 
     def __init__(self, name: str, stage: Stage, task: Task) -> None:
         self.stage, self.task = stage, task
@@ -164,10 +165,11 @@ class _OverfitRun:
         self.reached: set[str] = set()
 
     def loss(self) -> float:
-        """The batch's loss, and its gradients in place."""
+        """Compute the batch's loss and its gradients, and return the loss."""
         self.optimiser.zero_grad(set_to_none=True)
         bf16 = self.precision == "bf16"
-        with plain_attention() if bf16 and self.device.type == "cpu" else ExitStack():  # checkpoints compute it again
+        # Gradient checkpointing recomputes the attention in the backward pass.
+        with plain_attention() if bf16 and self.device.type == "cpu" else ExitStack():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 loss = self.task.loss(self.batch, 0).per_sample.float().mean()
             if math.isfinite(value := float(loss.detach())):
@@ -177,18 +179,18 @@ class _OverfitRun:
         return value
 
     def optimiser_step(self) -> None:
-        """One step down those gradients."""
+        """Clip the gradients and take one optimiser step."""
         torch.nn.utils.clip_grad_norm_(self.parameters, self.stage.clip or math.inf)
         self.optimiser.step()
 
     @property
     def unreached(self) -> list[str]:
-        """Parts that trained and that no gradient came to."""
+        """Trained parts that have got no gradient so far."""
         return sorted(set(self.chosen) - self.reached)
 
 
 def _overfit_one_batch(overfit_run: _OverfitRun, steps: int, deadline: float) -> tuple[bool, str]:
-    """Show the batch until it is learnt, or steps or time are over: whether the stage passes, and why."""
+    """Train on the batch until it is overfitted or steps or time are over; return whether the stage passes, and why."""
     first = last = overfit_run.loss()
     step, diverged = 0, False
     while (
@@ -209,11 +211,11 @@ def _overfit_one_batch(overfit_run: _OverfitRun, steps: int, deadline: float) ->
         return False, _unreached(overfit_run.unreached)
     numbers = f"{first:.4g} to {last:.4g} in {step} steps"
     if last <= PASS_RATIO * first and not diverged:
-        return True, f"learns {overfit_run.images} images by heart: loss {numbers}, in {overfit_run.precision}."
+        return True, f"passes: overfits {overfit_run.images} images, loss {numbers}, in {overfit_run.precision}."
     if last <= FALLING_RATIO * first and not diverged:
         return (
             True,
-            f"begins to learn {overfit_run.images} images by heart: loss {numbers}, in {overfit_run.precision}.",
+            f"passes: the loss on {overfit_run.images} images falls, {numbers}, in {overfit_run.precision}.",
         )
     return False, _stuck(numbers, diverged or last > first)
 
@@ -224,14 +226,14 @@ def _has_gradient(parameter: torch.nn.Parameter) -> bool:
 
 def _not_finite(step: int) -> str:
     if step == 0:
-        return "the very first loss is not finite: look at its first images, and at the weights it starts from."
-    return f"the loss is not finite after {step} steps on one batch: lower its learning rates."
+        return "the first loss is not finite: check the stage's first images and its initial weights."
+    return f"the loss is not finite after {step} steps on one batch: lower the learning rates."
 
 
 def _unreached(names: Sequence[str]) -> str:
     return (
-        f"no gradient reaches the part {' or '.join(names)} in {_GRADIENT_CHECK_STEPS} steps: with these settings "
-        "the loss does not depend on it; leave it out of `train`, or change the settings that switch it off."
+        f"no gradient reaches the part {' or '.join(names)} in {_GRADIENT_CHECK_STEPS} steps, because with these "
+        "settings the loss does not depend on it: leave it out of `train`, or change the settings that disable it."
     )
 
 

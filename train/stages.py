@@ -1,21 +1,23 @@
-"""A run is its stages in order: build each task, give it what earlier stages trained, train it, note that it is done.
+"""Run the stages of a run in order: build each task, load the weights of earlier stages, train it, and mark it as done.
 
     DIR/run.yaml                    the resolved run
-    DIR/tracking/                   what the trackers write
-    DIR/precision.json              what `precision: auto` chose, on which kind of device
+    DIR/tracking/                   files of the trackers
+    DIR/precision.json              the precision that `precision: auto` chose for each type of device
     DIR/STAGE/stage.yaml            the resolved stage
-    DIR/STAGE/checkpoints/          to carry on from
-    DIR/STAGE/metrics.jsonl         numbers; DIR/STAGE/samples/ pictures
-    DIR/STAGE/weights.safetensors   averaged weights of the modules that trained, for later stages
-    DIR/STAGE/best.safetensors      likewise, at the best validation, if the stage says `best_by`
-    DIR/STAGE/export/               what the task leaves for use
-    DIR/STAGE/best/                 likewise, with the best weights
-    DIR/STAGE/done.json             there once the stage saw all its images
+    DIR/STAGE/checkpoints/          the newest checkpoints
+    DIR/STAGE/metrics.jsonl         training and validation numbers
+    DIR/STAGE/samples/              validation pictures
+    DIR/STAGE/weights.safetensors   averaged weights of the trained modules, for later stages
+    DIR/STAGE/best.safetensors      averaged weights at the best validation, if the stage sets `best_by`
+    DIR/STAGE/export/               the task's export
+    DIR/STAGE/best/                 the task's export with the best weights
+    DIR/STAGE/done.json             exists once the stage has seen all its images
 
-The same command again carries on where the run was. A changed setting needs `resume`, so that nobody mixes two runs in
-one folder by accident. More `images` for a stage that is done is such a change: it goes on from before its rate fell.
+The same command resumes a stopped run. A changed setting needs `resume`, so that two runs are not mixed in one folder
+by accident. More `images` for a finished stage is such a change: it resumes from before its learning rate fell.
 
-Of several processes (docs/training.md) the main one writes, and goes first where files are made that all of them read.
+With several processes (docs/training.md), the main process writes all files, and goes first where all processes read
+files that one has to make.
 """
 
 import importlib
@@ -50,7 +52,7 @@ from train.task import Task, TaskContext
 
 log = logging.getLogger("train")
 
-TASKS: dict[str, str] = {  # name -> "module:Class", imported when a run uses it
+TASKS: dict[str, str] = {  # task name -> "module:Class", imported when a run uses it
     "autoencoder": "train.tasks.autoencoder:AutoencoderTask",
     "clip": "train.tasks.clip:ClipTask",
     "recogniser": "train.tasks.recogniser:RecogniserTask",
@@ -61,12 +63,12 @@ TASKS: dict[str, str] = {  # name -> "module:Class", imported when a run uses it
     "adapter": "train.tasks.adapter:AdapterTask",
     "diffusers_adapter": "train.tasks.diffusers:DiffusersTask",
 }
-# settings that do not change what is learnt
+# Settings that may change without `resume`, because they do not change the trained weights.
 SETTINGS_THAT_MAY_CHANGE = {
     "validate_every", "checkpoint_every_seconds", "report_every_seconds", "keep", "prefetch", "best_by", "best_is",
 }  # fmt: skip
-# How a stage's random numbers are keyed; stage.yaml says it, so that a stage keeps the numbers that it began with.
-NUMBERING = 2  # by seed and stage; 1: by the seed alone, all stages alike, and sources count each other's images
+# The scheme of a stage's random numbers. It is stored in stage.yaml, so that a resumed stage keeps its scheme.
+NUMBERING = 2  # keyed by seed and stage; 1: by the seed alone for all stages, and all sources share one image count
 
 
 def run_stages(
@@ -78,11 +80,11 @@ def run_stages(
     max_minutes: float | None = None,
     tasks: Mapping[str, Any] = TASKS,
 ) -> bool:
-    """Train every stage that is not done, in order; True if all wanted ones are done, False if stopped before.
+    """Train every stage that is not done, in order. Return True if all wanted stages are done, False if stopped before.
 
-    `tasks` maps a task's name to its class or to "module:Class". ConfigError before anything is trained if the run
-    names something unknown or something that is not there, `only` names no stage, `output` holds another run, or the
-    processes do not fit.
+    `tasks` maps a task's name to its class or to "module:Class". Raises ConfigError before anything is trained if the
+    run contains an unknown name or a missing file, `only` an unknown stage, `output` another run, or if the batch sizes
+    do not divide among the processes.
     """
     run = run.model_copy(update={"stages": {n: resolved(n, stage, tasks) for n, stage in run.stages.items()}})
     wanted = wanted_stages(run, only)
@@ -94,7 +96,7 @@ def run_stages(
     )
     if wrong:
         raise ConfigError(wrong)
-    accelerator.wait_for_everyone()  # all have looked at the folder before one of them writes into it
+    accelerator.wait_for_everyone()  # every process has checked the folder before one writes to it
     output.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         _write_yaml(output / "run.yaml", run.model_dump(mode="json"))
@@ -114,63 +116,64 @@ def _run_in_order(
 ) -> bool:
     for name in wanted:
         if is_done(output / name, run.stages[name]):
-            log.info("%s: done.", name)
+            log.info("%s: already done.", name)
             _warn_if_stale(name, run.stages[name], output)
             continue
         (stop,) = on_any_process(accelerator, stopping.reason is not None)
         if stop or not _run_stage(name, run, output, accelerator, stopping, tasks):
-            log.info("Run the same command again to carry on.")
+            log.info("Run the same command again to resume.")
             return False
     return True
 
 
 def _accelerator(run: Run, output: Path) -> Accelerator:
-    """The processes this one belongs to, as accelerate was told of them, and the trackers that are installed."""
+    """Create the Accelerator of this run, with its process group and the installed trackers."""
     accelerator = Accelerator(
-        mixed_precision="no",  # the stage says in what precision it trains, and in how many pieces
+        mixed_precision="no",  # precision and accumulation are settings of each stage
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=trackers.installed(run, output) or None,
         project_dir=output / "tracking",
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=SETUP_TIMEOUT),
-            # a batch need not reach every parameter: one without letters does not reach ByT5
+            # A batch may leave parameters without a gradient, such as ByT5's in a batch without letters.
             DistributedDataParallelKwargs(find_unused_parameters=True),
         ],
     )
     _check_distributed_type(accelerator)
     if not accelerator.is_main_process:
-        log.setLevel(logging.ERROR)  # the main process speaks for all
+        log.setLevel(logging.ERROR)  # only the main process logs progress
     for name in trackers.missing(run):
-        log.warning("The tracker %s is left out: install it (`pip install %s`), or see metrics.jsonl.", name, name)
+        log.warning(
+            "The tracker %s is not installed and receives no data. Install it with `pip install %s`, or use "
+            "metrics.jsonl.", name, name,
+        )  # fmt: skip
     return accelerator
 
 
 def _check_distributed_type(accelerator: Accelerator) -> None:
-    """ConfigError for a way of sharing the work that the loop does not know."""
+    """Raise ConfigError for a kind of distributed training that the loop does not support."""
     engine = accelerator.distributed_type
     if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA):
-        raise ConfigError(f"The trainer does not know {engine.value}: use one of configs/accelerate.")
+        raise ConfigError(f"The trainer does not support {engine.value}; use a config of configs/accelerate.")
     if engine == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ConfigError(
-            "The trainer knows FSDP only in its second version: set fsdp_version: 2 (configs/accelerate)."
-        )
+        raise ConfigError("The trainer supports only version 2 of FSDP; set fsdp_version: 2 (see configs/accelerate).")
     if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("Several processes were launched, but there is no GPU for them: set ACCELERATE_USE_CPU=true.")
+        raise ConfigError("Several processes were launched, but no GPU was found; set ACCELERATE_USE_CPU=true.")
 
 
 def _check_batch_divides(run: Run, wanted: Sequence[str], processes: int) -> None:
-    """ConfigError unless each wanted stage's batch can be cut into equal pieces for all processes."""
+    """Raise ConfigError unless the batch of each wanted stage divides into equal micro-batches on all processes."""
     for name in wanted:
         stage = run.stages[name]
         if stage.batch_size % (stage.accumulation * processes):
             raise ConfigError(
-                f"stage {name}: batch_size {stage.batch_size} does not divide into {stage.accumulation} pieces on each "
-                f"of {processes} processes: change one of the three."
+                f"stage {name}: batch_size {stage.batch_size} does not divide into {stage.accumulation} micro-batches "
+                f"(accumulation) on each of {processes} processes; change one of the three."
             )
 
 
 def resolved(name: str, stage: Stage, tasks: Mapping[str, Any]) -> Stage:
-    """The stage with its task's own settings checked and filled in; ConfigError for anything the task does not know."""
+    """Return the stage with its task's settings checked and the defaults filled in; ConfigError for unknown names."""
     task = task_class(stage.task, tasks, name)
     for part in stage.train:
         if part not in task.PARTS:
@@ -180,7 +183,7 @@ def resolved(name: str, stage: Stage, tasks: Mapping[str, Any]) -> Stage:
 
 
 def is_done(folder: Path, stage: Stage) -> bool:
-    """Whether the stage saw as many images as it now should."""
+    """Return whether the stage has seen the number of images that it is now set to."""
     done = _read_done(folder)
     return done is not None and done["images"] == stage.images
 
@@ -193,7 +196,7 @@ def _run_stage(
     folder.mkdir(exist_ok=True)
     if accelerator.is_main_process:
         _write_yaml(folder / "stage.yaml", _stage_record(run, name, output))
-    with accelerator.main_process_first():  # tasks may write what they build from, such as tokenizers
+    with accelerator.main_process_first():  # tasks may write files while they are built, such as tokenizers
         task = build(name, run, output, accelerator.device, tasks)
     numbers = train_stage(name, stage, task, folder, accelerator, stopping)
     accelerator.free_memory()
@@ -208,23 +211,23 @@ def _run_stage(
 
 
 def check_start(name: str, run: Run, output: Path) -> None:
-    """ConfigError unless every stage that this one starts from is done."""
+    """Raise ConfigError unless every stage that this one starts from is done."""
     for source in run.stages[name].start_from:
         if not is_done(output / source, run.stages[source]):
-            raise ConfigError(f"Stage {name} starts from {source}, which is not done: run {source} first.")
+            raise ConfigError(f"Stage {name} starts from {source}, which is not done; train {source} first.")
 
 
 def build(name: str, run: Run, output: Path, device: torch.device, tasks: Mapping[str, Any]) -> Task:
-    """The task on its device, with every module that an earlier stage in `start_from` trained under the same name."""
+    """Build the task on its device and load every module that a stage in `start_from` trained under the same name."""
     stage = run.stages[name]
     context = task_context(name, run, output, device, output / name)
     return build_with_weights(stage, context, [output / source for source in stage.start_from], tasks)
 
 
 def build_on_meta(name: str, run: Run, output: Path, folder: Path, tasks: Mapping[str, Any]) -> Task:
-    """The task without numbers, on torch's meta device; ConfigError or WeightsError if the run could not build it.
+    """Build the task without weights, on torch's meta device, with `folder` as the stage's folder.
 
-    Not checked by `Task.check` yet. `folder` stands for the stage's own.
+    Raises ConfigError or WeightsError if the run could not build it. `Task.check` is not called.
     """
     stage = run.stages[name]
     kind = task_class(stage.task, tasks, name)
@@ -239,9 +242,9 @@ def build_on_meta(name: str, run: Run, output: Path, folder: Path, tasks: Mappin
 
 
 def _check_later_stages(run: Run, wanted: Sequence[str], output: Path, tasks: Mapping[str, Any]) -> str:
-    """What stages after the first could be told to be wrong only when the others are trained, in a sentence; or "".
+    """Return the first mistake in the stages after the first unfinished one, as a sentence, or "".
 
-    The first one is about to be built anyway.
+    Otherwise the run would fail only after the stages before are trained. The first one is built next anyway.
     """
     todo = [name for name in wanted if not is_done(output / name, run.stages[name])]
     try:
@@ -255,7 +258,7 @@ def _check_later_stages(run: Run, wanted: Sequence[str], output: Path, tasks: Ma
 
 
 def task_context(name: str, run: Run, output: Path, device: torch.device, folder: Path) -> TaskContext:
-    """What the stage's task is told, with `folder` as its own."""
+    """Return the context of the stage's task, with `folder` as the stage's folder."""
     stage = run.stages[name]
     earlier = {source: output / source / "export" for source in stage.start_from}
     current = _numbering(output / name) == NUMBERING
@@ -264,7 +267,7 @@ def task_context(name: str, run: Run, output: Path, device: torch.device, folder
 
 
 def _inherited_modules(stage: Stage, task: Task, name: str) -> dict[str, nn.Module]:
-    """The modules that do not begin anew; ConfigError for a name in `fresh` that none of them has."""
+    """Return the modules that load earlier weights (all but `fresh`); ConfigError for an unknown name in `fresh`."""
     for module in stage.fresh:
         if module not in task.modules:
             raise ConfigError(f"stage {name}, fresh: {unknown_name('module', module, list(task.modules))}.")
@@ -272,7 +275,7 @@ def _inherited_modules(stage: Stage, task: Task, name: str) -> dict[str, nn.Modu
 
 
 def build_with_weights(stage: Stage, context: TaskContext, sources: Sequence[Path], tasks: Mapping[str, Any]) -> Task:
-    """The task on its device, from `stage.initial` and then from the weights in the folders of these stages."""
+    """Build the task on its device; load `stage.initial`, then the weights in the stage folders `sources`."""
     name = context.name
     kind = task_class(stage.task, tasks, name)
     settings = validated(kind.Settings, stage.settings, f"stage {name}, settings")
@@ -282,18 +285,18 @@ def build_with_weights(stage: Stage, context: TaskContext, sources: Sequence[Pat
         log.warning("%s: %s", name, sentence)
     inherits = _inherited_modules(stage, task, name)
     if stage.initial is not None:
-        log.info("%s: from %s: %s", name, stage.initial, ", ".join(load_initial(inherits, stage.initial)))
+        log.info("%s: loaded from %s: %s", name, stage.initial, ", ".join(load_initial(inherits, stage.initial)))
     for source in sources:
         path = source / "weights.safetensors"
         loaded = checkpoint.load_weights(inherits, checkpoint.read_tensors(path)[0], str(path))
-        log.info("%s: from %s: %s", name, source.name, ", ".join(loaded) or "no module of the same name")
+        log.info("%s: loaded from %s: %s", name, source.name, ", ".join(loaded) or "no module of the same name")
     for network in task.modules.values():
         network.to(context.device)
     return task
 
 
 def task_class(task: str, tasks: Mapping[str, Any], stage: str) -> Any:
-    """The class behind a task's name, imported if need be; ConfigError with the valid names if there is none."""
+    """Return the class of a task, imported if necessary; ConfigError with the valid names for an unknown one."""
     if task not in tasks:
         raise ConfigError(f"stage {stage}: {unknown_name('task', task, list(tasks))}.")
     address = tasks[task]
@@ -304,7 +307,7 @@ def task_class(task: str, tasks: Mapping[str, Any], stage: str) -> Any:
 
 
 def wanted_stages(run: Run, only: Sequence[str]) -> list[str]:
-    """The stages to run, in order: all of them, or those in `only`; ConfigError if it names none of them."""
+    """Return the names of the stages to run, in order: all, or those in `only`; ConfigError for an unknown name."""
     for name in only:
         if name not in run.stages:
             raise ConfigError(f"--only: {unknown_name('stage', name, list(run.stages))}.")
@@ -312,31 +315,31 @@ def wanted_stages(run: Run, only: Sequence[str]) -> list[str]:
 
 
 def _check_unchanged(run: Run, wanted: Sequence[str], output: Path, resume: bool) -> None:
-    """Refuse a folder that holds something else; with `resume`, say what changed and go on."""
+    """Raise ConfigError if `output` holds something else or another run; with `resume`, log the changed settings."""
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"{output} is a file; name a folder for the run.")
+        raise ConfigError(f"The output {output} is a file; name a folder for the run.")
     if not resume and not (output / "run.yaml").exists() and _holds_anything(output):
-        raise ConfigError(f"{output} is not empty and holds no run; name an empty folder, or add --resume to use it.")
+        raise ConfigError(f"{output} is not empty and holds no run; name another folder, or add --resume to use it.")
     for name in wanted:
         for setting, was, becomes in _changes(run, name, output):
             if not resume:
                 raise ConfigError(
-                    f"{output} holds a run whose stage {name} has {setting} {was}, not {becomes}: "
-                    "add --resume to carry it on with the new value, or name another folder."
+                    f"{output} holds a run whose stage {name} has {setting} {was}, not {becomes}; "
+                    "add --resume to resume it with the new value, or name another folder."
                 )
             if is_done(output / name, run.stages[name]):
-                log.warning("%s: is done and stays as it is, trained with %s %s.", name, setting, was)
+                log.warning("%s: already done with %s %s, and not trained again.", name, setting, was)
             else:
-                log.warning("%s: carries on with %s %s instead of %s.", name, setting, becomes, was)
+                log.warning("%s: resuming with %s %s instead of %s.", name, setting, becomes, was)
 
 
 def _holds_anything(output: Path) -> bool:
-    """Whether there is more in the folder than what a run that was killed in its first moments was writing."""
+    """Return whether the folder holds more than the draft of run.yaml, which a run killed at its start may leave."""
     return output.exists() and any(path.name != ".run.yaml.draft" for path in output.iterdir())
 
 
 def _changes(run: Run, name: str, output: Path) -> list[tuple[str, Any, Any]]:
-    """(setting, before, now) for all that differs from what the folder was last trained with."""
+    """Return (setting, before, now) for every setting that changed since the stage was last trained in this folder."""
     path = output / name / "stage.yaml"
     if not path.exists():
         return []
@@ -346,7 +349,7 @@ def _changes(run: Run, name: str, output: Path) -> list[tuple[str, Any, Any]]:
 
 
 def _previous_settings(path: Path) -> dict[str, Any]:
-    """The stage as it was described then; what could not be said yet was as it is now by default."""
+    """Return the settings in stage.yaml; settings that did not exist when it was written get their defaults."""
     defaults = Stage.model_validate({"task": "", "train": {"": 0}, "images": 1}).model_dump(mode="json")
     return {**defaults, "numbering": 1, **yaml.safe_load(path.read_text(encoding="utf-8"))}
 
@@ -364,7 +367,7 @@ def _stage_record(run: Run, name: str, output: Path) -> dict[str, Any]:
 
 
 def _numbering(folder: Path) -> int:
-    """How the stage in this folder keys its random numbers: as it began, or the current way if it is yet to begin."""
+    """Return the NUMBERING that the stage in this folder started with, or the current one for a new stage."""
     path = folder / "stage.yaml"
     return int(_previous_settings(path)["numbering"]) if path.exists() else NUMBERING
 
@@ -373,7 +376,10 @@ def _warn_if_stale(name: str, stage: Stage, output: Path) -> None:
     done = _read_done(output / name) or {"from": {}}
     for source in stage.start_from:
         if done["from"].get(source) != _done_images(output / source):
-            log.warning("%s started from an older %s; delete %s to train it again.", name, source, output / name)
+            log.warning(
+                "%s started from an older version of stage %s; delete %s to train it again.",
+                name, source, output / name,
+            )  # fmt: skip
 
 
 def _done_images(folder: Path) -> int | None:

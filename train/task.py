@@ -1,9 +1,9 @@
-"""What a stage trains: the small contract between the loop, which knows no networks, and the tasks, which know no loop.
+"""The contract between the training loop, which is independent of the networks, and the tasks, which define the losses.
 
-A task is a class in `train.stages.TASKS`. The loop builds it with `Task(settings, context)`, loads what earlier
-stages trained into its modules, moves them to the device, calls `prepare`, and then asks for batches and losses by the
-number of images seen. Nothing a task draws may come from a generator that outlives the call: every random number is a
-function of (seed, purpose, image number), see `train.data.order`, so that a resumed run equals a straight one.
+A task is a class in `train.stages.TASKS`. The trainer builds it with `Task(settings, context)`, loads the weights of
+earlier stages into its modules, moves them to the device and calls `prepare`; the loop then requests batches and losses
+by the number of images seen. A task must not draw from a generator that outlives the call: every random number is a
+function of (seed, purpose, image number), see `train.data.order`, so that a resumed run equals an uninterrupted one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,42 +15,42 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-Share = Annotated[float, Field(ge=0, le=1)]  # for settings: of the images, say
-Weight = Annotated[float, Field(ge=0)]  # of one term of a loss among others
+Share = Annotated[float, Field(ge=0, le=1)]  # type of settings: a share, for example of the images
+Weight = Annotated[float, Field(ge=0)]  # type of settings: the weight of one term of a loss
 
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a task is told beside its own settings."""
+    """The stage's environment, passed to a task beside its own settings."""
 
     name: str  # the stage's name
-    seed: int  # of everything the task draws: the stage's own, whatever other stages of the run have
-    device: torch.device  # where the modules will be once built, and where batches should be made
-    folder: Path  # the stage's own folder; caches may live in folder / "cache"
+    seed: int  # seed of all random numbers of the task; differs from stage to stage
+    device: torch.device  # device of the modules after building, and of the batches
+    folder: Path  # the stage's folder; caches may be written to folder / "cache"
     data: Mapping[str, Any] = field(default_factory=dict)  # the run's shared data settings, not yet checked
-    initial: Path | None = None  # a folder of weights whose modules were loaded, if the stage begins with one
-    earlier: Mapping[str, Path] = field(default_factory=dict)  # stage in start_from -> the folder it exported to
+    initial: Path | None = None  # the folder of initial weights, if the stage has one
+    earlier: Mapping[str, Path] = field(default_factory=dict)  # stage in start_from -> the folder of its export
     trains: Sequence[str] = ()  # the parts that will train
-    own_counts: bool = True  # see train.data.sources.Mixture
+    own_counts: bool = True  # whether each source counts its own images; see train.data.sources.Mixture
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss per sample (batch,), and numbers worth following; a 0-dim tensor spares a GPU the wait a float costs."""
+    """One loss per sample (batch,), and metrics. Prefer 0-dim tensors: a float makes the CPU wait for the GPU."""
 
     per_sample: Tensor
     metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 class Task(Protocol):
-    """One kind of training: a class `Task(settings: Settings, context: TaskContext)`; it need not inherit from this.
+    """A kind of training: a class `Task(settings: Settings, context: TaskContext)`; it need not inherit from this one.
 
     Settings: the pydantic model (frozen, extra="forbid") of the stage's `settings`, checked before any stage starts.
-    context: what the task was told.
-    PARTS: every part name this task can offer, so that a typo in a stage's `train` is refused in the first second.
+    context: the context that was passed to the constructor.
+    PARTS: every part name that the task can offer, so that a typo in a stage's `train` is an error before it starts.
     modules: all networks by name, trained and frozen. A module has the same name and keys in every stage that uses it:
-        what an earlier stage in `start_from` trained under that name is loaded here, strictly. The constructor only
-        builds (torch is seeded before it); it may read sizes or vectors from `context.earlier[stage]`.
+        the weights that an earlier stage in `start_from` trained under that name are loaded here, strictly. The
+        constructor only builds (torch is seeded before it); it may read sizes or vectors from `context.earlier[stage]`.
     """
 
     Settings: ClassVar[type[BaseModel]]
@@ -59,41 +59,41 @@ class Task(Protocol):
     modules: dict[str, nn.Module]
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Named groups of parameters a stage may train; no parameter in two groups that train together."""
+        """Return the groups of parameters that a stage may train, by name; groups trained together must not overlap."""
         ...
 
     def check(self) -> list[str]:
-        """What is odd about settings and data, a sentence each; ConfigError for what can be known to be wrong.
+        """Return warnings about settings and data, one sentence each; ConfigError for a mistake.
 
-        Called before any stage trains, of networks without numbers (on torch's meta device), and again before
-        `prepare`. It may look whether files are there, but not into them, and writes nothing.
+        Called before any stage trains, with networks without weights (on torch's meta device), and again before
+        `prepare`. It may test whether files exist, but must not read or write files.
         """
         ...
 
     def prepare(self) -> None:
-        """Called once, weights loaded, modules on the device, in eval mode, without gradients: fill caches here."""
+        """Fill the caches. Called once, with loaded weights, modules on the device, eval mode and no gradients."""
         ...
 
     def batch(self, images_seen: int, size: int) -> Any:
-        """Images number images_seen to images_seen + size: a record of tensors (dataclass, dict, tuple or tensor).
+        """Return images number images_seen to images_seen + size as tensors (dataclass, dict, tuple or tensor).
 
-        A pure function of (seed, images_seen, size), and each item best one of its own number only (`train.data`), so
-        that the pieces of a batch do not depend on accumulation or on the number of processes.
+        A pure function of (seed, images_seen, size). Each item should depend only on its own number (`train.data`), so
+        that micro-batches do not depend on accumulation or on the number of processes.
         """
         ...
 
     def show(self, batch: Any, path: Path) -> None:
-        """Save a batch as one sheet of pictures, so that a person can see what is trained on before it is too late."""
+        """Save a batch as one sheet of pictures, so that a person can check the data before the training."""
         ...
 
     def loss(self, batch: Any, images_seen: int) -> Loss:
-        """Loss of the batch that starts at image number `images_seen`; draws as `batch` does. Called under autocast."""
+        """Return the loss of the batch that starts at image `images_seen`, seeded as `batch` is; under autocast."""
         ...
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        """Numbers for metrics.jsonl, and picture grids in `folder`; averaged weights, eval mode, no gradients."""
+        """Return numbers for metrics.jsonl and save picture grids in `folder`, with averaged weights, in eval mode."""
         ...
 
     def export(self, folder: Path) -> None:
-        """Write the final weights to `folder` (empty, exists); averaged weights in place, eval mode."""
+        """Write the final weights to the empty folder `folder`; the modules hold the averaged weights, in eval mode."""
         ...

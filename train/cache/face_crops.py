@@ -1,6 +1,6 @@
-"""Squares cut round each picture's face, a little too large, made once: a step then only shifts and masks them.
+"""Cached squares around each picture's face, with a margin, so that a step only has to shift and mask them.
 
-The place of the finder's box is imprecise; a random shift of the crop within its margin stands for that.
+The random shift within the margin simulates the imprecise position of the finder's box.
 """
 
 from pathlib import Path
@@ -16,12 +16,12 @@ from train.cache.rows import cache_rows
 
 
 def margin(size: int) -> int:
-    """How many pixels a kept square of `size` pixels is too large on each side: 3 of a crop of 64 pixels."""
+    """Return the margin in pixels on each side of a cached square for crops of `size` pixels: 3 for a crop of 64."""
     return max(3, round(3 * size / 64))
 
 
 class FaceCrops:
-    """Masked face crops (B, 3, size, size) of any rows, from squares larger by a margin, which are kept on disk."""
+    """Masked face crops (B, 3, size, size) of any rows, cut from squares with a margin that are cached on disk."""
 
     def __init__(self, pictures: AnyPictures, size: int, folder: Path, noisy: bool) -> None:
         self.margin = margin(size)
@@ -36,7 +36,7 @@ class FaceCrops:
         return (face_crops.clamp(0, 1) * 255).round().byte()
 
     def take(self, rows: Tensor, shift: Tensor) -> Tensor:
-        """Crops of these rows, each shifted by up to its margin either way (`shift` (B, 2), 0 to 1), masked."""
+        """Return masked crops of these rows, each shifted by up to the margin either way (`shift` (B, 2), 0 to 1)."""
         face_crops = torch.from_numpy(self.values[rows.numpy()])
         offsets = (shift * (2 * self.margin + 1)).long().tolist()
         cut = [s[:, y : y + self.size, x : x + self.size] for s, (y, x) in zip(face_crops, offsets, strict=True)]
@@ -45,9 +45,9 @@ class FaceCrops:
 
 
 def _enlarged(boxes: Tensor, factor: float) -> Tensor:
-    """Boxes (B, 4) whose crop is `factor` times as wide round the same centre (the crop's, not the box's)."""
+    """Return boxes (B, 4) whose crop is `factor` times as wide around the same centre (the crop's, not the box's)."""
     left, top, width, height = boxes.unbind(1)
-    # The crop's centre lies above the box's by a share of its height: growing the box must not lift it further.
+    # The crop's centre is above the box's by a share of the height; without `rise` a larger box would move it up.
     rise = 0.15 * height * (factor - 1)
     corner = torch.stack((left - width * (factor - 1) / 2, top - height * (factor - 1) / 2 + rise), 1)
     return torch.cat((corner, boxes[:, 2:] * factor), 1)

@@ -1,4 +1,4 @@
-"""Latents of the training pictures: encoded once, kept on disk, so that the denoiser's steps never see a pixel."""
+"""Cached latents of the training pictures: encoded once and stored on disk, so that steps need no autoencoder."""
 
 import hashlib
 import json
@@ -21,28 +21,28 @@ from train.task import TaskContext
 
 
 class Codec(Protocol):
-    """An autoencoder as a store of latents sees it: pictures to normalised latents, and back."""
+    """The interface of an autoencoder for the cache of latents: pictures to normalised latents, and back."""
 
     @property
     def mark(self) -> str:
-        """Digits for what latents depend on besides their picture."""
+        """A fingerprint of everything that the latents depend on besides their picture."""
         ...
 
     def shape(self, side: int) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of a picture of `side` pixels."""
+        """Return channels, height and width of the latents of a picture of `side` pixels."""
         ...
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of images (B, 3, S, S), -1 to 1, on any device; without gradients."""
+        """Return latents (B, C, h, w) of images (B, 3, S, S), -1 to 1, on any device; without gradients."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S), 0 to 1; without gradients."""
+        """Return pictures (B, 3, S, S), 0 to 1; without gradients."""
         ...
 
 
 class WorldCodec:
-    """The portrait world's autoencoder, from the folder that its stage exported, ready in memory."""
+    """The portrait world's autoencoder, loaded from the export of its stage."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.vae, self.mean, self.std = load_autoencoder(folder)
@@ -51,14 +51,17 @@ class WorldCodec:
 
     @property
     def mark(self) -> str:
-        # Latents depend on the encoder and its statistics: a decoder that trained on leaves them valid.
+        # Latents depend only on the encoder and the statistics: they stay valid when the decoder is trained further.
         facts = f"{fingerprint(self.vae.encoder)[:16]} {self.mean.tolist()} {self.std.tolist()}"
         return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
     def shape(self, side: int) -> tuple[int, int, int]:
         cells, left = divmod(side, int(self.vae.spatial_compression_ratio))
         if left:
-            raise ConfigError(f"resolution: the autoencoder cannot divide {side} pixels evenly.")
+            raise ConfigError(
+                f"resolution: the autoencoder cannot divide {side} pixels evenly; choose a multiple of "
+                f"{self.vae.spatial_compression_ratio}."
+            )
         return int(self.vae.config.latent_channels), cells, cells
 
     @torch.no_grad()
@@ -75,9 +78,9 @@ class WorldCodec:
 
 
 def load_autoencoder(folder: Path) -> tuple[AutoencoderDC, Tensor, Tensor]:
-    """The network, and each latent channel's mean and standard deviation (C,), from an export or from weights.
+    """Load the autoencoder and each latent channel's mean and standard deviation (C,), from an export or from weights.
 
-    A folder of weights keeps the statistics in the pipeline's own configuration.
+    In a folder of weights, the statistics are in the pipeline's configuration.
     """
     vae = cast(AutoencoderDC, AutoencoderDC.from_pretrained(folder / "vae", torch_dtype=torch.float32))
     if (folder / "latents.json").exists():
@@ -88,10 +91,10 @@ def load_autoencoder(folder: Path) -> tuple[AutoencoderDC, Tensor, Tensor]:
 
 
 class Latents:
-    """Normalised latents (N, C, h, w) of every picture; each person's first, the real one, as cheap cameras take it."""
+    """Normalised latents (N, C, h, w) of all pictures; each person's first, the real one, with cheap camera noise."""
 
     def __init__(self, pictures: AnyPictures, codec: Codec, folder: Path, side: int | None = None) -> None:
-        """Of pictures scaled to `side` pixels if given; a stage at low resolution sees the same pictures smaller."""
+        """Encode the pictures that are not cached, scaled to `side` pixels if given (for stages at low resolution)."""
         self.pictures, self.codec, full = pictures, codec, pictures.gallery.size
         self.side = side or full
         mark = codec.mark + ("" if self.side == full else f"-{self.side}px")
@@ -102,12 +105,12 @@ class Latents:
         return torch.from_numpy(self.values[rows.numpy()]).float()
 
     def faces(self, rows: Tensor) -> Tensor:
-        """Where the faces of these rows are, (B, 1, h, w), 1 or 0."""
+        """Return the face masks of these rows on the latent grid, (B, 1, h, w), 1 or 0."""
         boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
         return box_mask(boxes, self.pictures.gallery.size, self.values.shape[-1])
 
     def letters(self, rows: Tensor) -> Tensor:
-        """Where words on shirts are in the pictures of these rows, likewise."""
+        """Return the masks of the words on shirts in these rows, (B, 1, h, w), 1 or 0."""
         gallery = self.pictures.gallery
         return box_mask(gallery.letters(rows), gallery.size, self.values.shape[-1])
 
@@ -119,7 +122,7 @@ class Latents:
 
 
 def with_camera_noise(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Images and boxes of these rows; real pictures with the noise of their camera, the same at every call."""
+    """Return images and boxes of these rows; real pictures get camera noise, the same at every call."""
     images, boxes = pictures.take(rows)
     noisy = (rows % pictures.gallery.pictures == 0) & pictures.gallery.camera
     for i in noisy.nonzero().squeeze(1).tolist():
@@ -128,9 +131,9 @@ def with_camera_noise(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tens
 
 
 def box_mask(boxes: Tensor, side: int, cells: int) -> Tensor:
-    """(B, 1, cells, cells): 1 where a latent cell of a picture of `side` pixels touches the box, 0 elsewhere.
+    """Return (B, 1, cells, cells): 1 where a latent cell of a picture of `side` pixels touches the box, 0 elsewhere.
 
-    A box (left, top, width, height) without width touches nothing.
+    A box (left, top, width, height) of width 0 touches no cell.
     """
     middle = (torch.arange(cells) + 0.5) * side / cells
     half = side / cells / 2
@@ -141,28 +144,28 @@ def box_mask(boxes: Tensor, side: int, cells: int) -> Tensor:
 
 
 def squared_error(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Mean squared error (B,) of latents (B, C, h, w) in float32, each cell by its weight (B, 1, h, w)."""
+    """Return the mean squared error (B,) of latents (B, C, h, w) in float32, each cell weighted by (B, 1, h, w)."""
     square = (prediction.float() - target.float()).square().mean(1, keepdim=True)
     return (square * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
 
 
 def autoencoder_of(context: TaskContext) -> Path:
-    """The folder that holds it: what an earlier stage left, or the weights that the stage begins with."""
+    """Return the folder of the autoencoder: the export of an earlier stage, or the stage's initial weights."""
     check_autoencoder(context)
     folder = context.earlier.get("autoencoder", context.initial)
-    assert folder is not None, "as it was checked"
+    assert folder is not None, "check_autoencoder raises otherwise"
     return folder
 
 
 def check_autoencoder(context: TaskContext) -> None:
-    """ConfigError if the stage begins with nothing that may hold one."""
+    """Raise ConfigError if neither the earlier stages nor the initial weights hold an autoencoder."""
     if "autoencoder" not in context.earlier and context.initial is None:
         raise ConfigError(
-            f"Stage {context.name} needs an autoencoder: name a stage `autoencoder` in its start_from, or a "
-            "folder of weights as its initial."
+            f"Stage {context.name} needs an autoencoder. Name a stage `autoencoder` in its start_from, or a "
+            "folder of weights in its initial."
         )
     if "autoencoder" not in context.earlier and context.initial is not None and not (context.initial / "vae").is_dir():
         raise ConfigError(
-            f"Stage {context.name} needs an autoencoder, and {context.initial} holds none (vae/): name a stage "
-            "`autoencoder` in its start_from, or a whole folder of weights as its initial."
+            f"Stage {context.name} needs an autoencoder, and {context.initial} holds none (vae/). Name a stage "
+            "`autoencoder` in its start_from, or a complete folder of weights in its initial."
         )

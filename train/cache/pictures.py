@@ -1,8 +1,8 @@
-"""The rendered pictures that training reads: made once, kept on disk, carried on after any interruption.
+"""Cached renders for training: rendered once and stored on disk; an interrupted rendering is resumed.
 
 A gallery is `identities` people with `pictures` pictures each. The first picture of a person is the real one; the
-others are drawn of somebody who has drifted a little, as a generator of synthetic pairs would (DESIGN: SynPairs). Who
-and how is not stored: both are pure functions of the row number.
+others show an identity that has drifted a little, as a generator of synthetic pairs (SynPairs) would make them. People
+and contexts are not stored: both are pure functions of the row number.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from train.cache.rows import RowFormat, cache_rows_together
 from train.run.checkpoint import write_json
 
 BLOCK = 512  # pictures rendered and stored at a time
-_WORTH_COMPILING = 2_000  # pictures; for fewer, compiling takes longer than it saves
+_WORTH_COMPILING = 2_000  # pictures to render from which compiling saves more time than it takes
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """`identities` x `pictures` renders of `size` pixels of people from one seed range (a split).
+    """`identities` x `pictures` renders of `size` pixels, of people from one seed range (a split).
 
-    With `camera` each person's first picture, the real one, is seen as a cheap camera takes it.
+    With `camera`, each person's first picture, the real one, gets the noise of a cheap camera.
     """
 
     split: str  # "train", "judge" or "held out"
@@ -40,7 +40,7 @@ class Gallery:
     pictures: int
     size: int = 128
     drift: float = 0.06
-    first: int = 0  # people of the split that come before these
+    first: int = 0  # number of the first person within the split
     camera: bool = True
 
     def __len__(self) -> int:
@@ -52,14 +52,14 @@ class Gallery:
 
     @property
     def mark(self) -> str:
-        """Eight hexadecimal digits for what a row depends on besides its number."""
-        # Only what is not the default, so that a new field leaves the marks of what is on disk alone.
+        """Eight hexadecimal digits: a fingerprint of everything that a row depends on besides its number."""
+        # Only values that are not the default, so that a new field does not change the marks of files on disk.
         plain = Gallery("", self.identities, 0)
         facts = {name: value for name, value in asdict(self).items() if value != getattr(plain, name)}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
     def people(self, rows: Tensor) -> People:
-        """Who is in these rows, drifted in all but each person's first picture."""
+        """Return the people in these rows, with drift in all but each person's first picture."""
         people = sample_people([self.first_seed + int(i) for i in rows // self.pictures])
         moved = drift(people, [self.first_seed + int(i) for i in rows], self.drift)
         real = rows % self.pictures == 0
@@ -70,11 +70,11 @@ class Gallery:
         return sample_contexts([self.first_seed + int(i) for i in rows])
 
     def letters(self, rows: Tensor) -> Tensor:
-        """Where the words on the shirts are, in pixels (B, 4), of no width where there is none."""
+        """Return the boxes of the words on shirts in pixels (B, 4), of width 0 where there is none."""
         return letter_boxes(self.contexts(rows), self.size)
 
     def captions(self, rows: Tensor, caption_styles: Sequence[str]) -> list[str]:
-        """Each picture's caption in the manner given for it, always the same one."""
+        """Return each picture's caption in the given style; it is the same at every call."""
         people, contexts = self.people(rows), self.contexts(rows)
         texts = [""] * len(rows)
         for caption_style in set(caption_styles):
@@ -86,7 +86,7 @@ class Gallery:
         return texts
 
     def pairs(self, target: Literal["self", "other"]) -> Tensor:
-        """Rows of all references with their targets, (P, 2): each real picture with itself, or with its SynPairs."""
+        """Return rows of references and targets, (P, 2): each real picture with itself, or with the person's others."""
         firsts = torch.arange(self.identities) * self.pictures
         if target == "self":
             return torch.stack((firsts, firsts), 1)
@@ -95,45 +95,45 @@ class Gallery:
 
 
 class AnyGallery(Protocol):
-    """What the denoiser's stages need to know of a gallery, the world's or a data set's."""
+    """The interface of a gallery for the denoiser's stages, of the portrait world or of a data set."""
 
     @property
     def size(self) -> int:
-        """Pixels of a picture's side."""
+        """Side of a picture in pixels."""
         ...
 
     @property
     def pictures(self) -> int:
-        """How many pictures of one person follow each other; the first is the real one."""
+        """Number of consecutive pictures of one person; the first is the real one."""
         ...
 
     @property
     def camera(self) -> bool:
-        """Whether the real ones are to be seen as a cheap camera takes them."""
+        """Whether real pictures get the noise of a cheap camera."""
         ...
 
     @property
     def mark(self) -> str:
-        """Digits for what a row depends on besides its number."""
+        """A fingerprint of everything that a row depends on besides its number."""
         ...
 
     def __len__(self) -> int: ...
 
     def captions(self, rows: Tensor, caption_styles: Sequence[str]) -> list[str]:
-        """Each picture's caption in the manner given for it, always the same one."""
+        """Return each picture's caption in the given style; it is the same at every call."""
         ...
 
     def letters(self, rows: Tensor) -> Tensor:
-        """Where words to be read are, in pixels (B, 4), of no width where there is none or nobody knows."""
+        """Return the boxes of words in pixels (B, 4), of width 0 where there is none or its position is unknown."""
         ...
 
     def pairs(self, target: Literal["self", "other"]) -> Tensor:
-        """Rows of references with their targets, (P, 2)."""
+        """Return rows of references and targets, (P, 2)."""
         ...
 
 
 class AnyPictures(Protocol):
-    """The pictures of a gallery behind their row numbers, and where the face is in each, in pixels (N, 4)."""
+    """The pictures of a gallery, indexed by row number, and the face box in each, in pixels (N, 4)."""
 
     @property
     def gallery(self) -> AnyGallery: ...
@@ -142,11 +142,11 @@ class AnyPictures(Protocol):
     def boxes(self) -> "np.ndarray[Any, np.dtype[np.float32]]": ...
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S), 0 to 1, and face boxes (B, 4)."""
+        """Return images (B, 3, S, S), 0 to 1, and face boxes (B, 4)."""
         ...
 
     def frames(self, rows: Tensor) -> Tensor:
-        """Width and height of the picture each square was cut from, and its left and top there, in pixels, (B, 4)."""
+        """Return width and height of each square's original picture, and the square's left and top in it, (B, 4)."""
         ...
 
 
@@ -159,18 +159,18 @@ class Pictures:
     boxes: "np.memmap[tuple[int, ...], np.dtype[np.float32]]"
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S), 0 to 1, and face boxes (B, 4)."""
+        """Return images (B, 3, S, S), 0 to 1, and face boxes (B, 4)."""
         index = rows.numpy()
         return torch.from_numpy(self.images[index]).float().div_(255), torch.from_numpy(self.boxes[index])
 
     def frames(self, rows: Tensor) -> Tensor:
-        """Rendered pictures are squares already: their size, and no corner cut off, (B, 4)."""
+        """Return the size of the render, which is already square, and left and top 0, (B, 4) pixels."""
         side = float(self.gallery.size)
         return torch.tensor([side, side, 0.0, 0.0]).expand(len(rows), 4)
 
 
 def open_pictures(gallery: Gallery, folder: Path) -> Pictures:
-    """Map the gallery's files in `folder`, rendering what is missing first."""
+    """Render the pictures that are missing in `folder`, and map the gallery's files."""
     size, images, boxes = gallery.size, folder / "images.u8", folder / "boxes.f32"
     _migrate_state(folder / "done.json", images.with_suffix(".json"))
     formats: dict[Path, RowFormat] = {images: ((3, size, size), np.uint8), boxes: ((4,), np.float32)}
@@ -179,14 +179,14 @@ def open_pictures(gallery: Gallery, folder: Path) -> Pictures:
 
 
 class _Renderer:
-    """Renders rows of a gallery; with compiled painters if many are missing when it begins."""
+    """Renders rows of a gallery, with compiled painters if many pictures are missing at the first call."""
 
     def __init__(self, gallery: Gallery) -> None:
         self.gallery = gallery
         self.painters: Painters | None = None
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) in bytes, and boxes (B, 4)."""
+        """Return images (B, 3, S, S) uint8, and face boxes (B, 4)."""
         if self.painters is None:
             many = len(self.gallery) - int(rows[0]) >= _WORTH_COMPILING
             self.painters = compiled_painters() if many else Painters()
@@ -195,7 +195,7 @@ class _Renderer:
 
 
 def _migrate_state(old: Path, new: Path) -> None:
-    """Say as `train.cache.rows` does what an earlier version left of a gallery."""
+    """Convert the state file of an earlier version to the format of `train.cache.rows`."""
     if not old.exists():
         return
     known = json.loads(old.read_text(encoding="utf-8"))

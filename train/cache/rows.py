@@ -1,7 +1,8 @@
-"""Rows that are worked out once for every picture of a gallery and kept on disk, carried on after any interruption.
+"""Cache one row per picture of a gallery on disk: each row is computed once, and an interrupted computation is resumed.
 
-A file's name ends in its gallery's mark, so that different galleries of one name lie side by side. Files grow and never
-shrink, for another run may have them mapped; a smaller gallery maps the first rows of a larger one's file.
+A file's name ends in its gallery's mark (a fingerprint), so that different galleries of one name have different files.
+Files grow and never shrink, because another run may have them mapped; a smaller gallery maps the first rows of a larger
+one's file.
 """
 
 import json
@@ -22,18 +23,18 @@ from train.run.stopping import raise_if_stopping
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: there two runs must not fill one folder at once
+except ImportError:  # Windows has no fcntl locks: there, two runs must not fill one folder at the same time
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("train")
-_BLOCK = 256  # rows worked out and stored at a time
-_PIXELS = 256 * 128**2  # or as many as hold this many pixels, so that large pictures fit into memory
+_BLOCK = 256  # rows computed and stored at a time
+_PIXELS = 256 * 128**2  # most pixels of a block, so that large pictures fit into memory
 Rows = np.memmap[tuple[int, ...], Any]
-RowFormat = tuple[Sequence[int], type[Any]]  # a row's shape, and the kind of its numbers
+RowFormat = tuple[Sequence[int], type[Any]]  # the shape of a row, and its data type
 
 
 class CachedGallery(Protocol):
-    """What is to be known of a gallery whose rows are kept: how many, of how many pixels, and what they depend on."""
+    """The interface of a gallery whose rows are cached: number of rows, side of a picture in pixels, fingerprint."""
 
     @property
     def size(self) -> int: ...
@@ -52,11 +53,11 @@ def cache_rows(
     make: Callable[[Tensor], Tensor],
     description: str,
 ) -> Rows:
-    """One row of `shape` and `kind` for every picture of the gallery, (len(gallery), *shape), mapped from a file.
+    """Return one row per picture of the gallery, (len(gallery), *shape) of type `kind`, mapped from a file.
 
-    `make` works out some rows (B, *shape) from their numbers; `description` labels the progress bar. A gallery that
-    only grew keeps its rows, for a row does not depend on how many there are. The file is `path` with the gallery's
-    mark in its name.
+    `make` computes rows (B, *shape) from their numbers; `description` labels the progress bar. If a gallery only grew,
+    its rows stay valid, because a row does not depend on the number of rows. The file is `path` with the gallery's mark
+    in its name.
     """
     block = max(1, min(_BLOCK, _PIXELS // gallery.size**2))
     return cache_rows_together({path: (shape, kind)}, gallery, lambda rows: (make(rows),), description, block)[0]
@@ -69,7 +70,10 @@ def cache_rows_together(
     description: str,
     block: int,
 ) -> list[Rows]:
-    """As `cache_rows`, for several files whose rows are made together, `block` at a time. One of two runs does it."""
+    """As `cache_rows`, for several files whose rows are computed together, `block` at a time.
+
+    If two runs need the same rows, one computes them while the other waits.
+    """
     first = next(iter(files))
     first.parent.mkdir(parents=True, exist_ok=True)
     formats = {_marked(path, gallery.mark): form for path, form in files.items()}
@@ -77,7 +81,7 @@ def cache_rows_together(
     if _rows_done(state, formats) < count:
         with (
             state.with_suffix(".lock").open("w") as lock,
-            _exclusive_lock(lock.fileno(), f"{description}: another run is at it."),
+            _exclusive_lock(lock.fileno(), f"{description}: waiting for another run that does this."),
         ):
             _adopt_unmarked_files(list(files), list(formats), state, gallery.mark)
             _fill(state, formats, count, make, description, block)
@@ -85,7 +89,7 @@ def cache_rows_together(
 
 
 def map_file(path: Path, shape: Sequence[int], kind: type[Any]) -> Rows:
-    """The file's beginning as an array to read and write; what was never written is zero."""
+    """Map the beginning of the file as an array to read and write; values that were never written are zero."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     with path.open("ab") as file, _exclusive_lock(file.fileno()):
         if os.fstat(file.fileno()).st_size < size:
@@ -101,7 +105,7 @@ def _fill(
     description: str,
     block: int,
 ) -> None:
-    done = _rows_done(state, formats)  # once more: another run may have been at it meanwhile
+    done = _rows_done(state, formats)  # again: another run may have added rows before the lock was taken
     values = [map_file(path, (count, *shape), kind) for path, (shape, kind) in formats.items()]
     for start in track(range(done, count, block), description, disable=done >= count):
         rows = torch.arange(start, min(start + block, count))
@@ -113,7 +117,7 @@ def _fill(
 
 
 def _rows_done(state: Path, formats: Mapping[Path, RowFormat]) -> int:
-    """How many rows are known to be there, and are."""
+    """Return how many rows are finished by the state file, and present in all files."""
     if not state.exists() or not all(path.exists() for path in formats):
         return 0
     rows = int(json.loads(state.read_text(encoding="utf-8"))["rows"])
@@ -126,7 +130,7 @@ def _marked(path: Path, mark: str) -> Path:
 
 
 def _adopt_unmarked_files(before: Sequence[Path], now: Sequence[Path], state: Path, mark: str) -> None:
-    """Take over what an earlier version kept for this gallery, whose mark stood in the file beside the rows alone."""
+    """Rename the files of an earlier version, which had the gallery's mark in the state file and not in their names."""
     old = before[0].with_suffix(".json")
     if state.exists() or not old.exists() or json.loads(old.read_text(encoding="utf-8")).get("gallery") != mark:
         return
@@ -138,7 +142,7 @@ def _adopt_unmarked_files(before: Sequence[Path], now: Sequence[Path], state: Pa
 
 @contextmanager
 def _exclusive_lock(handle: int, waiting: str = "") -> Iterator[None]:
-    """For the block no other process is in it for this file; where there are no locks, nothing is waited for."""
+    """Hold an exclusive lock on the file for the block, and log `waiting` if it is taken; do nothing without locks."""
     if fcntl is None:
         yield
         return
@@ -149,7 +153,7 @@ def _exclusive_lock(handle: int, waiting: str = "") -> Iterator[None]:
             log.info("%s", waiting)
         fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError as error:
-        log.debug("This disk knows no locks (%s).", error)
+        log.debug("This disk does not support locks (%s).", error)
     try:
         yield
     finally:

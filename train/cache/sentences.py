@@ -1,7 +1,7 @@
-"""Captions of the training pictures as tokens: written and read once each, kept on disk, as latents are.
+"""Cached caption tokens of the training pictures: each caption is encoded once and stored on disk.
 
-Each picture has one caption in each manner. The frozen encoders' tokens (CLIP, T5) are kept in half precision and made
-when first asked for; what stands between quotes is handed on as text, because ByT5 trains.
+Each picture has one caption in each style. The tokens of the frozen encoders (CLIP, T5) are stored in half precision
+and computed on first use; quoted text is passed on as text, because ByT5 trains.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ _T5_TOKENS = 128  # the longest dense captions take about 110
 
 @dataclass(frozen=True)
 class Sentences:
-    """A batch of captions: tokens of the frozen encoders, and the letters asked for, "" where there are none."""
+    """A batch of captions: tokens of the frozen encoders, and the quoted text, "" where there is none."""
 
     clip: Tokens
     t5: Tokens
@@ -36,21 +36,21 @@ class Sentences:
 
     @staticmethod
     def join(pieces: "Sequence[Sentences]") -> "Sentences":
-        """One batch of several, the shorter captions padded."""
+        """Concatenate batches; shorter captions are padded."""
         if len(pieces) == 1:
             return pieces[0]
         clip, t5 = join([piece.clip for piece in pieces]), join([piece.t5 for piece in pieces])
         return Sentences(clip, t5, [letters for piece in pieces for letters in piece.letters])
 
     def shifted(self) -> "Sentences":
-        """The same captions, each given to the next picture."""
+        """Return the captions shifted by one picture: each one moves to the next picture."""
         return Sentences(_shifted(self.clip), _shifted(self.t5), self.letters[-1:] + self.letters[:-1])
 
 
 class SentenceStore:
-    """The captions of a gallery, in three manners, behind the row numbers of its pictures.
+    """The captions of a gallery in three styles, indexed by the row numbers of its pictures.
 
-    Each process that trains has files of its own, since machines that write into one file lose what the other wrote.
+    Each process has its own files, because machines that write to one file would overwrite each other's data.
     """
 
     def __init__(self, gallery: AnyGallery, text: TextEncoders, folder: Path) -> None:
@@ -64,9 +64,9 @@ class SentenceStore:
     def take(
         self, rows: Tensor, caption_styles: Sequence[str], left_out: Mapping[str, Tensor] = MappingProxyType({})
     ) -> Sentences:
-        """The captions of these pictures, each in the manner given for it.
+        """Return the captions of these pictures, each in the given style.
 
-        `left_out` says for "clip", "t5" and "byt5" which pictures that branch is told nothing of, (B,) bool.
+        `left_out` maps "clip", "t5" and "byt5" to a mask (B,) of pictures for which that branch gets an empty caption.
         """
         texts = self.gallery.captions(rows, caption_styles)
         positions = caption_positions(rows, caption_styles)
@@ -83,28 +83,28 @@ class SentenceStore:
         return Sentences(trim_padding(clip, clip_lengths), trim_padding(t5, t5_lengths), letters)
 
     def _leave_out(self, values: Tensor, lengths: Tensor, dropped: Tensor, encode: Encode) -> None:
-        """Put the tokens of the empty sentence where `dropped` (B,), in place."""
+        """Replace the tokens by those of the empty sentence where `dropped` (B,), in place."""
         if dropped.any():
             here = _first(encode([""]))
             values[dropped, : len(here)], lengths[dropped] = here, len(here)
 
     @torch.no_grad()
     def _read(self, texts: Mapping[int, str]) -> None:
-        """Encode the captions that belong to these places and are not there yet."""
+        """Encode the captions at these positions that are not cached yet."""
         for cache, encode in ((self.t5, self.text.encode_t5), (self.clip, self.text.encode_clip)):
             if positions := cache.missing(list(texts)):
                 cache.write(positions, encode([texts[position] for position in positions]))
 
 
 def _process() -> str:
-    """What tells the files of this process from those of others, if there are any."""
+    """Return a suffix for this process's file names; "" for the main process."""
     here = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if here else 0
     return f"-process-{rank}" if rank else ""
 
 
 def caption_positions(rows: Tensor, caption_styles: Sequence[str]) -> list[int]:
-    """Where the captions of these pictures stand in a store, each in the manner given for it."""
+    """Return the positions of these pictures' captions in the cache, each in the given style."""
     return [
         row * len(STYLES) + STYLES.index(caption_style)
         for row, caption_style in zip(rows.tolist(), caption_styles, strict=True)
@@ -112,7 +112,7 @@ def caption_positions(rows: Tensor, caption_styles: Sequence[str]) -> list[int]:
 
 
 def _first(tokens: Tokens) -> Tensor:
-    """The tokens (length, width) of the first sentence that count."""
+    """Return the unmasked tokens (length, width) of the first sentence."""
     return tokens.values[0] if tokens.mask is None else tokens.values[0, tokens.mask[0]]
 
 

@@ -1,4 +1,4 @@
-"""Tokens of one frozen encoder for every sentence of a gallery, written once, behind the sentences' places."""
+"""Cached tokens of one frozen encoder for every sentence of a gallery, indexed by the sentence's position."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,36 +14,36 @@ _LENGTH_MULTIPLE = 16  # tokens are cut to the longest sentence of a batch, roun
 
 
 class TokenCache:
-    """`count` places for up to `length` tokens of `width` numbers, in half precision, and how many each holds.
+    """`count` entries of up to `length` tokens of `width` values in half precision, and the length of each entry.
 
-    A place that holds none is not written yet. What lies beyond a sentence's end is never written, so the file takes
-    the disk only what the sentences need.
+    An entry of length 0 is not written yet. Nothing is written beyond a sentence's end, so the sparse file needs disk
+    space only for the sentences.
     """
 
     def __init__(self, path: Path, count: int, length: int, width: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.values = map_file(path.with_suffix(".f16"), (count, length, width), np.float16)
-        # Written after the tokens, so that 0 means that they are not there yet.
+        # Written after the tokens, so that an interrupted write leaves length 0.
         self.lengths = map_file(path.with_suffix(".lengths"), (count,), np.int16)
 
     def missing(self, positions: Sequence[int]) -> list[int]:
-        """Those of the places that hold nothing yet, each once."""
+        """Return the positions that are not written yet, without duplicates."""
         wanted = np.fromiter(dict.fromkeys(positions), np.int64)
         found: list[int] = wanted[self.lengths[wanted] == 0].tolist()
         return found
 
     def write(self, positions: Sequence[int], tokens: Tokens) -> None:
-        """Keep the tokens (B, L, width) that count, cut to what a place can hold."""
+        """Write the unmasked tokens of (B, L, width), truncated to the length of an entry."""
         mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
         values = tokens.values.to("cpu", torch.float16)
         kept = [row[counts][: self.values.shape[1]].numpy() for row, counts in zip(values, mask, strict=True)]
         for position, row in zip(positions, kept, strict=True):
             self.values[position, : len(row)] = row
-        self.values.flush()  # or a machine that stops could keep the lengths and lose the tokens
+        self.values.flush()  # otherwise a crash could leave lengths on disk without their tokens
         self.lengths[list(positions)] = [len(row) for row in kept]
 
     def take(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Tokens (B, length, width) of these places, zero beyond their lengths (B,), of which nothing is read."""
+        """Return tokens (B, length, width) at these positions, zero beyond their lengths, and the lengths (B,)."""
         lengths = self.lengths[np.asarray(positions)].astype(np.int64)
         values = torch.zeros(len(positions), *self.values.shape[1:])
         for row, (position, length) in enumerate(zip(positions, lengths.tolist(), strict=True)):
@@ -52,6 +52,6 @@ class TokenCache:
 
 
 def trim_padding(values: Tensor, lengths: Tensor) -> Tokens:
-    """Tokens with their mask, as long as the longest needs."""
+    """Return the tokens with their mask, cut to the longest sentence rounded up to a multiple of 16."""
     longest = min(values.shape[1], -(-int(lengths.max()) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
     return Tokens(values[:, :longest].contiguous(), torch.arange(longest) < lengths[:, None])

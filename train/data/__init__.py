@@ -1,1 +1,1 @@
-"""Which training example has which number, and where its picture and caption come from."""
+"""Training data: the order of the examples, and the sources of their pictures and captions."""

@@ -1,4 +1,4 @@
-"""The small text encoders of the portrait world: tokenizers made from its captions, and the three models."""
+"""The small text encoders of the portrait world: tokenizers trained on its captions, and the three models."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +9,7 @@ from torch import nn
 from imagine.networks import encoders
 from imagine.world import captions, sample_contexts, sample_people
 
-_SENTENCES = 3_000  # captions of each kind that the vocabularies are made from
+_SENTENCES = 3_000  # captions of each style that the vocabularies are made from
 _BYT5_FOLDER = "tokenizer_3"
 
 
@@ -18,7 +18,7 @@ def make_tokenizers(folder: Path, sentences: int = _SENTENCES) -> None:
     if (folder / "ready").exists():
         return
     seeds = range(sentences)
-    with torch.device("cpu"):  # a plan builds networks without numbers, but words need their captions
+    with torch.device("cpu"):  # a plan builds on the meta device, but captions need real values
         people, contexts = sample_people(seeds), sample_contexts(seeds)
         styles = ("dense", "terse", "rewritten")
         written = [text for style in styles for text in captions(people, contexts, style, seeds)]
@@ -29,7 +29,7 @@ def make_tokenizers(folder: Path, sentences: int = _SENTENCES) -> None:
 
 
 def build_text_encoders(folder: Path) -> encoders.TextEncoders:
-    """Freshly initialised encoders with the tokenizers in `folder`."""
+    """Return newly initialised encoders with the tokenizers in `folder`."""
     from transformers import ByT5Tokenizer, CLIPTokenizer, T5Tokenizer
 
     clip = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
@@ -46,7 +46,7 @@ def build_text_encoders(folder: Path) -> encoders.TextEncoders:
 
 
 def load_text_encoders(folder: Path) -> encoders.TextEncoders:
-    """What `save_text_encoders` wrote, in float32."""
+    """Load the encoders that `save_text_encoders` wrote, in float32."""
     from transformers import ByT5Tokenizer, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
     def model(kind: Any, name: str) -> Any:
@@ -66,7 +66,7 @@ def load_text_encoders(folder: Path) -> encoders.TextEncoders:
 
 
 def save_text_encoders(text: encoders.TextEncoders, folder: Path) -> None:
-    """Write models and tokenizers under the names that the pipeline's folder uses."""
+    """Write models and tokenizers under the folder names of the pipeline."""
     pairs = (("text_encoder", text.clip), ("text_encoder_2", text.t5), ("text_encoder_3", text.byt5))
     for name, model in pairs:
         cast(Any, model).save_pretrained(folder / name)
@@ -76,5 +76,5 @@ def save_text_encoders(text: encoders.TextEncoders, folder: Path) -> None:
 
 
 def parameters(*modules: nn.Module) -> list[nn.Parameter]:
-    """All parameters of these modules, in order."""
+    """Return all parameters of these modules, in order."""
     return [parameter for module in modules for parameter in module.parameters()]

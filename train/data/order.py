@@ -1,8 +1,8 @@
-"""Which images and which random numbers belong to image number n: position is all that a resumed run needs to know.
+"""The order of the images and the random numbers of image number n: a resumed run only needs to know its position.
 
-Every random number here is a function of (seed, purpose, image number, column), made by hashing rather than drawn from
-a generator (splitmix64; Steele, Lea, Flood 2014). There is nothing to save, a batch may be cut into pieces or spread
-over processes without changing one number, and CPU and GPU agree.
+Every random number here is a function of (seed, purpose, image number, column), computed with a hash instead of a
+generator (splitmix64; Steele, Lea, Flood 2014). So there is no state to save, a batch can be split into micro-batches
+or among processes without changing any number, and CPU and GPU give the same numbers.
 """
 
 import functools
@@ -21,20 +21,20 @@ T = TypeVar("T")
 
 
 def derive_seed(seed: int, purpose: str, number: int = 0) -> int:
-    """A non-negative 63-bit number for (seed, purpose, number), for whatever wants a seed of its own."""
+    """Return a non-negative 63-bit seed that is a hash of (seed, purpose, number)."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(seed: int, purpose: str, images_seen: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator for one batch, for code that must be given one; prefer `normals` and `uniforms`."""
+    """Return a new generator for one batch, for code that needs one; prefer `normals` and `uniforms`."""
     return torch.Generator(device).manual_seed(derive_seed(seed, purpose, images_seen))
 
 
 def uniforms(
     seed: int, purpose: str, first: int, size: int, shape: Sequence[int] = (), device: torch.device | str = "cpu"
 ) -> Tensor:
-    """(size, *shape) float32 in [0, 1): row i belongs to image number first + i alone."""
+    """Return (size, *shape) float32 in [0, 1); row i depends only on image number first + i."""
     bits = _bits(seed, purpose, first, size, math.prod(shape), device)
     return _high(bits).mul_(2.0**-24).view(size, *shape)
 
@@ -42,31 +42,31 @@ def uniforms(
 def normals(
     seed: int, purpose: str, first: int, size: int, shape: Sequence[int] = (), device: torch.device | str = "cpu"
 ) -> Tensor:
-    """(size, *shape) float32 standard normal (Box-Muller): row i belongs to image number first + i alone."""
+    """Return (size, *shape) float32 standard normal (Box-Muller); row i depends only on image number first + i."""
     columns = math.prod(shape)
     bits = _bits(seed, purpose, first, size, (columns + 1) // 2, device)
-    radius = _high(bits).add_(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()  # the argument is in (0, 1]: never log of 0
+    radius = _high(bits).add_(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()  # the argument is in (0, 1], never 0
     angle = ((bits >> 16) & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
     both = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)
     return both[:, :columns].reshape(size, *shape)
 
 
 def chance(seed: int, purpose: str, first: int, size: int, rate: float, device: torch.device | str = "cpu") -> Tensor:
-    """(size,) bool, True with probability `rate`: which images drop a condition, say."""
+    """Return (size,) bool, True with probability `rate`, for example for the images that drop a condition."""
     return uniforms(seed, purpose, first, size, device=device) < rate
 
 
 def choices(
     seed: int, purpose: str, first: int, size: int, weights: Sequence[float], device: torch.device | str = "cpu"
 ) -> Tensor:
-    """(size,) int64, each the index of one weight, drawn in proportion: the source an image comes from, say."""
+    """Return (size,) int64: for each image the index of a weight, drawn in proportion to the weights."""
     edges = torch.tensor(weights, dtype=torch.float64).cumsum(0)
     edges = (edges / edges[-1])[:-1].float().to(device)
     return torch.bucketize(uniforms(seed, purpose, first, size, device=device), edges, right=True)
 
 
 def shuffled(seed: int, purpose: str, first: int, size: int, population: int) -> Tensor:
-    """(size,) int64 on the CPU: which of `population` items each image is, in a new order every round."""
+    """Return (size,) int64 on the CPU: the item, of `population`, of each image; every epoch has a new order."""
     numbers = torch.arange(first, first + size)
     epochs = numbers // population
     out = torch.empty_like(numbers)
@@ -79,7 +79,7 @@ def shuffled(seed: int, purpose: str, first: int, size: int, population: int) ->
 def prefetched(
     make: Callable[..., T], calls: Iterable[tuple[int, int]], depth: int
 ) -> Generator[tuple[int, T], None, None]:
-    """(images_seen, make(images_seen, size)) for each call in order, `depth` of them made ahead in one thread."""
+    """Yield (images_seen, make(images_seen, size)) for each call in order, made up to `depth` ahead in one thread."""
     if not depth:
         for call in calls:
             yield call[0], make(*call)
@@ -100,7 +100,7 @@ def prefetched(
 
 
 def to_device(record: Any, device: torch.device) -> Any:
-    """The record with every tensor in it on `device`: dataclasses, dicts, lists and tuples are followed."""
+    """Return the record with all its tensors on `device`, also those in dataclasses, dicts, lists and tuples."""
     if isinstance(record, Tensor):
         return record.to(device, non_blocking=True)
     if is_dataclass(record) and not isinstance(record, type):
@@ -121,7 +121,7 @@ def _order(seed: int, purpose: str, epoch: int, population: int) -> Tensor:
 
 
 def _bits(seed: int, purpose: str, first: int, size: int, columns: int, device: torch.device | str) -> Tensor:
-    """(size, columns) int64, all 64 bits random: the hash of the hash of the row."""
+    """Return (size, columns) int64 with 64 random bits each: a hash of the column and the hash of the row."""
     rows = _mixed(torch.arange(first + 1, first + size + 1, device=device) * _GOLDEN + derive_seed(seed, purpose))
     return _mixed(rows[:, None] + torch.arange(1, columns + 1, device=device) * _GOLDEN)
 
@@ -131,7 +131,7 @@ def _high(bits: Tensor) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64, whose products wrap; >> keeps the sign, so the copies of it are masked away."""
+    """Apply splitmix64's finaliser to int64. Products wrap; >> copies the sign bit, so the copies are masked out."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))

@@ -1,7 +1,7 @@
-"""A public base as diffusers saves one, Stable Diffusion 1.5 or XL, read piece by piece.
+"""Load the components of a public base, Stable Diffusion 1.5 or XL in diffusers' layout, one at a time.
 
-A step needs the denoiser and the noise schedule. Autoencoder and text encoders are in memory only while what they make
-is written to disk (`train.cache.latents`, `train.data.text_states`), or while pictures are drawn to be looked at.
+A step needs the denoiser and the noise schedule. The autoencoder and the text encoders are in memory only while the
+caches are filled (`train.cache.latents`, `train.data.text_states`) and while sample pictures are generated.
 """
 
 import hashlib
@@ -24,43 +24,43 @@ from imagine.records import Tokens
 
 Encode = Callable[[Sequence[str]], dict[str, Tokens]]
 _KINDS = {2048: "Stable Diffusion XL", 1024: "Stable Diffusion 2", 768: "Stable Diffusion 1.5"}  # by text width
-_FINGERPRINT_SAMPLES, _FINGERPRINT_BYTES = 1024, 512  # parts of a weights file that are hashed, and their bytes
+_FINGERPRINT_SAMPLES, _FINGERPRINT_BYTES = 1024, 512  # number of samples of a weights file to hash, and their bytes
 _FINGERPRINTED_SUFFIXES = (".json", ".model", ".safetensors", ".txt")  # files that are hashed
-_SHORTENING_FACTOR = 0.75
+_SHORTENING_FACTOR = 0.75  # share of a text that is left when it is shortened once
 
 
 @dataclass(frozen=True)
 class DiffusersBase:
-    """The folder of a pipeline whose denoiser is a UNet2DConditionModel, and what its model_index.json says."""
+    """The folder of a pipeline whose denoiser is a UNet2DConditionModel, and the content of its model_index.json."""
 
     folder: Path
     index: Mapping[str, Any]
 
     @property
     def xl(self) -> bool:
-        """Whether it hears two text encoders, and sizes beside the time, as SDXL does."""
+        """Whether it is conditioned on two text encoders and on picture sizes, as SDXL is."""
         return bool((self.index.get("text_encoder_2") or [None])[0])
 
     @property
     def empty_is_zeros(self) -> bool:
-        """Whether zeros stand for no sentence, rather than the states of an empty one."""
+        """Whether an empty sentence is encoded as zeros instead of as the states of an empty sentence."""
         return self.xl and bool(self.index.get("force_zeros_for_empty_prompt", True))
 
     @property
     def kind(self) -> str:
-        """What family it is of, in words."""
+        """The name of its model family."""
         return _KINDS.get(int(self.config("unet")["cross_attention_dim"]), str(self.index["_class_name"]))
 
     def config(self, part: str) -> dict[str, Any]:
-        """What a part's config.json says."""
+        """Return the content of a part's config.json."""
         return read_config(self.folder / part)
 
     def denoiser(self, device: torch.device, dtype: torch.dtype) -> Any:
-        """Its UNet2DConditionModel, weights and all; on the meta device its shapes alone."""
+        """Load its UNet2DConditionModel with its weights; on the meta device, build it without weights."""
         from diffusers import UNet2DConditionModel
 
         if self.config("unet")["in_channels"] != self.config("vae")["latent_channels"]:
-            raise ConfigError(f"{self.folder} paints into given pictures: name a base that draws from noise alone.")
+            raise ConfigError(f"{self.folder} is an inpainting model; name a base for text-to-image generation.")
         if device.type == "meta":
             with quiet_libraries():
                 return UNet2DConditionModel.from_config(self.config("unet")).to(dtype)
@@ -69,7 +69,7 @@ class DiffusersBase:
 
     @cached_property
     def schedule(self) -> Any:
-        """The noise it was trained with, as a DDPMScheduler. Raises ConfigError for a kind that is not."""
+        """Its noise schedule as a DDPMScheduler; ConfigError for an unreadable file or another prediction type."""
         from diffusers import DDPMScheduler
 
         file = self.folder / "scheduler" / "scheduler_config.json"
@@ -77,30 +77,30 @@ class DiffusersBase:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{file} cannot be read, and without it nobody knows the noise of this base: download it with the "
-                "rest (docs/training.md says how)."
+                f"{file}, the noise schedule of this base, cannot be read. Download it with the other files as in "
+                "docs/training.md."
             ) from error
         schedule = DDPMScheduler.from_config(config, clip_sample=False)
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ConfigError(
-                f"{self.folder} predicts {schedule.config.prediction_type}; name a base that predicts epsilon or "
-                "v_prediction."
+                f"The prediction type of {self.folder} is {schedule.config.prediction_type}; name a base that predicts "
+                "epsilon or v_prediction."
             )
         return schedule
 
 
 def open_base(name: str, shapes_only: bool = False) -> DiffusersBase:
-    """The base in a folder, or in the hub repository owner/name, of which `shapes_only` fetches no weights.
+    """Open the base in a folder or in the hub repository owner/name; with `shapes_only`, no weights are downloaded.
 
-    Raises ConfigError, in a sentence that says what is missing, if there is none that can be trained on.
+    Raises ConfigError, saying what is missing, if there is no base that can be trained on.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.exists() or not is_hub_id(name):
             raise ConfigError(
-                f"There is no folder {name} with the base to train on: save one there, as by the `hf download` of "
-                "docs/training.md, which takes what training needs alone, or set `base` to a folder that holds a "
-                "Stable Diffusion 1.5 or XL pipeline."
+                f"The folder {name} with the base to train on does not exist. Download a base to it with the "
+                "`hf download` command of docs/training.md, which fetches only the files that training needs, or set "
+                "`base` to a folder with a Stable Diffusion 1.5 or XL pipeline."
             )
         folder = _fetched(name, shapes_only)
     try:
@@ -109,13 +109,13 @@ def open_base(name: str, shapes_only: bool = False) -> DiffusersBase:
     except (OSError, ValueError, KeyError, IndexError, TypeError, AssertionError) as error:
         raise ConfigError(
             f"{folder} holds no Stable Diffusion 1.5 or XL pipeline in diffusers' layout ({INDEX} with a unet and a "
-            "text_encoder): set `base` to one that does."
+            "text_encoder). Set `base` to a folder that holds one."
         ) from error
     return DiffusersBase(folder, index)
 
 
 def _fetched(name: str, shapes_only: bool) -> Path:
-    """Where the hub repository lies once it is fetched."""
+    """Download the hub repository and return its folder."""
     from diffusers import DiffusionPipeline
     from huggingface_hub import snapshot_download
 
@@ -126,7 +126,7 @@ def _fetched(name: str, shapes_only: bool) -> Path:
 
 
 class BaseCodec:
-    """The base's own autoencoder between pictures and latents, loaded when it is needed, gone after `free`."""
+    """The base's autoencoder between pictures and latents. It is loaded on first use and released by `free`."""
 
     def __init__(self, base: DiffusersBase, device: torch.device) -> None:
         self.folder, self.device, self.config = base.folder / "vae", device, base.config("vae")
@@ -139,12 +139,15 @@ class BaseCodec:
     def shape(self, side: int) -> tuple[int, int, int]:
         cells, left = divmod(side, 2 ** (len(self.config["block_out_channels"]) - 1))
         if left:
-            raise ConfigError(f"resolution: the autoencoder in {self.folder} cannot divide {side} pixels evenly.")
+            raise ConfigError(
+                f"resolution: the autoencoder in {self.folder} cannot divide {side} pixels evenly; choose another, for "
+                "example a multiple of 64."
+            )
         return int(self.config["latent_channels"]), cells, cells
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        # In float32, as the one of SDXL overflows in half; and the middle of what it finds, as latents are kept.
+        # float32, because SDXL's autoencoder overflows in half precision; mode(), because the latents are cached.
         with torch.autocast(self.device.type, enabled=False):
             found = self._loaded().encode(images.to(self.device)).latent_dist.mode()
         return (found - self._shift) * float(self.config["scaling_factor"])
@@ -153,11 +156,12 @@ class BaseCodec:
     def decode(self, latents: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
             latents = latents.to(self.device).float() / float(self.config["scaling_factor"]) + self._shift
-            drawn = torch.cat([self._loaded().decode(one).sample for one in latents.split(1)])  # one, for memory's sake
+            # one picture at a time, to save memory
+            drawn = torch.cat([self._loaded().decode(one).sample for one in latents.split(1)])
         return (drawn / 2 + 0.5).clamp(0, 1)
 
     def free(self) -> None:
-        """Let go of the network."""
+        """Release the network."""
         self._vae = None
 
     @property
@@ -175,14 +179,14 @@ class BaseCodec:
 
 @dataclass(frozen=True)
 class BaseTextEncoders:
-    """The base's own text encoders: the states that its denoiser reads ("clip"), and in SDXL one vector ("pooled")."""
+    """The base's text encoders: states for cross-attention ("clip"), in SDXL also a vector ("pooled")."""
 
     base: DiffusersBase
     device: torch.device
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Of what each sentence becomes: how many tokens at most, and how wide."""
+        """Name of each output -> the largest number of tokens per sentence, and their width."""
         window = int(self.base.config("text_encoder")["max_position_embeddings"])
         shapes = {"clip": (window, int(self.base.config("unet")["cross_attention_dim"]))}
         if self.base.xl:
@@ -191,14 +195,14 @@ class BaseTextEncoders:
 
     @property
     def mark(self) -> str:
-        """Digits for what tokens depend on besides their sentence."""
+        """A fingerprint of everything that the tokens depend on besides their sentence."""
         parts = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if self.base.xl else ()))
         return _fingerprint(*(self.base.folder / name for name in parts)) + (
             "-zeros" if self.base.empty_is_zeros else ""
         )
 
     def load(self) -> Encode:
-        """The encoders in memory, behind a function, by the stock pipeline's own reading of prompts."""
+        """Load the encoders and return a function that encodes texts with the stock pipeline's `encode_prompt`."""
         import diffusers
 
         folder = self.base.folder
@@ -214,7 +218,7 @@ class BaseTextEncoders:
         pipe.to(self.device)
 
         def encode(texts: Sequence[str]) -> dict[str, Tokens]:
-            with quiet_libraries():  # a caption beyond the window loses its end, as a prompt does
+            with quiet_libraries():  # a caption longer than the context is truncated, as a prompt is
                 found = pipe.encode_prompt(
                     prompt=list(texts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
                 )
@@ -229,11 +233,11 @@ class BaseTextEncoders:
 
 @dataclass(frozen=True)
 class T5TextEncoder:
-    """T5 ("t5") or ByT5 ("byt5") from a folder with the model and its tokenizer, read as the pipeline reads them."""
+    """T5 ("t5") or ByT5 ("byt5") from a folder with model and tokenizer, encoding texts as the pipeline does."""
 
     name: str
     folder: Path
-    tokens: int  # kept of a sentence
+    tokens: int  # largest number of tokens per sentence
     device: torch.device
 
     @property
@@ -251,7 +255,7 @@ class T5TextEncoder:
     def load(self) -> Encode:
         from transformers import AutoTokenizer
 
-        # The largest of them do not fit in float32; bfloat16 has T5's range, which half precision lacks.
+        # The largest models do not fit in memory in float32; half precision lacks the range that T5 needs.
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         model = load_model(self.folder, "transformers", "T5EncoderModel", dtype).to(self.device)
         tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
@@ -267,7 +271,7 @@ class T5TextEncoder:
 
 
 def _truncated(read: Callable[[Sequence[str]], Tokens], text: str) -> str:
-    """The text, or as much of its beginning as can be read."""
+    """Return the text, shortened at its end until it can be encoded."""
     while True:
         try:
             read([text])
@@ -278,7 +282,7 @@ def _truncated(read: Callable[[Sequence[str]], Tokens], text: str) -> str:
 
 
 def load_vision(folder: Path, device: torch.device) -> VisionEncoder:
-    """The vision encoder in a folder, ours or transformers', in float32; on the meta device its shapes alone."""
+    """Load the vision encoder in a folder, ours or transformers', in float32; on the meta device, without weights."""
     config = read_config(folder)
     if config.get("_class_name") == "VisionEncoder":
         if device.type == "meta":
@@ -286,8 +290,8 @@ def load_vision(folder: Path, device: torch.device) -> VisionEncoder:
         return load_model(folder, "imagine.networks.encoders", "VisionEncoder", torch.float32)
     if (config.get("architectures") or [""])[0] != "CLIPVisionModelWithProjection":
         raise ConfigError(
-            f"{folder} holds no vision encoder that can be trained: name the folder of a "
-            "CLIPVisionModelWithProjection, such as an IP-Adapter's image_encoder, or one that imagine saved."
+            f"{folder} holds no vision encoder that can be trained. Name the folder of a "
+            "CLIPVisionModelWithProjection, such as an IP-Adapter's image_encoder, or of an encoder saved by imagine."
         )
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -298,10 +302,10 @@ def load_vision(folder: Path, device: torch.device) -> VisionEncoder:
 
 
 def time_ids(frames: Tensor, side: int) -> Tensor:
-    """What SDXL is told of pictures that squares of `side` pixels were cut from (arXiv 2307.01952, section 2.2).
+    """Return SDXL's size conditioning (arXiv 2307.01952, section 2.2) for squares of `side` pixels cut from pictures.
 
-    `frames` (B, 4) as `AnyPictures.frames`; (B, 6) height and width before scaling, top and left cut off after it, and
-    height and width of the square.
+    `frames` (B, 4) is as in `AnyPictures.frames`. The result (B, 6) is: height and width of the picture before scaling,
+    the square's top and left after scaling, and the square's height and width.
     """
     width, height, left, top = frames.unbind(1)
     scale = side / torch.minimum(width, height)
@@ -310,28 +314,29 @@ def time_ids(frames: Tensor, side: int) -> Tensor:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A component's config.json; ConfigError if there is none."""
+    """Read a component's config.json; ConfigError if it cannot be read."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{folder} has no config.json that can be read: save or download the model there, or name the folder that "
-            "holds it (docs/training.md says how)."
+            f"{folder} has no readable config.json. Save or download the model there, or name the folder that holds it "
+            "(see docs/training.md)."
         ) from error
     assert isinstance(content, dict)
     return content
 
 
 def _variant(folder: Path) -> str | None:
-    """ "fp16" for a folder that holds its weights in half precision only."""
+    """Return "fp16" for a folder with weights in half precision only, otherwise None."""
     names = [file.name for file in folder.glob("*.safetensors")]
     return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
 def _fingerprint(*folders: Path) -> str:
-    """Twelve hexadecimal digits that tell these components from others: weights, configuration and vocabulary.
+    """Return twelve hexadecimal digits that identify these components: weights, configuration and vocabulary.
 
-    Weights are looked into here and there. Of a config.json counts what it says of the network, not who saved it.
+    Weights are hashed at samples only. Of a config.json, the values of the network are hashed, without those about the
+    saving library.
     """
     digest = hashlib.sha256()
     for file in (
@@ -351,6 +356,6 @@ def _fingerprint(*folders: Path) -> str:
 
 
 def _network_config(config: Path) -> bytes:
-    """What a config.json says of its network."""
+    """Return the values of a config.json that describe the network, as JSON."""
     network_values = {name: value for name, value in read_config(config.parent).items() if not name.startswith("_")}
     return json.dumps({**network_values, "transformers_version": None}, sort_keys=True).encode()

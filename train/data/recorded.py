@@ -1,8 +1,8 @@
-"""A data set of records as training material: the same rows, pairs and captions as a gallery of the world has.
+"""Train on a data set of records, with the same interface (rows, pairs, captions) as a gallery of the portrait world.
 
-Pictures stay where they are, in webdataset shards or in a folder (`imagine.shards`), and are read again only when
-latents or face crops are made of them. What is found out once, and kept, is where each face lies; a record that cannot
-be read, or whose face nobody finds, is counted by reason and never drawn.
+The pictures are not copied: they stay in webdataset shards or in a folder (`imagine.shards`) and are read again only to
+compute latents or face crops. The position of each face is computed once and cached. A record that cannot be read, or
+without a detected face, is counted by reason and never drawn.
 """
 
 import logging
@@ -26,12 +26,12 @@ from train.run.checkpoint import write_json
 log = logging.getLogger("train")
 Box = tuple[float, float, float, float]  # left, top, width, height
 _USABLE, _BROKEN, _FACELESS = 0.0, 1.0, 2.0
-_SHARDS = 8  # that a trial looks into: a shard is read through once before its first picture
+_SHARDS = 8  # most shards that a trial reads: a shard is read completely before its first picture
 _REASONS = {_BROKEN: "cannot be read", _FACELESS: "show no face"}
 
 
 class RecordSubset:
-    """So many records of a data set, behind numbers of their own: those of the first pairs, then the first ones."""
+    """At most `most` records of a data set, numbered anew: the records of the first pairs, then the first records."""
 
     def __init__(self, records: Records, most: int) -> None:
         self._records, self.mark = records, f"{records.mark}-{most}-of-it"
@@ -52,7 +52,7 @@ class RecordSubset:
         return self._records.picture(self._rows[index])
 
     def pairs(self) -> list[tuple[int, int]]:
-        """As `Records.pairs`, of those whose reference and target are both here."""
+        """As `Records.pairs`, for pairs whose reference and target are both in the subset."""
         here = {row: index for index, row in enumerate(self._rows)}
         return [(here[one], here[other]) for one, other in self._records.pairs() if one in here and other in here]
 
@@ -63,7 +63,7 @@ class RecordSubset:
 
 
 class RecordGallery:
-    """The rows of a data set, numbered as its records are; `pictures` of a person do not lie beside each other."""
+    """The rows of a data set, numbered as its records. Pictures of a person need not be adjacent: `pictures` is 1."""
 
     camera, pictures = False, 1
 
@@ -76,11 +76,11 @@ class RecordGallery:
 
     @property
     def mark(self) -> str:
-        """Digits for what a row depends on besides its number."""
+        """A fingerprint of everything that a row depends on besides its number."""
         return f"{self.records.mark}-{self.size}"
 
     def captions(self, rows: Tensor, caption_styles: Sequence[str]) -> list[str]:
-        """Each record's caption in the manner given for it, or the only one it has."""
+        """Return each record's caption in the given style, or its main caption if it has none in that style."""
         records = [self.records[row] for row in rows.tolist()]
         return [
             record.captions.get(caption_style, record.caption)
@@ -88,11 +88,14 @@ class RecordGallery:
         ]
 
     def letters(self, rows: Tensor) -> Tensor:
-        """Records do not say where words are: boxes (B, 4) of no width."""
+        """Return boxes (B, 4) of width 0: records do not contain the positions of words."""
         return torch.zeros(len(rows), 4)
 
     def pairs(self, target: Literal["self", "other"]) -> Tensor:
-        """Rows of references with their targets, (P, 2), both usable: see `Records.pairs`; "self" takes references."""
+        """Return rows of references and targets, (P, 2), all usable.
+
+        "other": the pairs of `Records.pairs`; "self": every record without a reference, paired with itself.
+        """
         if target == "other":
             pairs = torch.tensor(self.records.pairs(), dtype=torch.long).view(-1, 2)
             return pairs[self.usable[pairs].all(1)]
@@ -102,7 +105,7 @@ class RecordGallery:
 
 
 class RecordPictures:
-    """Squares of `size` pixels round the faces of a data set, and where the faces lie in them."""
+    """Squares of `size` pixels around the faces of a data set, and the face boxes in them."""
 
     def __init__(self, gallery: RecordGallery, folder: Path, finder: FaceFinder | None = None) -> None:
         self.gallery = gallery
@@ -114,15 +117,15 @@ class RecordPictures:
         gallery.usable = torch.from_numpy(self._facts[:, 4] == _USABLE)
         if left_out := self._write_left_out():
             words = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-            log.warning("%s: of %s records %s; they are left out.", folder.name, f"{len(gallery):,}", words)
+            log.warning("%s: of %s records, %s; they are not used.", folder.name, f"{len(gallery):,}", words)
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S), 0 to 1, and face boxes (B, 4); grey where a record cannot be used."""
+        """Return images (B, 3, S, S), 0 to 1, and face boxes (B, 4); an unusable record gives a grey image."""
         boxes = torch.from_numpy(self.boxes[rows.numpy()])
         return torch.stack([self._image(row) for row in rows.tolist()]), boxes
 
     def frames(self, rows: Tensor) -> Tensor:
-        """Width and height of the picture each square was cut from, and its left and top there, in pixels, (B, 4)."""
+        """Return width and height of each square's original picture, and the square's left and top in it, (B, 4)."""
         return torch.from_numpy(self._frames[rows.numpy()])
 
     def _image(self, row: int) -> Tensor:
@@ -138,15 +141,15 @@ class RecordPictures:
         return torch.full((3, self.gallery.size, self.gallery.size), 0.5)
 
     def _leave_out(self, row: int, error: BadRecordError) -> None:
-        """Never draw a record that could be read when faces were looked for, and no longer can."""
-        log.warning("%s: a record is left out from now on: %s", self.folder.name, error)
+        """Mark a record as unusable that could be read when faces were detected, but no longer can."""
+        log.warning("%s: a record is not used from now on: %s", self.folder.name, error)
         self.gallery.usable[row] = False
         self._facts[row, 4] = _BROKEN
         self._facts.flush()
         self._write_left_out()
 
     def _find_faces(self, rows: Tensor) -> Tensor:
-        """Face boxes in the squares, whether the record can be used, and what the square was cut from, (B, 9)."""
+        """Return (B, 9): the face box in the square, whether the record is usable, and the square's `frames`."""
         facts = torch.zeros(len(rows), 9)
         for i, row in enumerate(rows.tolist()):
             record = self.gallery.records[row]
@@ -166,7 +169,7 @@ class RecordPictures:
         return facts
 
     def _box(self, picture: Image.Image, known: Box | None, width: int | None) -> Box | None:
-        """Where the face is in the picture as it was opened; a record's own box is in pixels of the full one."""
+        """Return the face box in pixels of the opened picture, or None; a record's box is in pixels of the full one."""
         if known is not None:
             scale = picture.width / width if width else 1.0
             left, top, across, down = (value * scale for value in known)
@@ -177,7 +180,7 @@ class RecordPictures:
         return (found[0].left, found[0].top, found[0].width, found[0].height) if found else None
 
     def _write_left_out(self) -> dict[str, int]:
-        """Write down how many records are left out, by reason, and what is wrong with the data set; the former."""
+        """Write left_out.json with the number of unusable records and other problems; return the former by reason."""
         states = Counter(self._facts[:, 4].tolist())
         left_out = {words: states[state] for state, words in _REASONS.items() if states[state]}
         problems = {reason: len(names) for reason, names in self.gallery.records.problems.items()}
@@ -188,26 +191,26 @@ class RecordPictures:
 def open_recorded(
     address: str, size: int, folder: Path, finder: FaceFinder | None = None, most: int | None = None
 ) -> RecordPictures:
-    """The pictures of a data set at `address` (`imagine.shards.reading.open_records`) as squares of `size` pixels.
+    """Open the data set at `address` (`imagine.shards.reading.open_records`), with squares of `size` pixels.
 
-    With `most` only so many of them, from the first shards. Raises ConfigError if there is no data set, or nothing in
-    it can be used.
+    With `most`, at most that number of records, from the first shards. Raises ConfigError if there is no data set, or
+    if none of its records can be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = open_records(address, folder / "index", shards=None if most is None else _SHARDS)
     records = found if most is None else RecordSubset(found, most)
     pictures = RecordPictures(RecordGallery(records, size), folder, finder)
     if not bool(pictures.gallery.usable.any()):
-        raise ConfigError(f"No record of {address} can be used; {folder / 'left_out.json'} says why.")
+        raise ConfigError(f"No record of {address} can be used. See {folder / 'left_out.json'} for the reasons.")
     return pictures
 
 
 def _square(picture: Image.Image, box: Box | None, size: int) -> tuple[Image.Image, Box]:
-    """The largest square that holds the middle of the face as near its centre as the picture allows, and the box in it.
+    """Return the largest square, with the face as near its centre as the picture allows, and the face box in it.
 
     Pixels are averaged, so that small squares of large photos do not alias.
     """
-    assert box is not None, "rows without a box are left out"
+    assert box is not None, "rows without a box are not used"
     side, (x, y) = min(picture.size), _corner(picture, box)
     square = picture.resize((size, size), Image.Resampling.BOX, (x, y, x + side, y + side))
     left, top, width, height = box
@@ -216,7 +219,7 @@ def _square(picture: Image.Image, box: Box | None, size: int) -> tuple[Image.Ima
 
 
 def _corner(picture: Image.Image, box: Box) -> tuple[float, float]:
-    """Left and top of that square in the picture."""
+    """Return left and top of that square in the picture."""
     side, (left, top, width, height) = min(picture.size), box
     x = min(max(left + width / 2 - side / 2, 0), picture.width - side)
     return x, min(max(top + height / 2 - side / 2, 0), picture.height - side)

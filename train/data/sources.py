@@ -1,9 +1,9 @@
-"""Where the images of a stage come from: named sources of pairs, mixed by weight, each image by its number alone.
+"""The sources of a stage's pairs: named sources, mixed by weight; the source of an image depends only on its number.
 
-A gallery holds pictures (see `train.cache`); a source is one way to make pairs of them. With "self" the target is
-the reference itself, as in pre-training on single photos; with "other" it is another picture of the same person, as in
-SynPairs (paper, section 3.3). What a stage sees, and in what order, is data: weights of sources, and how many images in
-a row come from the same one.
+A gallery holds pictures (see `train.cache`); a source defines how pairs are made from them. With target "self" the
+target is the reference itself, as in pre-training on single photos; with "other" it is another picture of the same
+person, as in SynPairs (paper, section 3.3). Settings choose what a stage trains on, and in what order: the weights of
+the sources, and how many consecutive images come from the same source.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ from train.cache.pictures import AnyGallery
 from train.data.order import choices, shuffled
 
 CaptionStyle = Literal["terse", "dense", "rewritten"]
-_GOLDEN = 0.6180339887498949  # turns by this share of a circle spread most evenly, however many there are
-_COUNT_INTERVAL = 8192  # images after which it is noted how many of each source there were
+_GOLDEN = 0.6180339887498949  # the golden ratio: multiples of it modulo 1 are evenly spread for any count
+_COUNT_INTERVAL = 8192  # images between cached counts of each source's images
 
 
 class Source(BaseModel):
-    """Pairs from one gallery, and the manners in which their captions are written, by weight."""
+    """A source of pairs: one gallery, the kind of target, and the weights of the caption styles."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    gallery: str = "train"
-    target: Literal["self", "other"] = "other"
-    captions: Annotated[dict[CaptionStyle, float], Field(min_length=1)] = {"rewritten": 1.0}
+    gallery: str = "train"  # name of the gallery
+    target: Literal["self", "other"] = "other"  # self: the reference itself; other: another picture of the person
+    captions: Annotated[dict[CaptionStyle, float], Field(min_length=1)] = {"rewritten": 1.0}  # caption style -> weight
 
     @field_validator("captions")
     @classmethod
@@ -40,7 +40,7 @@ class Source(BaseModel):
         return captions
 
 
-SOURCES = {  # what there is if a run names none: the paper's first two stages
+SOURCES = {  # the default sources, for the paper's first two stages
     "real": Source(target="self", captions={"terse": 1.0}),
     "synthetic": Source(target="other", captions={"dense": 0.2, "rewritten": 0.8}),
 }
@@ -48,15 +48,15 @@ SOURCES = {  # what there is if a run names none: the paper's first two stages
 
 @dataclass(frozen=True)
 class DrawnPairs:
-    """Which pictures make up a batch, one entry an image: rows of the gallery that `galleries` names."""
+    """The pairs of a batch, one entry per image."""
 
-    galleries: list[str]
-    references: Tensor  # (B,)
-    targets: Tensor  # (B,)
-    caption_styles: list[str]  # of the target's caption
+    galleries: list[str]  # each image's gallery
+    references: Tensor  # (B,) rows of that gallery
+    targets: Tensor  # (B,) rows of that gallery
+    caption_styles: list[str]  # the style of the target's caption
 
     def by_gallery(self) -> dict[str, Tensor]:
-        """Gallery -> which images of the batch come from it."""
+        """Return gallery -> indices of the batch's images that come from it."""
         return {
             name: torch.tensor([i for i, other in enumerate(self.galleries) if other == name])
             for name in dict.fromkeys(self.galleries)
@@ -64,14 +64,15 @@ class DrawnPairs:
 
 
 class Mixture:
-    """Draws batches from sources by weight; `block` images in a row come from the same source.
+    """Draws batches from sources by weight; `block` consecutive images come from the same source.
 
-    A block of one mixes sources within a batch; one of the batch's size alternates whole batches. Either way the order
-    is regular, not random: weights of 1 and 1 take turns. Each source counts its own images, so that every pair of it
-    comes once a round; without `own_counts`, as in stages that an earlier version began, it counts all of them.
+    A block of one mixes the sources within a batch; a block of the batch size alternates whole batches. In both cases
+    the order is regular, not random: two sources of equal weight alternate. Each source counts its own images, so that
+    each of its pairs comes once per epoch; without `own_counts`, as in stages started by an earlier version, a source
+    counts the images of all sources.
 
-    Raises ConfigError for a weight of a source that is unknown, for weights that are not positive, and for a gallery
-    that is missing or too small to make pairs.
+    Raises ConfigError for an unknown source, for weights that are not positive, and for a gallery that is missing or
+    too small to make pairs.
     """
 
     def __init__(
@@ -90,12 +91,12 @@ class Mixture:
         self.pairs = [pairs_of(name, source, galleries) for name, source in zip(self.names, self.sources, strict=True)]
 
     def which(self, first: int, size: int) -> Tensor:
-        """The source of each image, (size,): the number of its name."""
+        """Return the index of each image's source in `names`, (size,)."""
         blocks = torch.arange(first, first + size) // self.block
         return torch.bucketize((blocks.double() * _GOLDEN) % 1, self.edges, right=True)
 
     def draw(self, seed: int, first: int, size: int) -> DrawnPairs:
-        """Images number `first` to `first + size`; every pair of a source comes once a round, in a new order each."""
+        """Draw images `first` to `first + size`; each pair of a source comes once per epoch, in a new order each."""
         which, before = self.which(first, size), self._counts_before(first).tolist() if self.own_counts else []
         rows, caption_styles = torch.zeros(size, 2, dtype=torch.long), [""] * size
         for number, (name, source, pairs) in enumerate(zip(self.names, self.sources, self.pairs, strict=True)):
@@ -115,7 +116,7 @@ class Mixture:
         return DrawnPairs(galleries, rows[:, 0], rows[:, 1], caption_styles)
 
     def _counts_before(self, first: int) -> Tensor:
-        """How many images of each source come before image number `first`, (sources,)."""
+        """Return how many images of each source come before image number `first`, (sources,)."""
         strides, rest = divmod(first, _COUNT_INTERVAL)
         for stride in range(len(self._counts) - 1, strides):
             self._counts.append(self._counts[-1] + self._count_images(stride * _COUNT_INTERVAL, _COUNT_INTERVAL))
@@ -126,12 +127,12 @@ class Mixture:
 
 
 def weighted_sources(weights: Mapping[str, float], sources: Mapping[str, Source]) -> list[str]:
-    """The sources with a positive weight; ConfigError if one is unknown, weighs less than nothing, or none is left."""
+    """Return the sources with a positive weight; ConfigError if one is unknown or negative, or if none is positive."""
     for name, weight in weights.items():
         if name not in sources:
             raise ConfigError(f"sources: {unknown_name('source', name, list(sources))}.")
         if weight < 0:
-            raise ConfigError(f"sources: {name} has weight {weight}; give it a positive one, or leave it out.")
+            raise ConfigError(f"sources: {name} has the weight {weight}; give it a positive weight, or leave it out.")
     names = [name for name, weight in weights.items() if weight > 0]
     if not names:
         raise ConfigError(f"sources: give one of {', '.join(sources)} a positive weight.")
@@ -139,13 +140,13 @@ def weighted_sources(weights: Mapping[str, float], sources: Mapping[str, Source]
 
 
 def pairs_of(name: str, source: Source, galleries: Mapping[str, AnyGallery]) -> Tensor:
-    """The pairs of a source, (P, 2); ConfigError if its gallery is missing or holds none."""
+    """Return the pairs of a source, (P, 2); ConfigError if its gallery is missing or has no pairs."""
     if source.gallery not in galleries:
         raise ConfigError(f"source {name}: {unknown_name('gallery', source.gallery, list(galleries))}.")
     pairs = galleries[source.gallery].pairs(source.target)
     if not len(pairs):
         raise ConfigError(
-            f"source {name}: the gallery {source.gallery} holds no two pictures of one person; give it more "
+            f"source {name}: the gallery {source.gallery} has no two pictures of one person; give it more "
             "pictures, or set the source's target to self."
         )
     return pairs
@@ -156,7 +157,7 @@ def _caption_styles(source: Source, seed: int, first: int, size: int) -> Tensor:
 
 
 def in_order(positions: Sequence[Tensor], pieces: Sequence[Tensor]) -> Tensor:
-    """Rows of `pieces`, each (n, ...), put where `positions`, (n,) each, say."""
+    """Concatenate `pieces`, (n, ...) each, with their rows at the indices `positions`, (n,) each."""
     if len(pieces) == 1:
         return pieces[0]
     return torch.cat(list(pieces))[torch.cat(list(positions)).argsort()]

@@ -1,7 +1,7 @@
-"""What frozen text encoders say of a gallery's captions, read once and kept, so that training needs no encoder.
+"""Encode a gallery's captions with frozen text encoders once and cache the states, so that training needs no encoder.
 
-Where `train.cache` reads captions of the portrait world when they are first asked for, by encoders that are small,
-here all that a stage will ask for is read before its first step, by one encoder after the other.
+`train.cache.sentences` encodes captions of the portrait world on first use, with small encoders. Here all captions of a
+stage are encoded before its first step, with one encoder after the other, because these encoders are large.
 """
 
 import logging
@@ -21,30 +21,30 @@ from train.data.public_base import Encode
 from train.run.stopping import raise_if_stopping
 
 log = logging.getLogger("train")
-_CAPTIONS_AT_ONCE = 32  # captions
-_EMPTY_SENTENCE = 0  # the place of the empty sentence; captions follow
+_CAPTIONS_AT_ONCE = 32  # captions per batch of the encoder
+_EMPTY_SENTENCE = 0  # position of the empty sentence in the cache; captions follow
 
 
 class FrozenTextEncoder(Protocol):
-    """Frozen text encoders that read a sentence together."""
+    """One or more frozen text encoders that encode a sentence in one call."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, int]]:
-        """Of each thing that a sentence becomes: how many tokens at most, and how wide."""
+        """Name of each output -> the largest number of tokens per sentence, and their width."""
         ...
 
     @property
     def mark(self) -> str:
-        """Digits for what tokens depend on besides their sentence."""
+        """A fingerprint of everything that the tokens depend on besides their sentence."""
         ...
 
     def load(self) -> Encode:
-        """The encoders in memory, behind a function from sentences to tokens by name."""
+        """Load the encoders and return a function from sentences to tokens by name."""
         ...
 
 
 class TextStates:
-    """The captions of a gallery as tokens of several encoders, behind the row numbers of its pictures."""
+    """The captions of a gallery as tokens of several encoders, indexed by the row numbers of its pictures."""
 
     def __init__(self, gallery: AnyGallery, text_encoders: Sequence[FrozenTextEncoder], folder: Path) -> None:
         self.gallery, self.text_encoders = gallery, text_encoders
@@ -59,7 +59,7 @@ class TextStates:
 
     @torch.no_grad()
     def read(self, rows: Tensor, caption_styles: Sequence[str]) -> None:
-        """Have the captions of these pictures read in these manners, each in all of them, unless they were before."""
+        """Encode the captions of these pictures in all of these styles, unless they are cached."""
         each = [(row, caption_style) for row in rows.tolist() for caption_style in caption_styles]
         pictures, styles = torch.tensor([row for row, _ in each]), [caption_style for _, caption_style in each]
         positions = [_EMPTY_SENTENCE, *(1 + position for position in caption_positions(pictures, styles))]
@@ -78,8 +78,8 @@ class TextStates:
         styles: Sequence[str],
         here: Sequence[int],
     ) -> None:
-        """Read and keep the sentences at these entries of `positions`; the first is the empty one."""
-        for start in track(range(0, len(here), _CAPTIONS_AT_ONCE), "reading captions"):
+        """Encode and cache the sentences at the indices `here` of `positions`; index 0 is the empty sentence."""
+        for start in track(range(0, len(here), _CAPTIONS_AT_ONCE), "encoding captions"):
             some = here[start : start + _CAPTIONS_AT_ONCE]
             captions = [i - 1 for i in some if i]
             texts = self.gallery.captions(pictures[captions], [styles[i] for i in captions])
@@ -89,7 +89,7 @@ class TextStates:
             raise_if_stopping()
 
     def take(self, rows: Tensor, caption_styles: Sequence[str], left_out: Mapping[str, Tensor]) -> dict[str, Tokens]:
-        """Name -> tokens of these captions, which were read; of the empty sentence where `left_out` (B,) says so."""
+        """Return name -> cached tokens of these captions; of the empty sentence where `left_out` (B,) of it is True."""
         positions = [1 + position for position in caption_positions(rows, caption_styles)]
         return {
             name: _tokens(
@@ -105,12 +105,12 @@ class TextStates:
         }
 
     def empty_sentences(self, count: int) -> dict[str, Tokens]:
-        """Name -> the tokens of so many empty sentences."""
+        """Return name -> the tokens of `count` empty sentences."""
         return {name: _tokens(one, [_EMPTY_SENTENCE] * count) for cache in self.cache for name, one in cache.items()}
 
 
 def _tokens(cache: TokenCache, positions: Sequence[int]) -> Tokens:
-    """Tokens without a mask where every place is full, as a stock text encoder's are."""
+    """Return the cached tokens; without a mask if all have the full length, as those of a stock text encoder."""
     values, lengths = cache.take(positions)
-    assert int(lengths.min()), "all captions are read before they are asked for"
+    assert int(lengths.min()), "all captions are encoded before they are used"
     return Tokens(values) if int(lengths.min()) == values.shape[1] else trim_padding(values, lengths)

@@ -1,1 +1,1 @@
-"""What a training run needs around its step: checkpoints, optimisers, averages, reports and validation pictures."""
+"""Parts of a training run around its step: checkpoints, optimisers, weight averages, reports, validation pictures."""

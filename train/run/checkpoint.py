@@ -1,15 +1,15 @@
-"""A run on disk, whole or not at all: files and folders are written beside their place, flushed, then renamed into it.
+"""Checkpoints, and atomic writes: a file or folder is written to a temporary path, flushed, then renamed to its own.
 
-One checkpoint is one safetensors file named after the images seen; its header carries the progress and the stage's
-settings as JSON, so weights and bookkeeping cannot part. A file that a crash left unreadable is passed over for the one
-before it.
+One checkpoint is one safetensors file named after the images seen. Its header holds the progress and the stage's
+settings as JSON, so that weights and progress stay consistent. An unreadable file, for example after a crash, is
+ignored, and the checkpoint before it is used.
 
-    weights/MODULE.PATH              modules that train, with their buffers
-    average/MODULE.PATH              their averages
+    weights/MODULE.PATH              trained modules, with their buffers
+    average/MODULE.PATH              moving averages of the trained parameters
     optimiser/STATE/MODULE.PATH      one tensor per optimiser state, named as the parameter it belongs to
 
-Tensors are stored whole, also where processes hold shards of them, so that any number of processes can carry on.
-Beside a checkpoint lies, under the same number, a link to the best weights there were when it was written.
+Tensors are stored unsharded, so that any number of processes can resume from them. Beside each checkpoint, under the
+same number, is a link to the best weights at that time.
 """
 
 import json
@@ -32,30 +32,30 @@ from train.run.ema import Average
 
 log = logging.getLogger("train")
 FORMAT_VERSION = 1
-BEST = "best.safetensors"  # beside the folder of checkpoints
-_OPTIMISER_BY_STATE_KEY = {
+BEST = "best.safetensors"  # in the stage's folder, beside the folder of checkpoints
+_OPTIMISER_BY_STATE_KEY = {  # a key that only this optimiser's state has -> the optimiser
     "momentum": "muon",
     "exp_avg": "adamw",
     "state1": "adamw8bit",
-}  # by a key of its state that no other has
+}
 
 
 @dataclass
 class Progress:
-    """How far a stage is."""
+    """The progress of a stage."""
 
     images_seen: int = 0
-    skipped: int = 0  # batches left out because a record or a number in them was bad
+    skipped: int = 0  # batches skipped because of a bad record, or a loss or gradient that is not finite
     skipped_in_a_row: int = 0
-    seconds: float = 0  # of training, over all sittings
+    seconds: float = 0  # training time, over all starts of the run
 
 
 @dataclass
 class State:
-    """Everything that changes while a stage trains; a checkpoint holds exactly this."""
+    """The training state: everything that changes while a stage trains, which is what a checkpoint holds."""
 
-    modules: dict[str, nn.Module]  # those that train
-    trained: dict[str, nn.Parameter]  # by path, module name first
+    modules: dict[str, nn.Module]  # the modules that train
+    trained: dict[str, nn.Parameter]  # the trained parameters by path, module name first
     optimiser: torch.optim.Optimizer
     average: Average
     progress: Progress
@@ -65,7 +65,7 @@ class State:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as read: tensors on the CPU, progress, and the stage's settings when it was written."""
+    """A checkpoint read from disk: tensors on the CPU, progress, and the stage's settings when it was written."""
 
     tensors: dict[str, Tensor]
     progress: Progress
@@ -75,14 +75,14 @@ class Checkpoint:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write a file or a folder to; when the block ends it takes the place of `path`, safely on disk.
+    """Yield a temporary path for a file or folder; when the block ends, flush it to disk and rename it to `path`.
 
-    A file does so in one move. A folder takes two, as one cannot be put on another: a run that was killed between them
-    finds the one before again when it next comes here.
+    A file is replaced by one rename. A folder needs two, as a folder cannot be renamed onto another: if the process is
+    killed between them, the next call for the same path restores the old folder.
     """
     draft, before = (path.with_name(f".{path.name}.{kind}") for kind in ("draft", "before"))
     _restore_previous(before, path)
-    _remove(draft)  # what a killed run was writing
+    _remove(draft)  # left by a run that was killed
     _remove(before)
     try:
         yield draft
@@ -104,18 +104,18 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds only its own rows of the tensor (it is a DTensor, as FSDP makes them)."""
+    """Return whether each process holds only its own rows of the tensor, as with FSDP (it is a DTensor)."""
     return hasattr(tensor, "full_tensor")
 
 
 def gather_full(tensor: Tensor) -> Tensor:
-    """The tensor in one piece, gathered if it is sharded; then every process has to ask for it."""
+    """Return the full tensor, gathered if it is sharded; in that case every process must call this."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
 
 def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's rows of a whole tensor, spread as `like` is; nothing travels, for every process has it whole."""
+    """Return this process's rows of a full tensor, sharded as `like` is. Nothing is sent: all processes have it all."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -137,26 +137,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with replacing(path) as draft:
         try:
             save_file(own, draft, dict(metadata))
-        except SafetensorError as error:  # a full disk, say
+        except SafetensorError as error:  # for example a full disk
             raise OSError(f"{path} cannot be written ({error})") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors on the CPU and the header's texts; WeightsError if the file is missing, cut short or not safetensors."""
+    """Return the tensors, on the CPU, and the metadata; WeightsError if the file is missing, truncated or invalid."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path} cannot be read ({error}); delete it and train its stage again.") from None
+        raise WeightsError(f"{path} cannot be read ({error}). Delete it and train its stage again.") from None
 
 
 def weights(modules: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str, Tensor]:
-    """State of the modules named, parameters and buffers, by path with the module's name first."""
+    """Return parameters and buffers of the named modules by path, module name first."""
     return {f"{name}.{path}": value for name in names for path, value in modules[name].state_dict().items()}
 
 
 def load_weights(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str) -> list[str]:
-    """Put tensors into those modules they are named after, strictly; names of the modules they were for."""
+    """Load tensors into the modules that their names start with, strictly; return the names of these modules."""
     loaded = []
     for name, module in modules.items():
         own = _under_prefix(f"{name}.", tensors)
@@ -168,17 +168,17 @@ def load_weights(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise WeightsError(
-                f"The module {name} does not fit the weights in {source} ({reason[:300]}): give both the same sizes."
+                f"The module {name} does not fit the weights in {source} ({reason[:300]}). Set the same sizes for both."
             ) from None
         loaded.append(name)
     return loaded
 
 
 def save(folder: Path, state: State, keep: int, permanent: bool = False, is_writer: bool = True) -> Path:
-    """Write one checkpoint and drop all but the newest `keep`; one written for good is never dropped for its age.
+    """Write one checkpoint and delete all but the newest `keep`; one written as `permanent` is not deleted for its age.
 
-    Anything with more images seen than this belongs to a course that was given up, and goes as well. Of several
-    processes each must call it, and only the one that says `is_writer` writes.
+    Checkpoints with more images seen than this one belong to an abandoned continuation and are deleted too. With
+    several processes, every process must call this, and only the one with `is_writer` writes.
     """
     tensors = {}
     for name, tensor in _contents(state).items():
@@ -202,12 +202,12 @@ def _link_best(folder: Path, images_seen: int) -> None:
 
 
 def restore_best(folder: Path, images_seen: int) -> None:
-    """The best weights become those there were at the checkpoint of that number: none, if it knew of none."""
+    """Restore the best weights of the checkpoint at `images_seen`; delete them if there were none at that time."""
     _link_or_remove(_best_path(folder, images_seen), folder.parent / BEST)
 
 
 def _link_or_remove(source: Path, place: Path) -> None:
-    """`place` becomes the file at `source`, or goes if there is none."""
+    """Link `place` to the file `source`, or delete `place` if `source` does not exist."""
     if source.exists():
         _link(source, place)
     else:
@@ -215,7 +215,7 @@ def _link_or_remove(source: Path, place: Path) -> None:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """What the header of a file of weights says about where they are from; empty if there is no such file."""
+    """Return the note on the weights' origin from the file's header; empty if the file does not exist."""
     if not path.exists():
         return {}
     with safe_open(path, "pt") as file:
@@ -224,54 +224,54 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, fits: Callable[[Checkpoint], bool]) -> Checkpoint | None:
-    """The newest readable checkpoint that `fits`, or None if the folder holds none; unreadable ones are passed over.
+    """Return the newest readable checkpoint that `fits`, or None if the folder holds no checkpoint.
 
-    If some can be read but none fits, the newest of them is returned with a warning: a stage never silently starts
-    again. If there are files and none can be read, that is a WeightsError.
+    Unreadable files are ignored with a warning. If none of the readable ones fits, the newest of them is returned with
+    a warning, so that a stage never silently starts again. Raises WeightsError if there are files but none is readable.
     """
     for draft in folder.glob(".*.draft"):
-        draft.unlink(missing_ok=True)  # what a killed run was writing; another process may be quicker
+        draft.unlink(missing_ok=True)  # left by a killed run; another process may delete it first
     paths = _newest_first(folder)
     newest: Checkpoint | None = None
     for path in paths:
         try:
             saved = _read(path)
         except WeightsError as error:
-            log.warning("%s The checkpoint before it is used.", error)
+            log.warning("%s Using the checkpoint before it.", error)
             continue
         if fits(saved):
             return saved
         newest = newest or saved
     if paths and newest is None:
-        raise WeightsError(f"No checkpoint in {folder} can be read: delete {folder.parent} to train it again.")
+        raise WeightsError(f"No checkpoint in {folder} can be read. Delete {folder.parent} to train the stage again.")
     if newest is not None:
-        log.warning("Carrying on at %s images although its learning rate was another.", newest.progress.images_seen)
+        log.warning("Resuming at %s images, although the learning rate was different.", newest.progress.images_seen)
     return newest
 
 
 @torch.no_grad()
 def restore(state: State, saved: Checkpoint, source: str) -> None:
-    """Put a checkpoint's numbers into `state`, strictly: WeightsError for a tensor too many or too few.
+    """Load a checkpoint into `state`, strictly: WeightsError for a missing or an extra tensor.
 
-    Parameters that another optimiser moved then begin with no moments, which a warning tells.
+    Parameters that were trained with another optimiser start with an empty optimiser state; a warning counts them.
     """
     tensors = saved.tensors
     loaded = load_weights(state.modules, _under_prefix("weights/", tensors), source)
     averages = _under_prefix("average/", tensors)
     if set(loaded) != set(state.modules) or set(averages) != set(state.average.values):
-        raise WeightsError(f"The checkpoint in {source} trains other parts; give the stage its old `train` and `ema`.")
+        raise WeightsError(f"The checkpoint in {source} trains other parts; restore the stage's old `train` and `ema`.")
     for path, value in averages.items():
         state.average.values[path].copy_(sharded_like(value, state.average.values[path]))
     others = _of_other_optimiser(state, tensors)
     if others:
         log.warning(
-            "Carrying on with another optimiser: the moments of %d of %d parameters begin anew.",
+            "Resuming with another optimiser: the optimiser state of %d of %d parameters is reset.",
             len(others), len(state.trained),
         )  # fmt: skip
     for name, value in _under_prefix("optimiser/", tensors).items():
         key, path = name.split("/", 1)
         if path not in state.trained:
-            raise WeightsError(f"The checkpoint in {source} trains {path}: give the stage its old `train`.")
+            raise WeightsError(f"The checkpoint in {source} trains {path}; restore the stage's old `train`.")
         if path in others:
             continue
         parameter = state.trained[path]
@@ -279,13 +279,13 @@ def restore(state: State, saved: Checkpoint, source: str) -> None:
             state.optimiser.state[parameter][key] = int(value)  # bitsandbytes counts its steps in Python
             continue
         like = parameter if value.shape == parameter.shape else value.to(parameter.device)
-        kept = torch.empty_like(like, dtype=value.dtype)  # in the parameter's own memory layout
+        kept = torch.empty_like(like, dtype=value.dtype)  # in the parameter's memory layout
         state.optimiser.state[parameter][key] = kept.copy_(sharded_like(value, like))
     state.progress = saved.progress
 
 
 def _of_other_optimiser(state: State, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Paths of the parameters whose stored moments are of another optimiser than they have now."""
+    """Return the paths of the parameters whose stored state is from another optimiser than their current one."""
     kind = state.stage.get("optimiser", "adamw")
     now = {
         id(p): "muon" if group.get("muon") else kind for group in state.optimiser.param_groups for p in group["params"]
@@ -300,7 +300,7 @@ def _of_other_optimiser(state: State, tensors: Mapping[str, Tensor]) -> set[str]
 
 
 def _contents(state: State) -> dict[str, Tensor]:
-    """All of a checkpoint's tensors, sharded ones as they are."""
+    """Return all tensors of a checkpoint; sharded ones are not gathered."""
     tensors = {f"weights/{name}": v for name, v in weights(state.modules, list(state.modules)).items()}
     tensors |= {f"average/{name}": v for name, v in state.average.values.items()}
     for name, parameter in state.trained.items():
@@ -339,7 +339,7 @@ def _best_path(folder: Path, images_seen: int) -> Path:
 
 
 def _link(source: Path, path: Path) -> None:
-    """`path` becomes another name of the file `source`, or a copy where the disk knows no second names."""
+    """Make `path` a hard link to the file `source`, or a copy on disks without hard links."""
     with replacing(path) as draft:
         try:
             os.link(source, draft)
@@ -367,7 +367,7 @@ def _remove(path: Path) -> None:
 
 
 def _flush_all(path: Path) -> None:
-    """Have a file, or all that is in a folder, on disk."""
+    """Flush a file, or a folder with all its files, to disk."""
     if path.is_dir():
         for inside in path.iterdir():
             _flush_all(inside)

@@ -1,7 +1,8 @@
-"""The running average of the trained weights, which is what validation looks at and what a stage leaves behind.
+"""Exponential moving average (EMA) of the trained weights, used for validation and for a stage's final weights.
 
-The half-life counts images, not steps, so batch size may change. Early on it is shortened to a share of the images seen
-(EDM2, Karras et al. 2024, training_loop: ema_rampup_ratio), or the average would remember the random start.
+The half-life is in images, not steps, so that it does not depend on the batch size. At the start it is limited to a
+share of the images seen (EDM2, Karras et al. 2024, training_loop: ema_rampup_ratio), because the average would
+otherwise keep too much of the random initial weights.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ RAMP_UP = 0.05  # the half-life is at most this share of the images seen
 
 
 class Average:
-    """An exponential average of named parameters, kept in float32 on their device; half_life 0 keeps none."""
+    """An exponential moving average of named parameters, in float32 on their device; none with half_life 0."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], half_life: float) -> None:
         self.half_life = half_life
@@ -23,7 +24,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, images_seen: int, batch_size: int) -> None:
-        """Move towards the weights after a step of `batch_size` images that ended at `images_seen`."""
+        """Update the average after a step of `batch_size` images that ended at `images_seen`."""
         if not self.parameters:
             return
         half_life = min(self.half_life, images_seen * RAMP_UP)
@@ -32,7 +33,7 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The averaged weights stand in the modules for the block; then the trained ones return, bit for bit."""
+        """Put the averaged weights into the modules for the block, then restore the trained ones bit for bit."""
         trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._put(self.values)
         try:

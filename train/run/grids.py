@@ -1,4 +1,4 @@
-"""Sheets of pictures, for looking at what a stage has learnt."""
+"""Sheets of pictures that show the results of a stage."""
 
 from pathlib import Path
 

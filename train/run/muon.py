@@ -1,8 +1,9 @@
-"""Muon beside AdamW: momentum whose matrices are made orthogonal, which needs fewer images than Adam for the same loss.
+"""The Muon optimiser, combined with AdamW: Muon orthogonalises the momentum of matrices.
 
-K. Jordan et al., 2024 (https://kellerjordan.github.io/posts/muon/); updates are scaled by 0.2 * sqrt(longer side), as
-in arXiv 2502.16982 (section 2.2), so that learning rates mean what they mean for AdamW. Convolutions are matrices of
-(outputs, inputs * kernel). Parameters with fewer than two axes, and parts that ask for it, are left to AdamW.
+It needs fewer images than Adam for the same loss. K. Jordan et al., 2024 (https://kellerjordan.github.io/posts/muon/);
+updates are scaled by 0.2 * sqrt(longer side), as in arXiv 2502.16982 (section 2.2), so that learning rates are
+comparable to AdamW's. Convolutions are treated as matrices (outputs, inputs * kernel). AdamW trains the parameters with
+fewer than two axes and the groups without `muon`.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from the first source
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from Jordan et al.
 _ITERATIONS = 5
-_GRAM_ASPECT_RATIO = 3  # times as long as high: from here on the Gram matrix is the cheaper one to iterate on
+_GRAM_ASPECT_RATIO = 3  # width / height from which iterating on the Gram matrix is cheaper
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups with `muon` true get Muon, the others AdamW; both decay weights apart from the gradient."""
+    """Muon for groups with `muon` true, AdamW for the others; both with decoupled weight decay."""
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], betas: tuple[float, float], momentum: float = 0.95, eps: float = 1e-8
@@ -58,7 +59,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix with singular values about 1, by Newton-Schulz iterations; (m, n) to (m, n)."""
+    """Return the nearest matrix with singular values of about 1, by Newton-Schulz iterations; (m, n) to (m, n)."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
@@ -75,9 +76,9 @@ def _iterate_on_matrix(x: Tensor) -> Tensor:
 
 
 def _iterate_on_gram(x: Tensor) -> Tensor:
-    """The same iterations on x @ x.T alone, with one product with x at the end: 2.5 times less work for 3x3 kernels.
+    """Run the same iterations on x @ x.T and multiply by x once at the end: 2.5 times less work for 3x3 kernels.
 
-    Every factor is a polynomial of that Gram matrix, so that all of them commute and the last one can be kept instead.
+    Every factor is a polynomial of that Gram matrix, so all factors commute and their product can be accumulated.
     """
     a, b, c = _COEFFICIENTS
     gram = x @ x.T

@@ -1,6 +1,6 @@
-"""Named parts of a task's modules become optimiser groups; everything else is frozen, and a typo is refused.
+"""Turn the trained parts of a task into optimiser groups, and freeze everything else.
 
-A frozen module stays in eval mode, so that its dropout and statistics stay still too.
+A frozen module stays in eval mode, so that its dropout is off and its statistics do not change.
 """
 
 from collections import OrderedDict
@@ -17,19 +17,19 @@ from train.run.checkpoint import gather_full, is_sharded, sharded_like
 from train.run.muon import MuonAdamW, orthogonal
 
 Parts = dict[str, list[nn.Parameter]]
-_LARGE_ENOUGH = 4096  # numbers in a parameter, for bitsandbytes to keep its moments in bytes
-_BLOCK = 256  # numbers that bitsandbytes scales together, by one float
+_LARGE_ENOUGH = 4096  # values in a parameter from which bitsandbytes stores its moments in 8 bits
+_BLOCK = 256  # values that share one float as their scale in bitsandbytes
 
 
 def choose(offered: Mapping[str, Sequence[nn.Parameter]], rates: Mapping[str, float], stage: str) -> Parts:
-    """The parts that `rates` names; ConfigError for a part that is unknown, empty or overlaps another."""
+    """Return the parts named in `rates`; ConfigError for a part that is unknown, empty or overlaps another."""
     chosen: Parts = {}
     owner: dict[int, str] = {}
     for name in rates:
         if name not in offered:
             raise ConfigError(f"stage {stage}: {unknown_name('part', name, sorted(offered))}.")
         if not offered[name]:
-            raise ConfigError(f"stage {stage}: the part {name} holds no parameters with these settings; leave it out.")
+            raise ConfigError(f"stage {stage}: the part {name} has no parameters with these settings; leave it out.")
         for parameter in offered[name]:
             other = owner.setdefault(id(parameter), name)
             if other != name:
@@ -39,7 +39,7 @@ def choose(offered: Mapping[str, Sequence[nn.Parameter]], rates: Mapping[str, fl
 
 
 def named(modules: Mapping[str, nn.Module], chosen: Parts) -> dict[str, nn.Parameter]:
-    """The chosen parameters by path (module name first), in the modules' own order."""
+    """Return the chosen parameters by path (module name first), in the modules' order."""
     wanted = {id(parameter) for parameters in chosen.values() for parameter in parameters}
     found = {
         f"{module}.{path}": parameter
@@ -52,13 +52,13 @@ def named(modules: Mapping[str, nn.Module], chosen: Parts) -> dict[str, nn.Param
 
 
 def parameters_at(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters at these paths (module name first), whatever stands there now."""
+    """Return the current parameters at these paths (module name first)."""
     found = {f"{module}.{path}": p for module, network in modules.items() for path, p in network.named_parameters()}
     return {path: found[path] for path in paths}
 
 
 def freeze_all_but(modules: Mapping[str, nn.Module], chosen: Parts) -> list[str]:
-    """Let only the chosen parameters have gradients; the names of the modules that train."""
+    """Require gradients for the chosen parameters only; return the names of the modules that train."""
     for network in modules.values():
         network.requires_grad_(False)
     for parameters in chosen.values():
@@ -68,16 +68,16 @@ def freeze_all_but(modules: Mapping[str, nn.Module], chosen: Parts) -> list[str]
 
 
 def train_mode(modules: Mapping[str, nn.Module], training: Sequence[str]) -> None:
-    """Modules named in `training` in train mode, the others in eval mode; none named: all in eval mode."""
+    """Set the modules named in `training` to train mode and all others to eval mode."""
     for name, network in modules.items():
         network.train(name in training)
 
 
 @contextmanager
 def unsharded(modules: Iterable[nn.Module], keeps_full: bool) -> Iterator[None]:
-    """For the block, sharded modules are as ordinary as others: whole parameters, and no gathering when they are used.
+    """Within the block, sharded modules have full parameters and can be used without communication.
 
-    Every process must enter; where `keeps_full` is False it gives its shards and keeps its modules as they are.
+    Every process must enter. A process with `keeps_full` False only contributes its shards; its modules do not change.
     """
     network = nn.ModuleList(modules)
     sharded = [(m, n, p) for m in network.modules() for n, p in m.named_parameters(recurse=False) if is_sharded(p)]
@@ -89,9 +89,9 @@ def unsharded(modules: Iterable[nn.Module], keeps_full: bool) -> Iterator[None]:
     units = [
         module for module in network.modules() if keeps_full and hasattr(module, "set_requires_gradient_sync")
     ]  # FSDP's
-    hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]  # which would wait for the others
+    hooks = [(unit._forward_pre_hooks, unit._forward_hooks) for unit in units]  # they would wait for other processes
     owners = {id(module): module for module, _, _ in sharded if keeps_full}.values()
-    loaders = [owner._load_state_dict_post_hooks for owner in owners]  # which would look for shards
+    loaders = [owner._load_state_dict_post_hooks for owner in owners]  # they would expect shards
     try:
         for unit in units:
             unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()
@@ -117,9 +117,10 @@ def optimiser(
     muon: Sequence[str] = (),
     kind: str = "adamw",
 ) -> torch.optim.Optimizer:
-    """Two groups per part: matrices decay; gains, biases and scalars (fewer than 2 axes) do not.
+    """Return an optimiser with two groups per part: matrices with weight decay; gains, biases and scalars without.
 
-    Fused AdamW, or bitsandbytes' if `kind` is "adamw8bit"; the matrices of the parts named in `muon` are left to Muon.
+    The latter have fewer than 2 axes. It is fused AdamW, or bitsandbytes' AdamW if `kind` is "adamw8bit". Muon trains
+    the matrices of the parts in `muon`.
     """
     groups: list[dict[str, Any]] = []
     for part, parameters in chosen.items():
@@ -138,9 +139,9 @@ def optimiser(
 
 
 class _ShardedMuonAdamW(MuonAdamW):
-    """Muon whose matrices may be sharded: each process makes the whole matrix orthogonal and keeps its own rows.
+    """Muon for sharded matrices: each process orthogonalises the full matrix and keeps its own rows.
 
-    On shards themselves the iterations go wrong, as a diagonal is added to once per process.
+    On the shards themselves the iterations would be wrong, because the diagonal would be added once per process.
     """
 
     def _muon(self, parameter: Tensor, gradient: Tensor) -> Tensor:
@@ -156,38 +157,38 @@ class _ShardedMuonAdamW(MuonAdamW):
 
 
 def _adamw8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """AdamW with moments of a byte each; ConfigError if bitsandbytes is missing, or cannot do it on this device."""
+    """Return AdamW with 8-bit moments; ConfigError if bitsandbytes is missing or does not support this device."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise ConfigError(
-            "optimiser adamw8bit needs bitsandbytes: `pip install bitsandbytes`, or train with optimiser adamw."
+            "optimiser adamw8bit needs bitsandbytes: run `pip install bitsandbytes`, or use optimiser adamw."
         ) from None
     device = groups[0]["params"][0].device
     trial = nn.Parameter(torch.zeros(_LARGE_ENOUGH, device=device))
     trial.grad = torch.zeros_like(trial)
     try:
         AdamW8bit([trial]).step()
-    except Exception as error:  # it has kernels for some devices, and says in many ways that it has none
+    except Exception as error:  # bitsandbytes raises different errors on devices without kernels
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"optimiser adamw8bit does not work on {device} ({type(error).__name__}: {reason}): train with adamw."
+            f"optimiser adamw8bit does not work on {device} ({type(error).__name__}: {reason}); use optimiser adamw."
         ) from None
     optimiser: torch.optim.Optimizer = AdamW8bit(groups, betas=betas)
     return optimiser
 
 
 def bytes_per_state_value(parameter: nn.Parameter, kind: str) -> float:
-    """How many bytes a number of this parameter costs for each moment that the optimiser keeps of it."""
+    """Return the bytes per value of this parameter for each of its optimiser states."""
     return 1 + 4 / _BLOCK if kind == "adamw8bit" and parameter.numel() >= _LARGE_ENOUGH else 4
 
 
 def set_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:
-    """Every group's learning rate is its part's rate times `factor`."""
+    """Set every group's learning rate to its part's rate times `factor`."""
     for group in optimiser.param_groups:
         group["lr"] = group["rate"] * factor
 
 
 def sizes(chosen: Parts) -> dict[str, int]:
-    """Number of trained parameters per part."""
+    """Return the number of trained parameters per part."""
     return {part: sum(parameter.numel() for parameter in parameters) for part, parameters in chosen.items()}

@@ -1,8 +1,8 @@
-"""What a run tells while it runs: rows in metrics.jsonl, and a progress bar or, where there is no terminal, log lines.
+"""Report the progress of a run: rows in metrics.jsonl, and a progress bar or, without a terminal, log lines.
 
-Trackers such as TensorBoard are told the same numbers under STAGE/NAME, with the images seen as their step.
+Trackers such as TensorBoard receive the same numbers under STAGE/NAME, with the images seen as their step.
 
-Averages stay on the device until a row is due, so that following a GPU does not slow it down.
+Averages stay on the device until a row is due, so that reporting does not slow down a GPU.
 """
 
 import json
@@ -21,12 +21,12 @@ from torch import Tensor
 from train.run.checkpoint import replacing
 
 log = logging.getLogger("train")
-_TIMING_SECONDS = 0.2  # seconds for each precision
-Track = Callable[[dict[str, float], int], None]  # numbers by name, and the images seen
+_TIMING_SECONDS = 0.2  # time of the measurement for each precision
+Track = Callable[[dict[str, float], int], None]  # takes numbers by name, and the images seen
 
 
 class Report:
-    """Follows one stage; a context manager, so that the bar goes away. `active` False: this process is silent."""
+    """Reports one stage. A context manager, which removes the progress bar at its end. It is silent if not `active`."""
 
     def __init__(
         self,
@@ -58,19 +58,19 @@ class Report:
             self.bar.stop()
 
     def count(self, numbers: Mapping[str, float | Tensor], size: int) -> None:
-        """Take up the numbers of `size` images."""
+        """Add the numbers of `size` images to the averages."""
         for name, value in numbers.items():
             value = value.detach() if isinstance(value, Tensor) else value
             self.sums[name] = self.sums.get(name, 0.0) + value * size
             self.counts[name] = self.counts.get(name, 0) + size
 
     def row_if_due(self, images_seen: int, fixed: Mapping[str, Any]) -> None:
-        """Write a row and say a line when `every` seconds have passed since the last."""
+        """Write a row and show the progress if `every` seconds have passed since the last row."""
         if time.monotonic() - self.row_started >= self.every:
             self.row(images_seen, fixed)
 
     def row(self, images_seen: int, fixed: Mapping[str, Any]) -> None:
-        """Write the averages since the last row, and the `fixed` numbers as they are."""
+        """Write the averages since the last row, and the `fixed` numbers unchanged."""
         if images_seen == self.row_first_image:
             return
         now = time.monotonic()
@@ -81,14 +81,14 @@ class Report:
         self.sums, self.counts, self.row_first_image, self.row_started = {}, {}, images_seen, now
 
     def validation(self, images_seen: int, numbers: Mapping[str, float]) -> None:
-        """Write a row of validation numbers, each under "validate/"; its time does not count as training."""
+        """Write a row of validation numbers, each under "validate/"."""
         self._write({"images_seen": images_seen, **{f"validate/{name}": value for name, value in numbers.items()}})
         if self.active and numbers:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
             log.info("%s  %s images  validation: %s", self.stage, f"{images_seen:,}", shown)
 
     def pause(self, seconds: float) -> None:
-        """Leave out `seconds` just spent on something else from the speed of the row that is open."""
+        """Exclude `seconds` that were not spent on training from the speed of the current row."""
         self.row_started += seconds
 
     def _write(self, row: Mapping[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Report:
 
 
 def cut_rows(path: Path, images_seen: int) -> None:
-    """Drop rows later than `images_seen`, and a last one that was cut short: a resumed run writes them again."""
+    """Delete rows later than `images_seen`, and a truncated last row: a resumed run writes them again."""
     if not path.exists():
         return
     kept = []
@@ -125,15 +125,15 @@ def cut_rows(path: Path, images_seen: int) -> None:
 
 
 def faster_precision(device: torch.device) -> tuple[str, str]:
-    """("fp32" or "bf16", the measurement in words): a small matrix product timed in both on this device."""
-    size = 256 if device.type == "cpu" else 4096  # large enough that the product counts, not its launch
+    """Time a matrix product in both precisions on this device; return "fp32" or "bf16", and the measurement as text."""
+    size = 256 if device.type == "cpu" else 4096  # large enough that the product takes longer than its launch
     fp32, bf16 = (_product_seconds(size, device, dtype) for dtype in (torch.float32, torch.bfloat16))
     words = f"product of {size} x {size} matrices on {device}: fp32 {fp32 * 1e3:.2f} ms, bf16 {bf16 * 1e3:.2f} ms"
     return "bf16" if bf16 < fp32 else "fp32", words
 
 
 def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the best product of a fifth of a second's: on a busy machine most of them have to wait for others."""
+    """Return the seconds of the fastest product within 0.2 s: on a busy machine most of them wait for other work."""
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     best, attempts, end = float("inf"), 0, time.perf_counter() + _TIMING_SECONDS
     while attempts < 2 or time.perf_counter() < end:

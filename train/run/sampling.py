@@ -1,6 +1,6 @@
-"""Euler's method along the learned velocity, for sample grids while training.
+"""Sample with Euler's method along the learned velocity, for sample grids during training.
 
-The guided prediction is the pipeline's own (`imagine.pipeline.sampling`); a grid needs no scheduler object.
+The guided prediction is the pipeline's (`imagine.pipeline.sampling`); a grid needs no scheduler object.
 """
 
 from itertools import pairwise
@@ -14,7 +14,7 @@ from imagine.pipeline.sampling import Guidance, GuidedDenoiser, Inputs
 
 @torch.no_grad()
 def sample(unet: nn.Module, noise: Tensor, inputs: Inputs, guidance: Guidance, steps: int) -> Tensor:
-    """Latents (B, C, h, w) from noise of that shape, people at full strength."""
+    """Return latents (B, C, h, w) sampled from noise of that shape, with identity at full strength."""
     denoiser = GuidedDenoiser(unet, inputs, {})
     strength = torch.ones(len(noise), device=noise.device)
     latents = noise

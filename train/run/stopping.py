@@ -1,4 +1,4 @@
-"""Whether a run is to stop cleanly, and who may ask: the loop between steps, and long preparations between blocks."""
+"""Clean stops on a signal or a time limit; the loop checks between steps, and long preparations between blocks."""
 
 import math
 import signal
@@ -11,11 +11,11 @@ from types import FrameType
 
 
 class Stopped(Exception):
-    """Work that carries on where it was left ends here, because the run is to stop; its text says why."""
+    """Raised to end work that a later start resumes, because the run should stop; its text says why."""
 
 
 class Stopping:
-    """Whether to stop cleanly: after a number of minutes, or when the process is asked to end (SIGTERM, SIGINT)."""
+    """Decides whether to stop cleanly: after a number of minutes, or after a SIGTERM or SIGINT."""
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -23,14 +23,14 @@ class Stopping:
 
     @property
     def reason(self) -> str | None:
-        """Why to stop, in words, or None."""
+        """The reason to stop as text, or None."""
         if self.signal:
-            return f"asked to by {self.signal}"
-        return "the minutes given are over" if time.monotonic() >= self.deadline else None
+            return f"received {self.signal}"
+        return "the time of --max-minutes is over" if time.monotonic() >= self.deadline else None
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:
-        """Take note of the two signals; a second one ends the process as usual."""
+        """Record SIGTERM and SIGINT within the block; a second signal ends the process as usual."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -47,7 +47,7 @@ class Stopping:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """For the block `raise_if_stopping` ends what is under way once there is a reason."""
+        """Within the block, `raise_if_stopping` raises Stopped once there is a reason to stop."""
         token = _interruptible_by.set(self)
         try:
             yield
@@ -59,7 +59,7 @@ _interruptible_by: ContextVar[Stopping | None] = ContextVar("asked", default=Non
 
 
 def raise_if_stopping() -> None:
-    """Raise Stopped if the run is to stop and may do so anywhere; called where nothing done so far would be lost."""
+    """Raise Stopped if the run should stop and is interruptible. Call it where no finished work would be lost."""
     stopping = _interruptible_by.get()
     if stopping is not None and stopping.reason is not None:
         raise Stopped(stopping.reason)

@@ -1,8 +1,8 @@
-"""Who else is told a run's numbers and pictures: TensorBoard, and Weights & Biases if it is asked for.
+"""Send a run's numbers and pictures to experiment trackers: TensorBoard, and optionally Weights & Biases (W&B).
 
-Both are told them under STAGE/NAME, against the images that the stage has seen. Those begin anew with every stage, and
-go back with a run that goes back to a checkpoint; W&B drops what is not later than its last step, so it counts steps of
-its own and is told the images seen as an axis. All sittings of a run are one W&B run.
+Both receive them under STAGE/NAME, over the images that the stage has seen. That number starts at 0 in every stage, and
+decreases when a run returns to a checkpoint. W&B drops values that are not later than its last step, so W&B counts its
+own steps and gets the images seen as an axis. All starts of a run belong to one W&B run.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ _AXIS = "images_seen"
 
 
 class Wandb(GeneralTracker):
-    """A run on Weights & Biases. It stays off the network unless WANDB_MODE=online is in the environment."""
+    """A run on Weights & Biases. It works offline unless WANDB_MODE=online is set in the environment."""
 
     name = "wandb"
     requires_logging_directory = False
@@ -38,7 +38,7 @@ class Wandb(GeneralTracker):
         self.run: Any = None
 
     def start(self) -> None:
-        """Begin the run, or go on with it."""
+        """Start the W&B run, or resume it."""
         import wandb
 
         folder = self.output / "tracking"
@@ -52,39 +52,39 @@ class Wandb(GeneralTracker):
 
     @property
     def tracker(self) -> Any:
-        """W&B's own run."""
+        """The run object of wandb."""
         return self.run
 
     def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
-        """Numbers under STAGE/NAME at so many images seen."""
+        """Log numbers under STAGE/NAME, with `step` images seen."""
         axes = {f"{name.split('/')[0]}/{_AXIS}": step for name in values}
         self.run.log({**values, **axes})
 
     def log_images(self, values: Mapping[str, list[Image.Image]], step: int | None = None) -> None:
-        """Pictures under STAGE/NAME at so many images seen."""
+        """Log pictures under STAGE/NAME, with `step` images seen."""
         import wandb
 
         self.log({name: [wandb.Image(picture) for picture in pictures] for name, pictures in values.items()}, step)
 
     def finish(self) -> None:
-        """All is told."""
+        """End the W&B run."""
         self.run.finish()
 
 
 def installed(run: Run, output: Path) -> list[str | GeneralTracker]:
-    """The trackers of the run, as accelerate takes them, but for those that are not installed."""
+    """Return the run's trackers that are installed, in the form that accelerate accepts."""
     names = set(run.trackers) - set(missing(run))
     return [Wandb(run, output) if name == "wandb" else name for name in sorted(names)]
 
 
 def missing(run: Run) -> list[str]:
-    """The trackers of the run that are not installed."""
+    """Return the names of the run's trackers that are not installed."""
     return [name for name in sorted(set(run.trackers)) if not importlib.util.find_spec(name)]
 
 
 @contextmanager
 def tracked(accelerator: Accelerator, output: Path) -> Iterator[None]:
-    """The trackers listen for the block."""
+    """Start the trackers for the block, and finish them after it."""
     if accelerator.log_with:
         (output / "tracking").mkdir(exist_ok=True)
     accelerator.init_trackers(PROJECT)
@@ -97,7 +97,7 @@ def tracked(accelerator: Accelerator, output: Path) -> Iterator[None]:
 
 
 def show(accelerator: Accelerator, pictures: Mapping[str, Path], images_seen: int) -> None:
-    """Tell the trackers of picture files, by the names they are to have there."""
+    """Log picture files to the trackers; `pictures` maps a tag to a file."""
     if not accelerator.trackers:
         return
     opened = {name: Image.open(path).convert("RGB") for name, path in pictures.items()}
@@ -110,7 +110,7 @@ def show(accelerator: Accelerator, pictures: Mapping[str, Path], images_seen: in
 
 
 def _id(path: Path) -> str:
-    """The run's name in W&B's books, made up once."""
+    """Return the run's W&B id, created at random on the first call."""
     if not path.exists():
         with replacing(path) as draft:
             draft.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
