@@ -1,7 +1,7 @@
-"""A task small enough to train in a test: a real linear network that learns a fixed linear map from noise.
+"""A task small enough to train in a test: a small network that learns a fixed linear map from noise.
 
-Runs may also be started in processes of their own, which are forked from one that has imported everything, so that
-killing and starting them again takes milliseconds.
+Runs can also be started in separate processes. They are forked from a process that has imported everything, so that
+killing and restarting them takes milliseconds.
 """
 
 import json
@@ -39,21 +39,21 @@ class ToySettings(BaseModel):
 
     width: int = 4
     dropout: float = 0.0
-    bad: tuple[int, ...] = ()  # a batch that holds one of these image numbers gives NaN
-    broken: tuple[int, ...] = ()  # a batch that holds one of these is a bad record
-    scores: dict[int, float] = {}  # the validation number "score" at these images seen; 1 at others
+    bad: tuple[int, ...] = ()  # image numbers whose batch has a NaN loss
+    broken: tuple[int, ...] = ()  # image numbers whose batch raises BadRecordError
+    scores: dict[int, float] = {}  # images seen -> the validation number "score"; 1 at others
     end_at: tuple[int, int] = (-1, 0)  # (images seen, process): SIGTERM for that process before that batch
     pause: float = 0.0  # seconds per batch
     hang_at: tuple[int, int] = (-1, 0)  # (images seen, process): that process sleeps before that batch
-    rows: int = 0  # kept rows that it makes before its first batch
-    end_in_row: int = -1  # SIGTERM once, while the rows from there on are made
-    careful: bool = False  # builds and prepares in folders that two processes must not make at once
-    image: bool = False  # the network begins with a convolution
+    rows: int = 0  # cached rows that it makes before its first batch
+    end_in_row: int = -1  # SIGTERM once, while the block with this row is made
+    careful: bool = False  # builds and prepares in folders that two processes must not make at the same time
+    image: bool = False  # the network starts with a convolution
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A gallery of nothing."""
+    """A gallery without pictures, for caching rows."""
 
     count: int
     size: int = 1
@@ -142,7 +142,7 @@ class ToyTask:
 
 
 class _Convolution(nn.Module):
-    """A linear map of three numbers, written as a convolution, whose weights have a memory layout to keep."""
+    """A linear map of three numbers as a convolution, whose weights can be stored in the channels-last format."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class _Convolution(nn.Module):
 
 
 def _fill(folder: Path) -> None:
-    """Make a folder slowly, unless it is there: FileExistsError if two do it at once."""
+    """Make a folder slowly, unless it exists; FileExistsError if two processes do it at the same time."""
     if not (folder / "ready").exists():
         folder.mkdir(parents=True)
         time.sleep(0.1)
@@ -163,7 +163,7 @@ def _fill(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """Which process of how many, where they meet, and what else they find in their environment."""
+    """A process of a group: its rank, the number of processes, their port, and environment variables."""
 
     rank: int = 0
     processes: int = 1
@@ -174,12 +174,12 @@ class ProcessSpec:
 def start_training(
     run: Run, output: Path, spec: ProcessSpec = ProcessSpec(), tasks: Mapping[str, Any] | None = None
 ) -> ForkServerProcess:
-    """A process that trains `run` with the toy task, or with these, and ends with DONE, STOPPED or WRONG."""
+    """Start a process that trains `run` with the toy task, or with `tasks`, and exits with DONE, STOPPED or WRONG."""
     return fork_process(_train, run, output, spec, tasks or {"toy": ToyTask}, daemon=True)
 
 
 def stderr_of(output: Path, rank: int = 0) -> str:
-    """What that process of the last start wrote to stderr."""
+    """Return the stderr of the process with this rank in the last start."""
     return _stderr_file(output, rank).read_text()
 
 
@@ -190,7 +190,7 @@ def run_in_processes(
     count: int = 2,
     tasks: Mapping[str, Any] | None = None,
 ) -> list[int | None]:
-    """Train `run` in `count` processes that share each batch; how each of them ended."""
+    """Train `run` in `count` processes that share each batch; return their exit codes."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     together = [
@@ -228,7 +228,7 @@ def _train(run: Run, output: Path, spec: ProcessSpec, tasks: Mapping[str, Any]) 
 
 
 def _shard_on_cpus() -> None:
-    """Accelerate shards on GPUs only and shares whole networks on CPUs; FSDP itself works on both, so it is told to."""
+    """Make accelerate use FSDP on CPUs, which it would use on GPUs only; FSDP itself works on both."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -239,7 +239,7 @@ def _shard_on_cpus() -> None:
     AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
 
 
-if __name__ == "__main__":  # the trainer with the toy task, as a process that can be killed
+if __name__ == "__main__":  # the trainer with the toy task, as a separate process that a test can kill
     from train.__main__ import main
 
     torch.set_num_threads(1)

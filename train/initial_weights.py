@@ -38,9 +38,7 @@ def find_weights(modules: Iterable[str], weights: Path) -> dict[str, Path]:
     Raises WeightsError if the folder is missing, or if it holds none of the modules that a weights folder can hold.
     """
     if not weights.is_dir():
-        raise WeightsError(
-            f"The folder {weights} in `initial` does not exist. Name a folder of weights, or leave it out."
-        )
+        raise WeightsError(f"There is no folder {weights}. Set `initial` to a folder of weights, or leave it out.")
     files = {name: _file(weights / WEIGHT_FOLDERS[name]) for name in modules if name in WEIGHT_FOLDERS}
     present = {name: file for name, file in files.items() if file is not None}
     if files and not present:

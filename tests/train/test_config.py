@@ -1,4 +1,4 @@
-"""Run files: what they may say, how overrides reach them, and the sentence for every mistake."""
+"""Run files: their settings, their overrides, and the error for every mistake."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def stage(**settings: object) -> Stage:
     return Stage.model_validate({"task": "toy", "train": {"both": 1e-3}, "images": 1000, "batch_size": 10, **settings})
 
 
-def test_stages_keep_their_order_and_take_the_defaults(run_file: Path) -> None:
+def test_stages_keep_their_order_and_use_the_defaults(run_file: Path) -> None:
     run = load_run(run_file)
     assert list(run.stages) == ["one", "two"]
     two = run.stages["two"]
@@ -49,7 +49,7 @@ def test_stages_keep_their_order_and_take_the_defaults(run_file: Path) -> None:
     assert two.train == {"first": 0.0015, "second": 0.0003} and run.data == {"size": 128}
 
 
-def test_overrides_reach_every_level(run_file: Path) -> None:
+def test_overrides_can_set_every_level(run_file: Path) -> None:
     given = ["one.images=1e3", "two.train.first=5e-5", "two.settings.width=7", "data.size=64", "defaults.batch_size=4"]
     run = load_run(run_file, given)
     assert run.stages["one"].images == 1000 and run.stages["two"].train["first"] == 5e-5
@@ -57,7 +57,7 @@ def test_overrides_reach_every_level(run_file: Path) -> None:
     assert run.stages["one"].batch_size == run.stages["two"].batch_size == 4
 
 
-def test_a_typo_in_an_override_names_the_valid_ones(run_file: Path) -> None:
+def test_a_typo_in_an_override_lists_the_valid_names(run_file: Path) -> None:
     assert "did you mean one?" in refusal(run_file, "onee.images=5")
     sentence = refusal(run_file, "one.imagse=5")
     assert "'imagse' (did you mean images?)" in sentence and "batch_size" in sentence and "stage one" in sentence
@@ -66,7 +66,7 @@ def test_a_typo_in_an_override_names_the_valid_ones(run_file: Path) -> None:
     assert "single value" in refusal(run_file, "one.images.more=5")
 
 
-def test_mistakes_in_the_file_are_one_sentence(tmp_path: Path, run_file: Path) -> None:
+def test_every_mistake_in_the_file_is_one_line(tmp_path: Path, run_file: Path) -> None:
     def with_text(text: str) -> Path:
         path = tmp_path / "bad.yaml"
         path.write_text(text)
@@ -79,12 +79,12 @@ def test_mistakes_in_the_file_are_one_sentence(tmp_path: Path, run_file: Path) -
     assert "images is missing" in refusal(with_text("stages: {a: {task: toy, train: {both: 1}}}"))
     assert "the stages before it: one" in refusal(run_file, "two.start_from=three")
     assert "does not divide" in refusal(run_file, "one.accumulation=3")
-    assert "does not go together with muon" in refusal(run_file, "one.optimiser=adamw8bit", "one.muon=[both]")
+    assert "cannot be combined with muon" in refusal(run_file, "one.optimiser=adamw8bit", "one.muon=[both]")
     assert "channels_last" in refusal(run_file, "one.optimiser=adamw8bit", "one.channels_last=true")
     assert "'lowest' or 'highest'" in refusal(run_file, "one.best_is=lower")
 
 
-def test_what_would_have_no_effect_is_refused(run_file: Path) -> None:
+def test_settings_without_effect_are_errors(run_file: Path) -> None:
     assert "muon: there is no part in train 'boht' (did you mean both?); valid: both" in refusal(
         run_file, "one.muon=[boht]"
     )
@@ -111,14 +111,14 @@ def test_what_would_have_no_effect_is_refused(run_file: Path) -> None:
         ("clip", {"whole_share": 1.5}, "less than or equal to 1"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(task: str, wrong: dict[str, Any], words: str) -> None:
+def test_settings_that_contradict_each_other_are_errors(task: str, wrong: dict[str, Any], words: str) -> None:
     settings = {**({"base": "somewhere"} if task == "diffusers_adapter" else {}), **wrong}
     (part, *_) = task_class(task, TASKS, "one").PARTS
     with pytest.raises(ConfigError, match=words):
         resolved("one", stage(task=task, train={part: 1e-3}, settings=settings), TASKS)
 
 
-def test_settings_stay_valid_when_they_are_filled_in() -> None:
+def test_settings_with_defaults_filled_in_are_valid_again() -> None:
     for settings in ({}, {"ip_adapter": "a.bin"}, {"projection": "plus", "zero_init": False}):
         given = {"base": "somewhere", **settings}
         once = resolved("one", stage(task="diffusers_adapter", train={"lora": 1e-3}, settings=given), TASKS)
@@ -128,15 +128,15 @@ def test_settings_stay_valid_when_they_are_filled_in() -> None:
         assert (once.settings["projection"], once.settings["zero_init"]) == expected
 
 
-def test_mistakes_of_later_stages_are_told_before_the_first_trains(run_file: Path, tmp_path: Path) -> None:
+def test_mistakes_in_later_stages_are_errors_before_the_first_stage_trains(run_file: Path, tmp_path: Path) -> None:
     def refused(*overrides: str) -> str:
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as raised:
             run_stages(load_run(run_file, overrides), tmp_path / "out", tasks={**TASKS, "toy": ToyTask})
         assert not (tmp_path / "out").exists()
         with pytest.raises(ImagineError) as planned:
             plan(load_run(run_file, overrides), tmp_path / "out", {**TASKS, "toy": ToyTask})
-        assert str(planned.value) == str(told.value)
-        return str(told.value)
+        assert str(planned.value) == str(raised.value)
+        return str(raised.value)
 
     assert "two, fresh: there is no module 'hat'" in refused("two.fresh=[hat]")
     assert "There is no folder nowhere" in refused("two.initial=nowhere")
@@ -161,11 +161,11 @@ def test_parts_tasks_and_their_settings_are_checked_before_anything_trains(run_f
     assert "no stage 'three'; valid: one, two" in refused(only=("three",))
 
 
-def test_settings_are_filled_in() -> None:
+def test_missing_settings_get_their_defaults() -> None:
     assert resolved("one", stage(settings={"width": 9}), {"toy": ToyTask}).settings["dropout"] == 0.0
 
 
-def test_the_command_line_says_it_in_one_line_and_exits_with_2(
+def test_the_command_prints_one_line_for_a_mistake_and_exits_with_2(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(run_file), "--output", str(tmp_path / "out"), "one.imagse=5", "--max-minutes", "1", "two.images=3"]
@@ -173,15 +173,15 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_an_output_that_cannot_be_a_folder_is_one_line(
+def test_an_output_that_cannot_be_a_folder_is_an_error_of_one_line(
     run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(run_file), "--output", str(run_file / "below")], {"toy": ToyTask}) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "choose another" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "choose another" in printed
 
 
-def test_a_run_that_was_stopped_exits_with_3_and_one_that_was_carried_on_with_0(run_file: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_exits_with_3_and_the_resumed_run_with_0(run_file: Path, tmp_path: Path) -> None:
     smaller = ["one.images=16", "two.images=16", "two.settings.width=4"]
     command = [str(run_file), "--output", str(tmp_path / "out"), *smaller]
     assert main([*command, "--max-minutes", "0"], {"toy": ToyTask}) == STOPPED == 3
@@ -189,7 +189,7 @@ def test_a_run_that_was_stopped_exits_with_3_and_one_that_was_carried_on_with_0(
     assert main(command, {"toy": ToyTask}) == DONE == 0
 
 
-def test_trackers_are_named_for_the_whole_run(run_file: Path) -> None:
+def test_trackers_are_set_for_the_whole_run(run_file: Path) -> None:
     assert load_run(run_file).trackers == ("tensorboard",)
     assert load_run(run_file, ["trackers=wandb"]).trackers == ("wandb",)
     assert load_run(run_file, ["trackers=[]"]).trackers == ()
@@ -198,14 +198,17 @@ def test_trackers_are_named_for_the_whole_run(run_file: Path) -> None:
     assert "'tensorboard' or 'wandb' (got 'tensorbord')" in refusal(run_file, "trackers=tensorbord")
 
 
-def test_processes_must_share_a_batch_evenly(run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_must_divide_evenly_among_processes(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = load_run(run_file, ["two.accumulation=4"])
     _check_batch_divides(run, ["one", "two"], processes=2)
     with pytest.raises(
-        ConfigError, match="stage two: batch_size 8 does not divide into 4 pieces on each of 4 processes"
+        ConfigError,
+        match=r"stage two: batch_size 8 does not divide into 4 micro-batches \(accumulation\) on each of 4 processes",
     ):
         _check_batch_divides(run, ["one", "two"], processes=4)
-    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher says it that accelerate finds no device for
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as if a launcher had started processes for which accelerate finds no device
     with pytest.raises(ConfigError, match="ACCELERATE_USE_CPU=true"):
         run_stages(run, tmp_path / "out", tasks={"toy": ToyTask})
 
@@ -214,14 +217,14 @@ ACCELERATE = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
-def test_accelerate_understands_its_configs(path: Path) -> None:
+def test_accelerate_accepts_its_configs(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     assert len(ACCELERATE) == 4
     loaded = load_config_from_file(str(path))
-    assert loaded.mixed_precision == "no"  # the stage says it
+    assert loaded.mixed_precision == "no"  # precision is a setting of the stage
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "run.py"]))
     sharded = path.stem == "fsdp"
     assert (arguments.num_processes, arguments.use_fsdp) == (
@@ -234,7 +237,7 @@ def test_accelerate_understands_its_configs(path: Path) -> None:
         assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
-def test_learning_rates_follow_images_seen() -> None:
+def test_learning_rates_are_functions_of_images_seen() -> None:
     trapezoid = stage(warmup_images=100, decay=0.2)
     assert trapezoid.rate(0) == pytest.approx(0.1) and trapezoid.rate(90) == trapezoid.rate(800) == 1
     assert trapezoid.rate(900) == pytest.approx(0.5) and trapezoid.rate(1000) == 0

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: a run that is started again each time ends with the weights of one that was left alone."""
+"""SIGKILL at any moment: a run that is restarted after each kill ends with the weights of an uninterrupted run."""
 
 import random
 import signal
@@ -18,7 +18,7 @@ STAGES = ("one", "two")
 
 
 def two_stages() -> Run:
-    """Every step writes a checkpoint, so that most moments are moments of writing."""
+    """Return a run that writes a checkpoint after every step, so that most kills hit a write."""
     first = Stage.model_validate({
         "task": "toy", "train": {"both": 1e-2}, "images": 160, "batch_size": 8, "ema": 40, "precision": "fp32",
         "checkpoint_every_seconds": 0, "validate_every": 40, "best_by": "error",
@@ -28,7 +28,7 @@ def two_stages() -> Run:
 
 
 def left_behind(output: Path) -> dict[str, torch.Tensor]:
-    """Checkpoint, handed-on and best weights of both stages, by file and name."""
+    """Return the tensors of both stages' checkpoints, final weights and best weights, by file and name."""
     found: dict[str, torch.Tensor] = {}
     for stage in STAGES:
         files = ("weights.safetensors", "best.safetensors", "checkpoints/000000000160.safetensors")
@@ -48,7 +48,7 @@ def assert_same(left: Path, right: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run that was left alone, and how many seconds it took."""
+    """An uninterrupted run, and its duration in seconds."""
     output = tmp_path_factory.mktemp("runs") / "straight"
     warm = start_training(two_stages(), output.with_name("warm"))  # the first start waits for the fork server's imports
     warm.join()
@@ -64,7 +64,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, straight:
     dice, kills, runs = random.Random(7), 0, 0
     while kills < KILLS or not (tmp_path / str(runs) / "two" / "done.json").exists():
         process = start_training(two_stages(), tmp_path / str(runs))
-        longest = seconds / dice.choice((1, 4))  # short lives too, so that one run sees many deaths
+        longest = seconds / dice.choice((1, 4))  # often short, so that one run is killed many times
         process.join(dice.uniform(0, longest) if kills < KILLS else None)
         process.kill()
         process.join()
@@ -73,7 +73,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path, straight:
             continue
         assert process.exitcode == DONE, stderr_of(tmp_path / str(runs))
         assert_same(output, tmp_path / str(runs))
-        runs += kills < KILLS  # done before its kill came: the next ones meet a new run
+        runs += kills < KILLS  # the run finished before the kill: the next kills need a new run
     assert kills >= KILLS
     assert_same(output, tmp_path / str(runs))
 

@@ -1,4 +1,4 @@
-"""The loop on a toy task: a run stopped anywhere ends with the weights of a straight one; bad batches are survived."""
+"""The training loop on a toy task: a resumed run equals an uninterrupted one, and bad batches are skipped."""
 
 import importlib.util
 import json
@@ -78,7 +78,9 @@ def ending_at(images_seen: int, number: int) -> type[ToyTask]:
         ({"channels_last": True}, True),
     ],
 )
-def test_resume_equals_a_straight_run_bit_for_bit(tmp_path: Path, extra: dict[str, Any], image: bool) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(
+    tmp_path: Path, extra: dict[str, Any], image: bool
+) -> None:
     settings = {"dropout": 0.2, "image": image}
     run = one_stage(settings=settings, checkpoint_every_seconds=0, report_every_seconds=0, **extra)
     train(tmp_path / "straight", run)
@@ -100,7 +102,7 @@ def test_resume_equals_a_straight_run_bit_for_bit(tmp_path: Path, extra: dict[st
 def test_rows_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     run = one_stage(report_every_seconds=0, validate_every=40)
     with pytest.raises(RuntimeError):
-        train(tmp_path, run, crashing_at(120))  # no checkpoint yet: it starts again
+        train(tmp_path, run, crashing_at(120))  # no checkpoint yet: the next call starts again
     assert rows(tmp_path)[-1]["images_seen"] == 120
     with (tmp_path / "one" / "metrics.jsonl").open("a") as file:
         file.write('{"images_seen": 1')
@@ -135,7 +137,7 @@ def test_a_killed_process_leaves_a_run_that_ends_the_same(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_cleanly_with_a_checkpoint(tmp_path: Path, number: int) -> None:
+def test_a_signal_stops_the_run_cleanly_with_a_checkpoint(tmp_path: Path, number: int) -> None:
     run, before = one_stage(), signal.getsignal(number)
     assert not train(tmp_path / "stopped", run, ending_at(80, number))
     assert int(state(tmp_path / "stopped")["images seen"]) == 88 and signal.getsignal(number) is before
@@ -145,7 +147,7 @@ def test_a_signal_ends_it_cleanly_with_a_checkpoint(tmp_path: Path, number: int)
     assert_same(state(tmp_path / "stopped"), state(tmp_path / "straight"))
 
 
-def test_minutes_that_are_over_end_it_cleanly(tmp_path: Path) -> None:
+def test_max_minutes_stops_the_run_cleanly(tmp_path: Path) -> None:
     run = one_stage(images=8 * 10**6, settings={"pause": 0.005})
     assert not train(tmp_path, run, max_minutes=1.5 / 60)
     images_seen = int(state(tmp_path)["images seen"])
@@ -163,30 +165,32 @@ def test_a_bad_batch_is_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCa
     assert all(tensor.isfinite().all() for tensor in state(tmp_path).values())
 
 
-def test_three_bad_batches_in_a_row_stop_it_with_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"3 batches in a row .* a number in it is not finite: .* learning rates"):
+def test_three_bad_batches_in_a_row_are_a_training_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"3 batches in a row .* loss or gradient is not finite. .* learning rates"):
         train(tmp_path, one_stage(settings={"bad": [80, 88, 96]}))
 
 
 @pytest.mark.parametrize("extra", [{}, {"prefetch": 2}, {"accumulation": 4}])
-def test_a_bad_record_leaves_its_whole_step_out(
+def test_a_step_with_a_bad_record_is_skipped(
     tmp_path: Path, extra: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = one_stage(settings={"broken": [1, 20, 23, 61]}, report_every_seconds=0, **extra)
     assert train(tmp_path, run)
-    lines = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "skipped the batch" in record.getMessage()]
     assert len(lines) == 3 and "\n" not in "".join(lines)
-    assert lines[1].startswith("one: the batch before image 24 is left out: Record 20 cannot be used: it is torn")
-    assert "there is no first_batch.png" in caplog.text
+    assert lines[1].startswith("one: skipped the batch before image 24: Record 20 cannot be used: it is torn")
+    assert "first_batch.png is not written" in caplog.text
     skipped = {row["images_seen"]: row["skipped"] for row in rows(tmp_path) if "skipped" in row}
     assert skipped[16] == 1 and skipped[24] == 2 and skipped[160] == 3
     assert {row["images_seen"] for row in rows(tmp_path) if "loss" in row} == set(range(16, 161, 8)) - {24, 64}
     train(tmp_path / "nan", one_stage(settings={"bad": [1, 20, 23, 61]}, **extra))
-    assert_same(state(tmp_path), state(tmp_path / "nan"))  # left out as a batch that gives no number is
+    assert_same(state(tmp_path), state(tmp_path / "nan"))  # skipped like a batch with a loss that is not finite
 
 
-def test_three_bad_records_in_a_row_stop_it_with_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"stopped at 104 images because 3 .* Record 96 .*torn: look at its data"):
+def test_three_bad_records_in_a_row_are_a_training_error(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrainingError, match=r"stopped at 104 images because 3 .* Record 96 .*torn. Check the stage's data"
+    ):
         train(tmp_path, one_stage(settings={"broken": [80, 88, 96]}, prefetch=2))
 
 
@@ -211,7 +215,10 @@ def test_the_best_weights_are_those_of_the_best_validation(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("seconds", [0, 1e9])
 def test_the_best_weights_survive_any_stop(tmp_path: Path, seconds: float) -> None:
-    """Of 160 images those at 80 are best. With no checkpoint but the last, every start finds a best from its future."""
+    """The weights at 80 of 160 images are best.
+
+    With a checkpoint only at the end, a restart finds a best.safetensors with more images seen than its own.
+    """
     extra: dict[str, Any] = {"validate_every": 40, "best_by": "score", "checkpoint_every_seconds": seconds}
     run = one_stage(settings={"scores": SCORES}, **extra)
     train(tmp_path / "straight", run)
@@ -227,8 +234,8 @@ def test_the_best_weights_survive_any_stop(tmp_path: Path, seconds: float) -> No
     }
 
 
-def test_a_best_of_a_course_given_up_is_forgotten(tmp_path: Path) -> None:
-    """The first course was best when its rate had fallen; the longer one goes on from before that."""
+def test_the_best_weights_of_an_abandoned_continuation_are_deleted(tmp_path: Path) -> None:
+    """The first run was best after its rate had fallen; the longer run resumes from before that."""
     extra: dict[str, Any] = {"validate_every": 40, "best_by": "score", "best_is": "highest"}
     train(tmp_path / "twice", one_stage(images=80, settings={"scores": {40: 2.0, 80: 9.0}}, **extra))
     assert best(tmp_path / "twice")[1]["images_seen"] == 80
@@ -239,18 +246,18 @@ def test_a_best_of_a_course_given_up_is_forgotten(tmp_path: Path) -> None:
     assert_same(best(tmp_path / "twice")[0], best(tmp_path / "once")[0])
 
 
-def test_a_number_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+def test_a_value_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
     scores = {40: float("nan"), 80: 0.9, 120: float("-inf"), 160: float("nan")}
     train(tmp_path, one_stage(validate_every=40, best_by="score", settings={"scores": scores}))
     assert best(tmp_path)[1]["images_seen"] == 80
 
 
-def test_a_best_by_that_names_no_number_is_told_with_the_valid_ones(tmp_path: Path) -> None:
+def test_an_unknown_best_by_is_an_error_that_lists_the_valid_names(tmp_path: Path) -> None:
     with pytest.raises(
         TrainingError, match=r"no validation number 'eror' \(did you mean error\?\); valid: error, score"
     ):
         train(tmp_path, one_stage(validate_every=40, best_by="eror"))
-    assert train(tmp_path, one_stage(validate_every=40, best_by="error"))  # corrected, it may go on without --resume
+    assert train(tmp_path, one_stage(validate_every=40, best_by="error"))  # corrected, it resumes without --resume
     assert best(tmp_path)[1]["best_by"] == "error"
 
 
@@ -262,7 +269,7 @@ def tracked(output: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_is_told_what_metrics_jsonl_holds(tmp_path: Path) -> None:
+def test_tensorboard_receives_the_numbers_of_metrics_jsonl(tmp_path: Path) -> None:
     run = one_stage(report_every_seconds=0, validate_every=80)
     train(tmp_path, run.model_copy(update={"trackers": ("tensorboard",)}))
     found, written = tracked(tmp_path), rows(tmp_path)
@@ -272,7 +279,7 @@ def test_tensorboard_is_told_what_metrics_jsonl_holds(tmp_path: Path) -> None:
         assert [v for _, v in found[f"one/{name}"]] == pytest.approx([v for _, v in expected])
 
 
-def test_a_tracker_that_is_not_installed_is_told_and_does_without(
+def test_a_missing_tracker_is_a_warning_and_the_run_works_without_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
@@ -285,10 +292,10 @@ def test_a_tracker_that_is_not_installed_is_told_and_does_without(
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "adamw8bit"])
-def test_eight_bits_train_and_resume_as_others_do(tmp_path: Path, optimiser: str) -> None:
+def test_the_eight_bit_optimiser_trains_and_resumes_like_the_others(tmp_path: Path, optimiser: str) -> None:
     if optimiser == "adamw8bit":
         pytest.importorskip("bitsandbytes")
-    wide = {"width": 2048}  # large enough for bitsandbytes to keep bytes
+    wide = {"width": 2048}  # large enough for 8-bit states in bitsandbytes
     often: dict[str, Any] = {"checkpoint_every_seconds": 0, "report_every_seconds": 0}
     run = one_stage(optimiser=optimiser, settings=wide, train={"both": 1e-3}, **often)
     train(tmp_path / "straight", run)
@@ -303,10 +310,12 @@ def test_eight_bits_train_and_resume_as_others_do(tmp_path: Path, optimiser: str
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
-def test_eight_bits_without_their_package_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_eight_bit_optimiser_without_bitsandbytes_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ConfigError, match="`pip install bitsandbytes`, or train with optimiser adamw"):
+    with pytest.raises(ConfigError, match="`pip install bitsandbytes`, or use optimiser adamw"):
         train(tmp_path, one_stage(optimiser="adamw8bit"))
 
 
@@ -323,11 +332,11 @@ def test_a_setting_that_is_newer_than_the_run_does_not_count_as_changed(tmp_path
         train(tmp_path, one_stage(images=16))
 
 
-def test_accumulation_changes_nothing_but_memory(tmp_path: Path) -> None:
-    for name, micro_batches in (("whole", 1), ("pieces", 4)):
-        train(tmp_path / name, one_stage(accumulation=micro_batches))
-    whole, pieces_ = state(tmp_path / "whole"), state(tmp_path / "pieces")
-    torch.testing.assert_close(whole["weights/head.weight"], pieces_["weights/head.weight"], rtol=1e-4, atol=1e-5)
+def test_accumulation_gives_the_same_weights(tmp_path: Path) -> None:
+    for name, micro_batch_count in (("whole", 1), ("accumulated", 4)):
+        train(tmp_path / name, one_stage(accumulation=micro_batch_count))
+    whole, accumulated = state(tmp_path / "whole"), state(tmp_path / "accumulated")
+    torch.testing.assert_close(whole["weights/head.weight"], accumulated["weights/head.weight"], rtol=1e-4, atol=1e-5)
 
 
 def test_more_images_equal_a_run_that_had_them_from_the_start(tmp_path: Path) -> None:
@@ -338,50 +347,50 @@ def test_more_images_equal_a_run_that_had_them_from_the_start(tmp_path: Path) ->
     assert [row["images_seen"] for row in rows(tmp_path / "twice") if "validate/error" in row] == [240]
 
 
-def test_a_stage_starts_from_what_an_earlier_one_trained(tmp_path: Path) -> None:
+def test_a_stage_starts_from_the_weights_of_an_earlier_stage(tmp_path: Path) -> None:
     one = one_stage().stages["one"]
     two = one.model_copy(update={"start_from": ("one",), "train": {"second": 0.0}, "weight_decay": 0.0, "images": 8})
     run = Run(stages={"one": one, "two": two}, trackers=())
-    with pytest.raises(ConfigError, match="run one first"):
+    with pytest.raises(ConfigError, match="train one first"):
         train(tmp_path, run, only=["two"])
     assert train(tmp_path, run)
     left, right = state(tmp_path, "one"), read_tensors(tmp_path / "two" / "weights.safetensors")[0]
-    assert set(right) == {"head.weight", "head.bias"}  # frozen modules are not handed on twice
+    assert set(right) == {"head.weight", "head.bias"}  # only trained modules are saved
     torch.testing.assert_close(left["average/head.weight"], right["head.weight"], rtol=0, atol=1e-6)
     assert json.loads((tmp_path / "two" / "done.json").read_text())["from"] == {"one": 160}
 
 
-def test_a_stage_may_begin_some_modules_anew(tmp_path: Path) -> None:
+def test_fresh_modules_start_from_random_weights(tmp_path: Path) -> None:
     one = one_stage().stages["one"]
     still = {"train": {"second": 0.0}, "weight_decay": 0.0, "images": 8, "start_from": ("one",)}
     two, three = one.model_copy(update=still), one.model_copy(update={**still, "fresh": ("head",)})
     run = Run(stages={"one": one, "two": two, "three": three}, trackers=())
     assert train(tmp_path, run)
-    inherited, anew = (read_tensors(tmp_path / name / "weights.safetensors")[0] for name in ("two", "three"))
-    assert inherited.keys() == anew.keys() and not torch.equal(inherited["head.weight"], anew["head.weight"])
+    inherited, fresh = (read_tensors(tmp_path / name / "weights.safetensors")[0] for name in ("two", "three"))
+    assert inherited.keys() == fresh.keys() and not torch.equal(inherited["head.weight"], fresh["head.weight"])
     wrong = Run(stages={"one": one.model_copy(update={"fresh": ("hat",)})}, trackers=())
     with pytest.raises(ConfigError, match=r"one, fresh: there is no module 'hat'.*valid: body, head"):
         train(tmp_path / "wrong", wrong)
 
 
-def test_a_folder_with_another_run_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_with_another_run_needs_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path / "run", one_stage(images=16))
     written = (tmp_path / "run" / "one" / "weights.safetensors").stat().st_mtime_ns
-    assert train(tmp_path / "run", one_stage(images=16, validate_every=8))  # done, and nothing that matters changed
+    assert train(tmp_path / "run", one_stage(images=16, validate_every=8))  # already done; validate_every may change
     assert (tmp_path / "run" / "one" / "weights.safetensors").stat().st_mtime_ns == written
-    with pytest.raises(ConfigError, match="batch_size 8, not 4: add --resume"):
+    with pytest.raises(ConfigError, match="batch_size 8, not 4; add --resume"):
         train(tmp_path / "run", one_stage(images=16, batch_size=4))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(ConfigError, match="not empty and holds no run"):
         train(tmp_path / "full", one_stage())
     assert train(tmp_path / "run", one_stage(images=32, train={"both": 1e-3}), resume=True)
-    assert "carries on with train.both 0.001 instead of None" in caplog.text
+    assert "resuming with train.both 0.001 instead of None" in caplog.text
     assert train(tmp_path / "run", one_stage(images=32, seed=9, train={"both": 1e-3}), resume=True)
-    assert "is done and stays as it is, trained with seed 0" in caplog.text
+    assert "already done with seed 0, and not trained again" in caplog.text
 
 
-def test_a_run_that_was_killed_while_it_wrote_its_first_file_carries_on(tmp_path: Path) -> None:
+def test_a_run_that_was_killed_while_writing_its_first_file_can_be_started_again(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".run.yaml.draft").write_text("stages:\n  one:\n")
     assert train(tmp_path / "run", one_stage(images=8))
@@ -393,7 +402,7 @@ def first_batch(output: Path, stage: str = "one") -> list[list[float]]:
     return batch
 
 
-def test_every_stage_draws_numbers_of_its_own(tmp_path: Path) -> None:
+def test_every_stage_has_its_own_random_numbers(tmp_path: Path) -> None:
     one = one_stage(images=8).stages["one"]
     assert train(tmp_path / "two", Run(stages={"one": one, "two": one}, trackers=()))
     assert first_batch(tmp_path / "two", "one") != first_batch(tmp_path / "two", "two")
@@ -403,7 +412,7 @@ def test_every_stage_draws_numbers_of_its_own(tmp_path: Path) -> None:
     assert_same(state(tmp_path / "two", "two"), state(tmp_path / "again", "two"))
 
 
-def test_a_stage_that_an_earlier_version_began_goes_on_with_its_numbers(tmp_path: Path) -> None:
+def test_a_stage_started_by_an_earlier_version_keeps_its_random_numbers(tmp_path: Path) -> None:
     import yaml
 
     run, path = one_stage(settings={"dropout": 0.2}, checkpoint_every_seconds=0), Path("one") / "stage.yaml"
@@ -422,7 +431,7 @@ def test_a_stage_that_an_earlier_version_began_goes_on_with_its_numbers(tmp_path
 def test_the_faster_precision_is_measured_once_for_the_whole_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = ["bf16", "fp32", "fp32", "fp32"]  # as a machine that is busy at times would have it
+    answers = ["bf16", "fp32", "fp32", "fp32"]  # as on a machine that is busy at times
     monkeypatch.setattr("train.loop.faster_precision", lambda _: (answers.pop(0), "measured"))
     one = one_stage(images=16, precision="auto").stages["one"]
     run = Run(stages={"one": one, "two": one}, trackers=())
@@ -437,7 +446,7 @@ def test_the_faster_precision_is_measured_once_for_the_whole_run(
     }
 
 
-def test_a_disk_that_is_full_is_one_sentence(
+def test_a_full_disk_is_one_line_on_stderr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from train.__main__ import WRONG, main
@@ -449,14 +458,14 @@ def test_a_disk_that_is_full_is_one_sentence(
     config = tmp_path / "run.yaml"
     config.write_text("trackers: []\nstages: {one: {task: toy, train: {both: 1e-2}, images: 8, batch_size: 8}}")
     assert main([str(config), "--output", str(tmp_path / "run")], {"toy": ToyTask}) == WRONG
-    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "What the run" in line]
-    assert "safetensors cannot be written" in sentence and "no space left" in sentence and "carries on" in sentence
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "A file of the run" in line]
+    assert "safetensors cannot be written" in sentence and "no space left" in sentence and "it resumes" in sentence
     monkeypatch.undo()
     assert main([str(config), "--output", str(tmp_path / "run")], {"toy": ToyTask}) == 0
 
 
 @pytest.mark.parametrize("muon", [((), ("first",)), (("first", "second"), ()), (("first",), ("second",))])
-def test_another_optimiser_begins_with_no_moments(
+def test_another_optimiser_starts_with_an_empty_state(
     tmp_path: Path, muon: tuple[tuple[str, ...], tuple[str, ...]], caplog: pytest.LogCaptureFixture
 ) -> None:
     before, after = (one_stage(muon=parts, checkpoint_every_seconds=0) for parts in muon)
@@ -464,13 +473,13 @@ def test_another_optimiser_begins_with_no_moments(
         train(tmp_path, before, crashing_at(80))
     assert train(tmp_path, after, resume=True)
     others = {"first", "second"} if muon == (("first",), ("second",)) else set(muon[0] + muon[1])
-    assert f"the moments of {len(others)} of 4 parameters begin anew" in caplog.text
+    assert f"the optimiser state of {len(others)} of 4 parameters is reset" in caplog.text
     weights = {"first": "body.0.weight", "second": "head.weight"}
     names = state(tmp_path).keys()
     for part, path in weights.items():
         assert (f"optimiser/momentum/{path}" in names) == (part in muon[1])
         assert (f"optimiser/exp_avg/{path}" in names) == (part not in muon[1])
-    assert int(state(tmp_path)["optimiser/step/body.0.bias"]) == 20  # a gain or bias is AdamW's in any case
+    assert int(state(tmp_path)["optimiser/step/body.0.bias"]) == 20  # AdamW always trains gains and biases
     fresh = "second" if "second" in others else "first"
     if fresh not in muon[1]:
         assert int(state(tmp_path)[f"optimiser/step/{weights[fresh]}"]) == 10

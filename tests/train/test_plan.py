@@ -1,4 +1,4 @@
-"""`--dry-run`: the plan counts what a run would train, says how long it takes once it is known, and trains nothing."""
+"""`--dry-run`: the plan counts parameters, memory, steps and, once measured, hours; it trains nothing."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from train.stages import run_stages
 from train.task import TaskContext
 from train.tasks.base import images_without_effect
 
-TOY = {"toy": ToyTask}  # 3 x 4 + 4 numbers in part "first", 4 x 2 + 2 in "second"
+TOY = {"toy": ToyTask}  # 3 x 4 + 4 parameters in part "first", 4 x 2 + 2 in "second"
 
 
 def run(**settings: Any) -> Run:
@@ -27,13 +27,13 @@ def run(**settings: Any) -> Run:
 
 def test_a_plan_counts_parameters_steps_and_memory(tmp_path: Path) -> None:
     (one,) = plan(run(ema=10), tmp_path / "run", TOY)
-    assert one.trained == {"first": 16} and one.frozen == 10 and one.begins == "nothing"
-    assert one.steps == 13  # the last one is not full
-    assert one.bytes == 4 * (26 + 16 * 4)  # all weights; gradient, two moments and average of those that train
+    assert one.trained == {"first": 16} and one.frozen == 10 and one.begins == "random weights"
+    assert one.steps == 13  # the last step is not full
+    assert one.bytes == 4 * (26 + 16 * 4)  # all weights; gradient, two moments and average of trained ones
     (plain,) = plan(run(muon=["first"]), tmp_path / "run", TOY)
-    assert plain.bytes == 4 * (26 + 12 * 2 + 4 * 3)  # Muon keeps one number for each of a matrix
+    assert plain.bytes == 4 * (26 + 12 * 2 + 4 * 3)  # Muon has one state value for each value of a matrix
     (bytewise,) = plan(run(optimiser="adamw8bit", settings={"width": 2000}), tmp_path / "run", TOY)
-    large, small = 3 * 2000, 2000  # fewer than 4,096 numbers keep their moments in floats
+    large, small = 3 * 2000, 2000  # the moments of fewer than 4,096 values are stored in floats
     assert (
         bytewise.bytes
         == 4 * (large + small + 2000 * 2 + 2) + 4 * (large + small) + int(large * 2 * (1 + 4 / 256)) + small * 8
@@ -42,7 +42,7 @@ def test_a_plan_counts_parameters_steps_and_memory(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plan_knows_how_far_a_run_is_and_how_fast_it_was(tmp_path: Path) -> None:
+def test_a_plan_includes_the_progress_and_the_measured_speed(tmp_path: Path) -> None:
     wanted = run(report_every_seconds=0)
     assert run_stages(wanted, tmp_path, tasks=TOY)
     path = tmp_path / "one" / "metrics.jsonl"
@@ -53,17 +53,17 @@ def test_a_plan_knows_how_far_a_run_is_and_how_fast_it_was(tmp_path: Path) -> No
     assert one.hours == pytest.approx(60 / 2 / 3600)
     text = format_plan([one])
     assert "40 of 100 images, 8 steps of 8" in text and "minutes left" in text and "first" in text and "0.01" in text
-    assert "all stages: 60 images and 8 steps still to go, 0 minutes left" in text
+    assert "all stages: 60 images and 8 steps remaining, 0 minutes left" in text
 
 
-def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path) -> None:
+def test_a_plan_raises_the_errors_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no part 'fist' \(did you mean first\?\)"):
         plan(run(train={"fist": 1e-2}), tmp_path, TOY)
     with pytest.raises(ConfigError, match="share parameters"):
         plan(run(train={"first": 1e-2, "both": 1e-2}), tmp_path, TOY)
 
 
-def test_a_plan_remarks_on_what_is_odd(tmp_path: Path) -> None:
+def test_a_plan_prints_the_warnings_of_the_task(tmp_path: Path) -> None:
     plans = plan(run(settings={"width": 1}), tmp_path, TOY)
     assert "\n  a width of 1 is odd." in format_plan(plans) and "odd" not in format_plan(plan(run(), tmp_path, TOY))
 
@@ -72,7 +72,7 @@ def test_a_plan_remarks_on_what_is_odd(tmp_path: Path) -> None:
     ("share", "trains", "idle"),
     [(0.1, ("lora", "vision_branch"), True), (0.0, ("lora",), False), (0.1, ("lora", "t5_branch"), False)],
 )
-def test_images_that_teach_nothing_are_remarked_on(share: float, trains: tuple[str, ...], idle: bool) -> None:
+def test_images_without_effect_are_a_warning(share: float, trains: tuple[str, ...], idle: bool) -> None:
     context = TaskContext("one", 0, torch.device("cpu"), Path("nowhere"), trains=trains)
     assert [
         sentence.startswith("drop_vision: 0.1 of the images") for sentence in images_without_effect(context, share)

@@ -1,4 +1,4 @@
-"""Several processes on one machine: the same numbers as one, shared or in shards, through stops and bad records."""
+"""Several processes on one machine: the same numbers as with one, with DDP and FSDP, stops and bad records."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def rows(output: Path, name: str) -> list[float]:
 
 
 def assert_close(left: Path, right: Path, tolerance: float) -> None:
-    """Losses of every step, the checkpoint, what is handed on, the validation and the best weights."""
+    """Compare the losses of all steps, validations, checkpoints, final and best weights, and exports."""
     for name in ("loss", "gradient_norm", "validate/error"):
         assert len(rows(left, name)) > 3
         torch.testing.assert_close(rows(left, name), rows(right, name), rtol=0, atol=tolerance)
@@ -58,12 +58,16 @@ def assert_close(left: Path, right: Path, tolerance: float) -> None:
         ({}, {}, 1e-5),
         ({"accumulation": 2, "prefetch": 2}, {}, 1e-5),
         ({"accumulation": 2}, SHARDS, 1e-4),
-        ({"muon": ["first"], "settings": {"width": 16}}, SHARDS, 1e-4),  # long matrices take Muon's other way
+        (
+            {"muon": ["first"], "settings": {"width": 16}},
+            SHARDS,
+            1e-4,
+        ),  # a long matrix, so that Muon uses its Gram matrix
         ({}, BLOCKS, 1e-4),
     ],
-    ids=["shared", "shared in pieces", "shards in pieces", "shards with muon", "shards by block"],
+    ids=["DDP", "DDP with accumulation", "FSDP with accumulation", "FSDP with muon", "FSDP by block"],
 )
-def test_two_processes_take_the_steps_of_one(
+def test_two_processes_take_the_same_steps_as_one(
     tmp_path: Path, extra: dict[str, Any], environment: dict[str, str], tolerance: float
 ) -> None:
     run = one_stage(validate_every=40, best_by="error", **extra)
@@ -74,8 +78,8 @@ def test_two_processes_take_the_steps_of_one(
     assert len(list((tmp_path / "two" / "one" / "samples").iterdir())) == 4
 
 
-def test_a_signal_to_one_process_stops_both_and_a_second_start_ends_the_same(tmp_path: Path) -> None:
-    run = one_stage(settings={"end_at": (84, 1)})  # only the second process is told
+def test_a_signal_to_one_process_stops_both_and_the_resumed_run_ends_the_same(tmp_path: Path) -> None:
+    run = one_stage(settings={"end_at": (84, 1)})  # only the second process gets the signal
     quiet = one_stage()
     assert run_in_processes(run, tmp_path / "stopped") == [STOPPED, STOPPED]
     assert int(state(tmp_path / "stopped")["images seen"]) == 88
@@ -87,7 +91,7 @@ def test_a_signal_to_one_process_stops_both_and_a_second_start_ends_the_same(tmp
 
 
 @pytest.mark.parametrize("again", [2, 1])
-def test_shards_are_saved_whole_so_that_any_number_of_processes_carries_on(tmp_path: Path, again: int) -> None:
+def test_any_number_of_processes_can_resume_a_sharded_run(tmp_path: Path, again: int) -> None:
     run = one_stage(validate_every=40, best_by="error", settings={"end_at": (84, 1)})
     assert run_in_processes(run, tmp_path / "stopped", SHARDS) == [STOPPED, STOPPED]
     saved = state(tmp_path / "stopped")
@@ -99,12 +103,12 @@ def test_shards_are_saved_whole_so_that_any_number_of_processes_carries_on(tmp_p
     assert_close(tmp_path / "straight", tmp_path / "stopped", 1e-4)
 
 
-def test_a_bad_record_in_one_process_leaves_the_step_out_in_both(tmp_path: Path) -> None:
-    """Images 20 to 23 of the batch at 16 are the second process's; the batch at 64 is bad for the first."""
+def test_a_bad_record_in_one_process_skips_the_step_in_both(tmp_path: Path) -> None:
+    """In the batch at 16, images 20 to 23 belong to the second process; the batch at 64 is bad in the first."""
     run = one_stage(validate_every=40, best_by="error", settings={"broken": [21, 64], "bad": [110]})
     assert run_in_processes(run, tmp_path / "two") == [DONE, DONE]
-    assert "before image 24 is left out: Record 21 cannot be used: it is torn" in stderr_of(tmp_path / "two")
-    assert "left out" not in stderr_of(tmp_path / "two", rank=1)
+    assert "skipped the batch before image 24: Record 21 cannot be used: it is torn" in stderr_of(tmp_path / "two")
+    assert "skipped the batch" not in stderr_of(tmp_path / "two", rank=1)
     assert alone(run, tmp_path / "one") == DONE
     assert rows(tmp_path / "two", "skipped")[-1] == 3
     assert_close(tmp_path / "one", tmp_path / "two", 1e-5)
@@ -113,7 +117,7 @@ def test_a_bad_record_in_one_process_leaves_the_step_out_in_both(tmp_path: Path)
 
 
 def test_the_main_process_makes_files_before_the_others_read_them(tmp_path: Path) -> None:
-    """The toy's constructor and its `prepare` make folders that must not be made twice, and take their time."""
+    """The toy task's constructor and its `prepare` slowly make folders that must not be made twice."""
     run = one_stage(images=16, settings={"careful": True})
     assert run_in_processes(run, tmp_path) == [DONE, DONE]
     assert (tmp_path / "one" / "cache" / "ready").exists() and (tmp_path / "one" / "first_batch.png").exists()
@@ -123,31 +127,35 @@ def test_the_main_process_makes_files_before_the_others_read_them(tmp_path: Path
     ("extra", "environment", "sentence"),
     [
         ({}, {**SHARDS, "FSDP_VERSION": "1"}, "set fsdp_version: 2"),
-        ({"batch_size": 9}, {}, "batch_size 9 does not divide into 1 pieces on each of 2 processes"),
+        (
+            {"batch_size": 9},
+            {},
+            "batch_size 9 does not divide into 1 micro-batches (accumulation) on each of 2 processes",
+        ),
         ({}, {"ACCELERATE_USE_CPU": "false"}, "set ACCELERATE_USE_CPU=true"),
     ],
     ids=["old FSDP", "odd batch", "no device"],
 )
-def test_what_cannot_work_is_one_sentence(
+def test_unsupported_settings_are_errors_in_every_process(
     tmp_path: Path, extra: dict[str, Any], environment: dict[str, str], sentence: str
 ) -> None:
     if "ACCELERATE_USE_CPU" in environment and torch.cuda.is_available():
-        pytest.skip("there is a device here")
+        pytest.skip("this test needs a machine without a GPU")
     assert run_in_processes(one_stage(**extra), tmp_path / "out", environment) == [WRONG, WRONG]
     assert sentence in stderr_of(tmp_path / "out") and not (tmp_path / "out").exists()
 
 
-def test_a_process_that_hangs_is_noticed_soon_and_one_that_validates_is_waited_for(tmp_path: Path) -> None:
-    """Both sleep longer than a step may take: one in the middle of a step, one while the other waits for numbers."""
-    soon = {"TOY_STEP_TIMEOUT": "1"}
+def test_a_hanging_step_times_out_and_a_long_validation_does_not(tmp_path: Path) -> None:
+    """A process sleeps longer than the step timeout: first within a step, then while the other one waits for it."""
+    timeout = {"TOY_STEP_TIMEOUT": "1"}
     hanging = one_stage(images=24, settings={"hang_at": (12, 1)})
-    assert not {DONE, STOPPED, WRONG} & set(run_in_processes(hanging, tmp_path / "hanging", soon))
+    assert not {DONE, STOPPED, WRONG} & set(run_in_processes(hanging, tmp_path / "hanging", timeout))
     busy = one_stage(images=24, settings={"hang_at": (10**9, 0)}, validate_every=16)
-    assert run_in_processes(busy, tmp_path / "busy", soon) == [DONE, DONE]
+    assert run_in_processes(busy, tmp_path / "busy", timeout) == [DONE, DONE]
 
 
-def test_a_signal_before_the_first_step_stops_all_where_it_is(tmp_path: Path) -> None:
-    """The main process is told while it fills its caches; the other one waits for it and stops as well."""
+def test_a_signal_before_the_first_step_stops_all_processes(tmp_path: Path) -> None:
+    """The main process gets the signal while it fills its caches; the other one waits for it and stops as well."""
     run = one_stage(images=16, settings={"rows": 600, "end_in_row": 300})
     assert run_in_processes(run, tmp_path / "out") == [STOPPED, STOPPED]
     assert rows_kept(tmp_path / "out") == 512 and not (tmp_path / "out" / "one" / "checkpoints").exists()

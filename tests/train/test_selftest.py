@@ -1,4 +1,4 @@
-"""`--self-test`: a stage that can learn passes; one that cannot says why, and the exit code is not 0."""
+"""`--self-test`: a stage that can overfit one batch passes; for one that cannot, the outcome says why."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ class HeadWithoutGradient(ToyTask):
 
 
 class Diverging(ToyTask):
-    """Its loss is finite at first and then no more."""
+    """Its loss is finite in the first steps only."""
 
     def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
         self.calls = getattr(self, "calls", 0) + 1
@@ -36,7 +36,7 @@ class Diverging(ToyTask):
 
 
 class GatedPart(ToyTask):
-    """Like a fresh adapter: a gate at zero hides one part from the first gradient, and from the first only."""
+    """Like a new adapter: because of a gate at zero, one part gets no gradient in the first step."""
 
     def __init__(self, settings: ToySettings, context: TaskContext) -> None:
         super().__init__(settings, context)
@@ -54,19 +54,19 @@ class GatedPart(ToyTask):
 
 
 def run(**settings: Any) -> Run:
-    """One stage; in fp32, as finding the faster precision takes longer than the test of a toy."""
+    """Return a run of one stage, in fp32, because measuring the faster precision would take longer than the test."""
     given: dict[str, Any] = {"task": "toy", "train": {"first": 3e-2, "second": 3e-2}, "images": 16, "batch_size": 8}
     given |= {"precision": "fp32", **settings}
     return Run(stages={"one": Stage.model_validate(given)})
 
 
 @pytest.mark.parametrize("task", [ToyTask, GatedPart])
-def test_a_stage_that_can_learn_passes_and_leaves_nothing(tmp_path: Path, task: type[ToyTask]) -> None:
-    settings = {"careful": True}  # it writes while it is built and prepared
+def test_a_stage_that_can_learn_passes_and_leaves_no_files(tmp_path: Path, task: type[ToyTask]) -> None:
+    settings = {"careful": True}  # it writes files while it is built and prepared
     (outcome,) = self_test(run(settings=settings), tmp_path / "run", tasks={"toy": task})
-    assert outcome.passed and "learns 8 images by heart" in outcome.sentence
+    assert outcome.passed and "overfits 8 images" in outcome.sentence
     assert not (tmp_path / "run").exists()
-    assert run_stages(run(settings=settings), tmp_path / "run", tasks={"toy": task})  # the folder is as good as new
+    assert run_stages(run(settings=settings), tmp_path / "run", tasks={"toy": task})  # the folder can be used for a run
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_stage_that_can_learn_passes_and_leaves_nothing(tmp_path: Path, task: 
     [
         (HeadWithoutGradient, {}, "no gradient reaches the part second"),
         (Diverging, {}, "not finite after 3 steps on one batch: lower"),
-        (ToyTask, {"settings": {"bad": [0]}}, "very first loss is not finite"),
+        (ToyTask, {"settings": {"bad": [0]}}, "the first loss is not finite"),
         (ToyTask, {"train": {"both": 1e-7}}, "hardly falls on one batch"),
         (ToyTask, {"train": {"both": 30.0}}, "rises on one batch"),
     ],
@@ -85,7 +85,7 @@ def test_a_stage_that_cannot_learn_says_why(tmp_path: Path, task: Any, settings:
 
 
 class Reading(ToyTask):
-    """Reads what an earlier stage exported, and keeps what it began with."""
+    """Records the export of an earlier stage, and its own initial weights."""
 
     heads: ClassVar[list[Any]] = []
     began: ClassVar[list[Tensor]] = []
@@ -97,12 +97,12 @@ class Reading(ToyTask):
             self.heads.append(json.loads((self.context.earlier["one"] / "head.json").read_text()))
 
 
-def test_a_stage_begins_from_what_is_trained_and_else_from_what_is_not(tmp_path: Path) -> None:
+def test_a_stage_starts_from_trained_weights_if_there_are_any(tmp_path: Path) -> None:
     one = run().stages["one"]
     both = Run(stages={"one": one, "two": one.model_copy(update={"start_from": ("one",), "seed": 5})}, trackers=())
     tasks = {"toy": Reading}
     Reading.heads.clear()
-    assert [each.passed for each in self_test(both, tmp_path, tasks=tasks)] == [True, True]  # one after the other, new
+    assert [each.passed for each in self_test(both, tmp_path, tasks=tasks)] == [True, True]  # no stage is trained yet
     (outcome,) = self_test(both, tmp_path, only=["two"], tasks=tasks)
     assert outcome.passed and len(Reading.heads) == 2 and list(tmp_path.iterdir()) == []
     run_stages(both, tmp_path, only=["one"], tasks=tasks)
@@ -112,21 +112,21 @@ def test_a_stage_begins_from_what_is_trained_and_else_from_what_is_not(tmp_path:
     assert torch.equal(Reading.began[-1], trained) and Reading.heads[-1] == trained.tolist()
 
 
-def test_all_stages_share_one_budget_of_time(tmp_path: Path) -> None:
-    """With none left, each takes a few steps all the same."""
+def test_all_stages_share_one_time_limit(tmp_path: Path) -> None:
+    """With no time left, each stage still takes 30 steps."""
     slow = run(train={"both": 1e-7}).stages["one"]
     outcomes = self_test(Run(stages={"a": slow, "b": slow}), tmp_path, tasks={"toy": ToyTask}, steps=10**9, seconds=0)
     assert [each.stage for each in outcomes] == ["a", "b"] and all("in 30 steps" in each.sentence for each in outcomes)
 
 
-def test_a_stage_is_tested_in_its_own_pieces_precision_and_few_people(
+def test_a_stage_is_tested_with_its_own_micro_batch_and_precision_on_few_people(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[int, Any]] = []
+    calls: list[tuple[int, Any]] = []
 
     class Watched(ToyTask):
         def batch(self, images_seen: int, size: int) -> ToyBatch:
-            asked.append((size, self.context.data["most"]))
+            calls.append((size, self.context.data["most"]))
             return super().batch(images_seen, size)
 
         def loss(self, batch: ToyBatch, images_seen: int) -> Loss:
@@ -135,16 +135,18 @@ def test_a_stage_is_tested_in_its_own_pieces_precision_and_few_people(
 
     monkeypatch.setattr("train.selftest.faster_precision", lambda _: ("bf16", "as measured"))
     (outcome,) = self_test(run(accumulation=4, precision="auto"), tmp_path, tasks={"toy": Watched})
-    assert asked == [(2, 32)] and "2 images" in outcome.sentence and "in bf16" in outcome.sentence
+    assert calls == [(2, 32)] and "2 images" in outcome.sentence and "in bf16" in outcome.sentence
 
 
-def test_a_first_record_that_cannot_be_read_is_an_outcome(tmp_path: Path) -> None:
+def test_an_unreadable_first_record_is_a_failed_outcome(tmp_path: Path) -> None:
     (outcome,) = self_test(run(settings={"broken": [3]}), tmp_path, tasks={"toy": ToyTask})
     assert not outcome.passed and "Record 3 cannot be used" in outcome.sentence
 
 
-def test_every_task_of_the_world_passes_from_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a user tests a recipe: no run, no pictures, and networks that nobody trained before an adapter's."""
+def test_every_task_of_the_world_passes_without_a_trained_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user can test a recipe before any training: without a run, pictures, or trained networks of earlier stages."""
     for module in ("train.tasks.base", "train.tasks.clip"):
         few = lambda folder: make_tokenizers(folder, sentences=150)  # noqa: E731
         monkeypatch.setattr(f"{module}.make_tokenizers", few)
@@ -165,10 +167,10 @@ def test_every_task_of_the_world_passes_from_nothing(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_says_how_it_went(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_command_prints_the_outcome(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = tmp_path / "run.yaml"
     line = "stages: {one: {task: toy, train: {both: RATE}, images: 16, batch_size: 8, precision: fp32}}"
-    for rate, code, says in (("3e-2", 0, "by heart"), ("1e-7", 1, "hardly falls")):
+    for rate, code, says in (("3e-2", 0, "overfits"), ("1e-7", 1, "hardly falls")):
         config.write_text(line.replace("RATE", rate))
         with caplog.at_level(logging.INFO, "train"):
             assert main([str(config), "--output", str(tmp_path / "run"), "--self-test"], {"toy": ToyTask}) == code

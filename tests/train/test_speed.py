@@ -1,4 +1,4 @@
-"""What the loop does for speed: attention as products in bf16 on a CPU, and compiled code that validation avoids."""
+"""Optimisations of the loop: plain attention in bf16 on a CPU, and validation without compiled code."""
 
 from functools import partialmethod
 from pathlib import Path
@@ -22,7 +22,7 @@ def train(output: Path, task: type[ToyTask], **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_attention_is_plain_where_the_fused_kernel_is_slow(tmp_path: Path, precision: str) -> None:
+def test_plain_attention_is_used_where_the_fused_kernel_is_slow(tmp_path: Path, precision: str) -> None:
     seen: list[tuple[bool, bool]] = []
 
     class Watching(ToyTask):
@@ -37,7 +37,7 @@ def test_attention_is_plain_where_the_fused_kernel_is_slow(tmp_path: Path, preci
     assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
 
-def test_plain_attention_is_attention() -> None:
+def test_plain_attention_equals_fused_attention() -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
@@ -47,8 +47,8 @@ def test_plain_attention_is_attention() -> None:
     torch.testing.assert_close(plain, fused)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch looking itself
-def test_validation_goes_round_compiled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch causes it itself
+def test_validation_does_not_use_compiled_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[bool] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -59,17 +59,17 @@ def test_validation_goes_round_compiled_code(tmp_path: Path, monkeypatch: pytest
         compile = partialmethod(nn.Module.compile, backend=keep)
 
     monkeypatch.setattr(nn.Module, "compile", Eager.compile)
-    monkeypatch.setattr(loop, "_cpp_compiler", lambda: "one that this test does not need")
+    monkeypatch.setattr(loop, "_cpp_compiler", lambda: "a compiler that this test does not run")
     torch.compiler.reset()
     train(tmp_path, ToyTask, compile=True, validate_every=8)
     assert len(graphs) == 2 and all(graphs)  # body and head for training; none for validation, which takes no gradients
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_frozen_networks_are_compiled_and_laid_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_networks_are_compiled_and_channels_last_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
-    monkeypatch.setattr(loop, "_cpp_compiler", lambda: "one that this test does not need")
+    monkeypatch.setattr(loop, "_cpp_compiler", lambda: "a compiler that this test does not run")
     tasks: list[ToyTask] = []
 
     class Kept(ToyTask):
@@ -83,8 +83,8 @@ def test_frozen_networks_are_compiled_and_laid_out_too(tmp_path: Path, monkeypat
     assert not kernel.requires_grad and kernel.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_compiling_without_a_compiler_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_without_a_compiler_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ConfigError, match=r"stage one: compile: true needs a C\+\+ compiler .* install g\+\+"):
+    with pytest.raises(ConfigError, match=r"stage one: compile: true needs a C\+\+ compiler .* Install g\+\+"):
         train(tmp_path, ToyTask, compile=True)

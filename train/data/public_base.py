@@ -98,7 +98,7 @@ def open_base(name: str, shapes_only: bool = False) -> DiffusersBase:
     if not folder.is_dir():
         if folder.exists() or not is_hub_id(name):
             raise ConfigError(
-                f"The folder {name} with the base to train on does not exist. Download a base to it with the "
+                f"There is no folder {name} with a base to train on. Download a base to it with the "
                 "`hf download` command of docs/training.md, which fetches only the files that training needs, or set "
                 "`base` to a folder with a Stable Diffusion 1.5 or XL pipeline."
             )

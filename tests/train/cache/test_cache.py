@@ -1,4 +1,4 @@
-"""What training reads from disk: made once, carried on after a kill, and the same for everybody who asks for a row."""
+"""Cached pictures, latents and face crops: computed once, resumed after a kill, and the same at every access."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ def stored(pictures: Pictures, rows: int) -> Tensor:
     return pictures.take(torch.arange(rows))[0]
 
 
-def test_a_gallery_knows_who_is_in_each_row() -> None:
+def test_the_people_and_contexts_of_a_gallery_follow_from_the_row_number() -> None:
     rows = torch.arange(len(SMALL))
     people = SMALL.people(rows)
     real = sample_people([TRAIN.start + i for i in range(5)])
@@ -51,7 +51,7 @@ def test_a_gallery_knows_who_is_in_each_row() -> None:
     assert torch.equal(SMALL.contexts(rows).scene, sample_contexts(range(10)).scene)
 
 
-def test_the_judge_has_people_of_its_own_who_never_drift() -> None:
+def test_the_people_of_the_judge_are_separate_and_do_not_drift() -> None:
     gallery = Gallery("judge", 3, 4, drift=0.0)
     people = gallery.people(torch.arange(12))
     own = sample_people([JUDGE.start + i for i in range(3)]).repeat(4)
@@ -73,12 +73,12 @@ def test_blocks_that_a_killed_run_finished_are_kept(tmp_path: Path) -> None:
     whole = open_pictures(gallery, tmp_path / "whole")
     folder = tmp_path / "killed"
     open_pictures(gallery, folder)
-    # As a run leaves it that was killed in the second block: files of full size, the first block noted as done.
+    # The state after a kill in the second block: files of full size, only the first block counted as done.
     state = folder / f"images-{gallery.mark}.json"
     assert json.loads(state.read_text()) == {"rows": BLOCK + 8}
     state.write_text(json.dumps({"rows": BLOCK}))
     images = np.memmap(state.with_suffix(".u8"), np.uint8, "r+", shape=(len(gallery), 3, 16, 16))
-    images[3] = 77  # a mark: the first block must not be rendered again
+    images[3] = 77  # shows that the first block is not rendered again
     images[BLOCK:] = 0
     images.flush()
     again = open_pictures(gallery, folder)
@@ -87,7 +87,7 @@ def test_blocks_that_a_killed_run_finished_are_kept(tmp_path: Path) -> None:
     assert json.loads(state.read_text()) == {"rows": BLOCK + 8}
 
 
-def test_another_gallery_in_the_folder_lies_beside_the_first(tmp_path: Path) -> None:
+def test_two_galleries_in_one_folder_have_separate_files(tmp_path: Path) -> None:
     opened = open_pictures(SMALL, tmp_path)
     before = stored(opened, 10)
     after = stored(open_pictures(Gallery("train", 5, 2, size=32, drift=0.3), tmp_path), 10)
@@ -95,10 +95,10 @@ def test_another_gallery_in_the_folder_lies_beside_the_first(tmp_path: Path) -> 
     assert not torch.equal(before[1::2], after[1::2])
     more = open_pictures(Gallery("train", 6, 2, size=32), tmp_path)
     assert len(more.images) == 12 and torch.equal(stored(more, 10), before)
-    assert torch.equal(stored(opened, 10), before)  # a run that has them mapped sees nothing of all that
+    assert torch.equal(stored(opened, 10), before)  # the files that are already mapped do not change
 
 
-def test_pictures_of_an_earlier_version_are_taken_over(tmp_path: Path) -> None:
+def test_pictures_of_an_earlier_version_are_migrated(tmp_path: Path) -> None:
     wanted = stored(open_pictures(SMALL, tmp_path), 10)
     for name in ("images.u8", "boxes.f32"):
         path = tmp_path / name
@@ -106,7 +106,7 @@ def test_pictures_of_an_earlier_version_are_taken_over(tmp_path: Path) -> None:
     (tmp_path / f"images-{SMALL.mark}.json").unlink()
     (tmp_path / "done.json").write_text(json.dumps({"gallery": dataclasses.asdict(SMALL), "blocks": [0]}))
     images = np.memmap(tmp_path / "images.u8", np.uint8, "r+", shape=(10, 3, 32, 32))
-    images[3] = 77  # a mark: it must not be rendered again
+    images[3] = 77  # shows that this row is not rendered again
     images.flush()
     taken = open_pictures(dataclasses.replace(SMALL, identities=6), tmp_path)
     assert (taken.images[3] == 77).all() and torch.equal(stored(taken, 10)[4:], wanted[4:])
@@ -129,7 +129,7 @@ def test_data_settings_choose_the_galleries(tmp_path: Path) -> None:
         training_pictures({"folder": str(tmp_path), "identitys": 2})
 
 
-def test_a_run_may_name_galleries_of_its_own() -> None:
+def test_the_data_settings_can_add_galleries() -> None:
     fine = {"first": 100, "identities": 4, "drift": 0.02, "camera": False}
     settings = data_settings({"identities": 3, "galleries": {"fine": fine}})
     assert settings.gallery("fine") == Gallery("train", 4, 2, drift=0.02, first=100, camera=False)
@@ -139,7 +139,7 @@ def test_a_run_may_name_galleries_of_its_own() -> None:
         settings.gallery("fin")
 
 
-def test_real_pictures_carry_the_noise_of_their_camera(tmp_path: Path) -> None:
+def test_real_pictures_get_camera_noise(tmp_path: Path) -> None:
     pictures = open_pictures(SMALL, tmp_path)
     rows = torch.arange(6)
     clean, boxes = pictures.take(rows)
@@ -155,7 +155,7 @@ def gallery_128() -> Gallery:
     return Gallery("train", 4, 2)
 
 
-def test_squares_hold_the_crops_of_faces(tmp_path: Path) -> None:
+def test_cached_squares_contain_the_face_crops(tmp_path: Path) -> None:
     pictures = open_pictures(gallery_128(), tmp_path)
     face_crops = FaceCrops(pictures, 32, tmp_path, noisy=False)
     rows = torch.arange(8)
@@ -164,13 +164,13 @@ def test_squares_hold_the_crops_of_faces(tmp_path: Path) -> None:
     middle = torch.from_numpy(face_crops.values[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN]).float() / 255
     wanted = crop_faces(*pictures.take(rows), 32)
     inside = (wanted - 0.5).abs().amax(1, keepdim=True) > 0.02
-    # Unshifted, the square is the crop itself but for its mask.
+    # The middle of the square is the crop without its mask.
     centre = (slice(None), slice(None), slice(8, 24), slice(8, 24))
     assert (middle - wanted)[centre].abs().mean() < 0.01
     assert inside[centre].float().mean() > 0.5
 
 
-def test_squares_are_shifted_within_their_margin_and_masked(tmp_path: Path) -> None:
+def test_face_crops_are_shifted_within_the_margin_and_masked(tmp_path: Path) -> None:
     face_crops = FaceCrops(open_pictures(gallery_128(), tmp_path), 32, tmp_path, noisy=True)
     rows = torch.tensor([5] * 40)
     shift = torch.rand(40, 2, generator=torch.Generator().manual_seed(1))
@@ -186,7 +186,7 @@ def test_squares_are_shifted_within_their_margin_and_masked(tmp_path: Path) -> N
     assert nearest.max() < 0.05 * 16 * 3**0.5
 
 
-def test_squares_are_carried_on_after_a_kill(tmp_path: Path) -> None:
+def test_cutting_face_crops_resumes_after_a_kill(tmp_path: Path) -> None:
     pictures = open_pictures(gallery_128(), tmp_path)
     whole = np.array(FaceCrops(pictures, 32, tmp_path, noisy=True).values)
     state = tmp_path / f"squares-{32 + 2 * MARGIN}-{gallery_128().mark}.json"
@@ -196,17 +196,17 @@ def test_squares_are_carried_on_after_a_kill(tmp_path: Path) -> None:
     values[5], values[6:] = 9, 0
     values.flush()
     again = FaceCrops(pictures, 32, tmp_path, noisy=True).values
-    assert (again[5] == 9).all()  # counted as done: not cut again
+    assert (again[5] == 9).all()  # counted as done, so not cut again
     assert np.array_equal(again[6:], whole[6:])
 
 
 def forget(state: Path, rows: int) -> None:
-    """As a kill would leave it: only the first `rows` are done."""
+    """Set the state to that after a kill: only the first `rows` are done."""
     state.write_text(json.dumps({"rows": rows}))
 
 
 class Doubles:
-    """Makes rows of three times twice their number, and remembers which it was asked for."""
+    """Makes rows of three values, each twice the row number, and records the requested rows."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -222,7 +222,7 @@ class Doubles:
 
 
 @pytest.mark.parametrize("locks", [True, False])  # False: as on Windows
-def test_rows_are_kept_whether_a_gallery_grows_or_shrinks(
+def test_cached_rows_stay_valid_when_a_gallery_grows_or_shrinks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
 ) -> None:
     if not locks:
@@ -236,7 +236,7 @@ def test_rows_are_kept_whether_a_gallery_grows_or_shrinks(
     assert make.asked[12:] == [0, 1, 2, 3] and first[11, 0] == 22
 
 
-def test_a_file_that_was_cut_short_is_filled_again(tmp_path: Path) -> None:
+def test_the_missing_rows_of_a_truncated_file_are_computed_again(tmp_path: Path) -> None:
     make, path, gallery = Doubles(), tmp_path / "rows.u8", Gallery("train", 3, 2)
     make.cache_rows(path, gallery)
     os.truncate(tmp_path / f"rows-{gallery.mark}.u8", 3 * 4)
@@ -244,7 +244,7 @@ def test_a_file_that_was_cut_short_is_filled_again(tmp_path: Path) -> None:
     assert make.asked == [0, 1, 2, 3, 4, 5, 4, 5]
 
 
-def test_rows_of_an_earlier_version_are_taken_over(tmp_path: Path) -> None:
+def test_rows_of_an_earlier_version_are_migrated(tmp_path: Path) -> None:
     make, path, gallery = Doubles(), tmp_path / "rows.u8", Gallery("train", 3, 2)
     path.write_bytes(bytes([0, 0, 0, 2, 2, 2]))
     path.with_suffix(".json").write_text(json.dumps({"gallery": gallery.mark, "rows": 2}))
@@ -268,13 +268,13 @@ def test_of_two_runs_one_fills_a_file_and_the_other_waits(tmp_path: Path, caplog
         assert begun.wait(20)
         second = pool.submit(two.cache_rows, path, gallery)
         deadline = time.monotonic() + 20
-        while "another run is at it" not in caplog.text and time.monotonic() < deadline:
+        while "waiting for another run that does this" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.01)
         go_on.set()
         assert second.result() == first.result().tolist() and two.asked == []
 
 
-def test_a_gallerys_mark_is_what_its_rows_depend_on() -> None:
+def test_the_mark_of_a_gallery_identifies_everything_that_its_rows_depend_on() -> None:
     one = Gallery("train", 3, 2)
     assert one.mark == Gallery("train", 300, 2).mark
     others = [Gallery("judge", 3, 2), Gallery("train", 3, 3), Gallery("train", 3, 2, drift=0.1),
@@ -282,7 +282,7 @@ def test_a_gallerys_mark_is_what_its_rows_depend_on() -> None:
     assert len({one.mark, *(other.mark for other in others)}) == 6
 
 
-def test_galleries_pair_real_pictures_with_themselves_or_with_the_others() -> None:
+def test_pairs_are_real_pictures_with_themselves_or_with_the_others_of_the_person() -> None:
     gallery = Gallery("train", 2, 3)
     assert gallery.pairs("self").tolist() == [[0, 0], [3, 3]]
     assert gallery.pairs("other").tolist() == [[0, 1], [0, 2], [3, 4], [3, 5]]
@@ -291,7 +291,7 @@ def test_galleries_pair_real_pictures_with_themselves_or_with_the_others() -> No
     assert torch.equal(later.people(torch.tensor([0])).skin, Gallery("train", 9, 2).people(torch.tensor([6])).skin)
 
 
-def test_pictures_without_a_camera_stay_as_they_were_drawn(tmp_path: Path) -> None:
+def test_a_gallery_without_a_camera_has_no_camera_noise(tmp_path: Path) -> None:
     pictures = open_pictures(Gallery("train", 2, 2, size=32, camera=False), tmp_path)
     rows = torch.arange(4)
     assert torch.equal(with_camera_noise(pictures, rows)[0], pictures.take(rows)[0])
@@ -305,7 +305,7 @@ def exported_autoencoder(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def test_latents_are_encoded_once_and_carried_on_after_a_kill(tmp_path: Path) -> None:
+def test_latents_are_encoded_once_and_encoding_resumes_after_a_kill(tmp_path: Path) -> None:
     pictures = open_pictures(SMALL, tmp_path / "data")
     codec = WorldCodec(exported_autoencoder(tmp_path / "vae"), CPU)
     first = Latents(pictures, codec, tmp_path / "latents")
@@ -326,7 +326,7 @@ def test_latents_are_encoded_once_and_carried_on_after_a_kill(tmp_path: Path) ->
     assert torch.allclose(again[7:], whole[7:], atol=5e-3)
 
 
-def test_another_autoencoder_has_latents_of_its_own(tmp_path: Path) -> None:
+def test_each_autoencoder_has_its_own_latents(tmp_path: Path) -> None:
     pictures = open_pictures(SMALL, tmp_path / "data")
     taken = []
     for seed in (0, 1):
@@ -336,7 +336,7 @@ def test_another_autoencoder_has_latents_of_its_own(tmp_path: Path) -> None:
     assert len(list((tmp_path / "latents").glob("*.f16"))) == 2
 
 
-def test_a_stage_at_low_resolution_sees_the_same_pictures_smaller(tmp_path: Path) -> None:
+def test_latents_at_a_low_resolution_are_of_the_same_pictures_scaled_down(tmp_path: Path) -> None:
     pictures = open_pictures(SMALL, tmp_path / "data")
     codec = WorldCodec(exported_autoencoder(tmp_path / "vae"), CPU)
     small = Latents(pictures, codec, tmp_path / "latents", 16)
@@ -365,7 +365,7 @@ def test_decoding_undoes_the_normalisation(tmp_path: Path) -> None:
 def test_rows_are_a_function_of_seed_purpose_and_images_seen(tmp_path: Path) -> None:
     def rows(seed: int = 0, purpose: str = "rows", images_seen: int = 64) -> list[int]:
         context = TaskContext("stage", seed, torch.device("cpu"), tmp_path)
-        torch.rand(1)  # the global generator has no part in it
+        torch.rand(1)  # the global generator must not matter
         return draw_rows(context, purpose, images_seen, 500, 40).tolist()
 
     assert rows() == rows()
@@ -373,4 +373,4 @@ def test_rows_are_a_function_of_seed_purpose_and_images_seen(tmp_path: Path) -> 
     assert rows() != rows(seed=1)
     assert rows() != rows(purpose="people")
     assert rows() != rows(images_seen=128)
-    assert sorted(rows(images_seen=0)[:40]) == sorted(rows(images_seen=40)[:40]) == list(range(40))  # once a round
+    assert sorted(rows(images_seen=0)[:40]) == sorted(rows(images_seen=40)[:40]) == list(range(40))  # once per epoch

@@ -1,4 +1,4 @@
-"""Numbers and orders that follow from an image's number: the same whole or in pieces, and random enough."""
+"""Random numbers and orders by image number: independent of how batches are split, and sufficiently random."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from train.data import order as data
 
 
-def test_pieces_of_a_batch_hold_the_numbers_of_the_whole() -> None:
+def test_parts_of_a_batch_have_the_numbers_of_the_whole_batch() -> None:
     for draw in (data.uniforms, data.normals):
         whole = draw(3, "noise", 100, 8, (2, 5))
         pieces = torch.cat([draw(3, "noise", 100, 3, (2, 5)), draw(3, "noise", 103, 5, (2, 5))])
@@ -19,7 +19,7 @@ def test_pieces_of_a_batch_hold_the_numbers_of_the_whole() -> None:
             assert (other != whole).float().mean() > 0.9
 
 
-def test_numbers_are_spread_as_they_should_be() -> None:
+def test_numbers_have_the_right_distribution_and_no_correlation() -> None:
     uniform = data.uniforms(0, "a", 0, 20_000, (5,)).double()
     assert uniform.min() >= 0 and uniform.max() < 1
     assert (uniform.flatten().histc(20, 0, 1) / 5000 - 1).abs().max() < 0.06
@@ -38,7 +38,7 @@ def test_scalars_chances_and_choices() -> None:
     torch.testing.assert_close(shares, torch.tensor([0.25, 0, 0.75]), rtol=0, atol=0.015)
 
 
-def test_every_round_visits_every_item_once_in_a_new_order() -> None:
+def test_every_epoch_visits_every_item_once_in_a_new_order() -> None:
     order = data.shuffled(1, "items", 0, 30, 10).view(3, 10)
     assert all(sorted(turn.tolist()) == list(range(10)) for turn in order)
     assert not torch.equal(order[0], order[1])
@@ -46,12 +46,12 @@ def test_every_round_visits_every_item_once_in_a_new_order() -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 20])
-def test_batches_made_ahead_come_in_order(depth: int) -> None:
+def test_prefetched_batches_come_in_order(depth: int) -> None:
     calls = [(start, 2) for start in range(0, 12, 2)]
     assert list(data.prefetched(lambda start, size: start * size, calls, depth)) == [(s, s * 2) for s, _ in calls]
 
 
-def test_an_error_in_the_thread_arrives_and_leaving_early_ends_it() -> None:
+def test_an_error_in_the_prefetch_thread_is_raised_and_closing_ends_the_thread() -> None:
     def make(start: int, size: int) -> float:
         return 1 / (start - 4)
 
@@ -62,7 +62,7 @@ def test_an_error_in_the_thread_arrives_and_leaving_early_ends_it() -> None:
     batches.close()
 
 
-def test_records_move_whole() -> None:
+def test_to_device_moves_all_tensors_of_a_record() -> None:
     @dataclass(frozen=True)
     class Record:
         x: Tensor

@@ -1,4 +1,4 @@
-"""A data set of records behind the trainer's row numbers: squares, faces, pairs, and what is left out and why."""
+"""A data set of records with the trainer's row numbers: squares, faces, pairs, and unusable records by reason."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def records(wide: bool = False) -> list[Record]:
-    """Two pictures of each person, the second one the target of the first; `wide` puts them into wider photos."""
+    """Return two pictures of each person, the second the target of the first; `wide` pastes them into wider photos."""
     seeds = range(2 * PEOPLE)
     people, contexts = sample_people([seed // 2 for seed in seeds]), sample_contexts(seeds)
     out, texts = render(people, contexts), captions(people, contexts, "dense", list(seeds))
@@ -57,7 +57,7 @@ def written(folder: Path, some: list[Record]) -> str:
 
 
 def spoil(shard: Path) -> None:
-    """Break the first picture in a shard, as a disk does."""
+    """Damage the first picture in a shard, as a faulty disk would."""
     content = bytearray(shard.read_bytes())
     place = content.find(b"\x89PNG")
     content[place : place + 8] = bytes(8)
@@ -79,20 +79,20 @@ def test_shards_become_rows_with_faces_captions_and_pairs(tmp_path: Path) -> Non
     assert boxes[0].tolist() == pytest.approx([value / 2 for value in records()[5].box or ()], abs=1e-3)
 
 
-def test_wide_photos_are_cut_to_a_square_round_the_face(tmp_path: Path) -> None:
+def test_wide_photos_are_cut_to_a_square_around_the_face(tmp_path: Path) -> None:
     plain = open_recorded(written(tmp_path / "plain", records()), 128, tmp_path / "a")
     wide = open_recorded(written(tmp_path / "wide", records(wide=True)), 128, tmp_path / "b")
     rows = torch.tensor([2, 4])
     middles = [boxes[:, 0] + boxes[:, 2] / 2 for _, boxes in (plain.take(rows), wide.take(rows))]
-    assert (middles[1] - 64).abs().max() < 1  # in the middle, wherever it was
+    assert (middles[1] - 64).abs().max() < 1  # the face is in the middle of the square
     assert torch.allclose(plain.take(rows)[1][:, 1:], wide.take(rows)[1][:, 1:], atol=1e-2)
     assert plain.frames(rows).tolist() == [[128, 128, 0, 0]] * 2
     assert wide.frames(rows)[:, [0, 1, 3]].tolist() == [[328, 128, 0]] * 2
-    shifts = wide.frames(rows)[:, 2] + wide.take(rows)[1][:, 0] - 100  # the box, where it was in the narrow picture
+    shifts = wide.frames(rows)[:, 2] + wide.take(rows)[1][:, 0] - 100  # the box's left in the narrow picture
     assert torch.allclose(shifts, plain.take(rows)[1][:, 0], atol=1e-2)
 
 
-def test_what_cannot_be_used_is_counted_and_never_drawn(tmp_path: Path) -> None:
+def test_unusable_records_are_counted_and_never_drawn(tmp_path: Path) -> None:
     some = records()
     faceless = Record("0003", some[3].image, "a person", identity="1", reference="0002")
     address = written(tmp_path / "shards", [some[0], some[1], some[2], faceless, some[4], some[5]])
@@ -100,22 +100,22 @@ def test_what_cannot_be_used_is_counted_and_never_drawn(tmp_path: Path) -> None:
     pictures = open_recorded(address, 64, tmp_path / "kept", KnownBoxesFinder(()))
     assert pictures.gallery.pairs("other").tolist() == [[4, 5]]
     assert pictures.gallery.pairs("self").tolist() == [[2, 2], [4, 4]]
-    told = json.loads((tmp_path / "kept" / "left_out.json").read_text())
-    assert told["unusable"] == {"cannot be read": 1, "show no face": 1}
+    report = json.loads((tmp_path / "kept" / "left_out.json").read_text())
+    assert report["unusable"] == {"cannot be read": 1, "show no face": 1}
     assert (pictures.take(torch.tensor([0]))[0] == 0.5).all()
-    again = open_recorded(
-        address, 64, tmp_path / "kept", None
-    )  # what was found out is kept: nothing is looked at again
+    again = open_recorded(address, 64, tmp_path / "kept", None)  # cached: no face is detected again
     assert again.gallery.usable.tolist() == pictures.gallery.usable.tolist()
 
 
-def test_a_record_that_breaks_later_is_left_out_from_then_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_record_that_becomes_unreadable_later_is_not_used_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     address = written(tmp_path / "shards", records())
     pictures = open_recorded(address, 64, tmp_path / "kept")
     spoil(tmp_path / "shards" / "00000.tar")
     images = pictures.take(torch.tensor([0, 2]))[0]
     assert (images[0] == 0.5).all() and not (images[1] == 0.5).all()
-    assert "Record 0000" in caplog.text and "left out from now on" in caplog.text
+    assert "Record 0000" in caplog.text and "not used from now on" in caplog.text
     again = open_recorded(address, 64, tmp_path / "kept")
     for each in (pictures, again):
         assert each.gallery.pairs("other").tolist() == [[2, 3], [4, 5]]
@@ -123,7 +123,7 @@ def test_a_record_that_breaks_later_is_left_out_from_then_on(tmp_path: Path, cap
     assert json.loads((tmp_path / "kept" / "left_out.json").read_text())["unusable"] == {"cannot be read": 1}
 
 
-def test_faces_without_a_box_are_found(tmp_path: Path) -> None:
+def test_faces_are_detected_in_records_without_a_box(tmp_path: Path) -> None:
     plain = [Record(each.key, each.image, each.caption, identity=each.identity) for each in records()]
     where = FaceBox(30, 40, 50, 60, 1.0)
     pictures = open_recorded(written(tmp_path / "shards", plain), 64, tmp_path / "kept", KnownBoxesFinder((where,)))
@@ -132,14 +132,14 @@ def test_faces_without_a_box_are_found(tmp_path: Path) -> None:
     assert len(pictures.gallery.pairs("other")) == 6  # both orders of every two pictures of a person
 
 
-def test_nothing_usable_is_refused_with_a_sentence(tmp_path: Path) -> None:
+def test_a_data_set_without_usable_records_is_an_error(tmp_path: Path) -> None:
     address = written(tmp_path / "shards", records()[:1])
     spoil(tmp_path / "shards" / "00000.tar")
     with pytest.raises(ConfigError, match=r"No record of .* can be used"):
         open_recorded(address, 64, tmp_path / "kept")
 
 
-def test_a_run_names_a_data_set_as_one_of_its_galleries(tmp_path: Path) -> None:
+def test_a_gallery_can_be_a_data_set_of_records(tmp_path: Path) -> None:
     address = written(tmp_path / "shards", records())
     data = {"folder": str(tmp_path / "data"), "galleries": {"mine": {"records": address}}}
     pictures = pictures_of(data, "mine")
@@ -148,9 +148,9 @@ def test_a_run_names_a_data_set_as_one_of_its_galleries(tmp_path: Path) -> None:
     assert sorted(drawn.targets.tolist()) == [1, 1, 3, 3, 5, 5] and torch.equal(drawn.references + 1, drawn.targets)
 
 
-def test_a_trial_takes_the_first_pairs_of_the_first_shards(tmp_path: Path) -> None:
+def test_a_limit_takes_the_first_pairs_of_the_first_shards(tmp_path: Path) -> None:
     loose = [replace(record, key=f"loose{i}", reference=None, identity=None) for i, record in enumerate(records()[:4])]
-    address = written(tmp_path / "shards", [*loose, *records()])  # four to a shard
+    address = written(tmp_path / "shards", [*loose, *records()])  # four records per shard
     few = open_recorded(address, 64, tmp_path / "few", most=5)
     assert [record.key for record in few.gallery.records] == ["0000", "0001", "0002", "0003", "0004"]
     assert few.gallery.pairs("other").tolist() == [[0, 1], [2, 3]] and len(few.gallery.pairs("self")) == 3

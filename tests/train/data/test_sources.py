@@ -1,4 +1,4 @@
-"""What a stage's images are drawn from: sources by weight, every pair once a round, each image by its number alone."""
+"""Sources of a stage's pairs: drawn by weight, every pair once per epoch, each image determined by its number."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def mixture(block: int = 1, **weights: float) -> Mixture:
     return Mixture(weights, MIXED, GALLERIES, block)
 
 
-def test_sources_come_by_their_weight_and_in_turns() -> None:
+def test_sources_are_drawn_by_weight_in_a_regular_order() -> None:
     which = mixture(real=1, synthetic=1, fine=2).which(0, 4_000)
     shares = [float((which == number).float().mean()) for number in range(3)]
     assert shares == pytest.approx([0.25, 0.25, 0.5], abs=0.005)
@@ -38,7 +38,7 @@ def test_whole_batches_may_alternate() -> None:
     assert own.all() or not own.any()
 
 
-def test_every_pair_comes_once_a_round() -> None:
+def test_every_pair_comes_once_per_epoch() -> None:
     drawn = mixture(fine=1).draw(3, 0, 16)
     pairs = list(zip(drawn.references.tolist(), drawn.targets.tolist(), strict=True))
     wanted = sorted(map(tuple, GALLERIES["fine"].pairs("other").tolist()))
@@ -46,7 +46,7 @@ def test_every_pair_comes_once_a_round() -> None:
     assert set(drawn.galleries) == {"fine"} and set(drawn.caption_styles) == {"dense"}
 
 
-def test_every_pair_of_a_mixture_comes_once_a_round_of_its_source() -> None:
+def test_every_pair_of_a_mixture_comes_once_per_epoch_of_its_source() -> None:
     mixed = mixture(real=1, synthetic=2, fine=1)
     drawn, which = mixed.draw(3, 0, 400), mixed.which(0, 400)
     for number, source in enumerate(mixed.sources):
@@ -55,12 +55,12 @@ def test_every_pair_of_a_mixture_comes_once_a_round_of_its_source() -> None:
         wanted = sorted(map(tuple, GALLERIES[source.gallery].pairs(source.target).tolist()))
         rounds = [sorted(pairs[i : i + len(wanted)]) for i in range(0, len(pairs) - len(wanted) + 1, len(wanted))]
         assert len(rounds) > 5 and all(found == wanted for found in rounds)
-    far = mixture(real=1, synthetic=2, fine=1).draw(3, 20_000, 8)  # as a run that is resumed sees it
+    far = mixture(real=1, synthetic=2, fine=1).draw(3, 20_000, 8)  # as in a resumed run
     assert far.targets.tolist() == mixed.draw(3, 19_990, 20).targets[10:18].tolist()
     assert mixed.draw(3, 8, 8).targets.tolist() == drawn.targets[8:16].tolist()
 
 
-def test_a_stage_of_an_earlier_version_goes_on_with_its_pairs() -> None:
+def test_a_stage_of_an_earlier_version_keeps_its_order_of_pairs() -> None:
     old = Mixture({"real": 1, "synthetic": 2}, MIXED, GALLERIES, own_counts=False)
     drawn, which = old.draw(3, 16, 40), old.which(16, 40)
     for number, (name, pairs) in enumerate(zip(old.names, old.pairs, strict=True)):
@@ -78,7 +78,7 @@ def test_every_image_is_a_function_of_its_number() -> None:
     assert mixed.draw(2, 40, 24).targets.tolist() != whole.targets.tolist()
 
 
-def test_real_singles_are_their_own_targets_with_terse_captions() -> None:
+def test_real_pictures_are_their_own_targets_with_terse_captions() -> None:
     real = mixture(real=1).draw(0, 0, 20)
     assert torch.equal(real.references, real.targets) and set(real.caption_styles) == {"terse"}
     pairs = mixture(synthetic=1).draw(0, 0, 200)
@@ -86,14 +86,14 @@ def test_real_singles_are_their_own_targets_with_terse_captions() -> None:
     assert pairs.caption_styles.count("dense") / 200 == pytest.approx(0.2, abs=0.08)
 
 
-def test_pieces_from_several_galleries_return_to_their_places() -> None:
+def test_rows_from_several_galleries_return_to_their_positions() -> None:
     drawn = mixture(real=1, fine=1).draw(0, 0, 12)
     places = drawn.by_gallery()
     assert set(places) == {"train", "fine"}
     assert torch.equal(in_order(list(places.values()), [drawn.targets[i] for i in places.values()]), drawn.targets)
 
 
-def test_sources_are_checked_without_a_picture(tmp_path: Path) -> None:
+def test_sources_are_checked_without_reading_pictures(tmp_path: Path) -> None:
     photos = {"records": str(tmp_path / "photos" / "{00000..00002}.tar")}
     sources = {"real": {"target": "self"}, "pairs": {"gallery": "fine"}, "photos": {"gallery": "photos"}}
     data = {"folder": str(tmp_path / "data"), "galleries": {"fine": {"pictures": 1}, "photos": photos}}
@@ -103,7 +103,7 @@ def test_sources_are_checked_without_a_picture(tmp_path: Path) -> None:
         ({"reel": 1}, "no source 'reel'"),
         ({"lost": 1}, "no gallery 'lots'.*; valid: train, fine, photos"),
         ({"pairs": 1}, "no two pictures of one person"),
-        ({"photos": 1}, "there is nothing at"),
+        ({"photos": 1}, "there are no records at"),
     ):
         with pytest.raises(ConfigError, match=words):
             check_sources(data, weights)
@@ -115,10 +115,10 @@ def test_sources_are_checked_without_a_picture(tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
-def test_what_cannot_be_drawn_is_refused_with_a_sentence() -> None:
+def test_wrong_sources_are_errors() -> None:
     with pytest.raises(ConfigError, match=r"no source 'reel' \(did you mean real\?\)"):
         mixture(reel=1)
-    with pytest.raises(ConfigError, match="weight -1"):
+    with pytest.raises(ConfigError, match="real has the weight -1"):
         mixture(real=-1)
     with pytest.raises(ConfigError, match="positive weight"):
         mixture(real=0)

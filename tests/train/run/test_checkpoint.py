@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, exact, and strict about what they are put into."""
+"""Checkpoints: written atomically, restored exactly, and loaded strictly."""
 
 import os
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_what_is_restored_is_what_was_saved(tmp_path: Path, tied: bool) -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_newest_file_cut_short_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_newest_checkpoint_is_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     training = state()
     for _ in range(2):
         train_a_little(training)
@@ -70,7 +70,7 @@ def test_a_newest_file_cut_short_is_passed_over(tmp_path: Path, caplog: pytest.L
     assert saved is not None and saved.progress.images_seen == 4 and "cannot be read" in caplog.text
 
 
-def test_if_no_file_can_be_read_training_does_not_start_again_silently(tmp_path: Path) -> None:
+def test_a_folder_with_only_unreadable_checkpoints_is_an_error(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state(), keep=2).write_bytes(b"")
     with pytest.raises(WeightsError, match="No checkpoint"):
         checkpoint.load(tmp_path, anything)
@@ -84,15 +84,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path) -> 
     assert path.read_text() == '{\n "images": 1\n}' and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
     flush = checkpoint._flush
 
-    def noted(path: Path) -> None:
+    def recorded(path: Path) -> None:
         flushed.append(path.name)
         flush(path)
 
-    monkeypatch.setattr(checkpoint, "_flush", noted)
+    monkeypatch.setattr(checkpoint, "_flush", recorded)
     with checkpoint.replacing(tmp_path / "export") as draft:
         (draft / "unet").mkdir(parents=True)
         (draft / "unet" / "weights").write_text("1")
@@ -102,8 +102,10 @@ def test_a_folder_is_on_disk_before_it_takes_its_place(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill between the two moves leaves the old folder beside its place; whoever comes there next puts it back."""
+def test_the_old_folder_is_restored_if_replacing_fails(
+    tmp_path: Path, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two renames leaves the old folder under a temporary name; the next call restores it."""
 
     def write(content: str) -> None:
         with checkpoint.replacing(tmp_path / "export") as draft:
@@ -133,7 +135,7 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, killed: bool, mo
     assert (tmp_path / "export" / "facts").read_text() == "newer" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_last_few_are_kept_and_those_for_good(tmp_path: Path) -> None:
+def test_the_newest_and_the_permanent_checkpoints_are_kept(tmp_path: Path) -> None:
     training = state()
     for turn in range(5):
         train_a_little(training, steps=1)
@@ -142,21 +144,21 @@ def test_the_last_few_are_kept_and_those_for_good(tmp_path: Path) -> None:
         "0004.kept.safetensors", "0008.safetensors", "0010.safetensors"]  # fmt: skip
 
 
-def test_what_lies_after_a_save_belongs_to_a_course_given_up(tmp_path: Path) -> None:
+def test_a_save_deletes_checkpoints_with_more_images_seen(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, state(10), keep=2)
     checkpoint.save(tmp_path, state(6), keep=2)
-    (tmp_path / ".000000000012.safetensors.draft").write_bytes(b"what a killed run was writing")
+    (tmp_path / ".000000000012.safetensors.draft").write_bytes(b"left by a killed run")
     saved = checkpoint.load(tmp_path, anything)
     assert saved is not None and saved.progress.images_seen == 6 and len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_best_weights_go_back_with_the_checkpoint(tmp_path: Path) -> None:
+def test_the_best_weights_are_restored_with_the_checkpoint(tmp_path: Path) -> None:
     folder, best = tmp_path / "checkpoints", tmp_path / checkpoint.BEST
 
     def is_best(value: float) -> None:
         checkpoint.write_tensors(best, {"a": torch.tensor([value])}, {"from": f'{{"value": {value}}}'})
 
-    checkpoint.save(folder, state(2), keep=3)  # nothing is best yet
+    checkpoint.save(folder, state(2), keep=3)  # no best weights yet
     is_best(0.5)
     checkpoint.save(folder, state(4), keep=3)
     is_best(0.1)
@@ -166,13 +168,15 @@ def test_the_best_weights_go_back_with_the_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.read_provenance(best) == {"value": 0.5} and checkpoint.read_tensors(best)[0]["a"] == 0.5
     checkpoint.restore_best(folder, 2)
     assert not best.exists() and checkpoint.read_provenance(best) == {}
-    checkpoint.save(folder, state(4), keep=1)  # another course, in which nothing is best by then
+    checkpoint.save(folder, state(4), keep=1)  # another continuation, without best weights so far
     assert sorted(path.name[11:] for path in folder.iterdir()) == ["4.safetensors"]
 
 
-def test_a_disk_without_second_names_holds_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_weights_are_copied_on_a_disk_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
-        raise OSError("this disk knows no links")
+        raise OSError("this disk has no hard links")
 
     monkeypatch.setattr("os.link", refuse)
     checkpoint.write_tensors(tmp_path / checkpoint.BEST, {"a": torch.ones(1)}, {"from": "{}"})
@@ -182,7 +186,7 @@ def test_a_disk_without_second_names_holds_a_copy(tmp_path: Path, monkeypatch: p
     assert checkpoint.read_tensors(tmp_path / checkpoint.BEST)[0]["a"] == 1
 
 
-def test_the_newest_that_fits_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_newest_fitting_checkpoint_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for images_seen in (2, 4, 6):
         checkpoint.save(tmp_path, state(images_seen), keep=3)
     saved = checkpoint.load(tmp_path, lambda saved: saved.progress.images_seen <= 4)
@@ -193,7 +197,7 @@ def test_the_newest_that_fits_is_taken(tmp_path: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("other", [{"width": 5}, {"half_life": 0.0}])
-def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path, other: dict[str, float]) -> None:
+def test_a_checkpoint_of_another_stage_is_an_error(tmp_path: Path, other: dict[str, float]) -> None:
     training = state()
     train_a_little(training)
     checkpoint.save(tmp_path, training, keep=2)
@@ -203,7 +207,7 @@ def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path, other: dict[st
         checkpoint.restore(state(**other), saved, "here")  # type: ignore[arg-type]
 
 
-def test_weights_go_only_where_they_fit() -> None:
+def test_weights_are_loaded_by_module_name_and_strictly() -> None:
     linear = nn.Linear(2, 2)
     assert checkpoint.load_weights({"a": linear}, {"b.weight": torch.zeros(2, 2)}, "here") == []
     with pytest.raises(WeightsError, match=r"module a .*bias"):

@@ -1,4 +1,4 @@
-"""The average of weights: its half-life in images, its short memory at the start, and the swap that leaves no trace."""
+"""The moving average of the weights: half-life in images, ramp-up at the start, and the exact restore after use."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def weight() -> nn.Parameter:
     return nn.Parameter(torch.zeros(3))
 
 
-def test_half_of_a_change_is_taken_up_in_a_half_life_whatever_the_batch(weight: nn.Parameter) -> None:
+def test_half_of_a_change_is_averaged_in_one_half_life_for_any_batch_size(weight: nn.Parameter) -> None:
     for batch in (1, 10, 50):
         average = Average({"w": weight}, half_life=100)
         average.values["w"].fill_(1.0)
@@ -21,7 +21,7 @@ def test_half_of_a_change_is_taken_up_in_a_half_life_whatever_the_batch(weight: 
         torch.testing.assert_close(average.values["w"], torch.full((3,), 0.5))
 
 
-def test_the_random_start_is_soon_forgotten(weight: nn.Parameter) -> None:
+def test_the_half_life_is_shorter_at_the_start(weight: nn.Parameter) -> None:
     average = Average({"w": weight}, half_life=10**9)
     with torch.no_grad():
         weight.fill_(1.0)
@@ -29,7 +29,7 @@ def test_the_random_start_is_soon_forgotten(weight: nn.Parameter) -> None:
     torch.testing.assert_close(average.values["w"], torch.full((3,), 1 - 0.5 ** (1 / RAMP_UP)))
 
 
-def test_the_average_stands_in_and_the_weights_come_back_even_after_an_error(weight: nn.Parameter) -> None:
+def test_the_average_is_applied_and_the_weights_are_restored_even_after_an_error(weight: nn.Parameter) -> None:
     average = Average({"w": weight}, half_life=100)
     trained = torch.tensor([0.1, 0.2, 0.3])
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_the_average_stands_in_and_the_weights_come_back_even_after_an_error(wei
     assert torch.equal(weight, trained)
 
 
-def test_without_a_half_life_nothing_is_kept(weight: nn.Parameter) -> None:
+def test_without_a_half_life_there_is_no_average(weight: nn.Parameter) -> None:
     average = Average({"w": weight}, half_life=0)
     average.update(10, 10)
     with average.applied():

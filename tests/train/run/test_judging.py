@@ -1,4 +1,4 @@
-"""The small evaluation at each validation: real pictures score like real pictures, somebody else's do not."""
+"""The small evaluation at each validation: real renders reach the ceiling; renders of other people do not."""
 
 from pathlib import Path
 
@@ -21,11 +21,10 @@ def test_real_renders_reach_the_ceiling_and_strangers_do_not() -> None:
     assert numbers["prompt"] == pytest.approx(numbers["prompt_ceiling"], abs=1e-5)
     strangers = evaluation.scores(real.roll(2, 0))
     assert strangers["sim_gt"] < numbers["sim_gt"] - 0.2 and strangers["rank1_of_12"] < numbers["rank1_of_12"]
-    assert torch.equal(
-        evaluation.references(64)[0], evaluation.references(64)[1]
-    )  # one reference for all sentences of a person
+    references = evaluation.references(64)
+    assert torch.equal(references[0], references[1])  # one reference for all prompts of a person
 
 
-def test_a_folder_without_a_judge_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no folder judge"):
+def test_a_folder_without_a_judge_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no judge \(judge/\)"):
         HeldOutEvaluation(tmp_path)

@@ -1,4 +1,4 @@
-"""Muon beside AdamW: orthogonal updates for matrices, the stock AdamW for the rest, a state that survives a stop."""
+"""Muon with AdamW: orthogonal updates for matrices, PyTorch's AdamW for the rest, and a state that can be resumed."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ def network() -> nn.Sequential:
 
 
 def step(model: nn.Module, optimiser: torch.optim.Optimizer, number: int) -> float:
-    """One step on batch `number` of a fixed non-linear map; the loss before it."""
+    """Take one step on batch `number` of a fixed non-linear map; return the loss before it."""
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(number))
     loss = (model(x) - torch.stack((x[:, 0] * x[:, 1], x[:, 2], x[:, 3].abs()), 1)).square().mean()
     optimiser.zero_grad()
@@ -35,7 +35,7 @@ def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, int]) -> N
     matrix = torch.randn(shape) * 7
     values = torch.linalg.svdvals(orthogonal(matrix))
     assert values.shape == (min(shape),)
-    # The five iterations of the source end between about 0.7 and 1.2; tiny singular values stay below.
+    # The five iterations of Jordan et al. give about 0.7 to 1.2; tiny singular values stay below.
     assert values.max() < 1.3
     assert values[: max(1, len(values) * 3 // 4)].min() > 0.6
 
@@ -86,7 +86,7 @@ def test_weights_decay_apart_from_the_gradient() -> None:
         assert torch.allclose(weight, torch.full((3, 3), 0.95))
 
 
-def test_a_parameter_without_a_gradient_stays() -> None:
+def test_a_parameter_without_a_gradient_does_not_change() -> None:
     still, moving = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     moving.grad = torch.randn(2, 2)
     optimiser = MuonAdamW([{"params": [still, moving], "lr": 0.1, "weight_decay": 0.5, "muon": True}], BETAS)
@@ -96,7 +96,7 @@ def test_a_parameter_without_a_gradient_stays() -> None:
     assert still not in optimiser.state
 
 
-def test_only_matrices_of_the_parts_named_are_left_to_muon() -> None:
+def test_muon_trains_only_the_matrices_of_the_named_parts() -> None:
     body, head = nn.Linear(3, 4), nn.Linear(4, 2)
     chosen = {"body": list(body.parameters()), "head": list(head.parameters())}
     made = parts.optimiser(chosen, {"body": 1e-2, "head": 1e-3}, BETAS, 0.1, muon=["body"])
@@ -125,7 +125,7 @@ def tensors(optimiser: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
     return [optimiser.state[p] for group in optimiser.param_groups for p in group["params"]]
 
 
-def test_a_run_carried_on_from_a_checkpoint_ends_with_the_weights_of_a_straight_one(tmp_path: Path) -> None:
+def test_a_run_resumed_from_a_checkpoint_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
     straight = network()
     state = state_of(straight)
     for number in range(4):

@@ -1,4 +1,4 @@
-"""Named parts: chosen, frozen and grouped by name, with an error for a name that matches nothing."""
+"""Trained parts: chosen, frozen and grouped by name, with an error for an unknown name."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def offered(modules: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
     [
         ({"haed": 1.0}, "no part 'haed' (did you mean head?); valid: all, body, head, none"),
         ({"head": 1.0, "all": 1.0}, "parts head and all share parameters"),
-        ({"none": 1.0}, "the part none holds no parameters"),
+        ({"none": 1.0}, "the part none has no parameters"),
     ],
 )
 def test_wrong_parts_are_refused(modules: dict[str, nn.Module], rates: dict[str, float], words: str) -> None:
@@ -32,7 +32,7 @@ def test_wrong_parts_are_refused(modules: dict[str, nn.Module], rates: dict[str,
     assert words in str(error.value) and "stage base" in str(error.value)
 
 
-def test_everything_else_is_frozen_and_at_rest(modules: dict[str, nn.Module]) -> None:
+def test_everything_else_is_frozen_and_in_eval_mode(modules: dict[str, nn.Module]) -> None:
     chosen = parts.choose(offered(modules), {"head": 1e-3}, "base")
     training = parts.freeze_all_but(modules, chosen)
     parts.train_mode(modules, training)
@@ -50,7 +50,7 @@ def test_each_part_has_its_rate_and_only_matrices_decay(modules: dict[str, nn.Mo
     assert seen == {("head", 0.1, 5e-4, 1), ("head", 0.0, 5e-4, 1), ("body", 0.1, 5e-5, 1), ("body", 0.0, 5e-5, 3)}
 
 
-def test_a_parameter_outside_the_modules_is_our_mistake(modules: dict[str, nn.Module]) -> None:
+def test_a_parameter_outside_the_modules_is_an_assertion_error(modules: dict[str, nn.Module]) -> None:
     stray = nn.Parameter(torch.zeros(1))
     with pytest.raises(AssertionError, match="no module"):
         parts.named(modules, {"stray": [stray]})

@@ -1,4 +1,4 @@
-"""Trackers: W&B loses no row of any stage or sitting, and pictures reach whoever follows a run."""
+"""Trackers: W&B receives every row of every stage and of every start of a run; trackers receive the pictures."""
 
 import importlib.machinery
 import json
@@ -15,7 +15,7 @@ from train.stages import run_stages
 
 
 class Crashing(ToyTask):
-    """Its machine is gone once, in the second stage."""
+    """Raises an error once, in the second stage, as if the machine crashed."""
 
     crashed = False
 
@@ -27,7 +27,7 @@ class Crashing(ToyTask):
 
 
 class FakeRun:
-    """One W&B run, as its server keeps it: a row whose step is not later than the last one is dropped."""
+    """A W&B run as its server stores it: a row whose step is not later than the last one is dropped."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -49,7 +49,7 @@ class FakeRun:
 
 
 class FakeWandb(types.ModuleType):
-    """The package `wandb`, with one book a run."""
+    """A stand-in for the package `wandb`, with one FakeRun per id."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -79,27 +79,27 @@ def two_stages(tracker: str) -> Run:
     return Run(stages={"one": stage, "two": stage}, trackers=(tracker,))  # type: ignore[arg-type]
 
 
-def test_wandb_keeps_every_row_of_every_stage_and_sitting_in_one_run(tmp_path: Path, fake_wandb: FakeWandb) -> None:
+def test_wandb_has_every_row_of_every_stage_and_start_in_one_run(tmp_path: Path, fake_wandb: FakeWandb) -> None:
     Crashing.crashed = False
     run, tasks = two_stages("wandb"), {"toy": Crashing}
     with pytest.raises(RuntimeError, match="gone"):
         run_stages(run, tmp_path, tasks=tasks)
     assert run_stages(run, tmp_path, tasks=tasks)
-    (book,) = fake_wandb.runs.values()
+    (wandb_run,) = fake_wandb.runs.values()
     assert [given["resume"] for given in fake_wandb.given] == ["allow", "allow"]
     assert fake_wandb.given[0]["config"]["stages"]["two"]["images"] == 32 and fake_wandb.given[0]["mode"] == "offline"
     for stage in ("one", "two"):
-        assert book.axes[f"{stage}/*"] == f"{stage}/images_seen"
+        assert wandb_run.axes[f"{stage}/*"] == f"{stage}/images_seen"
         written = [json.loads(line) for line in (tmp_path / stage / "metrics.jsonl").read_text().splitlines()]
-        kept = [row for row in book.rows if f"{stage}/loss" in row]
+        logged = [row for row in wandb_run.rows if f"{stage}/loss" in row]
         expected = [(row["images_seen"], row["loss"]) for row in written if "loss" in row]
-        assert [(row[f"{stage}/images_seen"], row[f"{stage}/loss"]) for row in kept][-len(expected) :] == expected
-        shown = [row for row in book.rows if f"{stage}/pictures" in row]
-        assert [row[f"{stage}/images_seen"] for row in shown][-2:] == [16, 32]
-        assert shown[-1][f"{stage}/pictures"][0].getpixel((0, 0)) == (32, 0, 0)
+        assert [(row[f"{stage}/images_seen"], row[f"{stage}/loss"]) for row in logged][-len(expected) :] == expected
+        validations = [row for row in wandb_run.rows if f"{stage}/pictures" in row]
+        assert [row[f"{stage}/images_seen"] for row in validations][-2:] == [16, 32]
+        assert validations[-1][f"{stage}/pictures"][0].getpixel((0, 0)) == (32, 0, 0)
 
 
-def test_tensorboard_is_shown_the_pictures_of_every_validation(tmp_path: Path) -> None:
+def test_tensorboard_receives_the_pictures_of_every_validation(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_stages(two_stages("tensorboard"), tmp_path, tasks={"toy": ToyTask})

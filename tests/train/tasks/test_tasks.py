@@ -403,7 +403,7 @@ def test_a_stage_can_start_from_a_folder_of_weights(tmp_path: Path) -> None:
             assert torch.allclose(value, wanted[f"{name}.{path}"], atol=1e-6), path
     with pytest.raises(WeightsError, match="There is no folder"):
         load_initial(fresh.modules, tmp_path / "nowhere")
-    with pytest.raises(WeightsError, match="nothing that this stage can begin from"):
+    with pytest.raises(WeightsError, match="no weights that this stage can start from"):
         load_initial(fresh.modules, tmp_path)
 
 
@@ -553,7 +553,7 @@ def test_exports_load_through_the_public_loaders_with_averaged_weights() -> None
 
 def test_a_run_can_be_assembled_into_a_folder_of_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assemble(trained(), tmp_path / "weights", defaults={"default_steps": 3})
-    assert "not trained to its end" not in caplog.text
+    assert "not fully trained" not in caplog.text
     pipe = ImaginePipeline.from_pretrained(tmp_path / "weights")
     assert pipe.config.default_steps == 3
     wanted = read_tensors(trained() / "adapter" / "weights.safetensors")[0]
@@ -566,9 +566,9 @@ def test_a_run_can_be_assembled_into_a_folder_of_weights(tmp_path: Path, caplog:
     (run / "decoder" / "export" / "latents.json").write_text(json.dumps({"mean": [0.5] * 32, "std": [2.0] * 32}))
     (run / "adapter" / "done.json").unlink()  # as if the last stage had been stopped
     assemble(run, tmp_path / "decoded")
-    assert "not trained to its end: these are the weights of its stage adapter" in caplog.text
+    assert "not fully trained; the weights come from its stage adapter" in caplog.text
     assert ImaginePipeline.from_pretrained(tmp_path / "decoded").config.latents_mean == [0.5] * 32
-    with pytest.raises(WeightsError, match=r"adapter holds no best weights: give the stage best_by"):
+    with pytest.raises(WeightsError, match=r"adapter holds no best weights. Set best_by"):
         assemble(run, tmp_path / "best", best=True)
     shutil.copytree(run / "adapter" / "export", run / "adapter" / "best")
     file = run / "adapter" / "best" / "adapter" / FILE_NAME
@@ -584,7 +584,7 @@ def test_a_run_can_be_assembled_into_a_folder_of_weights(tmp_path: Path, caplog:
     assert not (tmp_path / "decoded" / "adapter" / "old.txt").exists()
     with pytest.raises(WeightsError, match="no export of the stage nobody"):
         assemble(trained(), tmp_path / "other", stage="nobody")
-    with pytest.raises(WeightsError, match="holds no run"):
+    with pytest.raises(WeightsError, match="is not the folder of a run"):
         assemble(tmp_path, tmp_path / "other", initial=trained() / "autoencoder" / "export")
 
 
