@@ -32,7 +32,7 @@ class StagePlan:
     """The plan of one stage: trained and frozen parameters, memory, and progress so far."""
 
     name: str
-    begins: str  # sources of its initial weights
+    initial_weights: str  # where its initial weights come from
     trained: dict[str, int]  # part -> parameters
     rates: dict[str, float]  # part -> learning rate
     frozen: int  # number of frozen parameters
@@ -80,7 +80,7 @@ def format_plan(plans: list[StagePlan]) -> str:
         so_far = f"{each.images_seen:,} of " if each.images_seen else ""
         lines.append(
             f"{each.name}: {so_far}{each.images:,} images, {each.steps:,} steps of {each.batch_size}, "
-            f"{_memory(each)}, {_duration([each])}, from {each.begins}"
+            f"{_memory(each)}, {_duration([each])}, from {each.initial_weights}"
         )
         lines += [f"  {part:<20} {count / 1e6:>9.2f} M at {each.rates[part]:g}" for part, count in each.trained.items()]
         lines.append(f"  {'frozen':<20} {each.frozen / 1e6:>9.2f} M")
@@ -103,11 +103,13 @@ def _plan_stage(
     trained = parts.sizes(chosen)
     memory = sum(p.numel() * p.element_size() for p in everything) + _training_state(stage, chosen)
     seen, speed = _so_far(output / name / "metrics.jsonl")
-    begins = ", ".join([*([str(stage.initial)] if stage.initial else []), *stage.start_from]) or "random weights"
+    initial_weights = (
+        ", ".join([*([str(stage.initial)] if stage.initial else []), *stage.start_from]) or "random weights"
+    )
     frozen = sum(p.numel() for p in everything) - sum(trained.values())
     return StagePlan(
-        name, begins, trained, dict(stage.train), frozen, memory, _plan_step(stage, task, trainings), stage.images,
-        min(seen, stage.images), stage.batch_size, speed, remarks,
+        name, initial_weights, trained, dict(stage.train), frozen, memory, _plan_step(stage, task, trainings),
+        stage.images, min(seen, stage.images), stage.batch_size, speed, remarks,
     )  # fmt: skip
 
 

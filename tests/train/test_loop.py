@@ -110,8 +110,8 @@ def test_rows_after_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     seen = [row["images_seen"] for row in rows(tmp_path) if "loss" in row]
     assert seen == list(range(8, 161, 8))
     assert [row["images_seen"] for row in rows(tmp_path) if "validate/error" in row] == [40, 80, 120, 160]
-    kept = sorted(path.name for path in (tmp_path / "one" / "samples").iterdir())
-    assert kept == [f"{seen:09d}-pictures.png" for seen in (40, 80, 120, 160)]
+    names = sorted(path.name for path in (tmp_path / "one" / "samples").iterdir())
+    assert names == [f"{seen:09d}-pictures.png" for seen in (40, 80, 120, 160)]
     assert {"lr", "lr/first", "images_per_second", "largest", "skipped", "gradient_norm"} <= rows(tmp_path)[0].keys()
 
 

@@ -27,7 +27,7 @@ def run(**settings: Any) -> Run:
 
 def test_a_plan_counts_parameters_steps_and_memory(tmp_path: Path) -> None:
     (one,) = plan(run(ema=10), tmp_path / "run", TOY)
-    assert one.trained == {"first": 16} and one.frozen == 10 and one.begins == "random weights"
+    assert one.trained == {"first": 16} and one.frozen == 10 and one.initial_weights == "random weights"
     assert one.steps == 13  # the last step is not full
     assert one.bytes == 4 * (26 + 16 * 4)  # all weights; gradient, two moments and average of trained ones
     (plain,) = plan(run(muon=["first"]), tmp_path / "run", TOY)

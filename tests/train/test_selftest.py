@@ -70,7 +70,7 @@ def test_a_stage_that_can_learn_passes_and_leaves_no_files(tmp_path: Path, task:
 
 
 @pytest.mark.parametrize(
-    ("task", "settings", "says"),
+    ("task", "settings", "expected"),
     [
         (HeadWithoutGradient, {}, "no gradient reaches the part second"),
         (Diverging, {}, "not finite after 3 steps on one batch: lower"),
@@ -79,20 +79,20 @@ def test_a_stage_that_can_learn_passes_and_leaves_no_files(tmp_path: Path, task:
         (ToyTask, {"train": {"both": 30.0}}, "rises on one batch"),
     ],
 )
-def test_a_stage_that_cannot_learn_says_why(tmp_path: Path, task: Any, settings: dict[str, Any], says: str) -> None:
+def test_a_stage_that_cannot_learn_says_why(tmp_path: Path, task: Any, settings: dict[str, Any], expected: str) -> None:
     (outcome,) = self_test(run(**settings), tmp_path, tasks={"toy": task}, steps=30)
-    assert not outcome.passed and says in outcome.sentence
+    assert not outcome.passed and expected in outcome.sentence
 
 
 class Reading(ToyTask):
     """Records the export of an earlier stage, and its own initial weights."""
 
     heads: ClassVar[list[Any]] = []
-    began: ClassVar[list[Tensor]] = []
+    initial: ClassVar[list[Tensor]] = []
 
     def prepare(self) -> None:
         super().prepare()
-        self.began.append(self.modules["head"].get_parameter("weight").detach().clone())
+        self.initial.append(self.modules["head"].get_parameter("weight").detach().clone())
         if "one" in self.context.earlier:
             self.heads.append(json.loads((self.context.earlier["one"] / "head.json").read_text()))
 
@@ -106,10 +106,10 @@ def test_a_stage_starts_from_trained_weights_if_there_are_any(tmp_path: Path) ->
     (outcome,) = self_test(both, tmp_path, only=["two"], tasks=tasks)
     assert outcome.passed and len(Reading.heads) == 2 and list(tmp_path.iterdir()) == []
     run_stages(both, tmp_path, only=["one"], tasks=tasks)
-    Reading.began.clear()
+    Reading.initial.clear()
     self_test(both, tmp_path, only=["two"], tasks=tasks)
     trained = read_tensors(tmp_path / "one" / "weights.safetensors")[0]["head.weight"]
-    assert torch.equal(Reading.began[-1], trained) and Reading.heads[-1] == trained.tolist()
+    assert torch.equal(Reading.initial[-1], trained) and Reading.heads[-1] == trained.tolist()
 
 
 def test_all_stages_share_one_time_limit(tmp_path: Path) -> None:
@@ -170,8 +170,8 @@ def test_every_task_of_the_world_passes_without_a_trained_stage(
 def test_the_command_prints_the_outcome(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = tmp_path / "run.yaml"
     line = "stages: {one: {task: toy, train: {both: RATE}, images: 16, batch_size: 8, precision: fp32}}"
-    for rate, code, says in (("3e-2", 0, "overfits"), ("1e-7", 1, "hardly falls")):
+    for rate, code, expected in (("3e-2", 0, "overfits"), ("1e-7", 1, "hardly falls")):
         config.write_text(line.replace("RATE", rate))
         with caplog.at_level(logging.INFO, "train"):
             assert main([str(config), "--output", str(tmp_path / "run"), "--self-test"], {"toy": ToyTask}) == code
-        assert says in caplog.text
+        assert expected in caplog.text

@@ -36,11 +36,11 @@ class TokenCache:
         """Write the unmasked tokens of (B, L, width), truncated to the length of an entry."""
         mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask.cpu()
         values = tokens.values.to("cpu", torch.float16)
-        kept = [row[counts][: self.values.shape[1]].numpy() for row, counts in zip(values, mask, strict=True)]
-        for position, row in zip(positions, kept, strict=True):
+        trimmed = [row[counts][: self.values.shape[1]].numpy() for row, counts in zip(values, mask, strict=True)]
+        for position, row in zip(positions, trimmed, strict=True):
             self.values[position, : len(row)] = row
         self.values.flush()  # otherwise a crash could leave lengths on disk without their tokens
-        self.lengths[list(positions)] = [len(row) for row in kept]
+        self.lengths[list(positions)] = [len(row) for row in trimmed]
 
     def take(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return tokens (B, length, width) at these positions, zero beyond their lengths, and the lengths (B,)."""

@@ -77,8 +77,8 @@ class DiffusersBase:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"{file}, the noise schedule of this base, cannot be read. Download it with the other files as in "
-                "docs/training.md."
+                f"{file} cannot be read. It holds the noise schedule of this base; download it with the other files "
+                "(see docs/training.md)."
             ) from error
         schedule = DDPMScheduler.from_config(config, clip_sample=False)
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):

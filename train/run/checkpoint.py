@@ -279,8 +279,8 @@ def restore(state: State, saved: Checkpoint, source: str) -> None:
             state.optimiser.state[parameter][key] = int(value)  # bitsandbytes counts its steps in Python
             continue
         like = parameter if value.shape == parameter.shape else value.to(parameter.device)
-        kept = torch.empty_like(like, dtype=value.dtype)  # in the parameter's memory layout
-        state.optimiser.state[parameter][key] = kept.copy_(sharded_like(value, like))
+        restored = torch.empty_like(like, dtype=value.dtype)  # in the parameter's memory layout
+        state.optimiser.state[parameter][key] = restored.copy_(sharded_like(value, like))
     state.progress = saved.progress
 
 

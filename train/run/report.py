@@ -84,8 +84,8 @@ class Report:
         """Write a row of validation numbers, each under "validate/"."""
         self._write({"images_seen": images_seen, **{f"validate/{name}": value for name, value in numbers.items()}})
         if self.active and numbers:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            log.info("%s  %s images  validation: %s", self.stage, f"{images_seen:,}", shown)
+            formatted = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            log.info("%s  %s images  validation: %s", self.stage, f"{images_seen:,}", formatted)
 
     def pause(self, seconds: float) -> None:
         """Exclude `seconds` that were not spent on training from the speed of the current row."""
@@ -113,15 +113,15 @@ def cut_rows(path: Path, images_seen: int) -> None:
     """Delete rows later than `images_seen`, and a truncated last row: a resumed run writes them again."""
     if not path.exists():
         return
-    kept = []
+    remaining = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["images_seen"] <= images_seen:
-                kept.append(line + "\n")
+                remaining.append(line + "\n")
         except json.JSONDecodeError:
             break
     with replacing(path) as draft:
-        draft.write_text("".join(kept), encoding="utf-8")
+        draft.write_text("".join(remaining), encoding="utf-8")
 
 
 def faster_precision(device: torch.device) -> tuple[str, str]:

@@ -55,7 +55,7 @@ class Stopping:
             _interruptible_by.reset(token)
 
 
-_interruptible_by: ContextVar[Stopping | None] = ContextVar("asked", default=None)
+_interruptible_by: ContextVar[Stopping | None] = ContextVar("interruptible_by", default=None)
 
 
 def raise_if_stopping() -> None:

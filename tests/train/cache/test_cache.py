@@ -209,10 +209,10 @@ class Doubles:
     """Makes rows of three values, each twice the row number, and records the requested rows."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.requested: list[int] = []
 
     def __call__(self, rows: Tensor) -> Tensor:
-        self.asked.extend(rows.tolist())
+        self.requested.extend(rows.tolist())
         return (rows * 2).to(torch.uint8)[:, None].expand(-1, 3)
 
     def cache_rows(self, path: Path, gallery: Gallery) -> list[list[int]]:
@@ -230,10 +230,10 @@ def test_cached_rows_stay_valid_when_a_gallery_grows_or_shrinks(
     make, path = Doubles(), tmp_path / "rows.u8"
     for identities in (3, 5, 2, 6, 1, 6):
         make.cache_rows(path, Gallery("train", identities, 2))
-    assert make.asked == list(range(12))
+    assert make.requested == list(range(12))
     first = cache_rows(path, Gallery("train", 6, 2), (3,), np.uint8, make, "")
     make.cache_rows(path, Gallery("train", 2, 2, drift=0.5))  # another gallery of the same name
-    assert make.asked[12:] == [0, 1, 2, 3] and first[11, 0] == 22
+    assert make.requested[12:] == [0, 1, 2, 3] and first[11, 0] == 22
 
 
 def test_the_missing_rows_of_a_truncated_file_are_computed_again(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_the_missing_rows_of_a_truncated_file_are_computed_again(tmp_path: Path)
     make.cache_rows(path, gallery)
     os.truncate(tmp_path / f"rows-{gallery.mark}.u8", 3 * 4)
     make.cache_rows(path, gallery)
-    assert make.asked == [0, 1, 2, 3, 4, 5, 4, 5]
+    assert make.requested == [0, 1, 2, 3, 4, 5, 4, 5]
 
 
 def test_rows_of_an_earlier_version_are_migrated(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_rows_of_an_earlier_version_are_migrated(tmp_path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps({"gallery": gallery.mark, "rows": 2}))
     make.cache_rows(path, Gallery("train", 3, 2, drift=0.5))
     make.cache_rows(path, gallery)
-    assert make.asked == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5] and not path.exists()
+    assert make.requested == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5] and not path.exists()
 
 
 def test_of_two_runs_one_fills_a_file_and_the_other_waits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -271,7 +271,7 @@ def test_of_two_runs_one_fills_a_file_and_the_other_waits(tmp_path: Path, caplog
         while "waiting for another run that does this" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.01)
         go_on.set()
-        assert second.result() == first.result().tolist() and two.asked == []
+        assert second.result() == first.result().tolist() and two.requested == []
 
 
 def test_the_mark_of_a_gallery_identifies_everything_that_its_rows_depend_on() -> None:

@@ -107,5 +107,5 @@ def test_tensorboard_receives_the_pictures_of_every_validation(tmp_path: Path) -
     events.Reload()
     for stage in ("one", "two"):
         assert [event.step for event in events.Images(f"{stage}/pictures")] == [16, 32]
-        kept = sorted(path.name for path in (tmp_path / stage / "samples").iterdir())
-        assert kept == ["000000016-pictures.png", "000000032-pictures.png"]
+        names = sorted(path.name for path in (tmp_path / stage / "samples").iterdir())
+        assert names == ["000000016-pictures.png", "000000032-pictures.png"]
