@@ -431,7 +431,7 @@ def test_an_unusable_base_is_reported_in_one_sentence(home: Path, tmp_path: Path
             open_base(name)
     with pytest.raises(ConfigError, match="holds no vision encoder"):
         built(home, vision=home / "t5")
-    with pytest.raises(ConfigError, match="has no config"):
+    with pytest.raises(ConfigError, match="has no readable config"):
         built(home, t5=tmp_path)
 
 
