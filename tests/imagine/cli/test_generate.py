@@ -131,7 +131,7 @@ def test_the_default_device_is_a_gpu_if_there_is_one(
     ):
         code, out, err = run(*verb, "--device", "cuda")
         assert_refused(code, out, err)
-        assert "torch sees no device cuda here: choose cpu" in err
+        assert "torch finds no device cuda here: choose cpu" in err
     moved: list[Any] = []
 
     def to(self: ImaginePipeline, device: Any) -> ImaginePipeline:
@@ -215,7 +215,7 @@ def test_the_face_used_among_several_is_named(run: Run, weights: Path, photo: Pa
     both.paste(one, (one.width, 0))
     both.save(tmp_path / "both.png")
     code, out, err = run(*generate(weights, tmp_path / "both.png", tmp_path / "a.png"))
-    assert (code, err) == (0, "") and "The photo holds 2 faces and the largest was used (face=0;" in out
+    assert (code, err) == (0, "") and "The photo holds 2 faces and the largest was used (face=0); pass face=0" in out
     code, out, _ = run(*generate(weights, tmp_path / "both.png", tmp_path / "b.png", "--face", "1", "--json"))
     assert code == 0 and json.loads(out)["faces"][0]["index"] == 1
 
