@@ -13,103 +13,26 @@ as plain mappings and saved with the weights, so that a saved reader keeps the w
 vocabulary of the world changes.
 """
 
-import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from imagine.errors import WeightsError
+from imagine.networks.recogniser import Backbone, Recogniser, load_network, save_network
 from imagine.networks.weights import default_folder
 from imagine.people.faces import FaceFinder, LearnedFinder, crop_faces
 
-FORMAT_VERSION = 1
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_SLOTS = 3
 IGNORED = -100  # the class of an attribute without a label: it adds no loss, as in torch's cross_entropy
 PRIOR_BOX = (0.3, 0.274, 0.4, 0.416)  # left, top, width, height of a typical face, as shares of the picture
 
 Vocabulary = Mapping[str, Sequence[str]]
-Network = TypeVar("Network", "Recogniser", "Reader")
 FaceBoxes = Callable[[Tensor], Tensor]  # pictures (N, 3, H, W) in 0..1 -> boxes (N, 4): left, top, width, height in px
-
-
-class ResidualBlock(nn.Module):
-    """A residual block of two 3x3 convolutions through half the width; it is initialised to the identity."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(_groups(width), width)
-        self.conv1 = nn.Conv2d(width, width // 2, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(_groups(width // 2), width // 2)
-        self.conv2 = nn.Conv2d(width // 2, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(cast(Tensor, self.conv2.bias))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.relu(self.norm1(x)))
-        return cast(Tensor, x + self.conv2(F.relu(self.norm2(h))))
-
-
-class Backbone(nn.Module):
-    """A stem and stages that halve the side; returns the feature maps of every stage, finest first.
-
-    Pictures (B, 3, S, S) in 0..1 -> [(B, w1, s/2, s/2), (B, w2, s/4, s/4), ...] with s = S / stem_stride.
-    """
-
-    def __init__(self, widths: Sequence[int], stem_stride: int, blocks: int = 1) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], stem_stride + 2, stride=stem_stride, padding=1)
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.GroupNorm(_groups(before), before),
-                nn.ReLU(),
-                nn.Conv2d(before, width, 3, stride=2, padding=1),
-                *(ResidualBlock(width) for _ in range(blocks)),
-            )
-            for before, width in itertools.pairwise(widths)
-        )
-        self.norm = nn.GroupNorm(_groups(widths[-1]), widths[-1])
-
-    def forward(self, pictures: Tensor) -> list[Tensor]:
-        h = self.stem(pictures * 2 - 1)
-        maps = []
-        for stage in self.stages:
-            h = stage(h)
-            maps.append(h)
-        maps[-1] = F.relu(self.norm(maps[-1]))
-        return maps
-
-
-class Recogniser(nn.Module):
-    """Embed masked face crops: (B, 3, size, size) in 0..1 -> unit vectors (B, dimensions); about 50 MFLOP per crop."""
-
-    def __init__(
-        self, size: int = 64, widths: Sequence[int] = (32, 48, 96, 192), blocks: int = 1, dimensions: int = 128
-    ) -> None:
-        super().__init__()
-        self.config: dict[str, Any] = {
-            "size": size, "widths": list(widths), "blocks": blocks, "dimensions": dimensions,
-        }  # fmt: skip
-        self.size = size
-        self.body = Backbone(widths, stem_stride=2, blocks=blocks)
-        self.head = nn.Linear(widths[-1] * (size // 16) ** 2, dimensions)
-
-    def forward(self, crops: Tensor) -> Tensor:
-        return F.normalize(self.head(self.body(crops)[-1].flatten(1)), dim=-1)
-
-    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        _save(self, folder, dtype)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Recogniser":
-        """Load the network saved in `folder`, in float32 and eval mode. Raises WeightsError if the files do not fit."""
-        return _load(cls, folder)
 
 
 def margin_loss(embeddings: Tensor, labels: Tensor, prototypes: Tensor, scale: float, margin: float) -> Tensor:
@@ -195,12 +118,12 @@ class Reader(nn.Module):
         return read
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        _save(self, folder, dtype)
+        save_network(self, folder, dtype)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Reader":
         """Load the network saved in `folder`, in float32 and eval mode. Raises WeightsError if the files do not fit."""
-        return _load(cls, folder)
+        return load_network(cls, folder)
 
 
 class LettersHead(nn.Module):
@@ -314,11 +237,6 @@ def boxes_by(finder: FaceFinder) -> FaceBoxes:
     return boxes
 
 
-def _groups(width: int) -> int:
-    """Return the largest number of GroupNorm groups, up to 8, with at least four channels each where possible."""
-    return next(groups for groups in (8, 4, 2, 1) if width % groups == 0 and (width // groups >= 4 or groups == 1))
-
-
 def _class(words: Sequence[str], word: str | None) -> int:
     return words.index(word) if word in words else IGNORED
 
@@ -328,55 +246,3 @@ def _letter_classes(letters: str | None) -> list[int]:
         return [IGNORED] * LETTER_SLOTS
     padded = letters[:LETTER_SLOTS].ljust(LETTER_SLOTS)
     return [LETTERS.find(letter) + 1 for letter in padded]
-
-
-def _save(network: "Recogniser | Reader", folder: str | Path, dtype: torch.dtype) -> None:
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"format_version": FORMAT_VERSION, "network": type(network).__name__, **network.config}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _load(cls: type[Network], folder: str | Path) -> Network:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
-        raise WeightsError(f"{folder} holds no {cls.__name__.lower()}: {Path(error.filename or '').name or 'a file'} "
-                           "is missing; train it with `make weights` or choose another folder.") from error  # fmt: skip
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
-        raise WeightsError(f"The files in {folder} are damaged ({error}): download or train them again.") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"The config.json in {folder} does not describe a network: download or train it again.")
-    found = (config.pop("format_version", None), config.pop("network", None))
-    if found != (FORMAT_VERSION, cls.__name__):
-        raise WeightsError(f"{folder} holds a {found[1]} in format {found[0]}, but a {cls.__name__} in format "
-                           f"{FORMAT_VERSION} is needed: choose the right folder.")  # fmt: skip
-    try:
-        network = cls(**config)
-    except Exception as error:  # wrong values raise many kinds of errors, and all of them have the same remedy
-        reason = " ".join(f"{error}".split())[:200]
-        raise WeightsError(
-            f"The config.json in {folder} does not fit a {cls.__name__} ({reason}): download or train it again."
-        ) from error
-    _fill(network, tensors, folder)
-    return network.eval()
-
-
-def _fill(network: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != given:
-        wrong = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
-        raise WeightsError(f"The weights in {folder} do not fit their config.json: {wrong[0]!r} is "
-                           f"{given.get(wrong[0], 'missing')} where {wanted.get(wrong[0], 'nothing')} is expected"
-                           f" ({len(wrong)} such tensors); download or train them again.")  # fmt: skip
-    network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imagine.evaluation.judge import ResidualBlock
+from imagine.networks.recogniser import ResidualBlock
 
 DIMENSIONS = 128  # width of an embedding
 

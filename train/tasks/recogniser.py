@@ -12,7 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
-from imagine.evaluation.judge import Recogniser, margin_loss
+from imagine.evaluation.judge import margin_loss
+from imagine.networks.recogniser import Recogniser
 from imagine.people.faces import crop_faces
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT, JUDGE

@@ -10,8 +10,9 @@ from PIL import Image
 
 from imagine.errors import ConfigError
 from imagine.evaluation import demo, report
-from imagine.evaluation.judge import Judge, Reader, Recogniser
+from imagine.evaluation.judge import Judge, Reader
 from imagine.evaluation.suites import contexts_for
+from imagine.networks.recogniser import Recogniser
 from imagine.world import attributes, sample_people, seeds
 from imagine.world.captions import PHRASES, STYLE_PHRASES
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS

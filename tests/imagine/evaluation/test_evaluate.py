@@ -19,8 +19,9 @@ from torch import Tensor
 
 from imagine.errors import ConfigError
 from imagine.evaluation import cases, evaluate, metrics, report, scores
-from imagine.evaluation.judge import Judge, Reader, Recogniser
+from imagine.evaluation.judge import Judge, Reader
 from imagine.evaluation.suites import PORTRAITS, SUITES, contexts_for, load_suite
+from imagine.networks.recogniser import Recogniser
 from imagine.world import attributes, render, sample_people, seeds
 from imagine.world.captions import PHRASES, STYLE_PHRASES
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS

@@ -10,17 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from imagine.errors import WeightsError
-from imagine.evaluation.judge import (
-    IGNORED,
-    PRIOR_BOX,
-    Judge,
-    Reader,
-    Recogniser,
-    boxes_by,
-    margin_loss,
-    prior_boxes,
-    reading_loss,
-)
+from imagine.evaluation.judge import IGNORED, PRIOR_BOX, Judge, Reader, boxes_by, margin_loss, prior_boxes, reading_loss
+from imagine.networks.recogniser import Recogniser
 from imagine.people.faces import KnownBoxesFinder
 from imagine.records import FaceBox
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from imagine.adapter.adapter import FILE_NAME, Adapter
 from imagine.errors import ConfigError, WeightsError
-from imagine.evaluation.judge import Reader, Recogniser
+from imagine.evaluation.judge import Reader
 from imagine.networks import encoders
 from imagine.networks.encoders import VisionEncoder
+from imagine.networks.recogniser import Recogniser
 from imagine.people.finder import load_finder
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Tokens
