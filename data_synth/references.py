@@ -96,7 +96,7 @@ def _as_text(faces: Sequence[KnownFace]) -> str:
 
 def _faces_of(text: str) -> tuple[KnownFace, ...]:
     return tuple(
-        KnownFace(FaceBox(**box), np.frombuffer(base64.b64decode(code), "<f4").astype(np.float32))
+        KnownFace(FaceBox.from_dict(box), np.frombuffer(base64.b64decode(code), "<f4").astype(np.float32))
         for box, code in json.loads(text)
     )
 

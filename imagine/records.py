@@ -1,5 +1,6 @@
 """Frozen records that modules exchange, and functions that select, join and repeat rows of token batches."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,17 +20,51 @@ def no_progress(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class FaceBox:
-    """One face in a picture: a box in pixels (brow to chin, ear to ear) and the finder's confidence (0 to 1)."""
+    """One face in a picture: a box in pixels (brow to chin, ear to ear) and the finder's confidence (0 to 1).
+
+    `landmarks` are five points in pixels, if the finder gives them: left eye, right eye, nose tip, left and right
+    corner of the mouth, where left and right are the picture's. `finder` names the finder, for reports.
+    """
 
     left: float
     top: float
     width: float
     height: float
     score: float
+    landmarks: tuple[tuple[float, float], ...] = ()
+    finder: str = ""
 
     @property
     def centre(self) -> tuple[float, float]:
         return self.left + self.width / 2, self.top + self.height / 2
+
+    @property
+    def area(self) -> float:
+        """Width times height, in square pixels."""
+        return self.width * self.height
+
+    @property
+    def roll(self) -> float:
+        """Angle of the line through the eyes, in radians, positive clockwise; 0 without landmarks."""
+        if not self.landmarks:
+            return 0.0
+        (left_x, left_y), (right_x, right_y) = self.landmarks[:2]
+        return math.atan2(right_y - left_y, right_x - left_x)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers and lists, ready for JSON; without landmarks and finder where there are none."""
+        plain: dict[str, Any] = {
+            name: round(getattr(self, name), 3) for name in ("left", "top", "width", "height", "score")
+        }
+        if self.landmarks:
+            plain["landmarks"] = [[round(x, 1), round(y, 1)] for x, y in self.landmarks]
+        return {**plain, "finder": self.finder} if self.finder else plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "FaceBox":
+        """Return the face that `as_dict` wrote."""
+        landmarks = tuple((float(x), float(y)) for x, y in plain.get("landmarks", ()))
+        return cls(**{**plain, "landmarks": landmarks})
 
 
 @dataclass(frozen=True)
@@ -42,6 +77,7 @@ class FaceCrop:
     index: int  # index into `found` of the face that was used; -1 for the whole picture
     sharpness: float  # variance of the Laplacian of the crop, 0 to about 1
     quality: str  # "good", or one sentence that names the photo's defect
+    turned: int = 0  # degrees, counter-clockwise, by which the picture was turned first; boxes refer to the turned one
 
 
 @dataclass(frozen=True)

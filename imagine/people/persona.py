@@ -9,7 +9,7 @@ encoder. It holds no picture, so the file may be kept where the photo may not.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from imagine.errors import WeightsError
 from imagine.networks.weights import same_encoder
 from imagine.paths import as_path, kind_of, shorten_path
+from imagine.people.strangers import Identity
 from imagine.records import FaceBox, FaceCrop
 
 FORMAT_VERSION = "1"
@@ -39,15 +40,16 @@ class Face:
     sharpness: float  # as FaceCrop.sharpness
     quality: str  # "good", or one sentence on the photo's defects
     crop: Image.Image | None = field(default=None, compare=False)  # the vision encoder's input; never saved
+    identity: Identity | None = field(default=None, compare=False)  # to compare several photos; never saved
 
     @classmethod
-    def of(cls, crop: FaceCrop, reference: str) -> "Face":
+    def of(cls, crop: FaceCrop, reference: str, identity: Identity | None = None) -> "Face":
         """Describe a face crop made from the photo called `reference`."""
-        return cls(reference, crop.box, len(crop.found), crop.index, crop.sharpness, crop.quality, crop.image)
+        return cls(reference, crop.box, len(crop.found), crop.index, crop.sharpness, crop.quality, crop.image, identity)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, words and lists, ready for JSON."""
-        box = None if self.box is None else {name: round(value, 3) for name, value in asdict(self.box).items()}
+        box = None if self.box is None else self.box.as_dict()
         plain = {name: getattr(self, name) for name in ("reference", "found", "index", "sharpness", "quality")}
         return {**plain, "box": box}
 
@@ -129,8 +131,7 @@ def concatenate(features: list[Tensor]) -> Tensor:
 def _faces(text: str, path: str | os.PathLike[str]) -> tuple[Face, ...]:
     try:
         entries = json.loads(text)
-        return tuple(
-            Face(**{**entry, "box": None if entry["box"] is None else FaceBox(**entry["box"])}) for entry in entries
-        )
+        boxes = [None if entry["box"] is None else FaceBox.from_dict(entry["box"]) for entry in entries]
+        return tuple(Face(**{**entry, "box": box}) for entry, box in zip(entries, boxes, strict=True))
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} does not describe its faces properly; enroll the person again.") from error

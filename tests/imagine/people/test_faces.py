@@ -12,7 +12,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from imagine.errors import FaceError, WeightsError
+from imagine.people import photo_finder
 from imagine.people.faces import (
+    AutoFinder,
     CascadeFinder,
     CombinedFinder,
     InsightFaceFinder,
@@ -27,6 +29,7 @@ from imagine.people.faces import (
     sharpness,
 )
 from imagine.people.finder import Finder, save_finder
+from imagine.people.photo_finder import YuNetFinder
 from imagine.people.photos import open_photo
 from imagine.records import FaceBox
 
@@ -230,14 +233,20 @@ def corners(box: FaceBox) -> tuple[float, float, float, float]:
     return box.left, box.top, box.width, box.height
 
 
-def test_combined_finder_merges_and_default_is_the_embedded_pair(tmp_path: Path) -> None:
+def test_combined_finder_merges() -> None:
     twice = CombinedFinder([KnownBoxesFinder([LARGE, MIDDLE]), KnownBoxesFinder([FaceBox(6, 21, 50, 50, 0.5), SMALL])])
     assert twice.find(PICTURE) == (LARGE, MIDDLE, SMALL)
-    assert isinstance(default_finder(None), CascadeFinder)
+
+
+def test_the_default_finder_is_yunet_for_photographs_and_our_network_for_drawings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_finder(Finder(side=64, width=8), tmp_path)
-    both = default_finder(tmp_path)
-    assert isinstance(both, CombinedFinder)
-    assert [type(finder) for finder in both.finders] == [LearnedFinder, CascadeFinder]
+    auto = default_finder(tmp_path)
+    assert isinstance(auto, AutoFinder) and isinstance(auto.photos, YuNetFinder)
+    assert isinstance(default_finder(None), YuNetFinder)
+    monkeypatch.setattr(photo_finder, "is_installed", lambda: False)
+    assert isinstance(default_finder(None), CascadeFinder)
 
 
 # --- insightface, through its own classes -----------------------------------------------------------------------------
