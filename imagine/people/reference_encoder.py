@@ -9,22 +9,28 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter, BranchSpec
-from imagine.errors import ConfigError, PictureError, PromptError, WeightsError
+from imagine.errors import ConfigError, FaceError, PictureError, PromptError, WeightsError
 from imagine.networks import weights
 from imagine.networks.encoders import CLIP_MEAN, CLIP_STD, VisionEncoder
 from imagine.paths import as_path, kind_of
-from imagine.people.faces import FaceChoice, FaceFinder, crop_face, default_finder
+from imagine.people import photo_recogniser
+from imagine.people.drawing_recogniser import DrawingRecogniser
+from imagine.people.faces import LEARNED, TURNS, FaceChoice, FaceFinder, crop_face, default_finder
 from imagine.people.persona import Face, Persona, concatenate
+from imagine.people.photo_recogniser import PhotoRecogniser
 from imagine.people.photos import open_photo
-from imagine.records import VISION, Tokens, repeat
+from imagine.people.strangers import FaceRecogniser, Identity, find_stranger
+from imagine.records import VISION, FaceCrop, Tokens, repeat
 from imagine.request import Person, Request
 
 FINDER = "finder"  # the finder's folder among a pipeline's files
@@ -100,16 +106,23 @@ class ReferenceEncoderMixin:
     # --- from photos to personas ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def enroll(self, photos: Any, face: FaceChoice = "largest", on_no_face: OnNoFace = "error") -> Persona:
+    def enroll(
+        self,
+        photos: Any,
+        face: FaceChoice = "largest",
+        on_no_face: OnNoFace = "error",
+        check_identity: bool = True,
+    ) -> Persona:
         """Encode one photo, or several of the same person, and return the persona.
 
         The tokens of several photos are concatenated, so that attention can use all of them. Raises PictureError or
-        FaceError, with the photo's name, if one cannot be used.
+        FaceError, with the photo's name, if one cannot be used. With `check_identity`, also raises FaceError if a
+        photograph shows another person than the others; for drawings, `Face.quality` warns of it instead.
         """
         references = tuple(photos) if isinstance(photos, (list, tuple)) else (photos,)
         if not references:
             raise PromptError("There is no photo to enroll: give at least one.")
-        return self._enroll_person(Person("", references), face, on_no_face)
+        return self._enroll_person(Person("", references), face, on_no_face, check_identity)
 
     def _current_encoder_info(self) -> EncoderInfo:
         """Return facts about the encoder; compute them again only if its weights have changed."""
@@ -138,43 +151,66 @@ class ReferenceEncoderMixin:
         """Return a key for what made a persona: the encoder, and whether its pooled embedding was used."""
         return self.encoder_fingerprint + (":pooled" if self._reads_pooled else "")
 
-    def _enroll_person(self, person: Person, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
+    def _enroll_person(
+        self, person: Person, face: FaceChoice, on_no_face: OnNoFace, check_identity: bool = True
+    ) -> Persona:
         """Combine one person's photos and personas into one persona; faces are named after the photos."""
+        identify = check_identity and len(person.references) > 1
         encoded = [
-            each if isinstance(each, Persona) else self._enroll_photo(each, number, face, on_no_face)
+            each if isinstance(each, Persona) else self._enroll_photo(each, number, face, on_no_face, identify)
             for number, each in enumerate(person.references, 1)
         ]
         encoder_key = self._encoder_key()
         for each in encoded:
             each.check_encoder(encoder_key)
         faces = [one for each in encoded for one in each.faces]
+        if identify:
+            faces = _check_one_person(faces)
         if person.name:
             faces = [replace(one, reference=f"{person.name}: {one.reference}") for one in faces]
         return Persona(concatenate([each.features.to("cpu") for each in encoded]), encoder_key, tuple(faces))
 
-    def _enroll_photo(self, photo: Any, number: int, face: FaceChoice, on_no_face: OnNoFace) -> Persona:
+    def _enroll_photo(
+        self, photo: Any, number: int, face: FaceChoice, on_no_face: OnNoFace, identify: bool = False
+    ) -> Persona:
         file = as_path(photo) if isinstance(photo, (str, os.PathLike)) else None
         if file is not None and file.suffix == ".safetensors":
             return Persona.load(file)
         encoder_key = self._encoder_key()
         is_file = file is not None and kind_of(file, PictureError) == "file"
-        key = (_file_state(cast(Path, file)), face, on_no_face, encoder_key) if is_file else None
+        key = (_file_state(cast(Path, file)), face, on_no_face, encoder_key, identify) if is_file else None
         cache: dict[Any, Persona] = self.__dict__.setdefault("_persona_cache", {})
         if key is not None and key in cache:
             return cache[key]
         info, encoder = self._current_encoder_info(), self.reference_encoder
         if encoder is None:
             raise WeightsError("The vision encoder was freed: give a persona that was enrolled before, not a photo.")
-        crop = crop_face(open_photo(photo), self.finder, info.image_size, face, on_no_face)
+        image = open_photo(photo)
+        crop = crop_face(image, self.finder, info.image_size, face, on_no_face)
         pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].float() / 255
         features = vision_features(encoder, pixels.to(cast(Any, self)._execution_device), self._reads_pooled)[0]
         name = f"photo {number}" if file is None else os.fspath(photo)
-        persona = Persona(features.float().cpu(), encoder_key, (Face.of(crop, name),))
+        identity = self._identify(image, crop) if identify else None
+        persona = Persona(features.float().cpu(), encoder_key, (Face.of(crop, name, identity),))
         if key is not None:
             while len(cache) >= MAX_CACHED_PERSONAS:
                 cache.pop(next(iter(list(cache))), None)  # another thread may have removed it
             cache[key] = persona
         return persona
+
+    def _identify(self, image: Image.Image, crop: FaceCrop) -> Identity | None:
+        """Embed the face of a crop with the recogniser for its kind of picture; None if that is not installed."""
+        if crop.box is None:
+            return None
+        recogniser = self._drawing_recogniser() if crop.box.finder == LEARNED else _photo_recogniser()
+        if recogniser is None:
+            return None
+        upright = image.transpose(TURNS[crop.turned]) if crop.turned else image
+        return Identity(recogniser, recogniser.embed(upright, crop.box))
+
+    def _drawing_recogniser(self) -> FaceRecogniser | None:
+        folder = self._finder_folder or _shipped_finder()
+        return None if folder is None else _load_drawing_recogniser(folder.parent / "judge" / "recogniser")
 
     def _personas_for(self, requests: Sequence[Request], face: FaceChoice, on_no_face: OnNoFace) -> list[list[Persona]]:
         """Encode each person once, even if in several pictures; return one list of personas per request."""
@@ -274,6 +310,33 @@ class ReferenceEncoderMixin:
             )
         present = torch.tensor([bool(people) for people in personas], dtype=torch.float32)
         return (scales * present).repeat_interleave(copies).to(cast(Any, self)._execution_device)
+
+
+@lru_cache(maxsize=1)
+def _photo_recogniser() -> FaceRecogniser | None:
+    return PhotoRecogniser() if photo_recogniser.is_installed() else None
+
+
+@lru_cache(maxsize=4)
+def _load_drawing_recogniser(folder: Path) -> FaceRecogniser | None:
+    return DrawingRecogniser.from_folder(folder) if folder.is_dir() else None
+
+
+def _check_one_person(faces: list[Face]) -> list[Face]:
+    """Raise FaceError if a photograph shows another person than the others; add a warning to a drawing's quality."""
+    stranger = find_stranger([face.identity for face in faces])
+    if stranger is None:
+        return faces
+    found = faces[stranger.index]
+    limit = f"distance {stranger.distance:.2f}, one person is below {stranger.recogniser.same:.2f}"
+    if stranger.recogniser.is_certain:
+        raise FaceError(
+            f"{found.reference} shows another person than the other photos ({limit}): leave it out, choose another of "
+            "its faces, or pass check_identity=False (--no-identity-check) to use it all the same."
+        )
+    warning = f"It may show another person than the other pictures ({limit})."
+    quality = warning if found.quality == "good" else f"{found.quality} {warning}"
+    return [replace(face, quality=quality) if face is found else face for face in faces]
 
 
 def identity_spec(adapter: Adapter | None) -> BranchSpec | None:

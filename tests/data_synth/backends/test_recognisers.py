@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from data_synth.backends.contracts import Failed
 from data_synth.backends.recognisers import (
@@ -23,6 +23,7 @@ from imagine.errors import ConfigError, WeightsError
 from imagine.people.faces import InsightFaceFinder
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
+from tests.photographs import astronaut
 
 # insightface aligns faces with a function that scikit-image has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")
@@ -90,7 +91,7 @@ def test_each_face_of_a_group_is_recognised(pictures: list[Image.Image], judge: 
 
 
 def test_the_identity_contains_the_weights_of_the_judge(judge: JudgeRecogniser, tmp_path: Path) -> None:
-    from imagine.evaluation.judge import Recogniser
+    from imagine.networks.recogniser import Recogniser
 
     assert judge.identity["model"] == "recogniser" and judge.identity["finder"]
     Recogniser(32, (8, 8, 8, 8), 1, 16).save(tmp_path / "judge" / "recogniser")
@@ -236,3 +237,21 @@ def test_the_identity_of_a_pack_depends_on_its_content(arcface: InsightFaceRecog
 def test_recognising_computes_no_gradients(pictures: list[Image.Image], judge: JudgeRecogniser) -> None:
     assert not any(parameter.requires_grad for parameter in judge.network.parameters())
     assert torch.is_grad_enabled() and judge.recognise([pictures[0]])[0] != ()
+
+
+def test_dlib_recognises_photographs_and_refuses_drawings(tmp_path: Path) -> None:
+    recogniser = make_recogniser("dlib")
+    recogniser.load()
+    people = sample_people([HELD_OUT.start])
+    drawn = render(people, sample_contexts([3]), size=128).images[0]
+    Image.fromarray((drawn * 255).round().byte().permute(1, 2, 0).numpy()).save(tmp_path / "drawn.png")
+    bright = ImageEnhance.Brightness(astronaut()).enhance(1.3)
+    one, two, nobody, drawing, broken = recogniser.recognise(
+        [astronaut(), bright, Image.new("RGB", (256, 256)), tmp_path / "drawn.png", b"no picture"]
+    )
+    assert isinstance(one, tuple) and isinstance(two, tuple)
+    assert len(one) == len(two) == 1 and similarity(one[0], two[0]) > 0.95
+    assert nobody == ()
+    assert isinstance(drawing, Failed) and "drawing" in drawing.reason
+    assert isinstance(broken, Failed)
+    assert recogniser.identity["licence"] == "CC0-1.0" and len(recogniser.identity["finder"]) == 64
