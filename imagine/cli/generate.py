@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from imagine.cli import arguments
 from imagine.cli.loading import check_photos, load_pipeline
+from imagine.cli.pictures import FORMATS, output_paths, save_atomically, save_crops
 from imagine.cli.progress import Display
 from imagine.errors import ConfigError, PictureError
 from imagine.paths import kind_of, writable_file
 from imagine.request import read_requests
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from imagine.pipeline.output import ImagineOutput
+    from imagine.pipeline.pipeline import ImaginePipeline
 
-    from imagine.pipeline.pipeline import ImagineOutput, ImaginePipeline
-
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 BATCH = 8  # pictures drawn at a time, so that memory does not grow with --num-images
-_PICTURE_NUMBER = re.compile(r"^Picture (\d+)")  # a note of the second pass begins with its picture's number in a batch
+_PICTURE_NUMBER = re.compile(
+    r"^((?:Warning: )?[Pp]icture )(\d+)"
+)  # a note of the second pass begins with its picture's number in a batch
 _NAMED_REFERENCE = re.compile(r"([^\W\d]\w*)=(.+)", re.DOTALL)
 
 
@@ -37,6 +38,8 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture to write: png, jpg, webp")
     arguments.add_weights(command)
     arguments.add_device(command)
+    command.add_argument("--save-crop", type=Path, metavar="FILE", help="also write the face that was cut from the "
+                         "photo, as the vision encoder sees it: png, jpg, webp")  # fmt: skip
     command.add_argument("--seed", type=arguments.seed, metavar="N", help="repeats a picture (default: a random seed)")
     command.add_argument("--num-images", type=arguments.positive, default=1, metavar="N", help="number of pictures, "
                          "with the seeds N, N+1, ... (default: 1)")  # fmt: skip
@@ -68,15 +71,18 @@ def _add_controls(command: Any) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Draw and save the pictures; return where they are and which faces were used."""
-    paths = _output_paths(writable_file(options.output, FORMATS), options.num_images)
+    paths = output_paths(writable_file(options.output, FORMATS), options.num_images)
+    crop_path = None if options.save_crop is None else writable_file(options.save_crop, FORMATS)
     reference = _references(options.reference)
     read_requests(options.prompt, reference)  # reports a mistake before anything is loaded
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     with Display(options) as display:
         pipe = load_pipeline(options, display)
         started = time.monotonic()
-        faces, refined, notes = _draw_all(pipe, options, reference, seed, paths, display)
+        drawn, refined, notes, people_found = _draw_all(pipe, options, reference, seed, paths, display)
         seconds = round(time.monotonic() - started, 2)
+    crops = [] if crop_path is None else save_crops(drawn.faces, crop_path)
+    faces = [face.as_dict() for face in drawn.faces]  # the same in every batch
     poor = [f"{face['reference']}: {face['quality']}" for face in faces if face["quality"] != "good"]
     refined_lines = [f"Small faces redrawn: {refined}."] if refined or options.refine_faces else []
     return {
@@ -86,6 +92,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "seeds": [seed + number for number in range(options.num_images)],
         "device": str(pipe.device),
         "faces": faces,
+        **({} if crop_path is None else {"crops": [str(path) for path in crops]}),
+        **({"people_found": people_found} if people_found else {}),
         "refined": refined,
         "notes": notes,
         "seconds": seconds,
@@ -95,24 +103,26 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _draw_all(
     pipe: "ImaginePipeline", options: argparse.Namespace, reference: Any, seed: int, paths: Sequence[Path],
     display: Display,
-) -> tuple[list[dict[str, Any]], int, list[str]]:  # fmt: skip
-    """Draw and save one picture per path, a batch at a time; return the faces used, and the second pass's results."""
-    faces: list[dict[str, Any]] = []
-    refined, notes = 0, list[str]()
+) -> tuple["ImagineOutput", int, list[str], list[int]]:  # fmt: skip
+    """Draw and save one picture per path, a batch at a time.
+
+    Return the last batch's output, the number of redrawn faces, the notes, and the people found in each picture.
+    """
+    refined, notes, people_found = 0, list[str](), list[int]()
     for first in range(0, len(paths), BATCH):
         batch = paths[first : first + BATCH]
         drawn = _draw(pipe, options, reference, range(seed + first, seed + first + len(batch)), display)
         display.report("saving")
         for image, path in zip(drawn.images, batch, strict=True):
-            _save_atomically(image, path)
-        faces = [face.as_dict() for face in drawn.faces]  # the same in every batch
+            save_atomically(image, path)
         refined += drawn.refined
-        notes += [_renumbered(note, first) for note in drawn.notes]
-    return faces, refined, notes
+        notes += [note for note in (_renumbered(each, first) for each in drawn.notes) if note not in notes]
+        people_found += drawn.people_found
+    return drawn, refined, notes, people_found
 
 
 def _renumbered(note: str, first: int) -> str:
-    return _PICTURE_NUMBER.sub(lambda found: f"Picture {int(found[1]) + first}", note)
+    return _PICTURE_NUMBER.sub(lambda found: f"{found[1]}{int(found[2]) + first}", note)
 
 
 def _draw(
@@ -155,20 +165,3 @@ def _references(given: Sequence[str]) -> Any:
         raise ConfigError(f"Give every reference a name, as in name={plain[0]}, or none of them.")
     check_photos([*plain, *(path for paths in named.values() for path in paths)])
     return named or (plain if len(plain) > 1 else plain[0])
-
-
-def _output_paths(path: Path, count: int) -> list[Path]:
-    """Return the path itself for one picture, else name-1.png, name-2.png ..."""
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
-
-
-def _save_atomically(image: "Image.Image", path: Path) -> None:
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        image.save(unfinished, FORMATS[path.suffix.lower()], quality=95)
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written ({error.strerror or error}): choose another --output.") from error

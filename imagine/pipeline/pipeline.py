@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,7 +26,6 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
-from diffusers.utils.outputs import BaseOutput
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter, check_attached
@@ -35,10 +34,12 @@ from imagine.networks import weights
 from imagine.networks.diffusion import add_noise, denormalise_latents, normalise_latents
 from imagine.networks.encoders import TextEncoders
 from imagine.people.faces import FaceChoice, FaceFinder
-from imagine.people.persona import Face, Persona
+from imagine.people.persona import Persona
 from imagine.people.reference_encoder import FINDER, ReferenceEncoderMixin, check_encoder, saved_metadata
 from imagine.pipeline import families
 from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factors
+from imagine.pipeline.notes import count_people, photo_notes
+from imagine.pipeline.output import ImagineOutput
 from imagine.pipeline.sampling import Guidance, GuidedDenoiser, Inputs, TextTokens, text_rows
 from imagine.pipeline.second_pass import (
     RefineFaces,
@@ -67,25 +68,6 @@ MODELS = ("unet", "vae", *ENCODERS)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 Callback = Callable[..., Any]  # a function, or one of diffusers' PipelineCallback objects
-
-
-@dataclass
-class ImagineOutput(BaseOutput):
-    """The result of a call.
-
-    `images` is a list of PIL pictures, an array (B, H, W, 3) or tensor (B, 3, H, W) in 0..1, or latents. `faces` holds
-    the face used from each photo, ordered by picture, then by person. `refined` counts the small faces that the second
-    pass redrew (refine_faces). `notes` holds one sentence for each picture that it could not refine.
-    """
-
-    images: Any
-    faces: list[Face]
-    refined: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """Return the tuple (images, faces), the result of a call with return_dict=False."""
-        return self.images, self.faces
 
 
 @dataclass
@@ -461,7 +443,13 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             _call_state.reset(token)
         self.maybe_free_model_hooks()
         faces = [face for personas in people for persona in personas for face in persona.faces]
-        return ImagineOutput(images, faces, refined, notes)
+        notes += photo_notes(self.adapter, faces)
+        if plan.output_type != "pil":
+            return ImagineOutput(images, faces, refined, notes)
+        copies = len(images) // len(people)
+        of_pictures = [each for each in people for _ in range(copies)]
+        people_found, warnings = count_people(cast(Any, images), of_pictures, self.finder)
+        return ImagineOutput(images, faces, refined, notes + warnings, people_found)
 
     def _encode_requests(
         self, prompt: "str | Sequence[str] | None", reference: Any, embeds: TextTokens | None,

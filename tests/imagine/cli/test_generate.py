@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from imagine.cli.generate import BATCH
+from imagine.networks.weights import default_folder
 from imagine.people.faces import KnownBoxesFinder
 from imagine.people.persona import Persona
 from imagine.pipeline.pipeline import ImaginePipeline
@@ -399,3 +400,36 @@ def test_json_comes_without_progress(
     with terminal(monkeypatch) as progress:
         code, out, _ = run(*generate(weights, photo, tmp_path / "a.png", "--json"))
     assert code == 0 and json.loads(out)["seeds"] == [7] and progress == [""]
+
+
+def test_the_face_crop_can_be_saved(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    code, out, _ = run(*generate(weights, photo, tmp_path / "a.png", "--save-crop", tmp_path / "crop.png", "--json"))
+    assert code == 0 and json.loads(out)["crops"] == [str(tmp_path / "crop.png")]
+    crop = np.asarray(Image.open(tmp_path / "crop.png"))
+    assert crop.shape[0] == crop.shape[1] and (crop[0, 0] == 128).all() and crop.std() > 10  # grey outside the face
+    code, out, err = run(*generate(weights, photo, tmp_path / "a.png", "--save-crop", tmp_path / "crop.txt"))
+    assert_refused(code, out, err)
+    run("enroll", photo, "--weights", weights, "--output", tmp_path / "me.safetensors")
+    persona = tmp_path / "me.safetensors"
+    code, _, err = run(*generate(weights, persona, tmp_path / "a.png", "--save-crop", tmp_path / "crop.png"))
+    assert code == 2 and "a persona file holds none" in err
+
+
+def test_the_shipped_weights_say_that_they_draw_no_photographs(run: Run, photo: Path, tmp_path: Path) -> None:
+    drawing = default_folder() / "examples" / "person-1.png"
+    for reference, is_noted in ((photo, True), (drawing, False)):
+        code, out, _ = run(*generate(default_folder(), reference, tmp_path / "a.png"))
+        assert code == 0 and ("portrait world" in out) is is_noted
+
+
+def test_the_people_of_a_picture_are_counted(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
+    arguments = generate(
+        weights, Path(f"a={photo}"), tmp_path / "a.png", "--reference", f"b={photo}", "--num-images", 2
+    )
+    arguments[arguments.index("smiling on a beach")] = "{a} hugs {b}"
+    code, out, _ = run(*arguments, "--json")  # tiny weights draw noise, which shows nobody
+    found = json.loads(out)
+    assert code == 0 and found["people_found"] == [0, 0]
+    warnings = [note for note in found["notes"] if note.startswith("Warning: picture")]
+    assert [note.split(" shows ")[0] for note in warnings] == ["Warning: picture 1", "Warning: picture 2"]
+    assert "people_found" not in json.loads(run(*generate(weights, photo, tmp_path / "b.png", "--json"))[1])
