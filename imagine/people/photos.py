@@ -2,7 +2,7 @@
 
 This is the first step of every call with a reference: `photos` opens the picture, `faces` finds and crops the face, and
 the vision encoder encodes it. Users give what their phone, their print shop or a web page produced, so unusual formats
-are common: rotation stored in EXIF, CMYK and other colour profiles, 16-bit scans, transparency, animations. Each must
+are common: rotation stored in EXIF, CMYK and other colour spaces, 16-bit scans, transparency, animations. Each must
 look here as it does in a picture viewer, because a network accepts a rotated or inverted face without an error and
 encodes it wrongly.
 
@@ -29,10 +29,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from imagine.errors import PictureError
 from imagine.paths import as_path, kind_of, shorten_path
+from imagine.people.colours import convert_to_srgb, find_profile, read_codes
 
 MAX_PIXELS = 128_000_000
 MAX_BYTES = 512 << 20
@@ -152,20 +153,24 @@ def _enable_heic(name: str) -> None:
 
 
 def _normalise(image: Image.Image, name: str, stored_format: str) -> Photo:
-    """Check the size, decode, turn upright, convert to RGB and shrink."""
-    stored_mode, stored_size = image.mode, image.size
+    """Check the size, decode, convert to RGB, turn upright and shrink."""
     _check_size(image.size, name)
+    codes = read_codes(image)  # first, because reading the EXIF of a PNG already decodes it
+    stored_mode, stored_turn = image.mode, _stored_orientation(image)
     try:
-        orientation = _orientation(image)
         image.load()
-        image = _to_rgb(_without_profile(_transposed(image, orientation)))
+        # Some decoders turn the picture themselves, so only the orientation that is left after decoding counts.
+        turn = _orientation(image)
+        size = image.size if turn == stored_turn or stored_turn < 5 else image.size[::-1]
+        rgb = _transposed(_to_rgb(image, find_profile(image, codes)), turn)
     except PictureError:
         raise
     except Exception as error:  # decoders raise many errors on damaged bytes; the user's remedy is the same
         raise PictureError(_damaged(name)) from error
-    if max(image.size) > MAX_SIDE:
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return Photo(image, name, stored_format, stored_mode, stored_size, orientation)
+    _check_size(rgb.size, name)  # an icon holds a picture whose size its header may misstate
+    if max(rgb.size) > MAX_SIDE:
+        rgb.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return Photo(rgb, name, stored_format, stored_mode, size, stored_turn)
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -197,6 +202,11 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+def _stored_orientation(image: Image.Image) -> int:
+    """Return the orientation in the file, also if the decoder turns the picture itself (HEIC when it is opened)."""
+    return image.info.get("original_orientation") or _orientation(image)
+
+
 def _transposed(image: Image.Image, orientation: int) -> Image.Image:
     """Apply the EXIF orientation: the sides on which row 0 and column 0 of the picture belong (Exif 2.32, tag 274)."""
     turn = {
@@ -208,51 +218,45 @@ def _transposed(image: Image.Image, orientation: int) -> Image.Image:
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }.get(orientation)
-    if turn is None:
-        return image
-    turned = image.transpose(turn)
-    turned.info.update({key: image.info[key] for key in ("icc_profile", "transparency") if key in image.info})
-    return turned
+    return image if turn is None else image.transpose(turn)
 
 
-def _without_profile(image: Image.Image) -> Image.Image:
-    """Convert the colours from the embedded ICC profile to sRGB; an unusable profile is ignored."""
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "CMYK", "L", "RGBA"):
-        return image
-    alpha = image.getchannel("A") if image.mode == "RGBA" else None
-    colours = image.convert("RGB") if alpha else image
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):  # wrong number of channels, damaged profile
-        return image
-    assert converted is not None  # profileToProfile returns None only for an in-place conversion
-    if alpha:
-        converted.putalpha(alpha)
-    elif "transparency" in image.info and image.mode == "RGB":
-        return image  # a colour key refers to a stored colour, so converting the colours would break it
-    converted.info.pop("transparency", None)
-    return converted
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB: deep greys are scaled, not clipped; transparency is blended with mid grey."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bit(np.asarray(image))).convert("RGB")
-    if image.mode in ("RGBa", "La"):  # colours already multiplied by alpha
-        image = image.convert(image.mode.upper())
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), image)
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image
-    rgb = image.convert("RGB")
+def _to_rgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Convert any Pillow mode to sRGB, a new picture without metadata; transparency is blended with mid grey."""
+    colours, alpha = _separate_alpha(image)
+    rgb = convert_to_srgb(colours, profile).convert("RGB")
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", rgb.size, (*BACKGROUND, 255)), rgb).convert("RGB")
     clean = rgb.copy() if rgb is image else rgb
     clean.info = {}  # no profile and no EXIF, since both are already applied to the pixels
     clean.getexif().clear()
     return clean
+
+
+def _separate_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Return opaque colours without a palette, 8-bit, and the alpha channel, which is None if all is opaque.
+
+    Deep greys are scaled, not clipped. A colour key refers to stored colours, so it becomes alpha before they change.
+    """
+    key = image.info.get("transparency")
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
+        return Image.fromarray(_eight_bit(values)), alpha
+    if image.mode in ("RGBa", "La"):  # colours already multiplied by alpha
+        image = image.convert(image.mode.upper())
+    is_grey = image.mode in ("1", "L", "LA")
+    if isinstance(key, tuple) and max(key) > 255:  # of 16 bits, of which the decoded colours keep the upper eight
+        image = image.copy()
+        image.info["transparency"] = tuple(each >> 8 for each in key)
+    if image.mode in ("RGBA", "LA", "PA") or key is not None:
+        image = image.convert("RGBA")
+        alpha, image = image.getchannel("A"), image.convert("RGB")
+        return (image.getchannel("R") if is_grey else image), alpha
+    if image.mode in ("L", "RGB", "CMYK", "LAB"):
+        return image, None
+    return image.convert("L" if is_grey else "RGB"), None
 
 
 def _eight_bit(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

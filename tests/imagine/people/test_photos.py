@@ -1,6 +1,7 @@
 """Every unusual picture opens as a viewer shows it, or is refused with one sentence that says what to do."""
 
 import io
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from imagine.errors import PictureError
+from imagine.people import colours
 from imagine.people.photos import BACKGROUND, MAX_SIDE, open_photo, read_photo
 from tests import pictures
 
@@ -142,26 +144,23 @@ def test_refused_values(value: Any) -> None:
 
 
 # --- opened -----------------------------------------------------------------------------------------------------------
+TURNED = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "TIFF:tiff_lzw", "TIFF:tiff_adobe_deflate", "TIFF:jpeg")
+
+
+@pytest.mark.parametrize("given", ["bytes", "opened", "loaded"])
+@pytest.mark.parametrize("kind", TURNED)
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_exif_rotated_equals_upright(orientation: int, suffix: str, tmp_path: Path) -> None:
+def test_exif_rotated_equals_upright(orientation: int, kind: str, given: str) -> None:
     upright = pictures.gradient()
-    stored = {
-        1: lambda image: image,
-        2: lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
-        3: lambda image: image.rotate(180),
-        4: lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
-        5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
-        6: lambda image: image.rotate(90, expand=True),  # the viewer turns it clockwise
-        7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
-        8: lambda image: image.rotate(-90, expand=True),
-    }[orientation](upright)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if suffix == "jpg" else {}
-    photo = read_photo(save(stored, tmp_path / f"turned.{suffix}", exif=exif, **options))
-    assert photo.image.size == upright.size and photo.orientation == orientation and photo.size == stored.size
-    assert difference(photo.image, upright) < (2 if suffix == "jpg" else 1e-9)
+    content = pictures.turned(upright, orientation, kind)
+    source: Any = content if given == "bytes" else Image.open(io.BytesIO(content))
+    if given == "loaded":
+        source.load()
+    photo = read_photo(source)
+    assert photo.image.size == upright.size and difference(photo.image, upright) < 3
+    if given != "loaded":  # then Pillow may have forgotten how it was stored
+        stored = upright.size if orientation < 5 else upright.size[::-1]
+        assert (photo.orientation, photo.size) == (orientation, stored)
 
 
 def test_opening_twice_rotates_once(tmp_path: Path) -> None:
@@ -179,11 +178,138 @@ def test_cmyk_as_printers_store_it(tmp_path: Path) -> None:
     assert difference(open_photo(path), pictures.gradient()) < 2
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_colour_profile_is_applied(mode: str, tmp_path: Path) -> None:
-    path = save(pictures.gradient().convert(mode), tmp_path / "p.png", icc_profile=pictures.swapped_profile())
+def swapped() -> Image.Image:
     red, green, blue = pictures.gradient().split()
-    assert difference(open_photo(path), Image.merge("RGB", (blue, green, red))) < 3
+    return Image.merge("RGB", (blue, green, red))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+def test_colour_profile_is_applied_in_every_format(kind: str) -> None:
+    file = io.BytesIO()
+    pictures.gradient().save(file, kind, quality=95, icc_profile=pictures.swapped_profile())
+    assert difference(open_photo(file.getvalue()), swapped()) < 4
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "P with key", "PA", "RGB with key"])
+def test_colour_profile_is_applied_in_every_mode(mode: str) -> None:
+    image, kind = pictures.gradient(), "TIFF" if mode == "PA" else "PNG"
+    image.putpixel((0, 0), (1, 2, 3))
+    image = image.quantize(255).convert("PA") if mode == "PA" else image.quantize(255) if mode[0] == "P" else image
+    image = image.convert("RGBA") if mode == "RGBA" else image
+    image.info["icc_profile"] = pictures.swapped_profile()
+    if mode == "PA":  # no format holds it, but Pillow images do
+        assert difference(open_photo(image), swapped()) < 6
+        return
+    key = {"RGB with key": (1, 2, 3), "P with key": image.getpixel((0, 0)) if mode[0] == "P" else None}.get(mode)
+    file = io.BytesIO()
+    image.save(file, kind, icc_profile=pictures.swapped_profile(), **({} if key is None else {"transparency": key}))
+    opened = open_photo(file.getvalue())
+    assert difference(opened, swapped()) < 6
+    assert (opened.getpixel((0, 0)) == BACKGROUND) == (key is not None)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_colour_profile_is_applied_to_grey(mode: str, tmp_path: Path) -> None:
+    profile = colours._profile(colours._SRGB, colours._D65, lambda values: values)  # linear, so all greys get brighter
+    grey = pictures.gradient().convert("L")
+    picture = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    assert picture.mode == mode
+    opened = open_photo(save(picture, tmp_path / "grey.png", icc_profile=profile))
+    linear = pixels(grey.convert("RGB")) / 255
+    assert np.abs(pixels(opened) - 255 * encoded(linear)).max() < 3
+
+
+# Matrices from linear light to XYZ under D65, as published: AdobeRGB (1998), Display P3 and ITU-R BT.2020
+TO_XYZ = {
+    "adobe": [[0.57667, 0.18556, 0.18823], [0.29734, 0.62736, 0.07529], [0.02703, 0.07069, 0.99134]],
+    "p3": [[0.48657, 0.26567, 0.19822], [0.22898, 0.69174, 0.07929], [0.0, 0.04511, 1.04394]],
+    "2020": [[0.63696, 0.14462, 0.16888], [0.2627, 0.678, 0.0593], [0.0, 0.02807, 1.06099]],
+    "srgb": [[0.41246, 0.35758, 0.18044], [0.21267, 0.71515, 0.07217], [0.01933, 0.11919, 0.9503]],
+}
+
+
+def encoded(linear: Any) -> Any:
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055)
+
+
+def decoded(values: Any) -> Any:
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def shown(stored: Image.Image, space: str, curve: Callable[[Any], Any]) -> Any:
+    """Return the sRGB pixels that a viewer shows for numbers stored in another space."""
+    linear = curve(pixels(stored) / 255) @ np.array(TO_XYZ[space]).T @ np.linalg.inv(np.array(TO_XYZ["srgb"])).T
+    return 255 * encoded(np.clip(linear, 0, 1))
+
+
+def soft() -> Image.Image:
+    """Return a picture of muted colours, which all spaces can show."""
+    return Image.fromarray((pixels(pictures.gradient()) * 0.4 + 80).astype(np.uint8))
+
+
+def chunks(*each: tuple[bytes, bytes]) -> Callable[[Image.Image], bytes]:
+    return lambda image: pictures.png_with(image, *each)
+
+
+def saved_as(kind: str, exif: bytes) -> Callable[[Image.Image], bytes]:
+    def write(image: Image.Image) -> bytes:
+        file = io.BytesIO()
+        image.save(file, kind, exif=exif, quality=100, **({"subsampling": 0} if kind == "JPEG" else {}))
+        return file.getvalue()
+
+    return write
+
+
+def coded_avif(image: Image.Image) -> bytes:
+    return pictures.with_codes(saved_as("AVIF", b"")(image), 12, 13)
+
+
+def ints(*values: float) -> bytes:
+    return struct.pack(f">{len(values)}I", *(round(each * 100_000) for each in values))
+
+
+GAMMA = (b"gAMA", ints(1.0))
+P3 = (b"cHRM", ints(0.3127, 0.329, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06))
+STATED: list[tuple[str, Callable[[Image.Image], bytes], str, Callable[[Any], Any]]] = [
+    ("cICP of Display P3", chunks((b"cICP", bytes([12, 13, 0, 1]))), "p3", decoded),
+    ("cICP of BT.2020, gamma 2.2", chunks((b"cICP", bytes([9, 4, 0, 1]))), "2020", lambda values: values**2.2),
+    ("cICP before gAMA", chunks((b"cICP", bytes([12, 13, 0, 1])), GAMMA), "p3", decoded),
+    ("cICP of sRGB", chunks((b"cICP", bytes([1, 13, 0, 1])), GAMMA), "srgb", decoded),
+    ("cICP without a meaning", chunks((b"cICP", bytes([77, 99, 0, 1]))), "srgb", decoded),
+    ("gAMA, linear", chunks(GAMMA), "srgb", lambda values: values),
+    ("gAMA and cHRM", chunks((b"gAMA", ints(1 / 2.2)), P3), "p3", lambda values: values**2.2),
+    ("gAMA of sRGB", chunks((b"gAMA", ints(0.45455))), "srgb", decoded),
+    ("sRGB before gAMA", chunks((b"sRGB", b"\0"), GAMMA), "srgb", decoded),
+    ("EXIF of AdobeRGB, JPEG", saved_as("JPEG", pictures.adobe_exif()), "adobe", lambda values: values ** (563 / 256)),
+    ("EXIF of AdobeRGB, WebP", saved_as("WEBP", pictures.adobe_exif()), "adobe", lambda values: values ** (563 / 256)),
+    ("EXIF, not standard", saved_as("JPEG", pictures.adobe_exif(2, b"R98")), "adobe", lambda v: v ** (563 / 256)),
+    ("EXIF of sRGB", saved_as("JPEG", pictures.adobe_exif(1, b"R98")), "srgb", decoded),
+    ("nclx of Display P3 in AVIF", coded_avif, "p3", decoded),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("write", "space", "curve"), [each[1:] for each in STATED], ids=[each[0] for each in STATED])
+def test_colours_are_shown_as_the_file_states(
+    write: Callable[[Image.Image], bytes], space: str, curve: Callable[[Any], Any]
+) -> None:
+    opened = pixels(open_photo(write(soft())))
+    assert np.abs(opened - shown(soft(), space, curve)).mean() < 1.2
+
+
+@pytest.mark.parametrize(("transfer", "white"), [(16, 0.58), (18, 0.75)])
+def test_paper_white_of_high_dynamic_range_is_white(transfer: int, white: float) -> None:
+    flat = Image.new("RGB", (64, 64), (round(white * 255),) * 3)
+    opened = open_photo(pictures.png_with(flat, (b"cICP", bytes([1, transfer, 0, 1]))))
+    assert pixels(opened).min() > 250
+    darker = open_photo(pictures.png_with(flat.point(lambda value: value // 2), (b"cICP", bytes([1, transfer, 0, 1]))))
+    assert pixels(darker).max() < 200
+
+
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
+def test_an_icon_smaller_than_its_header_states_is_refused(tmp_path: Path) -> None:
+    content = save(pictures.gradient(64, 64), tmp_path / "x.ico", sizes=[(16, 16)]).read_bytes()
+    with pytest.raises(PictureError, match="16 x 16 pixels, too small"):
+        open_photo(content[:6] + b"\x40\x40" + content[8:])
 
 
 def test_useless_profile_changes_nothing(tmp_path: Path) -> None:
