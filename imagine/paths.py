@@ -46,6 +46,23 @@ def kind_of(path: Path, error: type[ImagineError]) -> Kind:
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
 
 
+def why_no_file(name: str | os.PathLike[str], kind: Kind, what: str = "file") -> str:
+    """Return the sentence for a path at which there is no ordinary file; `kind` is what `kind_of` found."""
+    text = shorten_path(name)
+    if text == "-" and kind == "nothing":
+        return f"- stands for standard input, which is not read: save the {what} and give its path."
+    if kind == "other":
+        return (
+            f"{text} is not an ordinary file but standard input, a pipe or a device, which is not read: save the "
+            f"{what} and give its path."
+        )
+    return (
+        f"{text} is a folder: give a {what} in it."
+        if kind == "folder"
+        else f"There is no {what} {text}: check the path."
+    )
+
+
 def shorten_path(path: str | os.PathLike[str]) -> str:
     """Return a path for an error message; a very long one is shortened in the middle."""
     text = os.fspath(path)

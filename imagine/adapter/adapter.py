@@ -47,6 +47,8 @@ from imagine.adapter.projections import (
     PlusProjection,
 )
 from imagine.errors import ConfigError, WeightsError
+from imagine.networks.files import why_unreadable
+from imagine.networks.finite import check_finite
 from imagine.networks.weights import check_tensor_names
 from imagine.paths import as_path, kind_of, shorten_path
 from imagine.records import Conditioning, Scale, Tokens
@@ -475,12 +477,13 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             # order: the pictures of the loaded and the saved adapter would differ in the last bit.
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} is not a complete safetensors file; download or save it again.") from error
+        raise WeightsError(why_unreadable(file)) from error
     if metadata.get("format_version") != FORMAT_VERSION:
         raise WeightsError(
             f"{file} has format_version {metadata.get('format_version')!r}, but this version of imagine reads "
             f"{FORMAT_VERSION!r}; use an adapter saved by imagine, or convert it with import-ip-adapter."
         )
+    check_finite(str(file), tensors)
     return metadata, tensors
 
 

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imagine.errors import WeightsError
+from imagine.networks.files import why_unreadable
+from imagine.networks.finite import check_finite
 
 FORMAT_VERSION = 1
 Network = TypeVar("Network", bound=nn.Module)
@@ -126,7 +128,9 @@ def load_network(cls: type[Network], folder: str | Path) -> Network:
     except FileNotFoundError as error:
         raise WeightsError(f"{folder} holds no {cls.__name__.lower()}: {Path(error.filename or '').name or 'a file'} "
                            "is missing; train it with `make weights` or choose another folder.") from error  # fmt: skip
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
+    except SafetensorError as error:
+        raise WeightsError(why_unreadable(folder / "model.safetensors", "download or train it again")) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise WeightsError(f"The files in {folder} are damaged ({error}): download or train them again.") from error
     if not isinstance(config, dict):
         raise WeightsError(f"The config.json in {folder} does not describe a network: download or train it again.")
@@ -153,4 +157,5 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> No
         raise WeightsError(f"The weights in {folder} do not fit their config.json: {wrong[0]!r} is "
                            f"{given.get(wrong[0], 'missing')} where {wanted.get(wrong[0], 'nothing')} is expected"
                            f" ({len(wrong)} such tensors); download or train them again.")  # fmt: skip
+    check_finite(str(folder), tensors)
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=True)

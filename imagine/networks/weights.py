@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagine.errors import WeightsError
+from imagine.networks.files import is_safetensors, variants_in, why_unreadable
 from imagine.networks.vision_names import names_in, to_our_tensor
 from imagine.paths import PACKAGE, as_path, kind_of, shorten_path
 
@@ -147,26 +149,31 @@ def check_statistics(channels: int, **statistics: Any) -> None:
     for name, values in statistics.items():
         if values is None:
             continue
-        if not isinstance(values, (list, tuple)) or not all(isinstance(each, (int, float)) for each in values):
-            raise WeightsError(f"{name} must be a list of {channels} numbers, one for each latent channel.")
+        if not isinstance(values, (list, tuple)) or not all(
+            isinstance(each, (int, float)) and math.isfinite(each) for each in values
+        ):
+            raise WeightsError(f"{name} must be a list of {channels} finite numbers, one for each latent channel.")
         if len(values) != channels:
             raise WeightsError(
                 f"{name} holds {len(values)} numbers for {channels} latent channels: give one for each channel."
             )
 
 
-def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype", **options: Any) -> Any:
+def load_model(
+    folder: Path, library: str, class_name: str, dtype: "torch.dtype", allow_bin: bool = False, **options: Any
+) -> Any:
     """Load one diffusers or transformers model from a component folder, in eval mode, with strict key matching.
 
-    Weights stored in half precision are converted to `dtype`. Raises WeightsError if the folder does not fit.
+    Weights stored in half precision are converted to `dtype`. If the folder holds one variant only, such as "fp16", it
+    is loaded without naming it. `allow_bin` also reads a folder that has only .bin files, as weights without code.
+    Raises WeightsError if the folder does not fit, or if a number in it is not finite.
     """
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} has no config.json; copy or download the weights again.")
-    if not any(folder.glob("*.safetensors")):
-        raise WeightsError(f"{folder} has no safetensors file; copy or download the weights again.")
+    options = {**_file_options(folder, options.pop("variant", None), allow_bin), **options}
     try:
         cls = getattr(importlib.import_module(library), class_name)
-        options = {"use_safetensors": True, "local_files_only": True, **options, dtype_argument(cls): dtype}
+        options = {"local_files_only": True, **options, dtype_argument(cls): dtype}
         with quiet_libraries():  # their warnings become the error below
             model, found = cls.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -183,7 +190,35 @@ def load_model(folder: Path, library: str, class_name: str, dtype: "torch.dtype"
         misshapen=[str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in found["mismatched_keys"]],
     )
     _align(model)
+    from imagine.networks.finite import check_finite
+
+    check_finite(str(folder), model.state_dict())
     return model.eval()
+
+
+def _file_options(folder: Path, variant: str | None, allow_bin: bool) -> dict[str, Any]:
+    """Return the loader's options for the files of a component folder. Raise WeightsError if they cannot be read."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and allow_bin and any(folder.glob("*.bin")):
+        return {"use_safetensors": False, "weights_only": True}
+    if not files and any(folder.glob("*.bin")):
+        raise WeightsError(
+            f"{folder} holds its weights as .bin only, a pickle, which is not read here; use weights that were saved "
+            "as safetensors."
+        )
+    if not files:
+        raise WeightsError(f"{folder} has no safetensors file; copy or download the weights again.")
+    found = variants_in(folder)
+    chosen = "" if variant is None else variant
+    if chosen not in found and len(found) == 1 and variant is None:
+        chosen = min(found)
+    elif found and chosen not in found:
+        lacking = f"of the variant {chosen!r}" if chosen else "without a variant"
+        known = " or ".join(f"give variant={each!r}" if each else "leave variant out" for each in sorted(found))
+        raise WeightsError(f"{folder} has no files {lacking}; {known}.")
+    if broken := next((file for file in files if not is_safetensors(file)), None):
+        raise WeightsError(why_unreadable(broken))
+    return {"use_safetensors": True, **({"variant": chosen} if chosen else {})}
 
 
 def _align(model: "nn.Module") -> None:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from imagine.errors import WeightsError
+from imagine.networks.files import why_unreadable
+from imagine.networks.finite import check_finite
 
 FILE_NAME = "finder.safetensors"
 FORMAT_VERSION = "1"
@@ -192,7 +194,7 @@ def load_finder(folder: Path) -> Finder:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is damaged: copy or train it again.") from error
+        raise WeightsError(why_unreadable(path, "copy or train it again")) from error
     if metadata.get("kind") != "face finder" or metadata.get("format_version") != FORMAT_VERSION:
         raise WeightsError(f"{path} is not a face finder of format {FORMAT_VERSION}: train it again.")
     try:
@@ -209,4 +211,5 @@ def load_finder(folder: Path) -> Finder:
         finder.load_state_dict(state)
     except RuntimeError as error:  # a tensor has the wrong shape
         raise WeightsError(f"{path} holds tensors of other shapes than its metadata says: train it again.") from error
+    check_finite(str(path), state)
     return finder.eval()

@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imagine.errors import WeightsError
+from imagine.networks.files import why_unreadable
+from imagine.networks.finite import check_finite
 from imagine.networks.weights import same_encoder
-from imagine.paths import as_path, kind_of, shorten_path
+from imagine.paths import as_path, kind_of, shorten_path, why_no_file
 from imagine.people.strangers import Identity
 from imagine.records import FaceBox, FaceCrop
 
@@ -95,7 +97,9 @@ class Persona:
     def load(cls, path: str | os.PathLike[str]) -> "Persona":
         """Load a saved persona, bit-identical. Raise WeightsError if the file is not a persona."""
         file_path = as_path(path)
-        if kind_of(file_path, WeightsError) != "file":
+        if (kind := kind_of(file_path, WeightsError)) == "other":
+            raise WeightsError(why_no_file(path, kind))
+        if kind != "file":
             raise WeightsError(
                 f"There is no persona file {shorten_path(path)}; check the path, or make one with `imagine enroll`."
             )
@@ -104,7 +108,7 @@ class Persona:
                 metadata: Mapping[str, str] = file.metadata() or {}
                 features = file.get_tensor(TENSOR) if TENSOR in file.keys() else None  # noqa: SIM118  (not a dict)
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path} is not a complete safetensors file; enroll the person again.") from error
+            raise WeightsError(why_unreadable(file_path, "enroll the person again")) from error
         if metadata.get("kind") != KIND or features is None or features.dim() != 2 or "encoder" not in metadata:
             raise WeightsError(f"{path} is not a persona; give a file made by `imagine enroll`.")
         if metadata.get("format_version") != FORMAT_VERSION:
@@ -112,6 +116,7 @@ class Persona:
                 f"{path} is a persona of format version {metadata.get('format_version')}, but this version of imagine "
                 f"reads {FORMAT_VERSION}; enroll the person again."
             )
+        check_finite(str(path), {TENSOR: features})
         return cls(features, metadata["encoder"], _faces(metadata.get("faces", "[]"), path))
 
     def check_encoder(self, encoder: str) -> None:

@@ -32,7 +32,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from imagine.errors import PictureError
-from imagine.paths import as_path, kind_of, shorten_path
+from imagine.paths import as_path, kind_of, why_no_file
 from imagine.people.colours import convert_to_srgb, find_profile, read_codes
 
 MAX_PIXELS = 128_000_000
@@ -105,10 +105,8 @@ def _read_file(source: "str | os.PathLike[str]") -> tuple[str, io.BytesIO]:
     kind = kind_of(path, PictureError)
     if kind == "folder":
         raise PictureError(f"{name} is a folder: give the path of one picture in it.")
-    if kind == "nothing":
-        raise PictureError(f"There is no file {shorten_path(name)}: check the path.")
-    if kind == "other":
-        raise PictureError(f"{name} is not an ordinary file: give the path of a picture.")
+    if kind != "file":
+        raise PictureError(why_no_file(name, kind))
     try:
         if path.stat().st_size > MAX_BYTES:
             raise PictureError(f"{name} is larger than {MAX_BYTES >> 20} MB: save it as a smaller JPEG first.")

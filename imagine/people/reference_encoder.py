@@ -22,6 +22,7 @@ from imagine.adapter.adapter import Adapter, BranchSpec
 from imagine.errors import ConfigError, FaceError, PictureError, PromptError, WeightsError
 from imagine.networks import weights
 from imagine.networks.encoders import CLIP_MEAN, CLIP_STD, VisionEncoder
+from imagine.networks.finite import is_finite, why_not_finite
 from imagine.paths import as_path, kind_of
 from imagine.people import photo_recogniser
 from imagine.people.drawing_recogniser import DrawingRecogniser
@@ -190,6 +191,8 @@ class ReferenceEncoderMixin:
         pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].float() / 255
         features = vision_features(encoder, pixels.to(cast(Any, self)._execution_device), self._reads_pooled)[0]
         name = f"photo {number}" if file is None else os.fspath(photo)
+        if not is_finite(features):  # a persona with such numbers would make every picture of the person black
+            raise WeightsError(why_not_finite({"the vision encoder": encoder}))
         identity = self._identify(image, crop) if identify else None
         persona = Persona(features.float().cpu(), encoder_key, (Face.of(crop, name, identity),))
         if key is not None:
