@@ -13,16 +13,27 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from imagine.errors import WeightsError
-from imagine.ip_adapter.layout import KOHYA_FILE, LORA_FILE, encoder_of, licence_of, projection_shapes, read_layout
+from imagine.ip_adapter.layout import (
+    BRANCHES,
+    KOHYA_FILE,
+    LORA_FILE,
+    PROJECTION,
+    encoder_of,
+    licence_of,
+    projection_shapes,
+    read_layout,
+    standard_names,
+)
+from imagine.networks.files import is_pickle, why_unreadable
 from imagine.networks.weights import INDEX, fingerprint_of, read_index, same_encoder
-from imagine.paths import as_path, kind_of, shorten_path
+from imagine.paths import as_path, kind_of, why_no_file
 from imagine.pipeline.families import class_names
 
 _PICKLES = (".ckpt", ".pt", ".pth", ".pkl")
@@ -62,8 +73,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     kind = kind_of(path, WeightsError)
     if kind == "folder":
         return {"path": str(path), **_folder(path)}
-    if kind == "nothing":
-        raise WeightsError(f"There is no file or folder {shorten_path(path)}: check the path.")
+    if kind != "file":
+        raise WeightsError(why_no_file(path, kind, "file or folder"))
     if path.suffix in _PICKLES:
         raise WeightsError(f"{path} is a pickle, which can run code when it is read: convert it to safetensors first.")
     return {"path": str(path), **_file(path)}
@@ -119,7 +130,7 @@ def _weights(folder: Path) -> dict[str, Any]:
 
 
 def _file(path: Path) -> dict[str, Any]:
-    header = _read_pickle(path) if path.suffix == ".bin" else _read(path)
+    header = _read_pickle(path) if is_pickle(path) else _read(path)
     metadata = header.metadata
     if metadata.get("kind") == "persona":
         return {"kind": "persona", **_persona(header), **header.summary()}
@@ -127,8 +138,11 @@ def _file(path: Path) -> dict[str, Any]:
         return {"kind": "adapter", **_adapter(path, header), **header.summary()}
     if metadata.get("kind") == "face finder":
         return {"kind": "face finder", "format_version": metadata.get("format_version"), **header.summary()}
-    if any(name.startswith(("image_proj.", "ip_adapter.")) for name in header.shapes):
-        return {"kind": "IP-Adapter", **_ip_adapter(path, header), **header.summary()}
+    names, notes = standard_names(header.shapes)
+    if any(name.startswith((PROJECTION, BRANCHES)) for name in names.values()):
+        shapes = {name: header.shapes[stored] for stored, name in names.items()}
+        found = _ip_adapter(path, replace(header, shapes=shapes))
+        return {"kind": "IP-Adapter", **found, "notes": notes, **header.summary()}
     if header.shapes and all(".lora" in name or name.endswith(".alpha") for name in header.shapes):
         return {"kind": "LoRA", "licence": licence_of(path, metadata), **header.summary()}
     return {"kind": "tensors", "metadata": dict(metadata), **header.summary()}
@@ -290,7 +304,7 @@ def _read_pickle(path: Path) -> _Header:
 
     shapes: dict[str, tuple[int, ...]] = {}
     types: Counter[str] = Counter()
-    for name, tensor in read_pickle(path).items():
+    for name, tensor in read_pickle(path)[0].items():
         shapes[name] = tuple(tensor.shape)
         kind = str(tensor.dtype).removeprefix("torch.")
         types[_PRECISIONS.get(kind, kind)] += tensor.numel()
@@ -311,7 +325,7 @@ def _read(path: Path) -> _Header:
                 types[str(part.get_dtype())] += count
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is not a complete safetensors file; download or save it again.") from error
+        raise WeightsError(why_unreadable(path)) from error
     return _Header(shapes, types, metadata, path.stat().st_size)
 
 

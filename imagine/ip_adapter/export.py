@@ -20,6 +20,7 @@ from imagine.errors import WeightsError
 from imagine.ip_adapter.layout import BRANCHES, KOHYA_FILE, LINEAR_TOKENS, LORA_FILE, PROJECTION, Layout, read_layout
 from imagine.ip_adapter.reading import ENCODER_FOLDER, check_encoder, cross_attention, numbered
 from imagine.networks.encoders import VisionEncoder
+from imagine.networks.saving import write_whole
 from imagine.networks.vision_conversion import to_transformers
 from imagine.networks.weights import quiet_libraries, remove_local_paths
 
@@ -93,12 +94,14 @@ def export_adapter(
     assert not layout.problem, layout.problem
     if image_encoder is not None:
         check_encoder(layout, image_encoder)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.partial")
-    save_file(tensors, unfinished, {"format": "pt", **_facts(adapter, layout), **(metadata or {})})
-    unfinished.replace(file)
-    encoder = None if image_encoder is None else _save_encoder(image_encoder, file.parent / ENCODER_FOLDER)
-    lora = _save_lora(adapter, file.parent) if adapter.lora_rank else None
+    with write_whole(file.parent) as folder:
+        save_file(tensors, folder / file.name, {"format": "pt", **_facts(adapter, layout), **(metadata or {})})
+        if image_encoder is not None:
+            _save_encoder(image_encoder, folder / ENCODER_FOLDER)
+        if adapter.lora_rank:
+            _save_lora(adapter, folder)
+    encoder = None if image_encoder is None else file.parent / ENCODER_FOLDER
+    lora = file.parent / LORA_FILE if adapter.lora_rank else None
     return ExportReport(file, encoder, lora, layout, tuple(_not_carried(adapter, layout, name, encoder is None)))
 
 
@@ -171,15 +174,14 @@ def _facts(adapter: Adapter, layout: Layout) -> dict[str, str]:
     return {**facts, **family, **own}
 
 
-def _save_encoder(image_encoder: Any, folder: Path) -> Path:
+def _save_encoder(image_encoder: Any, folder: Path) -> None:
     model = to_transformers(image_encoder) if isinstance(image_encoder, VisionEncoder) else image_encoder
     with quiet_libraries():
         model.save_pretrained(folder)
     remove_local_paths(folder)
-    return folder
 
 
-def _save_lora(adapter: Adapter, folder: Path) -> Path:
+def _save_lora(adapter: Adapter, folder: Path) -> None:
     """Save the LoRA of all attention layers in diffusers' format. Without an alpha entry its scale is 1, as it is here.
 
     ComfyUI cannot read peft's tensor names, so a copy with kohya's names and equivalent alphas is saved next to it.
@@ -197,4 +199,3 @@ def _save_lora(adapter: Adapter, folder: Path) -> Path:
     StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers)
     kohya = convert_state_dict_to_kohya({f"unet.{name}": tensor for name, tensor in layers.items()})
     save_file({name: tensor.contiguous() for name, tensor in kohya.items()}, folder / KOHYA_FILE, {"format": "pt"})
-    return folder / LORA_FILE

@@ -25,8 +25,10 @@ from imagine.ip_adapter.reading import (
     import_adapter,
     load_encoder,
     read_ip_adapter,
+    read_pickle,
 )
 from imagine.networks import weights
+from imagine.networks.saving import write_whole
 from imagine.networks.vision_conversion import from_transformers
 from imagine.planning.bases import read_base
 
@@ -61,13 +63,15 @@ def import_folder(
         theirs = load_encoder(place.parent, place.name, stored_precision(place), {})
         check_encoder(file.layout, theirs)
         encoder = from_transformers(theirs)
-    with weights.quiet_libraries():
-        denoiser.save_config(output / DENOISER)
+    with write_whole(output) as folder, weights.quiet_libraries():
+        denoiser.save_config(folder / DENOISER)
         if encoder is not None:
-            encoder.save_pretrained(output / ENCODER_FOLDER)
-    weights.remove_local_paths(output)
-    adapter.save(output / ADAPTER, adapter.metadata)
-    notes = [] if encoder is not None else ["No image encoder is next to the file: give it with --image-encoder."]
+            encoder.save_pretrained(folder / ENCODER_FOLDER)
+        weights.remove_local_paths(folder)
+        adapter.save(folder / ADAPTER, adapter.metadata)
+    notes = list(report.notes)
+    if encoder is None:
+        notes.append("No image encoder is next to the file: give it with --image-encoder.")
     return {**report.as_dict(), "output": str(output), "image_encoder": encoder is not None, "notes": notes}
 
 
@@ -95,14 +99,19 @@ def export_folder(folder: Path, file: Path, base: str | None = None) -> ExportRe
 
 
 def stored_precision(folder: Path) -> torch.dtype:
-    """Return the dtype of a model folder's floating-point weights; float32 if there are none."""
+    """Return the dtype of a model folder's floating-point weights; float32 if there are none.
+
+    A .bin file is read if there is no safetensors file, without running code in it.
+    """
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (not a dict)
                 dtype: torch.dtype = opened.get_tensor(name).dtype
                 if dtype.is_floating_point:
                     return dtype
-    return torch.float32
+        return torch.float32
+    tensors = (tensor for file in sorted(folder.glob("*.bin")) for tensor in read_pickle(file)[0].values())
+    return next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
 
 
 def _denoiser(config: Mapping[str, Any]) -> Any:

@@ -32,6 +32,9 @@ ENCODERS = {  # (width of the tokens, width of the pooled embedding)
 }  # fmt: skip
 
 _BRANCH = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of data-parallel and compiled modules
+_TRAINER = ("image_proj_model.", "adapter_modules.")
+_PROCESSOR = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip\.weight)")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,51 @@ def read_layout(shapes: Mapping[str, Shape]) -> Layout:
     problem = _problem(kind, sizes, projection, branches, other)
     text_width = next((shape[1] for _, shape in keys if len(shape) == 2), None)
     return Layout(kind, *sizes, text_width, tuple(shape[0] for _, shape in keys if shape), problem)
+
+
+def standard_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the standard name of each stored name, without those to leave out, and a sentence for each thing done.
+
+    torch.compile and DistributedDataParallel put prefixes before all names. Checkpoints of IP-Adapter's own trainer
+    (tutorial_train.py) call the parts image_proj_model and adapter_modules and hold the frozen denoiser too. accelerate
+    stores tensors with two names once, so that the branches may exist only as processors of the denoiser.
+    """
+    stored = list(names)
+    plain = {name: _WRAPPERS.sub("", name) for name in stored}
+    wrappers = sorted({found[0] for name in stored for found in _WRAPPERS.finditer(name)})
+    notes = [f"The prefix {' and '.join(wrappers)} was removed from the names of the tensors."] if wrappers else []
+    if any(name.startswith(_TRAINER) for name in plain.values()):
+        converted = _from_trainer(plain)
+        notes.append(
+            "The names of IP-Adapter's own trainer were converted, and its denoiser "
+            f"({len(plain) - len(converted)} tensors named unet.*) was left out."
+        )
+        plain = converted
+    if len(set(plain.values())) < len(plain):  # two tensors of one name: which counts is unknown
+        return {name: name for name in stored}, []
+    return plain, notes
+
+
+def _from_trainer(plain: Mapping[str, str]) -> dict[str, str]:
+    """Return the standard names of a checkpoint of IP-Adapter's own trainer, without its denoiser."""
+    layers = sorted({found[1] for name in plain.values() if (found := _PROCESSOR.fullmatch(name))}, key=_order_of_layer)
+    has_branches = any(name.startswith("adapter_modules.") for name in plain.values())
+    converted: dict[str, str] = {}
+    for stored, name in plain.items():
+        found = _PROCESSOR.fullmatch(name)
+        if found and not has_branches:
+            converted[stored] = f"{BRANCHES}{2 * layers.index(found[1]) + 1}.{found[2]}"
+        elif not name.startswith("unet."):
+            name = name.replace("image_proj_model.", PROJECTION, 1) if name.startswith("image_proj_model.") else name
+            converted[stored] = name.replace("adapter_modules.", BRANCHES, 1) if name.startswith("adapter") else name
+    return converted
+
+
+def _order_of_layer(layer: str) -> list[tuple[int, str]]:
+    """Return a sort key: down, up, middle, as a UNet2DConditionModel registers its blocks; then by numbers."""
+    first = {"down_blocks": 0, "up_blocks": 1, "mid_block": 2}
+    parts = layer.split(".")
+    return [(first.get(parts[0], 3), ""), *((int(each), "") if each.isdigit() else (0, each) for each in parts[1:])]
 
 
 def projection_shapes(

@@ -31,11 +31,16 @@ from imagine.ip_adapter.layout import (
     encoder_of,
     licence_of,
     read_layout,
+    standard_names,
 )
 from imagine.networks import weights
 from imagine.networks.encoders import VisionEncoder
+from imagine.networks.files import is_pickle, why_unreadable
+from imagine.networks.finite import check_finite
+from imagine.paths import kind_of, why_no_file
 
 ENCODER_FOLDER = "image_encoder"
+_CHECKPOINTS = ("state_dict", "model_state_dict", "module", "model")  # names of the state dict in training checkpoints
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class IPAdapterFile:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     licence: str | None
+    notes: tuple[str, ...] = ()  # one sentence for each thing that was done to bring the file into the standard form
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class ImportReport:
     licence: str | None
     used: Mapping[str, str]
     parameters: int
+    notes: tuple[str, ...] = ()  # what was done to bring the file into the standard form
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as strings, numbers and mappings."""
@@ -77,14 +84,16 @@ def read_ip_adapter(
 
     `source` is a file (.safetensors; a .bin is read as weights only, so that no code in it runs), a folder or a hub id
     with `subfolder` and `weight_name`, or a state dict, nested ({"image_proj": ..., "ip_adapter": ...}) or flat. `hub`
-    holds options of huggingface_hub.snapshot_download. Raises WeightsError for anything that diffusers would drop or
-    misread.
+    holds options of huggingface_hub.snapshot_download. Checkpoints of IP-Adapter's own trainer, and names with the
+    prefixes of compiled and data-parallel modules, are converted; `notes` of the result say so. Raises WeightsError for
+    anything that diffusers would drop or misread, and for numbers that are not finite.
     """
     if isinstance(source, Mapping):
-        return _checked("the state dict", _flat(source), {}, None)
+        tensors, notes = _flat(source)
+        return _checked("the state dict", tensors, {}, None, notes)
     file = find_weights_file(source, subfolder, weight_name, **hub)
-    tensors, metadata = _read(file)
-    return _checked(str(file), tensors, metadata, licence_of(file, metadata))
+    tensors, metadata, notes = _read(file)
+    return _checked(str(file), tensors, metadata, licence_of(file, metadata), notes)
 
 
 def find_weights_file(
@@ -97,6 +106,8 @@ def find_weights_file(
     path = Path(source).expanduser()
     if path.is_file():
         return path
+    if (kind := kind_of(path, WeightsError)) == "other" or os.fspath(source) == "-":
+        raise WeightsError(why_no_file(source, kind))
     if not path.is_dir():
         if not weights.is_hub_id(source):
             raise WeightsError(f"There is no file or folder {source}: give an IP-Adapter file, a folder or a hub id.")
@@ -161,12 +172,14 @@ def load_encoder(source: "str | os.PathLike[str]", place: str, dtype: torch.dtyp
     root = root.parent if root.is_file() else root
     if not root.is_dir():
         root = fetch(os.fspath(source), [f"{place}/*.json", f"{place}/*.safetensors"], hub)
+        if not any((root / place).glob("*.safetensors")):
+            root = fetch(os.fspath(source), [f"{place}/*.json", f"{place}/*.bin"], hub)
     if not (root / place).is_dir():
         raise WeightsError(
             f"There is no image encoder in {root / place}: give its folder with image_encoder_folder, or pass "
             "image_encoder_folder=None to load none."
         )
-    return weights.load_model(root / place, "transformers", "CLIPVisionModelWithProjection", dtype)
+    return weights.load_model(root / place, "transformers", "CLIPVisionModelWithProjection", dtype, allow_bin=True)
 
 
 def check_encoder(layout: Layout, image_encoder: Any) -> None:
@@ -210,6 +223,7 @@ def _report(file: IPAdapterFile, used: Mapping[str, str]) -> ImportReport:
         licence=file.licence,
         used=dict(used),
         parameters=sum(file.tensors[name].numel() for name in used),
+        notes=file.notes,
     )
 
 
@@ -260,19 +274,33 @@ def _below(prefix: str, names: Mapping[str, Any]) -> list[str]:
 
 
 def _checked(
-    origin: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], licence: str | None
+    origin: str,
+    stored: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    licence: str | None,
+    notes: Sequence[str],
 ) -> IPAdapterFile:
+    names, renamed = standard_names(stored)
+    tensors = {name: stored[each] for each, name in names.items()}
     layout = read_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if layout.problem:
         raise WeightsError(f"{origin} {layout.problem}.")
+    check_finite(origin, tensors)
     # Tensors are cloned, as in `Adapter.load`: at a file's unaligned addresses kernels sum in another order.
-    return IPAdapterFile(
-        origin, layout, {name: each.detach().clone() for name, each in tensors.items()}, metadata, licence
-    )
+    copies = {name: each.detach().clone() for name, each in tensors.items()}
+    return IPAdapterFile(origin, layout, copies, metadata, licence, (*notes, *renamed))
 
 
-def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a nested or flat state dict under their flat names."""
+def _flat(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a nested or flat state dict under their flat names, and what was done.
+
+    A training checkpoint holds the state dict under one name, next to a step number and the like, which are left out.
+    """
+    notes: list[str] = []
+    if outer := next((name for name in _CHECKPOINTS if isinstance(state.get(name), Mapping)), None):
+        others = [name for name in state if name != outer]
+        notes = [f"The tensors were taken from {outer!r}{f', and {_listed(others)} left out' if others else ''}."]
+        state = state[outer]
     flat: dict[str, Any] = {}
     for name, value in state.items():
         flat |= {f"{name}.{key}": each for key, each in value.items()} if isinstance(value, Mapping) else {name: value}
@@ -280,25 +308,40 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
         raise WeightsError(
             f"The state dict holds {wrong[0]}, which is not a tensor: pass only image_proj and ip_adapter."
         )
-    return flat
+    return flat, notes
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
-                return tensors, dict(opened.metadata() or {})
-        except SafetensorError as error:
-            raise WeightsError(f"{file} is not a complete safetensors file: download it again.") from error
-    return read_pickle(file), {}
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def read_pickle(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .bin file under their flat names, without running code that it may contain."""
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """Return the tensors and metadata of a file, whatever its ending, and a sentence for each thing done."""
+    if is_pickle(file):
+        tensors, notes = read_pickle(file)
+        if file.suffix == ".safetensors":
+            notes = ["The file is a pickle of torch despite its name; it was read without running code in it.", *notes]
+        return tensors, {}, notes
     try:
-        # Memory mapping avoids reading the tensors when only shapes are needed; it requires the newer zip format.
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+            return tensors, dict(opened.metadata() or {}), []
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(why_unreadable(file, "download it again")) from error
+
+
+def read_pickle(file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Read the tensors of a .bin file under their flat names, without running code that it may contain.
+
+    Also return a sentence for each thing that was done.
+    """
+    try:
+        if file.suffix == ".safetensors":  # of a path, torch.load believes the ending
+            with file.open("rb") as opened:
+                state = torch.load(opened, map_location="cpu", weights_only=True)
+        else:
+            # Memory mapping avoids reading the tensors when only shapes are needed; it requires the newer zip format.
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # damaged pickles raise many types of exceptions
         raise WeightsError(
             f"{file} is a pickle that is truncated or holds more than tensors, and reading it could run code: use the "
