@@ -18,6 +18,33 @@ if TYPE_CHECKING:
     import torch
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_QUOTED = re.compile(r'"[^"]*"')
+_EMPHASIS = (
+    "words have no weights here. Describe what matters in more words, or earlier in the sentence; guidance_scale sets "
+    "how strictly the whole sentence is followed, and identity_scale the strength of the person."
+)
+_NOTATIONS = (  # of other programs, which no text encoder knows, and what to use instead
+    (re.compile(r"[(\[][^()\[\]]*[^()\[\]\d\s]:[-+]?(?:\d?\.\d+|\d)\s*[)\]]"), _EMPHASIS),  # (smiling:1.4), not (16:9)
+    (re.compile(r"\({2,}[^()]+\){2,}|\[{2,}[^\[\]]+\]{2,}"), _EMPHASIS),  # ((smiling))
+    (re.compile(r"(?:\)[+-]+|\b[a-z]{3,}\++)(?=[\s,.]|$)"), _EMPHASIS),  # smiling++, of compel, not C++
+    (
+        re.compile(r"<(?:lora|lyco|lycoris|hypernet)\s*:[^<>]*>", re.IGNORECASE),
+        "files are not loaded from a prompt. Load them with load_lora_weights, and leave this out.",
+    ),
+    (
+        re.compile(r"\bembedding:\S+|<(?:ti|embedding)\s*:[^<>]*>", re.IGNORECASE),
+        "embeddings are not loaded from a prompt. Load them with load_textual_inversion where the base has it, and "
+        "leave this out.",
+    ),
+    (
+        re.compile(r"(?:^|[,\n])\s*BREAK\b"),
+        "prompts are not split here. Write one sentence.",
+    ),
+    (
+        re.compile(r"\{[^{}]*\|[^{}]*\}|__\w+__"),
+        "nothing is chosen from lists here. Write the word that you want, or give several prompts.",
+    ),
+)
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
@@ -69,6 +96,23 @@ def sentences(given: Any, name: str = "prompt") -> list[str]:
             f"The {name} holds bytes that are not valid UTF-8: type it again, or save it as UTF-8."
         ) from error
     return each
+
+
+def prompt_notes(*prompts: Any) -> list[str]:
+    """Return one sentence for each notation of other programs in these prompts (None, one, or a list each).
+
+    The text encoders read it as plain letters, so that it does not act as it would there. The quoted parts of a prompt
+    are letters to be drawn, and are not searched.
+    """
+    given = [[each] if isinstance(each, str) else list(each or ()) for each in prompts]
+    unquoted = [_QUOTED.sub("", one) for each in given for one in each if isinstance(one, str)]
+    notes: list[str] = []
+    for pattern, advice in _NOTATIONS:
+        found = next((match[0] for each in unquoted if (match := pattern.search(each))), None)
+        if found is not None:
+            shown = found.strip(", \n")
+            notes.append(f"The prompt's {shown!r} is read as plain words: {advice}")
+    return notes
 
 
 def negative_sentences(given: Any, count: int) -> list[str]:

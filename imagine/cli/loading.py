@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from imagine.cli.progress import Display
 from imagine.errors import PictureError, WeightsError
-from imagine.paths import as_path, kind_of, shorten_path
+from imagine.paths import as_path, kind_of, shorten_path, why_no_file
 
 if TYPE_CHECKING:
     from imagine.people.faces import FaceFinder
@@ -68,8 +68,8 @@ def load_finder(name: str) -> "FaceFinder | None":
 def check_photos(paths: Sequence[str]) -> None:
     """Raise PictureError unless all paths are files. Their content is checked when they are opened."""
     for path in paths:
-        if kind_of(as_path(path), PictureError) != "file":
-            raise PictureError(f"There is no file {shorten_path(path)}: check the path.")
+        if (kind := kind_of(as_path(path), PictureError)) != "file":
+            raise PictureError(why_no_file(path, kind))
 
 
 def silence_libraries() -> None:

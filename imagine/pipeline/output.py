@@ -14,8 +14,9 @@ class ImagineOutput(BaseOutput):
 
     `images` is a list of PIL pictures, an array (B, H, W, 3) or tensor (B, 3, H, W) in 0..1, or latents. `faces` holds
     the face used from each photo, ordered by picture, then by person. `refined` counts the small faces that the second
-    pass redrew (refine_faces). `notes` holds one sentence for each result that may surprise. `people_found` counts the
-    faces of each picture, if a picture should show several people.
+    pass redrew (refine_faces). `notes` holds one sentence for each result that may surprise, and for each notation of
+    other programs in a prompt, such as "(smiling:1.4)", which does not act here. `people_found` counts the faces of
+    each picture, if a picture should show several people.
     """
 
     images: Any

@@ -14,14 +14,13 @@ noise in any batch and on any accelerator.
 import copy
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -33,13 +32,16 @@ from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.networks import weights
 from imagine.networks.diffusion import add_noise, denormalise_latents, normalise_latents
 from imagine.networks.encoders import TextEncoders
+from imagine.networks.saving import PUSH_OPTIONS, check_save_options, write_whole
 from imagine.people.faces import FaceChoice, FaceFinder
 from imagine.people.persona import Persona
 from imagine.people.reference_encoder import FINDER, ReferenceEncoderMixin, check_encoder, saved_metadata
 from imagine.pipeline import families
-from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factors
+from imagine.pipeline.call import Callback, CallSettings, StepCallback
+from imagine.pipeline.controls import ALL, Blocks, Window, block_factors
 from imagine.pipeline.notes import count_people, photo_notes
 from imagine.pipeline.output import ImagineOutput
+from imagine.pipeline.picture_check import check_picture
 from imagine.pipeline.sampling import Guidance, GuidedDenoiser, Inputs, TextTokens, text_rows
 from imagine.pipeline.second_pass import (
     RefineFaces,
@@ -57,6 +59,7 @@ from imagine.request import (
     generators,
     negative_sentences,
     numbers,
+    prompt_notes,
     read_requests,
     sentences,
     whole,
@@ -66,8 +69,6 @@ ADAPTERS = weights.ADAPTERS
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 MODELS = ("unet", "vae", *ENCODERS)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-
-Callback = Callable[..., Any]  # a function, or one of diffusers' PipelineCallback objects
 
 
 @dataclass
@@ -215,20 +216,34 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         return families.class_for(type(pipeline)).from_pipe(pipeline, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save every component in its current precision, including our adapters and the face finder's files."""
-        folder = Path(save_directory)
-        with weights.quiet_libraries():
-            super().save_pretrained(os.fspath(folder), **kwargs)
-        for name in ADAPTERS:
-            part = getattr(self, name)
-            if part is None:
-                shutil.rmtree(folder / name, ignore_errors=True)  # an earlier save may have left one
-            else:
-                part.save(folder / name, {**saved_metadata(part), "encoder_fingerprint": self.encoder_fingerprint})
-        weights.remove_local_paths(folder)  # local paths are private and useless to the next user
-        source = self._finder_folder
-        if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
-            shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
+        """Save every component in its current precision, including our adapters and the face finder's files.
+
+        The folder is written whole or not at all. Raises WeightsError if a component is missing, or for options whose
+        files could not be loaded again.
+        """
+        check_save_options(kwargs)
+        if lacking := [name for name in (*MODELS, *TOKENIZERS, "scheduler") if getattr(self, name, None) is None]:
+            raise WeightsError(
+                f"The pipeline has no {lacking[0]}, so what is saved could not be loaded: load the pipeline again, or "
+                "save it before free_encoders."
+            )
+        described = {name: part for name in ADAPTERS if (part := getattr(self, name)) is not None}
+        metadata = {
+            name: {**saved_metadata(part), "encoder_fingerprint": self.encoder_fingerprint}
+            for name, part in described.items()
+        }
+        push = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        with write_whole(Path(save_directory), ADAPTERS) as folder:
+            with weights.quiet_libraries():
+                super().save_pretrained(os.fspath(folder), **kwargs)
+            for name, part in described.items():
+                part.save(folder / name, metadata[name])
+            weights.remove_local_paths(folder)  # local paths are private and useless to the next user
+            if (source := self._finder_folder) is not None and source.is_dir():
+                shutil.copytree(source, folder / FINDER)
+        if push:  # not by diffusers' save, which would upload before the adapters are there
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).absolute().name), **hub)
 
     # --- the adapter and the finder ---------------------------------------------------------------------------------
 
@@ -393,11 +408,11 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         """
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         size, copies = self._latent_size(height, width), whole("num_images_per_prompt", num_images_per_prompt)
-        plan = _CallSettings(
+        plan = CallSettings(
             self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale, guidance_balance),
             self._scheduler(num_inference_steps, sigmas, size), Window.read(identity_window), output_type,
             block_factors(self.unet, identity_blocks), self._refining(refine_faces, output_type),
-            _StepCallback.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs),
+            StepCallback.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs),
         )  # fmt: skip
         check_attached(self.unet, self._adapters())
         requests, text, negative = self._encode_requests(
@@ -408,16 +423,17 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         inputs = Inputs(text, negative, self._vision_tokens(personas, copies), plan.factors)
         start = self._start_latents(len(strength), size, generator, latents)
         denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
-        out = self._generate(plan, denoiser, start, strength, personas, progress)
+        words = prompt_notes(prompt, negative_prompt)
+        out = self._generate(plan, denoiser, start, strength, personas, progress, words)
         return out if return_dict else cast(Any, out.to_tuple())
 
     def _generate(
-        self, plan: "_CallSettings", denoiser: GuidedDenoiser, start: Tensor, strength: Tensor,
-        people: list[list[Persona]], progress: Progress,
+        self, plan: CallSettings, denoiser: GuidedDenoiser, start: Tensor, strength: Tensor,
+        people: list[list[Persona]], progress: Progress, words: Sequence[str],
     ) -> ImagineOutput:  # fmt: skip
         """Generate all pictures of a call from their start latents.
 
-        strength: identity strength, (pictures,). people: one list per prompt.
+        strength: identity strength, (pictures,). people: one list per prompt. words: notes on the prompts.
         """
         steps = len(plan.scheduler.timesteps)
         refined, notes = 0, list[str]()
@@ -439,11 +455,13 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
                 images = self.image_processor.postprocess(images, plan.output_type, [False] * len(images))
             elif plan.output_type != "latent":
                 images = self._decode(images, plan.output_type)
+            else:
+                check_picture(images, self._suspects)
         finally:
             _call_state.reset(token)
         self.maybe_free_model_hooks()
         faces = [face for personas in people for persona in personas for face in persona.faces]
-        notes += photo_notes(self.adapter, faces)
+        notes = [*words, *notes, *photo_notes(self.adapter, faces)]
         if plan.output_type != "pil":
             return ImagineOutput(images, faces, refined, notes)
         copies = len(images) // len(people)
@@ -535,7 +553,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
 
     def _denoise(
         self, denoiser: GuidedDenoiser, latents: Tensor, strength: Tensor, scheduler: Any, active: Sequence[bool],
-        on_step: "_StepCallback | None", stage: str = "denoising",
+        on_step: StepCallback | None, stage: str = "denoising",
     ) -> Tensor:  # fmt: skip
         """Run all steps from noise to clean latents, in float32. active: whether the identity acts in each step."""
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -574,10 +592,14 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             second_pass.strength[rows],
             scheduler,
             second_pass.active,
-            _StepCallback(keep, ("latents",)),
+            StepCallback(keep, ("latents",)),
             "redrawing small faces",
         )
         return cast(Tensor, self._decode(latents, "pt"))
+
+    def _suspects(self) -> dict[str, Any]:
+        """Return the components in the order in which a picture that is not finite is traced to them."""
+        return {name: getattr(self, name) for name in (*ADAPTERS, *ENCODERS, "unet", "vae")}
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
@@ -598,43 +620,8 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             latents = denormalise_latents(latents, mean, std)
         latents = latents / float(getattr(self.vae.config, "scaling_factor", 1.0) or 1.0)
         pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        check_picture(pictures, self._suspects)
         return self.image_processor.postprocess(pictures.float(), output_type=output_type)
-
-
-@dataclass(frozen=True)
-class _CallSettings:
-    """The checked arguments of a call that do not depend on its prompts and people."""
-
-    guidance: Guidance
-    scheduler: Any
-    window: Window
-    output_type: str
-    factors: Factors | None
-    refining: RefineFaces | None
-    on_step: "_StepCallback | None"
-
-
-@dataclass(frozen=True)
-class _StepCallback:
-    """A call's callback and the names of the tensors that it receives."""
-
-    callback: Callback
-    inputs: tuple[str, ...]
-
-    @classmethod
-    def make(cls, callback: Callback | None, inputs: Sequence[str], known: Sequence[str]) -> "_StepCallback | None":
-        if callback is None:
-            return None
-        if not callable(callback):
-            raise ConfigError(f"callback_on_step_end={callback!r} cannot be called: give a function.")
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            inputs = callback.tensor_inputs
-        if unknown := [name for name in inputs if name not in known]:
-            raise ConfigError(
-                f"callback_on_step_end_tensor_inputs has the unknown names {', '.join(unknown)}: choose from "
-                f"{', '.join(known)}."
-            )
-        return cls(callback, tuple(inputs))
 
 
 def _load_models(

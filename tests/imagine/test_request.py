@@ -3,7 +3,7 @@
 import pytest
 
 from imagine.errors import PromptError
-from imagine.request import Person, Request, read_requests
+from imagine.request import Person, Request, prompt_notes, read_requests
 
 
 def test_one_prompt_with_a_list_means_several_photos_of_one_person() -> None:
@@ -55,3 +55,41 @@ def test_a_prompt_without_placeholders_shows_all_people() -> None:
 def test_prompts_and_references_that_do_not_match_raise(prompt: object, reference: object, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         read_requests(prompt, reference)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown", "advice"),
+    [
+        ("a man (smiling:1.4) on a beach", "(smiling:1.4)", "guidance_scale"),
+        ("a man, (red hat:.8)", "(red hat:.8)", "guidance_scale"),
+        ("a [cat:dog:0.5] on a sofa", "[cat:dog:0.5]", "guidance_scale"),
+        ("a ((very old)) man", "((very old))", "guidance_scale"),
+        ("a man (smiling)++ here", ")++", "guidance_scale"),
+        ("a smiling++ man", "smiling++", "guidance_scale"),
+        ("a man <lora:detail_tweaker:0.8>", "<lora:detail_tweaker:0.8>", "load_lora_weights"),
+        ("a man <LoRA:x>", "<LoRA:x>", "load_lora_weights"),
+        ("a man, embedding:bad-hands", "embedding:bad-hands", "load_textual_inversion"),
+        ("a man, BREAK a beach", "BREAK", "one sentence"),
+        ("a {red|blue} hat", "{red|blue}", "several prompts"),
+        ("a __colour__ hat", "__colour__", "several prompts"),
+    ],
+)
+def test_notations_of_other_programs_are_noted(prompt: str, shown: str, advice: str) -> None:
+    for given in ((prompt,), (None, [PLAIN, prompt]), (prompt, prompt)):
+        (note,) = prompt_notes(*given)
+        assert shown in note and advice in note and note.endswith(".") and "\n" not in note
+
+
+PLAIN = "a person smiling on a beach"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        PLAIN, "a picture in the ratio (16:9)", "a clock (at 10:30) on a wall", "a man (30 years old) with a hat",
+        'a sign with the letters "(A:1.2) ((X)) <lora:x>"', "a C++ developer", "an A+ student, 18+", "TAKE A BREAK",
+        "{ann} hugs {bob}", "his score (home: 3)", "a [small] cat", "a 3:4 portrait -- of a man", "snake_case",
+    ],
+)  # fmt: skip
+def test_plain_sentences_have_no_note(prompt: str) -> None:
+    assert prompt_notes(prompt) == []

@@ -336,6 +336,8 @@ def test_a_face_number_that_is_too_large(run: Run, weights: Path, photo: Path, t
         (["--reference", "x" * 5000], "File name too long"),
         (["--reference", "ann=" + "x" * 5000], "File name too long"),
         (["--reference", "~nobody-at-all/me.jpg"], "There is no file ~nobody-at-all/me.jpg"),
+        (["--reference", "-"], "- stands for standard input, which is not read"),
+        (["--reference", os.devnull], "is not an ordinary file but standard input, a pipe or a device"),
         (["--weights", "x" * 5000], "File name too long"),
         (["--weights", "~nobody-at-all"], "There is no folder ~nobody-at-all"),
         (["--output", "x" * 5000 + ".png"], "File name too long"),

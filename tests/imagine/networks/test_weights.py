@@ -192,7 +192,7 @@ def with_adapter_metadata(**metadata: str) -> Callable[[Path], None]:
         (with_index(tokenizer=["antigravity", "CLIPTokenizer"]), "antigravity"),
         (with_index(adapter=["antigravity", "Adapter"]), "names a class for adapter"),
         (with_index(latents_mean=[0.0] * 3), "latents_mean holds 3 numbers for 4 latent channels"),
-        (with_index(latents_std="wide"), "latents_std must be a list of 4 numbers"),
+        (with_index(latents_std="wide"), "latents_std must be a list of 4 finite numbers"),
         (with_adapter_metadata(lora_rank="many"), "branches and LoRA"),
         (with_adapter_metadata(branches='[{"name": "vision", "width": "wide"}]'), "branches and LoRA"),
     ],
@@ -327,3 +327,73 @@ def test_default_folder_is_the_checkouts_or_says_how_to_get_weights() -> None:
 def test_the_shipped_weights_take_at_most_48_megabytes() -> None:
     files = [path for path in weights.default_folder().rglob("*") if path.is_file()]
     assert files and sum(path.stat().st_size for path in files) <= 48_000_000
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", [*MODELS, *ADAPTERS])
+def test_a_number_that_is_not_finite_in_any_file_is_refused(folder: Path, part: str, value: float) -> None:
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    name = a_name(tensors)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file, metadata_of(file))
+    with pytest.raises(WeightsError, match="not finite") as caught:
+        ImaginePipeline.from_pretrained(folder)
+    assert part in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+def test_a_statistic_that_is_not_finite_is_refused(folder: Path, name: str) -> None:
+    with_index(**{name: [0.5, float("nan"), 1.0, 1.0]})(folder)
+    with pytest.raises(WeightsError, match=f"{name} must be a list of 4 finite numbers"):
+        ImaginePipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_of_one_variant_loads_without_naming_it(sharded: bool, tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    shards: dict[str, Any] = {"max_shard_size": "20KB"} if sharded else {}
+    pipe.save_pretrained(tmp_path, variant="fp16", **shards)
+    assert not list((tmp_path / "unet").glob("diffusion_pytorch_model.safetensors"))
+    known: list[dict[str, Any]] = [{}, {"variant": "fp16"}]
+    for options in known:
+        loaded = ImaginePipeline.from_pretrained(tmp_path, **options)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.unet.parameters(), pipe.unet.parameters(), strict=True))
+    with pytest.raises(WeightsError, match="no files of the variant 'bf16'; give variant='fp16'"):
+        ImaginePipeline.from_pretrained(tmp_path, variant="bf16")
+
+
+def test_a_variant_that_a_folder_has_not_is_refused_in_a_sentence(folder: Path) -> None:
+    with pytest.raises(WeightsError, match="no files of the variant 'fp16'; leave variant out"):
+        ImaginePipeline.from_pretrained(folder, variant="fp16")
+    for name in ("bf16", "fp16"):
+        shutil.copy(
+            folder / "unet" / "diffusion_pytorch_model.safetensors",
+            folder / "unet" / f"diffusion_pytorch_model.{name}.safetensors",
+        )
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="no files without a variant; give variant='bf16' or give variant='fp16'"):
+        ImaginePipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"<!DOCTYPE html>", "web page"),
+     (b"", "empty"), (b"PK\x03\x04...", "is a pickle")],
+)  # fmt: skip
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "image_encoder", "adapter"])
+def test_a_file_that_was_not_downloaded_is_called_what_it_is(
+    folder: Path, part: str, content: bytes, words: str
+) -> None:
+    next((folder / part).glob("*.safetensors")).write_bytes(content)
+    with pytest.raises(WeightsError, match=words) as caught:
+        ImaginePipeline.from_pretrained(folder)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_component_that_is_only_a_pickle_is_refused_in_a_sentence(folder: Path) -> None:
+    file = next((folder / "unet").glob("*.safetensors"))
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(WeightsError, match=r"as \.bin only"):
+        ImaginePipeline.from_pretrained(folder)

@@ -632,3 +632,95 @@ def test_nothing_is_printed_or_logged(pipe: ImaginePipeline, capfd: Any, caplog:
     draw(pipe, [PROMPT, OTHER], [tiny.photo(1), tiny.photo(2)], generator=[tiny.generator(1), tiny.generator(2)])
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "") and not caplog.records
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+PARTS = ("text_adapter", "adapter", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder", "unet", "vae")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_picture_that_is_not_finite_raises_and_names_the_part(name: str) -> None:
+    pipe = tiny.pipeline()
+    part = getattr(pipe, name)
+    with torch.no_grad():
+        for parameter in part.parameters():
+            parameter.view(-1)[0] = float("nan")
+    with pytest.raises(WeightsError, match=f"{'the vision encoder' if name == 'image_encoder' else name} holds a"):
+        draw(pipe, OTHER, reference=tiny.photo(1))
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_numbers_that_arise_while_drawing_raise(pipe: ImaginePipeline, output_type: Any) -> None:
+    def spoil(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] * float("inf")}
+
+    with pytest.raises(WeightsError, match="although those of all weights are finite"):
+        pipe(PROMPT, generator=tiny.generator(1), output_type=output_type, callback_on_step_end=spoil)
+
+
+# --- notes ------------------------------------------------------------------------------------------------------------
+def test_notations_of_other_programs_are_in_the_notes(pipe: ImaginePipeline) -> None:
+    call: dict[str, Any] = {"generator": tiny.generator(1), "num_inference_steps": 1}
+    out = pipe("a person (smiling:1.4)", negative_prompt="<lora:x>", **call)
+    assert ["(smiling:1.4)" in out.notes[0], "<lora:x>" in out.notes[1], len(out.notes)] == [True, True, 2]
+    assert pipe(PROMPT, **call).notes == []
+
+
+# --- saving whole or not at all ---------------------------------------------------------------------------------------
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["image_encoder", "text_encoder", "tokenizer_2", "vae", "scheduler"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_pipeline_without_a_part_is_not_saved(name: str, existing: bool, tmp_path: Path) -> None:
+    pipe, folder = tiny.pipeline(), tmp_path / "saved"
+    if existing:
+        pipe.save_pretrained(folder)
+    before = all_files(tmp_path)
+    setattr(pipe, name, None)
+    with pytest.raises(WeightsError, match=f"has no {name}"):
+        pipe.save_pretrained(folder)
+    assert all_files(tmp_path) == before and folder.exists() == existing
+
+
+def test_a_save_that_fails_at_the_adapter_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Adapter, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        tiny.pipeline().save_pretrained(tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"safe_serialization": False}, {"use_flashpack": True}])
+def test_what_could_not_be_loaded_again_is_not_saved(
+    pipe: ImaginePipeline, options: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(WeightsError, match="leave it out"):
+        pipe.save_pretrained(tmp_path / "saved", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_of_an_earlier_save_are_replaced(pipe: ImaginePipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    other = tiny.pipeline(seed=3)
+    other.save_pretrained(tmp_path)
+    loaded = ImaginePipeline.from_pretrained(tmp_path, finder=pipe.finder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.unet.parameters(), other.unet.parameters(), strict=True))
+
+
+def test_uploading_comes_after_the_adapters(
+    pipe: ImaginePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def record(_: Any, repo_id: str, **options: Any) -> None:
+        seen.append((repo_id, options, (tmp_path / "mine" / "adapter" / "adapter.safetensors").is_file()))
+
+    monkeypatch.setattr(ImaginePipeline, "push_to_hub", record)
+    pipe.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    pipe.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/mine")
+    assert seen == [("mine", {"private": True}, True), ("me/mine", {}, True)]
