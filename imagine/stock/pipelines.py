@@ -31,13 +31,16 @@ from imagine.adapter.adapter import Adapter, check_attached
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.ip_adapter.loading import IPAdapterLoaderMixin
 from imagine.networks.encoders import TextEncoders
+from imagine.networks.saving import PUSH_OPTIONS, check_save_options, write_whole
 from imagine.networks.weights import HUB_OPTIONS, quiet_libraries, resolve_folder
 from imagine.people.faces import FaceChoice
 from imagine.people.persona import Persona
 from imagine.people.reference_encoder import FINDER, OnNoFace, ReferenceEncoderMixin, check_encoder, identity_spec
 from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factors
+from imagine.pipeline.picture_check import FiniteImageProcessor, naming_the_part
 from imagine.pipeline.second_pass import RefineFaces
 from imagine.records import VISION, Tokens
+from imagine.request import prompt_notes
 from imagine.stock import STOCK_PIPELINES
 from imagine.stock.attention import AttentionBackendMixin
 from imagine.stock.call import (
@@ -53,6 +56,7 @@ from imagine.stock.call import (
 from imagine.stock.files import load_parts, normalise_dtype_argument, save_adapters, saved_adapter_folders, saved_scale
 from imagine.stock.second_pass import StockSecondPass, inpainting
 
+_PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 T5, BYT5 = "t5", "byt5"  # names of the text branches in text adapters
 TEXT_BRANCHES = (T5, BYT5)
 # The models that we add to a stock pipeline, in the order in which a call runs them; offloading relies on this order.
@@ -73,6 +77,12 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
     text_adapter: Adapter | None
     adapter: Adapter | None
     ip_adapters: list[Adapter]
+
+    def _suspects(self) -> dict[str, Any]:
+        """Return the components in the order in which a picture that is not finite is traced to them."""
+        adapters = {"text_adapter": self.text_adapter, "adapter": self.adapter}
+        adapters |= {f"ip_{number}": each for number, each in enumerate(self.ip_adapters)}
+        return {**adapters, **cast(Any, self).components}
 
     def _init_adapters(self) -> None:
         self.text_adapter, self.adapter = None, None
@@ -152,18 +162,29 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the stock components as diffusers does, with our adapters and the face finder's files next to them."""
-        folder = Path(save_directory)
-        with quiet_libraries():
-            cast(Any, super()).save_pretrained(os.fspath(folder), **kwargs)
+        """Save the stock components as diffusers does, with our adapters and the face finder's files next to them.
+
+        The folder is written whole or not at all. Raises WeightsError if something is missing, or for options whose
+        files could not be loaded again.
+        """
+        check_save_options(kwargs)
+        push, hub = (
+            kwargs.pop("push_to_hub", False),
+            {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs},
+        )
         adapters: dict[str, Adapter | None] = {"text_adapter": self.text_adapter, "adapter": self.adapter}
         adapters |= {f"ip_{number}": each for number, each in enumerate(self.ip_adapters)}
         has_encoder = self.reference_encoder is not None or self._encoder_info is not None
         scales = {f"ip_{number}": self._ip_scale(number) for number in range(len(self.ip_adapters))}
-        save_adapters(folder, adapters, scales, self.encoder_fingerprint if has_encoder else None, COMPONENTS)
-        source = self._finder_folder
-        if source is not None and source.is_dir() and source.resolve() != (folder / FINDER).resolve():
-            shutil.copytree(source, folder / FINDER, dirs_exist_ok=True)
+        fingerprint = self.encoder_fingerprint if has_encoder else None
+        with write_whole(Path(save_directory), ("text_adapter", "adapter", "ip_*")) as folder:
+            with quiet_libraries():
+                cast(Any, super()).save_pretrained(os.fspath(folder), **kwargs)
+            save_adapters(folder, adapters, scales, fingerprint, COMPONENTS)
+            if (source := self._finder_folder) is not None and source.is_dir():
+                shutil.copytree(source, folder / FINDER)
+        if push:  # not by diffusers' save, which would upload before the adapters are there
+            cast(Any, self).push_to_hub(hub.pop("repo_id", Path(save_directory).absolute().name), **hub)
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
@@ -274,11 +295,12 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         branch_embeds, negative_branch_embeds: results of `encode_branches` for the prompts, used instead of encoding.
 
         Return the stock result with three more attributes: `faces` (the face used from each photo), `refined` (the
-        number of redrawn faces) and `notes` (a sentence for each picture that could not be refined).
+        number of redrawn faces) and `notes` (sentences on what does not act in a prompt and what could not be refined).
         Raises ImagineError if our additional arguments or adapters are used wrongly.
         """
-        draw = cast(Any, super()).__call__
+        draw = naming_the_part(cast(Any, super()).__call__, self._suspects)
         given = bind_arguments(draw, arguments, options, _OUR_ARGUMENTS)
+        words = prompt_notes(*(given.get(name) for name in _PROMPTS))
         refine_settings = RefineFaces.read(refine_faces, given.get("output_type", "pil"), default=False)
         ours: dict[str, Any] = {
             "identity_scale": identity_scale, "identity_window": Window.read(identity_window),
@@ -288,10 +310,10 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         if not self._adapters():
             self._check_no_adapter_needed(given, reference)
             if refine_settings is None:
-                return draw(**given)
+                return self._add_refined_faces(draw(**given), None, words)
             batch = read_call(self, draw, given, None)[0]
             second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, [()] * batch.prompts, ours)
-            return self._add_refined_faces(draw(**given), second_pass)
+            return self._add_refined_faces(draw(**given), second_pass, words)
         check_attached(self.denoiser, self._adapters())
         self._adapters_to_device()
         try:
@@ -300,7 +322,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             if self.adapter is not None and any(personas):
                 check_encoder(self.adapter, self.encoder_fingerprint)  # it may have been set after the adapter
             second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, personas, ours)
-            out = self._add_refined_faces(self._call_stock(draw, given, batch, personas, ours), second_pass)
+            out = self._add_refined_faces(self._call_stock(draw, given, batch, personas, ours), second_pass, words)
         finally:
             self._offload_adapters()
         if hasattr(out, "images"):
@@ -344,8 +366,8 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         finally:
             kwargs.pop("conditioning", None)  # the stock pipeline holds this dict until its next call
 
-    def _add_refined_faces(self, out: Any, second_pass: StockSecondPass | None) -> Any:
-        """Return the stock call's result, with small faces redrawn if there is a second pass."""
+    def _add_refined_faces(self, out: Any, second_pass: StockSecondPass | None, words: Sequence[str]) -> Any:
+        """Return the stock call's result, with small faces redrawn if there is a second pass, and notes."""
         refined, notes = 0, list[str]()
         if second_pass is not None:
             refined, notes = second_pass.refine(self, out, lambda: self._inpainting_pipeline(second_pass.ip_scales))
@@ -353,7 +375,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
                 Any, self
             ).maybe_free_model_hooks()  # the inpainting pipeline shares our models but does not offload them
         if hasattr(out, "images"):
-            out.refined, out.notes = refined, notes
+            out.refined, out.notes = refined, [*words, *notes]
         return out
 
     def _inpainting_pipeline(self, ip_scales: Sequence[Any]) -> Any:
@@ -553,6 +575,7 @@ def _constructor(stock: Any) -> Any:
     def __init__(self: Any, *arguments: Any, **components: Any) -> None:
         ours = {name: components.pop(name, None) for name in COMPONENTS}
         stock.__init__(self, *arguments, **components)
+        self.image_processor = FiniteImageProcessor.from_config(self.image_processor.config)
         self.register_modules(**ours)
         self._init_adapters()
 

@@ -120,3 +120,39 @@ def test_an_unavailable_component_raises_one_sentence(tmp_path: Path):
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "FluxPipeline"))
     with pytest.raises(WeightsError, match="FluxPipeline"):
         ImaginePipeline.from_pretrained(tmp_path / "stock")
+
+
+# --- whole or not at all ----------------------------------------------------------------------------------------------
+def all_files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_save_that_lacks_the_encoder_leaves_the_folder_as_it_was(existing: bool, tmp_path: Path):
+    pipe, folder = tiny_stock.personal(tiny_stock.stock()), tmp_path / "saved"
+    if existing:
+        pipe.save_pretrained(folder)
+    before = all_files(tmp_path)
+    pipe.vision_encoder = None
+    with pytest.raises(WeightsError, match="no encoder for references"):
+        pipe.save_pretrained(folder)
+    assert all_files(tmp_path) == before and folder.exists() == existing
+
+
+def test_pickles_which_could_not_be_loaded_again_are_not_saved(tmp_path: Path):
+    with pytest.raises(WeightsError, match="safe_serialization=False writes files that imagine does not load"):
+        tiny_stock.personal(tiny_stock.stock()).save_pretrained(tmp_path / "saved", safe_serialization=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_of_an_earlier_save_are_removed(tmp_path: Path):
+    stock = tiny_stock.stock()
+    pipe = tiny_stock.personal(stock)
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "ip_0").mkdir()
+    (tmp_path / "ip_0" / "adapter.safetensors").touch()
+    (tmp_path / "README.md").write_text("mine")
+    pipe.unload_adapter()
+    pipe.save_pretrained(tmp_path)
+    assert not (tmp_path / "ip_0").exists() and not (tmp_path / "adapter").exists()
+    assert (tmp_path / "README.md").read_text() == "mine"

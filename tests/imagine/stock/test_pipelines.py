@@ -286,3 +286,33 @@ def test_references_that_cannot_be_used_raise_one_sentence():
     ready.load_adapter(tiny_stock.identity(ready.unet, input_width=20))
     with pytest.raises(WeightsError, match="width 20, but the vision encoder gives 24"):
         ready(PROMPT, reference=tiny.photo(1))
+
+
+# --- numbers that are not finite, and notes ---------------------------------------------------------------------------
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("name", ["adapter", "text_encoder", "unet"])
+def test_a_picture_that_is_not_finite_raises_and_names_the_part(xl: bool, name: str, output_type: str):
+    pipe = tiny_stock.personal(tiny_stock.stock(xl))
+    with torch.no_grad():
+        for parameter in getattr(pipe, name).parameters():
+            parameter.view(-1)[0] = float("nan")
+    with pytest.raises(WeightsError, match=f"would be black: {name} holds a number that is not finite"):
+        pipe(PROMPT, reference=tiny.photo(1), num_inference_steps=1, output_type=output_type)
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_an_autoencoder_that_is_not_finite_is_named(xl: bool, with_adapter: bool):
+    pipe = tiny_stock.personal(tiny_stock.stock(xl))
+    if not with_adapter:
+        pipe.unload_adapter()
+    with torch.no_grad():
+        pipe.vae.decoder.conv_out.bias[0] = float("inf")
+    with pytest.raises(WeightsError, match=r"vae holds .* in decoder\.conv_out\.bias"):
+        pipe(PROMPT, num_inference_steps=1)
+
+
+def test_notations_of_other_programs_are_in_the_notes(pipe: Any):
+    for reference in (None, tiny.photo(1)):
+        out = pipe("a person (smiling:1.4)", reference=reference, negative_prompt="<lora:x:1>", num_inference_steps=1)
+        assert "(smiling:1.4)" in out.notes[0] and "<lora:x:1>" in out.notes[1] and len(out.notes) == 2
+    assert pipe(PROMPT, num_inference_steps=1).notes == []
