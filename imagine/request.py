@@ -98,7 +98,7 @@ def sentences(given: Any, name: str = "prompt") -> list[str]:
     return each
 
 
-def prompt_notes(*prompts: Any) -> list[str]:
+def word_notes(*prompts: Any) -> list[str]:
     """Return one sentence for each notation of other programs in these prompts (None, one, or a list each).
 
     The text encoders read it as plain letters, so that it does not act as it would there. The quoted parts of a prompt

@@ -59,10 +59,10 @@ from imagine.request import (
     generators,
     negative_sentences,
     numbers,
-    prompt_notes,
     read_requests,
     sentences,
     whole,
+    word_notes,
 )  # fmt: skip
 
 ADAPTERS = weights.ADAPTERS
@@ -423,8 +423,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         inputs = Inputs(text, negative, self._vision_tokens(personas, copies), plan.factors)
         start = self._start_latents(len(strength), size, generator, latents)
         denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
-        words = prompt_notes(prompt, negative_prompt)
-        out = self._generate(plan, denoiser, start, strength, personas, progress, words)
+        out = self._generate(plan, denoiser, start, strength, personas, progress, word_notes(prompt, negative_prompt))
         return out if return_dict else cast(Any, out.to_tuple())
 
     def _generate(
@@ -633,7 +632,7 @@ def _load_models(
         if name in given:
             continue
         library, class_name = index[name]
-        options = {} if variant is None else {"variant": variant}
+        options: dict[str, Any] = {} if variant is None else {"variant": variant}
         models[name] = weights.load_model(folder / name, library, class_name, dtype, **options)
     return models
 

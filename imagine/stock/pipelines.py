@@ -40,7 +40,7 @@ from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factor
 from imagine.pipeline.picture_check import FiniteImageProcessor, naming_the_part
 from imagine.pipeline.second_pass import RefineFaces
 from imagine.records import VISION, Tokens
-from imagine.request import prompt_notes
+from imagine.request import word_notes
 from imagine.stock import STOCK_PIPELINES
 from imagine.stock.attention import AttentionBackendMixin
 from imagine.stock.call import (
@@ -300,7 +300,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         """
         draw = naming_the_part(cast(Any, super()).__call__, self._suspects)
         given = bind_arguments(draw, arguments, options, _OUR_ARGUMENTS)
-        words = prompt_notes(*(given.get(name) for name in _PROMPTS))
+        words = word_notes(*(given.get(name) for name in _PROMPTS))
         refine_settings = RefineFaces.read(refine_faces, given.get("output_type", "pil"), default=False)
         ours: dict[str, Any] = {
             "identity_scale": identity_scale, "identity_window": Window.read(identity_window),

@@ -3,7 +3,7 @@
 import pytest
 
 from imagine.errors import PromptError
-from imagine.request import Person, Request, prompt_notes, read_requests
+from imagine.request import Person, Request, read_requests, word_notes
 
 
 def test_one_prompt_with_a_list_means_several_photos_of_one_person() -> None:
@@ -76,7 +76,7 @@ def test_prompts_and_references_that_do_not_match_raise(prompt: object, referenc
 )
 def test_notations_of_other_programs_are_noted(prompt: str, shown: str, advice: str) -> None:
     for given in ((prompt,), (None, [PLAIN, prompt]), (prompt, prompt)):
-        (note,) = prompt_notes(*given)
+        (note,) = word_notes(*given)
         assert shown in note and advice in note and note.endswith(".") and "\n" not in note
 
 
@@ -92,4 +92,4 @@ PLAIN = "a person smiling on a beach"
     ],
 )  # fmt: skip
 def test_plain_sentences_have_no_note(prompt: str) -> None:
-    assert prompt_notes(prompt) == []
+    assert word_notes(prompt) == []
