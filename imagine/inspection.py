@@ -83,8 +83,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _folder(folder: Path) -> dict[str, Any]:
     if (folder / INDEX).is_file():
         return _weights(folder)
-    if (folder / "adapter" / "adapter.safetensors").is_file():  # an imported IP-Adapter
-        return _file(folder / "adapter" / "adapter.safetensors")
+    if files := _adapter_files(folder / "adapter"):  # an imported IP-Adapter
+        return _file(files[0])
     files = [file for file in sorted(folder.glob("*.safetensors")) if file.name not in (LORA_FILE, KOHYA_FILE)]
     files = files or sorted(folder.glob("*.bin")) or sorted(folder.glob("*.safetensors"))
     if not files:
@@ -94,6 +94,11 @@ def _folder(folder: Path) -> dict[str, Any]:
             return _file(files[0])
         raise WeightsError(f"{folder} holds {len(files)} safetensors files: name one of them.")
     return {"kind": "model", "class": _class(folder / "config.json"), **_sum([_read(file) for file in files])}
+
+
+def _adapter_files(folder: Path) -> list[Path]:
+    """Return the files of an adapter's folder; the one without a variant (adapter.safetensors) is first."""
+    return sorted(folder.glob("adapter*.safetensors"), key=lambda file: (len(file.name), file.name))
 
 
 def _weights(folder: Path) -> dict[str, Any]:
@@ -107,7 +112,7 @@ def _weights(folder: Path) -> dict[str, Any]:
     described: dict[str, Any] = {}
     imported = sorted(path.name for path in folder.glob("ip_*"))  # IP-Adapters on a stock pipeline
     for name in ("text_adapter", "adapter", *imported):
-        if (folder / name).is_dir() and (files := sorted((folder / name).glob("*.safetensors"))):
+        if files := _adapter_files(folder / name):
             described[name] = _file(files[0])
     identity = described.get("adapter", {})
     return {
@@ -269,8 +274,8 @@ def _ip_adapter(path: Path, header: _Header) -> dict[str, Any]:
     """Return the variant, sizes and problems of a standard file; also check an image encoder in the same folder."""
     layout, metadata = read_layout(header.shapes), header.metadata
     problems = [f"It {layout.problem}."] if layout.problem else []
-    if not layout.problem and layout.comfyui:
-        problems.append(f"ComfyUI_IPAdapter_plus cannot load it: it {layout.comfyui}.")
+    if not layout.problem:
+        problems += layout.unsupported_sentences()
     found = _features(path.parent / "image_encoder", layout.kind == "linear")
     faces = (layout.kind or "").startswith("faceid")
     if not faces and layout.input_width is not None and found not in (None, layout.input_width):

@@ -45,6 +45,7 @@ from imagine.adapter.projections import (
     Kind,
     LinearProjection,
     PlusProjection,
+    plus_inner_width,
 )
 from imagine.errors import ConfigError, WeightsError
 from imagine.networks.files import why_unreadable
@@ -71,7 +72,8 @@ class BranchSpec:
     together with the base.
     A `projection` (projections.py) maps vision features of `input_width` to tokens of `width`: "full" and "plus" read
     the encoder's penultimate tokens, "linear" its pooled embedding. "plus" and "linear" produce `tokens` of them;
-    "plus" computes at `inner_width`, and its attention heads together have `attention_width`.
+    "plus" computes at `inner_width`, and its attention heads together have `attention_width`; both have the sizes of
+    the published IP-Adapter Plus files by default (`plus_inner_width`), which other programs require.
     `absent` selects what the branch reads for a picture without a person, as in the unconditional pass of guidance:
     nothing ("off"), or the encoder's output for an empty input ("zeros": a normalised picture of zeros, which is grey,
     or a zero embedding), as IP-Adapters were trained.
@@ -92,6 +94,13 @@ class BranchSpec:
     attention_width: int | None = None
     absent: Literal["off", "zeros"] = "off"
 
+    def __post_init__(self) -> None:
+        """Resolve the default widths of a plus projection, so that a saved description does not depend on them."""
+        if self.projection == "plus":
+            inner = self.inner_width or plus_inner_width(self.width)
+            object.__setattr__(self, "inner_width", inner)
+            object.__setattr__(self, "attention_width", self.attention_width or inner)
+
     def build_projection(self) -> nn.Module | None:
         """Return the projection with random initial weights; None if the branch has none."""
         if self.projection is None or self.input_width is None:
@@ -100,9 +109,9 @@ class BranchSpec:
             return FullProjection(self.input_width, self.width)
         if self.projection == "linear":
             return LinearProjection(self.input_width, self.width, self.tokens or LINEAR_TOKENS)
-        inner = self.inner_width or self.width
+        assert self.inner_width is not None and self.attention_width is not None
         return PlusProjection(
-            self.input_width, self.width, inner, self.attention_width or inner, self.tokens or PLUS_TOKENS
+            self.input_width, self.width, self.inner_width, self.attention_width, self.tokens or PLUS_TOKENS
         )
 
 
@@ -180,11 +189,18 @@ class Adapter(nn.Module):
     def detach(self, denoiser: nn.Module) -> None:
         """Undo `attach`; detaching the last adapter restores the stock processors. Raise WeightsError if unattached."""
         check_attached(denoiser, [self])
+        self.release(denoiser)
+
+    def release(self, denoiser: nn.Module) -> None:
+        """Remove this adapter from every layer that still has it, whatever other code did to the other layers."""
         mine = self.layers()
         for name, attn in attention_layers(denoiser).items():
-            processor = _processor_for(name, attn)
+            processor = processor_of(attn)
+            if not isinstance(processor, ParallelAttention) or name not in mine:
+                continue
             rest = [layer for layer in processor.layers if layer is not mine[name]]
-            _install(attn, _with_layers(processor, rest) if rest else processor.stock)
+            if len(rest) < len(processor.layers):
+                _install(attn, _with_layers(processor, rest) if rest else processor.stock)
 
     def _check_fits(self, targets: Mapping[str, Attention]) -> None:
         if list(targets) != self._layer_names:
@@ -261,9 +277,10 @@ class Adapter(nn.Module):
 
     # --- files ------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str], variant: str | None = None) -> None:
         """Write one safetensors file: `path` itself, or adapter.safetensors in it if it does not end in .safetensors.
 
+        A `variant` is part of the file's name, as in diffusers: adapter.fp16.safetensors.
         `metadata` must contain base, encoder, feature_layer, tokens and licence, and may contain more. Raises
         ValueError if one is missing.
         """
@@ -276,7 +293,8 @@ class Adapter(nn.Module):
             "lora_rank": str(self.lora_rank),
             "lora_targets": json.dumps(self.lora_targets),
         }
-        file = _file(path)
+        file = as_path(path)
+        file = file if file.suffix == ".safetensors" else file / file_name(variant)
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f"{file.name}.partial")
         save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, unfinished, self.metadata)
@@ -284,16 +302,21 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], denoiser: nn.Module, expected: Mapping[str, str] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        denoiser: nn.Module,
+        expected: Mapping[str, str] | None = None,
+        variant: str | None = None,
     ) -> "Adapter":
         """Load an adapter for this denoiser, bit-identical, in the saved precision, on the denoiser's device.
 
+        `path` is a file, or a folder in which `variant` chooses the file (see `find_file`).
         For a denoiser on the meta device, of which only the layers matter, the adapter is on the CPU.
 
         `expected` holds metadata that must match, such as {"encoder": ...}. Raises WeightsError if the file does not
         fit.
         """
-        file = _file(path)
+        file = find_file(path, variant)
         metadata, tensors = _read(file)
         for key, value in (expected or {}).items():
             if metadata.get(key) != value:
@@ -301,7 +324,7 @@ class Adapter(nn.Module):
                     f"{file} has {key} {metadata.get(key)!r}, but {value!r} is needed; use a file made for it."
                 )
         try:
-            specs = [BranchSpec(**spec) for spec in json.loads(metadata["branches"])]
+            specs = saved_specs(metadata)
             rank, targets = int(metadata["lora_rank"]), json.loads(metadata["lora_targets"])
             with torch.device("meta"):  # skips the initialisation and draws no random numbers
                 adapter = cls(denoiser, specs, rank, targets)
@@ -328,8 +351,17 @@ def check_attached(denoiser: nn.Module, adapters: Iterable[Adapter]) -> None:
                     f"The adapter with branch {layer.owner!r} is not attached to {name}, whose processor is "
                     f"{type(processor).__name__}: set_attention_slice, set_attn_processor, enable_xformers, "
                     "fuse_qkv_projections and IP-Adapters replace it; do not use them, or call "
-                    "set_attn_processor(AttnProcessor2_0()) and then attach."
+                    "set_attn_processor(AttnProcessor2_0()) and then load the adapter again."
                 )
+
+
+def is_attached(denoiser: nn.Module, adapter: Adapter) -> bool:
+    """Return whether an adapter is attached to every attention layer."""
+    try:
+        check_attached(denoiser, [adapter])
+    except WeightsError:
+        return False
+    return True
 
 
 def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
@@ -399,8 +431,9 @@ def _check_specs(branches: Sequence[BranchSpec]) -> None:
             raise ConfigError(f"A branch cannot be called {spec.name!r}, which torch uses itself; use another word.")
         if (spec.projection is None) != (spec.input_width is None):
             raise ConfigError(f"Branch {spec.name!r} must give both projection and input_width, or neither.")
-        inner = spec.inner_width or spec.width
-        if spec.projection == "plus" and (inner % PLUS_HEAD or (spec.attention_width or inner) % PLUS_HEAD):
+        if spec.projection == "plus" and any(
+            (each or 0) % PLUS_HEAD for each in (spec.inner_width, spec.attention_width)
+        ):
             raise ConfigError(
                 f"Branch {spec.name!r}: the widths inside a plus projection must be multiples of {PLUS_HEAD}."
             )
@@ -455,14 +488,45 @@ def _add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     root.add_module(last, module)
 
 
-def _file(path: str | os.PathLike[str]) -> Path:
+def saved_specs(metadata: Mapping[str, str]) -> tuple[BranchSpec, ...]:
+    """Return the specs of the branches in a saved adapter. Raises KeyError, TypeError or ValueError if they are wrong.
+
+    Older files leave out a plus projection's inner width if it equals the width.
+    """
+    described: list[dict[str, Any]] = json.loads(metadata["branches"])
+    for each in described:
+        if each.get("projection") == "plus" and each.get("inner_width") is None:
+            each["inner_width"] = each["width"]
+    return tuple(BranchSpec(**each) for each in described)
+
+
+def file_name(variant: str | None = None) -> str:
+    """Return the name of an adapter's file; a variant such as "fp16" stands where diffusers puts it."""
+    return FILE_NAME if variant is None else FILE_NAME.replace(".", f".{variant}.")
+
+
+def find_file(path: str | os.PathLike[str], variant: str | None = None) -> Path:
+    """Return an adapter's file: `path` itself, or the file of this variant in the folder `path`.
+
+    If the folder has no such file, the file without a variant is next, and then the only other one. Raises WeightsError
+    if the folder has several other variants.
+    """
     path = as_path(path)
-    return path if path.suffix == ".safetensors" else path / FILE_NAME
+    if path.suffix == ".safetensors":
+        return path
+    for name in (file_name(variant), FILE_NAME):
+        if (path / name).is_file():
+            return path / name
+    others = sorted(path.glob(FILE_NAME.replace(".", ".*.")))
+    if len(others) > 1:
+        names = ", ".join(other.name for other in others)
+        raise WeightsError(f"{shorten_path(path)} holds several variants of the adapter ({names}): give variant=.")
+    return others[0] if others else path / FILE_NAME
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return the metadata of a saved adapter; no denoiser is needed. Raise WeightsError as `Adapter.load` does."""
-    return _read(_file(path))[0]
+    return _read(find_file(path))[0]
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -21,6 +21,14 @@ PLUS_TOKENS = 16
 PLUS_DEPTH = 4  # diffusers silently ignores further layers
 PLUS_HEAD = 64  # diffusers assumes heads of this width
 
+# Text width to inner width of the published Plus files. ComfyUI, sd-webui and InvokeAI support no other sizes.
+_PLUS_INNER_WIDTHS = {768: 768, 2048: 1280}
+
+
+def plus_inner_width(width: int) -> int:
+    """Return the inner width of a plus projection to tokens of `width`: the published one, or a multiple of 64."""
+    return _PLUS_INNER_WIDTHS.get(width, -(-width // PLUS_HEAD) * PLUS_HEAD)
+
 
 class LinearProjection(nn.Module):
     """Maps a pooled embedding (batch, images, E) to `tokens` tokens each: (batch, images * tokens, width)."""

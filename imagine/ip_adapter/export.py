@@ -157,8 +157,7 @@ def _not_carried(adapter: Adapter, layout: Layout, name: str, without_encoder: b
             "No image encoder is next to the file: supply the encoder that the adapter was trained with, because it "
             "does not work with another one."
         )
-    if layout.comfyui:
-        notes.append(f"ComfyUI_IPAdapter_plus cannot load the file: it {layout.comfyui}.")
+    notes += layout.unsupported_sentences()
     return [*notes, "Masks, time windows and other call settings are not in the file: set them in the other program."]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from imagine.adapter.adapter import FILE_NAME, Adapter
+from imagine.adapter.adapter import FILE_NAME, Adapter, find_file
 from imagine.errors import WeightsError
 from imagine.ip_adapter.export import ExportReport, export_adapter
 from imagine.ip_adapter.reading import (
@@ -28,6 +28,7 @@ from imagine.ip_adapter.reading import (
     read_pickle,
 )
 from imagine.networks import weights
+from imagine.networks.models import empty_denoiser
 from imagine.networks.saving import write_whole
 from imagine.networks.vision_conversion import from_transformers
 from imagine.planning.bases import read_base
@@ -51,7 +52,7 @@ def import_folder(
     image encoder is read from the folder `image_encoder`, else from the one next to the file. Raises WeightsError or
     ConfigError if the source, the base or the encoder does not fit.
     """
-    denoiser = _denoiser(read_base(base).components[DENOISER].config)
+    denoiser = empty_denoiser(read_base(base).components[DENOISER].config)
     path = find_weights_file(source, subfolder, weight_name)
     file = read_ip_adapter(path)
     adapter, report = import_adapter(file, denoiser)
@@ -83,7 +84,7 @@ def export_folder(folder: Path, file: Path, base: str | None = None) -> ExportRe
     exported.
     """
     place = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
-    if not (place / FILE_NAME).is_file():
+    if not find_file(place).is_file():
         raise WeightsError(f"There is no {ADAPTER}/{FILE_NAME} in {folder}: give a folder that holds an adapter.")
     if base is not None:
         config: Mapping[str, Any] = read_base(base).components[DENOISER].config
@@ -93,7 +94,7 @@ def export_folder(folder: Path, file: Path, base: str | None = None) -> ExportRe
         raise WeightsError(
             f"{folder} has no {DENOISER}/config.json, so its adapter's denoiser is unknown: give the base with --base."
         )
-    denoiser = _denoiser(config)
+    denoiser = empty_denoiser(config)
     adapter = Adapter.load(place, denoiser)
     return export_adapter(adapter, denoiser, file, _encoder_in(folder))
 
@@ -112,14 +113,6 @@ def stored_precision(folder: Path) -> torch.dtype:
         return torch.float32
     tensors = (tensor for file in sorted(folder.glob("*.bin")) for tensor in read_pickle(file)[0].values())
     return next((tensor.dtype for tensor in tensors if tensor.dtype.is_floating_point), torch.float32)
-
-
-def _denoiser(config: Mapping[str, Any]) -> Any:
-    """Return the denoiser of a configuration on the meta device, without weights."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config({**config})
 
 
 def _encoder_in(folder: Path) -> Any:

@@ -31,6 +31,8 @@ ENCODERS = {  # (width of the tokens, width of the pooled embedding)
     "OpenCLIP ViT-H/14": (1280, 1024), "OpenCLIP ViT-bigG/14": (1664, 1280), "CLIP ViT-L/14": (1024, 768),
 }  # fmt: skip
 
+COMFYUI, WEBUI, INVOKEAI = "ComfyUI_IPAdapter_plus", "sd-webui-controlnet", "InvokeAI"  # other programs that load files
+
 _BRANCH = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of data-parallel and compiled modules
 _TRAINER = ("image_proj_model.", "adapter_modules.")
@@ -67,22 +69,39 @@ class Layout:
         return encoder_of(self.kind, self.input_width)
 
     @property
-    def comfyui(self) -> str:
-        """Why ComfyUI_IPAdapter_plus cannot load a file that diffusers can, as the rest of a sentence; "" if it can."""
-        if self.kind == "full" and self.width == 2048:
-            return (
-                "has a Full projection, which ComfyUI's nodes support on Stable Diffusion 1.5 only: use Plus for SDXL"
+    def unsupported(self) -> dict[str, str]:
+        """Why other programs cannot load a file that diffusers can: the rest of a sentence for each such program.
+
+        The rules are those of the programs' code (docs/ip_adapter.md, "Which projection to train").
+        """
+        xl = self.width == 2048
+        inner, heads = (1280, 20) if xl else (self.width, 12)
+        found: dict[str, str] = {}
+        if self.kind == "full" and xl:
+            reason = "has a Full projection, which it supports on Stable Diffusion 1.5 only: use Plus for SDXL"
+            found = {COMFYUI: reason, WEBUI: reason}
+        if self.kind != "plus":
+            return found
+        if (self.tokens, self.inner_width) != (16, inner):
+            sizes = f"has a Plus projection whose sizes differ from the 16 tokens of width {inner} that it requires"
+            found = {COMFYUI: sizes, WEBUI: sizes}
+        if self.input_width != 1280:
+            found.setdefault(
+                WEBUI, f"reads features of width {self.input_width}, but it requires those of ViT-H (1280)"
             )
-        wanted = 1280 if self.width == 2048 else self.width
-        if self.kind == "plus" and (self.tokens, self.inner_width) != (16, wanted):
-            return (
-                f"has a Plus projection whose sizes differ from the 16 tokens of width {wanted} that ComfyUI's nodes "
-                "require"
-            )
-        heads = 20 if self.width == 2048 else 12
-        if self.kind == "plus" and self.attention_width != heads * PLUS_HEAD:
-            return f"has a Plus projection without the {heads} heads that ComfyUI's nodes require"
-        return ""
+        if self.width not in (768, 2048):
+            found[INVOKEAI] = "has a Plus projection, which it supports for Stable Diffusion 1.5 and XL only"
+        if self.attention_width != heads * PLUS_HEAD:
+            for program in (COMFYUI, WEBUI, INVOKEAI):
+                found.setdefault(program, f"has a Plus projection without the {heads} heads that it requires")
+        return found
+
+    def unsupported_sentences(self) -> list[str]:
+        """Return one sentence for each reason in `unsupported`, with the programs that it holds for."""
+        programs: dict[str, list[str]] = {}
+        for program, reason in self.unsupported.items():
+            programs.setdefault(reason, []).append(program)
+        return [f"{' and '.join(names)} cannot load the file: it {reason}." for reason, names in programs.items()]
 
 
 def encoder_of(kind: str | None, width: int | None) -> str | None:

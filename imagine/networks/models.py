@@ -5,12 +5,18 @@ config.json. The defaults are those of the portrait world, chosen for two CPU co
 8x8 latents, because the time of a training step is proportional to parameters times positions.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import AutoencoderDC, UNet2DConditionModel
 from diffusers.models.autoencoders.autoencoder_dc import ResBlock
 from torch import nn
+
+from imagine.errors import WeightsError
 
 
 def build_autoencoder(
@@ -99,3 +105,18 @@ def build_denoiser(
         class_embed_type=None if pooled_width is None else "projection",
         projection_class_embeddings_input_dim=pooled_width,
     )
+
+
+def empty_denoiser(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """Return the denoiser of a configuration on the meta device, without weights; its layers suffice for an adapter."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config({**config})
+
+
+def read_empty_denoiser(folder: Path) -> UNet2DConditionModel:
+    """Return the `empty_denoiser` of a folder's config.json. Raises WeightsError if there is none."""
+    file = folder / "config.json"
+    try:
+        return empty_denoiser(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file} cannot be read as JSON; copy or download the weights again.") from error

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from imagine.adapter.adapter import FILE_NAME, LORA_TARGETS, Adapter, BranchSpec, read_metadata
-from imagine.adapter.projections import PLUS_HEAD
+from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, read_metadata, saved_specs
 from imagine.errors import ConfigError, WeightsError
 from imagine.networks.weights import ADAPTERS, INDEX, default_folder
 
@@ -193,10 +192,7 @@ def add_branches(base: Blueprint, text_encoders: Sequence[str], projection: str,
     encoder_config = components[vision_encoder].config
     width = int(encoder_config.get("width") or encoder_config["hidden_size"])
     text_width = _text_width(components["unet"])
-    # IP-Adapter Plus has 1280 for SDXL and 768 for SD 1.5; heads are 64 wide.
-    inner = -(-min(width, text_width) // PLUS_HEAD) * PLUS_HEAD
-    sizes = {"inner_width": inner, "attention_width": inner} if projection == "plus" else {}
-    vision = BranchSpec(VISION, text_width, projection=projection, input_width=width, **sizes)  # type: ignore[arg-type]
+    vision = BranchSpec(VISION, text_width, projection=projection, input_width=width)  # type: ignore[arg-type]
     adapters = {"text_adapter": AdapterShape(tuple(text))} if text else {}
     return Blueprint(base.name, components, {**adapters, "adapter": AdapterShape((vision,), lora_rank)})
 
@@ -264,12 +260,10 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _shape(folder: Path) -> AdapterShape:
-    metadata = read_metadata(folder / FILE_NAME)
+    metadata = read_metadata(folder)
     try:
-        specs = tuple(BranchSpec(**spec) for spec in json.loads(metadata["branches"]))
-        return AdapterShape(
-            specs, int(metadata["lora_rank"]), tuple(json.loads(metadata["lora_targets"])) or LORA_TARGETS
-        )
+        targets = tuple(json.loads(metadata["lora_targets"])) or LORA_TARGETS
+        return AdapterShape(saved_specs(metadata), int(metadata["lora_rank"]), targets)
     except (KeyError, TypeError, ValueError) as error:
         raise WeightsError(
             f"The metadata of the adapter in {folder} do not describe its branches and LoRA: save it again."

@@ -37,7 +37,6 @@ from train.run.grids import save_grid
 from train.task import Loss, Share, TaskContext, Weight
 from train.tasks.base import VALIDATION_SEED, Gamma, check_lora, images_without_effect
 
-_PLUS_HEAD = 64  # width of the attention heads in a plus projection
 _TOKENS = {"t5": 256, "byt5": 128}  # highest number of tokens per caption
 
 
@@ -150,15 +149,9 @@ class DiffusersTask:
         """
         settings, width = self.settings, int(self.unet.config.cross_attention_dim)
         vision_width = int(self.vision.config.width)
-        inner = (
-            max(_PLUS_HEAD, min(width, vision_width) // _PLUS_HEAD * _PLUS_HEAD)
-            if settings.projection == "plus"
-            else None
-        )
         spec = BranchSpec(
-            VISION, width, 1.0, settings.zero_init is not False, settings.projection or "full", vision_width,
-            inner_width=inner,
-        )  # fmt: skip
+            VISION, width, 1.0, settings.zero_init is not False, settings.projection or "full", vision_width
+        )
         initial_tensors: dict[str, Tensor] = {}
         if settings.ip_adapter is not None:
             imported = import_adapter(read_ip_adapter(settings.ip_adapter), self.unet)[0]

@@ -12,11 +12,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from imagine.adapter.adapter import Adapter, BranchSpec, prepare
+from imagine.adapter.adapter import Adapter, BranchSpec, prepare, saved_specs
 from imagine.adapter.projections import Kind
 from imagine.errors import WeightsError
 from imagine.ip_adapter.export import ExportReport, export_adapter
-from imagine.ip_adapter.layout import KOHYA_FILE, PLUS_DEPTH, PLUS_HEAD, Layout, projection_shapes, read_layout
+from imagine.ip_adapter.layout import (
+    COMFYUI,
+    INVOKEAI,
+    KOHYA_FILE,
+    PLUS_DEPTH,
+    PLUS_HEAD,
+    WEBUI,
+    Layout,
+    projection_shapes,
+    read_layout,
+)
 from imagine.ip_adapter.reading import check_encoder, import_adapter, read_ip_adapter
 from imagine.records import Conditioning, Tokens
 from tests import tiny, tiny_ip
@@ -470,11 +480,10 @@ def pipe_adapter_without_lora(pipe: Any) -> Adapter:
     return adapter
 
 
-def test_what_comfyui_cannot_load_is_reported() -> None:
+def test_what_other_programs_cannot_load_is_reported() -> None:
     def layout(kind: str, width: int, **sizes: int) -> Layout:
-        shapes = projection_shapes(
-            kind, sizes.get("tokens", 16), 1280, width, sizes.get("inner", 1280), sizes.get("heads", 20) * 64
-        )
+        seen, inner, heads = sizes.get("seen", 1280), sizes.get("inner", 1280), sizes.get("heads", 20)
+        shapes = projection_shapes(kind, sizes.get("tokens", 16), seen, width, inner, heads * 64)
         named = {f"image_proj.{name}": shape for name, shape in shapes.items()}
         for each in ("to_k_ip", "to_v_ip"):
             named[f"ip_adapter.1.{each}.weight"] = (320, width)
@@ -482,8 +491,43 @@ def test_what_comfyui_cannot_load_is_reported() -> None:
         assert not found.problem
         return found
 
-    assert "Full projection" in layout("full", 2048).comfyui and layout("full", 768).comfyui == ""
-    assert layout("plus", 2048).comfyui == "" and layout("plus", 768, inner=768, heads=12).comfyui == ""
-    assert "16 tokens of width 1280" in layout("plus", 2048, inner=640).comfyui
-    assert "20 heads" in layout("plus", 2048, heads=10).comfyui
-    assert layout("linear", 2048, tokens=4).comfyui == ""
+    for everywhere in (
+        layout("plus", 2048), layout("plus", 768, inner=768, heads=12),
+        layout("full", 768), layout("linear", 2048, tokens=4),
+    ):  # fmt: skip
+        assert everywhere.unsupported == {} and everywhere.unsupported_sentences() == []
+    assert set(layout("full", 2048).unsupported) == {COMFYUI, WEBUI}
+    assert set(layout("plus", 2048, seen=1664).unsupported) == {WEBUI}
+    assert set(layout("plus", 768, inner=768, heads=12, seen=1024).unsupported) == {WEBUI}
+    assert set(layout("plus", 1024, inner=1024, heads=12).unsupported) == {INVOKEAI}
+    assert set(layout("plus", 2048, tokens=8).unsupported) == {COMFYUI, WEBUI}
+    assert set(layout("plus", 2048, heads=10).unsupported) == {COMFYUI, WEBUI, INVOKEAI}
+    (sizes, heads) = layout("plus", 2048, inner=2048, heads=32).unsupported_sentences()
+    assert sizes.startswith("ComfyUI_IPAdapter_plus and sd-webui-controlnet cannot load") and "width 1280" in sizes
+    assert heads.startswith("InvokeAI cannot load") and "20 heads" in heads
+
+
+@pytest.mark.parametrize(("width", "inner"), [(2048, 1280), (768, 768)])
+def test_a_default_plus_projection_loads_in_every_program(width: int, inner: int) -> None:
+    spec = BranchSpec("vision", width, projection="plus", input_width=1280)
+    assert (spec.inner_width, spec.attention_width) == (inner, inner)
+    with torch.device("meta"):
+        projection = spec.build_projection()
+    assert projection is not None
+    shapes = {f"image_proj.{name}": tuple(each.shape) for name, each in projection.state_dict().items()}
+    shapes |= {f"ip_adapter.1.to_{each}_ip.weight": (320, width) for each in "kv"}
+    found = read_layout(shapes)
+    assert not found.problem and found.unsupported == {}
+
+
+def test_an_older_adapter_whose_inner_width_is_its_width_still_loads(tmp_path: Path) -> None:
+    base = tiny_ip.unet()
+    saved = Adapter(base, [BranchSpec("vision", 128, projection="plus", input_width=24)])
+    saved.save(tmp_path, dict.fromkeys(("base", "encoder", "feature_layer", "tokens", "licence"), "-"))
+    file = tmp_path / "adapter.safetensors"
+    older = {"inner_width": None, "attention_width": None}
+    described = [{**each, **older} for each in json.loads(saved.metadata["branches"])]
+    save_file(load_file(file), file, {**saved.metadata, "branches": json.dumps(described)})
+    assert Adapter.load(file, base).branch_specs == saved.branch_specs
+    for_sdxl = saved_specs({"branches": json.dumps([{**described[0], "width": 2048}])})
+    assert (for_sdxl[0].inner_width, for_sdxl[0].attention_width) == (2048, 2048)
