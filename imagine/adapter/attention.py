@@ -29,6 +29,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
+from imagine.errors import WeightsError
 from imagine.records import Conditioning, Scale, Tokens
 
 TEXT = "clip"  # the denoiser's own text branch, as a name in Conditioning.cache
@@ -173,7 +174,14 @@ class ParallelAttention:
 
     _parallel_config = None
 
-    def __init__(self, name: str, stock: AttnProcessor2_0, layers: Sequence[LayerWeights]) -> None:
+    def __init__(
+        self, name: str = "", stock: AttnProcessor2_0 | None = None, layers: Sequence[LayerWeights] = ()
+    ) -> None:
+        if stock is None:  # diffusers creates a new processor of the same class when it loads or removes an IP-Adapter
+            raise WeightsError(
+                "An adapter of imagine is attached to this denoiser, and diffusers' own IP-Adapters would remove it: "
+                "call load_ip_adapter and unload_ip_adapter of imagine's pipeline, or unload_adapter() first."
+            )
         self.name = name
         self.stock = stock  # restored when the last adapter is detached
         self._attention_backend: AttentionBackendName | None = None

@@ -10,6 +10,7 @@ and one denoiser can have IP-Adapters and our own adapters together.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from imagine.adapter.adapter import Adapter
 from imagine.errors import ConfigError, WeightsError
 from imagine.ip_adapter.reading import (
     ENCODER_FOLDER,
+    FaceIDFileError,
     ImportReport,
     IPAdapterFile,
     check_encoder,
@@ -46,7 +48,7 @@ class IPAdapterLoaderMixin:
     unet: Any
     image_encoder: Any
     feature_extractor: Any
-    ip_adapters: list[Adapter]
+    ip_adapters: Sequence[Adapter] = ()
     _ip_scales: Sequence[Any] = ()  # one per adapter, in diffusers' expanded form
 
     # --- loading ----------------------------------------------------------------------------------------------------
@@ -64,12 +66,21 @@ class IPAdapterLoaderMixin:
         The arguments are those of diffusers' load_ip_adapter: a hub id or folder with subfolder and weight_name, or a
         state dict, or lists of these; a path of a file also works. If the pipeline has no image encoder, or one that
         does not fit the adapters, the encoder is loaded from image_encoder_folder (inside subfolder, unless it contains
-        a slash); None loads no encoder. Raises WeightsError or ConfigError, and then leaves the pipeline unchanged.
+        a slash); None loads no encoder. FaceID files are loaded by diffusers' own code, without a report, which is only
+        possible without other adapters. Raises WeightsError or ConfigError, and then leaves the pipeline unchanged.
         """
         self._check_weights_loaded()
         sources, subfolders, names = _lists(pretrained_model_name_or_path_or_dict, subfolder, weight_name)
         hub = _hub_options(kwargs)
-        files = [read_ip_adapter(*each, **hub) for each in zip(sources, subfolders, names, strict=True)]
+        try:
+            files = [read_ip_adapter(*each, **hub) for each in zip(sources, subfolders, names, strict=True)]
+        except FaceIDFileError as error:
+            self._check_no_other_adapters(error)
+            self._detach_ip_adapters()
+            sources, names = _as_folders(sources, names)
+            subfolders = [each or "" for each in subfolders]
+            cast(Any, super()).load_ip_adapter(sources, subfolders, names, image_encoder_folder, **kwargs)
+            return []
         made = [import_adapter(file, self._unwrapped_unet(), f"ip_{number}") for number, file in enumerate(files)]
         encoder = self._encoder_for(files, sources, subfolders, image_encoder_folder, hub)
         if encoder is not None:
@@ -79,19 +90,32 @@ class IPAdapterLoaderMixin:
         self._register(encoder)
         for adapter, _ in made:
             adapter.to(self.unet.device, self.unet.dtype).eval().attach(self._unwrapped_unet())
-            self.ip_adapters.append(adapter)
+            self.ip_adapters = [*self.ip_adapters, adapter]
         self._ip_scales = [1.0] * len(made)
         return [report for _, report in made]
+
+    def _check_no_other_adapters(self, error: FaceIDFileError) -> None:
+        """Raise the error unless diffusers' own attention, which FaceID needs, can replace ours."""
+        if any(adapter not in self.ip_adapters for adapter in cast(Any, self)._adapters()):
+            raise WeightsError(f"{error} Or call unload_adapter() first, and diffusers loads it.") from error
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Set the scales of the IP-Adapters: a number, a dict of blocks, or a list with one of these per adapter.
 
         In a dict such as {"down": {"block_2": [0.0, 1.0]}, "mid": 0.5} a block that is not named gets 0, as in
-        diffusers. A list inside the list gives each image of an adapter its own scale, which needs masks. Raises
-        ConfigError if the scales do not fit the adapters or the denoiser.
+        diffusers. A list inside the list gives each image of an adapter its own scale, which needs masks. Without
+        IP-Adapters the call has no effect, as in diffusers. If diffusers loaded the IP-Adapters, it sets their scales.
+        Raises ConfigError if the scales do not fit the adapters or the denoiser.
         """
         from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
+        if self._has_stock_ip_adapter:
+            try:
+                return cast(None, cast(Any, super()).set_ip_adapter_scale(scale))
+            except (ValueError, KeyError) as error:
+                raise ConfigError(f"These scales do not fit the IP-Adapters: {str(error).rstrip('.')}.") from error
+        if not self.ip_adapters:
+            return None
         given = scale if isinstance(scale, list) else [scale]
         if len(given) != len(self.ip_adapters):
             raise ConfigError(
@@ -105,6 +129,7 @@ class IPAdapterLoaderMixin:
             _by_layer(each, adapter) if isinstance(each, Mapping) else each
             for each, adapter in zip(expanded, self.ip_adapters, strict=True)
         ]
+        return None
 
     def unload_ip_adapter(self) -> None:
         """Remove all IP-Adapters from the denoiser and the image encoder from the pipeline, as diffusers does."""
@@ -122,15 +147,17 @@ class IPAdapterLoaderMixin:
     @property
     def _has_stock_ip_adapter(self) -> bool:
         """Whether diffusers' own IP-Adapter is on the denoiser, loaded before the pipeline gained `reference=`."""
-        return getattr(self.unet.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+        return getattr(getattr(self.unet, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj"
 
     def _check_weights_loaded(self) -> None:
+        if self.unet is None:
+            raise ConfigError("This pipeline was made without a unet: assign one to pipe.unet first.")
         if self.unet.device.type == "meta":
             raise ConfigError("The denoiser is offloaded: load adapters before enable_sequential_cpu_offload.")
 
     def _detach_ip_adapters(self) -> None:
         for adapter in self.ip_adapters:
-            adapter.detach(self._unwrapped_unet())
+            adapter.release(self._unwrapped_unet())
         self.ip_adapters, self._ip_scales = [], []
 
     def _unwrapped_unet(self) -> nn.Module:
@@ -244,6 +271,16 @@ def _lists(source: Any, subfolder: Any, weight_name: Any) -> tuple[list[Any], li
         )
     sources, subfolders, names = (each * count if len(each) == 1 else each for each in given)
     return sources, subfolders, names
+
+
+def _as_folders(sources: Sequence[Any], names: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return sources and file names in the form that diffusers reads: a path of a file becomes a folder and a name."""
+    is_file = [not isinstance(source, Mapping) and Path(source).expanduser().is_file() for source in sources]
+    pairs = [
+        (Path(source).expanduser().parent, Path(source).name) if file else (source, name or "")
+        for source, name, file in zip(sources, names, is_file, strict=True)
+    ]
+    return [source for source, _ in pairs], [name for _, name in pairs]
 
 
 def _fits(files: Sequence[IPAdapterFile], encoder: Any) -> bool:

@@ -43,6 +43,10 @@ ENCODER_FOLDER = "image_encoder"
 _CHECKPOINTS = ("state_dict", "model_state_dict", "module", "model")  # names of the state dict in training checkpoints
 
 
+class FaceIDFileError(WeightsError):
+    """Raised for a FaceID file, which only diffusers' own code can load."""
+
+
 @dataclass(frozen=True)
 class IPAdapterFile:
     """A standard file that was read and checked: its tensors under their flat names, and its layout."""
@@ -284,7 +288,8 @@ def _checked(
     tensors = {name: stored[each] for each, name in names.items()}
     layout = read_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if layout.problem:
-        raise WeightsError(f"{origin} {layout.problem}.")
+        kind = FaceIDFileError if (layout.kind or "").startswith("faceid") else WeightsError
+        raise kind(f"{origin} {layout.problem}.")
     check_finite(origin, tensors)
     # Tensors are cloned, as in `Adapter.load`: at a file's unaligned addresses kernels sum in another order.
     copies = {name: each.detach().clone() for name, each in tensors.items()}

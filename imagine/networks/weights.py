@@ -50,7 +50,7 @@ COMPONENTS = {  # the classes that our model_index.json may name; no other class
 ADAPTERS = ("text_adapter", "adapter")  # our own components, which diffusers cannot save or load
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png"]  # no pickles
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png"]
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 ALIGNMENT = 64  # bytes; torch aligns every tensor that it allocates to a multiple of this
 _SAMPLES = 4096  # the most entries of a tensor that are hashed for a fingerprint
@@ -70,12 +70,14 @@ def resolve_folder(
     source: str | os.PathLike[str] | None = None,
     other_classes: Collection[str] = (),
     variant: str | None = None,
+    use_safetensors: bool | None = None,
     **hub: Any,
 ) -> Path:
     """Return the folder for `source`: the default for None, else a folder, else a hub repository owner/name.
 
-    `other_classes` names further pipeline classes to accept, and `variant` selects among their files. `hub` holds
-    options of huggingface_hub.snapshot_download (revision, token, cache_dir, local_files_only ...).
+    `other_classes` names further pipeline classes to accept, and `variant` and `use_safetensors` select among their
+    files, as in diffusers. `hub` holds options of huggingface_hub.snapshot_download (revision, token, cache_dir,
+    local_files_only ...).
     Raises WeightsError if there are no weights there.
     """
     if source is None:
@@ -88,7 +90,7 @@ def resolve_folder(
     if kind != "nothing":
         raise WeightsError(f"{source} is a file; name the folder of weights that holds {INDEX}.")
     if is_hub_id(source):
-        return _fetch(os.fspath(source), other_classes, variant, hub)
+        return _fetch(os.fspath(source), other_classes, {"variant": variant, "use_safetensors": use_safetensors}, hub)
     raise WeightsError(
         f"There is no folder {shorten_path(source)}; name a folder of weights, or leave it out for the default."
     )
@@ -303,7 +305,7 @@ def same_encoder(one: str, other: str) -> bool:
     return output == other_output and not set(first.split("-")).isdisjoint(second.split("-"))
 
 
-def _fetch(repository: str, other_classes: Collection[str], variant: str | None, hub: dict[str, Any]) -> Path:
+def _fetch(repository: str, other_classes: Collection[str], choice: Mapping[str, Any], hub: Mapping[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
     with fetching(repository):
@@ -312,7 +314,7 @@ def _fetch(repository: str, other_classes: Collection[str], variant: str | None,
             return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **hub))
         from diffusers import DiffusionPipeline  # it selects the needed files of such a repository
 
-        return Path(DiffusionPipeline.download(repository, variant=variant, use_safetensors=True, **hub))
+        return Path(DiffusionPipeline.download(repository, **choice, **hub))
 
 
 @contextmanager
@@ -339,7 +341,10 @@ def fetch_component(source: str | os.PathLike[str], **hub: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     with fetching(os.fspath(source)):
-        return Path(snapshot_download(os.fspath(source), allow_patterns=_HUB_FILES, **hub))
+        folder = Path(snapshot_download(os.fspath(source), allow_patterns=_HUB_FILES, **hub))
+        if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+            snapshot_download(os.fspath(source), allow_patterns=["*.bin"], **hub)
+        return folder
 
 
 def dtype_argument(cls: type) -> str:

@@ -27,7 +27,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from imagine.adapter.adapter import Adapter, check_attached
+from imagine.adapter.adapter import Adapter, check_attached, is_attached
+from imagine.adapter.holder import AdapterHolderMixin
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.networks import weights
 from imagine.networks.diffusion import add_noise, denormalise_latents, normalise_latents
@@ -39,6 +40,7 @@ from imagine.people.reference_encoder import FINDER, ReferenceEncoderMixin, chec
 from imagine.pipeline import families
 from imagine.pipeline.call import Callback, CallSettings, StepCallback
 from imagine.pipeline.controls import ALL, Blocks, Window, block_factors
+from imagine.pipeline.files import ADAPTERS, ENCODERS, MODELS, load_adapters, load_models
 from imagine.pipeline.notes import count_people, photo_notes
 from imagine.pipeline.output import ImagineOutput
 from imagine.pipeline.picture_check import check_picture
@@ -65,9 +67,6 @@ from imagine.request import (
     word_notes,
 )  # fmt: skip
 
-ADAPTERS = weights.ADAPTERS
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
-MODELS = ("unet", "vae", *ENCODERS)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -84,7 +83,7 @@ class _CallState:
 _call_state: ContextVar[_CallState | None] = ContextVar("imagine_call", default=None)
 
 
-class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Generates pictures of a person from one photo and a sentence.
 
     `latents_mean` and `latents_std` (one number per latent channel) normalise the latents. The `default_*` values,
@@ -98,13 +97,11 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
     _exclude_from_cpu_offload = [*ADAPTERS, "image_encoder"]  # noqa: RUF012  (diffusers' convention)
     _optional_components = list(ADAPTERS)  # noqa: RUF012
     _callback_tensor_inputs = ["latents", "identity_scale"]  # noqa: RUF012
-    text_adapter: Adapter | None
-    adapter: Adapter | None
 
     def __init__(
         self,
-        unet: nn.Module,
-        vae: nn.Module,
+        unet: nn.Module | None,
+        vae: nn.Module | None,
         text_encoder: nn.Module,
         tokenizer: object,
         text_encoder_2: nn.Module,
@@ -149,12 +146,13 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             default_refine_faces=default_refine_faces,
             format_version=format_version,
         )
-        weights.check_statistics(int(self.unet.config.in_channels), latents_mean=latents_mean, latents_std=latents_std)
-        self.vae_scale_factor = int(self.vae.spatial_compression_ratio)
+        if unet is not None:
+            channels = int(self.unet.config.in_channels)
+            weights.check_statistics(channels, latents_mean=latents_mean, latents_std=latents_std)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        for part in self._adapters():
-            if not _is_attached(self.unet, part):
-                part.attach(self.unet)
+        for part in self._adapters() if unet is not None else ():
+            if not is_attached(self.denoiser, part):
+                part.attach(self.denoiser)
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -192,8 +190,9 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             if name not in kwargs:
                 weights.check_tokenizer(folder / name, index[name][1])
         given = {name: kwargs.pop(name) for name in (*MODELS, *ADAPTERS) if name in kwargs}
-        parts = {**_load_models(folder, index, given, chosen, kwargs.get("variant")), **given}
-        parts |= {name: part for name, part in _load_adapters(folder, parts, chosen).items() if name not in given}
+        parts = {**load_models(folder, index, given, chosen, kwargs.get("variant")), **given}
+        adapters = load_adapters(folder, parts, chosen, kwargs.get("variant"))
+        parts |= {name: part for name, part in adapters.items() if name not in given}
         try:
             with weights.quiet_libraries():
                 pipe = cast(ImaginePipeline, super().from_pretrained(os.fspath(folder), **parts, **kwargs))
@@ -212,14 +211,26 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         are added, or replace the pipeline's own. Raises ConfigError for any other kind of pipeline.
         """
         if isinstance(pipeline, ImaginePipeline):
-            return super().from_pipe(pipeline, **kwargs)
+            return cls._sharing(pipeline, **kwargs)
         return families.class_for(type(pipeline)).from_pipe(pipeline, **kwargs)
+
+    @classmethod
+    def _sharing(cls, pipeline: "ImaginePipeline", **kwargs: Any) -> "ImaginePipeline":
+        """Return an ImaginePipeline with another one's components and settings; `kwargs` replace some of them."""
+        dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", dtype)
+        modules, options = cls._get_signature_keys(cls)
+        given = {name: getattr(pipeline, name) for name in modules}
+        given |= {name: pipeline.config[name] for name in options}
+        made = cls(**{**given, **kwargs})
+        made._finder, made._finder_folder = pipeline._finder, pipeline._finder_folder
+        return made if dtype is None else made.to(dtype=dtype)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save every component in its current precision, including our adapters and the face finder's files.
 
         The folder is written whole or not at all. Raises WeightsError if a component is missing, or for options whose
-        files could not be loaded again.
+        files could not be loaded again. A `variant` is part of the names of the weights' files, adapters included.
         """
         check_save_options(kwargs)
         if lacking := [name for name in (*MODELS, *TOKENIZERS, "scheduler") if getattr(self, name, None) is None]:
@@ -238,7 +249,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
             with weights.quiet_libraries():
                 super().save_pretrained(os.fspath(folder), **kwargs)
             for name, part in described.items():
-                part.save(folder / name, metadata[name])
+                part.save(folder / name, metadata[name], kwargs.get("variant"))
             weights.remove_local_paths(folder)  # local paths are private and useless to the next user
             if (source := self._finder_folder) is not None and source.is_dir():
                 shutil.copytree(source, folder / FINDER)
@@ -252,21 +263,14 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
 
     def load_adapter(self, source: "Adapter | str | os.PathLike[str]") -> None:
         """Replace the identity adapter with this one: an Adapter, or a saved folder or file."""
-        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.unet)
-        adapter.to(self.unet.device, self.unet.dtype)
+        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self._require_denoiser())
         check_encoder(adapter, self.encoder_fingerprint)
-        self.unload_adapter()
-        if not _is_attached(self.unet, adapter):
-            adapter.attach(self.unet)
-        self.adapter = adapter.eval()
+        self._replace_adapter("adapter", adapter.to(self.unet.device, self.unet.dtype).eval())
 
-    def unload_adapter(self) -> Adapter | None:
-        """Detach the identity adapter, which restores the base exactly. Return it, or None if there was none."""
-        adapter = self.adapter
-        if adapter is not None:
-            adapter.detach(self.unet)
-            self.adapter = None
-        return adapter
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent position; 1 without an autoencoder, as in a pipeline that only encodes prompts."""
+        return 1 if self.vae is None else int(self.vae.spatial_compression_ratio)
 
     @property
     def reference_encoder(self) -> nn.Module:
@@ -331,8 +335,10 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         Return CLIP's tokens and a dict of the other encoders' tokens that an attached adapter reads, one batch item per
         prompt. An empty prompt means no sentence. Raises PromptError if a prompt is too long, or after `free_encoders`.
         """
-        if self.text_encoder is None:
-            raise PromptError("The text encoders were freed: give prompt_embeds and negative_prompt_embeds instead.")
+        if None in (self.text_encoder, self.text_encoder_2, self.text_encoder_3):
+            raise PromptError(
+                "The text encoders were freed or left out: give prompt_embeds and negative_prompt_embeds instead."
+            )
         encoders = TextEncoders(
             self.text_encoder, self.tokenizer, self.text_encoder_2, self.tokenizer_2,
             self.text_encoder_3, self.tokenizer_3, self._execution_device,
@@ -406,6 +412,7 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         With return_dict=False the result is the tuple (images, faces), as everywhere in diffusers.
         Raises ImagineError (PromptError, PictureError, FaceError, WeightsError, ConfigError) with one sentence.
         """
+        self._check_can_draw("unet", "vae")
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         size, copies = self._latent_size(height, width), whole("num_images_per_prompt", num_images_per_prompt)
         plan = CallSettings(
@@ -621,39 +628,6 @@ class ImaginePipeline(ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionL
         pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         check_picture(pictures, self._suspects)
         return self.image_processor.postprocess(pictures.float(), output_type=output_type)
-
-
-def _load_models(
-    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], dtype: torch.dtype, variant: str | None
-) -> dict[str, Any]:
-    """Load strictly every model of a weights folder that is not in `given`."""
-    models: dict[str, Any] = {}
-    for name in MODELS:
-        if name in given:
-            continue
-        library, class_name = index[name]
-        options: dict[str, Any] = {} if variant is None else {"variant": variant}
-        models[name] = weights.load_model(folder / name, library, class_name, dtype, **options)
-    return models
-
-
-def _load_adapters(folder: Path, parts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Adapter]:
-    """Load the adapters in a weights folder, and check that they fit its denoiser and vision encoder."""
-    found: dict[str, Adapter] = {}
-    for name in ADAPTERS:
-        if name in parts or not (folder / name).is_dir():
-            continue
-        found[name] = Adapter.load(folder / name, parts["unet"]).to(dtype).eval()
-        check_encoder(found[name], weights.fingerprint(parts["image_encoder"]))
-    return found
-
-
-def _is_attached(unet: nn.Module, adapter: Adapter) -> bool:
-    try:
-        check_attached(unet, [adapter])
-    except WeightsError:
-        return False
-    return True
 
 
 def _count(name: str, embeds: Any) -> int:

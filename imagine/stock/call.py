@@ -6,7 +6,9 @@ callback changes the call while it runs (diffusers' cutoffs of guidance and of I
 """
 
 import difflib
+import functools
 import inspect
+import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -84,14 +86,42 @@ def bind_arguments(
         if name not in taken:  # stock calls with **kwargs would silently ignore it
             near = difflib.get_close_matches(name, [*known, *ours], n=1)
             raise ConfigError(f"This pipeline takes no {name!r}{f'; is it {near[0]}?' if near else ': leave it out.'}")
+    return by_name(call, arguments, options)
+
+
+def by_name(call: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name. Raises ConfigError if they do not fit its signature."""
+    signature = inspect.signature(call)
     try:
         named = dict(signature.bind(*arguments, **options).arguments)
     except TypeError as error:
-        raise ConfigError(f"These arguments do not fit the pipeline's call: {error}.") from error
+        raise ConfigError(f"These arguments do not fit {call.__name__}: {error}.") from error
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named |= named.pop(parameter.name, {})
     return named
+
+
+def like_stock(ours: Any, stock: Any) -> Any:
+    """Return our method with the signature, annotations and documentation of the stock method that it replaces.
+
+    Our own keyword-only arguments follow those of the stock method. User interfaces, editors and diffusers' tools read
+    the signature.
+    """
+
+    @functools.wraps(ours)
+    def method(self: Any, *arguments: Any, **options: Any) -> Any:
+        return ours(self, *arguments, **options)
+
+    kinds = inspect.Parameter
+    signature, more = inspect.signature(stock), inspect.signature(ours).parameters.values()
+    parameters = list(signature.parameters.values())
+    last = [parameters.pop()] if parameters[-1].kind is kinds.VAR_KEYWORD else []
+    parameters += [each for each in more if each.kind is kinds.KEYWORD_ONLY]
+    cast(Any, method).__signature__ = signature.replace(parameters=[*parameters, *last])
+    method.__annotations__ = {**typing.get_type_hints(stock), **ours.__annotations__}
+    method.__doc__ = f"{inspect.getdoc(ours)}\n\nThe stock method:\n\n{inspect.getdoc(stock)}"
+    return method
 
 
 def read_call(pipe: Any, call: Any, given: dict[str, Any], reference: Any) -> tuple[Batch, list[Request]]:

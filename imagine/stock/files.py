@@ -32,19 +32,22 @@ _CLASSES = {  # classes of the components that may be given as the name of a fol
 }
 
 
-def load_parts(given: Mapping[str, Any], dtype: "torch.dtype | None", **hub: Any) -> dict[str, Any]:
+def load_parts(
+    given: Mapping[str, Any], dtype: "torch.dtype | None", variant: str | None = None, **hub: Any
+) -> dict[str, Any]:
     """Load the components that were given by name; an encoder's name also loads its tokenizer.
 
+    The files of a `variant` are loaded from the folders that have them.
     Raises WeightsError that names the component if its name is not a folder and cannot be downloaded.
     """
     named = {name: each for name, each in given.items() if isinstance(each, (str, os.PathLike))}
     for name in ("t5", "byt5"):
         if f"{name}_encoder" in named and given.get(f"{name}_tokenizer") is None:
             named[f"{name}_tokenizer"] = named[f"{name}_encoder"]
-    return {name: _load_part(name, source, dtype, hub) for name, source in named.items()}
+    return {name: _load_part(name, source, dtype, variant, hub) for name, source in named.items()}
 
 
-def _load_part(name: str, source: Any, dtype: "torch.dtype | None", hub: Mapping[str, Any]) -> Any:
+def _load_part(name: str, source: Any, dtype: "torch.dtype | None", variant: str | None, hub: Mapping[str, Any]) -> Any:
     if name not in _CLASSES and name not in ("t5_tokenizer", "byt5_tokenizer"):
         raise WeightsError(f"{name}={os.fspath(source)!r} cannot be loaded by name: load it, and give the object.")
     try:
@@ -64,7 +67,8 @@ def _load_part(name: str, source: Any, dtype: "torch.dtype | None", hub: Mapping
     library, class_name = _CLASSES[name]
     if name == "vision_encoder" and _config(folder).get("_class_name") != class_name:
         library, class_name = _CLASSES["image_encoder"]
-    return weights.load_model(folder, library, class_name, dtype or torch.float32)
+    options = {"variant": variant} if variant and any(folder.glob(f"*.{variant}.*")) else {}
+    return weights.load_model(folder, library, class_name, dtype or torch.float32, allow_bin=True, **options)
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -84,7 +88,10 @@ def _folder(source: Any, hub: Mapping[str, Any]) -> Path:
     # A mistyped path below an existing folder must not cause a network request.
     if not inside or Path(owner).exists() or Path(source).is_dir() or not weights.is_hub_id(repository):
         return weights.fetch_component(source, **hub)
-    folder = fetch(repository, [f"{inside}/*.{kind}" for kind in ("json", "safetensors", "txt", "model")], hub) / inside
+    patterns = [f"{inside}/*.{kind}" for kind in ("json", "safetensors", "txt", "model")]
+    folder = fetch(repository, patterns, hub) / inside
+    if not any(folder.glob("*.safetensors")):
+        fetch(repository, [f"{inside}/*.bin"], hub)
     if not folder.is_dir():
         raise WeightsError(f"The hub repository {repository} has no folder {inside}; check the name.")
     return folder
@@ -114,11 +121,13 @@ def save_adapters(
     scales: Mapping[str, Any],
     encoder: str | None,
     ours: Collection[str],
+    variant: str | None = None,
 ) -> None:
     """Save adapters by name into a folder that diffusers has just saved, and delete those of earlier saves.
 
     scales: the current scales of IP-Adapters by name, which loading restores. encoder: the vision encoder's
-    fingerprint. ours: components that are removed from model_index.json if they are absent.
+    fingerprint. ours: components that are removed from model_index.json if they are absent. variant: part of the
+    files' names.
     """
     for path in folder.glob("ip_*"):
         if path.name not in adapters:
@@ -130,9 +139,8 @@ def save_adapters(
             more = {} if encoder is None or name in scales else {"encoder_fingerprint": encoder}
             # If the adapter names the encoder that it was trained with, that entry takes precedence.
             metadata = {**more, **saved_metadata(adapter)}
-            adapter.save(
-                folder / name, {**metadata, SCALE_KEY: json.dumps(scales[name])} if name in scales else metadata
-            )
+            scale = {SCALE_KEY: json.dumps(scales[name])} if name in scales else {}
+            adapter.save(folder / name, {**metadata, **scale}, variant)
     weights.remove_local_paths(folder)  # local paths are private and useless to the next user
     index = json.loads((folder / weights.INDEX).read_text(encoding="utf-8"))
     entries = {name: each for name, each in index.items() if name not in ours or each != [None, None]}

@@ -22,15 +22,17 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter, check_attached
+from imagine.adapter.holder import AdapterHolderMixin
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.ip_adapter.loading import IPAdapterLoaderMixin
 from imagine.networks.encoders import TextEncoders
+from imagine.networks.models import read_empty_denoiser
 from imagine.networks.saving import PUSH_OPTIONS, check_save_options, write_whole
 from imagine.networks.weights import HUB_OPTIONS, quiet_libraries, resolve_folder
 from imagine.people.faces import FaceChoice
@@ -48,6 +50,8 @@ from imagine.stock.call import (
     ConditioningParts,
     ConditioningUpdater,
     bind_arguments,
+    by_name,
+    like_stock,
     merge_parts,
     read_call,
     select_rows,
@@ -64,19 +68,15 @@ ENCODERS = ("vision_encoder", "t5_encoder", "byt5_encoder")
 COMPONENTS = (*ENCODERS, "t5_tokenizer", "byt5_tokenizer")
 
 
-class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, ReferenceEncoderMixin):
+class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterLoaderMixin, ReferenceEncoderMixin):
     """Adds adapters on the denoiser, and arguments for the people in the picture, to a stock pipeline.
 
     `vision_encoder` encodes references; without it, the stock pipeline's own `image_encoder` does. `t5_encoder` and
     `byt5_encoder`, with their tokenizers, feed the branches "t5" and "byt5" of a text adapter. All are optional.
     """
 
-    unet: Any
     image_encoder: Any
     vision_encoder: Any
-    text_adapter: Adapter | None
-    adapter: Adapter | None
-    ip_adapters: list[Adapter]
 
     def _suspects(self) -> dict[str, Any]:
         """Return the components in the order in which a picture that is not finite is traced to them."""
@@ -92,15 +92,16 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         """Return this pipeline with another one's components, not copied, and cast only if `dtype` is given.
 
-        Components given by keyword, as objects or as names of folders, replace them. Adapters on the other pipeline's
-        denoiser are kept. Raises ConfigError if a required component is missing.
+        Components given by keyword, as objects or as names of folders, replace them. The other pipeline's adapters are
+        kept, also on another `unet` if they fit it. Raises ConfigError if a required component is missing.
         """
         older = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", older)
         modules, options = cast(Any, cls)._get_signature_keys(cls)
         given = {name: part for name, part in pipeline.components.items() if name in modules}
         given |= {name: pipeline.config[name] for name in options if name in pipeline.config}
-        given |= {**kwargs, **load_parts(kwargs, dtype or pipeline.unet.dtype)}
+        unet = kwargs.get("unet", pipeline.unet)
+        given |= {**kwargs, **load_parts(kwargs, dtype or getattr(unet, "dtype", None))}
         parameters = inspect.signature(cls.__init__).parameters
         lacking = [
             name for name in modules if name not in given and parameters[name].default is inspect.Parameter.empty
@@ -111,53 +112,56 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             if isinstance(part, nn.Module) and pipeline.device.type != "meta" and not hasattr(part, "_hf_hook"):
                 part.to(pipeline.device)  # diffusers reads the device from one component only, so all must be on it
         made = cast(Any, cls)(**given)
-        if isinstance(pipeline, PersonalisationMixin) and made.unet is pipeline.unet:
+        if isinstance(pipeline, PersonalisationMixin):
             made.text_adapter, made.adapter = pipeline.text_adapter, pipeline.adapter
             made.ip_adapters, made._ip_scales = list(pipeline.ip_adapters), pipeline._ip_scales
             made._finder, made._finder_folder = pipeline._finder, pipeline._finder_folder
             made._encoder_info, made._zero_features = pipeline._encoder_info, pipeline._zero_features
+            if made.denoiser is not pipeline.denoiser:
+                made._move_adapters(None)
         return made if dtype is None else made.to(dtype=dtype)
 
     # --- files ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a stock folder or hub repository through the stock loader, and the adapters saved in it.
 
         Takes the stock arguments. Components, including `vision_encoder`, `t5_encoder` and `byt5_encoder`, may be given
         as objects or by name (a folder or a hub id). `finder` is a face finder. Raises WeightsError if something is
-        missing, does not fit or cannot be downloaded.
+        missing, does not fit or cannot be downloaded. As in diffusers, .bin files are read where there are no
+        safetensors files, unless `use_safetensors` is true; torch reads only tensors from them, and runs no code.
         """
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         finder = kwargs.pop("finder", None)
-        folder = resolve_folder(source, STOCK_PIPELINES, kwargs.get("variant"), **hub)
+        safe, variant = kwargs.get("use_safetensors"), kwargs.get("variant")
+        folder = resolve_folder(pretrained_model_name_or_path, STOCK_PIPELINES, variant, safe, **hub)
         dtype = normalise_dtype_argument(kwargs)
         modules = cast(Any, cls)._get_signature_keys(cls)[0]  # all other arguments belong to the loader
         parts = {name: each for name, each in kwargs.items() if name in modules or name in COMPONENTS}
-        kwargs |= load_parts(parts, dtype, **hub)
-        kwargs.setdefault("use_safetensors", True)
+        kwargs |= load_parts(parts, dtype, variant, **hub)
         with quiet_libraries(), as_weights_error(folder):
             pipe = cast(Any, super()).from_pretrained(os.fspath(folder), **kwargs)
         pipe._finder, pipe._finder_folder = finder, folder / FINDER
         for path in saved_adapter_folders(folder):
-            pipe._attach_adapter(Adapter.load(path, pipe.denoiser), path.name)
+            pipe._add_saved_adapter(path, variant)
         return pipe
 
     @classmethod
-    def from_single_file(cls, source: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load a single file as the stock loader does.
 
         Without a network, also give `config`, a local folder of a pipeline of the same kind. Raises WeightsError if the
         file cannot be loaded.
         """
-        dtype = normalise_dtype_argument(kwargs)
+        source, dtype = os.fspath(pretrained_model_link_or_path), normalise_dtype_argument(kwargs)
         kwargs |= load_parts({name: each for name, each in kwargs.items() if name in COMPONENTS}, dtype)
         try:
             with quiet_libraries():
-                return cast(Any, super()).from_single_file(os.fspath(source), **kwargs)
+                return cast(Any, super()).from_single_file(source, **kwargs)
         except (OSError, ValueError) as error:
             raise WeightsError(
-                f"{os.fspath(source)} cannot be loaded ({_reason(error)}); without a network, also give config=FOLDER, "
+                f"{source} cannot be loaded ({_reason(error)}); without a network, also give config=FOLDER, "
                 "a local folder of a pipeline of the same kind (its weights are not needed)."
             ) from error
 
@@ -165,7 +169,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         """Save the stock components as diffusers does, with our adapters and the face finder's files next to them.
 
         The folder is written whole or not at all. Raises WeightsError if something is missing, or for options whose
-        files could not be loaded again.
+        files could not be loaded again. A `variant` is part of the names of the weights' files, adapters included.
         """
         check_save_options(kwargs)
         push, hub = (
@@ -180,7 +184,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         with write_whole(Path(save_directory), ("text_adapter", "adapter", "ip_*")) as folder:
             with quiet_libraries():
                 cast(Any, super()).save_pretrained(os.fspath(folder), **kwargs)
-            save_adapters(folder, adapters, scales, fingerprint, COMPONENTS)
+            save_adapters(folder, adapters, scales, fingerprint, COMPONENTS, kwargs.get("variant"))
             if (source := self._finder_folder) is not None and source.is_dir():
                 shutil.copytree(source, folder / FINDER)
         if push:  # not by diffusers' save, which would upload before the adapters are there
@@ -189,9 +193,17 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
     # --- adapters ---------------------------------------------------------------------------------------------------
 
     @property
-    def denoiser(self) -> nn.Module:
-        """The denoiser without the wrapper of torch.compile."""
-        return cast(nn.Module, getattr(self.unet, "_orig_mod", self.unet))
+    def components(self) -> dict[str, Any]:
+        """The components by name; ours only if they are set, so that a stock pipeline takes those of a stock folder."""
+        found: dict[str, Any] = cast(Any, super()).components
+        return {name: part for name, part in found.items() if part is not None or name not in COMPONENTS}
+
+    def _remove_adapter(self, adapter: Adapter) -> None:
+        super()._remove_adapter(adapter)
+        if adapter in self.ip_adapters:
+            place = self.ip_adapters.index(adapter)
+            self.ip_adapters = [each for each in self.ip_adapters if each is not adapter]
+            self._ip_scales = [*self._ip_scales[:place], *self._ip_scales[place + 1 :]]
 
     def _adapters(self) -> list[Adapter]:
         return [*(part for part in (self.text_adapter, self.adapter) if part is not None), *self.ip_adapters]
@@ -203,6 +215,11 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         Raises WeightsError for an unknown branch, or if the adapter was trained with another encoder.
         """
         self._check_weights_loaded()
+        if self._has_stock_ip_adapter:
+            raise WeightsError(
+                "diffusers has loaded an IP-Adapter into this denoiser, which leaves no place for an adapter: call "
+                "unload_ip_adapter() first, and load the IP-Adapter again with this pipeline's load_ip_adapter."
+            )
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.denoiser)
         names = {spec.name for spec in adapter.branch_specs}
         if unknown := names - {VISION, *TEXT_BRANCHES}:
@@ -212,26 +229,21 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             )
         if self.reference_encoder is not None:
             check_encoder(adapter, self.encoder_fingerprint)
-        place: Literal["adapter", "text_adapter"] = "adapter" if VISION in names else "text_adapter"
-        if getattr(self, place) is not adapter:
-            self.unload_adapter(place)
-            self._attach_adapter(adapter, place)
+        self._replace_adapter("adapter" if VISION in names else "text_adapter", adapter.to(self.unet.dtype).eval())
 
-    def _attach_adapter(self, adapter: Adapter, place: str) -> None:
-        """Attach an adapter and store it as `text_adapter`, `adapter` or one of `ip_adapters`."""
-        adapter.to(self.unet.dtype).eval().attach(self.denoiser)
-        if place.startswith("ip_"):
+    def _add_saved_adapter(self, folder: Path, variant: str | None) -> None:
+        """Load an adapter from a pipeline's folder, and store it under the folder's name: a place, or ip_0, ip_1 ...
+
+        Without a denoiser it is not attached, but later denoisers get it, and `encode_branches` knows its branches.
+        """
+        denoiser = self.denoiser if self.denoiser is not None else read_empty_denoiser(folder.parent / "unet")
+        adapter = Adapter.load(folder, denoiser, variant=variant).eval()
+        if self.denoiser is not None:
+            adapter.to(self.unet.dtype).attach(self.denoiser)
+        if folder.name.startswith("ip_"):
             self.ip_adapters, self._ip_scales = [*self.ip_adapters, adapter], [*self._ip_scales, saved_scale(adapter)]
         else:
-            setattr(self, place, adapter)
-
-    def unload_adapter(self, name: Literal["adapter", "text_adapter"] = "adapter") -> Adapter | None:
-        """Detach an adapter, which restores the base exactly. Return the adapter, or None if there was none."""
-        adapter: Adapter | None = getattr(self, name)
-        if adapter is not None:
-            adapter.detach(self.denoiser)
-            setattr(self, name, None)
-        return adapter
+            setattr(self, folder.name, adapter)
 
     @property
     def ip_scales(self) -> Sequence[Any]:
@@ -243,11 +255,13 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         """The encoder of references: `vision_encoder`, else the stock `image_encoder`."""
         return cast("nn.Module | None", self.vision_encoder or getattr(self, "image_encoder", None))
 
-    def enable_group_offload(self, onload_device: Any, **options: Any) -> None:
+    def enable_group_offload(self, *arguments: Any, **options: Any) -> None:
         """Offload groups of layers as in diffusers, except `vision_encoder`, which also runs outside `forward`."""
-        excluded = options.pop("exclude_modules", None) or []
+        stock = cast(Any, super()).enable_group_offload
+        given = by_name(stock, arguments, options)
+        excluded = given.pop("exclude_modules", None) or []
         excluded = [excluded] if isinstance(excluded, str) else list(excluded)
-        cast(Any, super()).enable_group_offload(onload_device, exclude_modules=[*excluded, "vision_encoder"], **options)
+        stock(**given, exclude_modules=[*excluded, "vision_encoder"])
 
     def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
         """Offload as in diffusers, after storing the reference encoder's info: offloaded weights cannot be read."""
@@ -302,6 +316,9 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         given = bind_arguments(draw, arguments, options, _OUR_ARGUMENTS)
         words = word_notes(*(given.get(name) for name in _PROMPTS))
         refine_settings = RefineFaces.read(refine_faces, given.get("output_type", "pil"), default=False)
+        output_type = given.get("output_type", "pil")
+        self._check_can_draw("unet", *([] if output_type == "latent" else ["vae"]))
+        refine_settings = RefineFaces.read(refine_faces, output_type, default=False)
         ours: dict[str, Any] = {
             "identity_scale": identity_scale, "identity_window": Window.read(identity_window),
             "identity_blocks": identity_blocks,
@@ -496,10 +513,8 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         sentences = [prompts] if isinstance(prompts, str) else list(prompts)
         each = list(dict.fromkeys(sentences))  # the prompts of a batch often share one negative prompt
         rows = [each.index(sentence) for sentence in sentences]
-        return {
-            name: select_rows(tokens_to(read[name](each), mine._execution_device, self.unet.dtype), rows)
-            for name in names
-        }
+        dtype = getattr(self.unet if self.unet is not None else self.text_adapter, "dtype", torch.float32)
+        return {name: select_rows(tokens_to(read[name](each), mine._execution_device, dtype), rows) for name in names}
 
     def free_encoders(self) -> None:
         """Delete all encoders to free memory. Later calls need personas, prompt_embeds and branch_embeds."""
@@ -519,6 +534,10 @@ _OUR_ARGUMENTS = tuple(
     for name, each in inspect.signature(PersonalisationMixin.__call__).parameters.items()
     if each.kind is inspect.Parameter.KEYWORD_ONLY
 )
+
+
+# Methods that take their arguments as *arguments, and get the stock method's signature.
+_LIKE_STOCK = ("__call__", "save_pretrained", "enable_group_offload", "enable_sequential_cpu_offload")
 
 
 def _reason(error: Exception) -> str:
@@ -561,6 +580,7 @@ def _personalised_class(stock: Any) -> Any:
         "__module__": __name__,
         "__doc__": f"{stock.__doc__}\n    It takes references: see `imagine.stock.pipelines.PersonalisationMixin`.",
         "__init__": _constructor(stock),
+        **{name: like_stock(getattr(PersonalisationMixin, name), getattr(stock, name)) for name in _LIKE_STOCK},
         "_optional_components": [*stock._optional_components, *COMPONENTS],
         "model_cpu_offload_seq": f"{first}->{stock.model_cpu_offload_seq}",  # they run first and are offloaded first
         # Parts of our encoder also run outside `forward`, so that offload hooks on them would come too late.

@@ -17,7 +17,8 @@ from imagine.networks import weights
 from imagine.networks.encoders import VisionEncoder
 from imagine.networks.vision_conversion import to_transformers
 from imagine.paths import PACKAGE
-from imagine.pipeline.pipeline import ADAPTERS, MODELS, ImaginePipeline
+from imagine.pipeline.files import ADAPTERS, MODELS
+from imagine.pipeline.pipeline import ImaginePipeline
 from tests import tiny
 
 Tensors = dict[str, torch.Tensor]

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import imagine.stock.pipelines
+from imagine.adapter.adapter import Adapter
 from imagine.errors import WeightsError
+from imagine.inspection import inspect
 from imagine.networks.weights import fingerprint
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.stock.pipelines import personalised_class
@@ -156,3 +158,64 @@ def test_adapters_of_an_earlier_save_are_removed(tmp_path: Path):
     pipe.save_pretrained(tmp_path)
     assert not (tmp_path / "ip_0").exists() and not (tmp_path / "adapter").exists()
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_adapters_are_saved_and_loaded_under_the_variants_name(tmp_path: Path):
+    """Two variants of one pipeline share a folder, as in diffusers."""
+    for pipe in (tiny_stock.personal(tiny_stock.stock()), tiny.pipeline()):
+        folder = tmp_path / type(pipe).__name__
+        pipe.save_pretrained(folder, variant="fp16")
+        assert [file.name for file in (folder / "adapter").iterdir()] == ["adapter.fp16.safetensors"]
+        assert "vision" in inspect(folder)["adapters"]["adapter"]["branches"]
+        assert pipe.adapter is not None
+        changed = pipe.adapter.state_dict()
+        saved = {name: tensor.clone() for name, tensor in changed.items()}
+        for tensor in changed.values():
+            tensor.add_(1)
+        pipe.save_pretrained(folder)
+        options: dict[str, Any] = {"finder": pipe.finder}
+        for variant, wanted in (("fp16", saved), (None, changed)):
+            loaded = ImaginePipeline.from_pretrained(folder, variant=variant, **options).adapter
+            assert loaded is not None
+            assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_an_adapter_with_several_variants_but_not_the_plain_one_asks_for_one(tmp_path: Path):
+    adapter = tiny.identity_adapter(tiny.denoiser())
+    metadata = dict.fromkeys(("base", "encoder", "feature_layer", "tokens", "licence"), "-")
+    adapter.save(tmp_path, metadata, "fp16")
+    assert Adapter.load(tmp_path, tiny.denoiser()).metadata["base"] == "-"  # the only one
+    adapter.save(tmp_path, metadata, "bf16")
+    assert Adapter.load(tmp_path, tiny.denoiser(), variant="bf16").metadata["base"] == "-"
+    with pytest.raises(WeightsError, match=r"adapter.bf16.safetensors, adapter.fp16.safetensors\): give variant="):
+        Adapter.load(tmp_path, tiny.denoiser())
+
+
+def test_folders_of_bin_files_load_as_in_diffusers(xl: bool, tmp_path: Path):
+    stock = tiny_stock.stock(xl)
+    stock.save_pretrained(tmp_path / "stock", safe_serialization=False)
+    assert not list((tmp_path / "stock" / "unet").glob("*.safetensors"))
+    encoder = tiny_ip.encoder()
+    (tmp_path / "encoder").mkdir()
+    encoder.config.save_pretrained(tmp_path / "encoder")
+    torch.save(encoder.state_dict(), tmp_path / "encoder" / "pytorch_model.bin")
+    pipe = ImaginePipeline.from_pretrained(tmp_path / "stock", vision_encoder=tmp_path / "encoder")
+    pipe.set_progress_bar_config(disable=True)
+    assert same(draw(pipe), draw(stock)) and fingerprint(pipe.vision_encoder) == fingerprint(encoder)
+    with pytest.raises(WeightsError, match="safetensors"):
+        ImaginePipeline.from_pretrained(tmp_path / "stock", use_safetensors=True)
+
+
+def test_code_in_a_bin_file_does_not_run(tmp_path: Path):
+    stock, ran = tiny_stock.stock(), tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (ran,))
+
+    stock.save_pretrained(tmp_path / "stock", safe_serialization=False)
+    file = tmp_path / "stock" / "unet" / "diffusion_pytorch_model.bin"
+    torch.save({**torch.load(file), "trap": Trap()}, file)
+    with pytest.raises(WeightsError, match="cannot be loaded"):
+        ImaginePipeline.from_pretrained(tmp_path / "stock")
+    assert not ran.exists()

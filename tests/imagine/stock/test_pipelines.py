@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from imagine.adapter.adapter import Adapter, BranchSpec
+from imagine.adapter.adapter import Adapter, BranchSpec, is_attached
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Tokens
@@ -236,6 +236,114 @@ def test_diffusers_own_ip_adapter_still_works_and_can_be_unloaded():
     pipe.register_modules(image_encoder=image_encoder)
     pipe.load_ip_adapter(file)
     assert same(draw(pipe, ip_adapter_image=tiny.photo(1), **size), shown)
+
+
+def test_scales_of_an_ip_adapter_that_diffusers_loaded_also_change_in_mid_picture():
+    stock = diffusers.StableDiffusionPipeline(**tiny_ip.components(False))
+    file = tiny_ip.nested(tiny_ip.tensors("plus", stock.unet, 0))
+    stock.load_ip_adapter(file, subfolder="", weight_name="", image_encoder_folder=None)
+    pipe = ImaginePipeline.from_pipe(stock)
+    given: dict[str, Any] = {"ip_adapter_image": tiny.photo(1), "height": 16, "width": 16}
+    drawn = {}
+    for each in (stock, pipe):
+        each.set_progress_bar_config(disable=True)
+        each.set_ip_adapter_scale(0.4)
+        weaker = draw(each, **given)
+        cutoff = diffusers.callbacks.IPAdapterScaleCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+        each.set_ip_adapter_scale(1.0)
+        drawn[each] = weaker, draw(each, callback_on_step_end=cutoff, **given), draw(each, **given)
+    assert all(map(torch.equal, drawn[stock], drawn[pipe])) and not same(*drawn[pipe][:2])
+    with pytest.raises(ConfigError, match="do not fit the IP-Adapters"):
+        pipe.set_ip_adapter_scale([0.1, 0.2])
+
+
+def face_id_file(denoiser: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Return a random FaceID file, in the nested form, that reads faces of width 512."""
+    file = tiny_ip.nested(tiny_ip.tensors("linear", denoiser))
+    width, random = denoiser.config.cross_attention_dim, torch.Generator().manual_seed(8)
+    shapes = {"proj.0.weight": (1024, 512), "proj.0.bias": (1024,), "proj.2.weight": (4 * width, 1024),
+              "proj.2.bias": (4 * width,), "norm.weight": (width,), "norm.bias": (width,)}  # fmt: skip
+    projection = {name: torch.randn(shape, generator=random) / 30 for name, shape in shapes.items()}
+    return {**file, "image_proj": projection}
+
+
+def test_diffusers_loads_face_id_files_where_no_other_adapter_is(tmp_path: Path):
+    parts = tiny_ip.components(False)
+    faces = torch.randn(2, 1, 512, generator=tiny.generator(3))
+    given: dict[str, Any] = {"ip_adapter_image_embeds": [faces], "height": 16, "width": 16}
+    place: dict[str, Any] = {"subfolder": "", "weight_name": "", "image_encoder_folder": None}
+    drawn = []
+    for cls in (diffusers.StableDiffusionPipeline, personalised_class(diffusers.StableDiffusionPipeline)):
+        pipe = cls(**{**parts, "unet": tiny_ip.unet()})
+        pipe.set_progress_bar_config(disable=True)
+        pipe.load_ip_adapter(face_id_file(pipe.unet), **place)
+        drawn.append(draw(pipe, **given))
+        pipe.set_ip_adapter_scale(0.3)
+        drawn.append(draw(pipe, **given))
+        pipe.unload_ip_adapter()
+        drawn.append(draw(pipe, height=16, width=16))
+    assert all(map(torch.equal, drawn[:3], drawn[3:])) and not same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2])
+    torch.save(face_id_file(pipe.unet), tmp_path / "face.bin")
+    assert pipe.load_ip_adapter(tmp_path / "face.bin", image_encoder_folder=None) == []
+    assert torch.equal(draw(pipe, **given), drawn[0])
+    pipe.unload_ip_adapter()
+    pipe.load_adapter(tiny_stock.identity(pipe.unet))
+    with pytest.raises(WeightsError, match=r"is a FaceID file.*unload_adapter\(\) first"):
+        pipe.load_ip_adapter(face_id_file(pipe.unet), **place)
+    assert pipe.adapter is not None and is_attached(pipe.unet, pipe.adapter)
+
+
+def test_a_scale_without_ip_adapters_has_no_effect_as_in_diffusers(pipe: Any, stock: Any):
+    wanted = draw(pipe, reference=tiny.photo(1))
+    for each in (stock, pipe):
+        each.set_ip_adapter_scale(0.3)
+    assert torch.equal(draw(pipe, reference=tiny.photo(1)), wanted)
+
+
+def test_components_of_a_stock_pipeline_are_those_of_the_stock_class(stock: Any, xl: bool):
+    pipe = ImaginePipeline.from_pipe(stock)
+    assert pipe.components.keys() == stock.components.keys()
+    name = f"StableDiffusion{'XL' if xl else ''}Img2ImgPipeline"
+    for cls in (getattr(diffusers, name), personalised_class(getattr(diffusers, name))):
+        assert cls(**pipe.components).unet is stock.unet
+    personal = tiny_stock.personal(tiny_stock.stock(xl))
+    assert set(personal.components) - set(stock.components) == {"vision_encoder"}
+
+
+def test_diffusers_ip_adapter_on_a_denoiser_with_our_adapter_raises_one_sentence():
+    stock = diffusers.StableDiffusionPipeline(**tiny_ip.components(False))
+    stock.set_progress_bar_config(disable=True)
+    pipe = tiny_stock.personal(stock)
+    wanted = draw(pipe, reference=tiny.photo(1), height=16, width=16)
+    file = tiny_ip.nested(tiny_ip.tensors("plus", stock.unet, 0))
+    with pytest.raises(WeightsError, match=r"load_ip_adapter and unload_ip_adapter of imagine.*or unload_adapter\(\)"):
+        stock.load_ip_adapter(file, subfolder="", weight_name="", image_encoder_folder=None)
+    with pytest.raises(WeightsError, match=r"unload_adapter\(\) first"):
+        stock.unload_ip_adapter()
+    assert torch.equal(draw(pipe, reference=tiny.photo(1), height=16, width=16), wanted)
+    pipe.unload_adapter()
+    stock.load_ip_adapter(file, subfolder="", weight_name="", image_encoder_folder=None)
+
+
+def test_a_pipeline_for_prompts_only_encodes_them_and_takes_a_denoiser_later(xl: bool, tmp_path: Path):
+    whole = tiny_stock.personal(tiny_stock.stock(xl), **tiny_stock.readers())
+    whole.load_adapter(tiny.text_adapter(whole.unet))
+    wanted = draw(whole, OTHER, reference=tiny.photo(1))
+    whole.save_pretrained(tmp_path)
+    pipe = ImaginePipeline.from_pretrained(tmp_path, unet=None, vae=None, finder=whole.finder)
+    for name, tokens in whole.encode_branches(OTHER).items():
+        assert torch.allclose(pipe.encode_branches(OTHER)[name].values, tokens.values, atol=1e-5)
+    assert same(pipe.enroll(tiny.photo(1)).features, whole.enroll(tiny.photo(1)).features)
+    for load in (lambda: pipe.load_adapter(whole.adapter), lambda: pipe.load_ip_adapter(tmp_path)):
+        with pytest.raises(ConfigError, match="without a unet"):
+            load()
+    with pytest.raises(ConfigError, match="without unet and vae"):
+        draw(pipe, OTHER)
+    pipe = ImaginePipeline.from_pretrained(tmp_path, unet=None, finder=whole.finder)
+    pipe.unet = tiny_stock.unet(xl)
+    pipe.unet.load_state_dict(whole.unet.state_dict())
+    pipe.set_progress_bar_config(disable=True)
+    assert same(draw(pipe, OTHER, reference=tiny.photo(1)), wanted)
 
 
 def test_keys_and_values_are_computed_once_per_picture(pipe: Any):
