@@ -79,7 +79,7 @@ class AdapterHolderMixin:
     def _require_denoiser(self) -> Any:
         """Return the denoiser. Raises ConfigError if the pipeline was made without one."""
         if self.denoiser is None:
-            raise ConfigError("This pipeline was made without a unet: assign one to pipe.unet first.")
+            raise ConfigError("This pipeline was made without a unet: make a whole one with from_pipe(pipe, unet=...).")
         return self.denoiser
 
     def _check_can_draw(self, *needed: str) -> None:
@@ -87,7 +87,7 @@ class AdapterHolderMixin:
         if absent := [name for name in needed if getattr(self, name) is None]:
             raise ConfigError(
                 f"This pipeline was made without {' and '.join(absent)}, so it can encode prompts and photos but not "
-                "draw: give their results to a whole pipeline, or assign what is absent."
+                f"draw: give their results to a whole pipeline, or make one with from_pipe(pipe, {absent[0]}=...)."
             )
 
     def _replace_adapter(self, place: Place, adapter: Adapter) -> None:

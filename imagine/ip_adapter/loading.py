@@ -151,7 +151,7 @@ class IPAdapterLoaderMixin:
 
     def _check_weights_loaded(self) -> None:
         if self.unet is None:
-            raise ConfigError("This pipeline was made without a unet: assign one to pipe.unet first.")
+            raise ConfigError("This pipeline was made without a unet: make a whole one with from_pipe(pipe, unet=...).")
         if self.unet.device.type == "meta":
             raise ConfigError("The denoiser is offloaded: load adapters before enable_sequential_cpu_offload.")
 

@@ -226,13 +226,19 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         made._finder, made._finder_folder = pipeline._finder, pipeline._finder_folder
         return made if dtype is None else made.to(dtype=dtype)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Save every component in its current precision, including our adapters and the face finder's files.
 
         The folder is written whole or not at all. Raises WeightsError if a component is missing, or for options whose
         files could not be loaded again. A `variant` is part of the names of the weights' files, adapters included.
         """
-        check_save_options(kwargs)
+        check_save_options({"safe_serialization": safe_serialization, **kwargs})
         if lacking := [name for name in (*MODELS, *TOKENIZERS, "scheduler") if getattr(self, name, None) is None]:
             raise WeightsError(
                 f"The pipeline has no {lacking[0]}, so what is saved could not be loaded: load the pipeline again, or "
@@ -247,9 +253,9 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         hub = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         with write_whole(Path(save_directory), ADAPTERS) as folder:
             with weights.quiet_libraries():
-                super().save_pretrained(os.fspath(folder), **kwargs)
+                super().save_pretrained(os.fspath(folder), safe_serialization, variant, **kwargs)
             for name, part in described.items():
-                part.save(folder / name, metadata[name], kwargs.get("variant"))
+                part.save(folder / name, metadata[name], variant)
             weights.remove_local_paths(folder)  # local paths are private and useless to the next user
             if (source := self._finder_folder) is not None and source.is_dir():
                 shutil.copytree(source, folder / FINDER)

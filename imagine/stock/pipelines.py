@@ -100,8 +100,7 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
         modules, options = cast(Any, cls)._get_signature_keys(cls)
         given = {name: part for name, part in pipeline.components.items() if name in modules}
         given |= {name: pipeline.config[name] for name in options if name in pipeline.config}
-        unet = kwargs.get("unet", pipeline.unet)
-        given |= {**kwargs, **load_parts(kwargs, dtype or getattr(unet, "dtype", None))}
+        given |= {**kwargs, **load_parts(kwargs, dtype or getattr(pipeline.unet, "dtype", None))}
         parameters = inspect.signature(cls.__init__).parameters
         lacking = [
             name for name in modules if name not in given and parameters[name].default is inspect.Parameter.empty
@@ -165,17 +164,21 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
                 "a local folder of a pipeline of the same kind (its weights are not needed)."
             ) from error
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Save the stock components as diffusers does, with our adapters and the face finder's files next to them.
 
         The folder is written whole or not at all. Raises WeightsError if something is missing, or for options whose
         files could not be loaded again. A `variant` is part of the names of the weights' files, adapters included.
         """
-        check_save_options(kwargs)
-        push, hub = (
-            kwargs.pop("push_to_hub", False),
-            {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs},
-        )
+        check_save_options({"safe_serialization": safe_serialization, **kwargs})
+        push = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         adapters: dict[str, Adapter | None] = {"text_adapter": self.text_adapter, "adapter": self.adapter}
         adapters |= {f"ip_{number}": each for number, each in enumerate(self.ip_adapters)}
         has_encoder = self.reference_encoder is not None or self._encoder_info is not None
@@ -183,8 +186,8 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
         fingerprint = self.encoder_fingerprint if has_encoder else None
         with write_whole(Path(save_directory), ("text_adapter", "adapter", "ip_*")) as folder:
             with quiet_libraries():
-                cast(Any, super()).save_pretrained(os.fspath(folder), **kwargs)
-            save_adapters(folder, adapters, scales, fingerprint, COMPONENTS, kwargs.get("variant"))
+                cast(Any, super()).save_pretrained(os.fspath(folder), safe_serialization, variant, **kwargs)
+            save_adapters(folder, adapters, scales, fingerprint, COMPONENTS, variant)
             if (source := self._finder_folder) is not None and source.is_dir():
                 shutil.copytree(source, folder / FINDER)
         if push:  # not by diffusers' save, which would upload before the adapters are there
@@ -234,7 +237,7 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
     def _add_saved_adapter(self, folder: Path, variant: str | None) -> None:
         """Load an adapter from a pipeline's folder, and store it under the folder's name: a place, or ip_0, ip_1 ...
 
-        Without a denoiser it is not attached, but later denoisers get it, and `encode_branches` knows its branches.
+        Without a denoiser it is not attached, but `from_pipe` passes it on, and `encode_branches` knows its branches.
         """
         denoiser = self.denoiser if self.denoiser is not None else read_empty_denoiser(folder.parent / "unet")
         adapter = Adapter.load(folder, denoiser, variant=variant).eval()

@@ -339,9 +339,9 @@ def test_a_pipeline_for_prompts_only_encodes_them_and_takes_a_denoiser_later(xl:
             load()
     with pytest.raises(ConfigError, match="without unet and vae"):
         draw(pipe, OTHER)
-    pipe = ImaginePipeline.from_pretrained(tmp_path, unet=None, finder=whole.finder)
-    pipe.unet = tiny_stock.unet(xl)
-    pipe.unet.load_state_dict(whole.unet.state_dict())
+    other = tiny_stock.unet(xl)
+    other.load_state_dict(whole.unet.state_dict())
+    pipe = ImaginePipeline.from_pipe(pipe, unet=other, vae=whole.vae)
     pipe.set_progress_bar_config(disable=True)
     assert same(draw(pipe, OTHER, reference=tiny.photo(1)), wanted)
 
