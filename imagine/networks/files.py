@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-_PICKLES = (b"PK\x03\x04", b"\x80")  # of torch since 1.6, and older ones
+_ARCHIVE = b"PK\x03\x04"  # the start of a pickle of torch since 1.6; older ones start with 0x80 and a protocol number
 _VARIANT = re.compile(
     r"(?:diffusion_pytorch_)?model(?:\.(?P<first>\w+?))?(?:-\d+-of-\d+)?(?:\.(?P<last>\w+))?\.safetensors|"
     r"(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<index>\w+))?\.json"
@@ -13,12 +13,12 @@ _VARIANT = re.compile(
 
 def is_pickle(file: Path) -> bool:
     """Return whether a file is a pickle of torch by its first bytes."""
-    return _starts_with(file, lambda head: head.startswith(_PICKLES))
+    return _starts_with(file, _is_pickle)
 
 
 def is_safetensors(file: Path) -> bool:
     """Return whether a file starts as a safetensors file does: the length of a JSON header, and the header."""
-    return _starts_with(file, lambda head: head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40)
+    return _starts_with(file, _is_safetensors)
 
 
 def why_unreadable(file: Path, remedy: str = "download or save it again") -> str:
@@ -45,7 +45,7 @@ def why_unreadable(file: Path, remedy: str = "download or save it again") -> str
         )
     if text.startswith(b"{"):
         return f"{file} is a text and holds no weights, perhaps the error of a server: download the file itself."
-    if head.startswith(_PICKLES):
+    if _is_pickle(head):
         return (
             f"{file} is a pickle of torch, whatever its name says, and reading it could run code: use the safetensors "
             "file instead, or convert it with `safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)`."
@@ -66,6 +66,15 @@ def variants_in(folder: Path) -> set[str]:
     """Return the variants of a component folder's safetensors files; "" stands for files without a variant."""
     found = {variant_of(file.name) for file in folder.glob("*.safetensors")}
     return {each for each in found if each is not None}
+
+
+def _is_pickle(head: bytes) -> bool:
+    # A header's length may start with 0x80 too.
+    return head.startswith(_ARCHIVE) or (head[:1] == b"\x80" and head[1:2] <= b"\x05" and not _is_safetensors(head))
+
+
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40
 
 
 def _head(file: Path) -> bytes:

@@ -75,6 +75,17 @@ def test_contents_are_told_apart_whatever_the_name(tmp_path: Path) -> None:
     assert not is_pickle(tmp_path / "none") and not is_safetensors(tmp_path / "none")
 
 
+@pytest.mark.parametrize("first", range(0, 256, 8))
+def test_a_header_of_any_length_is_not_taken_for_a_pickle(first: int, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for words in range(8, 600, 8):  # headers are padded to multiples of 8
+        save_file({"x": torch.zeros(1)}, path, {"a": "b" * words})
+        if path.read_bytes()[0] == first:
+            break
+    assert path.read_bytes()[0] == first
+    assert is_safetensors(path) and not is_pickle(path)
+
+
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
