@@ -67,6 +67,7 @@ def outcomes(file: str, pipelines: str, tokenizer: Path, folder: Path) -> Mappin
         pytest.skip(
             f"{file} needs a package that is not installed: {done.stdout.split('ModuleNotFoundError: ')[1][:60]}"
         )
+    assert report.is_file(), f"{file} was not run to its end: {done.stdout[-2000:]} {done.stderr[-2000:]}"
     found = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         result = "failed" if case.find("failure") is not None or case.find("error") is not None else "passed"
