@@ -260,7 +260,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
             if (source := self._finder_folder) is not None and source.is_dir():
                 shutil.copytree(source, folder / FINDER)
         if push:  # not by diffusers' save, which would upload before the adapters are there
-            self.push_to_hub(hub.pop("repo_id", Path(save_directory).absolute().name), **hub)
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).absolute().name), variant=variant, **hub)
 
     # --- the adapter and the finder ---------------------------------------------------------------------------------
 
@@ -408,8 +408,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
             strengths in diffusers' form, {"down": {"block_2": [0.0, 1.0]}}, where a block that is not named gets 0 (see
             `controls.presets`).
         refine_faces: whether to redraw small faces, enlarged; a RefineFaces gives other settings (see `second_pass`).
-        negative_prompt: what to steer away from.
-        generator: one generator, from which the pictures draw in turn, or one per picture.
+        negative_prompt: what to avoid. generator: one, from which the pictures draw in turn, or one per picture.
         face, on_no_face: which face of a photo to use, and what to do if there is none (see `faces.crop_face`).
         callback_on_step_end: called as (pipe, step, timestep, tensors). It may return changed "latents" or
             "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.

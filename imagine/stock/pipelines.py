@@ -191,7 +191,9 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
             if (source := self._finder_folder) is not None and source.is_dir():
                 shutil.copytree(source, folder / FINDER)
         if push:  # not by diffusers' save, which would upload before the adapters are there
-            cast(Any, self).push_to_hub(hub.pop("repo_id", Path(save_directory).absolute().name), **hub)
+            cast(Any, self).push_to_hub(
+                hub.pop("repo_id", Path(save_directory).absolute().name), variant=variant, **hub
+            )
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
@@ -318,7 +320,6 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
         draw = naming_the_part(cast(Any, super()).__call__, self._suspects)
         given = bind_arguments(draw, arguments, options, _OUR_ARGUMENTS)
         words = word_notes(*(given.get(name) for name in _PROMPTS))
-        refine_settings = RefineFaces.read(refine_faces, given.get("output_type", "pil"), default=False)
         output_type = given.get("output_type", "pil")
         self._check_can_draw("unet", *([] if output_type == "latent" else ["vae"]))
         refine_settings = RefineFaces.read(refine_faces, output_type, default=False)

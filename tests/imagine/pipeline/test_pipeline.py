@@ -722,5 +722,5 @@ def test_uploading_comes_after_the_adapters(
 
     monkeypatch.setattr(ImaginePipeline, "push_to_hub", record)
     pipe.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
-    pipe.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/mine")
-    assert seen == [("mine", {"private": True}, True), ("me/mine", {}, True)]
+    pipe.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/mine", variant="fp16")
+    assert seen == [("mine", {"private": True, "variant": None}, True), ("me/mine", {"variant": "fp16"}, True)]
