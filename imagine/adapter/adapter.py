@@ -514,6 +514,8 @@ def find_file(path: str | os.PathLike[str], variant: str | None = None) -> Path:
     path = as_path(path)
     if path.suffix == ".safetensors":
         return path
+    if kind_of(path, WeightsError) != "folder":
+        return path / FILE_NAME  # reading it says what is wrong
     for name in (file_name(variant), FILE_NAME):
         if (path / name).is_file():
             return path / name

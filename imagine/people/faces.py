@@ -375,6 +375,14 @@ class AutoFinder:
         return tuple(sorted([*ours, *missed], key=_area, reverse=True))
 
 
+def finder_of_drawings(finder: FaceFinder) -> FaceFinder:
+    """Return the finder for pictures that weights of the portrait world draw.
+
+    Such pictures are known to be drawings, and their faces may be too unclear for the rule of `AutoFinder`.
+    """
+    return CombinedFinder((finder.drawings, CascadeFinder())) if isinstance(finder, AutoFinder) else finder
+
+
 def _is_drawing(drawn: Sequence[FaceBox], ours: Sequence[FaceBox], sure: Sequence[FaceBox]) -> bool:
     """Return whether a picture is a drawing (see `AutoFinder`).
 

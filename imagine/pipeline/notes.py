@@ -1,6 +1,6 @@
 """Notes of a call: one sentence for each result that the user may not expect."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
@@ -23,15 +23,17 @@ def photo_notes(adapter: Adapter | None, faces: Sequence[Face]) -> list[str]:
 
 
 def count_people(
-    images: Sequence[Image.Image], people: Sequence[Sequence[Persona]], finder: FaceFinder
+    images: Sequence[Image.Image], people: Sequence[Sequence[Persona]], load_finder: Callable[[], FaceFinder]
 ) -> tuple[list[int], list[str]]:
     """Count the faces in pictures of several people.
 
-    people: the people of each picture. Return the number of faces per picture, and a warning for each picture with
-    fewer faces than people; both are empty if no picture should show several people.
+    people: the people of each picture. load_finder: returns the finder, and is called only if it is needed. Return the
+    number of faces per picture, and a warning for each picture with fewer faces than people; both are empty if no
+    picture should show several people.
     """
     if all(len(persons) < 2 for persons in people):
         return [], []
+    finder = load_finder()
     counts = [len(finder.find(image)) for image in images]
     warnings = [
         f"Warning: picture {number} shows {count} of {len(persons)} people; draw each person alone, or try other seeds."

@@ -34,7 +34,7 @@ from imagine.networks import weights
 from imagine.networks.diffusion import add_noise, denormalise_latents, normalise_latents
 from imagine.networks.encoders import TextEncoders
 from imagine.networks.saving import PUSH_OPTIONS, check_save_options, write_whole
-from imagine.people.faces import FaceChoice, FaceFinder
+from imagine.people.faces import FaceChoice, FaceFinder, finder_of_drawings
 from imagine.people.persona import Persona
 from imagine.people.reference_encoder import FINDER, ReferenceEncoderMixin, check_encoder, saved_metadata
 from imagine.pipeline import families
@@ -462,7 +462,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
                 if not self.interrupt and self.adapter is not None and self.adapter.active:
                     progress("finding small faces", 0, 0)
                     side = int(self.unet.config.sample_size) * self.vae_scale_factor
-                    refined, notes = second_pass.refine(images, side, self.finder, self._redraw)
+                    refined, notes = second_pass.refine(images, side, finder_of_drawings(self.finder), self._redraw)
                 images = self.image_processor.postprocess(images, plan.output_type, [False] * len(images))
             elif plan.output_type != "latent":
                 images = self._decode(images, plan.output_type)
@@ -477,7 +477,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
             return ImagineOutput(images, faces, refined, notes)
         copies = len(images) // len(people)
         of_pictures = [each for each in people for _ in range(copies)]
-        people_found, warnings = count_people(cast(Any, images), of_pictures, self.finder)
+        people_found, warnings = count_people(cast(Any, images), of_pictures, lambda: finder_of_drawings(self.finder))
         return ImagineOutput(images, faces, refined, notes + warnings, people_found)
 
     def _encode_requests(
