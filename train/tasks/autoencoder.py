@@ -125,7 +125,7 @@ class AutoencoderTask:
         size = int(encoder.config.image_size)
         mask = ellipse(size, drawn.device) / 2  # the mask of a face crop, halved to map -1 to 1 onto 0 to 1
         both = F.interpolate(torch.cat((drawn, crops)), size=(size, size), mode="area") * mask + 0.5
-        features, target = encoder(both).chunk(2)
+        features, target = encoder(both).float().chunk(2)  # under autocast the encoder returns bf16
         target = target.detach()
         return (features - target).square().flatten(1).mean(1) / target.var()
 

@@ -125,7 +125,7 @@ class ClipTask:
         per_sample, metrics = torch.zeros(len(first), device=image.device), dict[str, Tensor]()
         if len(second):  # a micro-batch may consist of whole pictures only
             faces, metrics = self._faces(first[batch.crops], second, batch)
-            per_sample = per_sample.index_add(0, batch.crops, faces)
+            per_sample = per_sample.index_add(0, batch.crops, faces.to(per_sample.dtype))
         if self.settings.captions:
             likeness, more = self._captions(first, batch.texts)
             per_sample, metrics = per_sample + likeness, {**metrics, **more}

@@ -492,6 +492,26 @@ def test_the_decoder_can_train_with_a_loss_on_the_vision_encoders_features() -> 
         assert (task._feature_loss(faces.roll(1, 0), faces) > task._feature_loss(0.95 * faces, faces)).all()
 
 
+@pytest.mark.parametrize("name", [*SMALL, "features"])
+def test_every_task_takes_a_step_in_bf16(name: str) -> None:
+    if name == "features":
+        weights, plain = ROOT / "weights", built("autoencoder")
+        settings = AutoencoderSettings(faces=0.5, features=1.0)
+        task: Any = AutoencoderTask(settings, dataclasses.replace(plain.context, initial=weights))
+        load_initial(task.modules, weights)
+        task.pictures = plain.pictures
+    else:
+        task = built(name)
+    for module in task.modules.values():
+        module.requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        per_sample = task.loss(task.batch(0, 8), 0).per_sample
+    per_sample.mean().backward()
+    gradients = [each.grad for group in task.parts().values() for each in group if each.grad is not None]
+    assert torch.isfinite(per_sample).all()
+    assert gradients and all(torch.isfinite(each).all() for each in gradients)
+
+
 def test_a_chain_of_stages_trains_to_the_end() -> None:
     output = trained()
     for name in CHAIN:
