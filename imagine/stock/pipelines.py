@@ -175,8 +175,14 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
 
         The folder is written whole or not at all. Raises WeightsError if something is missing, or for options whose
         files could not be loaded again. A `variant` is part of the names of the weights' files, adapters included.
+        Without `safe_serialization` the components are .bin files, which `from_pretrained` reads too.
         """
-        check_save_options({"safe_serialization": safe_serialization, **kwargs})
+        check_save_options(kwargs)
+        if not safe_serialization and any(Path(save_directory).glob("*/*.safetensors")):
+            raise WeightsError(
+                f"{os.fspath(save_directory)} holds safetensors files, which loading prefers to .bin files: leave "
+                "safe_serialization=False out, or name a new folder."
+            )
         push = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         adapters: dict[str, Adapter | None] = {"text_adapter": self.text_adapter, "adapter": self.adapter}

@@ -141,10 +141,18 @@ def test_a_save_that_lacks_the_encoder_leaves_the_folder_as_it_was(existing: boo
     assert all_files(tmp_path) == before and folder.exists() == existing
 
 
-def test_pickles_which_could_not_be_loaded_again_are_not_saved(tmp_path: Path):
-    with pytest.raises(WeightsError, match="safe_serialization=False writes files that imagine does not load"):
-        tiny_stock.personal(tiny_stock.stock()).save_pretrained(tmp_path / "saved", safe_serialization=False)
-    assert list(tmp_path.iterdir()) == []
+def test_bin_files_are_saved_where_they_can_be_loaded_again(tmp_path: Path):
+    pipe = tiny_stock.personal(tiny_stock.stock())
+    pipe.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert (tmp_path / "bin" / "unet" / "diffusion_pytorch_model.bin").is_file()
+    loaded = ImaginePipeline.from_pretrained(tmp_path / "bin", finder=pipe.finder)
+    loaded.set_progress_bar_config(disable=True)
+    assert same(draw(loaded, reference=tiny.photo(1)), draw(pipe, reference=tiny.photo(1)))
+    pipe.save_pretrained(tmp_path / "safe")
+    before = all_files(tmp_path)
+    with pytest.raises(WeightsError, match="holds safetensors files, which loading prefers"):
+        pipe.save_pretrained(tmp_path / "safe", safe_serialization=False)
+    assert all_files(tmp_path) == before
 
 
 def test_adapters_of_an_earlier_save_are_removed(tmp_path: Path):
