@@ -117,9 +117,9 @@ class Conditioning:
     cache: "dict[tuple[str, str], Any] | None" = None
 
 
-def take(tokens: Tokens, rows: torch.Tensor | Sequence[int]) -> Tokens:
-    """Return the batch items at the given indices."""
-    rows = rows if isinstance(rows, torch.Tensor) else list(rows)
+def take(tokens: Tokens, rows: torch.Tensor | slice | Sequence[int]) -> Tokens:
+    """Return the batch items at the given indices, in the given order."""
+    rows = rows if isinstance(rows, (torch.Tensor, slice)) else list(rows)
     return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from imagine.errors import ConfigError, PromptError
@@ -173,25 +174,32 @@ def _braced(names: Iterable[str]) -> str:
 
 
 def whole(name: str, value: Any) -> int:
-    """Return a count unchanged. Raises ConfigError unless it is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    """Return a count as int. Raises ConfigError unless it is a whole number of at least 1."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
         raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
-    return value
+    return int(value)
 
 
 def finite(name: str, value: Any) -> float:
-    """Return a finite number as float. Raises ConfigError for anything else."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    """Return a finite number, of Python or NumPy, as float. Raises ConfigError for anything else."""
+    number = _as_float(value)
+    if not math.isfinite(number):
         raise ConfigError(f"{name}={value!r} must be a finite number.")
-    return float(value)
+    return number
+
+
+def _as_float(value: Any) -> float:
+    """Return a number as float; NaN for anything else, also for True and False, which Python counts as numbers."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number of more than 308 digits
+        return math.nan
 
 
 def numbers(name: str, given: Any) -> list[float]:
     """Return a list of finite numbers as floats. Raises ConfigError for anything else."""
-    try:
-        each = [] if isinstance(given, str) else [float(one) for one in given]
-    except (TypeError, ValueError):
-        each = []
+    plain = given.tolist() if hasattr(given, "tolist") else given  # an array of NumPy or a tensor
+    each = [_as_float(one) for one in plain] if isinstance(plain, Iterable) else []
     if not each or not all(map(math.isfinite, each)):
         raise ConfigError(f"{name}={given!r} must be a list of finite numbers.")
     return each

@@ -293,12 +293,17 @@ def _projection_problem(kind: str, sizes: tuple[int | None, ...], found: Mapping
 def _branch_problem(width: int | None, branches: Mapping[str, Shape]) -> str:
     names = [_BRANCH.fullmatch(name) for name in branches]
     numbers = sorted({int(found[1]) for found in names if found})
-    if any(name.endswith("_ip.bias") for name in branches) or numbers == list(range(len(numbers))):
+    flux = bool(numbers) and numbers == list(range(len(numbers)))
+    if flux or any(name.endswith("_ip.bias") for name in branches):
         return "numbers its layers 0, 1, 2 or gives them biases, as Flux files do: use a file for SDXL or SD 1.5"
     if any("_lora." in name for name in branches):
         return "contains LoRA in its layers, as FaceID files do: use a base, Plus or Full file"
+    if not numbers:
+        return (
+            f"names no layer {BRANCHES}N.to_k_ip.weight, but {_some(map(BRANCHES.__add__, branches))}: use another file"
+        )
     wanted: dict[str, Shape] = {}
-    for number in range(1, 2 * max(len(numbers), 1), 2):
+    for number in range(1, 2 * len(numbers), 2):
         rows = branches.get(f"{number}.to_k_ip.weight", (0, 0))[:1]
         for each in "kv":
             wanted[f"{number}.to_{each}_ip.weight"] = (*rows, width or 0)

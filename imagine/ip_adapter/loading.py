@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imagine.adapter.adapter import Adapter
+from imagine.adapter.holder import AdapterHolderMixin
 from imagine.errors import ConfigError, WeightsError
 from imagine.ip_adapter.reading import (
     ENCODER_FOLDER,
@@ -38,14 +39,13 @@ DEFAULT_SIDE = 224  # side of the crops in pixels without an encoder
 Scales = dict[str, "Scale | Mapping[str, Scale]"]
 
 
-class IPAdapterLoaderMixin:
+class IPAdapterLoaderMixin(AdapterHolderMixin):
     """Pipeline mixin that loads IP-Adapters and computes the tokens, scales and regions of their branches.
 
     It must precede the stock pipeline among the base classes, because it uses its `encode_image`. `ip_adapters` are
     attached to the denoiser, with one branch each: "ip_0", "ip_1", ...
     """
 
-    unet: Any
     image_encoder: Any
     feature_extractor: Any
     ip_adapters: Sequence[Adapter] = ()
@@ -69,7 +69,7 @@ class IPAdapterLoaderMixin:
         a slash); None loads no encoder. FaceID files are loaded by diffusers' own code, without a report, which is only
         possible without other adapters. Raises WeightsError or ConfigError, and then leaves the pipeline unchanged.
         """
-        self._check_weights_loaded()
+        self._check_can_load()
         sources, subfolders, names = _lists(pretrained_model_name_or_path_or_dict, subfolder, weight_name)
         hub = _hub_options(kwargs)
         try:
@@ -81,7 +81,7 @@ class IPAdapterLoaderMixin:
             subfolders = [each or "" for each in subfolders]
             cast(Any, super()).load_ip_adapter(sources, subfolders, names, image_encoder_folder, **kwargs)
             return []
-        made = [import_adapter(file, self._unwrapped_unet(), f"ip_{number}") for number, file in enumerate(files)]
+        made = [import_adapter(file, self.denoiser, f"ip_{number}") for number, file in enumerate(files)]
         encoder = self._encoder_for(files, sources, subfolders, image_encoder_folder, hub)
         if encoder is not None:
             for file in files:
@@ -89,14 +89,14 @@ class IPAdapterLoaderMixin:
         self._detach_ip_adapters()
         self._register(encoder)
         for adapter, _ in made:
-            adapter.to(self.unet.device, self.unet.dtype).eval().attach(self._unwrapped_unet())
+            adapter.to(self.unet.device, self.unet.dtype).eval().attach(self.denoiser)
             self.ip_adapters = [*self.ip_adapters, adapter]
         self._ip_scales = [1.0] * len(made)
         return [report for _, report in made]
 
     def _check_no_other_adapters(self, error: FaceIDFileError) -> None:
         """Raise the error unless diffusers' own attention, which FaceID needs, can replace ours."""
-        if any(adapter not in self.ip_adapters for adapter in cast(Any, self)._adapters()):
+        if any(adapter not in self.ip_adapters for adapter in self._adapters()):
             raise WeightsError(f"{error} Or call unload_adapter() first, and diffusers loads it.") from error
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
@@ -122,7 +122,7 @@ class IPAdapterLoaderMixin:
                 f"There are {len(given)} scales for {len(self.ip_adapters)} IP-Adapters: give one for each, as a list."
             )
         try:
-            expanded = _maybe_expand_lora_scales(self._unwrapped_unet(), given, default_scale=0.0)
+            expanded = _maybe_expand_lora_scales(self.denoiser, given, default_scale=0.0)
         except (ValueError, KeyError) as error:
             raise ConfigError(f"These scales do not fit the denoiser: {str(error).rstrip('.')}.") from error
         self._ip_scales = [
@@ -149,20 +149,15 @@ class IPAdapterLoaderMixin:
         """Whether diffusers' own IP-Adapter is on the denoiser, loaded before the pipeline gained `reference=`."""
         return getattr(getattr(self.unet, "config", None), "encoder_hid_dim_type", None) == "ip_image_proj"
 
-    def _check_weights_loaded(self) -> None:
-        if self.unet is None:
-            raise ConfigError("This pipeline was made without a unet: make a whole one with from_pipe(pipe, unet=...).")
-        if self.unet.device.type == "meta":
+    def _check_can_load(self) -> None:
+        """Raise ConfigError if the pipeline has no denoiser, or one whose weights are not in memory."""
+        if self._require_denoiser().device.type == "meta":
             raise ConfigError("The denoiser is offloaded: load adapters before enable_sequential_cpu_offload.")
 
     def _detach_ip_adapters(self) -> None:
         for adapter in self.ip_adapters:
-            adapter.release(self._unwrapped_unet())
+            adapter.release(self.denoiser)
         self.ip_adapters, self._ip_scales = [], []
-
-    def _unwrapped_unet(self) -> nn.Module:
-        """Return the denoiser without the wrapper of torch.compile."""
-        return cast(nn.Module, getattr(self.unet, "_orig_mod", self.unet))
 
     def _encoder_for(
         self,

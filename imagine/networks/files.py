@@ -6,8 +6,8 @@ from pathlib import Path
 
 _ARCHIVE = b"PK\x03\x04"  # the start of a pickle of torch since 1.6; older ones start with 0x80 and a protocol number
 _VARIANT = re.compile(
-    r"(?:diffusion_pytorch_)?model(?:\.(?P<first>\w+?))?(?:-\d+-of-\d+)?(?:\.(?P<last>\w+))?\.safetensors|"
-    r"(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<index>\w+))?\.json"
+    r"(?:(?:diffusion_)?pytorch_)?model(?:\.(?P<first>\w+?))?(?:-\d+-of-\d+)?(?:\.(?P<last>\w+))?\.(?:safetensors|bin)|"
+    r"(?:(?:diffusion_)?pytorch_)?model\.(?:safetensors|bin)\.index(?:\.(?P<index>\w+))?\.json"
 )
 
 
@@ -54,9 +54,10 @@ def why_unreadable(file: Path, remedy: str = "download or save it again") -> str
 
 
 def variant_of(name: str) -> str | None:
-    """Return the variant in the name of a model's safetensors file or its index, such as "fp16"; "" without one.
+    """Return the variant in the name of a model's weights file or its index, such as "fp16"; "" without a variant.
 
-    Return None for other files. diffusers and transformers put it before the ending or before the number of a shard.
+    Return None for anything but .safetensors and .bin files. diffusers and transformers put the variant before the
+    ending or before the number of a shard.
     """
     found = _VARIANT.fullmatch(name)
     return None if found is None else found["first"] or found["last"] or found["index"] or ""

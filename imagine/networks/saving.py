@@ -32,8 +32,9 @@ def check_save_options(options: Mapping[str, Any]) -> None:
 def write_whole(target: Path, owned: Collection[str] = ()) -> Iterator[Path]:
     """Give a new folder to write into; move its files into `target` when the block ends without an error.
 
-    Files of `target` that the block did not write stay, except weights that the new ones replace (the shards of an
-    earlier save, in the same variant) and entries of `owned`, patterns such as "ip_*", that the block did not write.
+    Files of `target` that the block did not write stay, except weights that the new ones replace (those of an earlier
+    save in the same variant, in other shards or in the other format, .bin or safetensors) and entries of `owned`,
+    patterns such as "ip_*", that the block did not write.
     If anything fails, `target` is as it was before.
     """
     target = as_path(target).absolute()

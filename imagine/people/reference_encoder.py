@@ -307,7 +307,8 @@ class ReferenceEncoderMixin:
             scales = torch.as_tensor(scale, dtype=torch.float32).flatten()
         except (TypeError, ValueError, RuntimeError):  # text, None, nested lists
             scales = torch.empty(0)
-        if len(scales) not in (1, len(personas)) or not scales.isfinite().all():
+        has_bool = any(isinstance(each, bool) for each in (scale if isinstance(scale, (list, tuple)) else [scale]))
+        if has_bool or len(scales) not in (1, len(personas)) or not scales.isfinite().all():
             raise ConfigError(
                 f"identity_scale={scale!r} must be one number, or one for each of {len(personas)} prompts."
             )

@@ -9,7 +9,7 @@ import difflib
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from imagine.adapter.adapter import prepare
 from imagine.errors import ConfigError
 from imagine.pipeline.controls import Window
-from imagine.records import Conditioning, Scale, Tokens, join, repeat
+from imagine.records import Conditioning, Scale, Tokens, join, repeat, take
 from imagine.request import Request, read_requests
 
 Scales = Mapping[str, "Scale | Mapping[str, Scale]"]
@@ -217,10 +217,7 @@ def last_rows(record: Conditioning, count: int) -> Conditioning:
     def scale(each: Any) -> Any:
         return each[-count:] if isinstance(each, Tensor) and each.dim() else each
 
-    branches = {
-        name: Tokens(each.values[-count:], None if each.mask is None else each.mask[-count:])
-        for name, each in record.branches.items()
-    }
+    branches = {name: take(each, slice(-count, None)) for name, each in record.branches.items()}
     scales = {
         name: {layer: scale(one) for layer, one in each.items()} if isinstance(each, Mapping) else scale(each)
         for name, each in record.scales.items()
@@ -232,8 +229,3 @@ def tokens_to(tokens: Tokens, device: torch.device, dtype: torch.dtype) -> Token
     """Move tokens to a device and convert their values to a dtype."""
     mask = None if tokens.mask is None else tokens.mask.to(device)
     return Tokens(tokens.values.to(device, dtype), mask)
-
-
-def select_rows(tokens: Tokens, rows: "slice | Sequence[int]") -> Tokens:
-    """Return some rows of tokens, in the given order."""
-    return Tokens(tokens.values[rows], None if tokens.mask is None else tokens.mask[rows])

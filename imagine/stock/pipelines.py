@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter, check_attached
-from imagine.adapter.holder import AdapterHolderMixin
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.ip_adapter.loading import IPAdapterLoaderMixin
 from imagine.networks.encoders import TextEncoders
@@ -41,7 +40,7 @@ from imagine.people.reference_encoder import FINDER, OnNoFace, ReferenceEncoderM
 from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factors
 from imagine.pipeline.picture_check import FiniteImageProcessor, naming_the_part
 from imagine.pipeline.second_pass import RefineFaces
-from imagine.records import VISION, Tokens
+from imagine.records import VISION, Tokens, take
 from imagine.request import word_notes
 from imagine.stock import STOCK_PIPELINES
 from imagine.stock.attention import AttentionBackendMixin
@@ -54,7 +53,6 @@ from imagine.stock.call import (
     like_stock,
     merge_parts,
     read_call,
-    select_rows,
     tokens_to,
 )
 from imagine.stock.files import load_parts, normalise_dtype_argument, save_adapters, saved_adapter_folders, saved_scale
@@ -68,7 +66,7 @@ ENCODERS = ("vision_encoder", "t5_encoder", "byt5_encoder")
 COMPONENTS = (*ENCODERS, "t5_tokenizer", "byt5_tokenizer")
 
 
-class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterLoaderMixin, ReferenceEncoderMixin):
+class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, ReferenceEncoderMixin):
     """Adds adapters on the denoiser, and arguments for the people in the picture, to a stock pipeline.
 
     `vision_encoder` encodes references; without it, the stock pipeline's own `image_encoder` does. `t5_encoder` and
@@ -178,11 +176,6 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
         Without `safe_serialization` the components are .bin files, which `from_pretrained` reads too.
         """
         check_save_options(kwargs)
-        if not safe_serialization and any(Path(save_directory).glob("*/*.safetensors")):
-            raise WeightsError(
-                f"{os.fspath(save_directory)} holds safetensors files, which loading prefers to .bin files: leave "
-                "safe_serialization=False out, or name a new folder."
-            )
         push = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         adapters: dict[str, Adapter | None] = {"text_adapter": self.text_adapter, "adapter": self.adapter}
@@ -225,7 +218,7 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
         An adapter with the branch "vision" becomes `adapter`; one with text branches only becomes `text_adapter`.
         Raises WeightsError for an unknown branch, or if the adapter was trained with another encoder.
         """
-        self._check_weights_loaded()
+        self._check_can_load()
         if self._has_stock_ip_adapter:
             raise WeightsError(
                 "diffusers has loaded an IP-Adapter into this denoiser, which leaves no place for an adapter: call "
@@ -477,8 +470,8 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
             words += negatives * batch.prompts if len(negatives) == 1 else negatives
         # One call per encoder, so that an offloaded encoder moves to the device only once.
         read = self.encode_branches(words) if words else {}
-        wanted = {name: select_rows(each, slice(count)) for name, each in read.items()}
-        negative_branches = {name: select_rows(each, slice(count, None)) for name, each in read.items()}
+        wanted = {name: take(each, slice(count)) for name, each in read.items()}
+        negative_branches = {name: take(each, slice(count, None)) for name, each in read.items()}
         if positive is not None:
             wanted = self._check_branch_embeds("branch_embeds", positive, batch.prompts)
         if negative is not None and batch.guided:
@@ -524,7 +517,7 @@ class PersonalisationMixin(AdapterHolderMixin, AttentionBackendMixin, IPAdapterL
         each = list(dict.fromkeys(sentences))  # the prompts of a batch often share one negative prompt
         rows = [each.index(sentence) for sentence in sentences]
         dtype = getattr(self.unet if self.unet is not None else self.text_adapter, "dtype", torch.float32)
-        return {name: select_rows(tokens_to(read[name](each), mine._execution_device, dtype), rows) for name in names}
+        return {name: take(tokens_to(read[name](each), mine._execution_device, dtype), rows) for name in names}
 
     def free_encoders(self) -> None:
         """Delete all encoders to free memory. Later calls need personas, prompt_embeds and branch_embeds."""

@@ -29,7 +29,8 @@ from imagine.pipeline.second_pass import (
     redraw_faces,
     seed_of,
 )
-from imagine.stock.call import Batch, select_rows
+from imagine.records import take
+from imagine.stock.call import Batch
 
 PER_PROMPT_ARGUMENTS = (
     "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
@@ -157,7 +158,7 @@ class StockSecondPass:
         call["cross_attention_kwargs"] = kwargs or None
         for name in ("branch_embeds", "negative_branch_embeds"):
             if (branches := self.identity.get(name)) is not None:
-                call[name] = {branch: select_rows(each, slice(prompt, prompt + 1)) for branch, each in branches.items()}
+                call[name] = {branch: take(each, slice(prompt, prompt + 1)) for branch, each in branches.items()}
         return call | self._identity_arguments(prompt, face.person)
 
     def _identity_arguments(self, prompt: int, person: int) -> dict[str, Any]:

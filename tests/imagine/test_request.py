@@ -1,9 +1,13 @@
 """Requests from all accepted forms of prompts and references."""
 
-import pytest
+from typing import Any
 
-from imagine.errors import PromptError
-from imagine.request import Person, Request, read_requests, word_notes
+import numpy as np
+import pytest
+import torch
+
+from imagine.errors import ConfigError, PromptError
+from imagine.request import Person, Request, finite, numbers, read_requests, whole, word_notes
 
 
 def test_one_prompt_with_a_list_means_several_photos_of_one_person() -> None:
@@ -93,3 +97,26 @@ PLAIN = "a person smiling on a beach"
 )  # fmt: skip
 def test_plain_sentences_have_no_note(prompt: str) -> None:
     assert word_notes(prompt) == []
+
+
+def test_numbers_of_python_and_numpy_are_read() -> None:
+    for value in (2, 2.0, np.float32(2), np.int64(2)):
+        assert finite("x", value) == 2.0 and type(finite("x", value)) is float
+    for count in (2, np.int64(2)):
+        assert whole("x", count) == 2 and type(whole("x", count)) is int
+    for given in ([1, 0.5], (1.0, np.float32(0.5)), np.array([1.0, 0.5]), torch.tensor([1.0, 0.5])):
+        assert numbers("x", given) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("value", [True, False, np.bool_(True), float("nan"), np.float32("inf"), "1", None, 1j, [1.0]])
+def test_what_is_no_finite_number_raises(value: Any) -> None:
+    for read in (finite, whole):
+        with pytest.raises(ConfigError, match=r"must be a (finite|whole) number"):
+            read("x", value)
+    with pytest.raises(ConfigError, match="must be a list of finite numbers"):
+        numbers("x", [0.5, value])
+
+
+def test_a_whole_number_that_no_float_can_hold_is_no_finite_number() -> None:
+    with pytest.raises(ConfigError, match="must be a finite number"):
+        finite("x", 10**400)

@@ -189,6 +189,11 @@ def eight_tokens(file: Flat) -> None:
         file[name] = file[name].repeat(2, *[1] * (file[name].dim() - 1))
 
 
+def unnamed_layers(file: Flat) -> None:
+    for name in [name for name in file if name.startswith("ip_adapter.")]:
+        file[name.replace("ip_adapter.", "ip_adapter.layer.")] = file.pop(name)
+
+
 def other_shape(file: Flat) -> None:
     file["ip_adapter.3.to_v_ip.weight"] = file["ip_adapter.3.to_v_ip.weight"][:-1]
 
@@ -200,6 +205,7 @@ def other_shape(file: Flat) -> None:
         ("plus", narrow_heads, "whose heads are not 64 wide"),
         ("linear", eight_tokens, "makes 8 tokens per picture"),
         ("full", renumbered, "as Flux files do"),
+        ("full", unnamed_layers, r"no layer ip_adapter.N.to_k_ip.weight, but ip_adapter.layer.\d+.to_k"),
         ("full", other_shape, "ip_adapter.3.to_v_ip.weight of shape"),
         ("full", without("image_proj.proj.3.bias"), "lacks image_proj.proj.3.bias"),
         ("plus", without("ip_adapter.5.to_k_ip.weight"), "lacks ip_adapter.5.to_k_ip.weight"),

@@ -93,7 +93,9 @@ def test_a_header_of_any_length_is_not_taken_for_a_pickle(first: int, tmp_path: 
         ("diffusion_pytorch_model.safetensors.index.json", ""),
         ("model.fp16.safetensors", "fp16"), ("diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "fp16"),
         ("model-00001-of-00002.fp16.safetensors", "fp16"), ("model.safetensors.index.fp16.json", "fp16"),
-        ("config.json", None), ("ip-adapter.safetensors", None), ("pytorch_model.bin", None),
+        ("config.json", None), ("ip-adapter.safetensors", None), ("optimizer.bin", None),
+        ("pytorch_model.bin", ""), ("diffusion_pytorch_model.fp16.bin", "fp16"),
+        ("pytorch_model-00001-of-00002.bin", ""), ("pytorch_model.bin.index.fp16.json", "fp16"),
     ],
 )  # fmt: skip
 def test_the_variant_in_a_files_name(name: str, variant: str | None, tmp_path: Path) -> None:

@@ -52,6 +52,16 @@ def test_an_earlier_save_is_replaced_and_other_files_stay(tmp_path: Path) -> Non
     assert not (tmp_path / "ip_0").exists()
 
 
+def test_safetensors_files_replace_bin_files_of_the_same_variant(tmp_path: Path) -> None:
+    old = ("pytorch_model_dot_bin", "pytorch_model_dot_fp16_dot_bin", "optimizer_dot_bin")
+    write(tmp_path, **{f"unet__{name}": "old" for name in old})
+    with write_whole(tmp_path) as folder:
+        write(folder, **NEW)
+    assert {name for name, text in files(tmp_path).items() if text == "old"} == {
+        "unet/pytorch_model.fp16.bin", "unet/optimizer.bin",
+    }  # fmt: skip
+
+
 def test_an_adapter_next_to_another_stays(tmp_path: Path) -> None:
     write(tmp_path, **{"first_dot_safetensors": "old"})
     with write_whole(tmp_path) as folder:

@@ -564,6 +564,8 @@ def test_a_lora_for_the_denoiser_loads_and_unloads(tmp_path: Path) -> None:
         (lambda pipe: pipe(PROMPT, num_inference_steps=0), ConfigError, "num_inference_steps"),
         (lambda pipe: pipe(PROMPT, guidance_scale=float("nan")), ConfigError, "guidance_scale"),
         (lambda pipe: pipe(PROMPT, identity_scale=[1.0, 2.0]), ConfigError, "identity_scale"),
+        (lambda pipe: pipe(PROMPT, identity_scale=True), ConfigError, "identity_scale=True must be one number"),
+        (lambda pipe: pipe(PROMPT, guidance_scale=True), ConfigError, "guidance_scale=True must be a finite number"),
         (lambda pipe: pipe(PROMPT, num_images_per_prompt=0), ConfigError, "num_images_per_prompt"),
         (lambda pipe: pipe(PROMPT, height=50), ConfigError, "multiples of 16"),
         (lambda pipe: pipe(PROMPT, output_type="gif"), ConfigError, "output_type"),

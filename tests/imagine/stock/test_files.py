@@ -141,18 +141,21 @@ def test_a_save_that_lacks_the_encoder_leaves_the_folder_as_it_was(existing: boo
     assert all_files(tmp_path) == before and folder.exists() == existing
 
 
-def test_bin_files_are_saved_where_they_can_be_loaded_again(tmp_path: Path):
+@pytest.mark.parametrize("first", [True, False])
+def test_an_earlier_save_never_hides_a_later_one_in_the_other_format(first: bool, tmp_path: Path):
+    """Loading prefers safetensors files, so those of an earlier save must not stay beside new .bin files."""
     pipe = tiny_stock.personal(tiny_stock.stock())
-    pipe.save_pretrained(tmp_path / "bin", safe_serialization=False)
-    assert (tmp_path / "bin" / "unet" / "diffusion_pytorch_model.bin").is_file()
-    loaded = ImaginePipeline.from_pretrained(tmp_path / "bin", finder=pipe.finder)
+    pipe.save_pretrained(tmp_path, safe_serialization=first)
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(2)
+    wanted = draw(pipe, reference=tiny.photo(1))
+    pipe.save_pretrained(tmp_path, safe_serialization=not first)
+    ending = "bin" if first else "safetensors"
+    weights = [file.name for file in (tmp_path / "unet").iterdir() if file.name != "config.json"]
+    assert weights == [f"diffusion_pytorch_model.{ending}"]
+    loaded = ImaginePipeline.from_pretrained(tmp_path, finder=pipe.finder)
     loaded.set_progress_bar_config(disable=True)
-    assert same(draw(loaded, reference=tiny.photo(1)), draw(pipe, reference=tiny.photo(1)))
-    pipe.save_pretrained(tmp_path / "safe")
-    before = all_files(tmp_path)
-    with pytest.raises(WeightsError, match="holds safetensors files, which loading prefers"):
-        pipe.save_pretrained(tmp_path / "safe", safe_serialization=False)
-    assert all_files(tmp_path) == before
+    assert same(draw(loaded, reference=tiny.photo(1)), wanted)
 
 
 def test_adapters_of_an_earlier_save_are_removed(tmp_path: Path):
