@@ -249,7 +249,8 @@ def _sizes(
     if kind == "faceid":
         rows, width = size("proj.2.weight", 0), size("norm.weight", 0)
         return (rows // width if rows and width else None), None, width, None, None
-    return (4 if kind == "faceid-plus" else None), None, None, None, None
+    tokens = 4 if kind == "faceid-plus" else None
+    return tokens, None, size("perceiver_resampler.proj_out.weight", 0), None, None
 
 
 def _problem(
@@ -287,7 +288,7 @@ def _projection_problem(kind: str, sizes: tuple[int | None, ...], found: Mapping
         return f"lacks tensors of its {VARIANT_NAMES[kind]} projection: download it again"
     assert input_width is not None and width is not None
     wanted = projection_shapes(kind, tokens, input_width, width, inner, attention)
-    return _difference(PROJECTION, wanted, found)
+    return difference(PROJECTION, wanted, found)
 
 
 def _branch_problem(width: int | None, branches: Mapping[str, Shape]) -> str:
@@ -307,10 +308,10 @@ def _branch_problem(width: int | None, branches: Mapping[str, Shape]) -> str:
         rows = branches.get(f"{number}.to_k_ip.weight", (0, 0))[:1]
         for each in "kv":
             wanted[f"{number}.to_{each}_ip.weight"] = (*rows, width or 0)
-    return _difference(BRANCHES, wanted, branches)
+    return difference(BRANCHES, wanted, branches)
 
 
-def _difference(prefix: str, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
+def difference(prefix: str, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
     """Return the first missing, unknown or wrongly shaped tensor as the rest of a sentence; "" if all tensors match."""
     if missing := [prefix + name for name in wanted if name not in found]:
         return f"lacks {_some(missing)}: download it again"

@@ -9,19 +9,20 @@ strictly, keys and values are computed once per picture instead of at every step
 and one denoiser can have IP-Adapters and our own adapters together.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter
+from imagine.adapter.attention import attention_layers
 from imagine.adapter.holder import AdapterHolderMixin
 from imagine.errors import ConfigError, WeightsError
+from imagine.ip_adapter import face_id
 from imagine.ip_adapter.reading import (
     ENCODER_FOLDER,
-    FaceIDFileError,
     ImportReport,
     IPAdapterFile,
     check_encoder,
@@ -29,8 +30,9 @@ from imagine.ip_adapter.reading import (
     load_encoder,
     read_ip_adapter,
 )
-from imagine.networks.weights import HUB_OPTIONS
+from imagine.networks.weights import HUB_OPTIONS, quiet_libraries
 from imagine.records import Scale, Tokens
+from imagine.request import finite
 
 # Weights are never initialised twice, and hub clients read the proxy settings themselves.
 IGNORED_OPTIONS = ("low_cpu_mem_usage", "proxies")
@@ -66,20 +68,20 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         The arguments are those of diffusers' load_ip_adapter: a hub id or folder with subfolder and weight_name, or a
         state dict, or lists of these; a path of a file also works. If the pipeline has no image encoder, or one that
         does not fit the adapters, the encoder is loaded from image_encoder_folder (inside subfolder, unless it contains
-        a slash); None loads no encoder. FaceID files are loaded by diffusers' own code, without a report, which is only
+        a slash); None loads no encoder. diffusers' own code loads FaceID files, without a report, which is only
         possible without other adapters. Raises WeightsError or ConfigError, and then leaves the pipeline unchanged.
         """
         self._check_can_load()
         sources, subfolders, names = _lists(pretrained_model_name_or_path_or_dict, subfolder, weight_name)
         hub = _hub_options(kwargs)
-        try:
-            files = [read_ip_adapter(*each, **hub) for each in zip(sources, subfolders, names, strict=True)]
-        except FaceIDFileError as error:
-            self._check_no_other_adapters(error)
-            self._detach_ip_adapters()
-            sources, names = _as_folders(sources, names)
-            subfolders = [each or "" for each in subfolders]
-            cast(Any, super()).load_ip_adapter(sources, subfolders, names, image_encoder_folder, **kwargs)
+        files = [read_ip_adapter(*each, face_id=True, **hub) for each in zip(sources, subfolders, names, strict=True)]
+        if any(map(face_id.is_face_id, files)):
+            self._check_no_other_adapters(files)
+            states = face_id.state_dicts(files, self.denoiser)
+            encoder = getattr(self, "image_encoder", None)
+            if encoder is None:
+                encoder = self._encoder_for(files, sources, subfolders, image_encoder_folder, hub)
+            self._load_face_id(states, encoder)
             return []
         made = [import_adapter(file, self.denoiser, f"ip_{number}") for number, file in enumerate(files)]
         encoder = self._encoder_for(files, sources, subfolders, image_encoder_folder, hub)
@@ -94,10 +96,31 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         self._ip_scales = [1.0] * len(made)
         return [report for _, report in made]
 
-    def _check_no_other_adapters(self, error: FaceIDFileError) -> None:
-        """Raise the error unless diffusers' own attention, which FaceID needs, can replace ours."""
-        if any(adapter not in self.ip_adapters for adapter in self._adapters()):
-            raise WeightsError(f"{error} Or call unload_adapter() first, and diffusers loads it.") from error
+    def _check_no_other_adapters(self, files: Sequence[IPAdapterFile]) -> None:
+        """Raise WeightsError unless diffusers' own attention, which FaceID files need, can replace ours."""
+        calls = {"unload_adapter()": self.adapter, "unload_adapter('text_adapter')": self.text_adapter}
+        if needed := " and ".join(call for call, adapter in calls.items() if adapter is not None):
+            origin = next(file.origin for file in files if face_id.is_face_id(file))
+            raise WeightsError(
+                f"{origin} is a FaceID file, with which only diffusers' own code draws, and that leaves no place for "
+                f"another adapter: call {needed} first, or use a base, Plus or Full file."
+            )
+
+    def _load_face_id(self, states: Sequence[Mapping[str, Any]], encoder: Any) -> None:
+        """Let diffusers load files that were checked, in place of all IP-Adapters."""
+        self._detach_ip_adapters()
+        self._remove_face_id_lora()
+        blank = [""] * len(states)
+        with quiet_libraries():  # diffusers would warn of the missing encoder, which the next line registers
+            cast(Any, super()).load_ip_adapter(list(states), blank, blank, image_encoder_folder=None)
+        self._register(encoder)
+
+    def _remove_face_id_lora(self) -> None:
+        """Remove the LoRA of FaceID files, which diffusers leaves on and does not replace by that of another file."""
+        if names := face_id.lora_names(self.denoiser):
+            cast(Any, self).delete_adapters(names)
+            if not getattr(self.denoiser, "peft_config", None):  # the wrapped layers would be saved under other names
+                self.denoiser.unload_lora()
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
         """Set the scales of the IP-Adapters: a number, a dict of blocks, or a list with one of these per adapter.
@@ -109,6 +132,8 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         """
         from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
+        if self._has_stock_ip_adapter or self.ip_adapters:
+            _check_scales(scale, self.denoiser)
         if self._has_stock_ip_adapter:
             try:
                 return cast(None, cast(Any, super()).set_ip_adapter_scale(scale))
@@ -132,10 +157,14 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         return None
 
     def unload_ip_adapter(self) -> None:
-        """Remove all IP-Adapters from the denoiser and the image encoder from the pipeline, as diffusers does."""
+        """Remove all IP-Adapters from the denoiser and the image encoder from the pipeline, as diffusers does.
+
+        The LoRA of a FaceID file is removed too, which diffusers leaves on.
+        """
         pipe = cast(Any, self)
         if self._has_stock_ip_adapter:
             cast(Any, super()).unload_ip_adapter()
+        self._remove_face_id_lora()
         self._detach_ip_adapters()
         if getattr(self, "image_encoder", None) is not None:
             self.image_encoder = None
@@ -268,16 +297,6 @@ def _lists(source: Any, subfolder: Any, weight_name: Any) -> tuple[list[Any], li
     return sources, subfolders, names
 
 
-def _as_folders(sources: Sequence[Any], names: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Return sources and file names in the form that diffusers reads: a path of a file becomes a folder and a name."""
-    is_file = [not isinstance(source, Mapping) and Path(source).expanduser().is_file() for source in sources]
-    pairs = [
-        (Path(source).expanduser().parent, Path(source).name) if file else (source, name or "")
-        for source, name, file in zip(sources, names, is_file, strict=True)
-    ]
-    return [source for source, _ in pairs], [name for _, name in pairs]
-
-
 def _fits(files: Sequence[IPAdapterFile], encoder: Any) -> bool:
     try:
         for file in files:
@@ -293,6 +312,37 @@ def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             f"load_ip_adapter has no argument {unknown[0]}: leave it out, or choose from {', '.join(HUB_OPTIONS)}."
         )
     return {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+
+
+def _check_scales(scale: Any, denoiser: nn.Module) -> None:
+    """Raise ConfigError unless all scales, in lists and dicts of blocks, are finite numbers for existing blocks."""
+    if isinstance(scale, Mapping):
+        _check_blocks(scale, denoiser)
+        values = [each for one in scale.values() for each in (one.values() if isinstance(one, Mapping) else [one])]
+        _check_scales(values, denoiser)
+    elif isinstance(scale, (list, tuple)):
+        for each in scale:
+            _check_scales(each, denoiser)
+    elif isinstance(scale, Tensor):
+        _check_scales(scale.tolist(), denoiser)
+    else:
+        finite("The IP-Adapter scale", scale)
+
+
+def _check_blocks(scale: Mapping[str, Any], denoiser: nn.Module) -> None:
+    """Raise ConfigError for a block that is not in this denoiser, which diffusers would ignore."""
+    found = [re.match(r"(down|up)_blocks\.(\d+)\.", name) for name in attention_layers(denoiser)]
+    blocks = sorted({(each[1], f"block_{each[2]}") for each in found if each})
+    for side, value in scale.items():
+        if side not in ("down", "mid", "up") and "." not in side:  # diffusers also takes names such as down.block_1.0
+            raise ConfigError(f"The IP-Adapter scale names the blocks {side!r}: choose down, mid or up.")
+        for block in value if isinstance(value, Mapping) else ():
+            if (side, block) not in blocks:
+                known = ", ".join(name for place, name in blocks if place == side) or "none"
+                raise ConfigError(
+                    f"The IP-Adapter scale names {block!r} of {side!r}, but this denoiser has no attention there: its "
+                    f"blocks with attention are {known}."
+                )
 
 
 def _by_layer(blocks: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:

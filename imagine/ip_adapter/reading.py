@@ -43,10 +43,6 @@ ENCODER_FOLDER = "image_encoder"
 _CHECKPOINTS = ("state_dict", "model_state_dict", "module", "model")  # names of the state dict in training checkpoints
 
 
-class FaceIDFileError(WeightsError):
-    """Raised for a FaceID file, which only diffusers' own code can load."""
-
-
 @dataclass(frozen=True)
 class IPAdapterFile:
     """A standard file that was read and checked: its tensors under their flat names, and its layout."""
@@ -82,6 +78,8 @@ def read_ip_adapter(
     source: "str | os.PathLike[str] | Mapping[str, Any]",
     subfolder: str | None = None,
     weight_name: str | None = None,
+    *,
+    face_id: bool = False,
     **hub: Any,
 ) -> IPAdapterFile:
     """Read a base, Plus or Full file of SD 1.5 or SDXL from the place where diffusers' load_ip_adapter finds it.
@@ -89,15 +87,16 @@ def read_ip_adapter(
     `source` is a file (.safetensors; a .bin is read as weights only, so that no code in it runs), a folder or a hub id
     with `subfolder` and `weight_name`, or a state dict, nested ({"image_proj": ..., "ip_adapter": ...}) or flat. `hub`
     holds options of huggingface_hub.snapshot_download. Checkpoints of IP-Adapter's own trainer, and names with the
-    prefixes of compiled and data-parallel modules, are converted; `notes` of the result say so. Raises WeightsError for
-    anything that diffusers would drop or misread, and for numbers that are not finite.
+    prefixes of compiled and data-parallel modules, are converted; `notes` of the result say so. `face_id` also accepts
+    FaceID files, which import_adapter does not. Raises WeightsError for anything that diffusers would drop or misread,
+    and for numbers that are not finite.
     """
     if isinstance(source, Mapping):
         tensors, notes = _flat(source)
-        return _checked("the state dict", tensors, {}, None, notes)
+        return _checked("the state dict", tensors, {}, None, notes, face_id)
     file = find_weights_file(source, subfolder, weight_name, **hub)
     tensors, metadata, notes = _read(file)
-    return _checked(str(file), tensors, metadata, licence_of(file, metadata), notes)
+    return _checked(str(file), tensors, metadata, licence_of(file, metadata), notes, face_id)
 
 
 def find_weights_file(
@@ -146,8 +145,7 @@ def import_adapter(file: IPAdapterFile, denoiser: nn.Module, name: str = "vision
     The denoiser may be on the meta device. Raises WeightsError if the file was made for another base.
     """
     layers = cross_attention(denoiser)
-    _check_base(file, {layer: attn.to_k.in_features for layer, attn in layers.items()},
-                [attn.inner_dim for attn in layers.values()])  # fmt: skip
+    check_base(file, layers)
     layout = file.layout
     assert layout.width is not None
     spec = BranchSpec(
@@ -231,7 +229,10 @@ def _report(file: IPAdapterFile, used: Mapping[str, str]) -> ImportReport:
     )
 
 
-def _check_base(file: IPAdapterFile, text_widths: Mapping[str, int], widths: Sequence[int]) -> None:
+def check_base(file: IPAdapterFile, layers: Mapping[str, Any]) -> None:
+    """Raise WeightsError unless the file was made for a denoiser with these cross-attention layers."""
+    text_widths = {name: attn.to_k.in_features for name, attn in layers.items()}
+    widths = [attn.inner_dim for attn in layers.values()]
     layout, found = file.layout, list(file.layout.layer_widths)
     if (len(found), {layout.width}) != (len(widths), set(text_widths.values())):
         width = next(iter(text_widths.values()), 0)
@@ -283,13 +284,13 @@ def _checked(
     metadata: Mapping[str, str],
     licence: str | None,
     notes: Sequence[str],
+    face_id: bool,
 ) -> IPAdapterFile:
     names, renamed = standard_names(stored)
     tensors = {name: stored[each] for each, name in names.items()}
     layout = read_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    if layout.problem:
-        kind = FaceIDFileError if (layout.kind or "").startswith("faceid") else WeightsError
-        raise kind(f"{origin} {layout.problem}.")
+    if layout.problem and not (face_id and (layout.kind or "").startswith("faceid")):
+        raise WeightsError(f"{origin} {layout.problem}.")
     check_finite(origin, tensors)
     # Tensors are cloned, as in `Adapter.load`: at a file's unaligned addresses kernels sum in another order.
     copies = {name: each.detach().clone() for name, each in tensors.items()}

@@ -269,9 +269,10 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
 
     def load_adapter(self, source: "Adapter | str | os.PathLike[str]") -> None:
         """Replace the identity adapter with this one: an Adapter, or a saved folder or file."""
-        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self._require_denoiser())
+        denoiser = self._require_denoiser()
+        adapter = source if isinstance(source, Adapter) else Adapter.load(source, denoiser)
         check_encoder(adapter, self.encoder_fingerprint)
-        self._replace_adapter("adapter", adapter.to(self.unet.device, self.unet.dtype).eval())
+        self._replace_adapter("adapter", adapter.to(denoiser.device, denoiser.dtype).eval())
 
     @property
     def vae_scale_factor(self) -> int:

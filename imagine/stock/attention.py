@@ -6,22 +6,15 @@ raises an error that gives the reason. If code changes the processors on the den
 it before a call draws.
 """
 
-from abc import abstractmethod
 from typing import Any, cast
 
-from imagine.adapter.adapter import Adapter
+from imagine.adapter.holder import AdapterHolderMixin
 from imagine.errors import ConfigError
 from imagine.networks.weights import quiet_libraries
 
 
-class AttentionBackendMixin:
+class AttentionBackendMixin(AdapterHolderMixin):
     """Pipeline mixin that selects how attention is computed."""
-
-    unet: Any
-
-    @abstractmethod
-    def _adapters(self) -> list[Adapter]:
-        """Return all adapters on the denoiser; implemented by the pipeline."""
 
     def set_attention_backend(self, backend: str) -> None:
         """Compute all attention of the denoiser, adapters included, with one of diffusers' attention backends.
@@ -29,9 +22,10 @@ class AttentionBackendMixin:
         backend: "native" (the default), "xformers", "flash", "sage" or another of diffusers' names. Raises ConfigError
         if the backend is unknown or unavailable.
         """
+        denoiser = self._require_denoiser()
         try:
             with quiet_libraries():
-                self.unet.set_attention_backend(backend)
+                denoiser.set_attention_backend(backend)
         except (ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(
                 f"The attention backend {backend!r} cannot be used here: {str(error).strip().split(chr(10))[0][:200]}"
@@ -43,7 +37,7 @@ class AttentionBackendMixin:
         from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 
         with quiet_libraries():
-            self.unet.reset_attention_backend()
+            self._require_denoiser().reset_attention_backend()
         # Setting the denoiser's backend also made it the global one, which processors without their own backend use.
         _AttentionBackendRegistry.set_active_backend(AttentionBackendName(DIFFUSERS_ATTN_BACKEND))
 

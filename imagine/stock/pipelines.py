@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter, check_attached
 from imagine.errors import ConfigError, PromptError, WeightsError
+from imagine.ip_adapter import face_id
 from imagine.ip_adapter.loading import IPAdapterLoaderMixin
 from imagine.networks.encoders import TextEncoders
 from imagine.networks.models import read_empty_denoiser
@@ -176,6 +177,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         Without `safe_serialization` the components are .bin files, which `from_pretrained` reads too.
         """
         check_save_options(kwargs)
+        self._check_can_save()
         push = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         adapters: dict[str, Adapter | None] = {"text_adapter": self.text_adapter, "adapter": self.adapter}
@@ -193,6 +195,20 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             cast(Any, self).push_to_hub(
                 hub.pop("repo_id", Path(save_directory).absolute().name), variant=variant, **hub
             )
+
+    def _check_can_save(self) -> None:
+        """Raise WeightsError if diffusers would write what it cannot load again, or what it would lose."""
+        if self._has_stock_ip_adapter:
+            raise WeightsError(
+                "diffusers has loaded an IP-Adapter into the denoiser, which a saved folder cannot hold: call "
+                "unload_ip_adapter() first, and load the IP-Adapter again after the folder."
+            )
+        for name, part in cast(Any, self).components.items():
+            if isinstance(part, nn.Module) and any(".base_layer." in each for each, _ in part.named_parameters()):
+                raise WeightsError(
+                    f"LoRA weights are loaded into {name}, whose weights could then not be loaded again: call "
+                    "unload_lora_weights() first, or fuse_lora() and unload_lora_weights() to save them fused."
+                )
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
@@ -220,9 +236,12 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         """
         self._check_can_load()
         if self._has_stock_ip_adapter:
+            beside = "use a base, Plus or Full file beside the adapter, not a FaceID file"
+            if not face_id.is_loaded(self.denoiser):
+                beside = "load the IP-Adapter again with this pipeline's load_ip_adapter"
             raise WeightsError(
                 "diffusers has loaded an IP-Adapter into this denoiser, which leaves no place for an adapter: call "
-                "unload_ip_adapter() first, and load the IP-Adapter again with this pipeline's load_ip_adapter."
+                f"unload_ip_adapter() first, and {beside}."
             )
         adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.denoiser)
         names = {spec.name for spec in adapter.branch_specs}
