@@ -133,7 +133,7 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
         if self._has_stock_ip_adapter or self.ip_adapters:
-            _check_scales(scale, self.denoiser)
+            scale = _read_scales(scale, self.denoiser)
         if self._has_stock_ip_adapter:
             try:
                 return cast(None, cast(Any, super()).set_ip_adapter_scale(scale))
@@ -314,19 +314,21 @@ def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
 
 
-def _check_scales(scale: Any, denoiser: nn.Module) -> None:
-    """Raise ConfigError unless all scales, in lists and dicts of blocks, are finite numbers for existing blocks."""
+def _read_scales(scale: Any, denoiser: nn.Module) -> Any:
+    """Return scales as floats in lists and dicts. Raises ConfigError for other values and for unknown blocks."""
     if isinstance(scale, Mapping):
         _check_blocks(scale, denoiser)
-        values = [each for one in scale.values() for each in (one.values() if isinstance(one, Mapping) else [one])]
-        _check_scales(values, denoiser)
-    elif isinstance(scale, (list, tuple)):
-        for each in scale:
-            _check_scales(each, denoiser)
-    elif isinstance(scale, Tensor):
-        _check_scales(scale.tolist(), denoiser)
-    else:
-        finite("The IP-Adapter scale", scale)
+        return {
+            side: {block: _read_scales(each, denoiser) for block, each in value.items()}
+            if isinstance(value, Mapping)
+            else _read_scales(value, denoiser)
+            for side, value in scale.items()
+        }
+    if isinstance(scale, Tensor):
+        scale = scale.tolist()
+    if isinstance(scale, (list, tuple)):
+        return [_read_scales(each, denoiser) for each in scale]
+    return finite("The IP-Adapter scale", scale)
 
 
 def _check_blocks(scale: Mapping[str, Any], denoiser: nn.Module) -> None:

@@ -163,6 +163,8 @@ def test_the_worlds_pipeline_can_be_made_for_prompts_and_photos_only(tmp_path: A
     )
     with pytest.raises(ValueError, match="without unet and vae"):
         pipe("a person")
+    with pytest.raises(ValueError, match="without a unet"):
+        pipe.load_adapter(whole.adapter)
     pipe.unet, pipe.vae = other_denoiser(whole), whole.vae
     pipe.unet.load_state_dict(whole.unet.state_dict())
     pipe.set_progress_bar_config(disable=True)

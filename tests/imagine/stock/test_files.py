@@ -158,6 +158,38 @@ def test_an_earlier_save_never_hides_a_later_one_in_the_other_format(first: bool
     assert same(draw(loaded, reference=tiny.photo(1)), wanted)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_lora_is_saved_fused_or_not_at_all(part: str, tmp_path: Path):
+    """diffusers would write the wrapped layers under names that loading replaces by random numbers."""
+    from peft import LoraConfig
+
+    pipe = tiny_stock.personal(tiny_stock.stock())
+    target = "to_q" if part == "unet" else "q_proj"
+    getattr(pipe, part).add_adapter(LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+    wanted = draw(pipe, reference=tiny.photo(1))
+    with pytest.raises(WeightsError, match=rf"LoRA weights are loaded into {part}.*unload_lora_weights\(\) first"):
+        pipe.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    pipe.fuse_lora(components=[part])
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path)
+    loaded = ImaginePipeline.from_pretrained(tmp_path, finder=pipe.finder)
+    loaded.set_progress_bar_config(disable=True)
+    assert same(draw(loaded, reference=tiny.photo(1)), wanted)
+
+
+def test_an_ip_adapter_that_diffusers_loaded_is_not_lost_by_a_save(tmp_path: Path):
+    stock = diffusers.StableDiffusionPipeline(**tiny_ip.components(False))
+    file = tiny_ip.nested(tiny_ip.tensors("plus", stock.unet))
+    stock.load_ip_adapter(file, subfolder="", weight_name="", image_encoder_folder=None)
+    pipe = ImaginePipeline.from_pipe(stock)
+    with pytest.raises(WeightsError, match=r"unload_ip_adapter\(\) first, and load the IP-Adapter again after"):
+        pipe.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    pipe.unload_ip_adapter()
+    pipe.save_pretrained(tmp_path)
+
+
 def test_adapters_of_an_earlier_save_are_removed(tmp_path: Path):
     stock = tiny_stock.stock()
     pipe = tiny_stock.personal(stock)

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from imagine.adapter.adapter import Adapter, BranchSpec, is_attached
+from imagine.adapter.adapter import Adapter, BranchSpec
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Tokens
@@ -257,40 +257,34 @@ def test_scales_of_an_ip_adapter_that_diffusers_loaded_also_change_in_mid_pictur
         pipe.set_ip_adapter_scale([0.1, 0.2])
 
 
-def face_id_file(denoiser: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Return a random FaceID file, in the nested form, that reads faces of width 512."""
-    file = tiny_ip.nested(tiny_ip.tensors("linear", denoiser))
-    width, random = denoiser.config.cross_attention_dim, torch.Generator().manual_seed(8)
-    shapes = {"proj.0.weight": (1024, 512), "proj.0.bias": (1024,), "proj.2.weight": (4 * width, 1024),
-              "proj.2.bias": (4 * width,), "norm.weight": (width,), "norm.bias": (width,)}  # fmt: skip
-    projection = {name: torch.randn(shape, generator=random) / 30 for name, shape in shapes.items()}
-    return {**file, "image_proj": projection}
-
-
-def test_diffusers_loads_face_id_files_where_no_other_adapter_is(tmp_path: Path):
-    parts = tiny_ip.components(False)
-    faces = torch.randn(2, 1, 512, generator=tiny.generator(3))
-    given: dict[str, Any] = {"ip_adapter_image_embeds": [faces], "height": 16, "width": 16}
-    place: dict[str, Any] = {"subfolder": "", "weight_name": "", "image_encoder_folder": None}
-    drawn = []
-    for cls in (diffusers.StableDiffusionPipeline, personalised_class(diffusers.StableDiffusionPipeline)):
-        pipe = cls(**{**parts, "unet": tiny_ip.unet()})
-        pipe.set_progress_bar_config(disable=True)
-        pipe.load_ip_adapter(face_id_file(pipe.unet), **place)
-        drawn.append(draw(pipe, **given))
-        pipe.set_ip_adapter_scale(0.3)
-        drawn.append(draw(pipe, **given))
-        pipe.unload_ip_adapter()
-        drawn.append(draw(pipe, height=16, width=16))
-    assert all(map(torch.equal, drawn[:3], drawn[3:])) and not same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2])
-    torch.save(face_id_file(pipe.unet), tmp_path / "face.bin")
-    assert pipe.load_ip_adapter(tmp_path / "face.bin", image_encoder_folder=None) == []
-    assert torch.equal(draw(pipe, **given), drawn[0])
-    pipe.unload_ip_adapter()
-    pipe.load_adapter(tiny_stock.identity(pipe.unet))
-    with pytest.raises(WeightsError, match=r"is a FaceID file.*unload_adapter\(\) first"):
-        pipe.load_ip_adapter(face_id_file(pipe.unet), **place)
-    assert pipe.adapter is not None and is_attached(pipe.unet, pipe.adapter)
+@pytest.mark.parametrize("by_diffusers", [False, True])
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ("strong", "scale='strong' must be a finite number"), ([None], "scale=None must be"), (True, "scale=True must"),
+        (float("nan"), "scale=nan must be"), ({"down": {"block_1": "x"}}, "scale='x' must be"),
+        ({"nowhere": 1.0}, "blocks 'nowhere': choose down, mid or up"),
+        ({"up": {"block_9": 1.0}}, "'block_9' of 'up'.* blocks with attention are block_1, block_2"),
+        ({"mid": [0.1, 0.2]}, "These scales do not fit"), ([0.1, 0.2], "scales .* IP-Adapters"),
+    ],
+)  # fmt: skip
+def test_scales_that_cannot_act_raise_and_change_nothing(by_diffusers: bool, scale: Any, message: str):
+    stock = diffusers.StableDiffusionPipeline(**tiny_ip.components(False))
+    pipe = stock if by_diffusers else ImaginePipeline.from_pipe(stock)
+    file = tiny_ip.nested(tiny_ip.tensors("plus", pipe.unet, 0))
+    pipe.load_ip_adapter(file, subfolder="", weight_name="", image_encoder_folder=None)
+    pipe = ImaginePipeline.from_pipe(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    given: dict[str, Any] = {"ip_adapter_image": tiny.photo(1), "height": 16, "width": 16}
+    pipe.set_ip_adapter_scale({"down": {"block_1": 0.3}, "mid": 0.2, "up": {"block_1": [0.1, 0.2]}})
+    before = draw(pipe, **given)
+    with pytest.raises(ConfigError, match=message):
+        pipe.set_ip_adapter_scale(scale)
+    assert torch.equal(draw(pipe, **given), before)
+    pipe.set_ip_adapter_scale(torch.tensor(0.9))  # a tensor is a number too
+    tensor = draw(pipe, **given)
+    pipe.set_ip_adapter_scale((0.9,))
+    assert same(draw(pipe, **given), tensor) and not same(tensor, before)
 
 
 def test_a_scale_without_ip_adapters_has_no_effect_as_in_diffusers(pipe: Any, stock: Any):
@@ -334,8 +328,13 @@ def test_a_pipeline_for_prompts_only_encodes_them_and_takes_a_denoiser_later(xl:
     for name, tokens in whole.encode_branches(OTHER).items():
         assert torch.allclose(pipe.encode_branches(OTHER)[name].values, tokens.values, atol=1e-5)
     assert same(pipe.enroll(tiny.photo(1)).features, whole.enroll(tiny.photo(1)).features)
-    for load in (lambda: pipe.load_adapter(whole.adapter), lambda: pipe.load_ip_adapter(tmp_path)):
-        with pytest.raises(ConfigError, match="without a unet"):
+    for load in (
+        lambda: pipe.load_adapter(whole.adapter),
+        lambda: pipe.load_ip_adapter(tmp_path),
+        lambda: pipe.set_attention_backend("native"),
+        pipe.reset_attention_backend,
+    ):
+        with pytest.raises(ConfigError, match=r"^This pipeline was made without a unet"):
             load()
     with pytest.raises(ConfigError, match="without unet and vae"):
         draw(pipe, OTHER)
