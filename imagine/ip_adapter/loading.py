@@ -133,7 +133,7 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
         if self._has_stock_ip_adapter or self.ip_adapters:
-            scale = _read_scales(scale, self.denoiser)
+            scale = _read_scales(scale, self._require_denoiser())
         if self._has_stock_ip_adapter:
             try:
                 return cast(None, cast(Any, super()).set_ip_adapter_scale(scale))
@@ -184,7 +184,7 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
             raise ConfigError("The denoiser is offloaded: load adapters before enable_sequential_cpu_offload.")
 
     def _detach_ip_adapters(self) -> None:
-        for adapter in self.ip_adapters:
+        for adapter in self.ip_adapters if self.denoiser is not None else ():
             adapter.release(self.denoiser)
         self.ip_adapters, self._ip_scales = [], []
 

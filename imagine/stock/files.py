@@ -17,7 +17,9 @@ from imagine.adapter.adapter import Adapter
 from imagine.errors import WeightsError
 from imagine.ip_adapter.reading import fetch
 from imagine.networks import weights
+from imagine.networks.files import variant_of
 from imagine.people.reference_encoder import saved_metadata
+from imagine.stock import STOCK_PIPELINES
 
 SCALE_KEY = "ip_adapter_scale"  # metadata key of a saved IP-Adapter's scale, as JSON
 
@@ -113,6 +115,28 @@ def normalise_dtype_argument(kwargs: dict[str, Any]) -> "torch.dtype | None":
 
         kwargs[weights.dtype_argument(DiffusionPipeline)] = dtype
     return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def choose_variant(folder: Path, variant: str | None, given: Collection[str]) -> str | None:
+    """Return the variant to load from a saved pipeline: `variant`, or without it the only one that the folder holds.
+
+    given: components that are not read from the folder. Raises WeightsError if the folder lacks the variant, or holds
+    several and no files without one.
+    """
+    index = weights.read_index(folder, STOCK_PIPELINES)
+    names = [name for name, entry in index.items() if name not in given and isinstance(entry, list) and any(entry)]
+    found = [
+        {each for file in (folder / name).glob("*") if (each := variant_of(file.name)) is not None} for name in names
+    ]
+    known = set[str]().union(*found)
+    if variant is not None and known and variant not in known:
+        choices = " or ".join(f"give variant={each!r}" if each else "leave variant out" for each in sorted(known))
+        raise WeightsError(f"{folder} has no files of the variant {variant!r}; {choices}.")
+    needed = set[str]().union(*(each for each in found if "" not in each))
+    if variant is None and len(needed) > 1:
+        choices = " or ".join(f"variant={each!r}" for each in sorted(needed))
+        raise WeightsError(f"{folder} has no files without a variant; give {choices}.")
+    return needed.pop() if variant is None and needed else variant
 
 
 def save_adapters(

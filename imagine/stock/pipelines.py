@@ -56,7 +56,14 @@ from imagine.stock.call import (
     read_call,
     tokens_to,
 )
-from imagine.stock.files import load_parts, normalise_dtype_argument, save_adapters, saved_adapter_folders, saved_scale
+from imagine.stock.files import (
+    choose_variant,
+    load_parts,
+    normalise_dtype_argument,
+    save_adapters,
+    saved_adapter_folders,
+    saved_scale,
+)
 from imagine.stock.second_pass import StockSecondPass, inpainting
 
 _PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
@@ -137,6 +144,8 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         dtype = normalise_dtype_argument(kwargs)
         modules = cast(Any, cls)._get_signature_keys(cls)[0]  # all other arguments belong to the loader
         parts = {name: each for name, each in kwargs.items() if name in modules or name in COMPONENTS}
+        if (chosen := choose_variant(folder, variant, parts)) is not None:
+            kwargs["variant"] = chosen
         kwargs |= load_parts(parts, dtype, variant, **hub)
         with quiet_libraries(), as_weights_error(folder):
             pipe = cast(Any, super()).from_pretrained(os.fspath(folder), **kwargs)
@@ -198,6 +207,13 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
 
     def _check_can_save(self) -> None:
         """Raise WeightsError if diffusers would write what it cannot load again, or what it would lose."""
+        kind = cast(Any, type(self))
+        needed = [name for name in kind._get_signature_keys(kind)[0] if name not in kind._optional_components]
+        if lacking := [name for name in needed if getattr(self, name, None) is None]:
+            raise WeightsError(
+                f"The pipeline has no {lacking[0]}, so what is saved could not be loaded: load the pipeline again, or "
+                "save it before free_encoders."
+            )
         if self._has_stock_ip_adapter:
             raise WeightsError(
                 "diffusers has loaded an IP-Adapter into the denoiser, which a saved folder cannot hold: call "

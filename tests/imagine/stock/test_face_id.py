@@ -207,7 +207,8 @@ def test_a_file_that_diffusers_would_not_load_completely_changes_nothing(
     spoil: Callable[[File], Any], message: str, xl: bool
 ):
     _, ours = pipes(xl)
-    file, given = face_id(ours.unet), {"ip_adapter_image": tiny.photo(1), **SIZE}
+    file = face_id(ours.unet)
+    given: dict[str, Any] = {"ip_adapter_image": tiny.photo(1), **SIZE}
     spoil(file)
     ours.load_ip_adapter(tiny_ip.nested(tiny_ip.tensors("plus", ours.unet)), image_encoder_folder=None)
     ours.set_ip_adapter_scale(0.4)

@@ -9,7 +9,7 @@ import torch
 
 import imagine.stock.pipelines
 from imagine.adapter.adapter import Adapter
-from imagine.errors import WeightsError
+from imagine.errors import ConfigError, WeightsError
 from imagine.inspection import inspect
 from imagine.networks.weights import fingerprint
 from imagine.pipeline.pipeline import ImaginePipeline
@@ -78,6 +78,12 @@ def test_ip_adapters_are_saved_with_their_encoder_and_scales(tmp_path: Path):
     pipe.save_pretrained(tmp_path)
     loaded = ImaginePipeline.from_pretrained(tmp_path)
     assert not torch.equal(wanted, full) and torch.equal(draw(loaded, **images), wanted)
+    without = ImaginePipeline.from_pretrained(tmp_path, unet=None)
+    with pytest.raises(ConfigError, match="made without a unet"):
+        without.set_ip_adapter_scale(0.5)
+    assert torch.equal(draw(ImaginePipeline.from_pipe(without, unet=tiny_ip.unet()), **images), wanted)
+    without.unload_ip_adapter()
+    assert not without.ip_adapters
 
 
 def test_a_component_may_be_in_a_folder_inside_a_hub_repository(tmp_path: Path):
@@ -221,6 +227,37 @@ def test_adapters_are_saved_and_loaded_under_the_variants_name(tmp_path: Path):
             loaded = ImaginePipeline.from_pretrained(folder, variant=variant, **options).adapter
             assert loaded is not None
             assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_folder_of_one_variant_loads_without_naming_it(safe: bool, tmp_path: Path):
+    pipe = tiny_stock.personal(tiny_stock.stock())
+    pipe.save_pretrained(tmp_path, safe_serialization=safe, variant="fp16")
+    wanted = draw(pipe, reference=tiny.photo(1))
+    options: dict[str, Any] = {"finder": pipe.finder}
+    for variant in (None, "fp16"):
+        loaded = ImaginePipeline.from_pretrained(tmp_path, variant=variant, **options)
+        loaded.set_progress_bar_config(disable=True)
+        assert same(draw(loaded, reference=tiny.photo(1)), wanted)
+    with pytest.raises(WeightsError, match="has no files of the variant 'bf16'; give variant='fp16'"):
+        ImaginePipeline.from_pretrained(tmp_path, variant="bf16")
+    for variant in ("bf16", None):
+        pipe.save_pretrained(tmp_path, safe_serialization=safe, variant=variant)
+        if variant is not None:
+            with pytest.raises(WeightsError, match="no files without a variant; give variant='bf16' or variant='fp16'"):
+                ImaginePipeline.from_pretrained(tmp_path)
+    assert ImaginePipeline.from_pretrained(tmp_path).adapter is not None
+
+
+def test_a_pipeline_without_a_needed_part_is_not_saved(tmp_path: Path):
+    pipe = tiny_stock.personal(tiny_stock.stock())
+    for name in ("unet", "vae", "text_encoder"):
+        part = getattr(pipe, name)
+        setattr(pipe, name, None)
+        with pytest.raises(WeightsError, match=f"has no {name}, so what is saved could not be loaded"):
+            pipe.save_pretrained(tmp_path)
+        setattr(pipe, name, part)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_adapter_with_several_variants_but_not_the_plain_one_asks_for_one(tmp_path: Path):
