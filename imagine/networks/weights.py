@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import logging
 import math
 import os
 import re
@@ -49,6 +50,11 @@ COMPONENTS = {  # the classes that our model_index.json may name; no other class
 }
 ADAPTERS = ("text_adapter", "adapter")  # our own components, which diffusers cannot save or load
 
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")  # escape sequences of terminals
+# In the warnings of diffusers, and in the reports of transformers.
+_RANDOM = re.compile(
+    r"weights of (?P<first>\w+) were not initialized|(?P<last>\w+) LOAD REPORT(?=.*\bMISSING\b)", re.DOTALL
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.md", "*.png"]
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
@@ -375,6 +381,45 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(level)
             if bar:
                 library.enable_progress_bar()
+
+
+@contextmanager
+def refuse_random_weights(folder: Path) -> Iterator[None]:
+    """Raise WeightsError if a pipeline's loader initialises weights at random because a file lacks them.
+
+    diffusers' pipelines load their components without returning what was missing. Both libraries log it as a warning,
+    so the warnings are collected here, and not printed.
+    """
+    collected = _Collected()
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    with quiet_libraries():
+        before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+        try:
+            for logger in loggers:
+                logger.handlers, logger.propagate = [collected], False
+                logger.setLevel(logging.WARNING)
+            yield
+        finally:
+            for logger, handlers, propagates, level in before:
+                logger.handlers, logger.propagate = handlers, propagates
+                logger.setLevel(level)
+    for message in collected.messages:
+        if found := _RANDOM.search(message):
+            raise WeightsError(
+                f"{folder} lacks weights of its {found['first'] or found['last']}, which would become random numbers: "
+                "copy or download it again. If it was saved while LoRA was loaded, save it without."
+            )
+
+
+class _Collected(logging.Handler):
+    """Collects the messages of log records, without colours."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(_COLOURS.sub("", record.getMessage()))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ from imagine.ip_adapter.loading import IPAdapterLoaderMixin
 from imagine.networks.encoders import TextEncoders
 from imagine.networks.models import read_empty_denoiser
 from imagine.networks.saving import PUSH_OPTIONS, check_save_options, write_whole
-from imagine.networks.weights import HUB_OPTIONS, quiet_libraries, resolve_folder
+from imagine.networks.weights import HUB_OPTIONS, quiet_libraries, refuse_random_weights, resolve_folder
 from imagine.people.faces import FaceChoice
 from imagine.people.persona import Persona
 from imagine.people.reference_encoder import FINDER, OnNoFace, ReferenceEncoderMixin, check_encoder, identity_spec
@@ -147,7 +147,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         if (chosen := choose_variant(folder, variant, parts)) is not None:
             kwargs["variant"] = chosen
         kwargs |= load_parts(parts, dtype, variant, **hub)
-        with quiet_libraries(), as_weights_error(folder):
+        with as_weights_error(folder), refuse_random_weights(folder):
             pipe = cast(Any, super()).from_pretrained(os.fspath(folder), **kwargs)
         pipe._finder, pipe._finder_folder = finder, folder / FINDER
         for path in saved_adapter_folders(folder):

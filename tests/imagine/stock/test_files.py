@@ -1,11 +1,13 @@
 """Folders of personalised pipelines are stock folders, and stock folders load as personalised pipelines."""
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import imagine.stock.pipelines
 from imagine.adapter.adapter import Adapter
@@ -247,6 +249,32 @@ def test_a_folder_of_one_variant_loads_without_naming_it(safe: bool, tmp_path: P
             with pytest.raises(WeightsError, match="no files without a variant; give variant='bf16' or variant='fp16'"):
                 ImaginePipeline.from_pretrained(tmp_path)
     assert ImaginePipeline.from_pretrained(tmp_path).adapter is not None
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "kind"),
+    [
+        ("unet", "diffusion_pytorch_model.safetensors", "UNet2DConditionModel"),
+        ("vae", "diffusion_pytorch_model.safetensors", "AutoencoderKL"),
+        ("text_encoder", "model.safetensors", "CLIPTextModel"),
+    ],
+)
+def test_a_folder_that_lacks_weights_is_refused_not_filled_with_random_numbers(
+    part: str, file: str, kind: str, tmp_path: Path
+):
+    tiny_stock.stock().save_pretrained(tmp_path)
+    path = tmp_path / part / file
+    tensors = load_file(path)
+    tensors["unknown"] = tensors.pop(max(tensors))
+    save_file(tensors, path, {"format": "pt"})
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [(each.handlers, each.propagate, each.level) for each in loggers]
+    with pytest.raises(WeightsError, match=f"lacks weights of its {kind}, which would become random"):
+        ImaginePipeline.from_pretrained(tmp_path)
+    assert before == [(each.handlers, each.propagate, each.level) for each in loggers]
+    tiny_stock.stock().save_pretrained(tmp_path)
+    save_file({**load_file(path), "unknown": tensors["unknown"]}, path, {"format": "pt"})  # not needed, as in diffusers
+    assert ImaginePipeline.from_pretrained(tmp_path).unet is not None
 
 
 def test_a_pipeline_without_a_needed_part_is_not_saved(tmp_path: Path):
