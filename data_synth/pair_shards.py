@@ -18,8 +18,8 @@ from fsspec.core import url_to_fs
 from data_synth.records import Pair, Reference
 from data_synth.store import Store
 from imagine.errors import ConfigError
-from imagine.shards.index import json_object
 from imagine.shards.reading import Record
+from imagine.shards.texts import json_object
 from imagine.shards.writing import SETTINGS, DatasheetInfo, ShardWriter
 
 # facts that a record stores in other fields, or that are not needed

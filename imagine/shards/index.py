@@ -1,32 +1,62 @@
-"""Index a shard or a folder of pictures: one line of JSON per record, with the place of its picture and its metadata.
+"""Index a shard: one line of JSON per record, with the place of its picture and its metadata.
 
 A tar has no table of contents, so each tar is read once from start to end, and its index is stored in a local cache and
-memory-mapped. A caption then costs no request, and a picture exactly one. Data from the web always have errors: a
-broken record is left out and listed with the reason, and the rest is read.
+memory-mapped. A caption then costs no request, and a picture exactly one. A shard that is compressed with gzip is
+unpacked into that cache first. Data from the web always have errors: a broken record is left out and listed with the
+reason, and the rest is read.
+
+The members of a record have one key, as in `webdataset`: the name up to the first dot after the last slash. What
+follows is the field. `KEY.jpg`, `KEY.txt` and `KEY.json` are read; of fields such as `KEY.input.jpg`, one picture is
+read if the record has no other, and the rest is counted.
 """
 
+import gzip
 import hashlib
 import json
-import math
 import os
 import re
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
-METADATA = "metadata.jsonl"
-MISSING_SHARD = "a shard that does not exist"
-FIELDS = ("key", "caption", "captions", "identity", "reference", "box", "source", "width", "height")  # in our JSON
+from imagine.errors import ConfigError
+from imagine.shards.facts import (
+    BAD_ENCODING,
+    BAD_JSON,
+    NO_CAPTION,
+    NO_PICTURE,
+    PICTURES,
+    TEXTS,
+    TOO_LONG,
+    UNREAD_FIELD,
+    UNREAD_FILE,
+    USED_TWICE,
+    Problems,
+    add_problem,
+    normalised_facts,
+)
+from imagine.shards.texts import LARGEST_TEXT, decode_text, json_object, unicode_text
 
-_PICTURES = ("jpg", "jpeg", "png", "webp")
-_LARGEST_TEXT = 16 << 20  # bytes; a larger caption or JSON file is an error and could exhaust the memory
+INDEX_VERSION = 2  # part of every digest: increase it when the same files give other records
+MISSING_SHARD = "a shard that does not exist"
+DAMAGED_SHARD = "a shard that is cut off or damaged"
+SEVERAL_PICTURES = "several pictures with one key, which ends at the first dot of a name"
+
+_HEAD = 512  # bytes that tell what a file is
+_GZIP = b"\x1f\x8b"
+_ARCHIVES = {
+    b"PK\x03\x04": "a ZIP archive", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+}  # fmt: skip
+_SYSTEM_FILE = re.compile(r"(^|/)(\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)$|(^|/)__[^/]*__(/|$)", re.IGNORECASE)
 
 
 class Index:
@@ -44,33 +74,86 @@ class Index:
         return self._lines[self._ends[row] + 1 : self._ends[row + 1]].tobytes()
 
 
-def _serialise(rows: Iterable[Mapping[str, Any]], problems: Mapping[str, list[str]], **header: Any) -> bytes:
+def serialised(rows: Iterable[Mapping[str, Any]], problems: Mapping[str, list[str]], **header: Any) -> bytes:
+    """Return the lines of an index."""
     lines = [json.dumps(row) for row in rows]
-    header = {"version": FORMAT_VERSION, "records": len(lines), "problems": problems, **header}
+    header = {"version": INDEX_VERSION, "records": len(lines), "problems": problems, **header}
     return "".join(f"{line}\n" for line in (json.dumps(header), *lines)).encode()
 
 
 def open_index(filesystem: Any, path: str, cache: Path, captions: bool = True) -> Index:
     """Return the index of a shard: from the cache if the shard has not changed, else by reading the shard.
 
-    captions: leave out records without a caption.
+    captions: leave out records without a caption. The header's "unpacked" is the local copy of a compressed shard.
+    Raises ConfigError if a compressed shard cannot be unpacked into the cache.
     """
     try:
         info = filesystem.info(path)
     except FileNotFoundError:
-        lines = _serialise([], {MISSING_SHARD: [""]}, digest="", folder=False)
-        return Index(np.frombuffer(lines, np.uint8))
+        return _without_records(MISSING_SHARD)
     changing = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "created", "md5Hash", "ino")
     state = {name: str(info[name]) for name in changing if info.get(name) is not None}
     name = filesystem.unstrip_protocol(path) + ("" if captions else "\nwithout captions")
     cache_file = cache / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.jsonl"
     index = _cached_index(cache_file, state)
-    if index is None:
-        with filesystem.open(path, "rb") as file:
-            lines = _index_tar(file, int(info["size"]), state, captions)
+    if index is None or not _has_its_copy(index):
+        lines = _read_shard(filesystem, path, int(info["size"]), state, captions, cache)
         _write_cache(cache_file, lines)
         index = _cached_index(cache_file, state) or Index(np.frombuffer(lines, np.uint8))
     return index
+
+
+def not_a_shard(head: bytes) -> str:
+    """Return what a file is instead of a tar, with what to do, from its first bytes; "" if it may be a tar."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer instead of the file: run `git lfs pull` in its repository"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "a web page instead of a shard: download the file itself"
+    if not head:
+        return "an empty file instead of a shard: download it again"
+    kind = next((name for start, name in _ARCHIVES.items() if head.startswith(start)), "")
+    return f"{kind} instead of a tar: unpack it, and pack it as .tar" if kind else ""
+
+
+def _without_records(reason: str) -> Index:
+    return Index(np.frombuffer(serialised([], {reason: [""]}, digest="", folder=False, nothing=reason), np.uint8))
+
+
+def _read_shard(filesystem: Any, path: str, size: int, state: Mapping[str, str], captions: bool, cache: Path) -> bytes:
+    with filesystem.open(path, "rb") as file:
+        head = file.read(_HEAD)
+        if reason := not_a_shard(head):
+            return serialised([], {reason: [""]}, state=state, digest=reason, folder=False, nothing=reason)
+        file.seek(0)
+        if not head.startswith(_GZIP):
+            return _index_tar(file, size, captions, state=state)
+        copy = cache / f"{hashlib.sha256(repr((path, state)).encode()).hexdigest()[:32]}.tar"
+        _unpack(file, copy, path)
+    with copy.open("rb") as file:
+        return _index_tar(file, copy.stat().st_size, captions, state=state, unpacked=str(copy))
+
+
+def _unpack(file: BinaryIO, copy: Path, path: str) -> None:
+    """Write the content of a gzip file to `copy`; of a file that is cut off, what can be read."""
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as draft,
+            gzip.GzipFile(fileobj=file) as content,
+            suppress(EOFError, gzip.BadGzipFile, zlib.error),
+        ):
+            while block := content.read1(1 << 20):  # `read` would lose what comes before the damage
+                draft.write(block)
+        os.replace(draft.name, copy)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} is compressed and cannot be unpacked into {copy.parent} ({error}): unpack it with `gunzip`."
+        ) from error
+
+
+def _has_its_copy(index: Index) -> bool:
+    return "unpacked" not in index.header or os.path.exists(index.header["unpacked"])
 
 
 def _cached_index(cache_file: Path, state: Mapping[str, str]) -> Index | None:
@@ -79,7 +162,7 @@ def _cached_index(cache_file: Path, state: Mapping[str, str]) -> Index | None:
     except (OSError, ValueError, IndexError):  # the file is missing, empty, not JSON or without a line
         return None
     written = {name: index.header.get(name) for name in ("version", "state", "records")}
-    return index if written == {"version": FORMAT_VERSION, "state": state, "records": len(index)} else None
+    return index if written == {"version": INDEX_VERSION, "state": state, "records": len(index)} else None
 
 
 def _write_cache(cache_file: Path, lines: bytes) -> None:
@@ -94,43 +177,67 @@ def _write_cache(cache_file: Path, lines: bytes) -> None:
 
 @dataclass
 class _RecordMembers:
-    """The tar members of one record."""
+    """The tar members with one key, by field: what follows the key's dot, in lower case."""
 
-    picture: tuple[int, int] | None = None  # start and size
-    txt: bytes | None = None
-    json: bytes | None = None
+    pictures: dict[str, tuple[int, int]] = field(default_factory=dict)  # start and size
+    texts: dict[str, bytes | None] = field(default_factory=dict)  # captions and JSON; None: too long
+    unread: list[str] = field(default_factory=list)
+
+    @property
+    def picture(self) -> str | None:
+        """The field of the record's picture; None if there is none, or several that are no different in rank."""
+        plain = [name for name in self.pictures if "." not in name]
+        return (plain or [None])[0] if plain or len(self.pictures) != 1 else next(iter(self.pictures))
+
+    def chosen(self, endings: Iterable[str]) -> str | None:
+        """Return the field of the record's caption or JSON: named as its picture, or alone, or the only one."""
+        middle = (self.picture or "").rpartition(".")[0]
+        fields = [name for name in self.texts if name.rpartition(".")[2] in endings]
+        wanted = [*(f"{middle}.{ending}" for ending in endings if middle), *endings]
+        return next((name for name in wanted if name in fields), fields[0] if len(fields) == 1 else None)
 
 
-def _index_tar(file: BinaryIO, size: int, state: Mapping[str, str], captions: bool) -> bytes:
+def _index_tar(file: BinaryIO, size: int, captions: bool, **header: Any) -> bytes:
     """Read a tar from start to end, without the bytes of pictures, and return its index."""
-    problems: dict[str, list[str]] = {}
+    problems: Problems = {}
     found: dict[str, _RecordMembers] = {}
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{INDEX_VERSION}\n".encode())
     key = ""
     try:
         for member in _members(file, size):
             digest.update(f"{member.name} {member.size}\n".encode("utf-8", "surrogateescape"))
-            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            path = member.name.removeprefix("./")
+            folder, _, name = path.rpartition("/")
             stem, _, ending = name.partition(".")
-            kind = "picture" if ending.lower() in _PICTURES else ending.lower()
-            if kind not in ("picture", "txt", "json"):
+            if _SYSTEM_FILE.search(path):
                 continue
-            key = f"{folder}/{stem}" if folder else stem
-            members = found.setdefault(key, _RecordMembers())
-            if getattr(members, kind) is not None:
-                add_problem(problems, "a key that is used twice", key)
-            elif kind == "picture":
-                members.picture = (member.offset_data, member.size)
-            else:
-                content = _text_of(file, member)
+            if not stem or not ending:
+                add_problem(problems, UNREAD_FILE, unicode_text(path))
+                continue
+            key = unicode_text(f"{folder}/{stem}" if folder else stem)
+            _add_member(found.setdefault(key, _RecordMembers()), key, ending.lower(), member, file, problems)
+            if (content := found[key].texts.get(ending.lower())) is not None:
                 digest.update(content)
-                setattr(members, kind, content)
     except (tarfile.TarError, ValueError, OverflowError):
         # The last record may be incomplete: its JSON may be in the part that was cut off.
         found.pop(key, None)
-        add_problem(problems, "a shard that is cut off or damaged", f"after {key}" if key else "")
+        add_problem(problems, DAMAGED_SHARD, f"after {key}" if key else "")
     rows = [row for key, members in found.items() if (row := _row(key, members, problems, captions)) is not None]
-    return _serialise(rows, problems, state=state, digest=digest.hexdigest(), folder=False)
+    return serialised(rows, problems, digest=digest.hexdigest(), folder=False, **header)
+
+
+def _add_member(
+    members: _RecordMembers, key: str, name: str, member: tarfile.TarInfo, file: BinaryIO, problems: Problems
+) -> None:
+    kind = name.rpartition(".")[2]
+    if name in members.pictures or name in members.texts:
+        add_problem(problems, USED_TWICE, key)
+    elif kind in PICTURES:
+        members.pictures[name] = (member.offset_data, member.size)
+    elif kind in (*TEXTS, "json"):
+        members.texts[name] = _text_of(file, member)
+    else:
+        members.unread.append(name)
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
@@ -147,134 +254,60 @@ def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError("no end mark")
 
 
-def _text_of(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    if member.size > _LARGEST_TEXT:
-        return b""
+def _text_of(file: BinaryIO, member: tarfile.TarInfo) -> bytes | None:
+    if member.size > LARGEST_TEXT:
+        return None
     file.seek(member.offset_data)
     return file.read(member.size)
 
 
-def _row(key: str, members: _RecordMembers, problems: dict[str, list[str]], captions: bool) -> dict[str, Any] | None:
+def _row(key: str, members: _RecordMembers, problems: Problems, captions: bool) -> dict[str, Any] | None:
     """Return a record as a row of the index, or add a problem and return None."""
-    facts = json_object(members.json) if members.json is not None else {}
-    if members.picture is None:
-        add_problem(problems, "a record without a picture", key)
-    elif facts is None:
-        add_problem(problems, "JSON that cannot be read", key)
-    else:
-        start, size = members.picture
-        text = (members.txt or b"").decode("utf-8", "replace").strip()
-        row = {"key": key, "start": start, "size": size, **_normalised_facts(text, facts)}
-        return _captioned(row, facts, problems, captions)
-    return None
-
-
-def index_folder(filesystem: Any, folder: str, captions: bool = True) -> Index:
-    """Index a folder with a metadata.jsonl in the format of Hugging Face's imagefolder, and check that pictures exist.
-
-    captions: leave out records without a caption.
-    """
-    problems: dict[str, list[str]] = {}
-    files = filesystem.find(folder, detail=True)
-    sizes = {path[len(folder.rstrip("/")) + 1 :]: int(info["size"]) for path, info in files.items()}
-    rows: dict[str, dict[str, Any]] = {}
-    content: bytes = filesystem.cat_file(f"{folder}/{METADATA}")
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        facts = json_object(line)
-        file = _text_or_empty(facts.pop("file_name", None)) or _text_or_empty(facts.pop("file", None)) if facts else ""
-        if facts is None:
-            add_problem(problems, "JSON that cannot be read", f"line {number}")
-        elif file not in sizes:
-            add_problem(problems, "a record without a picture", file or f"line {number}")
+    picture, text, facts = members.picture, members.chosen(TEXTS), members.chosen(("json",))
+    if picture is None:
+        several = f"{key} ({', '.join(members.pictures)})"
+        if members.pictures:
+            add_problem(problems, SEVERAL_PICTURES, several)
+        elif members.texts:
+            add_problem(problems, NO_PICTURE, key)
         else:
-            row = _folder_row(file, sizes[file], facts, problems, captions)
-            if row is not None and rows.setdefault(row["key"], row) is not row:
-                add_problem(problems, "a key that is used twice", row["key"])
-    digest = hashlib.sha256(json.dumps(list(rows.values())).encode()).hexdigest()
-    return Index(np.frombuffer(_serialise(rows.values(), problems, digest=digest, folder=True), np.uint8))
+            add_problem(problems, UNREAD_FILE, f"{key} ({', '.join(members.unread)})")
+        return None
+    rest = [name for name in (*members.pictures, *members.texts) if name not in (picture, text, facts)]
+    if "." not in picture and any(name in PICTURES for name in rest):
+        add_problem(problems, USED_TWICE, key)
+        rest = [name for name in rest if name not in PICTURES]
+    if rest := [*rest, *members.unread]:
+        add_problem(problems, UNREAD_FIELD, f"{key} ({', '.join(rest)})")
+    start, size = members.pictures[picture]
+    place = {"key": key, "start": start, "size": size}
+    contents = [b"" if name is None else members.texts[name] for name in (text, facts)]
+    return row_of(place, contents[0], b"{}" if facts is None else contents[1], problems, captions)
 
 
-def _folder_row(
-    file: str, size: int, facts: dict[str, Any], problems: dict[str, list[str]], captions: bool
+def row_of(
+    place: Mapping[str, Any], text: bytes | None, facts: bytes | None, problems: Problems, captions: bool
 ) -> dict[str, Any] | None:
-    """Return a record as a row of the index; its key, also in references, is the picture's name without the suffix."""
-    row = _normalised_facts(_text_or_empty(facts.pop("text", None)), facts)
-    ending = re.compile(rf"\.({'|'.join(_PICTURES)})$", re.IGNORECASE)
-    row["reference"] = row["reference"] and ending.sub("", row["reference"])
-    row = {"key": ending.sub("", file), "file": file, "start": 0, "size": size, **row}
-    return _captioned(row, facts, problems, captions)
+    """Return the row of a record from the contents of its caption and its JSON, or add a problem and return None.
+
+    `place` is the key and the place of the picture. A content that is too long is None.
+    """
+    key = place["key"]
+    if text is None or facts is None:
+        add_problem(problems, TOO_LONG, key)
+        return None
+    words, plain = decode_text(text), json_object(facts)
+    if words is None:
+        add_problem(problems, BAD_ENCODING, key)
+    if plain is None:
+        add_problem(problems, BAD_JSON, key)
+        return None
+    return captioned({**place, **normalised_facts(unicode_text(words), plain, key, problems)}, problems, captions)
 
 
-def _captioned(
-    row: dict[str, Any], facts: Mapping[str, Any], problems: dict[str, list[str]], captions: bool
-) -> dict[str, Any] | None:
-    if facts.get("box") is not None and row["box"] is None:
-        add_problem(problems, "a box that is not four numbers", row["key"])
+def captioned(row: dict[str, Any], problems: Problems, captions: bool) -> dict[str, Any] | None:
+    """Return the row, or None, with a problem, if it needs a caption and has none."""
     if row["caption"] or not captions:
         return row
-    add_problem(problems, "a record without a caption", row["key"])
+    add_problem(problems, NO_CAPTION, row["key"])
     return None
-
-
-def json_object(content: bytes) -> dict[str, Any] | None:
-    """Parse a JSON object; return None if the bytes are not one."""
-    try:
-        facts = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return facts if isinstance(facts, dict) else None
-
-
-def _normalised_facts(text: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata with the names and types of `Record`; a value of the wrong type is treated as missing.
-
-    `text` is the short caption beside the JSON. If the JSON has another caption, `text` becomes the terse one.
-    """
-    given = facts.get("captions")
-    captions = (
-        {name: _text_or_empty(word) for name, word in given.items() if _text_or_empty(word)}
-        if isinstance(given, dict)
-        else {}
-    )
-    caption = _text_or_empty(facts.get("caption")) or captions.get("dense") or text or next(iter(captions.values()), "")
-    if text and text != caption:
-        captions.setdefault("terse", text)
-    return {
-        "caption": caption,
-        "captions": captions,
-        "identity": _name(facts.get("identity")),
-        "reference": _name(facts.get("reference")),
-        "box": _box(facts.get("box")),
-        "source": _text_or_empty(facts.get("source")),
-        "width": _side(facts.get("width")),
-        "height": _side(facts.get("height")),
-        "extra": {name: value for name, value in facts.items() if name not in FIELDS},
-    }
-
-
-def _text_or_empty(value: object) -> str:
-    return value.strip() if isinstance(value, str) else ""
-
-
-def _name(value: object) -> str | None:
-    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) and value != "" else None
-
-
-def _side(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _box(value: object) -> list[float] | None:
-    if not isinstance(value, (list, tuple)) or len(value) != 4:
-        return None
-    numbers = [float(v) for v in value if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
-    return numbers if len(numbers) == 4 and min(numbers[2:]) > 0 else None
-
-
-def add_problem(problems: dict[str, list[str]], reason: str, key: str) -> None:
-    """Add a key to the list of keys with this problem."""
-    names = problems.setdefault(reason, [])
-    if key not in names[-1:]:  # the members of one record are consecutive
-        names.append(key)

@@ -1,9 +1,10 @@
-"""Read image records by index from webdataset shards, and from plain folders with a metadata.jsonl.
+"""Read image records by index from webdataset shards, and from plain folders of pictures.
 
 A record is one picture with its captions and, if it is the target of a pair, the key of its reference. In a shard,
 which is a plain tar file, a record is two or three consecutive members: `KEY.jpg`, `.png` or `.webp` with the original
 bytes, `KEY.txt` with one caption, and `KEY.json` with all metadata. img2dataset writes this format and `webdataset`
-reads it; the fields for pairs are ours (docs/data.md lists them). All addresses are fsspec URLs or paths.
+reads it; the fields for pairs are ours (docs/data.md lists them). `imagine.shards.folders` has the layouts of folders.
+All addresses are fsspec URLs or paths.
 
 Records are read by index because the position in training is a number (images seen): `order` maps each image number to
 a record.
@@ -23,13 +24,17 @@ from typing import Any
 
 import numpy as np
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from PIL import Image
 
 from imagine.errors import BadRecordError, ConfigError, PictureError
-from imagine.shards.index import FIELDS, METADATA, MISSING_SHARD, Index, add_problem, index_folder, open_index
+from imagine.shards.facts import FIELDS, add_problem
+from imagine.shards.folders import METADATA, find_metadata, has_pictures, index_metadata, index_pictures
+from imagine.shards.index import MISSING_SHARD, Index, not_a_shard, open_index
 
 _INDEX_THREADS = 8  # shards that are indexed in parallel, because the network is the bottleneck
+_SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
 _FOLDER_SHARD_SIZE = 1000  # records; a folder is divided into such virtual shards for the order of training
 
 
@@ -99,55 +104,98 @@ def load_picture(record: Record) -> Image.Image:
     """
     from imagine.people.photos import open_photo  # imports torch, which writing shards does not need
 
+    where = f" in {record.image.path}" if isinstance(record.image, ByteRange) else ""
+    content = record.read()
+    if (what := not_a_shard(content[:512])) and content:
+        raise BadRecordError(f"Record {record.key}{where} cannot be used: it is {what}.")
     try:
-        return open_photo(record.read())
+        return open_photo(content)
     except PictureError as error:
-        where = f" in {record.image.path}" if isinstance(record.image, ByteRange) else ""
         raise BadRecordError(f"Record {record.key}{where} cannot be used: {error}") from error
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 def open_records(
-    address: str | os.PathLike[str], cache: Path | None = None, captions: bool = True, shards: int | None = None
+    address: str | os.PathLike[str],
+    cache: Path | None = None,
+    captions: bool = True,
+    shards: int | None = None,
+    only_pictures: bool = False,
 ) -> "Records":
-    """Open a data set of shards, or a folder of pictures with a metadata.jsonl.
+    """Open a data set of shards, or a folder of pictures in a layout of `imagine.shards.folders`.
 
     address: on any fsspec filesystem: a folder, one .tar, a glob, or braces as in `s3://bucket/{00000..00012}.tar`.
     cache: a local folder for the indices of shards; None means ~/.cache/imagine/shards.
     captions: leave out records without a caption, which cannot be trained on; False keeps them, for captioning.
     shards: open only this many of the first shards, for a trial; None means all.
+    only_pictures: read the pictures below a folder and the texts beside them, whatever shards and metadata it has.
     Raises ConfigError if there are no records at the address. Broken records are left out: see `Records.problems`.
     """
     name = os.fspath(address)
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imagine" / "shards"
     try:
-        filesystem, path = url_to_fs(re.sub(rf"(^|/){METADATA}$", "", name) or ".")
+        filesystem, path = url_to_fs(_without_metadata(name))
         filesystem.invalidate_cache()
-        if not path.endswith(".tar") and filesystem.exists(f"{path}/{METADATA}"):
-            return Records([_Part(filesystem, path, index_folder(filesystem, path, captions))])
+        if only_pictures:
+            return Records([_Part(filesystem, path, index_pictures(filesystem, path, captions))])
+        if not _is_shard(path) and (metadata := find_metadata(filesystem, path)) is not None:
+            return Records([_Part(filesystem, path, index_metadata(filesystem, path, metadata, captions))])
         tars = [tar for one in _expand_braces(name) for tar in _tars(one)][:shards]
+        if not tars and filesystem.isdir(path) and has_pictures(filesystem, path):
+            return Records([_Part(filesystem, path, index_pictures(filesystem, path, captions))])
         with ThreadPoolExecutor(_INDEX_THREADS) as pool:
             parts = list(pool.map(lambda tar: _Part(tar[0], tar[1], open_index(tar[0], tar[1], cache, captions)), tars))
     except (OSError, ValueError, ImportError) as error:  # no permission, unknown protocol, missing package
         raise ConfigError(f"{name} cannot be opened ({error}): check the address.") from error
-    if all(MISSING_SHARD in part.index.header["problems"] for part in parts):
-        raise ConfigError(f"There are no shards (*.tar) and no {METADATA} at {name}: check the address.")
+    _check_any_shard(name, parts)
     return Records(parts)
 
 
+def _check_any_shard(name: str, parts: Sequence["_Part"]) -> None:
+    """Raise ConfigError if no file at the address is a shard."""
+    if all(MISSING_SHARD in part.index.header["problems"] for part in parts):
+        raise ConfigError(
+            f"There are no shards (*.tar), no {METADATA[0]} and no pictures at {name}: check the address."
+        )
+    reasons = {part.name: part.index.header.get("nothing", "") for part in parts}
+    if all(reasons.values()):
+        file, reason = next(one for one in reasons.items() if one[1] != MISSING_SHARD)
+        raise ConfigError(f"No shard at {name} can be read. {file} is {reason}.")
+
+
 def has_records(address: str | os.PathLike[str]) -> bool:
-    """Return whether there are shards or a metadata.jsonl at the address, without reading them.
+    """Return whether there are shards, metadata or pictures at the address, without reading them.
 
     Raises ConfigError if the address cannot be opened.
     """
     name = os.fspath(address)
     try:
-        filesystem, path = url_to_fs(re.sub(rf"(^|/){METADATA}$", "", name) or ".")
-        if not path.endswith(".tar") and filesystem.exists(f"{path}/{METADATA}"):
+        filesystem, path = url_to_fs(_without_metadata(name))
+        if holds_records(filesystem, path):
             return True
-        return any(filesystem.exists(tar) for one in _expand_braces(name) for filesystem, tar in _tars(one))
+        if any(filesystem.exists(tar) for one in _expand_braces(name) for filesystem, tar in _tars(one)):
+            return True
+        return filesystem.isdir(path) and has_pictures(filesystem, path)
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{name} cannot be opened ({error}): check the address.") from error
+
+
+def holds_records(filesystem: Any, path: str) -> bool:
+    """Return whether a folder has a metadata file, or shards directly in it, and not only pictures."""
+    if _is_shard(path):
+        return False
+    return find_metadata(filesystem, path) is not None or (
+        filesystem.isdir(path) and any(_is_shard(name) for name in filesystem.ls(path, detail=False))
+    )
+
+
+def _without_metadata(name: str) -> str:
+    names = "|".join(map(re.escape, METADATA))
+    return re.sub(rf"(^|/)({names})$", "", name) or "."
+
+
+def _is_shard(path: str) -> bool:
+    return path.lower().endswith(_SHARD_ENDINGS)
 
 
 def _expand_braces(address: str) -> list[str]:
@@ -166,9 +214,9 @@ def _tars(address: str) -> list[tuple[Any, str]]:
     if re.search(r"[*?\[]", path) and not filesystem.exists(path):
         return [(filesystem, found) for found in sorted(filesystem.glob(path))]
     # Over HTTP, `isdir` downloads the file.
-    if not path.endswith(".tar") and filesystem.isdir(path):
+    if not _is_shard(path) and filesystem.isdir(path):
         names = filesystem.ls(path, detail=False)
-        return [(filesystem, found) for found in sorted(names) if found.endswith(".tar")]
+        return [(filesystem, found) for found in sorted(names) if _is_shard(found)]
     return [(filesystem, path)]
 
 
@@ -191,8 +239,7 @@ class Records:
         """Return the record with this index, without reading its picture. Raises IndexError."""
         part, row = self._find(index)
         facts = json.loads(part.index.line(row))
-        path = f"{part.path}/{facts['file']}" if "file" in facts else part.path
-        place = ByteRange(part.filesystem, path, facts["start"], facts["size"])
+        place = ByteRange(*part.file(facts.get("file")), facts["start"], facts["size"])
         box = None if facts["box"] is None else tuple(facts["box"])
         named = {name: facts[name] for name in (*FIELDS, "extra")}
         return Record(image=place, **{**named, "box": box})
@@ -233,7 +280,7 @@ class Records:
     def mark(self) -> str:
         """Return a fingerprint of 16 hexadecimal digits: of names, sizes and metadata, but not of the address."""
         headers = [(part.name, part.index.header) for part in self._parts]
-        whole = [[METADATA if header["folder"] else name, header["digest"]] for name, header in headers]
+        whole = [[METADATA[0] if header["folder"] else name, header["digest"]] for name, header in headers]
         return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
     @property
@@ -258,7 +305,7 @@ class Records:
 
 @dataclass(frozen=True)
 class _Part:
-    """A shard, or a folder with a metadata.jsonl, and its index."""
+    """A shard, or a folder of pictures, and its index."""
 
     filesystem: Any
     path: str
@@ -267,6 +314,14 @@ class _Part:
     @property
     def name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
+
+    def file(self, picture: str | None) -> tuple[Any, str]:
+        """Return filesystem and path of a picture of a folder, or of the shard that holds all pictures."""
+        header = self.index.header
+        if picture is not None:
+            folder = f"{self.path}/{header['within']}" if header["within"] else self.path
+            return self.filesystem, f"{folder}/{picture}"
+        return (LocalFileSystem(), header["unpacked"]) if "unpacked" in header else (self.filesystem, self.path)
 
     @property
     def counts(self) -> list[int]:

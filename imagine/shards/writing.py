@@ -24,9 +24,11 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from imagine.errors import BadRecordError, ConfigError
-from imagine.shards.index import FIELDS, FORMAT_VERSION, json_object
+from imagine.shards.facts import FIELDS
 from imagine.shards.reading import Record
+from imagine.shards.texts import json_object
 
+FORMAT_VERSION = 1
 SETTINGS = "settings.json"  # beside the shards: the settings that determine their contents
 
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}

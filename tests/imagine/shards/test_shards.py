@@ -368,6 +368,7 @@ def test_broken_records_are_counted_and_the_rest_is_read(tmp_path: Path) -> None
         "a record without a picture": ["0.tar: i"],
         "a reference to itself": ["0.tar: h"],
         "a key that is used twice": ["0.tar: a"],
+        "a file that belongs to no record": ["0.tar: README"],
     }
     assert records.problems == problems
     for _ in range(2):
@@ -403,7 +404,8 @@ def test_records_before_the_damage_and_other_shards_are_read(
     kept = [*range(4), *range(8, 12)] if damage is len else kept
     assert [int(one.key) for one in records] == kept
     name = f"00001.tar: {after}" if after else "00001.tar"
-    assert records.problems["a shard that is cut off or damaged"] == [name]
+    reason = "a web page instead of a shard: download the file itself"
+    assert records.problems["a shard that is cut off or damaged" if after else reason] == [name]
     assert records.picture(len(records) - 1).getpixel((0, 0)) == (11, 0, 0)
 
 
