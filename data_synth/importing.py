@@ -1,8 +1,8 @@
 """Import photos as the references of a build; a photo that cannot be used is counted with a reason and never raises.
 
-Four layouts are supported, at any fsspec address: a folder with a metadata.jsonl; webdataset shards as img2dataset
-writes them; a folder of pictures, each with an optional NAME.txt beside it; a folder of people, with one folder of
-photos per person. If the person of each photo is known, from the last layout or from the records' identity, the photos
+Every layout that training reads is supported (`imagine.shards`), at any fsspec address: webdataset shards, a folder
+with metadata, a folder of pictures with optional texts beside them. A folder of people has one folder of photos per
+person. If the person of each photo is known, from the last layout or from the records' identity, the photos
 are cleaned as in PhotoMaker (arXiv 2312.04461, section 3.3): from each photo the import takes the face most similar to
 the person's other photos, and it rejects photos without a similar face.
 
@@ -11,7 +11,6 @@ The order is fixed and the first of several duplicates is kept, so the same phot
 
 import hashlib
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
@@ -29,7 +28,8 @@ from data_synth.backends.recognisers import KnownFace, Recogniser
 from data_synth.records import Candidate, Reference, Rejection, TargetSpec
 from imagine.errors import BadRecordError, ConfigError, ImagineError, PictureError, WeightsError
 from imagine.people.photos import Photo, read_photo
-from imagine.shards.reading import open_records
+from imagine.shards.facts import RECORD_IS_READ, box_problem
+from imagine.shards.reading import Record, Records, holds_records, open_records
 from imagine.shards.writing import check_picture
 
 UNREADABLE = "a file that cannot be read"
@@ -44,7 +44,6 @@ RECOGNISER_CRASHED = "a photo that breaks the recogniser"
 STRANGER = "a stranger among the photos of a person"
 TOO_FEW_PHOTOS = "too few photos of a person"
 
-_PICTURES = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif|heic|heif)$", re.IGNORECASE)
 _BATCH = 16  # photos per call of the recogniser
 _MIN_SPREAD = 0.05  # smallest assumed spread of the similarities between photos of one person
 
@@ -55,7 +54,7 @@ class ImportSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str  # an address: a folder, one .tar, a glob, or braces as in s3://bucket/{00000..00012}.tar
-    # auto: records if the address holds shards or a metadata.jsonl, else pictures
+    # auto: records if the address holds shards or metadata, else pictures
     kind: Literal["auto", "records", "pictures", "people"] = "auto"
     least_side: int = Field(default=64, ge=32)  # minimum shorter side in pixels; PhotoMaker: 512
     least_face: float = Field(default=24, ge=1)  # minimum longer side of the face's box in pixels; PhotoMaker: 256
@@ -189,22 +188,28 @@ def _kind(settings: ImportSettings) -> str:
         filesystem, path = url_to_fs(settings.source)
         if not filesystem.isdir(path):
             return "records"  # a shard, a glob, or nothing, which open_records reports
-        names = [name.rsplit("/", 1)[-1] for name in filesystem.ls(path, detail=False)]
+        return "records" if holds_records(filesystem, path) else "pictures"
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"{settings.source} cannot be opened ({error}): check the address.") from error
-    return "records" if any(name == "metadata.jsonl" or name.endswith(".tar") for name in names) else "pictures"
 
 
 def _records(settings: ImportSettings) -> Iterator[_FoundPhoto | Rejection]:
-    """Yield the photos of shards or of a metadata.jsonl, and a rejection for each broken record."""
+    """Yield the photos of shards or of a metadata file, and a rejection for each broken record."""
     records = open_records(settings.source, captions=False)
     for record in records:
-        facts = {**record.extra, "captions": dict(record.captions), "source": record.source, "file": record.key}
-        facts["box"] = None if record.box is None else list(record.box)
-        known = {name: value for name, value in facts.items() if value not in (None, "", {})}
-        yield _FoundPhoto(record.key, record.read, record.identity, record.caption, known)
+        yield _FoundPhoto(record.key, record.read, record.identity, record.caption, _facts_of(record, record.key))
+    yield from _broken(records)
+
+
+def _facts_of(record: Record, file: str) -> dict[str, Any]:
+    facts = {**record.extra, "captions": dict(record.captions), "source": record.source, "file": file}
+    facts["box"] = None if record.box is None else list(record.box)
+    return {name: value for name, value in facts.items() if value not in (None, "", {})}
+
+
+def _broken(records: Records) -> Iterator[Rejection]:
     for reason, names in records.problems.items():
-        if not reason.startswith("a box"):  # such a record still has a usable photo
+        if reason not in RECORD_IS_READ:
             yield from (_rejected(name, reason, f"{name}: {reason}.") for name in names)
 
 
@@ -221,36 +226,17 @@ def _group_by_person(found: Iterable[_FoundPhoto | Rejection]) -> Iterator[_Foun
 
 def _pictures(settings: ImportSettings, people: bool) -> Iterator[_FoundPhoto | Rejection]:
     """Yield the pictures below a folder, sorted by path; `people`: the first folder level names the person."""
-    filesystem, root = url_to_fs(settings.source)
-    try:
-        files = sorted(filesystem.find(root))
-    except OSError as error:
-        raise ConfigError(f"{settings.source} cannot be opened ({error}): check the address.") from error
-    photos = [path for path in files if _PICTURES.search(path)]
-    if not photos:
+    records = open_records(settings.source, captions=False, only_pictures=True)
+    if not len(records):
         raise ConfigError(f"There are no pictures at {settings.source}: check the address.")
-    existing = set(files)
-    for path in photos:
-        name = path[len(root.rstrip("/")) + 1 :]
-        person = name.split("/", 1)[0] if people and "/" in name else None
-        if people and person is None:
+    for record in records:
+        name = records.file(record)
+        person = name.split("/", 1)[0] if people and "/" in name else record.identity
+        if people and "/" not in name:
             yield _rejected(name, TOO_FEW_PHOTOS, f"{name} is not inside a person's folder.")
             continue
-        text = _PICTURES.sub(".txt", path)
-        yield _FoundPhoto(
-            name, _reader(filesystem, path), person, _text(filesystem, text) if text in existing else "", {"file": name}
-        )
-
-
-def _reader(filesystem: Any, path: str) -> Callable[[], bytes]:
-    return lambda: bytes(filesystem.cat_file(path))
-
-
-def _text(filesystem: Any, path: str) -> str:
-    try:
-        return " ".join(filesystem.cat_file(path).decode("utf-8", "replace").split())
-    except OSError:
-        return ""
+        yield _FoundPhoto(name, record.read, person, record.caption, _facts_of(record, name))
+    yield from _broken(records)
 
 
 # --- opening photos and finding faces ---------------------------------------------------------------------------------
@@ -292,6 +278,9 @@ def _open_photo(
     if stored is not content:  # the file now holds `photo.image`, so boxes refer to its pixels
         facts |= {"box": [value / scale for value in facts["box"]]} if "box" in facts else {}
         scale = 1.0
+    width, height = (side * scale for side in photo.image.size)
+    if "box" in facts and box_problem(facts["box"], width, height):
+        del facts["box"]  # the recogniser's box is used instead
     return _OpenedPhoto(Reference(key, stored, found.person, found.caption, facts), found.name, photo.image, scale)
 
 

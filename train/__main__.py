@@ -29,9 +29,12 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None
         chosen = TASKS if tasks is None else tasks
         only = [name for name in options.only.split(",") if name]
         if options.dry_run:
+            from train.data.portraits import describe_records
             from train.plan import format_plan, plan
 
             print(format_plan(plan(run, options.output, chosen)))
+            for line in describe_records(run.data):
+                print(f"  {line}")
             return DONE
         if options.self_test:
             from train.selftest import self_test

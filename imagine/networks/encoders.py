@@ -36,6 +36,8 @@ T5_TOKENS = 512  # T5's positions are relative, so the model has no limit; this 
 QUOTED_BYTES = 128  # the same kind of limit for ByT5
 T5_STEP = 64  # sequences are padded to multiples of these, so that padding rarely depends on the rest of the batch
 BYT5_STEP = 16
+_T5_TOO_LONG = "The prompt is {length} T5 tokens long"
+_QUOTED_TOO_LONG = "The text between quotes is {length} bytes long"
 
 # open_clip's constants (open_clip/constants.py), copied here because importing open_clip takes seconds.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -290,6 +292,19 @@ class TextEncoders:
         """
         return self.encode_clip(prompts), {"t5": self.encode_t5(prompts), "byt5": self.encode_byt5(prompts)}
 
+    def fits(self, branch: str, prompt: str) -> bool:
+        """Return whether the encoder of a branch, "clip", "t5" or "byt5", takes the whole prompt."""
+        try:
+            if branch == "clip":
+                self._clip_windows(prompt, int(self.clip.config.max_position_embeddings))
+            elif branch == "t5":
+                self._ids(self.t5_tokenizer, [prompt], T5_TOKENS, _T5_TOO_LONG)
+            else:
+                self._ids(self.byt5_tokenizer, [quoted(prompt)], QUOTED_BYTES, _QUOTED_TOO_LONG)
+        except PromptError:
+            return False
+        return True
+
     @property
     def pooled_width(self) -> int:
         """Return the width of the vector that `pooled` computes from these encoders' tokens."""
@@ -317,15 +332,14 @@ class TextEncoders:
 
     def encode_t5(self, prompts: Sequence[str]) -> Tokens:
         """Encode whole prompts with T5, padded to a multiple of 64 tokens."""
-        ids = self._ids(self.t5_tokenizer, prompts, T5_TOKENS, "The prompt is {length} T5 tokens long")
+        ids = self._ids(self.t5_tokenizer, prompts, T5_TOKENS, _T5_TOO_LONG)
         return self._encode(self.t5, self.t5_tokenizer, ids, T5_STEP)
 
     def encode_byt5(self, prompts: Sequence[str]) -> Tokens:
         """Encode the bytes between double quotes, padded to a multiple of 16; without quotes, the end token alone."""
-        sentence = "The text between quotes is {length} bytes long"
         quoted_texts = [quoted(prompt) for prompt in prompts]
         unique_texts = list(dict.fromkeys(quoted_texts))  # most prompts quote nothing; encode that text once
-        ids = self._ids(self.byt5_tokenizer, unique_texts, QUOTED_BYTES, sentence)
+        ids = self._ids(self.byt5_tokenizer, unique_texts, QUOTED_BYTES, _QUOTED_TOO_LONG)
         read = self._encode(self.byt5, self.byt5_tokenizer, ids, BYT5_STEP)
         if len(unique_texts) == len(quoted_texts):
             return read

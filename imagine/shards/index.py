@@ -187,7 +187,9 @@ class _RecordMembers:
     def picture(self) -> str | None:
         """The field of the record's picture; None if there is none, or several that are no different in rank."""
         plain = [name for name in self.pictures if "." not in name]
-        return (plain or [None])[0] if plain or len(self.pictures) != 1 else next(iter(self.pictures))
+        if plain:
+            return plain[0]
+        return next(iter(self.pictures)) if len(self.pictures) == 1 else None
 
     def chosen(self, endings: Iterable[str]) -> str | None:
         """Return the field of the record's caption or JSON: named as its picture, or alone, or the only one."""

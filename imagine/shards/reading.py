@@ -258,6 +258,11 @@ class Records:
                 self._broken.append(name)
             raise
 
+    def file(self, record: Record) -> str:
+        """Return the path of the record's picture in the folder, or the key of a record in a shard."""
+        path, (part, *_) = record.image.path if isinstance(record.image, ByteRange) else "", self._parts
+        return path.removeprefix(f"{part.path.rstrip('/')}/") if part.index.header["folder"] else record.key
+
     def row(self, shard: int, index: int) -> int:
         """Return the index of the record that `order` gives as (shard, index in the shard)."""
         return self._starts[shard] + index

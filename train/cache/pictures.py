@@ -85,6 +85,10 @@ class Gallery:
                 texts[i] = text
         return texts
 
+    def name(self, row: int) -> str:
+        """Return the name of a row in messages."""
+        return f"picture {row}"
+
     def pairs(self, target: Literal["self", "other"]) -> Tensor:
         """Return rows of references and targets, (P, 2): each real picture with itself, or with the person's others."""
         firsts = torch.arange(self.identities) * self.pictures
@@ -125,6 +129,10 @@ class AnyGallery(Protocol):
 
     def letters(self, rows: Tensor) -> Tensor:
         """Return the boxes of words in pixels (B, 4), of width 0 where there is none or its position is unknown."""
+        ...
+
+    def name(self, row: int) -> str:
+        """Return the name of a row in messages."""
         ...
 
     def pairs(self, target: Literal["self", "other"]) -> Tensor:

@@ -1,7 +1,8 @@
 """Cached caption tokens of the training pictures: each caption is encoded once and stored on disk.
 
 Each picture has one caption in each style. The tokens of the frozen encoders (CLIP, T5) are stored in half precision
-and computed on first use; quoted text is passed on as text, because ByT5 trains.
+and computed on first use; quoted text is passed on as text, because ByT5 trains. A caption that is longer than an
+encoder takes is cut, and counted (`train.cache.shortening`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +13,16 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from imagine.networks.encoders import TextEncoders, quoted
+from imagine.networks.encoders import CLIP_WINDOWS, QUOTED_BYTES, T5_TOKENS, TextEncoders, quoted
 from imagine.networks.weights import fingerprint
 from imagine.records import Tokens, join
-from train.cache.pictures import AnyGallery
+from train.cache.pictures import AnyGallery, Gallery
+from train.cache.shortening import CutCaptions, shorten
 from train.cache.tokens import TokenCache, trim_padding
 
 STYLES = ("terse", "dense", "rewritten")
 Encode = Callable[[Sequence[str]], Tokens]
-_T5_TOKENS = 128  # the longest dense captions take about 110
+_WORLD_T5_TOKENS = 128  # the longest dense captions of the portrait world take about 110
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,13 @@ class SentenceStore:
         self.gallery, self.text = gallery, text
         window = int(text.clip.config.max_position_embeddings)
         made_by = "-".join(fingerprint(encoder)[:16] for encoder in (text.clip, text.t5))
-        count, mark = len(gallery) * len(STYLES), f"{made_by}-{gallery.mark}{_process()}"
-        self.clip = TokenCache(folder / f"clip-{mark}", count, window, int(text.clip.config.hidden_size))
-        self.t5 = TokenCache(folder / f"t5-{mark}", count, _T5_TOKENS, int(text.t5.config.d_model))
+        count, mark = len(gallery) * len(STYLES), f"{made_by}-{gallery.mark}{process_suffix()}"
+        # Captions of the portrait world are short; those of records may have the length of a prompt.
+        world = isinstance(gallery, Gallery)
+        windows, tokens = (1, _WORLD_T5_TOKENS) if world else (CLIP_WINDOWS, T5_TOKENS)
+        self.clip = TokenCache(folder / f"clip-{mark}", count, windows * window, int(text.clip.config.hidden_size))
+        self.t5 = TokenCache(folder / f"t5-{mark}", count, tokens, int(text.t5.config.d_model))
+        self.cut = CutCaptions(folder / f"cut_captions{process_suffix()}.json")
 
     def take(
         self, rows: Tensor, caption_styles: Sequence[str], left_out: Mapping[str, Tensor] = MappingProxyType({})
@@ -71,16 +77,15 @@ class SentenceStore:
         texts = self.gallery.captions(rows, caption_styles)
         positions = caption_positions(rows, caption_styles)
         self._read(dict(zip(positions, texts, strict=True)))
+        letters = [self._letters(row, text) for row, text in zip(rows.tolist(), texts, strict=True)]
         (clip, clip_lengths), (t5, t5_lengths) = self.clip.take(positions), self.t5.take(positions)
         dropped = {
             name: left_out.get(name, torch.zeros(len(rows), dtype=torch.bool)) for name in ("clip", "t5", "byt5")
         }
         self._leave_out(clip, clip_lengths, dropped["clip"], self.text.encode_clip)
         self._leave_out(t5, t5_lengths, dropped["t5"], self.text.encode_t5)
-        letters = [
-            "" if is_dropped else quoted(text) for text, is_dropped in zip(texts, dropped["byt5"].tolist(), strict=True)
-        ]
-        return Sentences(trim_padding(clip, clip_lengths), trim_padding(t5, t5_lengths), letters)
+        shown = ["" if is_dropped else text for text, is_dropped in zip(letters, dropped["byt5"].tolist(), strict=True)]
+        return Sentences(trim_padding(clip, clip_lengths), trim_padding(t5, t5_lengths), shown)
 
     def _leave_out(self, values: Tensor, lengths: Tensor, dropped: Tensor, encode: Encode) -> None:
         """Replace the tokens by those of the empty sentence where `dropped` (B,), in place."""
@@ -91,12 +96,34 @@ class SentenceStore:
     @torch.no_grad()
     def _read(self, texts: Mapping[int, str]) -> None:
         """Encode the captions at these positions that are not cached yet."""
-        for cache, encode in ((self.t5, self.text.encode_t5), (self.clip, self.text.encode_clip)):
+        for name, cache, encode in (
+            ("t5", self.t5, self.text.encode_t5),
+            ("clip", self.clip, self.text.encode_clip),
+        ):
             if positions := cache.missing(list(texts)):
-                cache.write(positions, encode([texts[position] for position in positions]))
+                cache.write(positions, encode([self._fitting(p // len(STYLES), name, texts[p]) for p in positions]))
+                self.cut.save()
+
+    def _letters(self, row: int, text: str) -> str:
+        """Return the quoted text of a caption, cut to what ByT5 takes."""
+        letters = quoted(text)
+        if len(letters.encode()) < QUOTED_BYTES:  # ByT5's tokens are bytes, and the end token
+            return letters
+        cut = shorten(letters, lambda some: self.text.fits("byt5", f'"{some}"'))
+        if cut != letters:
+            self.cut.add("byt5", self.gallery.name(row))
+            self.cut.save()
+        return cut
+
+    def _fitting(self, row: int, encoder: str, text: str) -> str:
+        """Return the caption, cut to what an encoder takes; a caption that is cut is counted."""
+        cut = shorten(text, lambda some: self.text.fits(encoder, some))
+        if cut != text:
+            self.cut.add(encoder, self.gallery.name(row))
+        return cut
 
 
-def _process() -> str:
+def process_suffix() -> str:
     """Return a suffix for this process's file names; "" for the main process."""
     here = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if here else 0

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from imagine.errors import ConfigError
 from imagine.settings import unknown_name, validated
-from imagine.shards.reading import has_records
+from imagine.shards.reading import has_records, open_records
 from imagine.world.seeds import HELD_OUT
 from train.cache.pictures import AnyPictures, Gallery, Pictures, open_pictures
 from train.data.order import shuffled
-from train.data.recorded import open_recorded
+from train.data.recorded import describe_problems, open_recorded
 from train.data.sources import SOURCES, Source, pairs_of, weighted_sources
 from train.task import TaskContext
 
@@ -86,6 +86,22 @@ def check_sources(data: Mapping[str, Any], weights: Mapping[str, float]) -> None
             pairs_of(name, source, known)
         elif not has_records(named.records):
             raise ConfigError(f"source {name}: there are no records at {named.records}; correct the gallery's records.")
+
+
+def describe_records(data: Mapping[str, Any]) -> list[str]:
+    """Return for every gallery of records how many it has, and what of it is not read and why, in sentences."""
+    lines = []
+    for name, gallery in data_settings(data).galleries.items():
+        if gallery.records is None:
+            continue
+        try:
+            records = open_records(gallery.records)
+        except ConfigError as error:  # of a gallery that no stage draws from; `check_sources` raises for the others
+            lines.append(f"gallery {name}: {error}")
+            continue
+        lines.append(f"gallery {name}: {len(records):,} records of {gallery.records}")
+        lines += [f"  {sentence}" for sentence in describe_problems(records.problems)]
+    return lines
 
 
 def check_two_pictures(data: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ caches are filled (`train.cache.latents`, `train.data.text_states`) and while sa
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagine.errors import ConfigError, PromptError
-from imagine.networks.encoders import TextEncoders, VisionEncoder
+from imagine.errors import ConfigError
+from imagine.networks.encoders import TextEncoders, VisionEncoder, quoted
 from imagine.networks.vision_conversion import from_transformers
 from imagine.networks.weights import INDEX, dtype_argument, fetching, is_hub_id, load_model, quiet_libraries
 from imagine.records import Tokens
+from train.cache.shortening import shorten
 
 Encode = Callable[[Sequence[str]], dict[str, Tokens]]
+Shorten = Callable[[str], str]
 _KINDS = {2048: "Stable Diffusion XL", 1024: "Stable Diffusion 2", 768: "Stable Diffusion 1.5"}  # by text width
 _FINGERPRINT_SAMPLES, _FINGERPRINT_BYTES = 1024, 512  # number of samples of a weights file to hash, and their bytes
 _FINGERPRINTED_SUFFIXES = (".json", ".model", ".safetensors", ".txt")  # files that are hashed
-_SHORTENING_FACTOR = 0.75  # share of a text that is left when it is shortened once
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,14 @@ class BaseCodec:
 
 
 @dataclass(frozen=True)
+class LoadedEncoder:
+    """Loaded text encoders: `encode` gives the tokens of texts by name, and `shorten` cuts a text to what they take."""
+
+    encode: Encode
+    shorten: Shorten
+
+
+@dataclass(frozen=True)
 class BaseTextEncoders:
     """The base's text encoders: states for cross-attention ("clip"), in SDXL also a vector ("pooled")."""
 
@@ -201,8 +209,8 @@ class BaseTextEncoders:
             "-zeros" if self.base.empty_is_zeros else ""
         )
 
-    def load(self) -> Encode:
-        """Load the encoders and return a function that encodes texts with the stock pipeline's `encode_prompt`."""
+    def load(self) -> LoadedEncoder:
+        """Load the encoders, which encode texts with the stock pipeline's `encode_prompt`."""
         import diffusers
 
         folder = self.base.folder
@@ -218,7 +226,7 @@ class BaseTextEncoders:
         pipe.to(self.device)
 
         def encode(texts: Sequence[str]) -> dict[str, Tokens]:
-            with quiet_libraries():  # a caption longer than the context is truncated, as a prompt is
+            with quiet_libraries():
                 found = pipe.encode_prompt(
                     prompt=list(texts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
                 )
@@ -228,7 +236,13 @@ class BaseTextEncoders:
                 states = {name: values.masked_fill(is_empty.view(-1, 1, 1), 0) for name, values in states.items()}
             return {name: Tokens(values) for name, values in states.items()}
 
-        return encode
+        tokenizers = [pipe.tokenizer, *([pipe.tokenizer_2] if self.base.xl else [])]
+        window = self.shapes["clip"][0]
+
+        def fits(text: str) -> bool:
+            return all(len(tokenizer(text, verbose=False)["input_ids"]) <= window for tokenizer in tokenizers)
+
+        return LoadedEncoder(encode, lambda text: shorten(text, fits))
 
 
 @dataclass(frozen=True)
@@ -252,7 +266,7 @@ class T5TextEncoder:
     def mark(self) -> str:
         return f"{_fingerprint(self.folder)}-{self.tokens}"
 
-    def load(self) -> Encode:
+    def load(self) -> LoadedEncoder:
         from transformers import AutoTokenizer
 
         # The largest models do not fit in memory in float32; half precision lacks the range that T5 needs.
@@ -263,22 +277,20 @@ class T5TextEncoder:
         read = encoders.encode_t5 if self.name == "t5" else encoders.encode_byt5
 
         def encode(texts: Sequence[str]) -> dict[str, Tokens]:
-            with suppress(PromptError):
-                return {self.name: read(texts)}
-            return {self.name: read([_truncated(read, text) for text in texts])}
+            return {self.name: read(texts)}
 
-        return encode
+        def fits(text: str) -> bool:
+            return encoders.fits(self.name, text)
+
+        if self.name == "t5":
+            return LoadedEncoder(encode, lambda text: shorten(text, fits))
+        return LoadedEncoder(encode, lambda text: text if fits(text) else _quoting(text, fits))
 
 
-def _truncated(read: Callable[[Sequence[str]], Tokens], text: str) -> str:
-    """Return the text, shortened at its end until it can be encoded."""
-    while True:
-        try:
-            read([text])
-        except PromptError:
-            text = text[: int(len(text) * _SHORTENING_FACTOR)]
-        else:
-            return text
+def _quoting(text: str, fits: Callable[[str], bool]) -> str:
+    """Return only the quoted text of a caption, in quotes and cut to what ByT5 takes, which reads nothing else."""
+    cut = shorten(quoted(text), lambda some: fits(f'"{some}"'))
+    return f'"{cut}"'
 
 
 def load_vision(folder: Path, device: torch.device) -> VisionEncoder:

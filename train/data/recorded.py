@@ -2,12 +2,13 @@
 
 The pictures are not copied: they stay in webdataset shards or in a folder (`imagine.shards`) and are read again only to
 compute latents or face crops. The position of each face is computed once and cached. A record that cannot be read, or
-without a detected face, is counted by reason and never drawn.
+without a detected face, is counted by reason and never drawn. The box of a record is used only if it lies in the
+picture; otherwise the face is searched.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -19,15 +20,20 @@ from torch import Tensor
 from imagine.errors import BadRecordError, ConfigError
 from imagine.networks.weights import default_folder
 from imagine.people.faces import FaceFinder, default_finder
+from imagine.people.photos import MAX_SIDE
+from imagine.shards.facts import BOX_OUTSIDE, box_problem
 from imagine.shards.reading import Record, Records, open_records
+from imagine.shards.writing import check_picture
 from train.cache.rows import cache_rows
 from train.run.checkpoint import write_json
 
 log = logging.getLogger("train")
 Box = tuple[float, float, float, float]  # left, top, width, height
-_USABLE, _BROKEN, _FACELESS = 0.0, 1.0, 2.0
+_USABLE, _BROKEN, _FACELESS, _BOX_REFUSED = 0.0, 1.0, 2.0, 3.0  # the last one is usable: its face was found
 _SHARDS = 8  # most shards that a trial reads: a shard is read completely before its first picture
 _REASONS = {_BROKEN: "cannot be read", _FACELESS: "show no face"}
+_NAMED = 20  # most records that left_out.json names for one reason
+_SAME_SHAPE = 0.03  # largest difference between the ratios of width and height of one picture, by rounding
 
 
 class RecordSubset:
@@ -87,6 +93,15 @@ class RecordGallery:
             for record, caption_style in zip(records, caption_styles, strict=True)
         ]
 
+    def name(self, row: int) -> str:
+        """Return the key of a record, for messages."""
+        return f"record {self.records[row].key}"
+
+    @cached_property
+    def repeats(self) -> Tensor:
+        """How often each record counts in an epoch, (N,): its field `repeats`, or 1."""
+        return torch.tensor([int(record.extra.get("repeats", 1)) for record in self.records], dtype=torch.long)
+
     def letters(self, rows: Tensor) -> Tensor:
         """Return boxes (B, 4) of width 0: records do not contain the positions of words."""
         return torch.zeros(len(rows), 4)
@@ -94,14 +109,16 @@ class RecordGallery:
     def pairs(self, target: Literal["self", "other"]) -> Tensor:
         """Return rows of references and targets, (P, 2), all usable.
 
-        "other": the pairs of `Records.pairs`; "self": every record without a reference, paired with itself.
+        "other": the pairs of `Records.pairs`; "self": every record without a reference, paired with itself. A pair
+        comes as often as its target is repeated.
         """
         if target == "other":
             pairs = torch.tensor(self.records.pairs(), dtype=torch.long).view(-1, 2)
-            return pairs[self.usable[pairs].all(1)]
-        firsts = torch.tensor([row for row, record in enumerate(self.records) if record.reference is None])
-        firsts = firsts.long()[self.usable[firsts.long()]]
-        return torch.stack((firsts, firsts), 1)
+        else:
+            firsts = [row for row, record in enumerate(self.records) if record.reference is None]
+            pairs = torch.tensor(firsts, dtype=torch.long)[:, None].expand(-1, 2)
+        pairs = pairs[self.usable[pairs].all(1)]
+        return pairs.repeat_interleave(self.repeats[pairs[:, 1]], 0)
 
 
 class RecordPictures:
@@ -114,10 +131,14 @@ class RecordPictures:
             folder / "faces_and_frames.f32", gallery, (9,), np.float32, self._find_faces, "finding faces"
         )
         self.boxes, self._frames = np.asarray(self._facts[:, :4]), np.asarray(self._facts[:, 5:])
-        gallery.usable = torch.from_numpy(self._facts[:, 4] == _USABLE)
+        gallery.usable = torch.from_numpy(np.isin(self._facts[:, 4], (_USABLE, _BOX_REFUSED)))
         if left_out := self._write_left_out():
             words = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
             log.warning("%s: of %s records, %s; they are not used.", folder.name, f"{len(gallery):,}", words)
+        for sentence in describe_problems(self._problems()):
+            log.warning("%s: %s", folder.name, sentence)
+        if repeated := int((gallery.repeats > 1).sum()):
+            log.info("%s: %s records count several times, as their `repeats` say.", folder.name, f"{repeated:,}")
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (B, 3, S, S), 0 to 1, and face boxes (B, 4); an unusable record gives a grey image."""
@@ -136,7 +157,7 @@ class RecordPictures:
             except BadRecordError as error:
                 self._leave_out(row, error)
             else:
-                square = _square(picture, self._box(picture, record.box, record.width), self.gallery.size)[0]
+                square = _square(picture, self._box(picture, record), self.gallery.size)[0]
                 return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
         return torch.full((3, self.gallery.size, self.gallery.size), 0.5)
 
@@ -158,34 +179,58 @@ class RecordPictures:
             except BadRecordError:
                 facts[i, 4] = _BROKEN
                 continue
-            box = self._box(picture, record.box, record.width)
+            box = self._box(picture, record)
             if box is None:
                 facts[i, 4] = _FACELESS
             else:
+                if record.box is not None and _placed_box(picture, record) is None:
+                    facts[i, 4] = _BOX_REFUSED
                 facts[i, :4] = torch.tensor(_square(picture, box, self.gallery.size)[1])
-                shrunk = picture.width / record.width if record.width else 1.0
+                shrunk = picture.width / _full_width(picture, record)
                 frame = (picture.width, picture.height, *_corner(picture, box))
                 facts[i, 5:] = torch.tensor([value / shrunk for value in frame])
         return facts
 
-    def _box(self, picture: Image.Image, known: Box | None, width: int | None) -> Box | None:
+    def _box(self, picture: Image.Image, record: Record) -> Box | None:
         """Return the face box in pixels of the opened picture, or None; a record's box is in pixels of the full one."""
+        known = _placed_box(picture, record)
         if known is not None:
-            scale = picture.width / width if width else 1.0
-            left, top, across, down = (value * scale for value in known)
-            return left, top, across, down
+            return known
         if self._finder is None:
             self._finder = default_finder(default_folder() / "finder")
         found = self._finder.find(picture)
         return (found[0].left, found[0].top, found[0].width, found[0].height) if found else None
 
     def _write_left_out(self) -> dict[str, int]:
-        """Write left_out.json with the number of unusable records and other problems; return the former by reason."""
-        states = Counter(self._facts[:, 4].tolist())
-        left_out = {words: states[state] for state, words in _REASONS.items() if states[state]}
-        problems = {reason: len(names) for reason, names in self.gallery.records.problems.items()}
-        write_json(self.folder / "left_out.json", {"unusable": left_out, "problems": problems})
+        """Write left_out.json with unusable records and other problems; return the count of the former by reason."""
+        states = self._facts[:, 4]
+        unusable = {words: np.flatnonzero(states == state).tolist() for state, words in _REASONS.items()}
+        left_out = {words: len(rows) for words, rows in unusable.items() if rows}
+        problems = self._problems()
+        names = {words: [self.gallery.records[row].key for row in rows[:_NAMED]] for words, rows in unusable.items()}
+        names |= {reason: keys[:_NAMED] for reason, keys in problems.items()}
+        counts = {reason: len(keys) for reason, keys in problems.items()}
+        named = {reason: keys for reason, keys in names.items() if keys}
+        write_json(self.folder / "left_out.json", {"unusable": left_out, "problems": counts, "names": named})
         return left_out
+
+    def _problems(self) -> dict[str, list[str]]:
+        """Return the problems of the records by reason, also with the boxes that were refused when faces were found."""
+        problems = {reason: list(keys) for reason, keys in self.gallery.records.problems.items()}
+        refused = np.flatnonzero(self._facts[:, 4] == _BOX_REFUSED).tolist()
+        if refused:
+            problems[BOX_OUTSIDE] = [
+                *problems.get(BOX_OUTSIDE, []), *(self.gallery.records[row].key for row in refused)
+            ]  # fmt: skip
+        return problems
+
+
+def describe_problems(problems: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return one sentence per reason: how many records have this problem, and the first of them."""
+    return [
+        f"{len(names):,} times {reason}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for reason, names in problems.items()
+    ]
 
 
 def open_recorded(
@@ -203,6 +248,34 @@ def open_recorded(
     if not bool(pictures.gallery.usable.any()):
         raise ConfigError(f"No record of {address} can be used. See {folder / 'left_out.json'} for the reasons.")
     return pictures
+
+
+def _placed_box(picture: Image.Image, record: Record) -> Box | None:
+    """Return the record's box in pixels of the opened picture; None if it has none that lies in the picture."""
+    if record.box is None or not _same_shape(picture, record):
+        return None
+    scale = picture.width / _full_width(picture, record)
+    left, top, across, down = (value * scale for value in record.box)
+    return None if box_problem((left, top, across, down), *picture.size) else (left, top, across, down)
+
+
+def _same_shape(picture: Image.Image, record: Record) -> bool:
+    """Return whether the size in the record may be that of the picture, which is shrunk if it is very large."""
+    if record.width is None or record.height is None:
+        return True
+    return abs(record.width * picture.height / (record.height * picture.width) - 1) <= _SAME_SHAPE
+
+
+def _full_width(picture: Image.Image, record: Record) -> float:
+    """Return the width of the full picture: as its record says, else as its file says."""
+    if record.width is not None and _same_shape(picture, record):
+        return record.width
+    if max(picture.size) < MAX_SIDE:
+        return picture.width
+    try:
+        return check_picture(record.key, record.read())[0]
+    except BadRecordError:  # not a JPEG, PNG or WebP file
+        return picture.width
 
 
 def _square(picture: Image.Image, box: Box | None, size: int) -> tuple[Image.Image, Box]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from imagine.records import Tokens
 from train.cache.pictures import AnyGallery
-from train.cache.sentences import STYLES, caption_positions
+from train.cache.sentences import STYLES, caption_positions, process_suffix
+from train.cache.shortening import CutCaptions
 from train.cache.tokens import TokenCache, trim_padding
-from train.data.public_base import Encode
+from train.data.public_base import LoadedEncoder
 from train.run.stopping import raise_if_stopping
 
 log = logging.getLogger("train")
@@ -38,8 +39,8 @@ class FrozenTextEncoder(Protocol):
         """A fingerprint of everything that the tokens depend on besides their sentence."""
         ...
 
-    def load(self) -> Encode:
-        """Load the encoders and return a function from sentences to tokens by name."""
+    def load(self) -> LoadedEncoder:
+        """Load the encoders."""
         ...
 
 
@@ -48,6 +49,7 @@ class TextStates:
 
     def __init__(self, gallery: AnyGallery, text_encoders: Sequence[FrozenTextEncoder], folder: Path) -> None:
         self.gallery, self.text_encoders = gallery, text_encoders
+        self.cut = CutCaptions(folder / f"cut_captions{process_suffix()}.json")
         count = 1 + len(gallery) * len(STYLES)
         self.cache = [
             {
@@ -71,7 +73,7 @@ class TextStates:
 
     def _encode(
         self,
-        encode: Encode,
+        encoder: LoadedEncoder,
         cache: Mapping[str, TokenCache],
         positions: Sequence[int],
         pictures: Tensor,
@@ -83,9 +85,14 @@ class TextStates:
             some = here[start : start + _CAPTIONS_AT_ONCE]
             captions = [i - 1 for i in some if i]
             texts = self.gallery.captions(pictures[captions], [styles[i] for i in captions])
-            read = encode([*([""] if 0 in some else []), *texts])
+            fitting = [encoder.shorten(text) for text in texts]
+            read = encoder.encode([*([""] if 0 in some else []), *fitting])
             for name, tokens in read.items():
                 cache[name].write([positions[i] for i in some], tokens)
+            for i, text, cut in zip(captions, texts, fitting, strict=True):
+                if cut != text:
+                    self.cut.add(next(iter(read)), self.gallery.name(int(pictures[i])))
+            self.cut.save()
             raise_if_stopping()
 
     def take(self, rows: Tensor, caption_styles: Sequence[str], left_out: Mapping[str, Tensor]) -> dict[str, Tokens]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from imagine.records import FaceBox
 from imagine.shards.reading import Record, open_records
 from imagine.shards.writing import DatasheetInfo, ShardWriter
 from imagine.world import captions, render, sample_contexts, sample_people
+from tests.toy_training import ToyTask
+from train.__main__ import main
 from train.data.portraits import pictures_of
 from train.data.recorded import RecordPictures, open_recorded
 from train.data.sources import Mixture, Source
@@ -158,3 +161,66 @@ def test_a_limit_takes_the_first_pairs_of_the_first_shards(tmp_path: Path) -> No
     assert torch.equal(few.take(torch.tensor([1]))[0], whole.take(torch.tensor([5]))[0])
     assert few.gallery.mark != whole.gallery.mark
     assert len(open_records(address, tmp_path / "index", shards=1)) == 4
+
+
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((200.0, 10.0, 40.0, 40.0), False),  # outside, and the record states no size that would tell
+        ((-90.0, 10.0, 100.0, 40.0), False),
+        ((0.25, 0.2, 0.4, 0.5), False),  # in shares of the picture
+        ((40.0, 30.0, 50.0, 60.0), True),  # the stated size has another shape than the picture
+    ],
+)
+def test_a_box_outside_the_picture_is_refused_and_the_face_is_searched(
+    box: tuple[float, float, float, float], size: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    some = records()
+    shard = tmp_path / "shards" / "0.tar"
+    shard.parent.mkdir()
+    with tarfile.open(shard, "w") as tar:
+        for record in some:
+            facts = {"box": list(record.box or ()), "identity": record.identity}
+            if record is some[2]:
+                facts |= {"box": list(box), **({"width": 300, "height": 90} if size else {})}
+            members = {"png": record.read(), "txt": record.caption.encode(), "json": json.dumps(facts).encode()}
+            for ending, content in members.items():
+                member = tarfile.TarInfo(f"{record.key}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    where = FaceBox(30, 40, 50, 60, 1.0)
+    pictures = open_recorded(str(shard), 64, tmp_path / "kept", KnownBoxesFinder((where,)))
+    images, boxes = pictures.take(torch.arange(6))
+    assert boxes[2].tolist() == [15, 20, 25, 30] and images[2].std() > 0.05
+    assert boxes[1].tolist() == pytest.approx([value / 2 for value in some[1].box or ()], abs=1e-3)
+    report = json.loads((tmp_path / "kept" / "left_out.json").read_text())
+    reason, names = next(iter(report["names"].items()))
+    assert reason.startswith("a box") and names[0].endswith("0002") and report["problems"] == {reason: 1}
+    assert "0002" in caplog.text and pictures.gallery.usable.all()
+    again = open_recorded(str(shard), 64, tmp_path / "kept", None)
+    assert json.loads((tmp_path / "kept" / "left_out.json").read_text()) == report and again.gallery.usable.all()
+
+
+def test_repeats_are_the_weight_of_a_picture(tmp_path: Path) -> None:
+    for folder, record in zip(("3_a person", "loose"), records(), strict=False):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(record.read())
+        (tmp_path / folder / "a.txt").write_text("a person")
+    finder = KnownBoxesFinder((FaceBox(30, 40, 50, 60, 1.0),))
+    gallery = open_recorded(str(tmp_path), 64, tmp_path / "kept", finder).gallery
+    assert gallery.pairs("self").tolist() == [[0, 0]] * 3 + [[1, 1]]
+    mixture = Mixture({"mine": 1}, {"mine": Source(gallery="mine", target="self")}, {"mine": gallery})
+    assert sorted(mixture.draw(0, 0, 8).targets.tolist()) == [0] * 6 + [1] * 2
+
+
+def test_a_dry_run_names_what_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = records()
+    address = written(tmp_path / "shards", [*some[:5], replace(some[5], reference="nobody")])
+    (tmp_path / "run.yaml").write_text(json.dumps({
+        "data": {"galleries": {"mine": {"records": address}, "no": {"records": "no"}}},
+        "stages": {"one": {"task": "toy", "train": {"both": 1e-2}, "images": 16, "batch_size": 8}},
+    }))  # fmt: skip
+    assert main([str(tmp_path / "run.yaml"), "--output", str(tmp_path / "run"), "--dry-run"], {"toy": ToyTask}) == 0
+    printed = capsys.readouterr().out
+    assert "gallery mine: 6 records of" in printed and "gallery no: There are no shards" in printed
+    assert "1 times a reference that does not exist: 00001.tar: 0005" in printed
