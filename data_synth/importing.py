@@ -125,7 +125,8 @@ def import_references(
         raise ConfigError(
             "A folder of people needs a check of the faces: name a recogniser and do not set faces to unchecked."
         )
-    found = _group_by_person(_records(settings)) if kind == "records" else _pictures(settings, kind == "people")
+    found = _records(settings) if kind == "records" else _pictures(settings, kind == "people")
+    found = found if kind == "people" else _group_by_person(found)
     inspected = _find_faces(_open_photos(found, settings), settings, recogniser, known)
     # Each record is a reference on its own, so the minimum per person applies only to a folder of people.
     min_photos = settings.least_photos if kind == "people" else 1

@@ -26,7 +26,7 @@ from data_synth.store import Result, Store
 from imagine.errors import ConfigError
 from imagine.records import FaceBox
 
-VERSION = 2
+VERSION = 3
 _BATCH = 64  # results per transaction
 
 

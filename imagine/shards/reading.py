@@ -88,8 +88,8 @@ class Record:
         try:
             content = self.image.read()
         except FileNotFoundError:
-            content = b""
-        if len(content) != self.image.size:
+            content = None
+        if content is None or len(content) != self.image.size:
             raise BadRecordError(
                 f"Record {self.key} in {self.image.path} has changed since it was opened: open the data set again."
             )

@@ -230,6 +230,27 @@ def imported_cached(folder: Path) -> list[Reference | Rejection]:
         return list(import_references(settings, recogniser()))
 
 
+def test_folders_are_read_as_in_training(tmp_path: Path) -> None:
+    """Both halves of the project share one reader of folders, texts and metadata."""
+    folder = tmp_path / "10_sks woman"
+    folder.mkdir()
+    for number, (text, words) in enumerate(
+        {"0.caption": b"one", "1.TXT": b"\xef\xbb\xbftwo", "2.png.txt": b"caf\xe9"}.items()
+    ):
+        (folder / f"{number}.png").write_bytes(as_file(photos()[number][0]))
+        (folder / text).write_bytes(words)
+    (folder / "3.png").write_bytes(as_file(photos()[3][0]))
+    (folder / "3.json").write_text('{"identity": "z", "box": [300, 300, 40, 40]}')
+    references, rejections = imported(tmp_path)
+    assert [one.caption for one in references] == ["one", "two", "caf\u00e9", "sks woman"] and rejections == []
+    assert [record.caption for record in open_records(tmp_path)] == [one.caption for one in references]
+    assert references[3].person == "z" and max(references[3].facts["box"]) < 128, "a box outside is searched again"
+    (tmp_path / "metadata.csv").write_text("file_name,text\n.\\10_sks woman\\0.png,listed\n10_sks woman/9.png,gone\n")
+    references, rejections = imported(tmp_path)
+    assert [one.caption for one in references] == ["listed"]
+    assert [one.reason for one in rejections] == ["a record without a picture"]
+
+
 # --- people -----------------------------------------------------------------------------------------------------------
 def people_folder(tmp_path: Path) -> Path:
     for person in (0, 1, 2):

@@ -180,7 +180,7 @@ def test_a_box_outside_the_picture_is_refused_and_the_face_is_searched(
     shard.parent.mkdir()
     with tarfile.open(shard, "w") as tar:
         for record in some:
-            facts = {"box": list(record.box or ()), "identity": record.identity}
+            facts: dict[str, object] = {"box": list(record.box or ()), "identity": record.identity}
             if record is some[2]:
                 facts |= {"box": list(box), **({"width": 300, "height": 90} if size else {})}
             members = {"png": record.read(), "txt": record.caption.encode(), "json": json.dumps(facts).encode()}

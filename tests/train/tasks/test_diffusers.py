@@ -69,8 +69,11 @@ class Watched(DiffusersTask):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with tiny bases, encoders, an IP-Adapter and a data set, in the layout that users have."""
-    home = tmp_path_factory.mktemp("diffusers")
+    return tiny_home(tmp_path_factory.mktemp("diffusers"))
+
+
+def tiny_home(home: Path) -> Path:
+    """Fill a folder with tiny bases, encoders, an IP-Adapter and a data set, in the layout that users have."""
     for xl, name in ((True, "xl"), (False, "sd15")):
         tiny_stock.stock(xl).save_pretrained(home / name)
     tiny_ip.encoder().save_pretrained(home / "vision")
