@@ -43,6 +43,7 @@ STEP_CALLS = {  # step: the kind of its backend, and the method that it calls
 }
 STEPS = tuple(STEP_CALLS)
 BACKEND_CRASHED = "the backend broke down"
+_CRASHES_IN_A_ROW = 4  # items after which a backend that crashed at each of them counts as broken
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ def advance(recipe: Recipe, task: Task, backends: "Backends", steps: Sequence[st
         requests = {
             one.pending.key: one.pending.argument for one in started if one.pending and one.pending.step == step
         }
-        results = perform(backends.of(step), step, list(requests.values()))
+        results = perform(backends.of(step), step, list(requests.values()), backends.crashes.setdefault(step, []))
         known.update(zip(requests, results, strict=True))
         made.update(dict.fromkeys(requests, step))
         feed_results(started, find_in(known))
@@ -306,6 +307,7 @@ class Backends:
     def __init__(self, config: BuildConfig) -> None:
         self._choices = config.choices
         self._loaded: dict[str, Any] = {}
+        self.crashes: dict[str, list[Exception]] = {}  # step: the errors of its latest items, if all of them crashed
 
     def of(self, step: str) -> Any:
         """Return the loaded backend of `step`. Raises ImagineError if it cannot be loaded."""
@@ -317,16 +319,18 @@ class Backends:
         return self._loaded[step]
 
 
-def perform(backend: Any, step: str, arguments: Sequence[Any]) -> list[Result]:
+def perform(backend: Any, step: str, arguments: Sequence[Any], crashes: list[Exception] | None = None) -> list[Result]:
     """Return the backend's results for these items, in order. If a batch fails, retry its items singly.
 
     An item that raises ImagineError fails permanently; ConfigError and WeightsError are raised instead. An item that
-    raises another exception is deferred, because the machine may be the cause. If each of several items raises one,
-    ImagineError is raised with the cause and its place in the code.
+    raises another exception is deferred, because the machine may be the cause. If each of several items raises one, or
+    each of four in a row over several calls with the same list `crashes`, ImagineError is raised with the cause and its
+    place in the code.
     """
     call = getattr(backend, STEP_CALLS[step][1])
+    crashes = [] if crashes is None else crashes
     try:
-        return _checked_results(call(arguments), len(arguments), backend)
+        results = _checked_results(call(arguments), len(arguments), backend)
     except (ConfigError, WeightsError):
         raise
     except Exception:
@@ -341,9 +345,12 @@ def perform(backend: Any, step: str, arguments: Sequence[Any]) -> list[Result]:
             except Exception as error:
                 results.append(Failed(BACKEND_CRASHED, f"{type(error).__name__}: {error}", for_now=True))
                 errors.append(error)
-        if len(errors) == len(arguments) > 1:
-            raise ImagineError(_crash_message(backend, step, errors)) from errors[-1]
-        return results
+        crashes[:] = [*crashes, *errors] if len(errors) == len(arguments) else []
+        if len(errors) == len(arguments) > 1 or len(crashes) >= _CRASHES_IN_A_ROW:
+            raise ImagineError(_crash_message(backend, step, crashes)) from crashes[-1]
+    else:
+        crashes.clear()
+    return results
 
 
 def _crash_message(backend: Any, step: str, errors: Sequence[Exception]) -> str:

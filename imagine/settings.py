@@ -40,6 +40,9 @@ def read_settings(path: Path, kind: str, holds: str) -> dict[str, Any]:
         raise ConfigError(f"The {kind} file {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"The {kind} file {path} must hold {holds}.")
+    odd = next((key for key in content if not isinstance(key, str)), None)
+    if odd is not None:
+        raise ConfigError(f"The {kind} file {path} has the key {odd!r}, which is no name: quote it or remove it.")
     return content
 
 

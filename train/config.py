@@ -13,7 +13,7 @@ An unknown name raises ConfigError with one sentence that lists the valid names.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -140,14 +140,24 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
         raise ConfigError(
             f"{path}: `stages` must map names to settings; write one `name: {{task: ..., ...}}` per stage."
         )
+    _check_mappings(content, path)
     for text in overrides:
         _override(content, text)
+    _check_mappings(content, path)
     defaults = content.get("defaults") or {}
     merged = {str(name): {**defaults, **stage} for name, stage in stages.items()}
     for name, stage in merged.items():
         merged[name] = validated(Stage, stage, f"stage {name}").model_dump()
     shared = {"trackers": content["trackers"]} if "trackers" in content else {}
     return validated(Run, {"data": content.get("data") or {}, "stages": merged, **shared}, str(path))
+
+
+def _check_mappings(content: Mapping[str, Any], path: Path) -> None:
+    for key in ("defaults", "data"):
+        if not isinstance(content.get(key) or {}, dict):
+            raise ConfigError(
+                f"{path}: `{key}` must map names to values, not be {content[key]!r}; write `{key}: {{}}`."
+            )
 
 
 def _override(content: dict[str, Any], text: str) -> None:

@@ -37,7 +37,7 @@ from data_synth.backends.local_models import (
 )
 from data_synth.backends.recognisers import make_finder
 from data_synth.records import Candidate, Reference
-from imagine.errors import FaceError, PictureError, PromptError, WeightsError
+from imagine.errors import ConfigError, FaceError, ImagineError, WeightsError
 from imagine.networks.diffusion import add_noise
 from imagine.networks.weights import default_folder
 from imagine.people.faces import CROP_SIDE, FaceFinder, InsightFaceFinder
@@ -113,13 +113,19 @@ Draw = Callable[[Draft, Patch], Image.Image | Failed]
 
 
 def refined(draft: Draft, cut: Cut, draw: Draw) -> Candidate | Failed:
-    """Return the draft's candidate of the next round: the patch from `cut`, redrawn by `draw` and blended back."""
+    """Return the draft's candidate of the next round: the patch from `cut`, redrawn by `draw` and blended back.
+
+    Every error about the draft is its failure, so that it costs the other drafts of its batch nothing. Errors of
+    settings and weights, and those that say nothing about the draft, are raised.
+    """
     try:
         patch = cut(open_photo(draft.candidate.image))
         if patch is None:
             return Failed(NO_FACE, f"No face was found in the candidate {draft.candidate.key}.")
         drawn = draw(draft, patch)
-    except (FaceError, PictureError, PromptError) as error:
+    except (ConfigError, WeightsError):
+        raise
+    except ImagineError as error:
         return failure(error)
     if isinstance(drawn, Failed):
         return drawn

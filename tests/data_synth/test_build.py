@@ -234,6 +234,15 @@ def test_items_that_crash_the_backend_are_deferred_and_done_by_the_next_run(tmp_
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
+def test_a_backend_that_crashes_at_every_item_ends_the_build_with_any_chunk(tmp_path: Path) -> None:
+    for chunk in (1, 4):
+        everything = {"breaking": tuple(f"p{number}" for number in range(6))}
+        with pytest.raises(ImagineError, match=r"failed at all \d items .*broke at p"):
+            built(toy_config(everything, chunk=chunk), tmp_path / str(chunk))
+    out = built(toy_config({"breaking": ("p0", "p1", "p2", "p4", "p5")}, chunk=1), tmp_path / "some")
+    assert out.funnel.deferred == 10, "fewer than four in a row may have other causes than the backend"
+
+
 def test_items_of_an_endpoint_that_is_down_are_deferred_and_the_build_continues(tmp_path: Path) -> None:
     (tmp_path / "down").write_text("p0 p5")
     config = toy_config({"down": str(tmp_path / "down")})

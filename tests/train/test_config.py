@@ -57,6 +57,22 @@ def test_overrides_can_set_every_level(run_file: Path) -> None:
     assert run.stages["one"].batch_size == run.stages["two"].batch_size == 4
 
 
+@pytest.mark.parametrize("key", ["defaults", "data"])
+@pytest.mark.parametrize("value", ["5", "[precision, auto]", "fast"])
+def test_defaults_and_data_must_be_mappings(key: str, value: str, run_file: Path) -> None:
+    text = "\n".join(line for line in TWO_STAGES.splitlines() if not line.startswith(f"{key}:"))
+    run_file.write_text(f"{text}\n{key}: {value}\n")
+    for overrides in ((), (f"{key}.batch_size=4",)):
+        assert f"`{key}` must map names to values" in refusal(run_file, *overrides)
+    run_file.write_text(f"{text}\n{key}:\n")  # an empty section is fine
+    assert load_run(run_file, ["defaults.task=toy"]).stages["one"].task == "toy"
+
+
+def test_a_key_that_is_no_name_is_one_sentence(run_file: Path) -> None:
+    run_file.write_text(f"{TWO_STAGES}\n1: x\nzzz: y\n")
+    assert "has the key 1, which is no name" in refusal(run_file)
+
+
 def test_a_typo_in_an_override_lists_the_valid_names(run_file: Path) -> None:
     assert "did you mean one?" in refusal(run_file, "onee.images=5")
     sentence = refusal(run_file, "one.imagse=5")

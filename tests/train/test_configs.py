@@ -2,18 +2,16 @@
 
 import json
 import math
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.root import ROOT
-from tests.train.data.test_recorded import records, written
 from tests.train.tasks.test_diffusers import RECIPES, overrides, tiny_home
 from tests.train.tasks.test_tasks import SMALL
 from train.config import Run, load_run
-from train.data.language import make_tokenizers
 from train.stages import TASKS, run_stages
 
 BUILDS = {"pairs_model", "pairs_world"}  # for `data_synth build`: tests/data_synth runs them
@@ -29,20 +27,24 @@ SIZES = {"autoencoder": {"widths": [8, 8, 16, 32], "crop": 32}, "recogniser": {"
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny public bases and records, and the world's pictures and tokenizers, shared by all configs."""
     home = tiny_home(tmp_path_factory.mktemp("configs"))
-    written(home / "records", records())
     return home
 
 
 @pytest.fixture(autouse=True)
-def _few_sentences(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in ("train.tasks.base", "train.tasks.clip"):
-        monkeypatch.setattr(f"{module}.make_tokenizers", lambda folder: make_tokenizers(folder, sentences=150))
+def _shipped_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy the tokenizers that the shipped encoders were trained with; training others takes minutes per config."""
     monkeypatch.chdir(ROOT)  # `initial: weights` is a path from here
-    yield
+    for module in ("train.tasks.base", "train.tasks.clip"):
+        monkeypatch.setattr(f"{module}.make_tokenizers", _copy_tokenizers)
+
+
+def _copy_tokenizers(folder: Path) -> None:
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        shutil.copytree(ROOT / "weights" / name, folder / name, dirs_exist_ok=True)
 
 
 def world_overrides(run: Run, home: Path, precision: str) -> list[str]:
-    """Return the overrides that make a run of the portrait world tiny; stages on shipped weights keep their networks."""
+    """Return the overrides that make a run of the portrait world tiny; on shipped weights it keeps its networks."""
     lines = [f"data.folder={home / 'world'}", "trackers=[]", *(f"data.{key}={value}" for key, value in PEOPLE.items())]
     for name, gallery in run.data.get("galleries", {}).items():
         small = f"records={home / 'records'}" if "records" in gallery else "identities=4"

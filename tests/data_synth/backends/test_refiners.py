@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_synth.backends import refiners
 from data_synth.backends.contracts import Draft, Failed
 from data_synth.backends.generators import candidate_of, noise_of
 from data_synth.backends.refiners import (
@@ -23,7 +24,7 @@ from data_synth.backends.refiners import (
     whole_picture,
 )
 from data_synth.records import Candidate, Reference
-from imagine.errors import WeightsError
+from imagine.errors import BadRecordError, ConfigError, ImagineError, PromptError, WeightsError
 from imagine.people.faces import KnownBoxesFinder
 from imagine.pipeline.second_pass import keep_outside, square_around
 from imagine.records import FaceBox
@@ -167,6 +168,23 @@ def test_one_bad_draft_does_not_affect_the_others(kinds: list[Any]) -> None:
         first, second, third = made.refine([bad, worse, good])
         assert isinstance(first, Failed) and isinstance(second, Failed) and not first.for_now
         assert isinstance(third, Candidate)
+
+
+def test_every_error_about_a_draft_is_its_own_failure() -> None:
+    one = draft(1)
+
+    def raising(error: Exception) -> Any:
+        def draw(*_: object) -> Image.Image:
+            raise error
+
+        return draw
+
+    for about_it in (ImagineError, BadRecordError, PromptError):
+        failed = refiners.refined(one, whole_picture, raising(about_it("The numbers are not finite.")))
+        assert isinstance(failed, Failed) and failed.sentence == "The numbers are not finite." and not failed.for_now
+    for other in (ConfigError, WeightsError, RuntimeError):
+        with pytest.raises(other):
+            refiners.refined(one, whole_picture, raising(other("The settings are wrong.")))
 
 
 def test_a_candidate_or_reference_without_a_face_is_a_failure(ours: Path) -> None:
