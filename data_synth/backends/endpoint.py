@@ -2,8 +2,8 @@
 
 Transient errors (too many requests, an overloaded or restarting server, a timeout, a lost connection) are retried with
 exponential backoff and random jitter, so that many clients do not retry at the same moment. If all retries fail, the
-result is a `Failed` with `for_now`: the record is parked, and a later build tries it again. An error about one picture
-or prompt is permanent. Only the standard library is used.
+result is a `Failed` with `for_now`: the record is deferred, and a later build tries it again. An error about one
+picture or prompt is permanent. Only the standard library is used.
 """
 
 import base64
@@ -57,7 +57,7 @@ class EndpointSettings(BaseModel):
     first_wait: float = Field(default=1.0, ge=0, exclude=True)  # seconds before the first retry; doubles each time
     longest_wait: float = Field(default=60.0, ge=0, exclude=True)  # seconds, also for Retry-After
     at_once: int = Field(default=8, ge=1, exclude=True)  # concurrent requests
-    # consecutive failures after which the rest of a call is parked without a request
+    # consecutive failures after which the rest of a call is deferred without a request
     patience: int = Field(default=8, ge=1, exclude=True)
 
 

@@ -185,7 +185,7 @@ def test_retry_after_is_respected(stub: Stub, form: str) -> None:
     assert stub.times[1] - stub.times[0] >= (0.4 if form == "seconds" else 0.9)
 
 
-def test_timeouts_and_invalid_answers_are_parked(stub: Stub) -> None:
+def test_timeouts_and_invalid_answers_are_deferred(stub: Stub) -> None:
     stub.reply = lambda number, body: None
     began = time.monotonic()
     (hung,) = client(stub, timeout=0.2, retries=1).answer([Question("Who?", 0)])
@@ -193,18 +193,18 @@ def test_timeouts_and_invalid_answers_are_parked(stub: Stub) -> None:
     assert 0.4 <= time.monotonic() - began < 2 and len(stub.requests) == 2
     for nonsense in (b"<html>", b'{"choices": []}', b"[]", completion("A person.")[2][:-9]):
         stub.reply = lambda number, body, nonsense=nonsense: (200, {}, nonsense)  # type: ignore[misc]
-        (parked,) = client(stub, retries=1).answer([Question("Who?", 0)])
-        assert isinstance(parked, Failed) and parked.for_now, nonsense
+        (deferred,) = client(stub, retries=1).answer([Question("Who?", 0)])
+        assert isinstance(deferred, Failed) and deferred.for_now, nonsense
     stub.reply = lambda number, body: (200, {"Content-Length": "500"}, completion("A person.")[2])
     (cut,) = client(stub, retries=0, timeout=0.3).answer([Question("Who?", 0)])
     assert isinstance(cut, Failed) and cut.for_now
 
 
-def test_a_closed_server_is_parked(stub: Stub) -> None:
+def test_a_closed_server_is_deferred(stub: Stub) -> None:
     endpoint = client(stub, retries=1)
     stub.server.server_close()
-    (parked,) = endpoint.answer([Question("Who?", 0)])
-    assert isinstance(parked, Failed) and parked.for_now and parked.reason == DOWN
+    (deferred,) = endpoint.answer([Question("Who?", 0)])
+    assert isinstance(deferred, Failed) and deferred.for_now and deferred.reason == DOWN
 
 
 def test_an_error_of_one_question_is_permanent_and_affects_no_other(stub: Stub) -> None:
@@ -221,16 +221,16 @@ def test_an_error_of_one_question_is_permanent_and_affects_no_other(stub: Stub) 
 @pytest.mark.parametrize("status", [401, 404, 307])
 def test_a_wrong_key_name_or_address_parks_without_retries(stub: Stub, status: int) -> None:
     stub.reply = lambda number, body: trouble(status, "unknown", Location="http://127.0.0.1:9/v1/chat/completions")
-    (parked,) = client(stub).answer([Question("Who?", 0)])
-    assert isinstance(parked, Failed) and parked.for_now and parked.reason == DENIED
+    (deferred,) = client(stub).answer([Question("Who?", 0)])
+    assert isinstance(deferred, Failed) and deferred.for_now and deferred.reason == DENIED
     assert len(stub.requests) == 1  # no retry, and no redirection was followed
 
 
-def test_after_repeated_failures_the_rest_is_parked_without_requests(stub: Stub) -> None:
+def test_after_repeated_failures_the_rest_is_deferred_without_requests(stub: Stub) -> None:
     stub.reply = lambda number, body: trouble(503)
     endpoint = client(stub, retries=1, at_once=1, patience=3)
-    parked = endpoint.answer([Question("Who?", number) for number in range(20)])
-    assert all(isinstance(one, Failed) and one.for_now and one.reason == DOWN for one in parked)
+    deferred = endpoint.answer([Question("Who?", number) for number in range(20)])
+    assert all(isinstance(one, Failed) and one.for_now and one.reason == DOWN for one in deferred)
     assert len(stub.requests) == 6
     stub.reply = lambda number, body: completion("A person.")
     assert endpoint.answer([Question("Who?", 0)]) == ["A person."]  # the next call sends requests again
