@@ -27,7 +27,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "autoencoder": {"widths": [8, 8, 16, 32], "crop": 32},
     "recogniser": {"dimensions": 8, "ramp": 4},
     "base": {"widths": [32, 32]},
-    "adapter": {"widths": [32, 32]},
+    "adapter": {"widths": [32, 32], "lora_rank": 2},
 }
 
 
@@ -74,8 +74,7 @@ def toy_overrides(config: str, precision: str, home: Path) -> list[str]:
     for name, stage in run.stages.items():
         lines += [f"{name}.{key}={value}" for key, value in {**TOY, "precision": precision}.items()]
         lines += [f"{name}.initial={home / 'weights'}"] if stage.initial else []
-        sizes = {**SIZES.get(stage.task, {}), **({"lora_rank": 2} if "lora" in stage.train else {})}
-        lines += [f"{name}.settings.{key}={value}" for key, value in sizes.items()]
+        lines += [f"{name}.settings.{key}={value}" for key, value in SIZES.get(stage.task, {}).items()]
     return lines
 
 
