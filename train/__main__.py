@@ -32,9 +32,10 @@ def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None
             from train.data.portraits import describe_records
             from train.plan import format_plan, plan
 
-            print(format_plan(plan(run, options.output, chosen)))
+            planned = format_plan(plan(run, options.output, chosen))
             for line in describe_records(run.data):
                 print(f"  {line}")
+            print(planned)
             return DONE
         if options.self_test:
             from train.selftest import self_test
