@@ -4,8 +4,6 @@ import gzip
 import io
 import json
 import os
-import tarfile
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from imagine.shards import index as shard_index
 from imagine.shards.facts import box_problem, normalised_facts
 from imagine.shards.reading import Records, has_records, open_records
 from imagine.shards.texts import decode_text
+from tests.tars import tar
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -26,16 +25,6 @@ def picture(red: int = 0, form: str = "JPEG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 48), (red, 90, 120)).save(file, form)
     return file.getvalue()
-
-
-def tar(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]], mode: str = "w") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as file:  # type: ignore[call-overload]
-        for name, content in members.items() if isinstance(members, Mapping) else members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            file.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +80,17 @@ def test_compressed_shards_are_read(name: str, tmp_path: Path) -> None:
     for copy in (Path(os.environ["XDG_CACHE_HOME"]) / "imagine" / "shards").glob("*.tar"):
         copy.unlink()  # a user empties the cache
     assert open_records(tmp_path).picture(0).size == (64, 48)
+
+
+def test_a_shard_that_cannot_be_unpacked_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    tar(tmp_path / "0.tar.gz", {"0.jpg": picture(), "0.txt": b"a woman"}, "w:gz")
+    monkeypatch.setattr("imagine.shards.index.os.replace", full)
+    with pytest.raises(ConfigError, match=r"cannot be unpacked into .*No space left.*unpack it with `gunzip`"):
+        open_records(tmp_path)
+    assert list((Path(os.environ["XDG_CACHE_HOME"]) / "imagine" / "shards").iterdir()) == []
 
 
 def test_a_compressed_shard_that_is_cut_off_keeps_its_first_records(tmp_path: Path) -> None:

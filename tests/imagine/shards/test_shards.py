@@ -10,7 +10,7 @@ import sys
 import tarfile
 import tracemalloc
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +27,7 @@ from imagine.shards.reading import Record, Records, load_picture, open_records, 
 from imagine.shards.writing import DatasheetInfo, ShardWriter
 from tests.pictures import gradient
 from tests.root import ROOT
+from tests.tars import tar
 
 ABOUT = DatasheetInfo(
     "A test", "To test with.", "Gradients.", "CC0-1.0", seeds={"seed": 3}, settings={"people": "none"}
@@ -66,16 +67,6 @@ def write(folder: object, records: Iterable[Record], size: int = 4, about: Datas
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def tar(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]]) -> Path:
-    """A shard that another tool wrote."""
-    with tarfile.open(path, "w") as file:
-        for name, content in members.items() if isinstance(members, Mapping) else members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            file.addfile(member, io.BytesIO(content))
-    return path
 
 
 @pytest.fixture(autouse=True)
