@@ -19,10 +19,10 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,15 +137,13 @@ def _read_shard(filesystem: Any, path: str, size: int, state: Mapping[str, str],
 def _unpack(file: BinaryIO, copy: Path, path: str) -> None:
     """Write the content of a gzip file to `copy`; of a file that is cut off, what can be read."""
     try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
         with (
-            tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as draft,
+            _replacing(copy) as draft,
             gzip.GzipFile(fileobj=file) as content,
             suppress(EOFError, gzip.BadGzipFile, zlib.error),
         ):
             while block := content.read1(1 << 20):  # `read` would lose what comes before the damage
                 draft.write(block)
-        os.replace(draft.name, copy)
     except OSError as error:
         raise ConfigError(
             f"{path} is compressed and cannot be unpacked into {copy.parent} ({error}): unpack it with `gunzip`."
@@ -166,13 +164,23 @@ def _cached_index(cache_file: Path, state: Mapping[str, str]) -> Index | None:
 
 
 def _write_cache(cache_file: Path, lines: bytes) -> None:
-    try:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache_file.parent, delete=False) as draft:
-            draft.write(lines)
-        os.replace(draft.name, cache_file)
-    except OSError:  # disk full or not writable: the shard is then read again next time
-        return
+    # If the disk is full or not writable, the shard is read again next time.
+    with suppress(OSError), _replacing(cache_file) as draft:
+        draft.write(lines)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a draft that replaces the file at `path` once it is complete; after an error, nothing of it is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as draft:
+        try:
+            yield draft
+            draft.close()
+            os.replace(draft.name, path)
+        except BaseException:
+            os.unlink(draft.name)
+            raise
 
 
 @dataclass
