@@ -4,15 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imagine.world.camera import Light, View, head_place
+from imagine.world.camera import Light, View, portrait_place
 from imagine.world.contexts import Contexts
 from imagine.world.glyphs import atlas
 from imagine.world.head import skin_colour
-from imagine.world.paint import blend, colour, coverage, ellipse, per_pixel, segment, shade
+from imagine.world.paint import blend, colour, coverage, ellipse, lit_skin, per_pixel, ramp, segment, shade
 from imagine.world.people import People
 from imagine.world.vocabulary import CLOTHES, COLOUR_RGB, FRAMINGS, HELD, MAX_LETTERS
 
-_SHOULDER = 1.55  # half the shoulders' width, in heads
+_SHOULDER = 1.48  # half the shoulders' width, in heads
 
 
 def paint_body(canvas: Tensor, people: People, contexts: Contexts, view: View, light: Light) -> Tensor:
@@ -20,22 +20,33 @@ def paint_body(canvas: Tensor, people: People, contexts: Contexts, view: View, l
     x, y = view.x, view.y
     skin = colour(skin_colour(people))
     soft = 2 * view.pixel
-    neck = coverage(torch.maximum(x.abs() - 0.42 * view.width / 0.78, (y - 1.0).abs() - 0.7), soft)
-    blend(canvas, skin * (0.78 * light.brightness(x, 0 * x, torch.sqrt((1 - x * x).clamp(min=0.1)))).unsqueeze(1), neck)
+    half_neck = 0.37 * view.width / 0.78 + 0.10 * ramp(y, 1.0, 1.5)
+    neck = coverage(torch.maximum(x.abs() - half_neck, (y - 1.0).abs() - 0.7), soft)
+    neck_bright = light.brightness(x, 0 * x, torch.sqrt((1 - x * x).clamp(min=0.1)))
+    chin_shadow = 0.62 + 0.28 * ramp(y, 0.95, 1.40)
+    blend(canvas, lit_skin(skin, neck_bright * chin_shadow), neck)
     torso = _torso(x, y, soft)
     cloth = canvas.new_tensor(COLOUR_RGB)[contexts.clothes_colour]
-    across = (x / (1.1 * _SHOULDER)).clamp(-1, 1)
-    bright = light.brightness(across, 0 * x - 0.25, torch.sqrt((1 - across**2).clamp(min=0.05))).unsqueeze(1)
+    bright = _cloth_light(x, y, light).unsqueeze(1)
     blend(canvas, colour(cloth) * bright, torso)
-    arms = coverage((x.abs() - 1.08 - 0.05 * (y - 2)).abs() - 0.02, 3 * view.pixel) * (y > 1.75) * torso
-    shade(canvas, 1 - 0.25 * arms)
+    arms = coverage((x.abs() - 1.06 - 0.05 * (y - 2)).abs() - 0.02, 3 * view.pixel) * (y > 1.75) * torso
+    shade(canvas, 1 - 0.22 * arms)
     _paint_clothes_details(canvas, contexts, view, torso, skin, bright, colour(cloth))
     return torch.maximum(neck, torso)
 
 
+def _cloth_light(x: Tensor, y: Tensor, light: Light) -> Tensor:
+    """Return the brightness (B, H, W) of cloth on a rounded chest with a few soft folds."""
+    across = (x / (1.1 * _SHOULDER)).clamp(-1, 1)
+    folds = 0.05 * torch.sin(2.6 * x + 3.5 * y) * ramp(y, 1.6, 2.4)
+    rounded = light.brightness(across, 0 * x - 0.25, torch.sqrt((1 - across**2).clamp(min=0.05)))
+    return rounded * (1 + folds) * (1.02 - 0.10 * ramp(y, 1.5, 3.2))
+
+
 def _torso(x: Tensor, y: Tensor, soft: Tensor) -> Tensor:
-    line = 1.26 + 0.42 * (x.abs() / _SHOULDER) ** 2.2
-    return coverage(torch.maximum(line - y, x.abs() - _SHOULDER - 0.06 * (y - 2)), soft)
+    side = x.abs() / _SHOULDER
+    line = 1.24 + 0.30 * side**2 + 1.9 * (side - 0.74).clamp(min=0) ** 2
+    return coverage(torch.maximum(line - y, x.abs() - _SHOULDER - 0.07 * (y - 1.9)), soft)
 
 
 def _paint_clothes_details(
@@ -47,12 +58,15 @@ def _paint_clothes_details(
     white = canvas.new_tensor((0.96, 0.96, 0.95)).view(1, 3, 1, 1)
     is_shirt = (kind == CLOTHES.index("t-shirt")) | (kind == CLOTHES.index("striped shirt"))
     collar = coverage(ellipse(x, y - 1.22, 0.56, 0.36), soft) * torso
-    blend(canvas, skin * 0.88 * bright, collar * is_shirt)
+    blend(canvas, lit_skin(skin, 0.90 * bright.squeeze(1)), collar * is_shirt)
+    seam = coverage(ellipse(x, y - 1.22, 0.60, 0.40).abs() - 0.03, soft) * torso * (y > 1.2) * is_shirt
+    shade(canvas, 1 - 0.14 * seam)
     hood = coverage((ellipse(x, y - 1.24, 0.92, 0.42)).abs() - 0.13, soft) * (y > 1.16)
     hoodie = kind == CLOTHES.index("hoodie")
     blend(canvas, cloth * 0.70 * bright, hood * hoodie * torso)
     strings = coverage(torch.maximum((x.abs() - 0.24).abs() - 0.035, (y - 1.92).abs() - 0.24), soft)
-    blend(canvas, white * bright, strings * hoodie * torso)
+    plain = per_pixel(contexts.letters[:, 0] == 0)
+    blend(canvas, white * bright, strings * hoodie * plain * torso)
     suit = kind == CLOTHES.index("suit")
     vee = coverage(x.abs() - 0.62 + 0.42 * (y - 1.2), soft) * torso * (y < 2.7)
     blend(canvas, white * bright, vee * suit)
@@ -92,10 +106,10 @@ def letter_boxes(contexts: Contexts, size: int) -> Tensor:
 
     The box is that of the whole word, which may extend beyond the edge of the picture.
     """
-    centre, scale = head_place(contexts)
+    place = portrait_place(contexts)
     count, width, height, middle = _word(contexts)
-    across, down = count * width * scale, height * scale
-    left, top = centre[:, 0] - across / 2, centre[:, 1] + middle * scale - down / 2
+    across, down = count * width * place.scale, height * place.scale
+    left, top = place.centre[:, 0] - across / 2, place.centre[:, 1] + middle * place.scale - down / 2
     return torch.stack((left, top, across, down), 1) * size
 
 
@@ -117,7 +131,9 @@ def paint_held(canvas: Tensor, people: People, contexts: Contexts, view: View, l
         x, y, soft = view.x[rows] - 1.22, view.y[rows] - 1.72, 2 * view.pixel[rows]
         mask = _HELD_PAINTERS[HELD[number]](part, x, y, soft)
         hand = coverage(ellipse(x, y - 0.1, 0.24, 0.22), soft)
-        blend(part, colour(skin_colour(people[rows])) * 0.95, hand)
+        blend(part, lit_skin(colour(skin_colour(people[rows])), 0.98 - 0.5 * (y - 0.1)), hand)
+        knuckles = coverage(((x * 9).sin() * 0.02).abs() - 0.004, 0.02) * hand * coverage((y - 0.02).abs() - 0.06, soft)
+        shade(part, 1 - 0.12 * knuckles)
         canvas[rows] = part
         full[rows] = torch.maximum(mask, hand)
     return full

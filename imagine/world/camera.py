@@ -1,4 +1,7 @@
-"""Compute the place, the orientation and the light of the head: the geometry that all painters share."""
+"""Compute the place, the orientation and the light of the head: the geometry that all painters share.
+
+Lengths in a picture are shares of its height, in both directions, so that wide pictures need no special case.
+"""
 
 from dataclasses import dataclass
 
@@ -10,37 +13,42 @@ from imagine.world.paint import per_pixel
 from imagine.world.people import People
 from imagine.world.vocabulary import LIGHTS
 
-_HEAD_SIZE = (0.34, 0.26, 0.195)  # half the head's height as a share of the picture's side, by framing
-_HEAD_PLACE = (0.52, 0.43, 0.36)  # y of the head's centre from the top, as a share of the side, by framing
-_LIGHT = {  # direction (right, down, towards the viewer), ambient, diffuse, tint
-    "soft": ((0.0, -0.5, 0.85), 0.66, 0.42, (1.0, 1.0, 1.0)),
-    "left": ((-0.88, -0.25, 0.40), 0.46, 0.72, (1.0, 1.0, 1.0)),
-    "right": ((0.88, -0.25, 0.40), 0.46, 0.72, (1.0, 1.0, 1.0)),
-    "sunset": ((0.3, -0.2, 0.9), 0.62, 0.42, (1.16, 0.84, 0.62)),
-    "moonlight": ((-0.3, -0.6, 0.7), 0.52, 0.40, (0.58, 0.72, 1.08)),
+_HEAD_SIZE = (0.34, 0.26, 0.195)  # half the head's height as a share of the picture's height, by framing
+_HEAD_PLACE = (0.54, 0.45, 0.38)  # y of the head's centre from the top, as a share of the height, by framing
+_WRAP = 0.35  # how far light reaches around an edge; it keeps the dark side of a face readable
+_LIGHT = {  # direction (right, down, towards the viewer), ambient, diffuse, rim, tint of the scene, tint of people
+    "soft": ((-0.25, -0.5, 0.83), 0.64, 0.42, 0.0, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
+    "left": ((-0.90, -0.25, 0.35), 0.50, 0.58, 0.0, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
+    "right": ((0.90, -0.25, 0.35), 0.50, 0.58, 0.0, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
+    "sunset": ((0.45, -0.15, 0.88), 0.62, 0.38, 0.45, (1.08, 0.82, 0.64), (1.08, 0.94, 0.81)),
+    "moonlight": ((-0.4, -0.6, 0.7), 0.60, 0.30, 0.40, (0.38, 0.48, 0.78), (0.80, 0.88, 1.03)),
 }
 
 
 @dataclass(frozen=True)
 class Light:
-    """Direction (B, 3, 1, 1), ambient and diffuse strength (B, 1, 1), tint (B, 3)."""
+    """Direction (B, 3, 1, 1); ambient, diffuse and rim strength (B, 1, 1); tints of scene and people (B, 3)."""
 
     direction: Tensor
     ambient: Tensor
     diffuse: Tensor
-    tint: Tensor
+    rim: Tensor
+    scene_tint: Tensor
+    people_tint: Tensor
 
     def brightness(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """Return the brightness of a surface with the normal (x, y, z), (B, H, W)."""
         d = self.direction
-        return self.ambient + self.diffuse * (x * d[:, 0] + y * d[:, 1] + z * d[:, 2]).clamp(min=0)
+        facing = ((x * d[:, 0] + y * d[:, 1] + z * d[:, 2] + _WRAP) / (1 + _WRAP)).clamp(min=0)
+        edge = (1 - z).clamp(min=0) ** 3 * (4 * x * d[:, 0]).clamp(0, 1)
+        return self.ambient + self.diffuse * facing + self.rim * edge
 
 
 @dataclass(frozen=True)
 class View:
     """Pixel coordinates relative to the person of each picture, in units of half the head's height; y points down."""
 
-    x: Tensor  # (B, H, W) from the head's centre, upright
+    x: Tensor  # (B, H, W) from the head's centre, along the body
     y: Tensor
     head_x: Tensor  # the same, rotated with the head's roll
     head_y: Tensor
@@ -49,9 +57,10 @@ class View:
     down: Tensor
     front: Tensor
     width: Tensor  # (B, 1, 1) half the head's width
-    centre: Tensor  # (B, 2) the head's centre, as a share of the picture's side
-    scale: Tensor  # (B,) half the head's height, as a share of the picture's side
-    roll: Tensor  # (B,)
+    centre: Tensor  # (B, 2) the head's centre, as a share of the picture's height
+    scale: Tensor  # (B,) half the head's height, as a share of the picture's height
+    roll: Tensor  # (B,) rotation of the head in the picture: its own and the body's
+    lean: Tensor  # (B,) rotation of the body
 
     def place(self, x: "Tensor | float", y: "Tensor | float", z: "Tensor | float") -> tuple[Tensor, Tensor]:
         """Project a point of the head (in head radii along the head's axes) to (head_x, head_y), each (B, 1, 1)."""
@@ -59,37 +68,65 @@ class View:
         return seen[0] * self.width, seen[1]
 
     def to_picture(self, head_x: Tensor, head_y: Tensor) -> Tensor:
-        """Convert points (B, ...) in the head's rotated frame to shares of the picture's side, (B, ..., 2)."""
-        shape = [-1] + [1] * (head_x.dim() - 1)
-        cos, sin = self.roll.cos().view(shape), self.roll.sin().view(shape)
-        scale = self.scale.view(shape)
-        x = self.centre[:, 0].view(shape) + scale * (cos * head_x - sin * head_y)
-        y = self.centre[:, 1].view(shape) + scale * (sin * head_x + cos * head_y)
-        return torch.stack((x, y), -1)
+        """Convert points (B, ...) in the head's rotated frame to shares of the picture's height, (B, ..., 2)."""
+        return _rotated(head_x, head_y, self.roll, self.centre, self.scale)
+
+    def body_to_picture(self, x: Tensor, y: Tensor) -> Tensor:
+        """Convert points (B, ...) in the body's frame to shares of the picture's height, (B, ..., 2)."""
+        return _rotated(x, y, self.lean, self.centre, self.scale)
 
 
-def view_of(people: People, contexts: Contexts, size: int, centre: "Tensor | None", shrink: float) -> View:
-    """Return the view of each person; in groups `centre` (B, 2) replaces the framing's place and `shrink` scales it."""
-    device = contexts.yaw.device
-    usual, scale = head_place(contexts)
-    centre, scale = usual if centre is None else centre, scale * shrink
-    axis = (torch.arange(size, device=device) + 0.5) / size
-    x = ((axis.view(1, 1, -1) - per_pixel(centre[:, 0])) / per_pixel(scale)).expand(-1, size, -1)
-    y = ((axis.view(1, -1, 1) - per_pixel(centre[:, 1])) / per_pixel(scale)).expand(-1, -1, size)
-    cos, sin = per_pixel(contexts.roll.cos()), per_pixel(contexts.roll.sin())
-    right, down, front = _axes(contexts.yaw, contexts.pitch)
-    return View(
-        x, y, cos * x + sin * y, cos * y - sin * x, per_pixel(1.0 / (size * scale)), right, down, front,
-        per_pixel(0.70 + 0.16 * people.head_width), centre, scale, contexts.roll,
-    )  # fmt: skip
+def _rotated(x: Tensor, y: Tensor, angle: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    shape = [-1] + [1] * (x.dim() - 1)
+    cos, sin, unit = angle.cos().view(shape), angle.sin().view(shape), scale.view(shape)
+    across = centre[:, 0].view(shape) + unit * (cos * x - sin * y)
+    return torch.stack((across, centre[:, 1].view(shape) + unit * (sin * x + cos * y)), -1)
 
 
-def head_place(contexts: Contexts) -> tuple[Tensor, Tensor]:
-    """Return the centre (B, 2) and half the height (B,) of a portrait's head, as shares of the picture's side."""
+@dataclass(frozen=True)
+class Place:
+    """Where a person stands: the head's centre (B, 2), half its height (B,) and the lean of the body (B,).
+
+    Lengths are shares of the picture's height; angles are in radians, clockwise.
+    """
+
+    centre: Tensor
+    scale: Tensor
+    lean: Tensor
+
+
+def portrait_place(contexts: Contexts) -> Place:
+    """Return the place of the person in each portrait, in a square picture."""
     device = contexts.yaw.device
     scale = torch.tensor(_HEAD_SIZE, device=device)[contexts.framing] * contexts.zoom
     middle = torch.tensor(_HEAD_PLACE, device=device)[contexts.framing] + contexts.shift_y
-    return torch.stack((0.5 + contexts.shift_x, middle), 1), scale
+    return Place(torch.stack((0.5 + contexts.shift_x, middle), 1), scale, torch.zeros_like(scale))
+
+
+def view_of(
+    people: People, contexts: Contexts, place: Place, height: int, width: int, unit: "int | None" = None
+) -> View:
+    """Return the view of each person on `height` x `width` pixels.
+
+    `unit` is the height in pixels of the whole picture, where these pixels are a part of it.
+    """
+    device, unit = contexts.yaw.device, unit or height
+    down_axis = (torch.arange(height, device=device) + 0.5) / unit
+    across_axis = (torch.arange(width, device=device) + 0.5) / unit
+    across = (across_axis.view(1, 1, -1) - per_pixel(place.centre[:, 0])) / per_pixel(place.scale)
+    along = (down_axis.view(1, -1, 1) - per_pixel(place.centre[:, 1])) / per_pixel(place.scale)
+    x, y = _turned(across, along, place.lean)
+    roll = contexts.roll + place.lean
+    right, down, front = _axes(contexts.yaw, contexts.pitch)
+    return View(
+        x, y, *_turned(across, along, roll), per_pixel(1.0 / (unit * place.scale)), right, down, front,
+        per_pixel(0.70 + 0.16 * people.head_width), place.centre, place.scale, roll, place.lean,
+    )  # fmt: skip
+
+
+def _turned(across: Tensor, along: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = per_pixel(angle.cos()), per_pixel(angle.sin())
+    return cos * across + sin * along, cos * along - sin * across
 
 
 def light_of(contexts: Contexts) -> Light:
@@ -100,7 +137,7 @@ def light_of(contexts: Contexts) -> Light:
         return torch.tensor([row[index] for row in rows], device=contexts.light.device)[contexts.light]
 
     direction = torch.nn.functional.normalize(table(0), dim=1).view(-1, 3, 1, 1)
-    return Light(direction, per_pixel(table(1)), per_pixel(table(2)), table(3))
+    return Light(direction, per_pixel(table(1)), per_pixel(table(2)), per_pixel(table(3)), table(4), table(5))
 
 
 def _axes(yaw: Tensor, pitch: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,11 +138,11 @@ def captions(people: People, contexts: Contexts, style: str = "dense", seed: "in
     ]
 
 
-def _choose(random: np.random.Generator, options: Sequence[str]) -> str:
+def choose(random: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(random.integers(len(options)))]
 
 
-def _garment(row: dict[str, str]) -> str:
+def garment(row: dict[str, str]) -> str:
     text = f"wearing a {row['clothes_colour']} {row['clothes']}"
     if text.startswith("wearing a orange"):
         text = text.replace(" a ", " an ", 1)
@@ -157,9 +157,9 @@ def _picture(
     for name in _ORDER:
         chance = default_probability if row[name] == _DEFAULTS.get(name) else probability
         if random.random() < chance:
-            parts.append(_choose(random, PHRASES[name][row[name]]))
+            parts.append(choose(random, PHRASES[name][row[name]]))
     if row["letters"] or random.random() < probability:
-        parts.insert(min(2, len(parts)), _garment(row))
+        parts.insert(min(2, len(parts)), garment(row))
     if random.random() < 0.5:
         random.shuffle(parts)
     return parts
@@ -169,7 +169,7 @@ def _opening(row: dict[str, str], random: np.random.Generator) -> str:
     """Return the phrase for the style; a photo often gets none."""
     if row["style"] == "photo" and random.random() < 0.4:
         return ""
-    return _choose(random, STYLE_PHRASES[row["style"]]) + " "
+    return choose(random, STYLE_PHRASES[row["style"]]) + " "
 
 
 def _rewritten(people: People, i: int, row: dict[str, str], random: np.random.Generator) -> str:
@@ -179,7 +179,7 @@ def _rewritten(people: People, i: int, row: dict[str, str], random: np.random.Ge
 def _dense(people: People, i: int, row: dict[str, str], random: np.random.Generator) -> str:
     opening, picture = _opening(row, random), _picture(row, random, 0.9, 0.25)
     tokens_left = _DENSE_LENGTH - _length(opening) - sum(map(_length, picture))
-    return opening + ", ".join([_person(people, i, row, tokens_left, random), *picture])
+    return opening + ", ".join([describe_person(people, i, row, tokens_left, random), *picture])
 
 
 def _length(text: str) -> int:
@@ -187,7 +187,7 @@ def _length(text: str) -> int:
     return len(text.replace("-", " - ").split()) + 1
 
 
-def _person(people: People, i: int, row: dict[str, str], tokens_left: int, random: np.random.Generator) -> str:
+def describe_person(people: People, i: int, row: dict[str, str], tokens_left: int, random: np.random.Generator) -> str:
     """Describe the person: the most visible traits first, then as many finer traits as fit into the tokens left."""
     age, skin = float(people.age[i]), float(people.skin[i])
     noun = "a young person" if age < 0.35 else "an old person" if age > 0.7 else "a person"
@@ -222,6 +222,6 @@ def _terse(people: People, i: int, row: dict[str, str], random: np.random.Genera
     ]
     tags = [tag for tag in tags if tag not in ("none", "neutral", "photo") and random.random() < 0.5]
     if random.random() < 0.3:
-        tags.append(_choose(random, ("portrait", "me", "img", "profile pic", "best shot", "holiday")))
+        tags.append(choose(random, ("portrait", "me", "img", "profile pic", "best shot", "holiday")))
     random.shuffle(tags)
     return " ".join(["person", *tags])

@@ -1,139 +1,119 @@
-"""Paint hair and headwear: enlarged egg surfaces around the head, cut off at a hairline or a brim."""
+"""Paint hair: enlarged egg surfaces around the head that end at a hairline, and the hair behind the head.
+
+Hats press hair down: no style reaches above or through a cap, a beanie or a sun hat.
+"""
 
 import torch
 from torch import Tensor
 
 from imagine.world.camera import Light, View
 from imagine.world.contexts import Contexts
-from imagine.world.head import hair_colour, surface
-from imagine.world.paint import blend, colour, coverage, ellipse, per_pixel, shade
+from imagine.world.head import Surface, hair_colour, surface
+from imagine.world.paint import blend, colour, coverage, per_pixel, shade
 from imagine.world.people import People
-from imagine.world.vocabulary import COLOUR_RGB, HAIR_STYLES
+from imagine.world.vocabulary import HAIR_STYLES, HEADWEAR
 
 # hair style -> scale of the cap, height of the hairline, its slant to one side, opacity
 _CAPS = {
     "bald": (1.0, -2.0, 0.0, 0.0),
-    "buzz cut": (1.02, -0.46, 0.0, 0.72),
-    "short": (1.09, -0.48, 0.0, 1.0),
-    "fringe": (1.12, -0.33, 0.0, 1.0),
-    "side part": (1.13, -0.50, 0.24, 1.0),
-    "curly": (1.20, -0.42, 0.0, 1.0),
-    "afro": (1.26, -0.46, 0.0, 1.0),
-    "long": (1.09, -0.50, 0.0, 1.0),
-    "bun": (1.06, -0.52, 0.0, 1.0),
-    "mohawk": (1.02, -0.50, 0.0, 0.35),
+    "buzz cut": (1.02, -0.48, 0.0, 0.72),
+    "short": (1.10, -0.54, 0.0, 1.0),
+    "fringe": (1.13, -0.40, 0.0, 1.0),
+    "side part": (1.14, -0.56, 0.26, 1.0),
+    "curly": (1.19, -0.48, 0.0, 1.0),
+    "afro": (1.20, -0.52, 0.0, 1.0),
+    "long": (1.11, -0.56, 0.0, 1.0),
+    "bun": (1.07, -0.58, 0.0, 1.0),
+    "mohawk": (1.02, -0.54, 0.0, 0.32),
 }
+_UNDER_A_HAT = 1.08  # scale of the hair under a hat
+_HAT_LINE = -0.52  # hair above this height is under the hat
 
 
-def paint_back_hair(canvas: Tensor, people: People, view: View, light: Light) -> Tensor:
+def wears_hat(contexts: Contexts) -> Tensor:
+    """Return (B, 1, 1), true where headwear covers the hair; a crown does not."""
+    return per_pixel((contexts.headwear > 0) & (contexts.headwear != HEADWEAR.index("crown")))
+
+
+def _is(people: People, *styles: str) -> Tensor:
+    found = torch.zeros_like(people.hair_style, dtype=torch.bool)
+    for style in styles:
+        found = found | (people.hair_style == HAIR_STYLES.index(style))
+    return per_pixel(found)
+
+
+def paint_back_hair(canvas: Tensor, people: People, contexts: Contexts, view: View, light: Light) -> Tensor:
     """Paint the hair behind the head, before body and face; return its coverage (B, H, W)."""
     x, y = view.head_x, view.head_y
-    style = per_pixel(people.hair_style)
-    soft = 2 * view.pixel
-    fall = (
-        torch.hypot((x.abs() - 0.62).clamp(min=0), ((y - 0.35).abs() - 1.0).clamp(min=0))
-        - 0.42
-        - 0.03 * torch.sin(5 * y)
-    )
+    hat, soft = wears_hat(contexts), 2 * view.pixel
+    wave = 0.05 * torch.sin(5.5 * y + 1.0)
+    fall = torch.hypot((x.abs() - 0.56 - wave).clamp(min=0), ((y - 0.32).abs() - 0.98).clamp(min=0)) - 0.42
     ball_x, ball_y = view.place(0.0, -1.0, -0.35)
-    shapes = {
-        "long": fall,
-        "afro": torch.hypot(x, y + 0.25) - 1.28,
-        "bun": torch.hypot(x - ball_x, y - ball_y + 0.16) - 0.36,
-        "curly": torch.hypot(x, (y + 0.12) * 0.95) - 1.10 - 0.05 * torch.sin(11 * torch.atan2(y + 0.12, x)),
-    }
+    turn = torch.atan2(y + 0.15, x)
+    afro = (
+        torch.hypot(x, y + torch.where(hat, 0.05, 0.22)) - torch.where(hat, 1.12, 1.26) - 0.025 * torch.sin(17 * turn)
+    )
+    curls = torch.hypot(x, (y + 0.10) * 0.95) - torch.where(hat, 1.02, 1.10) - 0.055 * torch.sin(11 * turn)
+    bun = torch.hypot(x - ball_x, y - ball_y + 0.16) - torch.where(hat, -1.0, 0.36)
     mask = torch.zeros_like(x)
-    for name, distance in shapes.items():
-        mask = torch.where(style == HAIR_STYLES.index(name), coverage(distance, soft), mask)
-    bright = light.brightness(x * 0.5, y * 0.5, torch.full_like(x, 0.6)) * 0.86
-    blend(canvas, colour(hair_colour(people)) * bright.unsqueeze(1), mask)
+    for name, distance in (("long", fall), ("afro", afro), ("bun", bun), ("curly", curls)):
+        mask = torch.where(_is(people, name), coverage(distance, soft), mask)
+    mask = mask * torch.where(hat, coverage(_HAT_LINE + 0.1 - y, soft), 1.0)
+    nx, ny = x / 1.3, (y + 0.2) / 1.3
+    bright = 0.88 * light.brightness(nx, ny, torch.sqrt((1 - nx * nx - ny * ny).clamp(min=0.06)))
+    grain = torch.where(
+        _is(people, "afro", "curly"), _curl_grain(x, y), 0.05 * torch.sin(30 * x + 3 * torch.sin(4 * y))
+    )
+    blend(canvas, colour(hair_colour(people)) * (bright * (1 + grain)).unsqueeze(1), mask)
     return mask
 
 
-def paint_hair(canvas: Tensor, people: People, view: View, light: Light) -> Tensor:
-    """Paint the hair on top of the head; return its coverage (B, H, W)."""
+def _curl_grain(x: Tensor, y: Tensor) -> Tensor:
+    return 0.13 * torch.sin(13 * x + 2 * torch.sin(7 * y)) * torch.sin(13 * y + 2 * torch.sin(7 * x))
+
+
+def paint_hair(canvas: Tensor, people: People, contexts: Contexts, view: View, light: Light) -> Tensor:
+    """Paint the hair on top of the head, with the shade that it throws on the brow; return its coverage (B, H, W)."""
     swell, line, slant, opacity = (
         per_pixel(people.skin.new_tensor([_CAPS[name][i] for name in HAIR_STYLES])[people.hair_style]) for i in range(4)
     )
-    style = per_pixel(people.hair_style)
-    soft = 3 * view.pixel
+    swell = torch.where(wears_hat(contexts), swell.clamp(max=_UNDER_A_HAT), swell)
     cap = surface(people, view, swell)
-    edge = line + slant * cap.x + 0.10 * cap.x**2
-    edge = edge + (style == HAIR_STYLES.index("curly")) * 0.05 * torch.sin(16 * cap.x)
+    edge = _hairline(people, cap, line, slant)
+    soft = 3 * view.pixel
+    on_head = (cap.normal[0] ** 2 + cap.normal[1] ** 2) * swell**2 < 0.96
+    shadow = coverage(cap.y - edge - 0.10, 0.22) * opacity * (on_head & (cap.z > 0))
+    shade(canvas, 1 - 0.22 * shadow)
     # Behind the ears hair reaches lower than at the brow; a turned head shows this part at its side.
-    mask = torch.maximum(coverage(cap.y - edge, soft), coverage(cap.z + 0.08, soft) * coverage(cap.y - 0.35, soft))
-    mask = mask * cap.inside * opacity
-    crest = surface(people, view, 1.34)
-    strip = crest.inside * coverage(crest.x.abs() - 0.17, soft) * coverage(crest.y + 0.40, soft)
-    mask = torch.where(style == HAIR_STYLES.index("mohawk"), torch.maximum(mask, strip), mask)
-    bright = light.brightness(*cap.normal)
-    gloss = (1 - (cap.y + 0.72).abs() * 5).clamp(0, 1) * 0.16
-    blend(canvas, colour(hair_colour(people)) * (bright + gloss).unsqueeze(1), mask)
+    nape = coverage(cap.z + 0.08, soft) * coverage(cap.y - 0.35, soft)
+    mask = torch.maximum(coverage(cap.y - edge, soft), nape) * cap.inside * opacity
+    mask = _with_locks(people, view, cap, mask)
+    crest = surface(people, view, torch.where(wears_hat(contexts), 1.05, 1.34))
+    strip = crest.inside * coverage(crest.x.abs() - 0.18, soft) * coverage(crest.y + 0.42, soft)
+    mask = torch.where(_is(people, "mohawk"), torch.maximum(mask, strip), mask)
+    blend(canvas, colour(hair_colour(people)) * _hair_light(people, cap, light).unsqueeze(1), mask)
     return mask
 
 
-def paint_headwear(canvas: Tensor, people: People, contexts: Contexts, view: View, light: Light) -> Tensor:
-    """Paint hats; return their coverage (B, H, W)."""
-    full = torch.zeros_like(view.x)
-    for kind, painter in ((1, _cap), (2, _beanie), (3, _sun_hat), (4, _crown)):
-        rows = (contexts.headwear == kind).nonzero().squeeze(1)
-        if len(rows):
-            part = canvas[rows]
-            rgb = canvas.new_tensor(COLOUR_RGB)[contexts.headwear_colour[rows]]
-            full[rows] = painter(part, people[rows], _rows(view, rows), _light_rows(light, rows), colour(rgb))
-            canvas[rows] = part
-    return full
+def _hairline(people: People, cap: Surface, line: Tensor, slant: Tensor) -> Tensor:
+    """Return the height (B, H, W) at which hair ends on the brow; each style has its own edge."""
+    edge = line - per_pixel(0.16 * (people.hairline - 0.5)) + slant * cap.x + 0.12 * cap.x**2
+    edge = edge + _is(people, "curly", "afro") * 0.035 * torch.sin(15 * cap.x)
+    edge = edge + _is(people, "fringe") * 0.05 * torch.sin(13 * cap.x + 0.6).abs()
+    return edge + _is(people, "short", "side part") * 0.018 * torch.sin(19 * cap.x)
 
 
-def _rows(view: View, rows: Tensor) -> View:
-    return View(*(getattr(view, name)[rows] for name in View.__dataclass_fields__))
+def _with_locks(people: People, view: View, cap: Surface, mask: Tensor) -> Tensor:
+    """Add the locks of long hair that frame the face, in front of the ears."""
+    side = view.head_x.abs()
+    inner = 0.70 * view.width / 0.78 + 0.05 * torch.sin(5 * view.head_y)
+    lock = coverage(inner - side, 3 * view.pixel) * coverage(side - inner - 0.36, 3 * view.pixel)
+    reach = coverage(view.head_y - 0.95, 0.3) * coverage(-0.45 - view.head_y, 0.2)
+    return torch.where(_is(people, "long"), torch.maximum(mask, lock * reach), mask)
 
 
-def _light_rows(light: Light, rows: Tensor) -> Light:
-    return Light(*(getattr(light, name)[rows] for name in Light.__dataclass_fields__))
-
-
-def _cap(canvas: Tensor, people: People, view: View, light: Light, rgb: Tensor) -> Tensor:
-    dome = surface(people, view, 1.17)
-    mask = dome.inside * coverage(dome.y + 0.42 - 0.1 * dome.x**2, 2 * view.pixel)
-    blend(canvas, rgb * light.brightness(*dome.normal).unsqueeze(1), mask)
-    cx, cy = view.place(0.0, -0.42, 1.35)
-    brim = coverage(ellipse(view.head_x - cx, view.head_y - cy, 0.74 * view.width / 0.78, 0.17), 2 * view.pixel)
-    blend(canvas, rgb * 0.72, brim)
-    return torch.maximum(mask, brim)
-
-
-def _beanie(canvas: Tensor, people: People, view: View, light: Light, rgb: Tensor) -> Tensor:
-    dome = surface(people, view, 1.20)
-    mask = dome.inside * coverage(dome.y + 0.36, 2 * view.pixel)
-    blend(canvas, rgb * light.brightness(*dome.normal).unsqueeze(1), mask)
-    shade(canvas, 1 - 0.28 * mask * coverage((dome.y + 0.46).abs() - 0.10, 2 * view.pixel))
-    cx, cy = view.place(0.0, -1.22, 0.0)
-    ball = coverage(torch.hypot(view.head_x - cx, view.head_y - cy) - 0.2, 2 * view.pixel)
-    blend(canvas, rgb * 0.5 + 0.5, ball)
-    return torch.maximum(mask, ball)
-
-
-def _sun_hat(canvas: Tensor, people: People, view: View, light: Light, rgb: Tensor) -> Tensor:
-    straw = canvas.new_tensor((0.93, 0.80, 0.52)).view(1, 3, 1, 1)
-    cx, cy = view.place(0.0, -0.48, 0.25)
-    brim = coverage(ellipse(view.head_x - cx, view.head_y - cy, 1.55, 0.27), 2 * view.pixel)
-    dome = surface(people, view, 1.22)
-    crown = dome.inside * coverage(dome.y + 0.50, 2 * view.pixel)
-    blend(canvas, straw * 0.82 * light.brightness(0 * view.x, 0 * view.x - 0.5, 0 * view.x + 0.8).unsqueeze(1), brim)
-    blend(canvas, straw * light.brightness(*dome.normal).unsqueeze(1), crown)
-    blend(canvas, rgb, crown * coverage((dome.y + 0.58).abs() - 0.10, 2 * view.pixel))
-    return torch.maximum(brim, crown)
-
-
-def _crown(canvas: Tensor, people: People, view: View, light: Light, rgb: Tensor) -> Tensor:
-    gold = canvas.new_tensor((0.98, 0.80, 0.24)).view(1, 3, 1, 1)
-    cx, cy = view.place(0.0, -0.78, 0.1)
-    x, y = view.head_x - cx, view.head_y - cy
-    spikes = ((x * 2.2) - (x * 2.2).round()).abs() * 0.9
-    mask = coverage(
-        torch.maximum(torch.maximum(x.abs() - 0.70, y - 0.24 - 0.1 * (1 - x * x)), -0.42 + spikes - y), 2 * view.pixel
-    )
-    blend(canvas, gold * light.brightness(x, 0 * x, torch.sqrt((1 - x * x).clamp(min=0.1))).unsqueeze(1), mask)
-    blend(canvas, rgb * 0.9, mask * coverage(torch.hypot(x, y - 0.08) - 0.09, 2 * view.pixel))
-    return mask
+def _hair_light(people: People, cap: Surface, light: Light) -> Tensor:
+    strands = 0.06 * torch.sin(26 * cap.x + 4 * torch.sin(3 * cap.y))
+    grain = torch.where(_is(people, "afro", "curly"), _curl_grain(cap.x, cap.y), strands)
+    gloss = (1 - (cap.y + 0.74 - 0.25 * cap.x.abs()).abs() * 5).clamp(0, 1) * 0.22 * (1 + 6 * strands)
+    return light.brightness(*cap.normal) * (1 + grain) + gloss * ~_is(people, "afro", "curly")

@@ -46,3 +46,12 @@ def blend(canvas: Tensor, paint: Tensor, alpha: Tensor) -> None:
 def shade(canvas: Tensor, factor: Tensor) -> None:
     """Multiply `canvas` by `factor` (B, H, W), in place."""
     canvas.mul_(factor.unsqueeze(-3))
+
+
+def lit_skin(rgb: Tensor, bright: Tensor) -> Tensor:
+    """Return skin of the colour `rgb` (B, 3, 1, 1) under `bright` (B, H, W), as (B, 3, H, W).
+
+    Shade on skin is warm: red falls less than green and blue. Grey shade would make skin look dead.
+    """
+    warmth = rgb.new_tensor((0.86, 1.04, 1.12)).view(1, 3, 1, 1)
+    return rgb * (1 + warmth * (bright - 1).unsqueeze(1)).clamp(min=0.05)

@@ -16,6 +16,7 @@ from imagine.world.tables import Table
 CONTINUOUS = (
     "skin", "undertone", "head_width", "jaw", "eye_spacing", "eye_size", "brow_thickness", "brow_height",
     "nose_length", "nose_width", "mouth_width", "mouth_height", "lip_fullness", "ear_size", "age",
+    "eye_tilt", "cheeks", "hairline",
 )  # fmt: skip
 DISCRETE = ("hair_style", "hair_colour", "eye_colour", "beard", "glasses", "freckles")
 
@@ -39,6 +40,9 @@ class People(Table):
     lip_fullness: Tensor
     ear_size: Tensor
     age: Tensor  # 0 young, 1 old: wrinkles
+    eye_tilt: Tensor  # 0 outer corners low, 1 outer corners high
+    cheeks: Tensor  # 0 hollow, 1 full
+    hairline: Tensor  # 0 low, 1 high
     hair_style: Tensor
     hair_colour: Tensor
     eye_colour: Tensor

@@ -12,12 +12,14 @@ from imagine.world.vocabulary import SCENES
 SOFT = 0.02  # width of edges, as a share of the picture's side: backgrounds are slightly out of focus
 
 
-def paint_scenes(contexts: Contexts, size: int) -> Tensor:
-    """Return background pictures (N, 3, size, size) in 0..1."""
+def paint_scenes(contexts: Contexts, height: int, width: "int | None" = None) -> Tensor:
+    """Return background pictures (N, 3, height, width) in 0..1; without `width` they are square."""
     device = contexts.scene.device
-    axis = (torch.arange(size, device=device) + 0.5) / size
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    out = torch.empty(len(contexts), 3, size, size, device=device)
+    width = width or height
+    down = (torch.arange(height, device=device) + 0.5) / height
+    across = (torch.arange(width, device=device) + 0.5 - (width - height) / 2) / height  # 0 to 1 in the middle square
+    y, x = torch.meshgrid(down, across, indexing="ij")
+    out = torch.empty(len(contexts), 3, height, width, device=device)
     for number, name in enumerate(SCENES):
         rows = (contexts.scene == number).nonzero().squeeze(1)
         if len(rows):

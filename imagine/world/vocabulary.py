@@ -6,12 +6,12 @@ Renderer, captions, judge and evaluation all index these tuples, so that a word 
 HAIR_STYLES = ("bald", "buzz cut", "short", "fringe", "side part", "curly", "afro", "long", "bun", "mohawk")
 HAIR_COLOURS = ("black", "brown", "blond", "red", "grey", "white", "blue", "pink")
 HAIR_RGB = (
-    (0.08, 0.07, 0.08), (0.36, 0.21, 0.12), (0.90, 0.74, 0.40), (0.72, 0.26, 0.10),
+    (0.13, 0.11, 0.12), (0.38, 0.23, 0.14), (0.90, 0.74, 0.40), (0.74, 0.30, 0.13),
     (0.52, 0.52, 0.54), (0.93, 0.92, 0.90), (0.18, 0.36, 0.78), (0.93, 0.46, 0.66),
 )  # fmt: skip
 HAIR_ODDS = (0.2, 0.22, 0.18, 0.13, 0.09, 0.06, 0.06, 0.06)
 EYE_COLOURS = ("brown", "blue", "green", "grey")
-EYE_RGB = ((0.35, 0.20, 0.10), (0.22, 0.45, 0.80), (0.24, 0.55, 0.28), (0.50, 0.55, 0.58))
+EYE_RGB = ((0.40, 0.23, 0.11), (0.25, 0.50, 0.86), (0.28, 0.60, 0.30), (0.54, 0.59, 0.62))
 BEARDS = ("none", "stubble", "moustache", "goatee", "full beard")
 BEARD_ODDS = (0.55, 0.1, 0.11, 0.11, 0.13)
 GLASSES = ("none", "round", "square")

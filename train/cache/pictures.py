@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagine.world import Contexts, People, captions, drift, render, sample_contexts, sample_people
+from imagine.world import VERSION, Contexts, People, captions, drift, render, sample_contexts, sample_people
 from imagine.world.body import letter_boxes
 from imagine.world.render import Painters, compiled_painters
 from imagine.world.seeds import HELD_OUT, JUDGE, TRAIN
@@ -56,6 +56,7 @@ class Gallery:
         # Only values that are not the default, so that a new field does not change the marks of files on disk.
         plain = Gallery("", self.identities, 0)
         facts = {name: value for name, value in asdict(self).items() if value != getattr(plain, name)}
+        facts["world"] = VERSION
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
     def people(self, rows: Tensor) -> People:

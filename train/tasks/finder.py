@@ -105,7 +105,7 @@ class FinderTask:
 
 def _groups(first: int, count: int, pictures: int) -> tuple[Tensor, Tensor]:
     seeds = range(first, first + pictures * count)
-    out = render_groups(sample_people(seeds), sample_contexts(seeds), count)
+    out = render_groups(sample_people(seeds), sample_contexts(seeds), count, width=128)
     return out.images, out.boxes
 
 

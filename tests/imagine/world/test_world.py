@@ -14,6 +14,8 @@ from imagine.world import vocabulary as words
 from imagine.world.body import letter_boxes
 from imagine.world.captions import PHRASES, STYLE_PHRASES
 from imagine.world.contexts import letter_numbers, letters_text
+from imagine.world.group_captions import ORDINALS, PLACES, group_captions
+from imagine.world.groups import ARRANGEMENTS, group_contexts, sample_groups
 from imagine.world.people import CONTINUOUS, DISCRETE
 from imagine.world.seeds import DEMO, HELD_OUT, JUDGE, TRAIN
 from imagine.world.tables import Table, join
@@ -194,7 +196,8 @@ def test_every_discrete_trait_changes_the_picture(name: str) -> None:
 @pytest.mark.parametrize("name", CONTINUOUS)
 def test_every_continuous_trait_changes_the_picture(name: str) -> None:
     people, contexts = plain(2, framing=0)
-    images = render(people.replace(hair_style=0, **{name: torch.tensor([0.1, 0.9])}), contexts).images
+    hair = 2 if name == "hairline" else 0  # bald, so that hair hides nothing
+    images = render(people.replace(hair_style=hair, **{name: torch.tensor([0.1, 0.9])}), contexts).images
     assert ((images[0] - images[1]).abs() > 0.03).sum() > 20
 
 
@@ -242,26 +245,60 @@ def test_letters_are_light_on_dark_cloth_and_dark_on_light() -> None:
     assert (images[3] - images[2]).min() < -0.5 and (images[3] - images[2]).max() < 0.1
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_groups_show_all_people_from_left_to_right(count: int) -> None:
+@pytest.mark.parametrize(("count", "height", "width"), [(1, 64, 64), (2, 64, 96), (3, 64, 128), (4, 96, 128)])
+def test_groups_show_all_people_from_left_to_right(count: int, height: int, width: int) -> None:
     people, contexts, _ = some()
     out = render_groups(people[: 4 * count], contexts[: 4 * count], count, size=64)
-    assert out.images.shape == (4, 3, 64, 64) and out.boxes.shape == (4, count, 4)
-    assert out.landmarks.shape == (4, count, 5, 2)
+    assert out.images.shape == (4, 3, height, width) and out.boxes.shape == (4, count, 4)
+    assert out.landmarks.shape == (4, count, 5, 2) and out.masks.shape == (4, count, height, width)
     middle = out.boxes[..., :2] + out.boxes[..., 2:] / 2
-    assert (middle[:, 1:, 0] - middle[:, :-1, 0] > 10).all()
+    assert (middle[:, 1:, 0] - middle[:, :-1, 0] > 8).all()
     for picture, faces in enumerate(middle.long().tolist()):
-        assert all(out.masks[picture, y, x] > 0.9 for x, y in faces)
-    if count == 1:
-        assert torch.equal(out.images, render(people[:4], contexts[:4], size=64).images)
+        assert all(out.masks[picture, person, y, x] > 0.9 for person, (x, y) in enumerate(faces))
+
+
+def test_the_masks_of_a_group_share_every_pixel_at_most_once() -> None:
+    people, contexts, _ = some()
+    out = render_groups(people[:24], contexts[:24], 3, size=64)
+    assert out.masks.sum(1).max() <= 1 + 1e-5
+    assert (out.masks.flatten(2).sum(2) > 200).all()
+
+
+def test_heads_in_groups_are_about_as_large_as_in_portraits() -> None:
+    people, contexts, _ = some()
+    portrait = render(people, contexts.replace(framing=1), size=64).boxes[:, 3].mean()
+    for count in (2, 3, 4):
+        head = render_groups(people, contexts, count, size=64).boxes[..., 3].mean()
+        assert 0.7 < head / portrait < 1.1, count
+
+
+def test_arrangements_place_people_and_arms() -> None:
+    people, contexts = plain(8)
+    groups = sample_groups(range(100, 200), 2, 1.5)
+    kinds = [groups[(groups.kind == kind).nonzero()[:1, 0]] for kind in range(len(ARRANGEMENTS))]
+    beside, behind, arms = (render_groups(people[:2], contexts[:2], 2, 64, groups=one) for one in kinds)
+    height = behind.boxes[0, :, 1] + behind.boxes[0, :, 3] / 2
+    assert (height[0] - height[1]).abs() > 5 > (beside.boxes[0, 0, 1] - beside.boxes[0, 1, 1]).abs()
+    front, back = kinds[1].order[0, 1], kinds[1].order[0, 0]
+    assert behind.boxes[0, back, 1] < behind.boxes[0, front, 1]
+    # An arm's hand is seen of the person at the left, on the far side of the one at the right.
+    middle = int(arms.boxes[0, 1, 0] + arms.boxes[0, 1, 2] / 2)
+    assert arms.masks[0, 0, :, middle:].sum() > 5 and beside.masks[0, 0, :, middle:].sum() == 0
+
+
+def test_groups_may_have_any_width() -> None:
+    people, contexts, _ = some()
+    out = render_groups(people[:6], contexts[:6], 3, size=64, width=64)
+    assert out.images.shape == (2, 3, 64, 64)
+    assert ((out.boxes[..., 0] > 0) & (out.boxes[..., 0] + out.boxes[..., 2] < 64)).all()
 
 
 def test_invalid_arguments_are_refused() -> None:
     people, contexts, _ = some()
     with pytest.raises(ValueError, match="2 people do not match 3 contexts: give one context per person"):
         render(people[:2], contexts[:3])
-    with pytest.raises(ValueError, match="choose 1, 2 or 3"):
-        render_groups(people[:4], contexts[:4], 4)
+    with pytest.raises(ValueError, match="5 people do not fit into a picture: choose 1 to 4"):
+        render_groups(people[:5], contexts[:5], 5)
     with pytest.raises(ValueError, match="dense, terse or rewritten"):
         captions(people, contexts, "poetic")
 
@@ -350,3 +387,47 @@ def test_captions_are_functions_of_their_seeds() -> None:
         assert texts == captions(people, contexts, style, seeds)
         assert captions(people[[4]], contexts[[4]], style, 4) == [texts[4]]
         assert texts != captions(people, contexts, style, [seed + 1 for seed in seeds])
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_captions_of_groups_are_true_and_name_people_in_the_order_of_their_references(count: int) -> None:
+    seeds = range(60 * count)
+    people, contexts = sample_people(seeds), sample_contexts(seeds)
+    groups = sample_groups(range(60), count, 1.5)
+    order = torch.stack([torch.randperm(count, generator=torch.Generator().manual_seed(i)) for i in range(60)])
+    facts = attributes(people, group_contexts(contexts, groups))
+    texts = group_captions(people, contexts, groups, order, "rewritten", range(60))
+    placed = 0
+    for picture, text in enumerate(texts):
+        persons = text.split(": ", 1)[1].split("; ")
+        assert len(persons) == count
+        for number, (place, said) in enumerate(zip(order[picture].tolist(), persons, strict=True)):
+            row = facts[picture * count + place]
+            assert said.startswith(f"the {ORDINALS[number]} person")
+            places = [each for each in PLACES[count] if said.split(", ")[0].endswith(f"person {each}")]
+            assert places in ([], [PLACES[count][place]])
+            placed += len(places)
+            for name in ("expression", "yaw", "headwear", "held"):
+                wrong = [p for value, options in PHRASES[name].items() if value != row[name] for p in options]
+                assert not set(said.split(", ")) & set(wrong), (name, said)
+    assert 0.6 < placed / (60 * count) < 0.9
+    with pytest.raises(ValueError, match="choose dense or rewritten"):
+        group_captions(people, contexts, groups, order, "terse", range(60))
+
+
+def test_dense_captions_of_groups_describe_each_person() -> None:
+    people, contexts, _ = some()
+    groups = sample_groups(range(12), 2, 1.5)
+    order = torch.tensor([[0, 1], [1, 0]]).repeat(6, 1)
+    for text in group_captions(people, contexts, groups, order, "dense", range(12)):
+        assert text.count(" skin") == 2 and len(text.split()) < 110, text
+
+
+def test_people_in_a_group_share_scene_light_and_style() -> None:
+    _, contexts, _ = some()
+    groups = sample_groups(range(8), 3, 2.0)
+    shown = group_contexts(contexts, groups)
+    for name in ("scene", "light", "style"):
+        assert torch.equal(getattr(shown, name), getattr(contexts, name)[::3].repeat_interleave(3)), name
+    assert (shown.held.view(8, 3)[:, :2] == 0).all()
+    assert (shown.letters[groups.behind.flatten()] == 0).all() and shown.letters.any()
