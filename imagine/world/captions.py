@@ -139,10 +139,12 @@ def captions(people: People, contexts: Contexts, style: str = "dense", seed: "in
 
 
 def choose(random: np.random.Generator, options: Sequence[str]) -> str:
+    """Return one of the options."""
     return options[int(random.integers(len(options)))]
 
 
 def garment(row: dict[str, str]) -> str:
+    """Return the phrase for the garment in a row of `attributes`, with the letters on it."""
     text = f"wearing a {row['clothes_colour']} {row['clothes']}"
     if text.startswith("wearing a orange"):
         text = text.replace(" a ", " an ", 1)
