@@ -68,14 +68,18 @@ def identity_adapter(unet: Any, fresh: bool = False) -> Adapter:
     return adapter
 
 
-def pipeline(seed: int = 0, fresh: bool = False, with_adapter: bool = True) -> ImaginePipeline:
-    """Return a random pipeline whose face finder returns BOX for every photo."""
+def pipeline(seed: int = 0, fresh: bool = False, with_adapter: bool = True, patch: int = 1) -> ImaginePipeline:
+    """Return a random pipeline whose face finder returns BOX for every photo; `patch` (1 or 2) packs its latents."""
     torch.manual_seed(seed)
     clip, t5, byt5 = tokenizers()
     unet = denoiser(pooled_width=32)  # CLIP's 16 and T5's 16
     pipe = ImaginePipeline(
         unet=unet,
-        vae=build_autoencoder(4, (8, 8, 16), (1, 1, 1), (1, 1, 1)).eval(),
+        vae=(
+            build_autoencoder(4, (8, 8, 16), (1,) * 3, (1,) * 3)
+            if patch == 1
+            else build_autoencoder(1, (8, 8), (1, 1), (1, 1))
+        ).eval(),
         text_encoder=build_clip_text(len(clip), 16, 1, 2, 16, clip.bos_token_id, clip.eos_token_id),
         tokenizer=clip,
         text_encoder_2=build_t5(len(t5), 16, 1, 2),
@@ -88,6 +92,7 @@ def pipeline(seed: int = 0, fresh: bool = False, with_adapter: bool = True) -> I
         adapter=identity_adapter(unet, fresh) if with_adapter else None,
         latents_mean=[0.1, -0.2, 0.3, 0.0],
         latents_std=[1.0, 2.0, 0.5, 1.5],
+        latents_patch=patch,
         default_steps=3,
     )
     pipe.finder = KnownBoxesFinder([BOX])

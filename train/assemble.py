@@ -81,12 +81,12 @@ def _assemble_pipeline(
     from imagine.networks.encoders import VisionEncoder
     from imagine.pipeline.pipeline import ImaginePipeline
 
-    vae, mean, std = load_autoencoder(_autoencoder(run, initial))
+    autoencoder = load_autoencoder(_autoencoder(run, initial))
     unet = UNet2DConditionModel.from_pretrained(adapter_export / "unet", torch_dtype=torch.float32)
     text = load_text_encoders(adapter_export)
     pipe = ImaginePipeline(
         unet=unet,
-        vae=vae,
+        vae=autoencoder.vae,
         text_encoder=text.clip,
         tokenizer=text.clip_tokenizer,
         text_encoder_2=text.t5,
@@ -97,8 +97,9 @@ def _assemble_pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000),
         text_adapter=Adapter.load(adapter_export / "text_adapter", unet).float(),
         adapter=Adapter.load(adapter_export / "adapter", unet).float(),
-        latents_mean=mean.tolist(),
-        latents_std=std.tolist(),
+        latents_mean=autoencoder.mean.tolist(),
+        latents_std=autoencoder.std.tolist(),
+        latents_patch=autoencoder.patch,
         **defaults,
     )
     pipe.to(dtype)

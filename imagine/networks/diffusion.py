@@ -150,5 +150,18 @@ def denormalise_latents(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return latents * _per_channel(std, latents) + _per_channel(mean, latents)
 
 
+def pack_latents(latents: Tensor, patch: int) -> Tensor:
+    """Join `patch` x `patch` positions into one: (batch, c, h, w) to (batch, c * patch**2, h / patch, w / patch).
+
+    A denoiser then sees fewer positions with more channels, at the cost of the smaller grid (as FLUX and DiT do).
+    """
+    return latents if patch == 1 else torch.nn.functional.pixel_unshuffle(latents, patch)
+
+
+def unpack_latents(latents: Tensor, patch: int) -> Tensor:
+    """Undo `pack_latents`."""
+    return latents if patch == 1 else torch.nn.functional.pixel_shuffle(latents, patch)
+
+
 def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.to(device=like.device, dtype=like.dtype).view(1, -1, 1, 1)

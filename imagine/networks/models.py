@@ -22,18 +22,20 @@ from imagine.errors import WeightsError
 def build_autoencoder(
     latent_channels: int = 32,
     widths: Sequence[int] = (16, 64, 128, 256),
-    encoder_layers: Sequence[int] = (1, 1, 1, 1),
-    decoder_layers: Sequence[int] = (1, 1, 1, 1),
+    encoder_layers: Sequence[int] | None = None,
+    decoder_layers: Sequence[int] | None = None,
 ) -> AutoencoderDC:
     """Build the deep-compression autoencoder (arXiv 2410.10733) without attention.
 
-    `widths` are the channels at 1/2, 1/4, ... of the picture's side. The latent has the resolution of the last one, so
+    `widths` are the channels at 1/2, 1/4, ... of the picture's side, with one layer each by default. The latent has the resolution of the last one, so
     the default maps (B, 3, 128, 128) to (B, 32, 8, 8). There are no layers at full resolution: one convolution with
     pixel (un)shuffle maps it directly to half resolution, which keeps the encoder near 0.6 and the decoder near 0.9
     GFLOP at 128 px.
     Raises ValueError if the lists differ in length, if a resolution has no layer, or if widths cannot be halved and
     doubled by averaging and repeating channels.
     """
+    encoder_layers = [1] * len(widths) if encoder_layers is None else encoder_layers
+    decoder_layers = [1] * len(widths) if decoder_layers is None else decoder_layers
     if not len(widths) == len(encoder_layers) == len(decoder_layers):
         raise ValueError(f"widths {widths}, encoder_layers and decoder_layers need the same length")
     if min(*encoder_layers, *decoder_layers) < 1:

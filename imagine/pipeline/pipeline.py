@@ -31,7 +31,7 @@ from imagine.adapter.adapter import Adapter, check_attached, is_attached
 from imagine.adapter.holder import AdapterHolderMixin
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.networks import weights
-from imagine.networks.diffusion import add_noise, denormalise_latents, normalise_latents
+from imagine.networks.diffusion import add_noise, denormalise_latents, normalise_latents, pack_latents, unpack_latents
 from imagine.networks.encoders import TextEncoders
 from imagine.networks.saving import PUSH_OPTIONS, check_save_options, write_whole
 from imagine.people.faces import FaceChoice, FaceFinder, finder_of_drawings
@@ -86,9 +86,10 @@ _call_state: ContextVar[_CallState | None] = ContextVar("imagine_call", default=
 class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
     """Generates pictures of a person from one photo and a sentence.
 
-    `latents_mean` and `latents_std` (one number per latent channel) normalise the latents. The `default_*` values,
-    measured for these weights, apply where a call gives none. An identity guidance scale of None equals the guidance
-    scale.
+    `latents_mean` and `latents_std` (one number per channel of the denoiser) normalise the latents, and `latents_patch`
+    joins that many positions in each direction into one (`imagine.networks.diffusion.pack_latents`). The `default_*`
+    values, measured for these weights, apply where a call gives none. An identity guidance scale of None equals the
+    guidance scale.
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->image_encoder->unet->vae"
@@ -114,6 +115,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         adapter: Adapter | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        latents_patch: int = 1,
         default_steps: int = 20,
         default_guidance_scale: float = 2.0,
         default_identity_guidance_scale: float | None = None,
@@ -140,6 +142,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         self.register_to_config(
             latents_mean=latents_mean,
             latents_std=latents_std,
+            latents_patch=latents_patch,
             default_steps=default_steps,
             default_guidance_scale=default_guidance_scale,
             default_identity_guidance_scale=default_identity_guidance_scale,
@@ -276,8 +279,8 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent position; 1 without an autoencoder, as in a pipeline that only encodes prompts."""
-        return 1 if self.vae is None else int(self.vae.spatial_compression_ratio)
+        """Pixels per position of the denoiser; 1 without an autoencoder, as in a pipeline that only encodes prompts."""
+        return 1 if self.vae is None else int(self.vae.spatial_compression_ratio) * int(self.config.latents_patch)
 
     @property
     def reference_encoder(self) -> nn.Module:
@@ -620,6 +623,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         out = self.vae.encode(pixels)
         latents = (out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latent).float()
         latents = latents * float(getattr(self.vae.config, "scaling_factor", 1.0) or 1.0)
+        latents = pack_latents(latents, int(self.config.latents_patch))
         if self.config.latents_mean is None or self.config.latents_std is None:
             return latents
         mean, std = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
@@ -630,6 +634,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         if self.config.latents_mean is not None and self.config.latents_std is not None:
             mean, std = torch.tensor(self.config.latents_mean), torch.tensor(self.config.latents_std)
             latents = denormalise_latents(latents, mean, std)
+        latents = unpack_latents(latents, int(self.config.latents_patch))
         latents = latents / float(getattr(self.vae.config, "scaling_factor", 1.0) or 1.0)
         pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         check_picture(pictures, self._suspects)

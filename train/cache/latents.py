@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -12,7 +13,7 @@ from diffusers import AutoencoderDC
 from torch import Tensor
 
 from imagine.errors import ConfigError
-from imagine.networks.diffusion import normalise_latents
+from imagine.networks.diffusion import denormalise_latents, normalise_latents, pack_latents, unpack_latents
 from imagine.networks.weights import fingerprint, read_index
 from imagine.world import camera_noise
 from train.cache.pictures import AnyPictures
@@ -45,7 +46,8 @@ class WorldCodec:
     """The portrait world's autoencoder, loaded from the export of its stage."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        self.vae, self.mean, self.std = load_autoencoder(folder)
+        trained = load_autoencoder(folder)
+        self.vae, self.mean, self.std, self.patch = trained.vae, trained.mean, trained.std, trained.patch
         self.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)  # a fifth faster on a CPU
         self.device = device
 
@@ -53,41 +55,58 @@ class WorldCodec:
     def mark(self) -> str:
         # Latents depend only on the encoder and the statistics: they stay valid when the decoder is trained further.
         facts = f"{fingerprint(self.vae.encoder)[:16]} {self.mean.tolist()} {self.std.tolist()}"
+        facts += "" if self.patch == 1 else f" patch {self.patch}"
         return hashlib.sha256(facts.encode()).hexdigest()[:12]
 
     def shape(self, side: int) -> tuple[int, int, int]:
-        cells, left = divmod(side, int(self.vae.spatial_compression_ratio))
+        step = int(self.vae.spatial_compression_ratio) * self.patch
+        cells, left = divmod(side, step)
         if left:
             raise ConfigError(
-                f"resolution: the autoencoder cannot divide {side} pixels evenly; choose a multiple of "
-                f"{self.vae.spatial_compression_ratio}."
+                f"resolution: the autoencoder cannot divide {side} pixels evenly; choose a multiple of {step}."
             )
-        return int(self.vae.config.latent_channels), cells, cells
+        return int(self.vae.config.latent_channels) * self.patch**2, cells, cells
+
+    def check_channels(self, channels: int, stage: str) -> None:
+        """Raise ConfigError unless the latents have as many channels as the networks of a stage expect."""
+        if len(self.mean) != channels:
+            raise ConfigError(
+                f"Stage {stage} expects latents of {channels} channels, but its autoencoder gives {len(self.mean)}: "
+                f"set latent_channels to {len(self.mean)} in the stage's settings."
+            )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        return normalise_latents(
-            self.vae.encode(images.to(self.device, memory_format=torch.channels_last)).latent, self.mean, self.std
-        )
+        latents = self.vae.encode(images.to(self.device, memory_format=torch.channels_last)).latent
+        return normalise_latents(pack_latents(latents, self.patch), self.mean, self.std)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        std, mean = (v.to(latents.device).view(1, -1, 1, 1) for v in (self.std, self.mean))
-        drawn: Tensor = self.vae.decode(latents * std + mean).sample
+        latents = unpack_latents(denormalise_latents(latents, self.mean, self.std), self.patch)
+        drawn: Tensor = self.vae.decode(latents).sample
         return (drawn / 2 + 0.5).clamp(0, 1)
 
 
-def load_autoencoder(folder: Path) -> tuple[AutoencoderDC, Tensor, Tensor]:
-    """Load the autoencoder and each latent channel's mean and standard deviation (C,), from an export or from weights.
+@dataclass(frozen=True)
+class TrainedAutoencoder:
+    """An autoencoder and how its latents are packed (`pack_latents`) and normalised for the denoiser."""
 
-    In a folder of weights, the statistics are in the pipeline's configuration.
-    """
+    vae: AutoencoderDC
+    mean: Tensor  # (C,) of each packed channel
+    std: Tensor
+    patch: int = 1  # positions that are joined into one, in each direction
+
+
+def load_autoencoder(folder: Path) -> TrainedAutoencoder:
+    """Load an autoencoder from an export, or from a folder of weights, whose configuration holds the same facts."""
     vae = cast(AutoencoderDC, AutoencoderDC.from_pretrained(folder / "vae", torch_dtype=torch.float32))
     if (folder / "latents.json").exists():
         statistics: dict[str, Any] = json.loads((folder / "latents.json").read_text())
-        return vae, torch.tensor(statistics["mean"]), torch.tensor(statistics["std"])
+        mean, std = torch.tensor(statistics["mean"]), torch.tensor(statistics["std"])
+        return TrainedAutoencoder(vae, mean, std, int(statistics.get("patch", 1)))
     index = read_index(folder)
-    return vae, torch.tensor(index["latents_mean"]), torch.tensor(index["latents_std"])
+    mean, std = torch.tensor(index["latents_mean"]), torch.tensor(index["latents_std"])
+    return TrainedAutoencoder(vae, mean, std, int(index.get("latents_patch", 1)))
 
 
 class Latents:

@@ -7,7 +7,7 @@ decoder learns to map a neighbourhood of each latent to a clean picture, so smal
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from imagine.errors import ConfigError
+from imagine.networks.diffusion import pack_latents
 from imagine.networks.encoders import VisionEncoder
 from imagine.networks.models import build_autoencoder
 from imagine.people.faces import ellipse
@@ -30,6 +31,7 @@ class AutoencoderSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     latent_channels: Annotated[int, Field(ge=1)] = 32
+    patch: Annotated[int, Field(ge=1)] = 1  # positions joined into one for the denoiser, in each direction
     widths: tuple[int, ...] = (16, 64, 128, 256)
     crop: Annotated[int, Field(ge=16, le=SIDE, multiple_of=16)] = 64  # side of the training crops, pixels
     noise: Weight = 0.3  # highest noise level on the latents, whose standard deviation is about 1
@@ -37,6 +39,8 @@ class AutoencoderSettings(BaseModel):
     edges: Weight = 1.0  # weight of the loss on differences between neighbouring pixels
     faces: Share = 0.0  # share of the crops that are placed on the face; the others are at random places
     features: Weight = 0.0  # weight of the vision encoder's feature loss, on the crops placed on the face
+    # weight of the loss that decodes latents shrunk by half to the picture shrunk by half (arXiv 2502.14831)
+    equivariance: Weight = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,11 @@ class AutoencoderTask:
         square = F.mse_loss(drawn, crops, reduction="none").flatten(1).mean(1)
         per_sample = plain + self.settings.edges * edges + square + self.settings.unit * unit
         numbers = {"l1": plain.mean(), "square": square.mean(), "spread": spread.mean()}
+        if self.settings.equivariance:
+            small = cast(Tensor, self.vae.decode(F.avg_pool2d(latents, 2)).sample)
+            apart = (small - F.avg_pool2d(crops, 2)).abs().flatten(1).mean(1)
+            per_sample = per_sample + self.settings.equivariance * apart
+            numbers["equivariance"] = apart.mean()
         if self.settings.features and batch.on_face.any():
             feature_loss = self._feature_loss(drawn[batch.on_face], crops[batch.on_face])
             per_sample = per_sample.index_add(
@@ -141,19 +150,22 @@ class AutoencoderTask:
         self.vae.save_pretrained(folder / "vae")
         (folder / "latents.json").write_text(json.dumps(self._statistics()))
 
-    def _statistics(self) -> dict[str, list[float]]:
-        """Return mean and standard deviation of each latent channel.
+    def _statistics(self) -> dict[str, Any]:
+        """Return the patch of the packing, and mean and standard deviation of each packed channel.
 
         A frozen encoder keeps the values of the folder that it was loaded from.
         """
         frozen = not any(parameter.requires_grad for parameter in self.vae.encoder.parameters())
         if frozen and self.context.initial is not None:
-            _, mean, std = load_autoencoder(self.context.initial)
-            return {"mean": mean.tolist(), "std": std.tolist()}
+            found = load_autoencoder(self.context.initial)
+            return {"mean": found.mean.tolist(), "std": found.std.tolist(), "patch": found.patch}
         rows = draw_rows(self.context, "statistics", 0, 512, len(self.pictures.gallery))
         images = self.pictures.take(rows)[0].to(self.context.device) * 2 - 1
-        latents = torch.cat([self.vae.encode(part).latent for part in images.split(64)]).float().cpu()
-        return {"mean": latents.mean((0, 2, 3)).tolist(), "std": latents.std((0, 2, 3)).tolist()}
+        patch = self.settings.patch
+        parts = [pack_latents(self.vae.encode(part).latent, patch) for part in images.split(64)]
+        latents = torch.cat(parts).float().cpu()
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        return {"mean": mean.tolist(), "std": std.tolist(), "patch": patch}
 
 
 def _edges(images: Tensor, axis: int) -> Tensor:

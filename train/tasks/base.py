@@ -54,6 +54,7 @@ class BaseSettings(BaseModel):
     """Settings of the denoiser's sizes, and of the training: data sources, dropout for guidance and loss weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    latent_channels: Annotated[int, Field(ge=1)] = 32  # of the latents as the denoiser sees them
     widths: tuple[int, ...] = (128, 192)
     layers: int = 1
     middle_attention: bool = True  # False: the denoiser's middle block is a single residual block
@@ -129,8 +130,8 @@ class BaseTask:
         self.text = build_text_encoders(context.folder / "cache")
         pooled = self.text.pooled_width if settings.pooled else None
         self.unet = build_denoiser(
-            widths=settings.widths, layers=settings.layers, pooled_width=pooled,
-            middle_attention=settings.middle_attention,
+            latent_channels=settings.latent_channels, widths=settings.widths, layers=settings.layers,
+            pooled_width=pooled, middle_attention=settings.middle_attention,
         )  # fmt: skip
         t5, byt5 = (model.config.d_model for model in (self.text.t5, self.text.byt5))
         widths = {"t5": t5, "byt5": byt5}
@@ -172,6 +173,7 @@ class BaseTask:
         galleries = {name: some.gallery for name, some in pictures.items()}
         self.mixture = self._mixture(galleries)
         self.codec = WorldCodec(autoencoder_of(self.context), self.context.device)
+        self.codec.check_channels(self.settings.latent_channels, self.context.name)
         self.gallery_caches = {name: self._cache_gallery(some, name) for name, some in pictures.items()}
         # Built again, because a record that became unreadable while it was cached must not be drawn.
         self.mixture = self._mixture(galleries)

@@ -6,10 +6,10 @@ no decoding. Noise on the latents simulates the errors of a prediction.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from imagine.world import People
@@ -29,6 +29,7 @@ class LikenessSettings(BaseModel):
     """The noise on the latents, and the weight of the auxiliary loss."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    latent_channels: Annotated[int, Field(ge=1)] = 32  # of the latents as the denoiser sees them
     noise: Weight = 0.5  # highest noise level on the latents, whose standard deviation is 1
     traits: Weight = 5.0  # weight of predicting the world's traits from the embedding
 
@@ -52,7 +53,7 @@ class LikenessTask:
 
     def __init__(self, settings: LikenessSettings, context: TaskContext) -> None:
         self.settings, self.context = settings, context
-        self.likeness = LikenessNetwork()
+        self.likeness = LikenessNetwork(settings.latent_channels)
         self.reading, self.temperature = nn.Linear(DIMENSIONS, TRAIT_OUTPUTS), Temperature(1)
         self.modules: dict[str, nn.Module] = {
             "likeness": self.likeness, "reading": self.reading, "temperature": self.temperature,
@@ -69,6 +70,7 @@ class LikenessTask:
     def prepare(self) -> None:
         self.pictures = training_pictures(self.context.data)
         self.codec = WorldCodec(autoencoder_of(self.context), self.context.device)
+        self.codec.check_channels(self.settings.latent_channels, self.context.name)
         self.latents = self._latents(self.pictures, "train")
 
     def _latents(self, pictures: Pictures, name: str) -> Latents:

@@ -377,6 +377,23 @@ def test_output_types(pipe: ImaginePipeline) -> None:
     assert isinstance(images[0], Image.Image) and len(faces) == 1
 
 
+def test_packed_latents_give_the_denoiser_fewer_positions_with_more_channels(tmp_path: Path) -> None:
+    tiny.pipeline(patch=2).save_pretrained(tmp_path / "weights")
+    pipe = ImaginePipeline.from_pretrained(tmp_path / "weights")
+    assert pipe.config.latents_patch == 2 and pipe.vae_scale_factor == 8
+    latent = pipe(PROMPT, generator=tiny.generator(7), output_type="latent").images
+    picture = pipe(PROMPT, generator=tiny.generator(7), output_type="pt").images
+    assert latent.shape == (1, 4, 4, 4) and picture.shape == (1, 3, tiny.SIZE, tiny.SIZE)
+    mean, std = (torch.tensor(pipe.config[name]).view(4, 1, 1) for name in ("latents_mean", "latents_std"))
+    unpacked = torch.nn.functional.pixel_shuffle(latent * std + mean, 2)
+    assert torch.allclose((pipe.vae.decode(unpacked).sample / 2 + 0.5).clamp(0, 1), picture, atol=1e-5)
+    wide = pipe(PROMPT, generator=tiny.generator(7), height=16, width=48, output_type="pt").images
+    assert wide.shape == (1, 3, 16, 48)
+    code = pipe.encode_pictures(picture)
+    assert code.shape == latent.shape
+    assert pipe.vae.encode(picture * 2 - 1).latent.shape == (1, 1, 8, 8)
+
+
 def test_given_latents_replace_the_noise(pipe: ImaginePipeline) -> None:
     noise = torch.randn((4, 4, 4), generator=tiny.generator(7))[None]
     assert torch.equal(pipe(PROMPT, latents=noise, output_type="pt").images, draw(pipe))

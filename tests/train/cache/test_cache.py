@@ -305,6 +305,25 @@ def exported_autoencoder(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def test_a_codec_packs_latents_and_unpacks_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = build_autoencoder(2, (8, 8), (1, 1), (1, 1))
+    vae.save_pretrained(tmp_path / "vae")
+    statistics = {"mean": [0.5] * 8, "std": [2.0] * 8, "patch": 2}
+    (tmp_path / "latents.json").write_text(json.dumps(statistics))
+    codec = WorldCodec(tmp_path, CPU)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = codec.encode(images)
+    assert latents.shape[1:] == codec.shape(32) == (8, 4, 4)
+    with torch.no_grad():
+        drawn = codec.vae.decode(codec.vae.encode(images).latent).sample
+    assert torch.allclose(codec.decode(latents), (drawn / 2 + 0.5).clamp(0, 1), atol=1e-5)
+    with pytest.raises(ConfigError, match="expects latents of 32 channels, but its autoencoder gives 8"):
+        codec.check_channels(32, "base")
+    with pytest.raises(ConfigError, match="choose a multiple of 8"):
+        codec.shape(20)
+
+
 def test_latents_are_encoded_once_and_encoding_resumes_after_a_kill(tmp_path: Path) -> None:
     pictures = open_pictures(SMALL, tmp_path / "data")
     codec = WorldCodec(exported_autoencoder(tmp_path / "vae"), CPU)

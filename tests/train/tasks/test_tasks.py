@@ -460,9 +460,9 @@ def test_a_letter_weight_without_effect_on_records_gives_a_warning(tmp_path: Pat
 
 def test_a_stage_can_train_on_the_shipped_autoencoder() -> None:
     folder = ROOT / "weights"
-    vae, mean, std = load_autoencoder(folder)
-    latents = vae.encode(torch.zeros(1, 3, 128, 128)).latent
-    assert latents.shape[1] == len(mean) == len(std) and latents.dtype == torch.float32
+    found = load_autoencoder(folder)
+    latents = found.vae.encode(torch.zeros(1, 3, 128, 128)).latent
+    assert latents.shape[1] * found.patch**2 == len(found.mean) == len(found.std) and latents.dtype == torch.float32
     context = TaskContext("base", 3, torch.device("cpu"), with_tokenizers(home() / "built" / "base"), data(), folder)
     assert autoencoder_of(context) == folder
     nowhere = SmallBase(BaseSettings(widths=(32, 32)), dataclasses.replace(context, initial=None))
@@ -470,6 +470,24 @@ def test_a_stage_can_train_on_the_shipped_autoencoder() -> None:
         nowhere.prepare()
     with pytest.raises(ConfigError, match=r"needs an autoencoder, and .*tokenizers holds none"):
         autoencoder_of(dataclasses.replace(context, initial=home() / "tokenizers"))
+
+
+def test_the_autoencoder_can_train_on_shrunk_latents_and_export_its_packing(tmp_path: Path) -> None:
+    context = TaskContext("autoencoder", 3, torch.device("cpu"), tmp_path, data())
+    settings = AutoencoderSettings(latent_channels=2, widths=(8, 8), patch=2, equivariance=0.5)
+    task = AutoencoderTask(settings, context)
+    task.prepare()
+    loss = task.loss(task.batch(0, 2), 0)
+    assert loss.metrics["equivariance"] > 0 and loss.per_sample.isfinite().all()
+    plain = AutoencoderTask(settings.model_copy(update={"equivariance": 0.0}), context)
+    plain.vae.load_state_dict(task.vae.state_dict())
+    plain.prepare()
+    without = plain.loss(plain.batch(0, 2), 0).per_sample
+    assert torch.allclose(without + 0.5 * loss.metrics["equivariance"], loss.per_sample, atol=0.2)
+    assert (loss.per_sample > without).all()
+    task.export(tmp_path)
+    found = load_autoencoder(tmp_path)
+    assert found.patch == 2 and found.mean.shape == (8,)
 
 
 def test_the_decoder_can_train_with_a_loss_on_the_vision_encoders_features() -> None:
@@ -547,14 +565,14 @@ def test_exports_load_through_the_public_loaders_with_averaged_weights() -> None
         tensors = read_tensors(trained() / stage / "weights.safetensors")[0]
         return {p.removeprefix(f"{module}."): v for p, v in tensors.items() if p.startswith(f"{module}.")}
 
-    vae, mean, std = load_autoencoder(trained() / "autoencoder" / "export")
-    assert mean.shape == std.shape == (32,) and (std > 0).all()
+    found = load_autoencoder(trained() / "autoencoder" / "export")
+    assert found.mean.shape == found.std.shape == (32,) and (found.std > 0).all()
     base = trained() / "adapter" / "export"  # an adapter's export includes its base
     unet = UNet2DConditionModel.from_pretrained(base / "unet")
     text = load_text_encoders(base)
     adapter = trained() / "adapter" / "export"
     loaded: list[tuple[Any, str, str]] = [
-        (vae, "autoencoder", "vae"),
+        (found.vae, "autoencoder", "vae"),
         (unet, "base", "unet"),
         (Adapter.load(base / "text_adapter", unet), "base", "text_adapter"),
         (text.clip, "clip", "text_encoder"),
@@ -564,10 +582,10 @@ def test_exports_load_through_the_public_loaders_with_averaged_weights() -> None
         (Adapter.load(adapter / "adapter", unet), "adapter", "adapter"),
     ]
     for module, stage, name in loaded:
-        found, wanted = module.state_dict(), weights(stage, name)
-        assert wanted and set(wanted) <= set(found), name
+        state, wanted = module.state_dict(), weights(stage, name)
+        assert wanted and set(wanted) <= set(state), name
         for path, value in wanted.items():
-            assert torch.allclose(found[path].float(), value.float(), atol=1e-2, rtol=1e-2), (name, path)
+            assert torch.allclose(state[path].float(), value.float(), atol=1e-2, rtol=1e-2), (name, path)
     clip, branches = text.encode(['a person with the letters "SKY"'])
     assert clip.values.isfinite().all() and set(branches) == {"t5", "byt5"}
 
