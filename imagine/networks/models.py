@@ -27,10 +27,10 @@ def build_autoencoder(
 ) -> AutoencoderDC:
     """Build the deep-compression autoencoder (arXiv 2410.10733) without attention.
 
-    `widths` are the channels at 1/2, 1/4, ... of the picture's side, with one layer each by default. The latent has the resolution of the last one, so
-    the default maps (B, 3, 128, 128) to (B, 32, 8, 8). There are no layers at full resolution: one convolution with
-    pixel (un)shuffle maps it directly to half resolution, which keeps the encoder near 0.6 and the decoder near 0.9
-    GFLOP at 128 px.
+    `widths` are the channels at 1/2, 1/4, ... of the picture's side, with one layer each by default. The latent has the
+    resolution of the last one, so the default maps (B, 3, 128, 128) to (B, 32, 8, 8). There are no layers at full
+    resolution: one convolution with pixel (un)shuffle maps it directly to half resolution, which keeps the encoder near
+    0.6 and the decoder near 0.9 GFLOP at 128 px.
     Raises ValueError if the lists differ in length, if a resolution has no layer, or if widths cannot be halved and
     doubled by averaging and repeating channels.
     """

@@ -126,12 +126,15 @@ class Latents:
     def faces(self, rows: Tensor) -> Tensor:
         """Return the face masks of these rows on the latent grid, (B, 1, h, w), 1 or 0."""
         boxes = torch.from_numpy(self.pictures.boxes[rows.numpy()])
-        return box_mask(boxes, self.pictures.gallery.size, self.values.shape[-1])
+        return self._cells(boxes)
 
     def letters(self, rows: Tensor) -> Tensor:
         """Return the masks of the words on shirts in these rows, (B, 1, h, w), 1 or 0."""
-        gallery = self.pictures.gallery
-        return box_mask(gallery.letters(rows), gallery.size, self.values.shape[-1])
+        return self._cells(self.pictures.gallery.letters(rows))
+
+    def _cells(self, boxes: Tensor) -> Tensor:
+        side, cells = self.pictures.gallery.size, self.values.shape[-1]
+        return box_mask(boxes, (side, side), (cells, cells))
 
     def _encode(self, rows: Tensor) -> Tensor:
         images = with_camera_noise(self.pictures, rows)[0] * 2 - 1
@@ -149,17 +152,26 @@ def with_camera_noise(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tens
     return images, boxes
 
 
-def box_mask(boxes: Tensor, side: int, cells: int) -> Tensor:
-    """Return (B, 1, cells, cells): 1 where a latent cell of a picture of `side` pixels touches the box, 0 elsewhere.
+def box_mask(boxes: Tensor, shape: tuple[int, int], cells: tuple[int, int]) -> Tensor:
+    """Return (B, 1, *cells): 1 where a latent cell of a picture of `shape` (height, width) touches the box, else 0.
 
-    A box (left, top, width, height) of width 0 touches no cell.
+    A box (left, top, width, height), (B, 4), of width 0 touches no cell. Several boxes per picture, (B, P, 4), give the
+    cells that any of them touches.
     """
-    middle = (torch.arange(cells) + 0.5) * side / cells
-    half = side / cells / 2
-    across = (middle > boxes[:, :1] - half) & (middle < boxes[:, :1] + boxes[:, 2:3] + half)
-    down = (middle > boxes[:, 1:2] - half) & (middle < boxes[:, 1:2] + boxes[:, 3:] + half)
+    if boxes.dim() == 3:
+        return box_mask(boxes.flatten(0, 1), shape, cells).unflatten(0, boxes.shape[:2]).amax(1)
+    (height, width), (rows, columns) = shape, cells
+    across = _touched(boxes[:, :1], boxes[:, 2:3], width, columns)
+    down = _touched(boxes[:, 1:2], boxes[:, 3:], height, rows)
     there = (boxes[:, 2] > 0).view(-1, 1, 1)
     return (down.unsqueeze(2) & across.unsqueeze(1) & there).unsqueeze(1).float()
+
+
+def _touched(start: Tensor, length: Tensor, side: int, cells: int) -> Tensor:
+    """Return which of the cells along one side touch the interval, (B, cells)."""
+    middle = (torch.arange(cells) + 0.5) * side / cells
+    half = side / cells / 2
+    return (middle > start - half) & (middle < start + length + half)
 
 
 def squared_error(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from train.cache.rows import RowFormat, cache_rows_together
 from train.run.checkpoint import write_json
 
 BLOCK = 512  # pictures rendered and stored at a time
-_WORTH_COMPILING = 2_000  # pictures to render from which compiling saves more time than it takes
+WORTH_COMPILING = 2_000  # pictures to render from which compiling saves more time than it takes
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class _Renderer:
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (B, 3, S, S) uint8, and face boxes (B, 4)."""
         if self.painters is None:
-            many = len(self.gallery) - int(rows[0]) >= _WORTH_COMPILING
+            many = len(self.gallery) - int(rows[0]) >= WORTH_COMPILING
             self.painters = compiled_painters() if many else Painters()
         out = render(self.gallery.people(rows), self.gallery.contexts(rows), self.gallery.size, self.painters)
         return (out.images * 255).round().byte(), out.boxes
