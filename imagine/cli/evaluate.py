@@ -47,7 +47,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         report = run(
             pipe, output, options.suite, options.identities, options.prompts, options.seed, judge, progress=progress
         )
-    return {"lines": [*_metric_table(report["metrics"]), "", f"Report: {output / 'report.html'}"], **report}
+    lines = [*_metric_table(report["metrics"]), "", *report["notes"], f"Report: {output / 'report.html'}"]
+    return {"lines": lines, **report}
 
 
 class Announcement:

@@ -42,8 +42,9 @@ from imagine.evaluation.scores import METRICS, score, summarise
 from imagine.evaluation.suites import Prompt, load_suite
 from imagine.networks import weights
 from imagine.paths import PACKAGE, kind_of
+from imagine.pipeline.notes import world_notes
 from imagine.records import Progress, no_progress
-from imagine.world import render
+from imagine.world import VERSION, render
 
 FORMAT_VERSION = 1
 DRAWN_ROWS = ("full", "detached")
@@ -75,7 +76,7 @@ def run(
     _check(chosen, identities, prompts, rows)
     judge = judge or Judge.from_pretrained()
     cases = make_cases(chosen[:prompts], identities, seed, gallery)
-    settings = {"suite": suite, "identities": identities, "prompts": prompts, "seed": seed}
+    settings = {"suite": suite, "identities": identities, "prompts": prompts, "seed": seed, "world": VERSION}
     _check_settings_file(output, {**settings, "options": dict(options or {}), "weights": fingerprint(pipeline)})
     started = time.monotonic()
     progress("rendering the references", 0, 0)
@@ -89,6 +90,7 @@ def run(
     summary = {
         "format_version": FORMAT_VERSION, **settings, "commit": commit(), "gallery": len(cases.gallery),
         "options": dict(options or {}), "seconds": round(drawing, 1),
+        "notes": world_notes(getattr(pipeline, "adapter", None)),
         **summarise(cases, scores, judged, real, seed),
     }  # fmt: skip
     _write(output, summary, cases, scores, judged, rows)

@@ -7,6 +7,7 @@ from PIL import Image
 from imagine.adapter.adapter import Adapter
 from imagine.people.faces import LEARNED, FaceFinder
 from imagine.people.persona import Face, Persona
+from imagine.world import VERSION
 
 PORTRAIT_WORLD = "imagine portrait world"  # the base that an adapter's file names
 
@@ -19,6 +20,19 @@ def photo_notes(adapter: Adapter | None, faces: Sequence[Face]) -> list[str]:
     return [
         "These weights draw the stylised people of the portrait world, so a photograph gives a drawing with some of "
         "the person's traits; docs/backbones.md describes bases that draw photographs."
+    ]
+
+
+def world_notes(adapter: Adapter | None) -> list[str]:
+    """Return a note if weights of the portrait world were trained on renders of another version of it."""
+    if adapter is None or adapter.metadata.get("base") != PORTRAIT_WORLD:
+        return []
+    trained = adapter.metadata.get("world", "portrait-world-1")
+    if trained == VERSION:
+        return []
+    return [
+        f"These weights were trained in {trained}, and this version renders {VERSION}, where people look different: "
+        "scores are too low."
     ]
 
 

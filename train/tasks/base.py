@@ -14,6 +14,7 @@ from imagine.networks.diffusion import add_noise, logit_normal, min_snr_weight, 
 from imagine.networks.models import build_denoiser
 from imagine.pipeline.sampling import Guidance, Inputs, TextTokens, pooled_text
 from imagine.records import Conditioning, Tokens
+from imagine.world import VERSION
 from train.cache.latents import WorldCodec, autoencoder_of, check_autoencoder, squared_error
 from train.cache.pictures import AnyGallery, AnyPictures
 from train.cache.sentences import Sentences, SentenceStore
@@ -28,6 +29,7 @@ from train.task import Loss, Share, TaskContext, Weight
 
 ADAPTER_FACTS = {
     "base": "imagine portrait world",
+    "world": VERSION,
     "encoder": "imagine portrait world ViT, 64 px, patch 8",
     "feature_layer": "-2",
     "licence": "Apache-2.0",

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
+from imagine.adapter.adapter import FILE_NAME
 from imagine.errors import ConfigError
 from imagine.evaluation import demo, report
 from imagine.evaluation.judge import Judge, Reader
 from imagine.evaluation.suites import contexts_for
 from imagine.networks.recogniser import Recogniser
-from imagine.world import attributes, sample_people, seeds
+from imagine.world import VERSION, attributes, sample_people, seeds
 from imagine.world.captions import PHRASES, STYLE_PHRASES
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS
 from tests import tiny
@@ -63,6 +65,10 @@ def test_sentences_name_what_they_ask_for_and_can_be_rendered() -> None:
 
 
 def test_the_shipped_references_are_these_people(tmp_path: Path) -> None:
+    with safe_open(SHIPPED.parent / "adapter" / FILE_NAME, "pt") as file:
+        world = file.metadata().get("world", "portrait-world-1")
+    if world != VERSION:
+        pytest.skip(f"the shipped weights were trained in {world}, whose renders are their references")
     drawn = demo.write_examples(tmp_path)
     shipped = sorted(SHIPPED.glob("*.png"))
     assert [path.name for path in shipped] == [path.name for path in drawn]

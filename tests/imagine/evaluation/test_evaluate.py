@@ -22,7 +22,7 @@ from imagine.evaluation import cases, evaluate, metrics, report, scores
 from imagine.evaluation.judge import Judge, Reader
 from imagine.evaluation.suites import PORTRAITS, SUITES, contexts_for, load_suite
 from imagine.networks.recogniser import Recogniser
-from imagine.world import attributes, render, sample_people, seeds
+from imagine.world import VERSION, attributes, render, sample_people, seeds
 from imagine.world.captions import PHRASES, STYLE_PHRASES
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS
 from tests import tiny
@@ -194,8 +194,9 @@ def test_people_are_held_out_and_no_picture_is_used_twice() -> None:
 def test_a_perfect_pipeline_scores_like_the_ceiling(straight: tuple[dict[str, Any], Path]) -> None:
     rows = straight[0]["rows"]
     for name in scores.METRICS:
-        # the picture files round values to 8 bits
-        assert rows["full"][name]["value"] == pytest.approx(rows["ceiling"][name]["value"], abs=0.05), name
+        # The picture files round values to 8 bits, and one of the 12 pictures may find another of the 6 people.
+        close = 0.1 if name == "rank1" else 0.05
+        assert rows["full"][name]["value"] == pytest.approx(rows["ceiling"][name]["value"], abs=close), name
     assert rows["detached"]["sim_gt"]["value"] < rows["full"]["sim_gt"]["value"]
 
 
@@ -213,6 +214,7 @@ def test_the_report_has_the_documented_fields(straight: tuple[dict[str, Any], Pa
     assert stored == json.loads(json.dumps(summary))
     facts = {name: stored[name] for name in ("suite", "identities", "prompts", "seed", "gallery")}
     assert facts == {"suite": "portraits", "identities": 3, "prompts": 4, "seed": 0, "gallery": 6}
+    assert stored["world"] == VERSION and stored["notes"] == []
     assert set(stored["metrics"]) == {"prompt", "sim_gt", "sim_ref", "rank1", "copy_paste"}
     for numbers in stored["metrics"].values():
         assert set(numbers) == {"value", "low", "high", "ceiling", "floor"}
