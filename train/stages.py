@@ -66,6 +66,7 @@ TASKS: dict[str, str] = {  # task name -> "module:Class", imported when a run us
 # Settings that may change without `resume`, because they do not change the trained weights.
 SETTINGS_THAT_MAY_CHANGE = {
     "validate_every", "checkpoint_every_seconds", "report_every_seconds", "keep", "prefetch", "best_by", "best_is",
+    "gates",
 }  # fmt: skip
 # The scheme of a stage's random numbers. It is stored in stage.yaml, so that a resumed stage keeps its scheme.
 NUMBERING = 2  # keyed by seed and stage; 1: by the seed alone for all stages, and all sources share one image count
@@ -207,7 +208,27 @@ def _run_stage(
         checkpoint.write_json(folder / "done.json", {"images": stage.images, "from": sources, "validation": numbers})
     accelerator.wait_for_everyone()
     log.info("%s: done.", name)
+    for sentence in missed_gates(name, stage, folder):
+        log.warning("%s", sentence)
     return True
+
+
+def missed_gates(name: str, stage: Stage, folder: Path) -> list[str]:
+    """Return one sentence for each gate that the finished stage in `folder` missed.
+
+    Raises ConfigError if a gate is not a number of its validation.
+    """
+    done, missed = _read_done(folder), []
+    numbers = {} if done is None else done["validation"]
+    for gate, least in stage.gates.items():
+        if done is not None and gate not in numbers:
+            raise ConfigError(f"stage {name}, gates: {unknown_name('validation number', gate, list(numbers))}.")
+        if done is not None and numbers[gate] < least:
+            missed.append(
+                f"Stage {name} reached {gate} {numbers[gate]:.3g}, below its gate of {least:g}: raise its images and "
+                "train it further, or lower the gate."
+            )
+    return missed
 
 
 def check_start(name: str, run: Run, output: Path) -> None:
@@ -215,6 +236,8 @@ def check_start(name: str, run: Run, output: Path) -> None:
     for source in run.stages[name].start_from:
         if not is_done(output / source, run.stages[source]):
             raise ConfigError(f"Stage {name} starts from {source}, which is not done; train {source} first.")
+        if missed := missed_gates(source, run.stages[source], output / source):
+            raise ConfigError(f"Stage {name} starts from {source}. {missed[0]}")
 
 
 def build(name: str, run: Run, output: Path, device: torch.device, tasks: Mapping[str, Any]) -> Task:
@@ -344,7 +367,7 @@ def _changes(run: Run, name: str, output: Path) -> list[tuple[str, Any, Any]]:
     if not path.exists():
         return []
     before, now = _flat(_previous_settings(path)), _flat(_stage_record(run, name, output))
-    names = [setting for setting in {**before, **now} if setting not in SETTINGS_THAT_MAY_CHANGE]
+    names = [setting for setting in {**before, **now} if setting.split(".")[0] not in SETTINGS_THAT_MAY_CHANGE]
     return [(n, before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)]
 
 

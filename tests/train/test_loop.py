@@ -360,6 +360,21 @@ def test_a_stage_starts_from_the_weights_of_an_earlier_stage(tmp_path: Path) -> 
     assert json.loads((tmp_path / "two" / "done.json").read_text())["from"] == {"one": 160}
 
 
+def test_no_stage_starts_from_one_that_missed_its_gate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one = one_stage(settings={"scores": {160: 0.5}}, gates={"score": 0.7}).stages["one"]
+    two = one.model_copy(update={"start_from": ("one",), "train": {"second": 0.0}, "images": 8, "gates": {}})
+    run = Run(stages={"one": one, "two": two}, trackers=())
+    missed = r"Stage one reached score 0\.5, below its gate of 0\.7: raise its images and train it further, or lower"
+    with pytest.raises(ConfigError, match=missed):
+        train(tmp_path, run)
+    assert "below its gate of 0.7" in caplog.text
+    assert state(tmp_path)["images seen"] == 160  # nothing that was finished is lost
+    lower = run.model_copy(update={"stages": {"one": one.model_copy(update={"gates": {"score": 0.5}}), "two": two}})
+    assert train(tmp_path, lower)  # without `resume`, because a gate does not change the weights
+    with pytest.raises(ConfigError, match="no validation number 'scor'"):
+        train(tmp_path, Run(stages={"one": one.model_copy(update={"gates": {"scor": 1.0}}), "two": two}, trackers=()))
+
+
 def test_fresh_modules_start_from_random_weights(tmp_path: Path) -> None:
     one = one_stage().stages["one"]
     still = {"train": {"second": 0.0}, "weight_decay": 0.0, "images": 8, "start_from": ("one",)}
