@@ -64,7 +64,7 @@ class Stage(BaseModel):
     validate_every: int = Field(0, ge=0)  # images between validations; 0: validate only at the end
     best_by: str = ""  # the validation number that selects the weights in best.safetensors; "": no such file
     best_is: Literal["lowest", "highest"] = "lowest"  # which value of `best_by` is the best
-    # validation number -> the least value at the end of this stage for stages that start from it; later ones do not start
+    # validation number -> the least value at the end of this stage; without it no later stage starts from this one
     gates: dict[str, float] = Field(default_factory=dict)
     checkpoint_every_seconds: float = Field(300, ge=0)  # time between checkpoints; 0: after every step
     report_every_seconds: float = Field(10, ge=0)  # time between rows of metrics.jsonl; 0: after every step

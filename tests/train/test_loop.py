@@ -372,7 +372,7 @@ def test_no_stage_starts_from_one_that_missed_its_gate(tmp_path: Path, caplog: p
     lower = run.model_copy(update={"stages": {"one": one.model_copy(update={"gates": {"score": 0.5}}), "two": two}})
     assert train(tmp_path, lower)  # without `resume`, because a gate does not change the weights
     with pytest.raises(ConfigError, match="no validation number 'scor'"):
-        train(tmp_path, Run(stages={"one": one.model_copy(update={"gates": {"scor": 1.0}}), "two": two}, trackers=()))
+        train(tmp_path / "other", one_stage(gates={"scor": 1.0}))
 
 
 def test_fresh_modules_start_from_random_weights(tmp_path: Path) -> None:
