@@ -23,6 +23,7 @@ from train.cache.latents import load_autoencoder
 from train.data.order import chance, normals, uniforms
 from train.data.portraits import SIDE, data_settings, draw_rows, training_pictures
 from train.run.grids import save_grid
+from train.run.reconstructions import ReconstructionJudge
 from train.task import Loss, Share, TaskContext, Weight
 
 
@@ -64,6 +65,7 @@ class AutoencoderTask:
         self.settings, self.context = settings, context
         self.vae = build_autoencoder(settings.latent_channels, settings.widths)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        self.judge: ReconstructionJudge | None = None
         if settings.features:
             if context.initial is None:
                 raise ConfigError(
@@ -81,6 +83,7 @@ class AutoencoderTask:
 
     def prepare(self) -> None:
         self.pictures = training_pictures(self.context.data)
+        self.judge = ReconstructionJudge.from_stages(self.context.earlier)
 
     def batch(self, images_seen: int, size: int) -> AutoencoderBatch:
         rows = draw_rows(self.context, "rows", images_seen, size, len(self.pictures.gallery))
@@ -142,9 +145,18 @@ class AutoencoderTask:
         count = len(self.pictures.gallery)
         rows = torch.arange(0, count, max(1, count // 32))[:32]
         images = self.pictures.take(rows)[0].to(self.context.device)
-        drawn = (self.vae.decode(self.vae.encode(images * 2 - 1).latent).sample / 2 + 0.5).clamp(0, 1)
+        drawn = self._reconstruct(images)
         save_grid(torch.stack((images[:16], drawn[:16]), 1).flatten(0, 1).cpu(), folder / "pictures.png", columns=8)
-        return {"psnr": float(-10 * torch.log10(F.mse_loss(drawn, images)))}
+        numbers = {"psnr": float(-10 * torch.log10(F.mse_loss(drawn, images)))}
+        return numbers if self.judge is None else {**numbers, **self.judge.scores(self._reconstruct_all)}
+
+    def _reconstruct(self, images: Tensor) -> Tensor:
+        """Return pictures (B, 3, S, S), 0..1, encoded and decoded."""
+        return cast(Tensor, self.vae.decode(self.vae.encode(images * 2 - 1).latent).sample / 2 + 0.5).clamp(0, 1)
+
+    def _reconstruct_all(self, images: Tensor) -> Tensor:
+        device = self.context.device
+        return torch.cat([self._reconstruct(part.to(device)).cpu() for part in images.split(32)])
 
     def export(self, folder: Path) -> None:
         self.vae.save_pretrained(folder / "vae")
