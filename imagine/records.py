@@ -107,6 +107,17 @@ class Conditioning:
     reference to a part of the picture. The branch's tokens are then the concatenation of the references' tokens, the
     same number for each. Each reference is attended to separately, and its output is multiplied by its weights.
 
+    `groups` maps a branch name to (batch, people), True where a batch item has this person. The branch's tokens are
+    then one group of equal length per person, in order. An item with fewer people has masked tokens and False in their
+    places. Where a picture has several people, each of them gets a softmax of its own, and the outputs are mixed per
+    position by the branch's router, by `regions` (then the caller's layout), or by both. A branch with neither attends
+    to all people under one softmax.
+
+    `record`, if given, collects the routers' decisions, for a loss or a measurement: each call of a layer with a router
+    appends its log-probabilities (batch, people + 1, positions), nobody's last, under "router <layer name>". They are
+    -inf where an item has no such person, and for nobody where the item has one person. Calls for one person append
+    nothing.
+
     `cache`, created by `adapter.prepare`, holds values that do not change between the steps of one picture, mainly keys
     and values. It is filled by the first step that needs an entry. None disables caching, as in training.
     """
@@ -114,6 +125,8 @@ class Conditioning:
     branches: Mapping[str, Tokens] = field(default_factory=dict)
     scales: Mapping[str, "Scale | Mapping[str, Scale]"] = field(default_factory=dict)
     regions: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    groups: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    record: dict[str, list[torch.Tensor]] | None = None
     cache: "dict[tuple[str, str], Any] | None" = None
 
 

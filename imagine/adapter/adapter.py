@@ -6,6 +6,7 @@ the same class. Building an adapter does not change the denoiser. `attach` repla
 is its exact inverse, in any order. A weight is named by the module path of its attention layer:
 
     down_blocks.0.attentions.0.transformer_blocks.0.attn2.vision.to_k.weight         a branch (to_k, to_v, gate)
+    down_blocks.0.attentions.0.transformer_blocks.0.attn2.vision.router.to_q.weight  a branch's router (router.py)
     down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.lora_A.weight     LoRA, under peft's names
     projections.vision.proj.0.weight                                                 a branch's token projection
 """
@@ -14,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -80,6 +81,9 @@ class BranchSpec:
     `fusion` is "parallel", or "concatenated" for the paper's comparison, which shares one softmax with the text. A new
     concatenated branch takes attention from the text although its values are zero, so only strength 0 leaves the base
     unchanged.
+    With `router` the branch has a router in every layer (router.py), which gives each of several people in a picture a
+    softmax of its own. Without one, several people share one softmax, except where a call gives their regions. With
+    `people="concatenate"` they always share one: the paper's form (section 3.6), for comparison.
     """
 
     name: str
@@ -93,6 +97,8 @@ class BranchSpec:
     inner_width: int | None = None
     attention_width: int | None = None
     absent: Literal["off", "zeros"] = "off"
+    router: bool = False
+    people: Literal["separate", "concatenate"] = "separate"
 
     def __post_init__(self) -> None:
         """Resolve the default widths of a plus projection, so that a saved description does not depend on them."""
@@ -150,11 +156,12 @@ class Adapter(nn.Module):
     def _layer_weights(self, attn: Attention, conditioned: bool) -> LayerWeights:
         specs = self.branch_specs
         concatenated = frozenset(spec.name for spec in specs if spec.fusion == "concatenated")
-        layer = LayerWeights(specs[0].name, {spec.name: spec.scale for spec in specs}, concatenated)
+        joint = frozenset(spec.name for spec in specs if spec.people == "concatenate")
+        layer = LayerWeights(specs[0].name, {spec.name: spec.scale for spec in specs}, concatenated, joint)
         if not conditioned:
             return layer
         for spec in self.branch_specs if attn.is_cross_attention else ():
-            branch = Branch(spec.width, attn.inner_dim, spec.zero_init)
+            branch = Branch(spec.width, attn.inner_dim, spec.zero_init, spec.router)
             if spec.width == attn.to_k.in_features:
                 branch.to_k.weight.data.copy_(attn.to_k.weight.data)
                 branch.to_v.weight.data.copy_(attn.to_v.weight.data)
@@ -262,12 +269,17 @@ class Adapter(nn.Module):
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters by part, the names that a training stage uses; every parameter is in exactly one part.
 
-        The parts are "<branch>_branch" (keys, values and gates), "<branch>_projection" if there is one, and "lora".
+        The parts are "<branch>_branch" (keys, values and gates), "<branch>_router" and "<branch>_projection" if there
+        is one, and "lora".
         """
         parts: dict[str, list[nn.Parameter]] = {}
         for layer in self.layers().values():
             for name, branch in layer.branches().items():
-                parts.setdefault(f"{name}_branch", []).extend(branch.parameters())
+                routing = [] if branch.router is None else list(branch.router.parameters())
+                own = [each for each in branch.parameters() if not any(each is other for other in routing)]
+                parts.setdefault(f"{name}_branch", []).extend(own)
+                if routing:
+                    parts.setdefault(f"{name}_router", []).extend(routing)
             for low_rank in filter(None, map(layer.low_rank, self.lora_targets)):
                 parts.setdefault("lora", []).extend(low_rank.parameters())
         for spec in self.branch_specs:
@@ -372,7 +384,8 @@ def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
     folded into the scales. Branches that are off in the whole batch are removed. Rows at either end in which a branch
     is off (the unconditional rows of guidance) skip its computation. A mask that marks every token is dropped. If a
     LoRA acts on keys or values, a new strength needs a newly prepared conditioning.
-    Raises WeightsError if a branch has tokens but no attached adapter reads it.
+    Raises WeightsError if a branch has tokens but no attached adapter reads it, and ConfigError if groups or regions do
+    not fit a branch's tokens.
     """
     targets = {name: attn for name, attn in attention_layers(denoiser).items() if attn.is_cross_attention}
     layer_of_branch = {
@@ -388,11 +401,29 @@ def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
             raise WeightsError(
                 f"No attached adapter reads the branch {name!r}; attach its adapter, or leave its tokens out."
             )
+        _check_people(conditioning, name)
         scale = _mask_scale(conditioning.scales.get(name, layer_of_branch[name].default_scales[name]), tokens)
         if any(map(_is_nonzero, scale.values() if isinstance(scale, Mapping) else [scale])):
             mask = None if tokens.mask is None or bool(tokens.mask.all()) else usable_mask(tokens)
             branches[name], scales[name] = Tokens(tokens.values, mask), scale
-    return Conditioning(branches, scales, conditioning.regions, cache=_initial_cache(scales))
+    return replace(conditioning, branches=branches, scales=scales, cache=_initial_cache(scales))
+
+
+def _check_people(conditioning: Conditioning, branch: str) -> None:
+    """Raise ConfigError unless a branch's groups divide its tokens, and its regions are one per person."""
+    values, groups = conditioning.branches[branch].values, conditioning.groups.get(branch)
+    if groups is None:
+        return
+    if groups.dim() != 2 or len(groups) != len(values) or values.shape[1] % groups.shape[1]:
+        raise ConfigError(
+            f"The groups {list(groups.shape)} do not fit the tokens {list(values.shape)} of {branch!r}: give (batch, "
+            "people), and as many tokens for each person."
+        )
+    regions = conditioning.regions.get(branch)
+    if regions is not None and regions.shape[1] != groups.shape[1]:
+        raise ConfigError(
+            f"There are {regions.shape[1]} regions for {groups.shape[1]} people in {branch!r}: give one for each."
+        )
 
 
 def _initial_cache(scales: Mapping[str, Scale | Mapping[str, Scale]]) -> dict[tuple[str, str], Any]:
@@ -429,6 +460,11 @@ def _check_specs(branches: Sequence[BranchSpec]) -> None:
             raise ConfigError(f"A branch cannot be called {spec.name!r}; use a plain word such as 't5' or 'vision'.")
         if hasattr(LayerWeights, spec.name):
             raise ConfigError(f"A branch cannot be called {spec.name!r}, which torch uses itself; use another word.")
+        if spec.router and (spec.people == "concatenate" or spec.fusion == "concatenated"):
+            raise ConfigError(
+                f"Branch {spec.name!r} has a router, which needs a softmax per person: leave out the router, or use "
+                'people="separate" and fusion="parallel".'
+            )
         if (spec.projection is None) != (spec.input_width is None):
             raise ConfigError(f"Branch {spec.name!r} must give both projection and input_width, or neither.")
         if spec.projection == "plus" and any(
@@ -554,7 +590,11 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _check_tensors(file: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    check_tensor_names(str(file.parent), sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys()))
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    for names, fault in ((missing, "names a router but lacks"), (unexpected, "names no router but holds")):
+        if routing := [name for name in names if ".router." in name]:
+            raise WeightsError(f"{file} {fault} {routing[0]}; save the adapter again with Adapter.save.")
+    check_tensor_names(str(file.parent), missing, unexpected)
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise WeightsError(

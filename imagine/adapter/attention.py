@@ -7,6 +7,9 @@ a softmax, so none can suppress another, and a branch with a zero contribution d
 For the paper's comparison (section 4.3.2) a branch may instead be concatenated: its keys and values are appended to the
 text's, under one softmax.
 
+Where a picture has several people, a branch gives each of them a softmax of its own, and mixes the outputs per position
+(router.py). With one person this is the formula above, bit for bit.
+
 An `Adapter` (adapter.py) owns the weights, one `LayerWeights` per attention layer. The denoiser stays a stock diffusers
 model: `ParallelAttention` is an attention processor that only refers to those weights, so neither the denoiser's module
 tree nor its state dict changes. The tokens to attend to are passed with each call, in the `conditioning` argument. The
@@ -29,6 +32,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
+from imagine.adapter.router import Router, log_shares, shares_of
 from imagine.errors import WeightsError
 from imagine.records import Conditioning, Scale, Tokens
 
@@ -50,15 +54,16 @@ KeysValues = tuple[Tensor, Tensor]  # each (batch, heads, tokens, head width)
 
 
 class Branch(nn.Module):
-    """The key and value projections of one branch for one cross-attention layer, and the gate on its output."""
+    """One branch in one cross-attention layer: key and value projections, the gate on its output, perhaps a router."""
 
-    def __init__(self, token_width: int, inner_width: int, zero_init: bool) -> None:
+    def __init__(self, token_width: int, inner_width: int, zero_init: bool, router: bool = False) -> None:
         super().__init__()
         self.to_k = nn.Linear(token_width, inner_width, bias=False)
         self.to_v = nn.Linear(token_width, inner_width, bias=False)
         # One factor per channel is as expressive as the paper's zero convolution where it matters, and it can be folded
         # into to_v exactly, which is the only form that an IP-Adapter file can hold.
         self.gate = nn.Parameter(torch.full((inner_width,), 0.0 if zero_init else 1.0 / GATE_GAIN))
+        self.router = Router(inner_width, token_width) if router else None
 
     def keys_values(self, attn: Attention, tokens: Tensor) -> KeysValues:
         """Return the keys and gated values of tokens (batch, length, token width).
@@ -120,16 +125,21 @@ class LayerWeights(nn.Module):
 
     Children are named after the branches and after the linear layers that the LoRA belongs to. `owner` names the branch
     whose strength the LoRA follows; it also fixes the order of summation when several adapters are attached. Branches
-    named in `concatenated` share the text's softmax.
+    named in `concatenated` share the text's softmax. In branches named in `joint`, all people share one softmax.
     """
 
     def __init__(
-        self, owner: str, default_scales: dict[str, float], concatenated: frozenset[str] = frozenset()
+        self,
+        owner: str,
+        default_scales: dict[str, float],
+        concatenated: frozenset[str] = frozenset(),
+        joint: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.owner = owner
         self.default_scales = default_scales
         self.concatenated = concatenated
+        self.joint = concatenated | joint
 
     def branches(self) -> dict[str, Branch]:
         return {name: child for name, child in self.named_children() if isinstance(child, Branch)}
@@ -230,6 +240,8 @@ class ParallelAttention:
 
     def _add_branch(self, mixed: Tensor, query: Tensor, each: "_ActiveBranch") -> Tensor:
         """Return the outputs `mixed` (batch, positions, inner) plus a branch's output, limited to its regions."""
+        if each.people is not None:
+            return self._add_people(mixed, query, each, each.people)
         mask = None if each.mask is None else each.mask[:, None, None]
         if each.regions is None:
             return _add_scaled_rows(mixed, each.branch_strength, self._attend, query, each.key, each.value, mask)
@@ -240,6 +252,32 @@ class ParallelAttention:
             region = each.regions[:, number, :, None]
             mixed = _add_scaled_rows(mixed, each.branch_strength, self._attend_in, query, key, value, counted, region)
         return mixed
+
+    def _add_people(self, mixed: Tensor, query: Tensor, each: "_ActiveBranch", people: "_People") -> Tensor:
+        """Return the outputs `mixed` (batch, positions, inner) plus a branch's output for several people."""
+        strength = each.branch_strength
+        if people.record is not None:
+            strength = BranchStrength(strength.scale)  # all rows, so that the record has all of them
+        addition = partial(self._attend_people, people)
+        inputs = (query, each.key, each.value, each.mask, people.present, people.keys, each.regions)
+        return _add_scaled_rows(mixed, strength, addition, *inputs)
+
+    def _attend_people(
+        self, people: "_People", query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        present: Tensor, router_keys: Tensor | None, regions: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Attend to each person separately, all in one call, and return the mixed output (batch, positions, inner)."""
+        chosen = None
+        if people.router is not None and router_keys is not None:
+            chosen = log_shares(people.router(query.transpose(1, 2).flatten(2), router_keys), present, regions)
+            if people.record is not None:
+                people.record.setdefault(f"router {self.name}", []).append(chosen)
+        shares = shares_of(chosen, present, regions).to(query.dtype)
+        count = present.shape[1]
+        key, value = (states.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1) for states in (key, value))
+        mask = None if mask is None else mask.unflatten(1, (count, -1)).flatten(0, 1)[:, None, None]
+        each = self._attend(query.repeat_interleave(count, 0), key, value, mask)
+        return (each.unflatten(0, (-1, count)) * shares[..., None]).sum(1)
 
     def _attend_in(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, region: Tensor) -> Tensor:
         return self._attend(query, key, value, mask) * region
@@ -289,10 +327,26 @@ class ParallelAttention:
                     continue
                 tokens = conditioning.branches[name]
                 key, value = _cached(conditioning, (self.name, name), partial(branch.keys_values, attn, tokens.values))
-                mask = tokens.mask if conditioning.cache is not None else usable_mask(tokens)
                 regions = _regions_at(conditioning, name, query)
-                present.append(_ActiveBranch(strength, key.to(query.dtype), value.to(query.dtype), mask, regions))
+                people = self._people(layer, name, branch, conditioning)
+                if people is not None:
+                    mask = _mask_of_people(conditioning, name)
+                else:
+                    mask = tokens.mask if conditioning.cache is not None else usable_mask(tokens)
+                key, value = key.to(query.dtype), value.to(query.dtype)
+                present.append(_ActiveBranch(strength, key, value, mask, regions, people))
         return present
+
+    def _people(self, layer: LayerWeights, name: str, branch: Branch, conditioning: Conditioning) -> "_People | None":
+        """Return what a branch needs to keep several people apart; None for one person, or if they share a softmax."""
+        groups, router = conditioning.groups.get(name), branch.router
+        if groups is None or groups.shape[1] == 1 or name in layer.joint:
+            return None
+        if router is None:
+            return None if name not in conditioning.regions else _People(groups)
+        compute = partial(router.keys, conditioning.branches[name], groups.shape[1])
+        keys = _cached(conditioning, (self.name, f"router of {name}"), compute)
+        return _People(groups, router, keys, conditioning.record)
 
 
 @dataclass(frozen=True)
@@ -304,6 +358,17 @@ class _ActiveBranch:
     value: Tensor
     mask: Tensor | None  # (batch, length)
     regions: Tensor | None  # (batch, references, positions)
+    people: "_People | None" = None  # None: one softmax per region, or one in all
+
+
+@dataclass(frozen=True)
+class _People:
+    """The people of a branch in one call, of whom at least one item may have several, and what shares them out."""
+
+    present: Tensor  # (batch, people)
+    router: Router | None = None
+    keys: Tensor | None = None  # the router's keys, (batch, people, width)
+    record: dict[str, list[Tensor]] | None = None
 
 
 def _cached(conditioning: Conditioning, key: tuple[str, str], compute: Callable[[], Any]) -> Any:
@@ -313,6 +378,23 @@ def _cached(conditioning: Conditioning, key: tuple[str, str], compute: Callable[
     if key not in conditioning.cache:
         conditioning.cache[key] = compute()
     return conditioning.cache[key]
+
+
+def _mask_of_people(conditioning: Conditioning, branch: str) -> Tensor | None:
+    """Return a branch's mask (batch, people * length) with all tokens unmasked of people who are not there.
+
+    With a cache, None if every token is then unmasked, as with one person (`adapter.prepare`).
+    """
+    tokens, groups = conditioning.branches[branch], conditioning.groups[branch]
+
+    def usable() -> Tensor | None:
+        if tokens.mask is None:
+            return None
+        each = tokens.mask.unflatten(1, (groups.shape[1], -1))
+        each = each | ~each.any(dim=2, keepdim=True)
+        return None if conditioning.cache is not None and bool(each.all()) else each.flatten(1)
+
+    return cast("Tensor | None", _cached(conditioning, (f"people of {branch}", ""), usable))
 
 
 def _regions_at(conditioning: Conditioning, branch: str, query: Tensor) -> Tensor | None:

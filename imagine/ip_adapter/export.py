@@ -140,6 +140,11 @@ def _not_carried(adapter: Adapter, layout: Layout, name: str, without_encoder: b
             f"The LoRA is in separate files next to the adapter, {LORA_FILE} for diffusers and {KOHYA_FILE} for "
             "ComfyUI; its strength is set separately."
         )
+    if specs[name].router:
+        notes.append(
+            "The router, which keeps several people in one picture apart, is not exported: the standard format has no "
+            "place for it. One person is drawn as before; give several people masks in the other program."
+        )
     if specs[name].scale != 1:
         notes.append(
             f"The file cannot hold the default strength {specs[name].scale:g}: call "

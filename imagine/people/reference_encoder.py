@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter, BranchSpec
+from imagine.adapter.router import MAX_PEOPLE
 from imagine.errors import ConfigError, FaceError, PictureError, PromptError, WeightsError
 from imagine.networks import weights
 from imagine.networks.encoders import CLIP_MEAN, CLIP_STD, VisionEncoder
@@ -239,11 +240,27 @@ class ReferenceEncoderMixin:
     # --- from personas to tokens ------------------------------------------------------------------------------------
 
     def _vision_tokens(self, personas: Sequence[Sequence[Persona]], copies: int) -> Tokens | None:
-        """Return vision tokens (pictures, longest, width) of all people in each picture; None if there are none."""
+        """Return vision tokens (pictures, people * longest, width); None if no picture shows a person.
+
+        If a picture has several people, every person of every picture has equally many tokens, some of them masked.
+        """
         if not any(personas):
             return None
-        rows = [concatenate([persona.features for persona in people]) if people else None for people in personas]
-        return repeat(self._project(rows), copies)
+        return repeat(self._project([[persona.features for persona in people] for people in personas]), copies)
+
+    def _vision_groups(self, personas: Sequence[Sequence[Persona]], copies: int) -> Tensor | None:
+        """Return which people each picture has (pictures, people), to tell their tokens apart; None if at most one.
+
+        Raises ConfigError if a picture has more people than the adapter's routers tell apart.
+        """
+        most, spec = max(map(len, personas), default=0), identity_spec(self.adapter)
+        if most < 2:
+            return None
+        if most > MAX_PEOPLE and spec is not None and spec.router:
+            raise ConfigError(f"A picture can show {MAX_PEOPLE} people, not {most}: leave some of them out.")
+        counts = torch.tensor([len(people) for people in personas])
+        present = torch.arange(most) < counts[:, None]
+        return present.repeat_interleave(copies, 0).to(cast(Any, self)._execution_device)
 
     def _absent_tokens(self, count: int) -> Tokens:
         """Return the identity branch's tokens for `count` pictures without people, if it was trained with "zeros".
@@ -257,7 +274,7 @@ class ReferenceEncoderMixin:
             if spec.projection == "linear"
             else self._zero_picture_features()
         )
-        return repeat(self._project([row]), count)
+        return repeat(self._project([[row]]), count)
 
     def _zero_picture_features(self) -> Tensor:
         """Return the encoder's features of a picture of zeros, (tokens, width), computed once."""
@@ -274,22 +291,28 @@ class ReferenceEncoderMixin:
         self._zero_picture_features()
         self._encoder_info = (None, 0, self._current_encoder_info())
 
-    def _project(self, rows: Sequence[Tensor | None]) -> Tokens:
-        """Return the identity branch's tokens of features (length, width) per row; a missing row is fully masked."""
+    def _project(self, rows: Sequence[Sequence[Tensor]]) -> Tokens:
+        """Return the identity branch's tokens of the features (length, width) of each person in each row.
+
+        The tokens are (rows, people * longest, width), where `people` is the greatest number in a row; what a row lacks
+        is masked.
+        """
         adapter, spec = self.adapter, identity_spec(self.adapter)
         assert adapter is not None and spec is not None  # `_personas_for` has checked this
-        present = [row for row in rows if row is not None]
-        longest, width = max(map(len, present)), present[0].shape[1]
+        present = [person for row in rows for person in row]
+        most, longest, width = max(map(len, rows)), max(map(len, present)), present[0].shape[1]
         if width != (spec.input_width or spec.width):
             raise WeightsError(
                 f"The identity adapter reads vision features of width {spec.input_width or spec.width}, but the vision "
                 f"encoder gives {width}: use the encoder that belongs to the adapter."
             )
-        features, mask = torch.zeros(len(rows), longest, width), torch.zeros(len(rows), longest, dtype=torch.bool)
+        features = torch.zeros(len(rows), most, longest, width)
+        mask = torch.zeros(len(rows), most, longest, dtype=torch.bool)
         for number, row in enumerate(rows):
-            if row is not None:
-                features[number, : len(row)] = row
-                mask[number, : len(row)] = True
+            for place, person in enumerate(row):
+                features[number, place, : len(person)] = person
+                mask[number, place, : len(person)] = True
+        features, mask = features.flatten(1, 2), mask.flatten(1)
         if spec.projection == "plus":  # it projects each picture separately
             features, mask = (
                 features.unflatten(1, (-1, self._current_encoder_info().tokens)),

@@ -71,15 +71,17 @@ class Inputs:
 
     `vision` has one row per picture; in a row without a person every token is masked. None: no picture shows a person.
     `factors` multiply the identity strength per attention layer (`controls.block_factors`); None: all factors are 1.
+    `groups` (pictures, people) tells several people in a picture apart (`Conditioning.groups`); None: at most one each.
     """
 
     text: TextTokens
     negative: TextTokens
     vision: Tokens | None
     factors: Factors | None = None
+    groups: Tensor | None = None
 
     def rows(self, rows: Tensor, vision: Tokens | None) -> "Inputs":
-        """Return the prompts of the pictures at the given indices, which may repeat, with other people."""
+        """Return the prompts of the pictures at the given indices, which may repeat, with another person in each."""
         return Inputs(text_rows(self.text, rows), text_rows(self.negative, rows), vision, self.factors)
 
     def stacked(self, passes: Sequence[Pass], strength: Tensor) -> tuple[Tokens, Conditioning]:
@@ -91,7 +93,8 @@ class Inputs:
             return clip, Conditioning(branches)
         scales = torch.cat([strength if with_people else torch.zeros_like(strength) for _, with_people in passes])
         branches[VISION] = join([self.vision] * len(passes))
-        return clip, Conditioning(branches, {VISION: layer_scales(scales, self.factors)})
+        groups = {} if self.groups is None else {VISION: self.groups.repeat(len(passes), 1)}
+        return clip, Conditioning(branches, {VISION: layer_scales(scales, self.factors)}, groups=groups)
 
 
 class GuidedDenoiser:

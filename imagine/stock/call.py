@@ -48,14 +48,26 @@ class Batch:
             return positive
         return join([positive if negative is None else repeat(negative, self.copies), positive])
 
+    def group_rows(self, groups: Tensor, negative_is_one: bool) -> Tensor:
+        """Expand groups (prompts, people) to all rows of the batch, as `rows` expands their tokens.
+
+        With `negative_is_one` the negative rows have one group of tokens, those of an empty picture.
+        """
+        groups = groups.repeat_interleave(self.copies, 0)
+        if not self.guided:
+            return groups
+        first = torch.arange(groups.shape[1], device=groups.device) == 0
+        return torch.cat((first.expand_as(groups) if negative_is_one else groups, groups))
+
 
 @dataclass(frozen=True)
 class ConditioningParts:
-    """Some branches of a Conditioning, with their scales and regions."""
+    """Some branches of a Conditioning, with their scales, regions and groups."""
 
     branches: Mapping[str, Tokens] = field(default_factory=dict)
     scales: Scales = field(default_factory=dict)
     regions: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def merge_parts(*parts: ConditioningParts) -> Conditioning:
@@ -64,6 +76,7 @@ def merge_parts(*parts: ConditioningParts) -> Conditioning:
         {name: each for part in parts for name, each in part.branches.items()},
         {name: each for part in parts for name, each in part.scales.items()},
         {name: each for part in parts for name, each in part.regions.items()},
+        {name: each for part in parts for name, each in part.groups.items()},
     )
 
 
@@ -222,7 +235,9 @@ def last_rows(record: Conditioning, count: int) -> Conditioning:
         name: {layer: scale(one) for layer, one in each.items()} if isinstance(each, Mapping) else scale(each)
         for name, each in record.scales.items()
     }
-    return Conditioning(branches, cast(Any, scales), {name: each[-count:] for name, each in record.regions.items()})
+    regions = {name: each[-count:] for name, each in record.regions.items()}
+    groups = {name: each[-count:] for name, each in record.groups.items()}
+    return Conditioning(branches, cast(Any, scales), regions, groups, record.record)
 
 
 def tokens_to(tokens: Tokens, device: torch.device, dtype: torch.dtype) -> Tokens:

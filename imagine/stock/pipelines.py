@@ -464,7 +464,9 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             by_layer: Mapping[str, Any] = strength if isinstance(strength, dict) else dict.fromkeys(factors, strength)
             strength = {name: by_layer[name] * factor for name, factor in factors.items() if name in by_layer}
         absent_tokens = self._absent_tokens(batch.prompts) if absent and batch.guided else None
-        return ConditioningParts({VISION: batch.rows(tokens, absent_tokens)}, {VISION: strength})
+        groups = self._vision_groups(personas, 1)
+        separate = {} if groups is None else {VISION: batch.group_rows(groups, absent_tokens is not None)}
+        return ConditioningParts({VISION: batch.rows(tokens, absent_tokens)}, {VISION: strength}, groups=separate)
 
     def _ip_adapter_parts(self, images: Any, embeds: Any, masks: Any, batch: Batch) -> Callable[[], ConditioningParts]:
         """Return a function that builds the IP-Adapters' branches.
