@@ -247,7 +247,7 @@ def test_a_file_whose_router_does_not_fit_its_description_is_refused(tiny: UNet2
 
 
 @pytest.mark.parametrize("spec", [{"people": "concatenate"}, {"fusion": "concatenated"}])
-def test_a_router_needs_a_softmax_per_person(tiny: UNet2DConditionModel, spec: dict[str, str]) -> None:
+def test_a_router_needs_a_softmax_per_person(tiny: UNet2DConditionModel, spec: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="has a router, which needs a softmax per person"):
         adapter_for(tiny, **spec)
     adapter_for(tiny, router=False, **spec)

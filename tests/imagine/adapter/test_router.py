@@ -228,9 +228,9 @@ def test_without_a_router_people_share_one_softmax(joint: bool) -> None:
     layer = Layer(router=False, joint=joint)
     conditioning = layer.conditioning(PRESENT)
     assert torch.equal(layer(conditioning), layer(replace(conditioning, groups={})))
-    regions = {"regions": {"vision": torch.ones(1, 2, 4, 4)}}
-    in_regions = layer(layer.conditioning(**regions))
-    as_ungrouped = torch.allclose(in_regions, layer(replace(layer.conditioning(**regions), groups={})), atol=1e-6)
+    regions = {"vision": torch.ones(1, 2, 4, 4)}
+    in_regions = layer(layer.conditioning(regions=regions))
+    as_ungrouped = torch.allclose(in_regions, layer(replace(layer.conditioning(regions=regions), groups={})), atol=1e-6)
     assert as_ungrouped == joint
 
 

@@ -398,7 +398,7 @@ def test_lora_is_exported_to_separate_files(xl: bool, tmp_path: Path) -> None:
 def test_what_the_standard_format_cannot_hold_is_listed(base: Any, tmp_path: Path) -> None:
     width = base.config.cross_attention_dim
     specs = [
-        BranchSpec("vision", width, scale=0.7, projection="full", input_width=tiny_ip.TOKENS),
+        BranchSpec("vision", width, scale=0.7, projection="full", input_width=tiny_ip.TOKENS, router=True),
         BranchSpec("t5", 12),
         BranchSpec("bare", 12),
         BranchSpec("joined", width, projection="full", input_width=8, fusion="concatenated"),
@@ -411,6 +411,7 @@ def test_what_the_standard_format_cannot_hold_is_listed(base: Any, tmp_path: Pat
     for part in (
         "'t5'",
         "LoRA is in separate files",
+        "router, which keeps several people in one picture apart, is not exported",
         "set_ip_adapter_scale(0.7)",
         "off in rows without a person",
         "image encoder",

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 
-from imagine.errors import WeightsError
+from imagine.errors import ConfigError, WeightsError
 from imagine.networks.encoders import CLIP_MEAN, CLIP_STD
 from imagine.people.faces import KnownBoxesFinder
 from imagine.people.reference_encoder import EncoderInfo, vision_features
@@ -101,3 +101,29 @@ def test_a_batch_with_people_of_unequal_length_masks_the_padding(pipe: Any):
     assert tokens.values.shape == (6, 10, 16)
     assert tokens.mask.sum(1).tolist() == [5, 5, 0, 0, 10, 10] and pipe._vision_tokens([[one]], 1).mask is None
     assert pipe._vision_tokens([[], []], 1) is None
+    assert pipe._vision_groups([[one], [], [two]], 2) is None
+
+
+def test_several_people_in_a_picture_are_groups_of_equal_length(pipe: Any):
+    one, two, three = (
+        pipe.enroll(tiny.photo(1)),
+        pipe.enroll([tiny.photo(2), tiny.photo(3)]),
+        pipe.enroll(tiny.photo(4)),
+    )
+    people = [[one, two], [], [three]]
+    tokens, groups = pipe._vision_tokens(people, 2), pipe._vision_groups(people, 2)
+    assert groups.tolist() == [[True, True]] * 2 + [[False, False]] * 2 + [[True, False]] * 2
+    assert tokens.values.shape == (6, 2 * 10, 16)
+    assert tokens.mask.unflatten(1, (2, 10)).sum(2).tolist() == [[5, 10]] * 2 + [[0, 0]] * 2 + [[5, 0]] * 2
+    alone = [pipe._vision_tokens([[person]], 1).values[0] for person in (one, two, three)]
+    for row, start, wanted in ((0, 0, alone[0]), (1, 10, alone[1]), (5, 0, alone[2])):
+        assert torch.allclose(tokens.values[row, start : start + len(wanted)], wanted, atol=1e-6)
+
+
+def test_more_people_than_a_router_knows_are_refused(pipe: Any):
+    one = pipe.enroll(tiny.photo(1))
+    assert pipe._vision_groups([[one] * 5], 1).shape == (1, 5)  # without a router there is no limit
+    pipe.load_adapter(tiny_stock.identity(pipe.unet, router=True))
+    assert pipe._vision_groups([[one] * 4], 1).shape == (1, 4)
+    with pytest.raises(ConfigError, match="A picture can show 4 people, not 5: leave some of them out"):
+        pipe._vision_groups([[one] * 5], 1)

@@ -1,12 +1,22 @@
 """Guidance passes and their sums, and batches of tokens of different lengths."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from imagine.pipeline.sampling import TEXT_AND_IDENTITY, TEXT_ONLY, UNCONDITIONAL, Guidance, GuidedDenoiser, Inputs
+from imagine.adapter.adapter import Adapter
+from imagine.pipeline.sampling import (
+    TEXT_AND_IDENTITY,
+    TEXT_ONLY,
+    UNCONDITIONAL,
+    Guidance,
+    GuidedDenoiser,
+    Inputs,
+    text_rows,
+)
 from imagine.records import Tokens, join, repeat
 from tests import tiny
 
@@ -51,6 +61,51 @@ def test_copies_of_an_item_are_adjacent() -> None:
     copied = repeat(tokens, 2)
     assert copied.values.flatten().tolist() == [1, 1, 2, 2] and copied.mask is not None
     assert copied.mask.flatten().tolist() == [True, True, False, False]
+
+
+def test_every_pass_has_the_groups_of_its_rows() -> None:
+    text = (Tokens(torch.ones(2, 3, 4)), {"t5": Tokens(torch.ones(2, 2, 4))})
+    groups = torch.tensor([[True, True], [True, False]])
+    inputs = Inputs(text, text, Tokens(torch.ones(2, 6, 4)), groups=groups)
+    for passes in ((TEXT_AND_IDENTITY,), (UNCONDITIONAL, TEXT_ONLY, TEXT_AND_IDENTITY)):
+        _, conditioning = inputs.stacked(passes, torch.ones(2))
+        assert conditioning.groups["vision"].tolist() == groups.tolist() * len(passes)
+    assert not inputs.stacked((UNCONDITIONAL, TEXT_ONLY), torch.ones(2))[1].groups
+    one = inputs.rows(torch.tensor([1, 0, 0]), Tokens(torch.ones(3, 3, 4)))  # a second pass has one person per row
+    assert one.groups is None and not one.stacked((TEXT_AND_IDENTITY,), torch.ones(3))[1].groups
+
+
+@torch.no_grad()
+def test_groups_reach_the_routers_in_every_kind_of_guidance() -> None:
+    pipe = tiny.pipeline()
+    torch.manual_seed(0)
+    assert pipe.adapter is not None
+    spec = replace(pipe.adapter.branch_specs[0], router=True)
+    adapter = Adapter(pipe.unet, [spec])
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    pipe.load_adapter(adapter)
+    people = [[pipe.enroll(tiny.photo(1)), pipe.enroll(tiny.photo(2))], [pipe.enroll(tiny.photo(3))]]
+    text, vision, groups = (
+        pipe.encode_prompt(["a", "b"]),
+        pipe._vision_tokens(people, 1),
+        pipe._vision_groups(people, 1),
+    )
+    latents = torch.randn(2, 4, 4, 4, generator=tiny.generator(1))
+
+    def velocity(rows: list[int], vision: Tokens | None, groups: torch.Tensor | None, guidance: Guidance) -> Any:
+        inputs = Inputs(text_rows(text, rows), text_rows(text, rows), vision, groups=groups)
+        strength = torch.ones(len(rows))
+        return GuidedDenoiser(pipe.unet, inputs, {}).velocity(latents[rows], torch.tensor(500.0), strength, guidance)
+
+    for guidance in (Guidance(1.0), Guidance(3.0), Guidance(3.0, 1.5)):
+        together = velocity([0, 1], vision, groups, guidance)
+        pair = velocity([0], pipe._vision_tokens(people[:1], 1), pipe._vision_groups(people[:1], 1), guidance)
+        one = velocity([1], pipe._vision_tokens(people[1:], 1), None, guidance)
+        torch.testing.assert_close(together, torch.cat((pair, one)), atol=1e-4, rtol=1e-4)
+        ungrouped = velocity([0, 1], vision, None, guidance)
+        assert (together[0] - ungrouped[0]).abs().max() > 1e-3
+        torch.testing.assert_close(together[1], ungrouped[1], atol=1e-4, rtol=1e-4)
 
 
 def test_the_identity_scale_is_zero_in_passes_without_people() -> None:

@@ -80,8 +80,17 @@ def test_rows_have_the_order_of_the_stock_batch():
     assert rows.mask[0].all() and rows.mask[-1].tolist() == [True, False]
     assert Batch(2, 2, False).rows(positive, negative).values.flatten().tolist() == [1, 1, 2, 2]
     scale = torch.arange(8.0)
-    record = Conditioning({"a": rows}, {"a": scale, "b": {"x": scale}}, {"a": torch.ones(1, 1, 2, 2)})
+    several = torch.tensor([[True, False], [True, True]])
+    groups = Batch(2, 2, True).group_rows(several, negative_is_one=False)
+    assert groups[:, 1].tolist() == [False, False, True, True] * 2 and groups[:, 0].all()
+    assert Batch(2, 2, True).group_rows(several, negative_is_one=True)[:, 1].tolist() == [False] * 6 + [True] * 2
+    assert Batch(2, 2, False).group_rows(several, negative_is_one=True).tolist() == groups[:4].tolist()
+    routed: dict[str, list[torch.Tensor]] = {}
+    record = Conditioning(
+        {"a": rows}, {"a": scale, "b": {"x": scale}}, {"a": torch.ones(1, 1, 2, 2)}, {"a": groups}, routed
+    )
     last = last_rows(record, 4)
+    assert last.groups["a"][:, 1].tolist() == [False, False, True, True] and last.record is routed
     assert last.branches["a"].values[:, 0, 0].tolist() == [1, 1, 2, 2] and len(last.regions["a"]) == 1
     scales: Any = last.scales
     assert scales["a"].tolist() == scales["b"]["x"].tolist() == [4, 5, 6, 7]

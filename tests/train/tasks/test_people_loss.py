@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from imagine.adapter.router import Router, log_shares
+from imagine.records import Tokens
 from train.tasks.people_loss import router_iou, router_loss
 
 INF = torch.inf
@@ -110,3 +112,20 @@ def test_the_iou_counts_people_and_not_nobody() -> None:
 def test_masks_of_another_shape_are_refused(masks: Tensor, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         router_loss({"a": [log_of(RIGHT)]}, masks)
+
+
+def test_a_router_learns_the_masks() -> None:
+    torch.manual_seed(0)
+    router, present = Router(16, 6), torch.tensor([[True, True], [True, False]])
+    tokens, places = torch.randn(2, 2 * 3, 6), torch.eye(16).expand(2, -1, -1)
+    masks = torch.cat((quarters(), torch.zeros(1, 2, 4, 4)))
+    masks[1, 0] = 1
+    optimiser = torch.optim.Adam(router.parameters(), lr=3e-3)
+    ious = []
+    for _ in range(150):
+        record = {"a": [log_shares(router(places, router.keys(Tokens(tokens), 2)), present)]}
+        ious.append(router_iou(record, masks))
+        optimiser.zero_grad()
+        router_loss(record, masks).backward()
+        optimiser.step()
+    assert ious[0] < 0.5 and ious[-1] == 1.0
