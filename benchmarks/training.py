@@ -200,7 +200,7 @@ class PlainLoop:
         with self.clock.on("text encoders"), torch.no_grad():
             clip, branches = task.text.encode(captions)
         with self.clock.on("vision encoder"):
-            vision = task.vision_tokens(crops)
+            vision = task.vision_tokens(crops.unsqueeze(1))
         with self.clock.on("denoiser"):
             noise, t = torch.randn_like(clean), logit_normal(torch.randn(size))
             prediction = task.unet(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from imagine.networks.encoders import CLIP_WINDOWS, QUOTED_BYTES, T5_TOKENS, TextEncoders, quoted
 from imagine.networks.weights import fingerprint
 from imagine.records import Tokens, join
-from train.cache.pictures import AnyGallery, Gallery
+from train.cache.pictures import Gallery
 from train.cache.shortening import CutCaptions, shorten
 from train.cache.tokens import TokenCache, trim_padding
 
@@ -49,18 +50,33 @@ class Sentences:
         return Sentences(_shifted(self.clip), _shifted(self.t5), self.letters[-1:] + self.letters[:-1])
 
 
+class CaptionedGallery(Protocol):
+    """The interface of a gallery whose captions are cached."""
+
+    @property
+    def mark(self) -> str:
+        """A fingerprint of everything that a row depends on besides its number."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def captions(self, rows: Tensor, caption_styles: Sequence[str]) -> list[str]:
+        """Return each picture's caption in the given style; it is the same at every call."""
+        ...
+
+
 class SentenceStore:
     """The captions of a gallery in three styles, indexed by the row numbers of its pictures.
 
     Each process has its own files, because machines that write to one file would overwrite each other's data.
     """
 
-    def __init__(self, gallery: AnyGallery, text: TextEncoders, folder: Path) -> None:
+    def __init__(self, gallery: CaptionedGallery, text: TextEncoders, folder: Path) -> None:
         self.gallery, self.text = gallery, text
         window = int(text.clip.config.max_position_embeddings)
         made_by = "-".join(fingerprint(encoder)[:16] for encoder in (text.clip, text.t5))
         count, mark = len(gallery) * len(STYLES), f"{made_by}-{gallery.mark}{process_suffix()}"
-        # Captions of the portrait world are short; those of records may have the length of a prompt.
+        # Captions of portraits are short; those of several people and of records may have the length of a prompt.
         world = isinstance(gallery, Gallery)
         windows, tokens = (1, _WORLD_T5_TOKENS) if world else (CLIP_WINDOWS, T5_TOKENS)
         self.clip = TokenCache(folder / f"clip-{mark}", count, windows * window, int(text.clip.config.hidden_size))

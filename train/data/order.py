@@ -20,6 +20,9 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+GOLDEN_RATIO = 0.6180339887498949  # multiples of it modulo 1 are evenly spread for any count
+
+
 def derive_seed(seed: int, purpose: str, number: int = 0) -> int:
     """Return a non-negative 63-bit seed that is a hash of (seed, purpose, number)."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
@@ -63,6 +66,15 @@ def choices(
     edges = torch.tensor(weights, dtype=torch.float64).cumsum(0)
     edges = (edges / edges[-1])[:-1].float().to(device)
     return torch.bucketize(uniforms(seed, purpose, first, size, device=device), edges, right=True)
+
+
+def spread(blocks: Tensor, shares: Sequence[float]) -> Tensor:
+    """Return for each block number (B,) which of the shares it belongs to, or len(shares) for none of them.
+
+    Shares sum to at most 1. The order is regular, not random: of two equal shares, every second block is in each.
+    """
+    edges = torch.tensor(list(shares), dtype=torch.float64).cumsum(0)
+    return torch.bucketize((blocks.double() * GOLDEN_RATIO) % 1, edges, right=True)
 
 
 def shuffled(seed: int, purpose: str, first: int, size: int, population: int) -> Tensor:

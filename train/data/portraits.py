@@ -12,6 +12,7 @@ from imagine.errors import ConfigError
 from imagine.settings import unknown_name, validated
 from imagine.shards.reading import has_records, open_records
 from imagine.world.seeds import HELD_OUT
+from train.cache.groups import GroupGallery
 from train.cache.pictures import AnyPictures, Gallery, Pictures, open_pictures
 from train.data.order import shuffled
 from train.data.recorded import describe_problems, open_recorded
@@ -37,6 +38,14 @@ class GallerySettings(BaseModel):
     camera: bool = True  # whether real pictures have the noise of a cheap camera
 
 
+class GroupSettings(BaseModel):
+    """A gallery of pictures with several people, who are the people of the gallery "train"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    people: int = Field(2, ge=2, le=4)  # people in each picture
+    count: int = Field(1, ge=1)  # number of pictures
+
+
 class DataSettings(BaseModel):
     """The run's `data` section: the galleries, the sources that draw pairs from them, and the folder of the cache.
 
@@ -50,6 +59,7 @@ class DataSettings(BaseModel):
     pictures: int = Field(2, ge=1)  # pictures per person; the first is the real one, the others are synthetic
     drift: float = Field(0.06, ge=0)  # how far a person's identity differs in the synthetic pictures
     galleries: dict[str, GallerySettings] = Field(default_factory=dict)  # more galleries, by name
+    groups: dict[str, GroupSettings] = Field(default_factory=dict)  # galleries of several people, by name
     sources: dict[str, Source] = Field(default_factory=lambda: dict(SOURCES))  # sources of pairs, by name
     judge_identities: int = Field(12_000, ge=1)  # number of people that the judge trains on
     judge_pictures: int = Field(3, ge=1)  # pictures per person that the judge trains on
@@ -68,6 +78,17 @@ class DataSettings(BaseModel):
         it = self.galleries[name]
         count = self.limited(it.identities)
         return Gallery("train", count, it.pictures, drift=it.drift, first=it.first, camera=it.camera)
+
+    def group_gallery(self, name: str) -> GroupGallery:
+        """Return the gallery of several people of that name; ConfigError with the valid names if there is none."""
+        if name not in self.groups:
+            raise ConfigError(f"data: {unknown_name('group', name, list(self.groups))}.")
+        it, portraits = self.groups[name], self.gallery("train")
+        if portraits.identities < it.people:
+            raise ConfigError(
+                f"data: group {name} shows {it.people} people, but the gallery train has fewer; add some."
+            )
+        return GroupGallery(portraits, it.people, self.limited(it.count))
 
 
 def data_settings(data: Mapping[str, Any]) -> DataSettings:

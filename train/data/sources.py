@@ -17,10 +17,9 @@ from torch import Tensor
 from imagine.errors import ConfigError
 from imagine.settings import unknown_name
 from train.cache.pictures import AnyGallery
-from train.data.order import choices, shuffled
+from train.data.order import GOLDEN_RATIO, choices, shuffled
 
 CaptionStyle = Literal["terse", "dense", "rewritten"]
-_GOLDEN = 0.6180339887498949  # the golden ratio: multiples of it modulo 1 are evenly spread for any count
 _COUNT_INTERVAL = 8192  # images between cached counts of each source's images
 
 
@@ -93,7 +92,7 @@ class Mixture:
     def which(self, first: int, size: int) -> Tensor:
         """Return the index of each image's source in `names`, (size,)."""
         blocks = torch.arange(first, first + size) // self.block
-        return torch.bucketize((blocks.double() * _GOLDEN) % 1, self.edges, right=True)
+        return torch.bucketize((blocks.double() * GOLDEN_RATIO) % 1, self.edges, right=True)
 
     def draw(self, seed: int, first: int, size: int) -> DrawnPairs:
         """Draw images `first` to `first + size`; each pair of a source comes once per epoch, in a new order each."""

@@ -7,9 +7,9 @@ A stage may also train the base's parts. An undertrained base then learns to dra
 stage that trains the adapter alone on the frozen base follows, as in the paper.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,17 @@ from imagine.networks.diffusion import add_noise, clean_from_velocity, velocity
 from imagine.networks.encoders import VisionEncoder
 from imagine.people.faces import crop_faces
 from imagine.pipeline.sampling import Guidance, Inputs
-from imagine.records import Tokens
+from imagine.records import VISION, Conditioning, Tokens
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
+from train.cache.groups import GroupGallery, GroupPictures
 from train.cache.latents import squared_error
+from train.cache.pictures import Gallery
+from train.cache.sentences import Sentences, SentenceStore
 from train.data.denoiser_inputs import references
 from train.data.language import parameters
 from train.data.order import chance, to_device, uniforms
+from train.data.portraits import data_settings, pictures_of
 from train.run.grids import save_grid
 from train.run.judging import HeldOutEvaluation
 from train.run.sampling import sample
@@ -44,8 +48,13 @@ from train.tasks.base import (
     check_lora,
     images_without_effect,
 )
+from train.tasks.groups import GroupBlocks, GroupCache, draw_group_rows, group_references
 from train.tasks.likeness_loss import LikenessNetwork
+from train.tasks.people_loss import router_iou, router_loss
 
+PORTRAITS = "train"  # the gallery whose people are shown together in pictures of several people
+Record = dict[str, list[Tensor]]
+_HELD_OUT_GROUPS = 48  # held-out pictures of several people per gallery
 _DRAWN_AT_ONCE = 16  # pictures per sampling batch
 _JUDGED_AT = 4.0  # guidance scale of the judged pictures
 _MIDDLE = torch.full((1, 2), 0.5)  # the shift of a centred crop
@@ -62,11 +71,20 @@ class AdapterSettings(BaseSettings):
     zero_init: bool = True  # the output of the vision branch starts at zero (paper, section 3.4.1)
     face_weight: Weight = 3.0
     likeness: Weight = 0.0  # weight of the likeness loss; not in the paper, see docs/training.md
+    # share of the blocks of images that show several people, by gallery in the run's data.groups; not in the paper
+    groups: dict[str, Share] = {}  # noqa: RUF012  (pydantic copies it)
+    group_block: Annotated[int, Field(ge=1)] = 64  # consecutive images with equally many people: the batch size
+    router: Weight = 0.3  # weight of the routers' loss, in images of several people
+    people: Literal["router", "concatenate"] = "router"  # or one softmax for all people, the paper's form (section 3.6)
     judge: Path | None = None  # folder of weights whose judge scores held-out people at every validation
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "AdapterSettings":
         check_lora(self.lora_rank, self.lora_targets)
+        if sum(self.groups.values()) > 1:
+            raise ValueError("the shares in groups sum to more than 1: lower them")
+        if self.people == "concatenate" and not self.groups:
+            raise ValueError('people: "concatenate" has no effect without groups: name some, or leave it out')
         return self
 
 
@@ -74,8 +92,14 @@ class AdapterSettings(BaseSettings):
 class AdapterBatch(BaseBatch):
     """Targets with their captions, and the references that they should resemble."""
 
-    crops: Tensor  # (B, 3, S, S) face crops of the references
-    strength: Tensor  # (B,) 0 where the reference is dropped
+    crops: Tensor  # (B, P, 3, S, S) face crops of the references
+    strength: Tensor  # (B,) 0 where the references are dropped
+    masks: Tensor  # (B, P, H/8, W/8) where each of several people is seen, 0 to 1; (B, 0) for pictures of one person
+
+    @property
+    def people(self) -> int:
+        """Number of people in each picture."""
+        return self.crops.shape[1]
 
 
 class AdapterTask(BaseTask):
@@ -90,12 +114,18 @@ class AdapterTask(BaseTask):
         self.vision = VisionEncoder()
         width = int(self.vision.config.width)
         tokens = self.unet.config.cross_attention_dim
-        branch = BranchSpec("vision", tokens, 1.0, settings.zero_init, "full", width, settings.fusion)
+        several = bool(settings.groups)
+        branch = BranchSpec(
+            VISION, tokens, 1.0, settings.zero_init, "full", width, settings.fusion,
+            router=several and settings.people == "router",
+            people="concatenate" if several and settings.people == "concatenate" else "separate",
+        )  # fmt: skip
         self.adapter = Adapter(self.unet, [branch], settings.lora_rank, settings.lora_targets)
         self.adapter.attach(self.unet)
         self.modules |= {"image_encoder": self.vision, "adapter": self.adapter}
         self.likeness = self._likeness_network()
         self.evaluation: HeldOutEvaluation | None = None
+        self.blocks = GroupBlocks(settings.groups, settings.group_block)
 
     def _likeness_network(self) -> LikenessNetwork | None:
         """Return the network of the likeness loss, which a stage `likeness` has trained; None without that loss."""
@@ -118,30 +148,83 @@ class AdapterTask(BaseTask):
             raise ConfigError(
                 f"Stage {self.context.name}: judge is {judge}, which holds no judge; name a folder of weights with one."
             )
+        for name in self.settings.groups:
+            data_settings(self.context.data).group_gallery(name)
         return [*super().check(), *images_without_effect(self.context, self.settings.drop_vision)]
+
+    def prepare(self) -> None:
+        super().prepare()
+        data = data_settings(self.context.data)
+        if self.settings.groups and PORTRAITS not in self.gallery_caches:  # the references of several people
+            self.gallery_caches[PORTRAITS] = self._cache_gallery(pictures_of(self.context.data, PORTRAITS), PORTRAITS)
+        galleries = {name: data.group_gallery(name) for name in self.settings.groups}
+        self.groups = {name: self._cache_group(gallery, name) for name, gallery in galleries.items()}
+        portraits = cast(Gallery, self.held_out.pictures.gallery)
+        self.held_out_groups = {
+            name: self._cache_group(
+                replace(gallery, portraits=portraits, count=min(_HELD_OUT_GROUPS, gallery.count)), f"held-out-{name}"
+            )
+            for name, gallery in galleries.items()
+        }
+
+    def _cache_group(self, gallery: GroupGallery, name: str) -> GroupCache:
+        folder = data_settings(self.context.data).folder / f"group-{name}"
+        return GroupCache(GroupPictures(gallery, self.codec, folder), SentenceStore(gallery, self.text, folder))
 
     def crop_side(self) -> int:
         return int(self.vision.config.image_size)
 
     def batch(self, images_seen: int, size: int) -> AdapterBatch:
-        seed, drawn = self.context.seed, self.mixture.draw(self.context.seed, images_seen, size)
+        seed = self.context.seed
+        if (group := self.blocks.gallery_of(images_seen, size)) is not None:
+            return self._group_batch(group, images_seen, size)
+        drawn = self.mixture.draw(seed, images_seen, size)
         targets = self._targets(drawn, images_seen)
         return AdapterBatch(
             targets.latents,
             targets.sentences,
             targets.faces,
             targets.weights,
-            references(self.gallery_caches, drawn, uniforms(seed, "crops", images_seen, size, (2,))),
+            references(self.gallery_caches, drawn, uniforms(seed, "crops", images_seen, size, (2,))).unsqueeze(1),
             1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),
+            torch.zeros(size, 0),
         )
 
-    def vision_tokens(self, crops: Tensor) -> Tokens:
-        return self.adapter.tokens("vision", self.vision(crops))
+    def _group_batch(self, name: str, images_seen: int, size: int) -> AdapterBatch:
+        """Return targets with several people each, and the references of all of them."""
+        seed, cache = self.context.seed, self.groups[name]
+        rows, caption_styles = draw_group_rows(seed, name, images_seen, size, cache)
+        shifts = uniforms(seed, "crops", images_seen, size, (cache.pictures.gallery.people, 2))
+        crops = group_references(cache, rows, self.gallery_caches[PORTRAITS].crops, shifts)
+        strength = 1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float()
+        dropped = self._dropped(images_seen, size)
+        return self._group_targets(cache, rows, cache.sentences.take(rows, caption_styles, dropped), crops, strength)
 
-    def prediction(self, batch: AdapterBatch, vision: Tokens, noise: Tensor, t: Tensor) -> Tensor:
-        """Return the denoiser's predicted velocity (B, C, h, w), conditioned on these vision tokens."""
+    def _group_targets(
+        self, cache: GroupCache, rows: Tensor, sentences: Sentences, crops: Tensor, strength: Tensor
+    ) -> AdapterBatch:
+        targets = cache.pictures.take(rows)
+        faces = cache.faces(targets.boxes, (targets.latents.shape[2], targets.latents.shape[3]))
+        weights = 1 + (self.settings.face_weight - 1) * faces
+        return AdapterBatch(targets.latents, sentences, faces, weights, crops, strength, targets.masks)
+
+    def vision_tokens(self, crops: Tensor) -> Tokens:
+        """Return the vision tokens of face crops (B, P, 3, S, S): those of all people of a picture, in order."""
+        tokens = self.adapter.tokens(VISION, self.vision(crops.flatten(0, 1))).values
+        return Tokens(tokens.unflatten(0, crops.shape[:2]).flatten(1, 2))
+
+    def prediction(
+        self, batch: AdapterBatch, vision: Tokens, noise: Tensor, t: Tensor, record: Record | None = None
+    ) -> Tensor:
+        """Return the denoiser's predicted velocity (B, C, h, w), conditioned on these vision tokens.
+
+        With `record`, it collects the decisions of the routers (`Conditioning.record`).
+        """
         noisy = add_noise(batch.latents, noise, t)
-        return self.predict(noisy, t, batch.sentences, {"vision": vision}, batch.strength)
+        present = torch.ones(len(noisy), batch.people, dtype=torch.bool, device=noisy.device)
+        groups = {VISION: present} if batch.people > 1 else {}
+        identity = Conditioning({VISION: vision}, {VISION: batch.strength}, groups=groups, record=record)
+        return self.predict(noisy, t, batch.sentences, identity)
 
     def cosines(self, batch: AdapterBatch, prediction: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return the cosine similarity (B,) of the predicted clean latents to the target, by the likeness network."""
@@ -155,13 +238,18 @@ class AdapterTask(BaseTask):
         """Save a grid of the references, as the vision encoder receives them, each with its target on the right."""
         assert isinstance(batch, AdapterBatch)
         targets = self.decode(batch.latents)
-        crops = F.interpolate(batch.crops, size=targets.shape[-1])
+        crops = batch.crops.flatten(0, 1) if batch.people == 1 else batch.crops.transpose(1, 2).flatten(3, 4)
+        crops = F.interpolate(crops, size=targets.shape[-2:])
         save_grid(torch.stack((crops, targets), 1).flatten(0, 1), path, columns=8)
 
     def loss(self, batch: AdapterBatch, images_seen: int) -> Loss:  # type: ignore[override]
         noise, t = self.noise(batch.latents, self.context.seed, images_seen)
-        prediction = self.prediction(batch, self.vision_tokens(batch.crops), noise, t)
+        record: Record = {}
+        prediction = self.prediction(batch, self.vision_tokens(batch.crops), noise, t, record)
         errors = self.weighted(squared_error(prediction, velocity(batch.latents, noise), batch.weights), t)
+        if batch.people > 1:
+            routed = router_loss(record, batch.masks)
+            return Loss(errors + self.settings.router * routed, {"error of groups": errors.mean(), "router": routed})
         if self.likeness is None:
             return Loss(errors)
         # No likeness is required where the reference is dropped. The loss falls with the noise level, because a noisier
@@ -176,7 +264,10 @@ class AdapterTask(BaseTask):
         targets, firsts = self.held_out_batch(), torch.arange(0, 2 * self.validation_people, 2)
         crops = self.held_out.crops(firsts, _MIDDLE.expand(len(firsts), 2))
         strength = torch.ones(len(firsts))
-        batch = AdapterBatch(targets.latents, targets.sentences, targets.faces, targets.weights, crops, strength)
+        batch = AdapterBatch(
+            targets.latents, targets.sentences, targets.faces, targets.weights, crops.unsqueeze(1), strength,
+            torch.zeros(len(firsts), 0),
+        )  # fmt: skip
         batch = to_device(batch, self.context.device)
         noise, t = self.noise(batch.latents, VALIDATION_SEED, 0)
         vision = self.vision_tokens(batch.crops)
@@ -189,7 +280,27 @@ class AdapterTask(BaseTask):
         numbers = {"validation_loss": right, "shuffled_references": wrong, "reference_ratio": wrong / right}
         if self.likeness is not None:
             numbers["likeness"] = float(self.cosines(batch, predictions[0], noise, t).mean())
+        for name in self.groups:
+            numbers |= self._group_numbers(name)
         return numbers | self._judge_scores(folder)
+
+    def _group_numbers(self, name: str) -> dict[str, float]:
+        """Return how well held-out pictures of several people are predicted, and how well the routers find each."""
+        cache = self.held_out_groups[name]
+        rows = torch.arange(len(cache.pictures.gallery))
+        middle = torch.full((len(rows), cache.pictures.gallery.people, 2), 0.5)
+        crops = group_references(cache, rows, self.held_out.crops, middle)
+        sentences = cache.sentences.take(rows, ["rewritten"] * len(rows))
+        batch = self._group_targets(cache, rows, sentences, crops, torch.ones(len(rows)))
+        batch = to_device(batch, self.context.device)
+        noise, t = self.noise(batch.latents, VALIDATION_SEED, 0)
+        record: Record = {}
+        target, vision = velocity(batch.latents, noise), self.vision_tokens(batch.crops)
+        right = float(squared_error(self.prediction(batch, vision, noise, t, record), target, batch.weights).mean())
+        exchanged = self.vision_tokens(batch.crops.roll(1, 1))
+        wrong = float(squared_error(self.prediction(batch, exchanged, noise, t), target, batch.weights).mean())
+        numbers = {f"{name} loss": right, f"{name} exchanged ratio": wrong / right}
+        return numbers | ({f"{name} router iou": router_iou(record, batch.masks)} if record else {})
 
     def _judge_scores(self, folder: Path) -> dict[str, float]:
         """Return the judge's scores for pictures of held-out people; empty if the stage names no judge."""
@@ -202,7 +313,7 @@ class AdapterTask(BaseTask):
         for first in range(0, len(sentences), _DRAWN_AT_ONCE):
             some = slice(first, first + _DRAWN_AT_ONCE)
             texts = sentences[some]
-            vision = self.vision_tokens(crops[some])
+            vision = self.vision_tokens(crops[some].unsqueeze(1))
             inputs = Inputs(self.encode_texts(texts), self.encode_texts([""] * len(texts)), vision)
             latents = sample(self.unet, noise[some], inputs, Guidance(_JUDGED_AT), self.DRAWING_STEPS)
             pieces.append(self.decode(latents))
@@ -215,7 +326,8 @@ class AdapterTask(BaseTask):
         who = range(HELD_OUT.stop - 2_000, HELD_OUT.stop - 2_000 + seeds)
         people = sample_people(who)
         photo = render(people, sample_contexts(who).replace(style=0, headwear=0, framing=1))
-        vision = self.vision_tokens(crop_faces(photo.images, photo.boxes, self.vision.config.image_size))
+        crops = crop_faces(photo.images, photo.boxes, self.vision.config.image_size)
+        vision = self.vision_tokens(crops.unsqueeze(1))
         vision = Tokens(vision.values.repeat_interleave(len(PROMPTS), 0))
         count = seeds * len(PROMPTS)
         inputs = Inputs(self.encode_texts(list(PROMPTS) * seeds), self.encode_texts([""] * count), vision)

@@ -47,7 +47,8 @@ PROMPTS = (
 )
 
 
-IDENTITY_PARTS = ("vision_encoder", "vision_branch", "vision_projection", "lora")  # off in images without a reference
+# Parts that are off in images without a reference.
+IDENTITY_PARTS = ("vision_encoder", "vision_branch", "vision_router", "vision_projection", "lora")
 Gamma = Annotated[float, Field(gt=0)]
 TextBranch = Literal["t5", "byt5"]
 
@@ -243,19 +244,18 @@ class BaseTask:
         noisy: Tensor,
         t: Tensor,
         sentences: Sentences,
-        vision: Mapping[str, Tokens] | None = None,
-        strength: Tensor | None = None,
+        identity: Conditioning | None = None,
     ) -> Tensor:
         """Return the denoiser's velocity for noisy latents (B, C, h, w) at times t (B,).
 
-        `vision` holds the vision tokens by branch, if any; `strength` (B,) scales those branches.
+        `identity` holds the tokens of the identity branches, their strength, and the groups of several people.
         """
-        branches = self._branches(sentences)
-        scales = {} if strength is None else {name: strength for name in vision or {}}
+        branches, identity = self._branches(sentences), identity or Conditioning()
+        conditioning = replace(identity, branches={**branches, **identity.branches})
         return cast(Tensor, self.unet(
             noisy, timesteps(t), encoder_hidden_states=sentences.clip.values,
             encoder_attention_mask=sentences.clip.mask, class_labels=pooled_text(self.unet, sentences.clip, branches),
-            cross_attention_kwargs={"conditioning": Conditioning({**branches, **(vision or {})}, scales)},
+            cross_attention_kwargs={"conditioning": conditioning},
         ).sample)  # fmt: skip
 
     def _branches(self, sentences: Sentences) -> dict[str, Tokens]:

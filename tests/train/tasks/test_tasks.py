@@ -418,7 +418,7 @@ def test_the_adapters_references_are_mostly_other_pictures_of_the_targets_people
     real = rows % gallery.pictures == 0
     assert 0 < real.sum() < 32  # fewer than half of the targets are their own reference
     assert set(batch.strength.tolist()) == {0.0, 1.0}
-    assert batch.crops.shape[:2] == (64, 3) and batch.faces.shape == (64, 1, 8, 8)
+    assert batch.crops.shape[:3] == (64, 1, 3) and batch.faces.shape == (64, 1, 8, 8)
     assert set(batch.faces.unique().tolist()) == {0.0, 1.0}
     assert all(0.1 < here.mean() < 0.9 for here in batch.faces)
 
