@@ -64,6 +64,10 @@ class GroupGallery:
         facts = [self.portraits.mark, self.portraits.identities, self.people]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
 
+    def name(self, row: int) -> str:
+        """Return the name of a row in messages."""
+        return f"picture {row} of {self.people} people"
+
     def members(self, rows: Tensor) -> Tensor:
         """Return the numbers of the people in these rows, from left to right, (B, P); all of a row differ."""
         drawn = [

@@ -64,6 +64,10 @@ class CaptionedGallery(Protocol):
         """Return each picture's caption in the given style; it is the same at every call."""
         ...
 
+    def name(self, row: int) -> str:
+        """Return the name of a row in messages."""
+        ...
+
 
 class SentenceStore:
     """The captions of a gallery in three styles, indexed by the row numbers of its pictures.
