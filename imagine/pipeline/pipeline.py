@@ -436,12 +436,18 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         )
         personas = self._personas_for(requests, face, on_no_face)
         strength = self._identity_strength(identity_scale, personas, copies)
-        vision, groups = self._vision_tokens(personas, copies), self._vision_groups(personas, copies)
-        inputs = Inputs(text, negative, vision, plan.factors, groups)
+        inputs = self._inputs(text, negative, personas, copies, plan)
         start = self._start_latents(len(strength), size, generator, latents)
         denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
         out = self._generate(plan, denoiser, start, strength, personas, progress, word_notes(prompt, negative_prompt))
         return out if return_dict else cast(Any, out.to_tuple())
+
+    def _inputs(
+        self, text: TextTokens, negative: TextTokens, people: list[list[Persona]], copies: int, plan: CallSettings
+    ) -> Inputs:
+        """Return the conditioning of all pictures of a call."""
+        vision, groups = self._vision_tokens(people, copies), self._vision_groups(people, copies)
+        return Inputs(text, negative, vision, plan.factors, groups)
 
     def _generate(
         self, plan: CallSettings, denoiser: GuidedDenoiser, start: Tensor, strength: Tensor,
