@@ -276,8 +276,11 @@ class ParallelAttention:
         count = present.shape[1]
         key, value = (states.unflatten(2, (count, -1)).transpose(1, 2).flatten(0, 1) for states in (key, value))
         mask = None if mask is None else mask.unflatten(1, (count, -1)).flatten(0, 1)[:, None, None]
-        each = self._attend(query.repeat_interleave(count, 0), key, value, mask)
-        return (each.unflatten(0, (-1, count)) * shares[..., None]).sum(1)
+        outputs = self._attend(query.repeat_interleave(count, 0), key, value, mask).unflatten(0, (-1, count))
+        mixed = outputs[:, 0] * shares[:, 0, :, None]
+        for person in range(1, count):
+            mixed = torch.addcmul(mixed, outputs[:, person], shares[:, person, :, None])
+        return mixed
 
     def _attend_in(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, region: Tensor) -> Tensor:
         return self._attend(query, key, value, mask) * region
@@ -367,7 +370,7 @@ class _People:
 
     present: Tensor  # (batch, people)
     router: Router | None = None
-    keys: Tensor | None = None  # the router's keys, (batch, people, width)
+    keys: Tensor | None = None  # the router's keys, (batch, people + 1, width)
     record: dict[str, list[Tensor]] | None = None
 
 

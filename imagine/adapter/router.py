@@ -50,9 +50,9 @@ class Router(nn.Module):
         nn.init.constant_(self.nobody.bias, _NOBODY_AT_FIRST / ROUTER_GAIN)
 
     def keys(self, tokens: Tokens, people: int) -> Tensor:
-        """Return one key per person, (batch, people, width), from a branch's tokens (batch, people * length, width).
+        """Return a key per person and, last, nobody's, (batch, people + 1, width), which include the scale.
 
-        Raises ConfigError for more than MAX_PEOPLE people.
+        tokens: a branch's, (batch, people * length, token width). Raises ConfigError for more than MAX_PEOPLE people.
         """
         if people > MAX_PEOPLE:
             raise ConfigError(f"A picture can show {MAX_PEOPLE} people, not {people}: leave some of them out.")
@@ -62,7 +62,9 @@ class Router(nn.Module):
         else:
             mask = tokens.mask.unflatten(1, (people, -1)).to(values.dtype)
             summary = torch.einsum("bpl,bplw->bpw", mask, values) / mask.sum(2, keepdim=True).clamp(min=1)
-        return _normalised(self.to_k(summary)) + self.order[:people]
+        keys = (_normalised(self.to_k(summary)) + self.order[:people]) * (self.scale / math.sqrt(self.order.shape[1]))
+        nobody = self.nobody.weight[None].expand(len(keys), -1, -1)
+        return torch.cat((keys, nobody), 1) * ROUTER_GAIN
 
     def forward(self, query: Tensor, keys: Tensor) -> Tensor:
         """Return the float32 logits (batch, people + 1, positions) of all people and of nobody, who is last.
@@ -70,10 +72,9 @@ class Router(nn.Module):
         query: (batch, positions, query width). keys: what `keys` returned.
         """
         seen = _normalised(self.to_q(query.to(self.to_q.weight.dtype)))
-        scale = self.scale * (ROUTER_GAIN / math.sqrt(keys.shape[2]))
-        people = (keys * scale) @ seen.transpose(1, 2)
-        nobody = self.nobody(seen).transpose(1, 2) * ROUTER_GAIN
-        return torch.cat((people, nobody), 1).float()
+        logits = (keys @ seen.transpose(1, 2)).float()
+        bias = F.pad(self.nobody.bias.float() * ROUTER_GAIN, (keys.shape[1] - 1, 0))
+        return logits + bias[:, None]
 
 
 def log_shares(logits: Tensor, present: Tensor, regions: Tensor | None = None) -> Tensor:

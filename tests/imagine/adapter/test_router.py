@@ -280,6 +280,6 @@ def test_half_precision_keeps_one_person_exact(dtype: torch.dtype) -> None:
 
 def test_five_people_are_one_too_many() -> None:
     router = Router(WIDTH, TOKEN_WIDTH)
-    assert router.keys(Tokens(torch.randn(1, 8, TOKEN_WIDTH)), MAX_PEOPLE).shape == (1, MAX_PEOPLE, ROUTER_WIDTH)
+    assert router.keys(Tokens(torch.randn(1, 8, TOKEN_WIDTH)), MAX_PEOPLE).shape == (1, MAX_PEOPLE + 1, ROUTER_WIDTH)
     with pytest.raises(ConfigError, match="4 people, not 5"):
         router.keys(Tokens(torch.randn(1, 10, TOKEN_WIDTH)), 5)
