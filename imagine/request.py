@@ -1,15 +1,20 @@
 """Turn a call's prompts and references, in any accepted form, into one request per picture.
 
 A reference is a photo in any form that `imagine.people.photos` opens, a Persona, or a list of these that all show the
-same person. A prompt names people as {a} and {b}; the references are then {"a": ..., "b": ...}. The placeholders become
-plain words ("the first person"), and the people's vision tokens are concatenated in that order (*Imagine yourself*,
-section 3.6).
+same person. A prompt with several people names each of them, and the references are a dict from these names:
+
+    "{a} hugs {b}"                         {"a": ..., "b": ...}: placeholders in braces
+    "the man on the left hugs the woman"   {"the man on the left": ..., "the woman": ...}: phrases of the sentence
+
+The people are numbered in the order in which the sentence mentions them. A placeholder becomes plain words ("the first
+person"), and a phrase gets the same words in front ("the first person, the man on the left, hugs ..."), because the
+weights are trained with these words.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -46,43 +51,55 @@ _NOTATIONS = (  # of other programs, which no text encoder knows, and what to us
         "nothing is chosen from lists here. Write the word that you want, or give several prompts.",
     ),
 )
-_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_ORDINALS = ("first", "second", "third", "fourth")
+MOST_PEOPLE = len(_ORDINALS)  # in one picture
+_ORDINAL = re.compile(rf"(?<!\w)the ({'|'.join(_ORDINALS)}) person(?!\w)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Person:
-    """One person of a picture: the name used in the prompt ("" if none), and the photos or personas."""
+    """One person of a picture: the name used in the prompt ("" if none), and the photos or personas.
+
+    `place` is the person's number among the references that the caller gave, from 0.
+    """
 
     name: str
     references: tuple[Any, ...]
+    place: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to generate: a sentence without placeholders, and the people in the picture."""
+    """One picture to generate: a sentence without placeholders, and the people in the order of the sentence."""
 
     sentence: str
     people: tuple[Person, ...] = ()
 
 
-def read_requests(prompt: "str | Sequence[str]", reference: Any = None) -> list[Request]:
+def read_requests(prompt: "str | Sequence[str]", reference: Any = None, blank: bool = False) -> list[Request]:
     """Return one request per prompt.
 
     With one prompt (a string), `reference` is None, a photo, a Persona, a list of several photos of one person, or a
     dict from names to any of these. With a list of prompts, a list holds one reference per prompt; any other form
-    applies to all prompts. Raises PromptError if prompts and references do not fit together.
+    applies to all prompts. With `blank`, a prompt may be empty, and then shows all people of its reference.
+
+    Raises PromptError if prompts and references do not fit together: a name without a reference, a reference that no
+    prompt mentions, or more than MOST_PEOPLE people.
     """
     prompts = sentences(prompt)
-    if isinstance(prompt, str):
-        return [_request(prompt, reference)]
-    if not isinstance(reference, (list, tuple)):
-        return [_request(each, reference) for each in prompts]
+    if isinstance(prompt, str) or not isinstance(reference, (list, tuple)):
+        requests = [_request(each, reference, blank) for each in prompts]
+        _check_all_mentioned(reference, requests)
+        return requests
     if len(reference) != len(prompts):
         raise PromptError(
             f"There are {len(prompts)} prompts but {len(reference)} references: give one reference per prompt, or one "
             "for all prompts."
         )
-    return [_request(each, own) for each, own in zip(prompts, reference, strict=True)]
+    requests = [_request(each, own, blank) for each, own in zip(prompts, reference, strict=True)]
+    for own, request in zip(reference, requests, strict=True):
+        _check_all_mentioned(own, [request])
+    return requests
 
 
 def sentences(given: Any, name: str = "prompt") -> list[str]:
@@ -130,27 +147,122 @@ def negative_sentences(given: Any, count: int) -> list[str]:
     return each
 
 
-def _request(prompt: str, reference: Any) -> Request:
-    if not prompt.strip():
+def _request(prompt: str, reference: Any, blank: bool) -> Request:
+    is_blank = not prompt.strip()
+    if is_blank and not blank:
         raise PromptError("The prompt is empty: describe in a sentence what the picture should show.")
-    named = list(dict.fromkeys(_PLACEHOLDER.findall(prompt)))
     if not isinstance(reference, Mapping):
-        if named:
+        if named := list(dict.fromkeys(_PLACEHOLDER.findall(prompt))):
             raise PromptError(
-                f"The prompt names {_braced(named)}: give a reference for each name, such as {{{named[0]!r}: photo}}."
+                f"The prompt names {_listed(named)}: give a reference for each name, such as {{{named[0]!r}: photo}}."
             )
-        return Request(prompt, _unnamed(reference))
-    if unknown := [name for name in named if name not in reference]:
-        known = f"the references are for {_braced(map(str, reference))}" if reference else "there are no references"
-        raise PromptError(f"The prompt names {_braced(unknown)}, but {known}: use the same names in both.")
-    # A prompt without placeholders shows all people of the dict; a prompt with placeholders shows only those it names.
-    chosen = named or list(reference)
-    people = tuple(Person(str(name), _references(reference[name])) for name in chosen)
-    return Request(_PLACEHOLDER.sub(lambda found: _words(named, found[1]), prompt), people)
+        return Request(prompt, () if reference is None else (Person("", _references(reference)),))
+    given = {str(name): each for name, each in reference.items()}
+    names = list(given)
+    chosen = names if is_blank else people_in(prompt, names)
+    if len(chosen) > MOST_PEOPLE:
+        raise PromptError(
+            f"The prompt has {len(chosen)} people, but a picture can show at most {MOST_PEOPLE}: leave some out."
+        )
+    people = tuple(Person(name, _references(given[name]), names.index(name)) for name in chosen)
+    return Request(prompt if is_blank else in_plain_words(prompt, chosen), people)
 
 
-def _unnamed(reference: Any) -> tuple[Person, ...]:
-    return () if reference is None else (Person("", _references(reference)),)
+def people_in(prompt: str, names: Sequence[str]) -> list[str]:
+    """Return the names that a prompt mentions, in the order of the prompt.
+
+    A prompt without any of the names may use the plain words ("the first person"), which mean the names in their order.
+    If there is only one name, it need not be mentioned. Raises PromptError for a placeholder that is not a name, and if
+    none of several names is mentioned.
+    """
+    found = list(dict.fromkeys(each.name for each in _mentions(prompt, names)))
+    if not found:
+        ordinals = [_ORDINALS.index(word.lower()) for word in _ORDINAL.findall(prompt)]
+        found = [name for place, name in enumerate(names) if place in ordinals or len(names) == 1]
+    if names and not found:
+        raise PromptError(
+            f"The prompt mentions none of the people {_listed(names)}: write these names in braces where the people "
+            "appear in the sentence."
+        )
+    return found
+
+
+def in_plain_words(prompt: str, people: Sequence[str]) -> str:
+    """Return a prompt with plain words for its placeholders, and with these words in front of its phrases.
+
+    people: the names of the picture's people in their order, which may include people whom this prompt does not name.
+    """
+    parts, end = [], 0
+    for each in _mentions(prompt, people):
+        rest = prompt[each.end :]
+        parts += [prompt[end : each.start], _words(people, each, prompt[each.start : each.end], rest)]
+        end = each.end
+    return "".join([*parts, prompt[end:]])
+
+
+@dataclass(frozen=True)
+class _Mention:
+    """One place of a prompt that names a person: from `start` to `end`, in braces or as a phrase."""
+
+    start: int
+    end: int
+    name: str
+    in_braces: bool
+
+
+def _mentions(prompt: str, names: Sequence[str]) -> list[_Mention]:
+    """Return the mentions of people in a prompt, the first one first.
+
+    Letters between double quotes are to be drawn, and mention nobody. A name that the prompt has in braces is not also
+    searched as a phrase; neither is a name of one letter, which may be an article. Raises PromptError for a name in
+    braces that is not in `names`.
+    """
+    braced = [match["braced"] for match in _pattern(()).finditer(prompt) if match["braced"]]
+    if unknown := list(dict.fromkeys(name for name in braced if name not in names)):
+        known = f"the references are for {_listed(names)}" if names else "there are no references"
+        raise PromptError(f"The prompt names {_listed(unknown)}, but {known}: use the same names in both.")
+    phrases = [name for name in names if name not in braced and len(name.strip()) > 1]
+    phrases.sort(key=len, reverse=True)  # so that "the man on the left" is not read as "the man"
+    found = []
+    for match in _pattern(phrases).finditer(prompt):
+        if match["braced"]:
+            found.append(_Mention(match.start(), match.end(), match["braced"], True))
+        elif match.lastgroup is not None:
+            name = phrases[int(match.lastgroup.removeprefix("phrase"))]
+            found.append(_Mention(match.start(), match.end(), name, False))
+    return found
+
+
+def _pattern(phrases: Sequence[str]) -> re.Pattern[str]:
+    """Return a pattern of quoted letters, of names in braces, and of phrases; the group of phrase N is "phraseN"."""
+    choices = [_QUOTED.pattern, r"\{(?P<braced>[^{}|]+)\}"]
+    for number, phrase in enumerate(phrases):
+        words = r"\s+".join(map(re.escape, phrase.split()))
+        choices.append(rf"(?<!\w)(?P<phrase{number}>{words})(?!\w)")
+    return re.compile("|".join(choices), re.IGNORECASE)
+
+
+def _words(people: Sequence[str], mention: _Mention, as_written: str, rest: str) -> str:
+    """Return the plain words for one mention. rest: the prompt after it."""
+    if len(people) == 1:
+        return "the person" if mention.in_braces else as_written
+    ordinal = f"the {_ORDINALS[people.index(mention.name)]} person"
+    if mention.in_braces:
+        return ordinal
+    closing = "," if re.match(r"\s+\w", rest) else ""
+    return f"{ordinal}, {' '.join(mention.name.split())}{closing}"
+
+
+def _check_all_mentioned(reference: Any, requests: Sequence[Request]) -> None:
+    """Raise PromptError if a dict of references has a person whom no request shows."""
+    if not isinstance(reference, Mapping):
+        return
+    shown = {person.name for request in requests for person in request.people}
+    if unused := [name for name in map(str, reference) if name not in shown]:
+        raise PromptError(
+            f"The prompt never mentions {_listed(unused)}: write the name in braces where the person appears in the "
+            "sentence, or leave the reference out."
+        )
 
 
 def _references(reference: Any) -> tuple[Any, ...]:
@@ -160,15 +272,7 @@ def _references(reference: Any) -> tuple[Any, ...]:
     return references
 
 
-def _words(named: Sequence[str], name: str) -> str:
-    """Return the plain words for a placeholder, which depend on the order in which the prompt names people."""
-    if len(named) == 1:
-        return "the person"
-    place = named.index(name)
-    return f"the {_ORDINALS[place]} person" if place < len(_ORDINALS) else "another person"
-
-
-def _braced(names: Iterable[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     *others, last = [f"{{{name}}}" for name in names]
     return f"{', '.join(others)} and {last}" if others else last
 

@@ -24,7 +24,7 @@ BATCH = 8  # pictures drawn at a time, so that memory does not grow with --num-i
 _PICTURE_NUMBER = re.compile(
     r"^((?:Warning: )?[Pp]icture )(\d+)"
 )  # a note of the second pass begins with its picture's number in a batch
-_NAMED_REFERENCE = re.compile(r"([^\W\d]\w*)=(.+)", re.DOTALL)
+_NAMED = re.compile(r"([^\W\d][\w' -]*)=(.+)", re.DOTALL)
 
 
 def add_commands(commands: Any) -> None:
@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
     command = arguments.add_command(commands, "generate", "draw a person from a photo, as a prompt says", run)
     command.add_argument(
         "--reference", action="append", required=True, metavar="PHOTO", help="photo or persona file of the person; "
-        "repeat it for more photos of the person, or give name=PHOTO for each {name} in the prompt",
+        "repeat it for more photos of the person, or give NAME=PHOTO for each {NAME} or phrase NAME in the prompt",
     )  # fmt: skip
     command.add_argument("--prompt", required=True, metavar="TEXT", help='such as "smiling, on a beach"')
     command.add_argument("--output", required=True, type=Path, metavar="FILE", help="picture to write: png, jpg, webp")
@@ -46,6 +46,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--steps", type=arguments.positive, metavar="N", help="denoising steps; more take longer and "
                          "draw finer detail (default: the weights' own)")  # fmt: skip
     _add_controls(command)
+    _add_people(command)
     arguments.add_face(command)
     arguments.add_no_face(command)
     arguments.add_finder(command)
@@ -69,56 +70,88 @@ def _add_controls(command: Any) -> None:
                          "a second pass, or not (default: the weights' own)")  # fmt: skip
 
 
+def _add_people(command: Any) -> None:
+    """Add the arguments for pictures of several people."""
+    command.add_argument("--layout", action="append", metavar="PLACE", help='where the people are: "left to right", in '
+                         "the order of the references, or NAME=LEFT,TOP,RIGHT,BOTTOM for each name, as shares of the "
+                         "picture such as a=0,0,.5,1")  # fmt: skip
+    command.add_argument("--attempts", type=arguments.positive, default=1, metavar="N", help="draw a picture up to N "
+                         "times until it shows its people, and keep the best one (default: 1)")  # fmt: skip
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Draw and save the pictures; return where they are and which faces were used."""
     paths = output_paths(writable_file(options.output, FORMATS), options.num_images)
     crop_path = None if options.save_crop is None else writable_file(options.save_crop, FORMATS)
     reference = _references(options.reference)
     read_requests(options.prompt, reference)  # reports a mistake before anything is loaded
+    layout = _layout(options.layout)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     with Display(options) as display:
         pipe = load_pipeline(options, display)
         started = time.monotonic()
-        drawn, refined, notes, people_found = _draw_all(pipe, options, reference, seed, paths, display)
+        drawn = _draw_all(pipe, options, reference, layout, seed, paths, display)
         seconds = round(time.monotonic() - started, 2)
     crops = [] if crop_path is None else save_crops(drawn.faces, crop_path)
-    faces = [face.as_dict() for face in drawn.faces]  # the same in every batch
+    faces = [face.as_dict() for face in drawn.faces]
     poor = [f"{face['reference']}: {face['quality']}" for face in faces if face["quality"] != "good"]
-    refined_lines = [f"Small faces redrawn: {refined}."] if refined or options.refine_faces else []
+    refined_lines = [f"Small faces redrawn: {drawn.refined}."] if drawn.refined or options.refine_faces else []
+    people = [[person.as_dict() for person in each] for each in drawn.people]
+    seeds = [seed + number for number in range(options.num_images)]
+    redrawn = drawn.seeds or [None] * len(seeds)
     return {
-        "lines": [f"{', '.join(map(str, paths))} (seed {seed}, {seconds} s)", *poor, *refined_lines, *notes],
+        "lines": [
+            f"{', '.join(map(str, paths))} (seed {seed}, {seconds} s)",
+            *poor, *_people_lines(people), *refined_lines, *drawn.notes,
+        ],
         "images": [str(path) for path in paths],
         "prompt": options.prompt,
-        "seeds": [seed + number for number in range(options.num_images)],
+        "seeds": [own if other is None else other for own, other in zip(seeds, redrawn, strict=True)],
         "device": str(pipe.device),
         "faces": faces,
         **({} if crop_path is None else {"crops": [str(path) for path in crops]}),
-        **({"people_found": people_found} if people_found else {}),
-        "refined": refined,
-        "notes": notes,
+        **({"people_found": drawn.people_found} if drawn.people_found else {}),
+        **({"people": people, "attempts": drawn.attempts} if people else {}),
+        "refined": drawn.refined,
+        "notes": drawn.notes,
         "seconds": seconds,
-    }
+    }  # fmt: skip
+
+
+def _people_lines(people: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+    """Return one line per person of each picture, such as "Picture 1: ann found, similarity 0.61, matched."."""
+    lines = []
+    for number, persons in enumerate(people, 1):
+        for person in persons:
+            words = ["found" if person["found"] else "not found"]
+            if person["similarity"] is not None:
+                words.append(f"similarity {person['similarity']:.2f}")
+            if person["found"]:
+                words.append({True: "matched", False: "not matched", None: "cannot be compared"}[person["matched"]])
+            lines.append(f"Picture {number}: {person['name'] or 'the person'} {', '.join(words)}.")
+    return lines
 
 
 def _draw_all(
-    pipe: "ImaginePipeline", options: argparse.Namespace, reference: Any, seed: int, paths: Sequence[Path],
-    display: Display,
-) -> tuple["ImagineOutput", int, list[str], list[int]]:  # fmt: skip
-    """Draw and save one picture per path, a batch at a time.
+    pipe: "ImaginePipeline", options: argparse.Namespace, reference: Any, layout: Any, seed: int,
+    paths: Sequence[Path], display: Display,
+) -> "ImagineOutput":  # fmt: skip
+    """Draw and save one picture per path, a batch at a time. Return what is known of all pictures, without these."""
+    from imagine.pipeline.output import ImagineOutput
 
-    Return the last batch's output, the number of redrawn faces, the notes, and the people found in each picture.
-    """
-    refined, notes, people_found = 0, list[str](), list[int]()
+    whole = ImagineOutput(images=(), faces=[])
     for first in range(0, len(paths), BATCH):
         batch = paths[first : first + BATCH]
-        drawn = _draw(pipe, options, reference, range(seed + first, seed + first + len(batch)), display)
+        drawn = _draw(pipe, options, reference, layout, range(seed + first, seed + first + len(batch)), display)
         display.report("saving")
         for image, path in zip(drawn.images, batch, strict=True):
             save_atomically(image, path)
-        refined += drawn.refined
-        notes += [note for note in (_renumbered(each, first) for each in drawn.notes) if note not in notes]
-        people_found += drawn.people_found
-    return drawn, refined, notes, people_found
+        whole.faces = drawn.faces  # the same in every batch
+        whole.refined += drawn.refined
+        whole.notes += [note for note in (_renumbered(each, first) for each in drawn.notes) if note not in whole.notes]
+        for name in ("people_found", "people", "attempts", "seeds"):
+            getattr(whole, name).extend(getattr(drawn, name))
+    return whole
 
 
 def _renumbered(note: str, first: int) -> str:
@@ -126,8 +159,9 @@ def _renumbered(note: str, first: int) -> str:
 
 
 def _draw(
-    pipe: "ImaginePipeline", options: argparse.Namespace, reference: Any, seeds: Sequence[int], display: Display
-) -> "ImagineOutput":
+    pipe: "ImaginePipeline", options: argparse.Namespace, reference: Any, layout: Any, seeds: Sequence[int],
+    display: Display,
+) -> "ImagineOutput":  # fmt: skip
     """Draw one picture per seed. Each has noise of its own, so that the size of a batch does not change a picture."""
     import torch
 
@@ -145,6 +179,8 @@ def _draw(
         identity_window=options.identity_window,
         identity_blocks=options.identity_blocks,
         refine_faces=options.refine_faces,
+        layout=layout,
+        attempts=options.attempts,
         face=options.face,
         on_no_face=options.on_no_face,
         progress=display.report,
@@ -156,7 +192,7 @@ def _references(given: Sequence[str]) -> Any:
     named: dict[str, list[str]] = {}
     plain: list[str] = []
     for each in given:
-        found = None if kind_of(Path(each), PictureError) != "nothing" else _NAMED_REFERENCE.fullmatch(each)
+        found = None if kind_of(Path(each), PictureError) != "nothing" else _NAMED.fullmatch(each)
         if found is None:
             plain.append(each)
         else:
@@ -165,3 +201,24 @@ def _references(given: Sequence[str]) -> Any:
         raise ConfigError(f"Give every reference a name, as in name={plain[0]}, or none of them.")
     check_photos([*plain, *(path for paths in named.values() for path in paths)])
     return named or (plain if len(plain) > 1 else plain[0])
+
+
+def _layout(given: Sequence[str] | None) -> Any:
+    """Return the layout of a call: None, one word for all people, or a dict from names to boxes."""
+    if given is None:
+        return None
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    boxes: dict[str, list[float]] = {}
+    for each in given:
+        name, _, numbers = each.partition("=")
+        try:
+            boxes[name] = [float(number) for number in numbers.split(",")]
+        except ValueError:
+            boxes[name] = []
+        if len(boxes[name]) != 4:
+            raise ConfigError(
+                f"--layout {each} is not NAME=LEFT,TOP,RIGHT,BOTTOM: give four shares of the picture, such as "
+                'a=0,0,.5,1, or "left to right" alone.'
+            )
+    return boxes

@@ -124,7 +124,7 @@ class ReferenceEncoderMixin:
         references = tuple(photos) if isinstance(photos, (list, tuple)) else (photos,)
         if not references:
             raise PromptError("There is no photo to enroll: give at least one.")
-        return self._enroll_person(Person("", references), face, on_no_face, check_identity)
+        return self._enroll_person(Person("", references), face, on_no_face, check_identity, identify=check_identity)
 
     def _current_encoder_info(self) -> EncoderInfo:
         """Return facts about the encoder; compute them again only if its weights have changed."""
@@ -154,10 +154,15 @@ class ReferenceEncoderMixin:
         return self.encoder_fingerprint + (":pooled" if self._reads_pooled else "")
 
     def _enroll_person(
-        self, person: Person, face: FaceChoice, on_no_face: OnNoFace, check_identity: bool = True
-    ) -> Persona:
-        """Combine one person's photos and personas into one persona; faces are named after the photos."""
-        identify = check_identity and len(person.references) > 1
+        self, person: Person, face: FaceChoice, on_no_face: OnNoFace, check_identity: bool = True,
+        identify: bool = False,
+    ) -> Persona:  # fmt: skip
+        """Combine one person's photos and personas into one persona; faces are named after the photos.
+
+        With `identify` each face keeps its embedding, so that faces of pictures can be compared with it.
+        """
+        check_identity = check_identity and len(person.references) > 1
+        identify = identify or check_identity
         encoded = [
             each if isinstance(each, Persona) else self._enroll_photo(each, number, face, on_no_face, identify)
             for number, each in enumerate(person.references, 1)
@@ -166,7 +171,7 @@ class ReferenceEncoderMixin:
         for each in encoded:
             each.check_encoder(encoder_key)
         faces = [one for each in encoded for one in each.faces]
-        if identify:
+        if check_identity:
             faces = _check_one_person(faces)
         if person.name:
             faces = [replace(one, reference=f"{person.name}: {one.reference}") for one in faces]
@@ -182,8 +187,9 @@ class ReferenceEncoderMixin:
         is_file = file is not None and kind_of(file, PictureError) == "file"
         key = (_file_state(cast(Path, file)), face, on_no_face, encoder_key, identify) if is_file else None
         cache: dict[Any, Persona] = self.__dict__.setdefault("_persona_cache", {})
-        if key is not None and key in cache:
-            return cache[key]
+        for known in () if key is None else ((*key[:-1], True), key):  # one with the embedding also serves without it
+            if (persona := cache.get(known)) is not None:
+                return persona
         info, encoder = self._current_encoder_info(), self.reference_encoder
         if encoder is None:
             raise WeightsError("The vision encoder was freed: give a persona that was enrolled before, not a photo.")
@@ -216,7 +222,13 @@ class ReferenceEncoderMixin:
         folder = self._finder_folder or _shipped_finder()
         return None if folder is None else _load_drawing_recogniser(folder.parent / "judge" / "recogniser")
 
-    def _personas_for(self, requests: Sequence[Request], face: FaceChoice, on_no_face: OnNoFace) -> list[list[Persona]]:
+    def _picture_recogniser(self) -> FaceRecogniser | None:
+        """Return the recogniser for the pictures that this pipeline draws: by default photographs; None without one."""
+        return _photo_recogniser()
+
+    def _personas_for(
+        self, requests: Sequence[Request], face: FaceChoice, on_no_face: OnNoFace, identify: bool = False
+    ) -> list[list[Persona]]:
         """Encode each person once, even if in several pictures; return one list of personas per request."""
         if self.adapter is None and any(request.people for request in requests):
             raise WeightsError(
@@ -233,7 +245,7 @@ class ReferenceEncoderMixin:
                     *(each if isinstance(each, (str, os.PathLike)) else id(each) for each in person.references),
                 )
                 if key not in enrolled:
-                    enrolled[key] = self._enroll_person(person, face, on_no_face)
+                    enrolled[key] = self._enroll_person(person, face, on_no_face, identify=identify)
                 people[-1].append(enrolled[key])
         return people
 

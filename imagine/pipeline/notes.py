@@ -1,12 +1,11 @@
 """Notes of a call: one sentence for each result that the user may not expect."""
 
-from collections.abc import Callable, Sequence
-
-from PIL import Image
+from collections.abc import Sequence
 
 from imagine.adapter.adapter import Adapter
-from imagine.people.faces import LEARNED, FaceFinder
-from imagine.people.persona import Face, Persona
+from imagine.people.faces import LEARNED
+from imagine.people.persona import Face
+from imagine.pipeline.attempts import PictureCheck
 from imagine.world import VERSION
 
 PORTRAIT_WORLD = "imagine portrait world"  # the base that an adapter's file names
@@ -36,22 +35,27 @@ def world_notes(adapter: Adapter | None) -> list[str]:
     ]
 
 
-def count_people(
-    images: Sequence[Image.Image], people: Sequence[Sequence[Persona]], load_finder: Callable[[], FaceFinder]
-) -> tuple[list[int], list[str]]:
-    """Count the faces in pictures of several people.
+def people_notes(checks: Sequence[PictureCheck], attempts: Sequence[int], seeds: Sequence[int | None]) -> list[str]:
+    """Return a warning for each picture that does not show all its people, and a note for each picture drawn again.
 
-    people: the people of each picture. load_finder: returns the finder, and is called only if it is needed. Return the
-    number of faces per picture, and a warning for each picture with fewer faces than people; both are empty if no
-    picture should show several people.
+    checks, attempts, seeds: as in `attempts.Attempts`.
     """
-    if all(len(persons) < 2 for persons in people):
-        return [], []
-    finder = load_finder()
-    counts = [len(finder.find(image)) for image in images]
-    warnings = [
-        f"Warning: picture {number} shows {count} of {len(persons)} people; draw each person alone, or try other seeds."
-        for number, (count, persons) in enumerate(zip(counts, people, strict=True), 1)
-        if count < len(persons)
-    ]
-    return counts, warnings
+    notes = []
+    for number, (check, tried, seed) in enumerate(zip(checks, attempts, seeds, strict=True), 1):
+        if check.failed:
+            advice = "try other seeds, more attempts, or each person alone"
+            notes.append(f"Warning: picture {number} {_shortcomings(check)}; {advice}.")
+        if seed is not None:
+            notes.append(f"Picture {number} was drawn {tried} times; the seed {seed} draws it at once.")
+        elif tried > 1:
+            notes.append(f"Picture {number} was drawn {tried} times, and the first one was the best.")
+    return notes
+
+
+def _shortcomings(check: PictureCheck) -> str:
+    """Return what a picture lacks, such as "shows 1 of 2 people" or "shows nobody who is like 'ann'"."""
+    found = sum(person.found for person in check.people)
+    if found < len(check.people):
+        return f"shows {found} of {len(check.people)} people"
+    unlike = [repr(person.name) if person.name else "the person" for person in check.people if person.matched is False]
+    return f"shows nobody who is like {' and '.join(unlike)}"

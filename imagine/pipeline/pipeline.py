@@ -37,14 +37,25 @@ from imagine.networks.saving import PUSH_OPTIONS, check_save_options, write_whol
 from imagine.people.faces import FaceChoice, FaceFinder, finder_of_drawings
 from imagine.people.persona import Persona
 from imagine.people.reference_encoder import FINDER, ReferenceEncoderMixin, check_encoder, saved_metadata
+from imagine.people.strangers import FaceRecogniser
 from imagine.pipeline import families
-from imagine.pipeline.call import Callback, CallSettings, StepCallback
+from imagine.pipeline.attempts import Drawn, PeopleChecker, draw_until_matched, known_people
+from imagine.pipeline.call import (
+    Callback,
+    CallSettings,
+    StepCallback,
+    call_requests,
+    checked_attempts,
+    count_prompts,
+    timestep_shift,
+)
 from imagine.pipeline.controls import ALL, Blocks, Window, block_factors
 from imagine.pipeline.files import ADAPTERS, ENCODERS, MODELS, load_adapters, load_models
-from imagine.pipeline.notes import count_people, photo_notes
-from imagine.pipeline.output import ImagineOutput
+from imagine.pipeline.layout import Layout, PlacedInputs, call_regions, canvas_shape, trained_people
+from imagine.pipeline.notes import photo_notes
+from imagine.pipeline.output import ImagineOutput, to_output
 from imagine.pipeline.picture_check import check_picture
-from imagine.pipeline.sampling import Guidance, GuidedDenoiser, Inputs, TextTokens, text_rows
+from imagine.pipeline.sampling import Guidance, GuidedDenoiser, TextTokens, text_rows
 from imagine.pipeline.second_pass import (
     RefineFaces,
     SecondPass,
@@ -53,7 +64,7 @@ from imagine.pipeline.second_pass import (
     noise_from_latents,
     visible_latents,
 )
-from imagine.records import Progress, Tokens, no_progress, repeat
+from imagine.records import Progress, no_progress, repeat
 from imagine.request import (
     Request,
     check_choice,
@@ -61,7 +72,6 @@ from imagine.request import (
     generators,
     negative_sentences,
     numbers,
-    read_requests,
     sentences,
     whole,
     word_notes,
@@ -381,27 +391,21 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         guidance_scale: float | None = None, identity_guidance_scale: float | None = None,
         guidance_rescale: float = 0.0, guidance_balance: bool = False,
         identity_scale: "float | Sequence[float] | Tensor" = 1.0,
-        identity_window: "Window | Sequence[float]" = (0.0, 1.0),
-        identity_blocks: Blocks = ALL,
-        refine_faces: "RefineFaces | bool | None" = None,
-        negative_prompt: "str | Sequence[str] | None" = None,
-        num_images_per_prompt: int = 1,
-        generator: "torch.Generator | Sequence[torch.Generator] | None" = None,
-        latents: Tensor | None = None,
+        identity_window: "Window | Sequence[float]" = (0.0, 1.0), identity_blocks: Blocks = ALL,
+        refine_faces: "RefineFaces | bool | None" = None, layout: Layout | None = None, attempts: int = 1,
+        negative_prompt: "str | Sequence[str] | None" = None, num_images_per_prompt: int = 1,
+        generator: "torch.Generator | Sequence[torch.Generator] | None" = None, latents: Tensor | None = None,
         prompt_embeds: TextTokens | None = None, negative_prompt_embeds: TextTokens | None = None,
         face: FaceChoice = "largest", on_no_face: Literal["error", "whole"] = "error",
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        progress: Progress = no_progress,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil", return_dict: bool = True,
+        cross_attention_kwargs: Mapping[str, Any] | None = None, progress: Progress = no_progress,
+        callback_on_step_end: Callback | None = None, callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagineOutput:  # fmt: skip
         """Generate one picture, or `num_images_per_prompt` pictures, for each prompt.
 
         reference: the people in the picture: a photo (path, bytes, PIL, array), a Persona or its file, a list of these
-            for one person, or a dict from names to these for a prompt such as "{a} hugs {b}". With a list of prompts, a
-            list with one reference per prompt.
+            for one person, or a dict from names to these for a prompt such as "{a} hugs {b}" or "the man hugs the
+            woman" (see `request`). With a list of prompts, a list with one reference per prompt.
         guidance_scale: how strictly the prompt is followed; 1 is off. identity_guidance_scale is the same for the
             identity. By default both are equal, and a step takes two denoiser passes; otherwise it takes three.
         guidance_balance: bring both guidance directions to the same norm before their scales apply
@@ -412,6 +416,8 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
             strengths in diffusers' form, {"down": {"block_2": [0.0, 1.0]}}, where a block that is not named gets 0 (see
             `controls.presets`).
         refine_faces: whether to redraw small faces, enlarged; a RefineFaces gives other settings (see `second_pass`).
+        layout: where the people are: "left to right", or a box or mask for each name (see `layout.layout_regions`).
+        attempts: how often a picture is drawn at most until it shows its people (see `attempts.draw_until_matched`).
         negative_prompt: what to avoid. generator: one, from which the pictures draw in turn, or one per picture.
         face, on_no_face: which face of a photo to use, and what to do if there is none (see `faces.crop_face`).
         callback_on_step_end: called as (pipe, step, timestep, tensors). It may return changed "latents" or
@@ -423,101 +429,136 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         """
         self._check_can_draw("unet", "vae")
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
-        size, copies = self._latent_size(height, width), whole("num_images_per_prompt", num_images_per_prompt)
+        copies = whole("num_images_per_prompt", num_images_per_prompt)
+        requests = call_requests(prompt, reference, prompt_embeds)
+        size = self._latent_size(height, width, requests)
+        regions = call_regions(layout, requests, size, copies)
         plan = CallSettings(
             self._guidance(guidance_scale, identity_guidance_scale, guidance_rescale, guidance_balance),
             self._scheduler(num_inference_steps, sigmas, size), Window.read(identity_window), output_type,
             block_factors(self.unet, identity_blocks), self._refining(refine_faces, output_type),
             StepCallback.make(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs),
+            checked_attempts(attempts, requests, output_type),
         )  # fmt: skip
         check_attached(self.unet, self._adapters())
-        requests, text, negative = self._encode_requests(
-            prompt, reference, prompt_embeds, negative_prompt, negative_prompt_embeds, copies
-        )
-        personas = self._personas_for(requests, face, on_no_face)
+        text, negative = self._encode_requests(requests, prompt_embeds, negative_prompt, negative_prompt_embeds, copies)
+        personas = self._personas_for(requests, face, on_no_face, identify=plan.attempts > 0)
         strength = self._identity_strength(identity_scale, personas, copies)
-        inputs = self._inputs(text, negative, personas, copies, plan)
+        inputs = self._inputs(text, negative, personas, copies, plan, regions)
         start = self._start_latents(len(strength), size, generator, latents)
         denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
-        out = self._generate(plan, denoiser, start, strength, personas, progress, word_notes(prompt, negative_prompt))
+        words = word_notes(prompt, negative_prompt)
+        out = self._generate(plan, denoiser, start, strength, requests, personas, progress, words)
         return out if return_dict else cast(Any, out.to_tuple())
 
     def _inputs(
-        self, text: TextTokens, negative: TextTokens, people: list[list[Persona]], copies: int, plan: CallSettings
-    ) -> Inputs:
+        self, text: TextTokens, negative: TextTokens, people: list[list[Persona]], copies: int, plan: CallSettings,
+        regions: Tensor | None,
+    ) -> PlacedInputs:  # fmt: skip
         """Return the conditioning of all pictures of a call."""
         vision, groups = self._vision_tokens(people, copies), self._vision_groups(people, copies)
-        return Inputs(text, negative, vision, plan.factors, groups)
+        return PlacedInputs(text, negative, vision, plan.factors, groups, regions)
 
     def _generate(
         self, plan: CallSettings, denoiser: GuidedDenoiser, start: Tensor, strength: Tensor,
-        people: list[list[Persona]], progress: Progress, words: Sequence[str],
+        requests: Sequence[Request], personas: Sequence[Sequence[Persona]], progress: Progress, words: Sequence[str],
     ) -> ImagineOutput:  # fmt: skip
-        """Generate all pictures of a call from their start latents.
+        """Generate all pictures of a call from their start latents, some of them several times.
 
-        strength: identity strength, (pictures,). people: one list per prompt. words: notes on the prompts.
+        strength: identity strength, (pictures,). personas: the people of each request. words: notes on the prompts.
         """
-        steps = len(plan.scheduler.timesteps)
-        refined, notes = 0, list[str]()
+        copies = len(start) // len(personas)
+        people = [list(each) for each in personas for _ in range(copies)]
+
+        def draw(numbers: Sequence[int], latents: Tensor, attempt: int) -> Drawn:
+            rows = torch.tensor(list(numbers), device=strength.device)
+            inputs = denoiser.inputs if attempt == 1 else cast(PlacedInputs, denoiser.inputs).pictures(rows)
+            stage = "denoising" if attempt == 1 else f"denoising, attempt {attempt}"
+            own = GuidedDenoiser(self.unet, inputs, denoiser.arguments)
+            return self._draw(plan, own, latents, strength[rows], [people[row] for row in numbers], progress, stage)
+
+        faces = [face for each in personas for persona in each for face in persona.faces]
+        if not plan.attempts:
+            drawn = draw(range(len(start)), start, 1)
+            out = ImagineOutput(drawn.images, faces, sum(drawn.refined), list(drawn.notes.values()))
+        else:
+            recogniser = self._picture_recogniser()
+            known = known_people(requests, personas, recogniser, copies)
+            checker = PeopleChecker(finder_of_drawings(self.finder), recogniser, known)
+            out = to_output(draw_until_matched(draw, start, checker, plan.attempts), faces)
+        self.maybe_free_model_hooks()
+        out.notes = [*words, *out.notes, *photo_notes(self.adapter, faces)]
+        return out
+
+    def _draw(
+        self, plan: CallSettings, denoiser: GuidedDenoiser, start: Tensor, strength: Tensor,
+        people: list[list[Persona]], progress: Progress, stage: str,
+    ) -> Drawn:  # fmt: skip
+        """Draw some pictures of a call once, from their start latents, and redraw their small faces."""
+        scheduler = copy.deepcopy(plan.scheduler)  # a scheduler counts its steps
+        steps = len(scheduler.timesteps)
+        drawn = Drawn(None, [0] * len(start))
         token = _call_state.set(_CallState(plan.guidance, steps, progress=progress))
         try:
-            images = self._denoise(denoiser, start, strength, plan.scheduler, plan.window.steps(steps), plan.on_step)
+            images = self._denoise(denoiser, start, strength, scheduler, plan.window.steps(steps), plan.on_step, stage)
             progress("decoding", 0, 0)
             if plan.refining is not None:
                 images = self._decode(images, "pt")
-                per_picture = [each for each in people for _ in range(len(start) // len(people))]
                 second_pass = SecondPass(
-                    plan.refining, plan.refining.levels(steps), plan.window, start, strength, per_picture, denoiser
-                )
+                    plan.refining, plan.refining.levels(steps), plan.window, start, strength, people, denoiser,
+                    cast(PlacedInputs, denoiser.inputs).regions,
+                )  # fmt: skip
                 # A new adapter must give the base's picture bit for bit, so small faces are not redrawn with one.
                 if not self.interrupt and self.adapter is not None and self.adapter.active:
                     progress("finding small faces", 0, 0)
                     side = int(self.unet.config.sample_size) * self.vae_scale_factor
-                    refined, notes = second_pass.refine(images, side, finder_of_drawings(self.finder), self._redraw)
+                    faces, drawn.notes = second_pass.refine(images, side, finder_of_drawings(self.finder), self._redraw)
+                    for face in faces:
+                        drawn.refined[face.picture] += 1
                 images = self.image_processor.postprocess(images, plan.output_type, [False] * len(images))
             elif plan.output_type != "latent":
                 images = self._decode(images, plan.output_type)
             else:
                 check_picture(images, self._suspects)
+            drawn.images, drawn.interrupted = images, self.interrupt
         finally:
             _call_state.reset(token)
-        self.maybe_free_model_hooks()
-        faces = [face for personas in people for persona in personas for face in persona.faces]
-        notes = [*words, *notes, *photo_notes(self.adapter, faces)]
-        if plan.output_type != "pil":
-            return ImagineOutput(images, faces, refined, notes)
-        copies = len(images) // len(people)
-        of_pictures = [each for each in people for _ in range(copies)]
-        people_found, warnings = count_people(cast(Any, images), of_pictures, lambda: finder_of_drawings(self.finder))
-        return ImagineOutput(images, faces, refined, notes + warnings, people_found)
+        return drawn
+
+    def _picture_recogniser(self) -> FaceRecogniser | None:
+        return self._drawing_recogniser()
 
     def _encode_requests(
-        self, prompt: "str | Sequence[str] | None", reference: Any, embeds: TextTokens | None,
+        self, requests: Sequence[Request], embeds: TextTokens | None,
         negative_prompt: "str | Sequence[str] | None", negative_embeds: TextTokens | None, copies: int,
-    ) -> tuple[list[Request], TextTokens, TextTokens]:  # fmt: skip
-        """Return one request per prompt, and the encoded prompts and negative prompts, one batch item per picture."""
-        if (prompt is None) == (embeds is None):
-            raise PromptError("Give exactly one of prompt and prompt_embeds.")
+    ) -> tuple[TextTokens, TextTokens]:  # fmt: skip
+        """Return the encoded prompts and negative prompts, one batch item per picture."""
         if embeds is None:
-            requests = read_requests(cast(Any, prompt), reference)
             embeds = self.encode_prompt([request.sentence for request in requests])
-        else:
-            # Without sentences there are no placeholders, so "-" stands for a prompt that names nobody.
-            requests = read_requests(["-"] * _count("prompt_embeds", embeds), reference)
         if negative_embeds is None:
             negative_embeds = self.encode_prompt(negative_sentences(negative_prompt, len(requests)))
-        elif _count("negative_prompt_embeds", negative_embeds) != len(requests):
+        elif count_prompts("negative_prompt_embeds", negative_embeds) != len(requests):
             raise PromptError(f"negative_prompt_embeds must have one row for each of the {len(requests)} prompts.")
-        return requests, _copies(embeds, copies), _copies(negative_embeds, copies)
+        return _copies(embeds, copies), _copies(negative_embeds, copies)
 
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Return the latent height and width for a height and width in pixels; None means the model's own size."""
+    def _latent_size(self, height: int | None, width: int | None, requests: Sequence[Request]) -> tuple[int, int]:
+        """Return the latent height and width for a height and width in pixels.
+
+        None means the model's own size; if both are None and the adapter was trained with several people, the canvas
+        for the largest number of people in a picture.
+        """
         usual = int(self.unet.config.sample_size)
         # Every resolution of the denoiser after the first halves the latents.
-        step = self.vae_scale_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        step = self.vae_scale_factor * multiple
         for side in (height, width):
             if side is not None and (not isinstance(side, int) or side < step or side % step):
                 raise ConfigError(f"height and width must be multiples of {step} pixels, not {side}.")
+        most = max(len(request.people) for request in requests)
+        if height is None and width is None and self.adapter is not None and most > 1:
+            most = min(most, trained_people(self.adapter.metadata))
+            if most > 1:
+                return canvas_shape(most, usual, multiple)
         sides = [usual if side is None else side // self.vae_scale_factor for side in (height, width)]
         return sides[0], sides[1]
 
@@ -544,7 +585,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
             )
         options: dict[str, Any] = {} if sigmas is None else {"sigmas": numbers("sigmas", sigmas)}
         if scheduler.config.get("use_dynamic_shifting"):
-            options["mu"] = _timestep_shift(scheduler.config, size[0] * size[1])
+            options["mu"] = timestep_shift(scheduler.config, size[0] * size[1])
         count = whole("num_inference_steps", self.config.default_steps if steps is None else steps)
         if sigmas is None:
             options["num_inference_steps"] = count
@@ -648,18 +689,5 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         return self.image_processor.postprocess(pictures.float(), output_type=output_type)
 
 
-def _count(name: str, embeds: Any) -> int:
-    """Return the number of prompts in encoded prompts. Raises PromptError unless `encode_prompt` returned them."""
-    if not isinstance(embeds, tuple) or len(embeds) != 2 or not isinstance(embeds[0], Tokens):
-        raise PromptError(f"{name} must be what encode_prompt returns, not a {type(embeds).__name__}.")
-    return len(embeds[0].values)
-
-
 def _copies(text: TextTokens, copies: int) -> TextTokens:
     return repeat(text[0], copies), {name: repeat(tokens, copies) for name, tokens in text[1].items()}
-
-
-def _timestep_shift(config: Mapping[str, Any], positions: int) -> float:
-    """Return the schedule's shift for a number of latent positions (arXiv 2403.03206; diffusers' Flux pipeline)."""
-    slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
-    return float(config["base_shift"] + slope * (positions - config["base_image_seq_len"]))

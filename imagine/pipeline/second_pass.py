@@ -9,7 +9,7 @@ finder and the drawing: `imagine.pipeline.pipeline`, or `imagine.stock.second_pa
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,7 +97,10 @@ Redraw = Callable[[Sequence[SmallFace], Tensor], Iterable[Tensor | None]]
 
 @dataclass(frozen=True)
 class SecondPass:
-    """What the second pass needs from the first: start latents, identity strength and people, one row per picture."""
+    """What the second pass needs from the first: start latents, identity strength and people, one row per picture.
+
+    regions: (pictures, people, h, w), the call's layout, if it has one.
+    """
 
     settings: RefineFaces
     levels: list[float]
@@ -106,6 +109,7 @@ class SecondPass:
     strength: Tensor
     people: list[list[Persona]]
     denoiser: GuidedDenoiser
+    regions: Tensor | None = None
 
     @property
     def active(self) -> list[bool]:
@@ -118,20 +122,39 @@ class SecondPass:
         side: int,
         finder: FaceFinder,
         redraw: Callable[[Sequence[SmallFace], Tensor, "SecondPass"], Tensor],
-    ) -> tuple[int, list[str]]:
+    ) -> tuple[list[SmallFace], dict[int, str]]:
         """Redraw the small faces of pictures (B, 3, H, W) in 0..1, in place, as squares of `side` pixels.
 
-        Return how many were redrawn, and one sentence for each picture whose faces cannot be assigned to its people.
+        Return the redrawn faces, and one sentence for each picture whose faces cannot be assigned to its people.
         """
         if not any(self.active):
-            return 0, []
+            return [], {}
         counts = [len(people) if strength else 0 for people, strength in zip(self.people, self.strength, strict=True)]
         faces, notes = find_small_faces(pictures, counts, finder, self.settings, side)
+        faces = [self._with_person(face) for face in faces]
         max_batch = len(self.start)  # the first pass had enough memory for a batch of this size
         drawn = redraw_faces(
             pictures, faces, side, self.settings, lambda some, squares: redraw(some, squares, self), max_batch
         )
-        return len(drawn), notes
+        return drawn, notes
+
+    def _with_person(self, face: SmallFace) -> SmallFace:
+        """Return a face with its person, who is only known by the place from the left."""
+        regions = None if self.regions is None else self.regions[face.picture]
+        return replace(face, person=people_from_left(regions, len(self.people[face.picture]))[face.person])
+
+
+def people_from_left(regions: Tensor | None, count: int) -> list[int]:
+    """Return the indices of a picture's people from left to right: by their regions, else in the order of the prompt.
+
+    regions: (people, height, width), or None.
+    """
+    if regions is None:
+        return list(range(count))
+    columns = torch.arange(regions.shape[-1]) + 0.5
+    weights = regions[:count].float().cpu().sum(1)  # (people, columns)
+    centres = ((weights * columns).sum(1) / weights.sum(1).clamp(min=1e-6)).tolist()
+    return sorted(range(count), key=lambda person: centres[person])
 
 
 def redraw_faces(
@@ -166,14 +189,14 @@ def find_small_faces(
     settings: RefineFaces,
     side: int,
     within: Tensor | None = None,
-) -> tuple[list[SmallFace], list[str]]:
-    """Return the small faces of pictures (B, 3, H, W) in 0..1, and notes.
+) -> tuple[list[SmallFace], dict[int, str]]:
+    """Return the small faces of pictures (B, 3, H, W) in 0..1, and notes by the index of their picture.
 
     `people` is the number of people in each picture. The notes hold one sentence for each picture whose faces cannot be
     assigned to its people. A face whose square has `side` pixels or more is not small, because redrawing it at `side`
     pixels would lose detail. Faces whose centre lies where `within` (B, 1, H, W) is at most 0.5 are ignored.
     """
-    faces, notes = list[SmallFace](), list[str]()
+    faces, notes = list[SmallFace](), dict[int, str]()
     for picture, count in enumerate(people):
         if count:
             pixels = (pictures[picture].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
@@ -181,7 +204,7 @@ def find_small_faces(
             found = [box for box in finder.find(image) if within is None or _is_inside(box, within[picture, 0])]
             small, note = small_faces(found, count, picture, image.size, settings)
             faces += [face for face in small if face.place[2] - face.place[0] < side]
-            notes += [note] if note else []
+            notes |= {picture: note} if note else {}
     return faces, notes
 
 

@@ -9,8 +9,8 @@ import difflib
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from imagine.adapter.adapter import prepare
 from imagine.errors import ConfigError
 from imagine.pipeline.controls import Window
 from imagine.records import Conditioning, Scale, Tokens, join, repeat, take
-from imagine.request import Request, read_requests
+from imagine.request import Request, in_plain_words, read_requests
 
 Scales = Mapping[str, "Scale | Mapping[str, Scale]"]
 
@@ -143,16 +143,15 @@ def read_call(pipe: Any, call: Any, given: dict[str, Any], reference: Any) -> tu
     If a prompt has placeholders for people, `given` is updated with plain words in their place.
     """
     prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
-    if prompt is None:
-        # Without sentences there are no placeholders, so "-" stands for a prompt that names nobody.
+    if prompt is None:  # without sentences there are no names, so all people are shown
         count = 0 if embeds is None else len(embeds)
-        requests = _requests("-" if count == 1 else ["-"] * count, reference)
+        requests = _requests("" if count == 1 else [""] * count, reference)
     else:
         requests = _requests(prompt, reference)
-        for name in ("prompt", "prompt_2"):
-            if reference is not None and given.get(name) is not None:
-                words = [request.sentence for request in _requests(given[name], reference)]
-                given[name] = words[0] if isinstance(given[name], str) else words
+        if reference is not None:
+            given["prompt"] = _plain(prompt, requests)
+            if given.get("prompt_2") is not None:
+                given["prompt_2"] = _plain(given["prompt_2"], requests)
     # The stock property that tells whether guidance is on reads this attribute, which the stock call sets only later.
     pipe._guidance_scale = given.get("guidance_scale", inspect.signature(call).parameters["guidance_scale"].default)
     return Batch(
@@ -161,16 +160,23 @@ def read_call(pipe: Any, call: Any, given: dict[str, Any], reference: Any) -> tu
 
 
 def _requests(prompt: Any, reference: Any) -> list[Request]:
-    """Return one request per prompt. Unlike `read_requests`, this accepts empty prompts, as stock pipelines do."""
+    """Return one request per prompt. Unlike `read_requests`, this accepts no prompts and no reference."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if reference is None:
         return [Request(each) for each in prompts]
-    named = [each if each.strip() else "-" for each in prompts]
-    requests = read_requests(named[0] if isinstance(prompt, str) else named, reference)
-    return [
-        replace(each, sentence=each.sentence if own.strip() else own)
-        for own, each in zip(prompts, requests, strict=True)
-    ]
+    return read_requests(prompt if isinstance(prompt, str) else prompts, reference, blank=True)
+
+
+def _plain(prompt: Any, requests: Sequence[Request]) -> Any:
+    """Return a prompt or a list of prompts with plain words for the names of the requests' people."""
+    if isinstance(prompt, str):
+        return _in_words_of(requests[0], prompt)
+    return [_in_words_of(request, each) for request, each in zip(requests, prompt, strict=False)]
+
+
+def _in_words_of(request: Request, prompt: str) -> str:
+    names = [person.name for person in request.people]
+    return in_plain_words(prompt, names) if any(names) else prompt
 
 
 class ConditioningUpdater:

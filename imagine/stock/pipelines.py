@@ -38,7 +38,9 @@ from imagine.networks.weights import HUB_OPTIONS, quiet_libraries, refuse_random
 from imagine.people.faces import FaceChoice
 from imagine.people.persona import Persona
 from imagine.people.reference_encoder import FINDER, OnNoFace, ReferenceEncoderMixin, check_encoder, identity_spec
+from imagine.pipeline.call import checked_attempts
 from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factors
+from imagine.pipeline.layout import Layout
 from imagine.pipeline.picture_check import FiniteImageProcessor, naming_the_part
 from imagine.pipeline.second_pass import RefineFaces
 from imagine.records import VISION, Tokens, take
@@ -64,6 +66,7 @@ from imagine.stock.files import (
     saved_adapter_folders,
     saved_scale,
 )
+from imagine.stock.people import StockAttempts, reference_regions, region_rows
 from imagine.stock.second_pass import StockSecondPass, inpainting
 
 _PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
@@ -330,6 +333,8 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         identity_window: "Window | Sequence[float]" = (0.0, 1.0),
         identity_blocks: Blocks = ALL,
         refine_faces: "RefineFaces | bool | None" = None,
+        layout: Layout | None = None,
+        attempts: int = 1,
         face: FaceChoice = "largest",
         on_no_face: OnNoFace = "error",
         branch_embeds: Mapping[str, Tokens] | None = None,
@@ -345,10 +350,13 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         refine_faces: whether to redraw small faces with the inpainting pipeline of the same kind; a RefineFaces gives
             other settings. Only people given by a reference or an IP-Adapter are redrawn. Callbacks run in the first
             pass only.
+        layout, attempts: where several people are, and how often a picture is drawn at most until it shows its people,
+            as in `ImaginePipeline`. Without a layout, an adapter without a router places people from left to right.
         branch_embeds, negative_branch_embeds: results of `encode_branches` for the prompts, used instead of encoding.
 
-        Return the stock result with three more attributes: `faces` (the face used from each photo), `refined` (the
-        number of redrawn faces) and `notes` (sentences on what does not act in a prompt and what could not be refined).
+        Return the stock result with more attributes: `faces` (the face used from each photo), `refined` (the number of
+        redrawn faces), `notes` (sentences on what does not act in a prompt and what could not be refined), and, if its
+        people were checked, `people`, `people_found`, `attempts` and `seeds` as in `ImagineOutput`.
         Raises ImagineError if our additional arguments or adapters are used wrongly.
         """
         draw = naming_the_part(cast(Any, super()).__call__, self._suspects)
@@ -373,16 +381,26 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         self._adapters_to_device()
         try:
             batch, requests = read_call(self, draw, given, reference)
-            personas = self._personas_for(requests, face, on_no_face)
+            ours["regions"], placed = reference_regions(self, identity_spec(self.adapter), layout, requests, given)
+            most = checked_attempts(attempts, requests, output_type)
+            personas = self._personas_for(requests, face, on_no_face, identify=most > 0)
             if self.adapter is not None and any(personas):
                 check_encoder(self.adapter, self.encoder_fingerprint)  # it may have been set after the adapter
-            second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, personas, ours)
-            out = self._add_refined_faces(self._call_stock(draw, given, batch, personas, ours), second_pass, words)
+            once = functools.partial(self._draw_once, draw, refine_settings, [*words, *placed])
+            out = StockAttempts(batch, requests, given, personas, ours, most).run(self, once)
         finally:
             self._offload_adapters()
         if hasattr(out, "images"):
             out.faces = [one for people in personas for persona in people for one in persona.faces]
         return out
+
+    def _draw_once(
+        self, draw: Any, refine_settings: RefineFaces | None, words: Sequence[str], given: dict[str, Any], batch: Batch,
+        personas: Sequence[Sequence[Persona]], ours: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        """Run the stock call once, and redraw the small faces of its result."""
+        second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, personas, ours)
+        return self._add_refined_faces(self._call_stock(draw, given, batch, personas, ours), second_pass, words)
 
     def _check_no_adapter_needed(self, given: Mapping[str, Any], reference: Any) -> None:
         """Raise WeightsError if the call gives a reference or image but no adapter is attached."""
@@ -408,7 +426,11 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             text, person = (
                 self._text_parts(given, batch, ours["branch_embeds"], ours["negative_branch_embeds"]),
                 self._identity_parts(
-                    personas, ours["identity_scale"], block_factors(self.denoiser, ours["identity_blocks"]), batch
+                    personas,
+                    ours["identity_scale"],
+                    block_factors(self.denoiser, ours["identity_blocks"]),
+                    batch,
+                    ours["regions"],
                 ),
             )
             theirs = self._ip_adapter_parts(*ip_adapter_inputs, kwargs.pop("ip_adapter_masks", None), batch)
@@ -447,8 +469,9 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         return made
 
     def _identity_parts(
-        self, personas: Sequence[Sequence[Persona]], scale: Any, factors: Factors | None, batch: Batch
-    ) -> ConditioningParts:
+        self, personas: Sequence[Sequence[Persona]], scale: Any, factors: Factors | None, batch: Batch,
+        regions: Tensor | None = None,
+    ) -> ConditioningParts:  # fmt: skip
         """Return the identity branch for all rows, or empty parts if no person is shown."""
         spec, tokens = identity_spec(self.adapter), self._vision_tokens(personas, 1)
         if spec is None or tokens is None:
@@ -464,9 +487,11 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             by_layer: Mapping[str, Any] = strength if isinstance(strength, dict) else dict.fromkeys(factors, strength)
             strength = {name: by_layer[name] * factor for name, factor in factors.items() if name in by_layer}
         absent_tokens = self._absent_tokens(batch.prompts) if absent and batch.guided else None
-        groups = self._vision_groups(personas, 1)
+        groups, regions_here = self._vision_groups(personas, 1), region_rows(regions, batch, absent_tokens is not None)
         separate = {} if groups is None else {VISION: batch.group_rows(groups, absent_tokens is not None)}
-        return ConditioningParts({VISION: batch.rows(tokens, absent_tokens)}, {VISION: strength}, groups=separate)
+        placed = {} if regions_here is None else {VISION: regions_here}
+        tokens_here = {VISION: batch.rows(tokens, absent_tokens)}
+        return ConditioningParts(tokens_here, {VISION: strength}, placed, separate)
 
     def _ip_adapter_parts(self, images: Any, embeds: Any, masks: Any, batch: Batch) -> Callable[[], ConditioningParts]:
         """Return a function that builds the IP-Adapters' branches.

@@ -9,7 +9,7 @@ not take (for example a ControlNet's picture) apply to the first pass only.
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -26,6 +26,7 @@ from imagine.pipeline.second_pass import (
     covered_latents,
     ellipse_around,
     find_small_faces,
+    people_from_left,
     redraw_faces,
     seed_of,
 )
@@ -88,7 +89,7 @@ class StockSecondPass:
         known = inspect.signature(call).parameters
         whole = {name: known[name].default for name in DEFAULTS} | dict(given)
         whole["cross_attention_kwargs"] = dict(given.get("cross_attention_kwargs") or {})
-        return cls(settings, batch, whole, people, identity, _seeds(given, batch.pictures, pipe), pipe.ip_scales)
+        return cls(settings, batch, whole, people, identity, call_seeds(given, batch.pictures, pipe), pipe.ip_scales)
 
     def refine(self, pipe: Any, out: Any, sibling: Callable[[], Any]) -> tuple[int, list[str]]:
         """Redraw the small faces in a stock call's result, in place.
@@ -105,8 +106,9 @@ class StockSecondPass:
         pictures = as_tensor(images)
         side, within = _redrawn_side(pipe, pictures), self._inpainting_mask(pipe, pictures)
         faces, notes = find_small_faces(pictures, counts, pipe.finder, self.settings, side, within)
+        faces = [self._with_person(face) for face in faces]
         if not faces:
-            return 0, notes
+            return 0, list(notes.values())
         inpainting_pipeline, size = sibling(), cast("tuple[int, int]", tuple(pictures.shape[-2:]))
 
         def redraw(some: Sequence[SmallFace], squares: Tensor) -> list[Tensor | None]:
@@ -118,7 +120,15 @@ class StockSecondPass:
         refined = redraw_faces(pictures, faces, side, self.settings, redraw, 1, within)
         for row in {face.picture for face in refined}:
             _write(images, row, pictures[row])
-        return len(refined), notes
+        return len(refined), list(notes.values())
+
+    def _with_person(self, face: SmallFace) -> SmallFace:
+        """Return a face with its person, who is only known by the place from the left."""
+        prompt, regions = face.picture // self.batch.copies, self.identity.get("regions")
+        if not self.people[prompt]:
+            return face
+        order = people_from_left(None if regions is None else regions[prompt], len(self.people[prompt]))
+        return replace(face, person=order[face.person])
 
     def _redraw_face(self, pipe: Any, face: SmallFace, square: Tensor, size: tuple[int, int]) -> Tensor | None:
         """Redraw a square (3, S, S) in 0..1 with its person. Return None if the safety checker flags the result."""
@@ -148,10 +158,10 @@ class StockSecondPass:
         """
         prompt = face.picture // self.batch.copies
         given = {name: each for name, each in self.given.items() if each is not None and name in taken}
-        call = {name: _value_of_prompt(given[name], prompt) for name in PER_PROMPT_ARGUMENTS if name in given}
+        call = {name: value_of_prompt(given[name], prompt) for name in PER_PROMPT_ARGUMENTS if name in given}
         call |= {name: given[name] for name in SHARED_ARGUMENTS if name in given}
         if (embeds := given.get("ip_adapter_image_embeds")) is not None:
-            call["ip_adapter_image_embeds"] = [_embeds_of_prompt(each, prompt, self.batch.guided) for each in embeds]
+            call["ip_adapter_image_embeds"] = [embeds_of_prompt(each, prompt, self.batch.guided) for each in embeds]
         kwargs = dict(self.given["cross_attention_kwargs"])
         if kwargs.get("ip_adapter_masks") is not None:
             kwargs["ip_adapter_masks"] = _cut_masks(kwargs["ip_adapter_masks"], face, size)
@@ -167,7 +177,7 @@ class StockSecondPass:
             return {}
         return {
             "reference": self.people[prompt][person],
-            "identity_scale": _scale_of_prompt(self.identity["identity_scale"], prompt),
+            "identity_scale": scale_of_prompt(self.identity["identity_scale"], prompt),
             "identity_window": self._window,
             "identity_blocks": self.identity["identity_blocks"],
         }
@@ -181,9 +191,7 @@ class StockSecondPass:
         if not self.people[prompt]:
             return False
         steps = len(self.settings.levels(_count(self.given)))
-        return _any_nonzero(_scale_of_prompt(self.identity["identity_scale"], prompt)) and any(
-            self._window.steps(steps)
-        )
+        return _any_nonzero(scale_of_prompt(self.identity["identity_scale"], prompt)) and any(self._window.steps(steps))
 
     def _people_in(self, prompt: int) -> int:
         """Return the number of people in a prompt's pictures: those of its reference, else those of IP-Adapters."""
@@ -244,7 +252,7 @@ def _redrawn_side(pipe: Any, pictures: Tensor) -> int:
 # --- rows and numbers -------------------------------------------------------------------------------------------------
 
 
-def _seeds(given: Mapping[str, Any], count: int, pipe: Any) -> list[int]:
+def call_seeds(given: Mapping[str, Any], count: int, pipe: Any) -> list[int]:
     """Return one seed per picture, computed from its latents or generator state without drawing from the generator."""
     latents, generator = given.get("latents"), given.get("generator")
     if latents is not None:
@@ -272,23 +280,23 @@ def _steps(settings: RefineFaces, given: Mapping[str, Any]) -> int:
     return requested if int(requested * settings.strength) >= wanted else requested + 1  # diffusers rounds down
 
 
-def _value_of_prompt(value: Any, prompt: int) -> Any:
+def value_of_prompt(value: Any, prompt: int) -> Any:
     """Return one prompt's part of an argument that may have one row per prompt."""
     if isinstance(value, Tensor):
         return value[prompt : prompt + 1]
     return value[prompt % len(value)] if isinstance(value, (list, tuple)) else value
 
 
-def _embeds_of_prompt(embeds: Tensor, prompt: int, guided: bool) -> Tensor:
+def embeds_of_prompt(embeds: Tensor, prompt: int, guided: bool) -> Tensor:
     """Return one prompt's rows of an IP-Adapter's embeddings; the negative row is first if guided."""
     sides = embeds.chunk(2) if guided else (embeds,)
     return torch.cat([side[prompt : prompt + 1] if len(side) > 1 else side for side in sides])
 
 
-def _scale_of_prompt(scale: Any, prompt: int) -> Any:
+def scale_of_prompt(scale: Any, prompt: int) -> Any:
     """Return one prompt's part of an identity scale, which is one number, one per prompt, or a mapping to these."""
     if isinstance(scale, Mapping):
-        return {name: _scale_of_prompt(each, prompt) for name, each in scale.items()}
+        return {name: scale_of_prompt(each, prompt) for name, each in scale.items()}
     each = torch.as_tensor(scale, dtype=torch.float32).flatten()
     return float(each[prompt % len(each)])
 

@@ -19,6 +19,7 @@ from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import FaceBox
 from tests import pictures, tiny
 from tests.commands import Run, assert_refused, generate, process, terminal
+from tests.faces import ColourRecogniser
 
 
 def test_generate_takes_the_controls_of_a_call(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:
@@ -354,6 +355,8 @@ def test_a_face_number_that_is_too_large(run: Run, weights: Path, photo: Path, t
         (["--steps", "many"], "--steps"),
         (["--seed", "-1"], "--seed"),
         (["--guidance-scale", "nan"], "--guidance-scale"),
+        (["--attempts", "0"], "--attempts"),
+        (["--layout", "0,0,1,1"], "layout='0,0,1,1' is unknown"),
         (["--face", "left"], "--face"),
         (["--style", "x"], "--style"),
     ],
@@ -434,4 +437,104 @@ def test_the_people_of_a_picture_are_counted(run: Run, weights: Path, photo: Pat
     assert code == 0 and found["people_found"] == [0, 0]
     warnings = [note for note in found["notes"] if note.startswith("Warning: picture")]
     assert [note.split(" shows ")[0] for note in warnings] == ["Warning: picture 1", "Warning: picture 2"]
-    assert "people_found" not in json.loads(run(*generate(weights, photo, tmp_path / "b.png", "--json"))[1])
+    assert (
+        found["people"]
+        == [[{"name": name, "found": False, "similarity": None, "matched": None} for name in ("a", "b")]] * 2
+    )
+    assert found["attempts"] == [1, 1] and found["seeds"] == [7, 8]
+    plain = json.loads(run(*generate(weights, photo, tmp_path / "b.png", "--json"))[1])
+    assert not {"people_found", "people", "attempts"} & plain.keys()
+
+
+class Squares:
+    """Finds two faces in the pictures drawn (32 pixels), and one in every photo."""
+
+    def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
+        if image.width > 32:
+            return (FaceBox(60, 60, 90, 100, 1.0),)
+        return FaceBox(2, 4, 12, 20, 1.0), FaceBox(18, 4, 12, 20, 1.0)
+
+
+class Sides(ColourRecogniser):
+    """Photos are like every face in the left half of a picture, and unlike those in the right half."""
+
+    def embed(self, image: Image.Image, face: FaceBox) -> Any:
+        return np.full(3, float(image.width == 32 and face.left > 16))
+
+
+def test_attempts_layout_and_people(
+    run: Run, weights: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    usual = ImaginePipeline.__call__
+    recogniser = Sides()
+
+    def called(self: ImaginePipeline, *arguments: Any, **options: Any) -> Any:
+        seen.append((options["layout"], options["attempts"]))
+        return usual(self, *arguments, **options)
+
+    monkeypatch.setattr(ImaginePipeline, "__call__", called)
+    monkeypatch.setattr("imagine.people.reference_encoder.default_finder", lambda folder: Squares())
+    monkeypatch.setattr("imagine.people.reference_encoder._photo_recogniser", lambda: recogniser)
+    monkeypatch.setattr(ImaginePipeline, "_picture_recogniser", lambda self: recogniser)
+    first = ["generate", "--weights", weights, "--seed", 7, "--steps", 2, "--output", tmp_path / "a.png"]
+    first += [
+        "--prompt",
+        "{ann} hugs the old man",
+        "--reference",
+        f"ann={photo}",
+        "--reference",
+        f"the old man={photo}",
+    ]
+    boxes = ["--layout", "ann=0,0,.5,1", "--layout", "the old man=.5,0,1,1"]
+    code, out, err = run(*first, *boxes, "--attempts", 3, "--num-images", 2, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert seen == [({"ann": [0, 0, 0.5, 1], "the old man": [0.5, 0, 1, 1]}, 3)]
+    assert found["people"][0] == [
+        {"name": "ann", "found": True, "similarity": 1.0, "matched": True},
+        {"name": "the old man", "found": True, "similarity": -0.732, "matched": False},
+    ]
+    assert found["attempts"] == [3, 3] and len(found["seeds"]) == 2
+    code, out, _ = run(*first, "--layout", "left to right")
+    assert code == 0 and seen[1] == ("left to right", 1)
+    assert "Picture 1: ann found, similarity 1.00, matched.\n" in out
+    assert "Picture 1: the old man found, similarity -0.73, not matched.\n" in out
+    for wrong, message in (
+        (["ann=0,0,1"], "--layout ann=0,0,1 is not NAME=LEFT,TOP,RIGHT,BOTTOM"),
+        (["ann=a,b,c,d"], "is not NAME=LEFT"),
+        (["left to right", "ann=0,0,1,1"], "--layout left to right is not"),
+        (["ann=0,0,.6,1", "the old man=.4,0,1,1"], "'ann' and 'the old man' overlap by 33%"),
+        (["eve=0,0,1,1"], "The layout names 'eve', but the references are for 'ann' and 'the old man'"),
+    ):
+        code, out, err = run(*first, *(each for place in wrong for each in ("--layout", place)))
+        assert_refused(code, out, err)
+        assert message in err
+
+
+def test_a_picture_that_was_drawn_again_has_its_own_seed_in_the_result(
+    run: Run, weights: Path, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FromTheSecond(ColourRecogniser):
+        """Takes the faces of all pictures but the first one for those of the photo; a picture has two faces."""
+
+        embedded = 0
+
+        def embed(self, image: Image.Image, face: FaceBox) -> Any:
+            if image.width > 32:
+                return np.zeros(3)
+            self.embedded += 1
+            return np.full(3, float(self.embedded <= 2))
+
+    recogniser = FromTheSecond()
+    monkeypatch.setattr("imagine.people.reference_encoder.default_finder", lambda folder: Squares())
+    monkeypatch.setattr("imagine.people.reference_encoder._photo_recogniser", lambda: recogniser)
+    monkeypatch.setattr(ImaginePipeline, "_picture_recogniser", lambda self: recogniser)
+    code, out, _ = run(*generate(weights, photo, tmp_path / "a.png", "--attempts", 3, "--json"))
+    found = json.loads(out)
+    assert code == 0 and found["attempts"] == [2] and found["people"][0][0]["matched"]
+    (seed,) = found["seeds"]
+    assert seed != 7 and found["notes"] == [f"Picture 1 was drawn 2 times; the seed {seed} draws it at once."]
+    assert run(*generate(weights, photo, tmp_path / "b.png", "--seed", seed))[0] == 0
+    first, again = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert (first == again).all()

@@ -126,7 +126,8 @@ def test_several_people_are_assigned_from_left_to_right(pipe: ImaginePipeline, p
     out = draw(pipe, both, [SMALL, OTHER], prompt=prompt, refine_faces=True)
     assert out.refined == 2
     out = draw(pipe, both, [SMALL], prompt=prompt, refine_faces=True)
-    assert out.refined == 0 and out.notes == ["Picture 1: one face was found for 2 people, so no face was refined."]
+    note = "Picture 1: one face was found for 2 people, so no face was refined."
+    assert out.refined == 0 and out.notes[0] == note and out.notes[1].startswith("Warning: picture 1 shows 1 of 2")
     assert draw(pipe, people[0], [], refine_faces=True).notes == [
         "Picture 1: no face was found for one person, so no face was refined."
     ]
@@ -228,3 +229,24 @@ def test_invalid_settings_raise(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         draw(pipe, people[0], [SMALL], refine_faces=given, output_type=output_type)
+
+
+def test_a_layout_says_who_is_on_the_left(
+    pipe: ImaginePipeline, people: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, FaceBox]] = []
+
+    def redraw(faces: Any, squares: torch.Tensor, second_pass: Any) -> torch.Tensor:
+        seen.extend((face.person, face.box) for face in faces)
+        return squares
+
+    monkeypatch.setattr(pipe, "_redraw", redraw)
+    prompt = "{ann} in a red hat, looking to {bob}"
+    boxes = {"ann": (0.5, 0, 1, 1), "bob": (0, 0, 0.5, 1)}
+    for reference, layout in (
+        ({"ann": people[0], "bob": people[1]}, None),
+        ({"ann": people[0], "bob": people[1]}, boxes),
+        ({"bob": people[1], "ann": people[0]}, "left to right"),
+    ):
+        draw(pipe, reference, [OTHER, SMALL], prompt=prompt, refine_faces=True, layout=layout)
+    assert seen == [(0, SMALL), (1, OTHER)] + [(1, SMALL), (0, OTHER)] * 2

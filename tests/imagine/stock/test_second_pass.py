@@ -105,7 +105,7 @@ def test_each_of_several_people_is_drawn_into_their_own_face(pipe: Any, people: 
         result(pipe, prompt=prompt, reference={"a": people[a], "b": people[b]}, **LATE)
         for a, b in ((0, 1), (0, 2), (2, 1))
     )
-    assert ab.refined == 2 and not ab.notes
+    assert ab.refined == 2 and not any("refined" in note for note in ab.notes)
     left, right = shown(LEFT), shown(RIGHT)
     assert torch.equal(ab.images[..., left], ac.images[..., left])
     assert not same(ab.images[..., right], ac.images[..., right])
@@ -113,7 +113,8 @@ def test_each_of_several_people_is_drawn_into_their_own_face(pipe: Any, people: 
     assert not same(ab.images[..., left], cb.images[..., left])
     pipe.finder = KnownBoxesFinder([LEFT])
     out = result(pipe, prompt=prompt, reference={"a": people[0], "b": people[1]}, refine_faces=True)
-    assert out.refined == 0 and out.notes == ["Picture 1: one face was found for 2 people, so no face was refined."]
+    assert out.refined == 0
+    assert "Picture 1: one face was found for 2 people, so no face was refined." in out.notes
 
 
 def test_a_batch_is_refined_as_its_pictures_are_alone(pipe: Any, people: list[Any]):
