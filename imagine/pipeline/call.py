@@ -56,14 +56,15 @@ class StepCallback:
         return cls(callback, tuple(inputs))
 
 
-def checked_attempts(attempts: Any, requests: Sequence[Request], output_type: str) -> int:
+def checked_attempts(attempts: int, requests: Sequence[Request], output_type: str) -> int:
     """Return the most attempts at each picture of a call, and 0 if its pictures are not checked.
 
     They are checked if the call may draw them again, and if one of them should show several people. Raises ConfigError
     for a wrong number, or if latents are wanted, in which no face can be found.
     """
     most = max((len(request.people) for request in requests), default=0)
-    if whole("attempts", attempts) > 1 and output_type == "latent":
+    attempts = whole("attempts", attempts)
+    if attempts > 1 and output_type == "latent":
         raise ConfigError("attempts needs pictures to look for faces: choose output_type pil, np or pt.")
     return attempts if output_type != "latent" and most > (0 if attempts > 1 else 1) else 0
 

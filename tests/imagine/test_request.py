@@ -2,6 +2,10 @@
 
 from typing import Any
 
+import numpy as np
+import pytest
+import torch
+
 from imagine.errors import ConfigError, PromptError
 from imagine.request import (
     Person,
