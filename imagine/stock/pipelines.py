@@ -487,9 +487,9 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             by_layer: Mapping[str, Any] = strength if isinstance(strength, dict) else dict.fromkeys(factors, strength)
             strength = {name: by_layer[name] * factor for name, factor in factors.items() if name in by_layer}
         absent_tokens = self._absent_tokens(batch.prompts) if absent and batch.guided else None
-        groups, regions_here = self._vision_groups(personas, 1), region_rows(regions, batch, absent_tokens is not None)
+        groups, placed_rows = self._vision_groups(personas, 1), region_rows(regions, batch, absent_tokens is not None)
         separate = {} if groups is None else {VISION: batch.group_rows(groups, absent_tokens is not None)}
-        placed = {} if regions_here is None else {VISION: regions_here}
+        placed = {} if placed_rows is None else {VISION: placed_rows}
         tokens_here = {VISION: batch.rows(tokens, absent_tokens)}
         return ConditioningParts(tokens_here, {VISION: strength}, placed, separate)
 
