@@ -46,7 +46,7 @@ def reference_regions(
     factor = int(pipe.vae_scale_factor)
     height, width = (max(1, side // factor) for side in drawn_size(pipe, given))
     several = any(len(request.people) > 1 for request in requests)
-    keeps_apart = getattr(spec, "router", False) or getattr(spec, "people", "") == "concatenate"
+    keeps_apart = spec is not None and (spec.router or spec.people == "concatenate")
     if layout is not None or spec is None or not several or keeps_apart:
         return call_regions(layout, requests, (height, width)), []
     return call_regions(LEFT_TO_RIGHT, requests, (height, width)), [PLACED_NOTE]

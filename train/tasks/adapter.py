@@ -339,4 +339,6 @@ class AdapterTask(BaseTask):
     def export(self, folder: Path) -> None:
         super().export(folder)
         self.vision.save_pretrained(folder / "image_encoder")
-        self.adapter.save(folder / "adapter", {**ADAPTER_FACTS, "tokens": str(self.vision.tokens)})
+        most = max((group.pictures.gallery.people for group in self.groups.values()), default=1)
+        people = {"people": str(most)} if most > 1 else {}  # pictures of several people then get wider canvases
+        self.adapter.save(folder / "adapter", {**ADAPTER_FACTS, "tokens": str(self.vision.tokens), **people})

@@ -153,10 +153,16 @@ def test_other_projections_give_the_same_in_a_batch_as_alone(projection: str):
     assert not same(draw(pipe, reference=tiny.photo(2)), draw(pipe, reference=references[1]))
 
 
-@pytest.mark.parametrize(("router", "absent"), [(True, "off"), (True, "zeros"), (False, "zeros")])
-def test_pictures_of_several_people_are_in_a_batch_as_alone(router: bool, absent: str):
+@pytest.mark.parametrize(
+    ("router", "absent", "people"),
+    [
+        (True, "off", "separate"), (True, "zeros", "separate"), (False, "zeros", "separate"),
+        (False, "zeros", "concatenate"),
+    ],
+)  # fmt: skip
+def test_pictures_of_several_people_are_in_a_batch_as_alone(router: bool, absent: str, people: str):
     pipe = tiny_stock.personal(tiny_stock.stock())
-    pipe.load_adapter(tiny_stock.identity(pipe.unet, absent=absent, router=router))
+    pipe.load_adapter(tiny_stock.identity(pipe.unet, absent=absent, router=router, people=people))
     for routing in pipe.adapter.parts().get("vision_router", []):
         torch.nn.init.normal_(routing, std=0.5)
     prompts = ["{a} hugs {b}", "{a} smiles", "a tree"]
@@ -167,8 +173,8 @@ def test_pictures_of_several_people_are_in_a_batch_as_alone(router: bool, absent
     for row, reference in enumerate(references):
         assert same(together[row : row + 1], draw(pipe, prompts[row], reference=reference, seed=row))
     exchanged = draw(pipe, prompts[0], reference={"a": two["b"], "b": two["a"]}, seed=0)
-    # A router tells people apart by their order; one softmax does not.
-    assert same(exchanged, together[:1]) == (not router)
+    # A router tells people apart by their order, and columns by their place; one softmax does not.
+    assert same(exchanged, together[:1]) == (people == "concatenate")
 
 
 def test_the_stock_image_encoder_encodes_references_without_a_vision_encoder():

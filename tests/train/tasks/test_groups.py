@@ -11,8 +11,13 @@ from typing import Any, ClassVar, Literal
 import pytest
 import torch
 
+from imagine import world
+from imagine.adapter.adapter import Adapter
 from imagine.errors import ConfigError
 from imagine.networks.models import build_autoencoder
+from imagine.pipeline import layout
+from imagine.pipeline.layout import trained_people
+from imagine.world import VERSION
 from train.data.language import make_tokenizers
 from train.data.order import spread
 from train.task import TaskContext
@@ -119,6 +124,18 @@ def test_validation_tells_how_well_the_routers_find_each_person(tmp_path: Path) 
     for name in GROUPS:
         assert numbers[f"{name} loss"] > 0 and 0 <= numbers[f"{name} router iou"] <= 1
         assert numbers[f"{name} exchanged ratio"] == pytest.approx(1, abs=0.2)  # the gates start at zero
+
+
+def test_the_adapters_file_says_how_many_people_it_was_trained_with(tmp_path: Path) -> None:
+    task().export(tmp_path)
+    saved = Adapter.load(tmp_path / "adapter", task().unet)
+    assert trained_people(saved.metadata) == 3
+    assert saved.metadata["world"] == VERSION
+
+
+def test_pictures_of_several_people_have_the_canvas_of_the_world() -> None:
+    for people in (1, 2, 3, 4):
+        assert layout.canvas_shape(people, 128) == world.canvas_shape(people, 128)
 
 
 def test_concatenation_is_the_baseline_without_a_router(tmp_path: Path) -> None:
