@@ -12,13 +12,9 @@ The run writes each picture when it is made, and an interrupted run resumes afte
 reads the pictures back from disk, so a resumed run and an uninterrupted one judge the same pixels.
 """
 
-import hashlib
 import json
-import os
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +34,17 @@ from imagine.evaluation.cases import (
     make_cases,
 )
 from imagine.evaluation.judge import Judge
+from imagine.evaluation.run_folder import (
+    check_settings_file,
+    commit,
+    config_error_on_failure,
+    fingerprint,
+    generator_for,
+    read_picture,
+    save_atomically,
+)
 from imagine.evaluation.scores import METRICS, score, summarise
 from imagine.evaluation.suites import Prompt, load_suite
-from imagine.networks import weights
-from imagine.paths import PACKAGE, kind_of
 from imagine.pipeline.notes import world_notes
 from imagine.records import Progress, no_progress
 from imagine.world import VERSION, render
@@ -77,7 +80,7 @@ def run(
     judge = judge or Judge.from_pretrained()
     cases = make_cases(chosen[:prompts], identities, seed, gallery)
     settings = {"suite": suite, "identities": identities, "prompts": prompts, "seed": seed, "world": VERSION}
-    _check_settings_file(output, {**settings, "options": dict(options or {}), "weights": fingerprint(pipeline)})
+    check_settings_file(output, {**settings, "options": dict(options or {}), "weights": fingerprint(pipeline)})
     started = time.monotonic()
     progress("rendering the references", 0, 0)
     references = _render_references(cases, output)
@@ -97,24 +100,11 @@ def run(
     return summary
 
 
-def fingerprint(pipeline: Any) -> str:
-    """Return a short hash of the pipeline's weights and defaults, to recognise pictures that other weights made."""
-    digest = hashlib.sha256()
-    for name, part in sorted(pipeline.components.items()):
-        if isinstance(part, torch.nn.Module):
-            # Only one of the fingerprint's two rounding schemes, so that runs of earlier versions can be resumed.
-            digest.update(f"{name} {weights.fingerprint(part)[:16]}".encode())
-    for name, value in sorted(pipeline.config.items()):
-        if name.startswith(("default_", "latents_")):
-            digest.update(f"{name} {value}".encode())
-    return digest.hexdigest()[:16]
-
-
 def _render_references(cases: Cases, output: Path) -> list[Image.Image]:
     pictures = render(cases.people[: cases.identities], cases.references).images
     images = [report.to_pil(picture) for picture in pictures]
     for index, image in enumerate(images):
-        _save_atomically(image, output / "pictures" / "reference" / f"{index:03}.png")
+        save_atomically(image, output / "pictures" / "reference" / f"{index:03}.png")
     return images
 
 
@@ -152,18 +142,14 @@ def _draw(
         drawn = pipeline(
             [cases.prompt(case).text for case in some],
             reference=[personas[case // len(cases.prompts)] for case in some] if row == "full" else None,
-            generator=[_generator_for(seed, case) for case in some],
+            generator=[generator_for(seed, case) for case in some],
             output_type="pil",
             **options,
         )
         for case, image in zip(some, drawn.images, strict=True):
-            _save_atomically(image, _picture_path(output, row, cases, case))
+            save_atomically(image, _picture_path(output, row, cases, case))
         done += len(some)
         progress("drawing", done, total)
-
-
-def _generator_for(seed: int, case: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + case) % 2**63)  # torch accepts no larger seeds
 
 
 def _batches(todo: Sequence[tuple[str, int]], batch: int) -> Iterator[tuple[str, list[int]]]:
@@ -185,35 +171,6 @@ def _from_disk(output: Path, row: str, cases: Cases) -> PictureLoader:
     return pictures
 
 
-def read_picture(path: Path) -> Tensor:
-    """Read a picture file as (3, H, W) in 0..1. Raises ConfigError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return report.to_tensor(image)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read as a picture: delete it, and the run draws it again.") from error
-
-
-def _save_atomically(image: Image.Image, path: Path) -> None:
-    """Write to a temporary file and rename it, so that a file that exists is always a complete picture."""
-    with _config_error_on_failure(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".part")
-        image.save(partial_path, format="PNG")
-        os.replace(partial_path, path)
-
-
-@contextmanager
-def _config_error_on_failure(path: Path) -> Iterator[None]:
-    """Turn an OSError while a file is written into a ConfigError."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written ({error.strerror or error}): free some disk space, or choose another --output."
-        ) from error
-
-
 # ---- the run folder ----
 
 
@@ -226,55 +183,12 @@ def _check(suite: Sequence[Prompt], identities: int, prompts: int, rows: Sequenc
         raise ConfigError(f"Rows {', '.join(rows) or '(none)'} cannot be drawn: choose from {', '.join(DRAWN_ROWS)}.")
 
 
-def _check_settings_file(output: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of this evaluation into the folder. Raises ConfigError if it holds other settings."""
-    path = output / "evaluation.json"
-    wanted = json.loads(json.dumps(settings, default=str))
-    if kind_of(path, ConfigError) != "nothing":
-        found = _read_settings_file(path)
-        if found != wanted:
-            other = ", ".join(key for key in wanted if found.get(key) != wanted[key])
-            raise ConfigError(f"{output} holds an evaluation with other {other}: choose another --output folder.")
-    with _config_error_on_failure(path):
-        output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_settings_file(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is damaged, so the pictures beside it cannot be assigned to an evaluation: choose another "
-            "--output folder."
-        ) from error
-
-
-def commit() -> str | None:
-    """Return the commit of the checkout that holds this module, with "-dirty" if files were changed since; else None.
-
-    The result is also None for a package that is installed in a folder inside another project's repository.
-    """
-    root = PACKAGE.parent
-    try:
-        if Path(_git(root, "rev-parse", "--show-toplevel")).resolve() != root:
-            return None
-        changed = _git(root, "--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
-        return _git(root, "rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(root: Path, *words: str) -> str:
-    return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def _write(
     output: Path, summary: Mapping[str, Any], cases: Cases, scores: Mapping[str, Mapping[str, Tensor]],
     judged: Mapping[str, Judged], rows: Sequence[str],
 ) -> None:  # fmt: skip
     samples = _samples(output, rows[0], cases)
-    with _config_error_on_failure(output / "report.html"):
+    with config_error_on_failure(output / "report.html"):
         with (output / "pictures.jsonl").open("w", encoding="utf-8") as lines:
             for row in rows:
                 for case in range(len(cases)):

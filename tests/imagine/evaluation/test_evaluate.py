@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from imagine.errors import ConfigError
-from imagine.evaluation import cases, evaluate, metrics, report, scores
+from imagine.evaluation import cases, evaluate, metrics, report, run_folder, scores
 from imagine.evaluation.judge import Judge, Reader
 from imagine.evaluation.suites import PORTRAITS, SUITES, contexts_for, load_suite
 from imagine.networks.recogniser import Recogniser
@@ -226,9 +226,9 @@ def test_the_report_has_the_documented_fields(straight: tuple[dict[str, Any], Pa
 
 
 def test_the_commit_is_none_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "PACKAGE", tmp_path / "imagine")
+    monkeypatch.setattr(run_folder, "PACKAGE", tmp_path / "imagine")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert evaluate.commit() is None
+    assert run_folder.commit() is None
 
 
 def test_the_commit_is_never_that_of_another_repository_and_marks_changed_files(
@@ -245,12 +245,12 @@ def test_the_commit_is_never_that_of_another_repository_and_marks_changed_files(
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "First.")
-    monkeypatch.setattr(evaluate, "PACKAGE", file.parent)
-    assert evaluate.commit() == git("rev-parse", "HEAD")
+    monkeypatch.setattr(run_folder, "PACKAGE", file.parent)
+    assert run_folder.commit() == git("rev-parse", "HEAD")
     file.write_text("changed")
-    assert evaluate.commit() == git("rev-parse", "HEAD") + "-dirty"
-    monkeypatch.setattr(evaluate, "PACKAGE", installed.parent)
-    assert evaluate.commit() is None
+    assert run_folder.commit() == git("rev-parse", "HEAD") + "-dirty"
+    monkeypatch.setattr(run_folder, "PACKAGE", installed.parent)
+    assert run_folder.commit() is None
 
 
 def test_every_picture_has_its_line(straight: tuple[dict[str, Any], Path]) -> None:
@@ -301,7 +301,7 @@ def test_a_real_pipeline_is_evaluated_the_same_in_any_batch(judge: Judge, tmp_pa
             one, two = summary["rows"][row][name]["value"], again["rows"][row][name]["value"]
             assert one == pytest.approx(two, abs=0.02), (row, name)
     pictures = {
-        row: [evaluate.read_picture(path) for path in sorted((tmp_path / "one" / "pictures" / row).iterdir())]
+        row: [run_folder.read_picture(path) for path in sorted((tmp_path / "one" / "pictures" / row).iterdir())]
         for row in ("full", "detached")
     }
     differ = [not torch.equal(a, b) for a, b in zip(pictures["full"], pictures["detached"], strict=True)]
@@ -372,9 +372,9 @@ def test_a_file_that_cannot_be_written_or_read_during_the_run_is_one_sentence(ju
 
 
 def test_every_seed_gives_noise_and_the_noise_is_pinned() -> None:
-    assert evaluate._generator_for(3, 5).initial_seed() == 3 * 1_000_003 + 5
+    assert run_folder.generator_for(3, 5).initial_seed() == 3 * 1_000_003 + 5
     last = 2**63 - 1  # the largest that the command line accepts
-    assert evaluate._generator_for(last, 5).initial_seed() != evaluate._generator_for(last, 6).initial_seed()
+    assert run_folder.generator_for(last, 5).initial_seed() != run_folder.generator_for(last, 6).initial_seed()
 
 
 # --- contact sheets ---------------------------------------------------------------------------------------------------
