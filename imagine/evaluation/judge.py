@@ -163,13 +163,21 @@ class Judge:
     """The recogniser and the reader, with a function that finds the face in pictures without a box.
 
     `find_boxes` is any function from pictures to one box each (`boxes_by` makes one from a face finder). Without it,
-    every picture gets the prior box, the typical place of a face in this world.
+    every picture gets the prior box, the typical place of a face in this world. `finder` finds all faces in pictures of
+    several people, which cannot be judged without it.
     """
 
-    def __init__(self, recogniser: Recogniser, reader: Reader, find_boxes: FaceBoxes | None = None) -> None:
+    def __init__(
+        self,
+        recogniser: Recogniser,
+        reader: Reader,
+        find_boxes: FaceBoxes | None = None,
+        finder: FaceFinder | None = None,
+    ) -> None:
         self.recogniser = recogniser.eval().requires_grad_(False)
         self.reader = reader.eval().requires_grad_(False)
         self.find_boxes = find_boxes or prior_boxes
+        self.finder = finder
 
     @classmethod
     def from_pretrained(cls, folder: str | Path | None = None, find_boxes: FaceBoxes | None = None) -> "Judge":
@@ -180,9 +188,10 @@ class Judge:
         """
         folder = default_folder() / "judge" if folder is None else Path(folder)
         finder_folder = folder.parent / "finder"
-        if find_boxes is None and finder_folder.is_dir():
-            find_boxes = boxes_by(LearnedFinder.from_folder(finder_folder))
-        return cls(Recogniser.load(folder / "recogniser"), Reader.load(folder / "reader"), find_boxes)
+        finder = LearnedFinder.from_folder(finder_folder) if finder_folder.is_dir() else None
+        if find_boxes is None and finder is not None:
+            find_boxes = boxes_by(finder)
+        return cls(Recogniser.load(folder / "recogniser"), Reader.load(folder / "reader"), find_boxes, finder)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         self.recogniser.save(Path(folder) / "recogniser", dtype)
