@@ -24,11 +24,13 @@ def add_commands(commands: Any) -> None:
     arguments.add_device(command)
     command.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for report.html, "
                          "report.json and the pictures; an interrupted evaluation resumes there")  # fmt: skip
-    command.add_argument("--suite", default="portraits", metavar="NAME", help="set of prompts (default: portraits)")
-    command.add_argument("--identities", type=arguments.positive, default=51, metavar="N", help="number of people, at "
-                         "least 2 (default: 51)")  # fmt: skip
-    command.add_argument("--prompts", type=arguments.positive, default=13, metavar="N", help="number of prompts for "
-                         "each person (default: 13)")  # fmt: skip
+    command.add_argument("--suite", default="portraits", metavar="NAME", help="portraits (one person in each picture) "
+                         "or people (two and three); default: portraits")  # fmt: skip
+    command.add_argument("--identities", type=arguments.positive, metavar="N", help="number of people, at least 2 "
+                         "(default: 51); in the suite people, of pairs (default: 100), and half as many groups of "
+                         "three")  # fmt: skip
+    command.add_argument("--prompts", type=arguments.positive, metavar="N", help="number of prompts for each person "
+                         "(default: 13) or group (default: 5)")  # fmt: skip
     command.add_argument("--seed", type=arguments.seed, default=0, metavar="N", help="of people and noise (default: 0)")
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from imagine.errors import ConfigError
-from imagine.evaluation import report
+from imagine.evaluation import group_evaluate, report
 from imagine.evaluation.cases import (
     GALLERY,
     Cases,
@@ -33,6 +33,7 @@ from imagine.evaluation.cases import (
     judge_real_pictures,
     make_cases,
 )
+from imagine.evaluation.group_suites import GROUP_SUITES
 from imagine.evaluation.judge import Judge
 from imagine.evaluation.run_folder import (
     check_settings_file,
@@ -51,14 +52,16 @@ from imagine.world import VERSION, render
 
 FORMAT_VERSION = 1
 DRAWN_ROWS = ("full", "detached")
+IDENTITIES = {"portraits": 51, "people": 100}  # defaults: people, or pairs of people
+PROMPTS = {"portraits": 13, "people": 5}
 
 
 def run(
     pipeline: Any,
     output: str | Path,
     suite: str = "portraits",
-    identities: int = 51,
-    prompts: int = 13,
+    identities: int | None = None,
+    prompts: int | None = None,
     seed: int = 0,
     judge: Judge | None = None,
     rows: Sequence[str] = DRAWN_ROWS,
@@ -69,11 +72,18 @@ def run(
 ) -> dict[str, Any]:
     """Evaluate `pipeline` and write report.json, report.html, samples.png and pictures/ into `output`.
 
-    `rows` are those the pipeline draws ("full", "detached"); `options` go to every call (steps, guidance ...);
-    `gallery` is how many people rank-1 chooses among; `progress` is called as the stages advance. Returns what
-    report.json holds. Raises ConfigError for an unknown suite or row, counts out of range, or an `output` that cannot
-    be written or holds another evaluation.
+    Suite "people" draws several people in each picture (see `group_evaluate.run`); `rows` and `gallery` do not apply to
+    it. `identities` and `prompts` have a default for each suite. `rows` are those the pipeline draws ("full",
+    "detached"); `options` go to every call (steps, guidance ...); `gallery` is how many people rank-1 chooses among;
+    `progress` is called as the stages advance. Returns what report.json holds. Raises ConfigError for an unknown suite
+    or row, counts out of range, or an `output` that cannot be written or holds another evaluation.
     """
+    identities = IDENTITIES.get(suite, 0) if identities is None else identities
+    prompts = PROMPTS.get(suite, 0) if prompts is None else prompts
+    if suite in GROUP_SUITES:
+        return group_evaluate.run(
+            pipeline, output, suite, identities, prompts, seed, judge, batch, options, progress=progress
+        )
     output = Path(output)
     chosen = load_suite(suite)
     _check(chosen, identities, prompts, rows)

@@ -21,7 +21,7 @@ from imagine.evaluation.metrics import similarity
 from imagine.evaluation.report import to_pil
 from imagine.evaluation.suites import contexts_for
 from imagine.people.assignment import assign
-from imagine.people.faces import CROP_RISE, CROP_SIDE, crop_unmasked
+from imagine.people.faces import CROP_RISE, CROP_SIDE, FaceFinder, crop_unmasked
 from imagine.records import Progress, no_progress
 from imagine.world import Contexts, People, render, sample_people, seeds
 
@@ -142,14 +142,17 @@ def identify(similarities: Tensor, threshold: float) -> Identified:
     return Identified(columns, scores, present, doubled)
 
 
-def find_faces(judge: Judge, images: Tensor) -> list[Tensor]:
-    """Return the boxes of all faces in each picture, (F, 4): left, top, width and height in pixels.
-
-    Raises ConfigError if the judge has no face finder.
-    """
+def require_finder(judge: Judge) -> FaceFinder:
+    """Return the judge's face finder. Raises ConfigError if it has none."""
     if judge.finder is None:
         raise ConfigError("This suite needs a judge with a face finder: give weights that have a finder/ folder.")
-    found = [judge.finder.find(to_pil(image)) for image in images]
+    return judge.finder
+
+
+def find_faces(judge: Judge, images: Tensor) -> list[Tensor]:
+    """Return the boxes of all faces in each picture, (F, 4): left, top, width and height in pixels."""
+    finder = require_finder(judge)
+    found = [finder.find(to_pil(image)) for image in images]
     return [torch.tensor([[f.left, f.top, f.width, f.height] for f in faces]).view(-1, 4) for faces in found]
 
 

@@ -62,9 +62,19 @@ def bootstrap(values: Tensor, seed: int = 0, resamples: int = 2000, level: float
 
     The bootstrap draws identities with replacement.
     """
+    return bootstrap_ratio(values, torch.ones_like(values), seed, resamples, level)
+
+
+def bootstrap_ratio(
+    counts: Tensor, totals: Tensor, seed: int = 0, resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Return the percentile confidence interval of sum(counts) / sum(totals), (I,) each, one per group of people.
+
+    The bootstrap draws groups with replacement.
+    """
     random = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(values), (resamples, len(values)), generator=random)
-    means = values.double()[rows].mean(1)
+    rows = torch.randint(len(counts), (resamples, len(counts)), generator=random)
+    shares = counts.double()[rows].sum(1) / totals.double()[rows].sum(1)
     tail = (1 - level) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(shares, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 MARGIN = 10
@@ -21,12 +21,17 @@ TITLES = {
     "sim_ref": "SimRef: similarity to the reference",
     "rank1": "Rank-1 among the people in the gallery",
     "copy_paste": "Copy-paste (0: none, 1: a copy of the reference)",
+    "present": "Present: share of people who are in their picture",
+    "doubled": "Doubled: share of pictures that show one person twice",
+    "assigned": "Assigned: share of pictures with everyone, in the requested places",
+    "attributes": "Attributes: share of what is asked of each person that was found",
+    "exchanged": "Exchanged: share of pairs that change places when their references do",
 }
 ROW_TITLES = {
     "full": "pipeline",
     "detached": "adapter detached",
     "ceiling": "real renders (ceiling)",
-    "other": "real renders of another person",
+    "other": "real renders of other people",
     "copy": "the reference itself",
 }
 
@@ -51,15 +56,23 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def contact_sheet(
-    headers: Sequence[str], rows: Sequence[Sequence[Cell]], side: int = 128, title: str = ""
+    headers: Sequence[str],
+    rows: Sequence[Sequence[Cell]],
+    side: int = 128,
+    title: str = "",
+    height: int | None = None,
 ) -> Image.Image:
-    """Draw rows of pictures under wrapped headers, with one column per header and pictures of `side` px."""
+    """Draw rows of pictures under wrapped headers, with one column per header.
+
+    Each picture is scaled to fit into `side` x `height` px; without `height`, into a square.
+    """
+    height = height or side
     font, bold = ImageFont.load_default(size=11), ImageFont.load_default(size=16)
     wrapped = [_wrap(header, font, side) for header in headers]
     title_height = 30 if title else 0
     top = MARGIN + title_height + 14 * max(map(len, wrapped)) + 6
     notes = max((len(cell.notes) for row in rows for cell in row), default=0)
-    step = side + 14 * notes + MARGIN
+    step = height + 14 * notes + MARGIN
     sheet = Image.new("RGB", (MARGIN + (side + MARGIN) * len(headers), top + step * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN), title, fill="black", font=bold)
@@ -69,18 +82,18 @@ def contact_sheet(
             pen.text((MARGIN + column * (side + MARGIN), y), line, fill="black", font=font)
     for number, row in enumerate(rows):
         for column, cell in enumerate(row):
-            _place(sheet, pen, cell, (MARGIN + column * (side + MARGIN), top + number * step), side, font)
+            _place(sheet, pen, cell, (MARGIN + column * (side + MARGIN), top + number * step), (side, height), font)
     return sheet
 
 
 def _place(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: Cell, corner: tuple[int, int], side: int, font: Any
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: Cell, corner: tuple[int, int], size: tuple[int, int], font: Any
 ) -> None:
     left, top = corner
-    sheet.paste(cell.image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), corner)
+    sheet.paste(ImageOps.pad(cell.image.convert("RGB"), size, Image.Resampling.LANCZOS, "white"), corner)
     for number, (note, good) in enumerate(cell.notes):
         colour = {None: "#333333", True: "#1a7f37", False: "#b42318"}[good]
-        pen.text((left, top + side + 1 + 14 * number), note, fill=colour, font=font)
+        pen.text((left, top + size[1] + 1 + 14 * number), note, fill=colour, font=font)
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:
@@ -103,14 +116,19 @@ def html(summary: Mapping[str, Any]) -> str:
     rows = list(summary["rows"])
     parts = [
         f"<h1>Evaluation: {markup.escape(str(summary['suite']))}</h1><p>{markup.escape(facts)}</p>",
-        "<h2>Metrics</h2>", _metrics_table(summary),
-        "<h2>Rows</h2>", _rows_table(summary["rows"]),
-        "<h2>Prompt attributes found</h2>", _share_table(summary["attributes"], rows, "asked"),
+        "<h2>Metrics</h2>", metrics_table(summary["metrics"], summary["of_ceiling"]),
+        "<h2>Rows</h2>", rows_table(summary["rows"]),
+        "<h2>Prompt attributes found</h2>", share_table(summary["attributes"], rows, "asked"),
         "<h2>Leakage: the reference's attribute appears where the prompt requests another</h2>",
-        _share_table(summary["leakage"], rows, "possible"),
+        share_table(summary["leakage"], rows, "possible"),
         "<h2>Prompt groups</h2>", _groups_table(summary["groups"]),
         '<h2>Samples</h2><img src="samples.png" alt="references and pictures">',
     ]  # fmt: skip
+    return page(parts)
+
+
+def page(parts: Sequence[str]) -> str:
+    """Return an HTML page of these parts."""
     style = (
         "body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
         "table{border-collapse:collapse;margin:.5em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;"
@@ -120,19 +138,20 @@ def html(summary: Mapping[str, Any]) -> str:
     return head + "\n".join(parts) + "</html>\n"
 
 
-def _metrics_table(summary: Mapping[str, Any]) -> str:
-    of_ceiling = summary["of_ceiling"]
+def metrics_table(metrics: Mapping[str, Mapping[str, float]], of_ceiling: Mapping[str, float]) -> str:
+    """Return the table of the metrics with their intervals; `of_ceiling` has the shares of the ceiling to show."""
     body = [
         [
             TITLES[name], f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}", f"{m['ceiling']:.3f}",
             f"{m['floor']:.3f}", f"{of_ceiling[name]:.0%}" if name in of_ceiling else "",
         ]
-        for name, m in summary["metrics"].items()
+        for name, m in metrics.items()
     ]  # fmt: skip
     return _table(["", "value", "95 % interval", "ceiling", "floor", "of ceiling"], body)
 
 
-def _rows_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def rows_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Return the table of every metric of every row."""
     body = [
         [ROW_TITLES.get(row, row)] + [f"{m['value']:.3f} ({m['low']:.3f}–{m['high']:.3f})" for m in table.values()]
         for row, table in rows.items()
@@ -140,7 +159,8 @@ def _rows_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     return _table(["", *next(iter(rows.values()))], body)
 
 
-def _share_table(table: Mapping[str, Mapping[str, float]], rows: Sequence[str], count: str) -> str:
+def share_table(table: Mapping[str, Mapping[str, float]], rows: Sequence[str], count: str) -> str:
+    """Return a table of shares: one line per name, with the number of cases (column `count`) and one column per row."""
     body = [
         [name.replace("_", " "), f"{line[count]:.0f}"] + [f"{line[row]:.1%}" if row in line else "" for row in rows]
         for name, line in table.items()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from imagine.errors import ConfigError
+from imagine.evaluation.group_suites import GROUP_SUITES
 from imagine.world import Contexts, sample_contexts
 from imagine.world.contexts import letter_numbers
 from imagine.world.vocabulary import ATTRIBUTES, CLOTHES
@@ -139,9 +140,9 @@ SUITES = {"portraits": PORTRAITS}
 
 
 def load_suite(name: str) -> tuple[Prompt, ...]:
-    """Return the prompts of a suite. Raises ConfigError for an unknown name."""
+    """Return the prompts of a suite of one person. Raises ConfigError for an unknown name."""
     if name not in SUITES:
-        raise ConfigError(f"There is no suite {name!r}: choose from {', '.join(SUITES)}.")
+        raise ConfigError(f"There is no suite {name!r}: choose from {', '.join((*SUITES, *GROUP_SUITES))}.")
     return SUITES[name]
 
 

@@ -1,0 +1,80 @@
+"""Write the HTML page and the samples of the suite `people`."""
+
+import html as markup
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from imagine.evaluation import report
+from imagine.evaluation.group_cases import GroupCases
+from imagine.evaluation.group_judging import JudgedGroup
+from imagine.evaluation.group_scores import JudgedRow, is_assigned
+
+_SHOWN = 4  # groups of each size in the samples
+
+
+def html(summary: Mapping[str, Any]) -> str:
+    """Return the whole page for a summary as report.json holds it."""
+    groups = " and ".join(f"{number} groups of {count}" for count, number in summary["groups"].items())
+    facts = (
+        f"{groups} held-out people, {summary['prompts']} sentences for each number of people, seed {summary['seed']}, "
+        f"commit {summary['commit'] or 'unknown'}. A face shows a person if their similarity exceeds "
+        f"{summary['threshold']:.3f} and nobody else of the group is more similar to it."
+    )
+    parts = [
+        f"<h1>Evaluation: {markup.escape(summary['suite'])}</h1><p>{markup.escape(facts)}</p>",
+        *[f"<p>{markup.escape(note)}</p>" for note in summary["notes"]],
+        "<h2>Metrics</h2>", report.metrics_table(summary["metrics"], summary["of_ceiling"]),
+    ]  # fmt: skip
+    for count, metrics in summary["by_people"].items():
+        parts += [f"<h2>{count} people</h2>", report.metrics_table(metrics, {})]
+    parts += [
+        "<h2>Rows</h2>", report.rows_table(summary["rows"]),
+        "<h2>Attributes found</h2>", report.share_table(summary["attributes"], list(summary["rows"]), "asked"),
+        '<h2>Samples</h2><img src="samples.png" alt="references and pictures">',
+    ]  # fmt: skip
+    return report.page(parts)
+
+
+def samples(
+    sets: Sequence[GroupCases], rows: Sequence[JudgedRow], reference: Callable[[GroupCases, int], Image.Image],
+    drawn: Callable[[GroupCases, int], Image.Image],
+) -> Image.Image:  # fmt: skip
+    """Return the first groups of each size, their references in the first columns and one column per sentence.
+
+    reference: returns the portrait in one row of the cases' people; drawn: the picture of one case.
+    """
+    sheets = [_sheet(cases, row, reference, drawn) for cases, row in zip(sets, rows, strict=True)]
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def _sheet(
+    cases: GroupCases, row: JudgedRow, reference: Callable[[GroupCases, int], Image.Image],
+    drawn: Callable[[GroupCases, int], Image.Image],
+) -> Image.Image:  # fmt: skip
+    lines, prompts = [], len(cases.prompts)
+    for group in range(min(_SHOWN, cases.groups)):
+        people = [
+            report.Cell(reference(cases, group * cases.count + number), [(name, None)])
+            for number, name in enumerate(cases.names)
+        ]
+        numbers = range(group * prompts, (group + 1) * prompts)
+        lines.append(people + [report.Cell(drawn(cases, n), _notes(cases, n, row.pictures[n])) for n in numbers])
+    headers = [f"reference of {{{name}}}" for name in cases.names] + [prompt.text for prompt in cases.prompts]
+    return report.contact_sheet(headers, lines, side=96 * cases.count, height=128, title=f"{cases.count} people")
+
+
+def _notes(cases: GroupCases, case: int, group: JudgedGroup) -> list[tuple[str, bool | None]]:
+    """Return the lines under a picture: each person's similarity, and whether the picture counts as assigned."""
+    lines: list[tuple[str, bool | None]] = []
+    for name, person in zip(cases.names, group.people, strict=True):
+        score = "no face" if person.similarity is None else f"{person.similarity:.2f}"
+        lines.append((f"{name}: {score}", person.present))
+    is_right = is_assigned(cases.prompt(case), group)
+    return [*lines, ("assigned" if is_right else "not assigned", is_right)]
