@@ -36,6 +36,7 @@ SENTENCES = (
     "a person smiling on a beach, wearing a red hat",
     'an old woman in a blue shirt with the letters "OK", looking to the left',
 )
+GROUP_SENTENCES = {2: "{a} smiling, {b} in a red hat", 3: "{a} smiling, {b} in a red hat, {c} in a blue shirt"}
 
 
 @functools.cache

@@ -27,8 +27,8 @@ from imagine.world import (
 )
 
 PLAIN = {"style": "photo", "headwear": "none"}  # a plain photo, for recognition
-# First seeds of each kind, after the first seed of the evaluation, and the seeds that are left for each number of
-# people. The suite `portraits` uses 0 to 1,000 for people, and 100,000 to 366,000 and 600,000 to 666,000 for contexts.
+# First seeds of each kind, counted from the first seed of the evaluation, and the step from pairs to triples. The suite
+# `portraits` has people at 0 to 1,000, and contexts at 100,000 to 366,000 and 600,000 to 666,000.
 _PEOPLE, _STRANGERS, _REFERENCES, _TRUTHS, _PICTURES = 400_000, 420_000, 440_000, 460_000, 500_000
 _PER_COUNT = 10_000
 SIDE = 128  # height of the real pictures in pixels

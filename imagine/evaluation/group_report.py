@@ -60,10 +60,7 @@ def _sheet(
 ) -> Image.Image:  # fmt: skip
     lines, prompts = [], len(cases.prompts)
     for group in range(min(_SHOWN, cases.groups)):
-        people = [
-            report.Cell(reference(cases, group * cases.count + number), [(name, None)])
-            for number, name in enumerate(cases.names)
-        ]
+        people = [report.Cell(reference(cases, group * cases.count + number)) for number in range(cases.count)]
         numbers = range(group * prompts, (group + 1) * prompts)
         lines.append(people + [report.Cell(drawn(cases, n), _notes(cases, n, row.pictures[n])) for n in numbers])
     headers = [f"reference of {{{name}}}" for name in cases.names] + [prompt.text for prompt in cases.prompts]

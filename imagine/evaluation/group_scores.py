@@ -102,7 +102,7 @@ def _metrics(parts: Sequence[Counts], seed: int) -> dict[str, dict[str, float]]:
         if own:
             counts, totals = torch.cat([one for one, _ in own]), torch.cat([total for _, total in own])
             low, high = bootstrap_ratio(counts, totals, seed)
-            table[name] = {"value": float(counts.sum() / totals.sum()), "low": low, "high": high}
+            table[name] = {"value": int(counts.sum()) / int(totals.sum()), "low": low, "high": high}
     return table
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 
 from imagine.cli.evaluate import Announcement, duration
-from imagine.evaluation import evaluate
+from imagine.evaluation import evaluate, group_evaluate
+from imagine.evaluation.group_suites import GROUP_SUITES
+from tests import tiny
 from tests.commands import Run, assert_refused, terminal
 
 
@@ -50,6 +53,21 @@ def test_json_comes_alone(run: Run, short: list[Any], tmp_path: Path, monkeypatc
     with terminal(monkeypatch) as progress:
         code, out, _ = run(*short, "--output", tmp_path, "--json")
     assert code == 0 and progress == [""] and json.loads(out)["identities"] == 2
+
+
+def test_the_suite_of_several_people_prints_its_metrics(
+    run: Run, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {n: (replace(GROUP_SUITES["people"][n][0], text=text),) for n, text in tiny.GROUP_SENTENCES.items()}
+    monkeypatch.setattr(group_evaluate, "GROUP_SUITES", {"people": short})
+    monkeypatch.setattr(group_evaluate, "same_person_threshold", lambda *_: 0.5)
+    options = ["--weights", weights, "--suite", "people", "--identities", "2", "--prompts", "1"]
+    code, out, err = run("evaluate", *options, "--output", tmp_path)
+    assert (code, err) == (0, "") and out.startswith("Drawing 5 pictures.")  # 2 pairs, both exchanged, 1 triple
+    for name in ("Present", "Doubled", "Assigned", "Attributes", "Exchanged"):
+        assert re.search(rf"^{name}: .* {{2,}}\d\.\d{{3}} +\d\.\d{{3}} to \d\.\d{{3}} ", out, re.MULTILINE), name
+    code, _, err = run("evaluate", *options[:-1], "6", "--output", tmp_path)
+    assert code == 2 and "6 prompts cannot be evaluated" in err
 
 
 def test_the_time_left_follows_from_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:

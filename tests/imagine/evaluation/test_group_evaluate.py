@@ -4,7 +4,8 @@
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from imagine.errors import ConfigError
-from imagine.evaluation import evaluate, group_evaluate, group_judging, group_scores, metrics, report
+from imagine.evaluation import cases as portrait_cases
+from imagine.evaluation import (
+    evaluate,
+    group_cases,
+    group_evaluate,
+    group_judging,
+    group_scores,
+    metrics,
+    report,
+)
 from imagine.evaluation.group_cases import GroupCases, make_group_cases
 from imagine.evaluation.group_judging import (
     JudgedGroup,
@@ -27,11 +37,20 @@ from imagine.evaluation.group_judging import (
 )
 from imagine.evaluation.group_suites import GROUP_SUITES, NAMES, AskedPerson, GroupPrompt
 from imagine.evaluation.judge import Judge, Reader
+from imagine.evaluation.suites import PORTRAITS
 from imagine.networks.recogniser import Recogniser
 from imagine.people.faces import KnownBoxesFinder
 from imagine.records import FaceBox
 from imagine.request import read_requests
-from imagine.world import VERSION, attributes, canvas_shape, render, sample_contexts, sample_people
+from imagine.world import (
+    VERSION,
+    attributes,
+    canvas_shape,
+    render,
+    sample_contexts,
+    sample_people,
+    seeds,
+)
 from imagine.world.captions import PHRASES, STYLE_PHRASES, garment
 from imagine.world.group_captions import ORDINALS, PLACES
 from imagine.world.groups import group_contexts
@@ -185,6 +204,39 @@ def test_everyone_is_held_out_and_in_one_group_only() -> None:
     assert not torch.equal(make_group_cases(SUITE[2], 2, 4, 1).people.skin, sets[0].people.skin)
     zoom = torch.cat([table.zoom for cases in sets for table in (cases.references, cases.truths, cases.contexts)])
     assert len(zoom.unique()) == len(zoom)
+
+
+def seeds_of(module: Any, make: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Return the seeds of all people and of all contexts that `make` samples through `module`."""
+    people: list[int] = []
+    contexts: list[int] = []
+
+    def sampled_people(some: Sequence[int]) -> Any:
+        people.extend(some)
+        return sample_people([0])
+
+    def sampled_contexts(_: Any, some: Sequence[int]) -> Any:
+        contexts.extend(some)
+        return sample_contexts([0])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sample_people", sampled_people)
+        patch.setattr(module, "contexts_for", sampled_contexts)
+        make()
+    return people, contexts
+
+
+@pytest.mark.parametrize("seed", [0, 9])
+def test_no_person_and_no_picture_belongs_to_another_evaluation(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_cases, "sample_groups", lambda *_: None)
+    sizes = ((2, 1000), (3, 500))
+    groups = seeds_of(group_cases, lambda: [make_group_cases(SUITE[n], n, m, seed) for n, m in sizes], monkeypatch)
+    portraits = seeds_of(portrait_cases, lambda: portrait_cases.make_cases(PORTRAITS, 1000, seed), monkeypatch)
+    threshold = set(range(group_judging._THRESHOLD_SEED, group_judging._THRESHOLD_SEED + 600))
+    for own, other in zip(groups, portraits, strict=True):
+        assert len(set(own)) == len(own)
+        assert set(own).isdisjoint(threshold | set(other)) and threshold.isdisjoint(other)
+        assert min(own) >= seeds.HELD_OUT.start and max(own) < seeds.HELD_OUT.stop - 5_000  # the validations' people
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -398,7 +450,8 @@ def test_the_report_has_the_documented_fields(straight: tuple[dict[str, Any], Pa
     assert {"expression", "clothes", "clothes_colour", "headwear", "scene"} <= set(stored["attributes"])
     assert stored["attributes"]["expression"]["asked"] == PAIRS * PROMPTS * 2 + PROMPTS * 3
     page = (folder / "report.html").read_text()
-    assert "Assigned" in page and "samples.png" in page and "3 people" in page
+    assert all(report.TITLES[name] in page for name in stored["metrics"])
+    assert "samples.png" in page and "3 people" in page
 
 
 def test_the_folder_holds_every_picture_and_its_line(straight: tuple[dict[str, Any], Path, Oracle]) -> None:
@@ -429,14 +482,17 @@ def test_a_real_pipeline_takes_the_suite_through_the_common_entry(
     quick: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group_evaluate, "same_person_threshold", lambda *_: 0.5)
+    short = {count: (replace(SUITE[count][0], text=tiny.GROUP_SENTENCES[count]),) for count in (2, 3)}
+    monkeypatch.setattr(group_evaluate, "GROUP_SUITES", {"people": short})  # the tiny encoders read few tokens
     options = {"num_inference_steps": 2}
-    settings = {"suite": "people", "identities": 2, "prompts": 1, "judge": quick, "options": options}
-    summary = evaluate.run(tiny.pipeline(), tmp_path, **settings)
+    summary = evaluate.run(
+        tiny.pipeline(), tmp_path, suite="people", identities=2, prompts=1, judge=quick, options=options
+    )
     assert summary["threshold"] == 0.5 and summary["options"] == options
     with Image.open(tmp_path / "pictures" / "full" / "3_000_00.png") as image:
         assert image.size == (64, 32)
-    first, exchanged = (tmp_path / "pictures" / row / "2_000_00.png" for row in ("full", "exchanged"))
-    assert first.read_bytes() != exchanged.read_bytes()
+    with Image.open(tmp_path / "pictures" / "exchanged" / "2_001_00.png") as image:
+        assert image.size == (48, 32)
 
 
 @pytest.mark.parametrize("wrong", [{"identities": 1}, {"identities": 1001}, {"prompts": 0}, {"prompts": 6}])
