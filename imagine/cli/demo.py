@@ -32,6 +32,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with Display(options) as display:
         display.report("importing the libraries")
         from imagine.evaluation.demo import draw_sheet, references_and_judge
+        from imagine.pipeline.notes import world_notes
 
         references, judge = references_and_judge(weights_folder(options.weights))
         pipe = load_pipeline(options, display)
@@ -41,6 +42,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "lines": [
             f"Similarity to another picture of the person: {sheet.similarity:.2f} (real pictures: {sheet.ceiling:.2f})",
             f"Requested attributes found: {sheet.found:.0%}",
+            *world_notes(pipe.adapter),
             "",
             f"Open {sheet.path.resolve()}",
             "",
