@@ -70,7 +70,7 @@ def group_photo() -> Image.Image:
     """Return a picture with person 0 on the left and person 1 on the right."""
     how = sample_contexts([100, 101]).replace(style=0, headwear=0, light=0, yaw=0.0, pitch=0.0, roll=0.0)
     people = sample_people([HELD_OUT[0], HELD_OUT[1]])
-    return to_pil(render_groups(people, how, people_per_picture=2, size=256).images[0])
+    return to_pil(render_groups(people, how, people_per_picture=2, size=256, width=256).images[0])
 
 
 def imported(folder: Path | str, **settings: object) -> tuple[list[Reference], list[Rejection]]:

@@ -13,7 +13,7 @@ from imagine.stock.pipelines import PersonalisationMixin
 from tests import tiny, tiny_stock
 
 OURS = ("reference", "identity_scale", "identity_window", "identity_blocks", "refine_faces", "face", "on_no_face",
-        "branch_embeds", "negative_branch_embeds")  # fmt: skip
+        "branch_embeds", "negative_branch_embeds", "layout", "attempts")  # fmt: skip
 
 
 def replaced_methods(stock: type) -> list[str]:
