@@ -79,10 +79,13 @@ def toy_overrides(config: str, precision: str, home: Path) -> list[str]:
     for name, gallery in run.data.get("galleries", {}).items():
         small = f"records={home / 'records'}" if "records" in gallery else "identities=4"
         lines.append(f"data.galleries.{name}.{small}")
+    lines += [f"data.groups.{name}.count=4" for name in run.data.get("groups", {})]
     for name, stage in run.stages.items():
         lines += [f"{name}.{key}={value}" for key, value in {**TOY, "precision": precision}.items()]
         lines += [f"{name}.initial={home / 'weights'}"] if stage.initial else []
         lines += [f"{name}.settings.{key}={value}" for key, value in SIZES.get(stage.task, {}).items()]
+        if stage.settings.get("groups"):
+            lines.append(f"{name}.settings.group_block={IMAGES['batch_size']}")
     return lines
 
 
