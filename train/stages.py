@@ -140,6 +140,8 @@ def _accelerator(run: Run, output: Path) -> Accelerator:
             DistributedDataParallelKwargs(find_unused_parameters=True),
         ],
     )
+    # A process that leaves with an error while others still connect would make them fail with an error of their own.
+    accelerator.wait_for_everyone()
     _check_distributed_type(accelerator)
     if not accelerator.is_main_process:
         log.setLevel(logging.ERROR)  # only the main process logs progress
