@@ -1,38 +1,49 @@
-"""Train the small face finder on renders of one to three people at any place and size, and on empty scenes."""
+"""Train the small face finder on renders of one to four people at any place and size, and on pictures of nobody."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 from imagine.people import finder
-from imagine.world import render_groups, sample_contexts, sample_people
-from imagine.world.scenes import paint_scenes
+from imagine.world.groups import MAX_PEOPLE
 from imagine.world.seeds import HELD_OUT, JUDGE
 from train.data.order import chance, uniforms
-from train.data.portraits import data_settings, draw_rows, judge_pictures
+from train.data.portraits import SIDE, data_settings, draw_rows, judge_pictures
 from train.run.grids import save_grid
 from train.task import Loss, Share, TaskContext
+from train.tasks.finder_pictures import FacePictures, groups, no_faces, scenes, sheets
 
 
 class FinderSettings(BaseModel):
-    """The shares of pictures with no person and with several people; the rest show one person."""
+    """The shares of pictures with no face and with several people; the rest show one person."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    empty_share: Share = 0.15  # share of pictures without a person
-    group_share: Share = 0.25  # share of pictures with two or three people
+    empty_share: Share = 0.15  # share of scenes of the world without a person
+    negative_share: Share = 0.15  # share of photographs of things, shuffled portraits and noise
+    group_share: Share = 0.25  # share of pictures of two to four people
+    sheet_share: Share = 0.1  # share of sheets of four portraits
+
+    @model_validator(mode="after")
+    def _shares_leave_room(self) -> "FinderSettings":
+        if self.empty_share + self.negative_share + self.group_share + self.sheet_share > 1:
+            raise ValueError(
+                "the shares of empty_share, negative_share, group_share and sheet_share sum to more than 1"
+            )
+        return self
 
 
 class FinderTask:
-    """Train the finder on up to three people per picture, at any place and size."""
+    """Train the finder on up to four people per picture, at any place and size."""
 
     Settings: ClassVar[type[BaseModel]] = FinderSettings
     PARTS: ClassVar[tuple[str, ...]] = ("finder",)
-    GROUPS: ClassVar[int] = 600  # pictures each of two people, of three people and of empty scenes, rendered once
-    HELD_OUT_PICTURES: ClassVar[int] = 100  # pictures each of one, two and three people
+    RENDERED: ClassVar[int] = 600  # pictures each of two, three and four people and of nobody, rendered once
+    HELD_OUT_PICTURES: ClassVar[int] = 100  # pictures each of one to four people and of nobody
 
     def __init__(self, settings: FinderSettings, context: TaskContext) -> None:
         self.settings, self.context = settings, context
@@ -49,64 +60,80 @@ class FinderTask:
     def prepare(self) -> None:
         self.pictures = judge_pictures(self.context.data)
         limited = data_settings(self.context.data).limited
-        groups, held_out = limited(self.GROUPS), limited(self.HELD_OUT_PICTURES)
-        self.groups = [_groups(JUDGE.start + 5_000_000, count, groups) for count in (2, 3)]
-        self.scenes = paint_scenes(sample_contexts(range(JUDGE.start, JUDGE.start + groups)), 128)
-        self.held_out = [_groups(HELD_OUT.stop - 1_000, count, held_out) for count in (1, 2, 3)]
+        rendered, held_out = limited(self.RENDERED), limited(self.HELD_OUT_PICTURES)
+        start, end = JUDGE.start + 5_000_000, HELD_OUT.stop - 1_000
+        self.groups = _joined([groups(start, count, rendered, SIDE) for count in (2, 3, 4)])
+        self.scenes = scenes(range(JUDGE.start, JUDGE.start + rendered), SIDE)
+        self.negatives = no_faces(range(start, start + rendered), SIDE)
+        self.held_out = _joined([groups(end, count, held_out, SIDE) for count in range(1, MAX_PEOPLE + 1)])
+        self.held_out_negatives = no_faces(range(end, end + held_out), SIDE)
 
-    def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return pictures (B, 3, S, S), boxes (B, 3, 4) and which of the boxes hold a face (B, 3)."""
-        seed = self.context.seed
+    def batch(self, images_seen: int, size: int) -> FacePictures:
+        """Return a batch of pictures, each scaled and moved on a plain background; a quarter of them is grey."""
+        seed, settings = self.context.seed, self.settings
         rows = draw_rows(self.context, "rows", images_seen, size, len(self.pictures.gallery))
         images, single = self.pictures.take(rows)
-        boxes = torch.zeros(size, 3, 4)
-        boxes[:, 0] = single
-        valid = torch.zeros(size, 3, dtype=torch.bool)
-        valid[:, 0] = True
+        boxes = F.pad(single.unsqueeze(1), (0, 0, 0, MAX_PEOPLE - 1))
+        valid = (torch.arange(MAX_PEOPLE) == 0).repeat(size, 1)
         kind, pick = uniforms(seed, "kinds", images_seen, size, (2,)).unbind(1)
-        pick = (pick * len(self.scenes)).long()
-        for i in range(size):
-            if kind[i] < self.settings.empty_share:
-                images[i] = self.scenes[pick[i]]
-                valid[i] = False
-            elif kind[i] < self.settings.empty_share + self.settings.group_share:
-                count = 2 + int(pick[i] % 2)
-                pictures, face_boxes = self.groups[count - 2]
-                images[i], boxes[i, :count] = pictures[pick[i]], face_boxes[pick[i]]
-                valid[i, :count] = True
+        limits = torch.tensor([settings.empty_share, settings.negative_share, settings.group_share]).cumsum(0)
+        sheet = kind >= 1 - settings.sheet_share
+        nothing, negative = kind < limits[0], (kind >= limits[0]) & (kind < limits[1])
+        group = (kind >= limits[1]) & (kind < limits[2]) & ~sheet
+        if sheet.any():
+            images[sheet], boxes[sheet], valid[sheet] = self._sheets(rows[sheet])
+        images[nothing], valid[nothing] = self.scenes[_index(pick[nothing], len(self.scenes))], False
+        images[negative], valid[negative] = self.negatives[_index(pick[negative], len(self.negatives))], False
+        chosen = _index(pick[group], len(self.groups.images))
+        images[group], boxes[group], valid[group] = (part[chosen] for part in self.groups)
         images, boxes = _zoom(images, boxes, uniforms(seed, "zoom", images_seen, size, (6,)))
         grey = chance(seed, "grey", images_seen, size, 0.25)
         images[grey] = images[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
-        return images, boxes, valid
+        return FacePictures(images, boxes, valid)
 
-    def show(self, batch: tuple[Tensor, Tensor, Tensor], path: Path) -> None:
-        save_grid(batch[0], path, columns=8)
+    def _sheets(self, rows: Tensor) -> FacePictures:
+        """Return a sheet for each row: its own portrait and the three that follow it in the gallery."""
+        four = (rows.unsqueeze(1) + torch.arange(4)).flatten() % len(self.pictures.gallery)
+        return sheets(*self.pictures.take(four))
 
-    def loss(self, batch: tuple[Tensor, Tensor, Tensor], images_seen: int) -> Loss:
-        images, boxes, valid = batch
-        target = finder.targets(boxes, valid, images.shape[-1])
-        return Loss(finder.loss(self.finder(images), target))
+    def show(self, batch: FacePictures, path: Path) -> None:
+        save_grid(batch.images, path, columns=8)
+
+    def loss(self, batch: FacePictures, images_seen: int) -> Loss:
+        target = finder.targets(batch.boxes, batch.valid, batch.images.shape[-1])
+        return Loss(finder.loss(self.finder(batch.images), target))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        found = right = wrong = 0
-        for images, boxes in self.held_out:
-            face_boxes, scores = finder.decode(self.finder(images.to(self.context.device)), images.shape[-1])
-            for i in range(len(images)):
-                detected = face_boxes[i][scores[i] > 0.5].cpu()
-                near = (_centres(detected)[:, None] - _centres(boxes[i])[None]).norm(dim=-1) < 0.4 * boxes[i, :, 2]
-                right += int(near.any(0).sum()) if len(detected) else 0
-                wrong += int((~near.any(1)).sum()) if len(detected) else 0
-                found += len(boxes[i])
-        return {"recall": right / found, "false_per_face": wrong / found}
+        """Return the share of faces found, the false faces per face, and the share of other pictures with a face."""
+        right = wrong = 0
+        images, boxes, valid = self.held_out
+        for i, detected in enumerate(self._find(images)):
+            faces = boxes[i][valid[i]]
+            near = (_centres(detected)[:, None] - _centres(faces)[None]).norm(dim=-1) < 0.4 * faces[:, 2]
+            right += int(near.any(0).sum())
+            wrong += int((~near.any(1)).sum())
+        fooled = [len(detected) > 0 for detected in self._find(self.held_out_negatives)]
+        found = int(valid.sum())
+        return {"recall": right / found, "false_per_face": wrong / found, "fooled": sum(fooled) / len(fooled)}
+
+    def _find(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield for each picture the boxes (K, 4) with a score above one half."""
+        for part in images.split(100):
+            face_boxes, scores = finder.decode(self.finder(part.to(self.context.device)), part.shape[-1])
+            for each, score in zip(face_boxes, scores, strict=True):
+                yield each[score > 0.5].cpu()
 
     def export(self, folder: Path) -> None:
         finder.save_finder(self.finder, folder / "finder", torch.float16)
 
 
-def _groups(first: int, count: int, pictures: int) -> tuple[Tensor, Tensor]:
-    seeds = range(first, first + pictures * count)
-    out = render_groups(sample_people(seeds), sample_contexts(seeds), count, width=128)
-    return out.images, out.boxes
+def _joined(parts: Sequence[FacePictures]) -> FacePictures:
+    return FacePictures(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def _index(share: Tensor, count: int) -> Tensor:
+    """Map numbers from 0 to 1 to indices below `count`."""
+    return (share * count).long()
 
 
 def _centres(boxes: Tensor) -> Tensor:

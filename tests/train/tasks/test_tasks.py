@@ -94,7 +94,7 @@ class SmallLikeness(LikenessTask):
 
 
 class SmallFinder(FinderTask):
-    GROUPS: ClassVar[int] = 4
+    RENDERED: ClassVar[int] = 4
     HELD_OUT_PICTURES: ClassVar[int] = 2
 
 
@@ -287,10 +287,10 @@ def test_the_judges_tasks_validate_and_export_files_that_the_judge_loads(name: s
         assert torch.allclose(loaded.state_dict()[key].float(), value.float(), atol=2e-3, rtol=2e-3), key
 
 
-def test_the_finders_batches_hold_zero_to_three_people() -> None:
+def test_the_finders_batches_hold_zero_to_four_people() -> None:
     images, boxes, valid = built("finder").batch(0, 64)
     assert images.shape == (64, 3, 128, 128)
-    assert set(valid.sum(1).tolist()) == {0, 1, 2, 3}
+    assert set(valid.sum(1).tolist()) == {0, 1, 2, 3, 4}
     assert (boxes[valid][:, 2:] > 0).all()
 
 
