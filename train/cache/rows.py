@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from train.run.checkpoint import write_json
+from train.run.progress import blocks
 from train.run.stopping import raise_if_stopping
 
 try:
@@ -107,12 +107,12 @@ def _fill(
 ) -> None:
     done = _rows_done(state, formats)  # again: another run may have added rows before the lock was taken
     values = [map_file(path, (count, *shape), kind) for path, (shape, kind) in formats.items()]
-    for start in track(range(done, count, block), description, disable=done >= count):
-        rows = torch.arange(start, min(start + block, count))
+    for numbers in blocks(done, count, block, description):
+        rows = torch.arange(numbers.start, numbers.stop)
         for stored, made in zip(values, make(rows), strict=True):
-            stored[start : start + len(rows)] = made.numpy()
+            stored[numbers.start : numbers.stop] = made.numpy()
             stored.flush()
-        write_json(state, {"rows": start + len(rows)})
+        write_json(state, {"rows": numbers.stop})
         raise_if_stopping()
 
 

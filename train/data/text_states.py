@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from imagine.records import Tokens
@@ -19,6 +18,7 @@ from train.cache.sentences import STYLES, caption_positions, process_suffix
 from train.cache.shortening import CutCaptions
 from train.cache.tokens import TokenCache, trim_padding
 from train.data.public_base import LoadedEncoder
+from train.run.progress import blocks
 from train.run.stopping import raise_if_stopping
 
 log = logging.getLogger("train")
@@ -81,8 +81,8 @@ class TextStates:
         here: Sequence[int],
     ) -> None:
         """Encode and cache the sentences at the indices `here` of `positions`; index 0 is the empty sentence."""
-        for start in track(range(0, len(here), _CAPTIONS_AT_ONCE), "encoding captions"):
-            some = here[start : start + _CAPTIONS_AT_ONCE]
+        for numbers in blocks(0, len(here), _CAPTIONS_AT_ONCE, "encoding captions"):
+            some = here[numbers.start : numbers.stop]
             captions = [i - 1 for i in some if i]
             texts = self.gallery.captions(pictures[captions], [styles[i] for i in captions])
             fitting = [encoder.shorten(text) for text in texts]

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from train.run.checkpoint import replacing
+from train.run.progress import duration
 
 log = logging.getLogger("train")
 _TIMING_SECONDS = 0.2  # time of the measurement for each precision
@@ -104,7 +105,7 @@ class Report:
         if self.bar:
             self.bar.update(self.line, completed=images_seen, numbers=f"loss {loss:.4f}  {speed:.1f} images/s")
         elif self.active:
-            left = _duration((self.images - images_seen) / speed)
+            left = duration((self.images - images_seen) / speed)
             done = f"{images_seen:,} of {self.images:,} images"
             log.info("%s  %s  loss %.4f  %.1f images/s  %s left", self.stage, done, loss, speed, left)
 
@@ -147,8 +148,3 @@ def _bar() -> Progress:
     numbers = TextColumn("{task.fields[numbers]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), numbers, TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), refresh_per_second=2)
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(max(seconds, 0) / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
