@@ -145,7 +145,8 @@ def _formats() -> list[str]:
 def _enable_heic(name: str) -> None:
     if importlib.util.find_spec("pillow_heif") is None:
         raise PictureError(
-            f"{name} is a HEIC photo, which cannot be read here: save it as JPEG, or install the package pillow-heif."
+            f"{name} is a HEIC photo, which cannot be read here: save it as JPEG, or install the package pillow-heif "
+            "(it is part of the extra `photos`)."
         )
     importlib.import_module("pillow_heif").register_heif_opener()
 

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from imagine.errors import PictureError
 from imagine.people import colours
 from imagine.people.photos import BACKGROUND, MAX_SIDE, open_photo, read_photo
 from tests import pictures
+from tests.photographs import astronaut
 
 
 def pixels(image: Image.Image) -> Any:
@@ -104,7 +106,7 @@ REFUSED = [
     (between_the_limits, "13,000 x 13,000 pixels, more than 128 million"),
     (disk_image, "larger than 512 MB"),
     (strip, "too narrow a strip"),
-    (unreadable_heic, "HEIC|incomplete or damaged"),
+    (unreadable_heic, "is not a picture that can be read"),
     (address, "nothing is downloaded"),
 ]
 
@@ -117,6 +119,16 @@ def test_refused_with_one_sentence(make: Callable[[Path], Any], words: str, tmp_
     sentence = str(caught.value)
     assert "\n" not in sentence and sentence.endswith(".")
     assert str(source) in sentence  # the user must know which of several pictures it is
+
+
+def test_a_heic_photo_of_a_phone_on_its_side_is_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the phone was turned: show it turned by 90 degrees clockwise
+    path = tmp_path / "phone.heic"
+    pillow_heif.from_pillow(astronaut().rotate(90)).save(path, exif=exif.tobytes(), quality=90)
+    photo = read_photo(path)
+    assert (photo.format, photo.orientation, photo.size) == ("HEIF", 6, (512, 512))
+    assert np.abs(np.array(photo.image, np.float64) - np.array(astronaut(), np.float64)).mean() < 3
 
 
 def test_a_real_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
