@@ -145,7 +145,7 @@ def crop_face(
         square = letterbox(image, size)[0]
         quality = "No face was found, so the whole picture was used and the likeness will be poor."
         return FaceCrop(_to_image(square), None, (), -1, sharpness(square), quality)
-    index = _choose(found, face, upright.size)
+    index = choose_face(found, face, upright.size)
     box = found[index]
     edges = torch.tensor([[box.left, box.top, box.width, box.height]])
     square = crop_unmasked(_to_tensor(upright)[None], edges, size, torch.tensor([box.roll]))[0]
@@ -209,7 +209,7 @@ def _check_choice(face: FaceChoice) -> None:
         raise FaceError(f"face={face!r} is unknown: choose 'largest', 'centre' or a number from 0 (the largest) on.")
 
 
-def _choose(found: tuple[FaceBox, ...], face: FaceChoice, size: tuple[int, int]) -> int:
+def choose_face(found: Sequence[FaceBox], face: FaceChoice, size: tuple[int, int]) -> int:
     """Return the index of the chosen face. "largest" and "centre" pass over faces with a much lower score."""
     surest = max(box.score for box in found)
     likely = [place for place, box in enumerate(found) if box.score >= SCORE_SHARE * surest]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagine.people.faces import crop_unmasked, ellipse
+from imagine.people.faces import CROP_RISE, crop_unmasked, ellipse
 from train.cache.latents import with_camera_noise
 from train.cache.pictures import AnyPictures
 from train.cache.rows import cache_rows
@@ -27,12 +27,15 @@ class FaceCrops:
         self.margin = margin(size)
         self.size, self.side = size, size + 2 * self.margin
         self.pictures, self.noisy = pictures, noisy
-        path, shape = folder / f"squares-{self.side}.u8", (3, self.side, self.side)
+        self.rolls = torch.from_numpy(np.asarray(pictures.rolls))
+        name = "turned-squares" if bool(self.rolls.any()) else "squares"
+        path, shape = folder / f"{name}-{self.side}.u8", (3, self.side, self.side)
         self.values = cache_rows(path, pictures.gallery, shape, np.uint8, self._cut, "cutting faces")
 
     def _cut(self, rows: Tensor) -> Tensor:
         images, boxes = with_camera_noise(self.pictures, rows) if self.noisy else self.pictures.take(rows)
-        face_crops = crop_unmasked(images, _enlarged(boxes, self.side / self.size), self.side)
+        rolls = self.rolls[rows]
+        face_crops = crop_unmasked(images, _enlarged(boxes, rolls, self.side / self.size), self.side, rolls)
         return (face_crops.clamp(0, 1) * 255).round().byte()
 
     def take(self, rows: Tensor, shift: Tensor) -> Tensor:
@@ -44,10 +47,11 @@ class FaceCrops:
         return (whole.float() / 255 - 0.5) * ellipse(self.size) + 0.5
 
 
-def _enlarged(boxes: Tensor, factor: float) -> Tensor:
+def _enlarged(boxes: Tensor, rolls: Tensor, factor: float) -> Tensor:
     """Return boxes (B, 4) whose crop is `factor` times as wide around the same centre (the crop's, not the box's)."""
     left, top, width, height = boxes.unbind(1)
     # The crop's centre is above the box's by a share of the height; without `rise` a larger box would move it up.
-    rise = 0.15 * height * (factor - 1)
-    corner = torch.stack((left - width * (factor - 1) / 2, top - height * (factor - 1) / 2 + rise), 1)
+    rise = CROP_RISE * height * (factor - 1)
+    across, down = -rise * rolls.sin(), rise * rolls.cos()
+    corner = torch.stack((left - width * (factor - 1) / 2 + across, top - height * (factor - 1) / 2 + down), 1)
     return torch.cat((corner, boxes[:, 2:] * factor), 1)

@@ -150,6 +150,11 @@ class AnyPictures(Protocol):
     @property
     def boxes(self) -> "np.ndarray[Any, np.dtype[np.float32]]": ...
 
+    @property
+    def rolls(self) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        """The angle of each face's eye line in radians (N,), as `FaceBox.roll`; 0 where crops are not turned."""
+        ...
+
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (B, 3, S, S), 0 to 1, and face boxes (B, 4)."""
         ...
@@ -166,6 +171,11 @@ class Pictures:
     gallery: Gallery
     images: "np.memmap[tuple[int, ...], np.dtype[np.uint8]]"
     boxes: "np.memmap[tuple[int, ...], np.dtype[np.float32]]"
+
+    @property
+    def rolls(self) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        """Zeros (N,): the finder of drawings gives no landmarks, so crops of drawings are not turned."""
+        return np.zeros(len(self.gallery), np.float32)
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (B, 3, S, S), 0 to 1, and face boxes (B, 4)."""

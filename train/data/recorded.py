@@ -19,8 +19,9 @@ from torch import Tensor
 
 from imagine.errors import BadRecordError, ConfigError
 from imagine.networks.weights import default_folder
-from imagine.people.faces import FaceFinder, default_finder
+from imagine.people.faces import FaceFinder, choose_face, default_finder
 from imagine.people.photos import MAX_SIDE
+from imagine.records import FaceBox
 from imagine.shards.facts import BOX_OUTSIDE, box_problem
 from imagine.shards.reading import Record, Records, open_records
 from imagine.shards.writing import check_picture
@@ -128,9 +129,10 @@ class RecordPictures:
         self.gallery = gallery
         self._finder, self.folder = finder, folder
         self._facts = cache_rows(
-            folder / "faces_and_frames.f32", gallery, (9,), np.float32, self._find_faces, "finding faces"
+            folder / "face_facts.f32", gallery, (10,), np.float32, self._find_faces, "finding faces"
         )
-        self.boxes, self._frames = np.asarray(self._facts[:, :4]), np.asarray(self._facts[:, 5:])
+        self.boxes, self._frames = np.asarray(self._facts[:, :4]), np.asarray(self._facts[:, 5:9])
+        self.rolls = np.asarray(self._facts[:, 9])
         gallery.usable = torch.from_numpy(np.isin(self._facts[:, 4], (_USABLE, _BOX_REFUSED)))
         if left_out := self._write_left_out():
             words = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
@@ -157,7 +159,7 @@ class RecordPictures:
             except BadRecordError as error:
                 self._leave_out(row, error)
             else:
-                square = _square(picture, self._box(picture, record), self.gallery.size)[0]
+                square = _square(picture, _edges(self._face(picture, record)), self.gallery.size)[0]
                 return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
         return torch.full((3, self.gallery.size, self.gallery.size), 0.5)
 
@@ -170,8 +172,8 @@ class RecordPictures:
         self._write_left_out()
 
     def _find_faces(self, rows: Tensor) -> Tensor:
-        """Return (B, 9): the face box in the square, whether the record is usable, and the square's `frames`."""
-        facts = torch.zeros(len(rows), 9)
+        """Return (B, 10): the face box in the square, whether the record is usable, the square's `frames`, the roll."""
+        facts = torch.zeros(len(rows), 10)
         for i, row in enumerate(rows.tolist()):
             record = self.gallery.records[row]
             try:
@@ -179,27 +181,33 @@ class RecordPictures:
             except BadRecordError:
                 facts[i, 4] = _BROKEN
                 continue
-            box = self._box(picture, record)
-            if box is None:
+            face = self._face(picture, record)
+            if face is None:
                 facts[i, 4] = _FACELESS
             else:
                 if record.box is not None and _placed_box(picture, record) is None:
                     facts[i, 4] = _BOX_REFUSED
+                box = _edges(face)
                 facts[i, :4] = torch.tensor(_square(picture, box, self.gallery.size)[1])
                 shrunk = picture.width / _full_width(picture, record)
                 frame = (picture.width, picture.height, *_corner(picture, box))
-                facts[i, 5:] = torch.tensor([value / shrunk for value in frame])
+                facts[i, 5:9] = torch.tensor([value / shrunk for value in frame])
+                facts[i, 9] = face.roll
         return facts
 
-    def _box(self, picture: Image.Image, record: Record) -> Box | None:
-        """Return the face box in pixels of the opened picture, or None; a record's box is in pixels of the full one."""
+    def _face(self, picture: Image.Image, record: Record) -> FaceBox | None:
+        """Return the face in pixels of the opened picture, or None; a record's box is in pixels of the full one.
+
+        A found face is chosen as at inference, and has landmarks if the finder gives them. A record's box has none, so
+        its crop is not turned.
+        """
         known = _placed_box(picture, record)
         if known is not None:
-            return known
+            return FaceBox(*known, score=1.0)
         if self._finder is None:
             self._finder = default_finder(default_folder() / "finder")
         found = self._finder.find(picture)
-        return (found[0].left, found[0].top, found[0].width, found[0].height) if found else None
+        return found[choose_face(found, "largest", picture.size)] if found else None
 
     def _write_left_out(self) -> dict[str, int]:
         """Write left_out.json with unusable records and other problems; return the count of the former by reason."""
@@ -278,12 +286,16 @@ def _full_width(picture: Image.Image, record: Record) -> float:
         return picture.width
 
 
-def _square(picture: Image.Image, box: Box | None, size: int) -> tuple[Image.Image, Box]:
+def _edges(face: FaceBox | None) -> Box:
+    assert face is not None, "rows without a face are not used"
+    return face.left, face.top, face.width, face.height
+
+
+def _square(picture: Image.Image, box: Box, size: int) -> tuple[Image.Image, Box]:
     """Return the largest square, with the face as near its centre as the picture allows, and the face box in it.
 
     Pixels are averaged, so that small squares of large photos do not alias.
     """
-    assert box is not None, "rows without a box are not used"
     side, (x, y) = min(picture.size), _corner(picture, box)
     square = picture.resize((size, size), Image.Resampling.BOX, (x, y, x + side, y + side))
     left, top, width, height = box

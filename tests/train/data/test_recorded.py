@@ -13,13 +13,15 @@ from PIL import Image
 
 from imagine.errors import ConfigError
 from imagine.evaluation.report import to_pil
-from imagine.people.faces import KnownBoxesFinder
+from imagine.people.faces import KnownBoxesFinder, crop_face
 from imagine.records import FaceBox
 from imagine.shards.reading import Record, open_records
 from imagine.shards.writing import DatasheetInfo, ShardWriter
 from imagine.world import captions, render, sample_contexts, sample_people
+from tests.photographs import astronaut
 from tests.toy_training import ToyTask
 from train.__main__ import main
+from train.cache.face_crops import FaceCrops
 from train.data.portraits import pictures_of
 from train.data.recorded import RecordPictures, open_recorded
 from train.data.sources import Mixture, Source
@@ -224,3 +226,21 @@ def test_a_dry_run_names_what_is_not_read(tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     assert "gallery mine: 6 records of" in printed and "gallery no: There are no shards" in printed
     assert "1 times a reference that does not exist: 00001.tar: 0005" in printed
+
+
+def test_the_crop_of_a_tilted_photo_is_that_of_inference(tmp_path: Path) -> None:
+    tilted = astronaut().rotate(20, Image.Resampling.BICUBIC)
+    tilted.save(tmp_path / "tilted.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "tilted.png", "text": "a person"}) + "\n")
+    eyes = ((200.0, 130.0), (240.0, 115.4), (220.0, 140.0), (210.0, 160.0), (235.0, 150.0))
+    finder = KnownBoxesFinder((FaceBox(165, 75, 110, 110, 0.99, eyes),))
+    pictures = open_recorded(str(tmp_path), 512, tmp_path / "cache", finder)
+    assert np.isclose(pictures.rolls[0], np.radians(-20), atol=0.01)
+    middle = torch.full((1, 2), 0.5)
+    trained = FaceCrops(pictures, 64, tmp_path / "cache", noisy=False).take(torch.tensor([0]), middle)[0]
+    differences = []
+    for face in (finder.boxes[0], replace(finder.boxes[0], landmarks=())):
+        inferred = crop_face(tilted, KnownBoxesFinder((face,)), 64)
+        expected = torch.from_numpy(np.array(inferred.image)).permute(2, 0, 1).float() / 255
+        differences.append(float((trained - expected).abs().mean()))
+    assert differences[0] < 0.01 and differences[1] > 4 * differences[0]
