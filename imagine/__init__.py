@@ -10,7 +10,9 @@ The public names are imported on first use, so that `import imagine` and `imagin
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from imagine import stock as stock  # registers diffusers' pipelines as bases without importing them
+# Both register pipelines of diffusers as bases, without importing them.
+from imagine import stock as stock
+from imagine import transformer_bases as transformer_bases
 
 if TYPE_CHECKING:
     from imagine.people.persona import Persona as Persona

@@ -57,6 +57,7 @@ from imagine.records import Conditioning, Scale, Tokens
 
 FORMAT_VERSION = "1"
 FILE_NAME = "adapter.safetensors"
+FAMILY_KEY = "family"  # metadata key of adapters for diffusion transformers
 REQUIRED_METADATA = ("base", "encoder", "feature_layer", "tokens", "licence")  # the metadata of every saved adapter
 Fusion = Literal["parallel", "concatenated"]
 LoraTarget = Literal["to_q", "to_k", "to_v", "to_out.0"]
@@ -144,20 +145,31 @@ class Adapter(nn.Module):
         self.lora_targets = tuple(lora_targets) if lora_rank else ()
         self.metadata: dict[str, str] = {}  # the metadata of the file; empty until saved or loaded
         self._layer_names: list[str] = []
-        for name, attn in attention_layers(denoiser).items():
-            # Only transformer blocks pass the conditioning to their attention layers.
-            block = denoiser.get_submodule(name.rpartition(".")[0])
-            _add_submodule(self, name, self._layer_weights(attn, isinstance(block, BasicTransformerBlock)))
+        for name, layer in self._make_layers(denoiser).items():
+            add_submodule(self, name, layer)
             self._layer_names.append(name)
         for spec in branches:
             if (projection := spec.build_projection()) is not None:
-                _add_submodule(self, f"projections.{spec.name}", projection)
+                add_submodule(self, f"projections.{spec.name}", projection)
 
-    def _layer_weights(self, attn: Attention, conditioned: bool) -> LayerWeights:
+    def _make_layers(self, denoiser: nn.Module) -> dict[str, LayerWeights]:
+        """Return new weights for each attention layer of this denoiser, by its module path."""
+        made = {}
+        for name, attn in attention_layers(denoiser).items():
+            # Only transformer blocks pass the conditioning to their attention layers.
+            block = denoiser.get_submodule(name.rpartition(".")[0])
+            made[name] = self._layer_weights(attn, isinstance(block, BasicTransformerBlock))
+        return made
+
+    def _empty_layer(self) -> LayerWeights:
+        """Return the weights of a layer that has neither branches nor LoRA yet."""
         specs = self.branch_specs
         concatenated = frozenset(spec.name for spec in specs if spec.fusion == "concatenated")
         joint = frozenset(spec.name for spec in specs if spec.people == "concatenate")
-        layer = LayerWeights(specs[0].name, {spec.name: spec.scale for spec in specs}, concatenated, joint)
+        return LayerWeights(specs[0].name, {spec.name: spec.scale for spec in specs}, concatenated, joint)
+
+    def _layer_weights(self, attn: Attention, conditioned: bool) -> LayerWeights:
+        layer = self._empty_layer()
         if not conditioned:
             return layer
         for spec in self.branch_specs if attn.is_cross_attention else ():
@@ -168,7 +180,7 @@ class Adapter(nn.Module):
             layer.add_module(spec.name, branch)
         for target in self.lora_targets:
             linear = _linear(attn, target)
-            _add_submodule(layer, target, LowRank(linear.in_features, linear.out_features, self.lora_rank))
+            add_submodule(layer, target, LowRank(linear.in_features, linear.out_features, self.lora_rank))
         return layer
 
     # --- attach and detach ------------------------------------------------------------------------------------------
@@ -182,6 +194,12 @@ class Adapter(nn.Module):
 
         Raises WeightsError if it is already attached, was built for another denoiser, or finds unknown processors.
         """
+        self._attach(denoiser)
+        on_exit = ExitStack()
+        on_exit.callback(self.detach, denoiser)
+        return on_exit
+
+    def _attach(self, denoiser: nn.Module) -> None:
         targets, mine = attention_layers(denoiser), self.layers()
         self._check_fits(targets)
         present = {name: _processor_for(name, attn) for name, attn in targets.items()}
@@ -189,9 +207,6 @@ class Adapter(nn.Module):
             _check_can_join(processor, mine[name])
         for name, processor in present.items():
             _install(targets[name], _with_layers(processor, [*processor.layers, mine[name]]))
-        on_exit = ExitStack()
-        on_exit.callback(self.detach, denoiser)
-        return on_exit
 
     def detach(self, denoiser: nn.Module) -> None:
         """Undo `attach`; detaching the last adapter restores the stock processors. Raise WeightsError if unattached."""
@@ -208,6 +223,10 @@ class Adapter(nn.Module):
             rest = [layer for layer in processor.layers if layer is not mine[name]]
             if len(rest) < len(processor.layers):
                 _install(attn, _with_layers(processor, rest) if rest else processor.stock)
+
+    def is_attached(self, denoiser: nn.Module) -> bool:
+        """Return whether this adapter is attached to every attention layer of the denoiser."""
+        return is_attached(denoiser, self)
 
     def _check_fits(self, targets: Mapping[str, Attention]) -> None:
         if list(targets) != self._layer_names:
@@ -304,6 +323,7 @@ class Adapter(nn.Module):
             "branches": json.dumps([asdict(spec) for spec in self.branch_specs]),
             "lora_rank": str(self.lora_rank),
             "lora_targets": json.dumps(self.lora_targets),
+            **self._structure(),
         }
         file = as_path(path)
         file = file if file.suffix == ".safetensors" else file / file_name(variant)
@@ -336,11 +356,9 @@ class Adapter(nn.Module):
                     f"{file} has {key} {metadata.get(key)!r}, but {value!r} is needed; use a file made for it."
                 )
         try:
-            specs = saved_specs(metadata)
-            rank, targets = int(metadata["lora_rank"]), json.loads(metadata["lora_targets"])
             with torch.device("meta"):  # skips the initialisation and draws no random numbers
-                adapter = cls(denoiser, specs, rank, targets)
-        except ConfigError:
+                adapter = cls._of_structure(file, metadata, denoiser)
+        except (ConfigError, WeightsError):
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise WeightsError(f"{file} does not describe its branches and LoRA properly; save it again.") from error
@@ -349,6 +367,26 @@ class Adapter(nn.Module):
         adapter.metadata = metadata
         device = next(denoiser.parameters()).device
         return adapter if device.type == "meta" else adapter.to(device)
+
+
+    def _structure(self) -> dict[str, str]:
+        """Return further metadata from which `_of_structure` builds the same layers again."""
+        return {}
+
+    @classmethod
+    def _of_structure(cls, file: Path, metadata: Mapping[str, str], denoiser: nn.Module) -> "Adapter":
+        """Return a new adapter of the structure that a file's metadata describes; its weights are random.
+
+        Raises KeyError, TypeError or ValueError if the metadata is wrong, and WeightsError if it is of another kind.
+        """
+        if FAMILY_KEY in metadata:
+            raise WeightsError(
+                f"{file} is an adapter for a transformer of the family {metadata[FAMILY_KEY]}, but this denoiser is a "
+                f"{type(denoiser).__name__}: load it into a pipeline of its family."
+            )
+        return cls(
+            denoiser, saved_specs(metadata), int(metadata["lora_rank"]), json.loads(metadata["lora_targets"])
+        )
 
 
 def check_attached(denoiser: nn.Module, adapters: Iterable[Adapter]) -> None:
@@ -394,6 +432,11 @@ def prepare(denoiser: nn.Module, conditioning: Conditioning) -> Conditioning:
         for layer in _processor_for(name, attn).layers
         for branch in layer.branches()
     }
+    return prepare_for_layers(layer_of_branch, conditioning)
+
+
+def prepare_for_layers(layer_of_branch: Mapping[str, LayerWeights], conditioning: Conditioning) -> Conditioning:
+    """Do what `prepare` does, for attached adapters that have these branches, each with one of its layers."""
     branches: dict[str, Tokens] = {}
     scales: dict[str, Scale | Mapping[str, Scale]] = {}
     for name, tokens in conditioning.branches.items():
@@ -514,7 +557,7 @@ def _linear(attn: Attention, target: str) -> nn.Linear:
     return cast(nn.Linear, attn.get_submodule(target))  # or a wrapper of a linear layer, such as peft's
 
 
-def _add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
+def add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
     """Add a module at a dotted path below root, with plain containers in between; the path is its state-dict name."""
     *parents, last = path.split(".")
     for part in parents:

@@ -165,8 +165,8 @@ class LayerWeights(nn.Module):
             scale = scale.get(name, 0.0)
         if not isinstance(scale, Tensor):
             found = BranchStrength(scale)
-        elif (cached := (conditioning.cache or {}).get(key)) is not None and cached[0] is scale:
-            found = cached[1]
+        elif (known := (conditioning.cache or {}).get(key)) is not None and known[0] is scale:
+            found = known[1]
         else:
             found = BranchStrength(scale)
         if not isinstance(found.scale, Tensor) and found.scale == 0:
@@ -296,9 +296,9 @@ class ParallelAttention:
 
     def _text_keys_values(self, attn: Attention, text: Tensor, conditioning: Conditioning) -> KeysValues:
         """Return the denoiser's own keys and values (LoRA included) of text tokens (batch, length, width)."""
-        cached = (conditioning.cache or {}).get((self.name, TEXT))
-        if cached is not None and cached[0] is text:  # the same tensor object, which the cache keeps alive
-            return cast(KeysValues, cached[1])
+        known = (conditioning.cache or {}).get((self.name, TEXT))
+        if known is not None and known[0] is text:  # the same tensor object, which the cache keeps alive
+            return cast(KeysValues, known[1])
         read = text if attn.norm_cross is None else attn.norm_encoder_hidden_states(text)
         found = self._keys_values(attn, read, conditioning)
         if conditioning.cache is not None:
@@ -329,11 +329,11 @@ class ParallelAttention:
                 if strength is None or (name in layer.concatenated) != concatenated:
                     continue
                 tokens = conditioning.branches[name]
-                key, value = _cached(conditioning, (self.name, name), partial(branch.keys_values, attn, tokens.values))
-                regions = _regions_at(conditioning, name, query)
+                key, value = cached(conditioning, (self.name, name), partial(branch.keys_values, attn, tokens.values))
+                regions = regions_at(conditioning, name, len(query), query.shape[2], query)
                 people = self._people(layer, name, branch, conditioning)
                 if people is not None:
-                    mask = _mask_of_people(conditioning, name)
+                    mask = mask_of_people(conditioning, name)
                 else:
                     mask = tokens.mask if conditioning.cache is not None else usable_mask(tokens)
                 key, value = key.to(query.dtype), value.to(query.dtype)
@@ -348,7 +348,7 @@ class ParallelAttention:
         if router is None:
             return None if name not in conditioning.regions else _People(groups)
         compute = partial(router.keys, conditioning.branches[name], groups.shape[1])
-        keys = _cached(conditioning, (self.name, f"router of {name}"), compute)
+        keys = cached(conditioning, (self.name, f"router of {name}"), compute)
         return _People(groups, router, keys, conditioning.record)
 
 
@@ -374,7 +374,7 @@ class _People:
     record: dict[str, list[Tensor]] | None = None
 
 
-def _cached(conditioning: Conditioning, key: tuple[str, str], compute: Callable[[], Any]) -> Any:
+def cached(conditioning: Conditioning, key: tuple[str, str], compute: Callable[[], Any]) -> Any:
     """Return the cache entry of this key. If it is missing, compute it and, if there is a cache, store it."""
     if conditioning.cache is None:
         return compute()
@@ -383,7 +383,7 @@ def _cached(conditioning: Conditioning, key: tuple[str, str], compute: Callable[
     return conditioning.cache[key]
 
 
-def _mask_of_people(conditioning: Conditioning, branch: str) -> Tensor | None:
+def mask_of_people(conditioning: Conditioning, branch: str) -> Tensor | None:
     """Return a branch's mask (batch, people * length) with all tokens unmasked of people who are not there.
 
     With a cache, None if every token is then unmasked, as with one person (`adapter.prepare`).
@@ -397,24 +397,24 @@ def _mask_of_people(conditioning: Conditioning, branch: str) -> Tensor | None:
         each = each | ~each.any(dim=2, keepdim=True)
         return None if conditioning.cache is not None and bool(each.all()) else each.flatten(1)
 
-    return cast("Tensor | None", _cached(conditioning, (f"people of {branch}", ""), usable))
+    return cast("Tensor | None", cached(conditioning, (f"people of {branch}", ""), usable))
 
 
-def _regions_at(conditioning: Conditioning, branch: str, query: Tensor) -> Tensor | None:
+def regions_at(conditioning: Conditioning, branch: str, batch: int, positions: int, like: Tensor) -> Tensor | None:
     """Return a branch's regions (batch, references, positions) at the resolution of a layer's positions.
 
-    diffusers' IPAdapterMaskProcessor (image_processor.py) resizes them, bicubically.
+    diffusers' IPAdapterMaskProcessor (image_processor.py) resizes them, bicubically. They have the device and the dtype
+    of `like`.
     """
     regions = conditioning.regions.get(branch)
     if regions is None:
         return None
-    batch, _, positions, _ = query.shape
 
     def resized() -> Tensor:
         each = [IPAdapterMaskProcessor.downsample(one, batch, positions, 1)[..., 0] for one in regions.unbind(1)]
-        return torch.stack(each, 1).to(query.device, query.dtype)
+        return torch.stack(each, 1).to(like.device, like.dtype)
 
-    return cast(Tensor, _cached(conditioning, (f"regions of {branch}", str(positions)), resized))
+    return cast(Tensor, cached(conditioning, (f"regions of {branch}", str(positions)), resized))
 
 
 def _concatenate_branches(
@@ -477,7 +477,7 @@ def _add_scaled_rows(
     part = base[rows]
     added = addition(*(each if each is None or len(each) == 1 else each[rows] for each in inputs))
     if not torch.is_grad_enabled():
-        part.add_(_scaled(added, strength.active_scale))
+        part.add_(scaled(added, strength.active_scale))
         return base
     summed = _add(part, added, strength.active_scale)
     if len(part) == len(base):
@@ -487,10 +487,10 @@ def _add_scaled_rows(
 
 def _add(base: Tensor, addition: Tensor, strength: Scale) -> Tensor:
     """Return base + strength * addition; items whose strength is 0 keep the base bit-identical."""
-    return base + _scaled(addition, strength)
+    return base + scaled(addition, strength)
 
 
-def _scaled(addition: Tensor, strength: Scale) -> Tensor:
+def scaled(addition: Tensor, strength: Scale) -> Tensor:
     """Return strength * addition, exactly 0 in the items (batch first) whose strength is 0."""
     if not isinstance(strength, Tensor):
         return addition if strength == 1 else strength * addition

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from imagine.adapter.adapter import Adapter, is_attached
+from imagine.adapter.adapter import Adapter
 from imagine.errors import ConfigError, WeightsError
 
 Place = Literal["adapter", "text_adapter"]
@@ -21,17 +21,18 @@ _pipelines: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[AdapterHolderM
 
 
 class AdapterHolderMixin:
-    """Attaches a pipeline's adapters to its `unet`, and moves them when `unet` is assigned."""
+    """Attaches a pipeline's adapters to its denoiser, and moves them when another denoiser is assigned."""
 
     unet: Any
+    denoiser_name = "unet"  # the component that is the denoiser
     text_adapter: Adapter | None = None
     adapter: Adapter | None = None
 
     @property
     def denoiser(self) -> Any:
         """The denoiser without the wrapper of torch.compile; None if the pipeline was made without one."""
-        unet = vars(self).get("unet")
-        return getattr(unet, "_orig_mod", unet)
+        denoiser = vars(self).get(self.denoiser_name)
+        return getattr(denoiser, "_orig_mod", denoiser)
 
     @abstractmethod
     def _adapters(self) -> list[Adapter]:
@@ -44,7 +45,7 @@ class AdapterHolderMixin:
                 setattr(self, place, None)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "unet":
+        if name != self.denoiser_name:
             return super().__setattr__(name, value)
         before = self.denoiser
         super().__setattr__(name, value)
@@ -63,7 +64,7 @@ class AdapterHolderMixin:
             if before is not None and not any(adapter in each._adapters() for each in _pipelines.get(before, ())):
                 adapter.release(before)
             try:
-                if after is not None and not is_attached(after, adapter):
+                if after is not None and not adapter.is_attached(after):
                     adapter.attach(after)
                     if after.device.type != "meta":  # where layers are offloaded one by one, the call moves adapters
                         adapter.to(after.device, after.dtype)
@@ -79,7 +80,10 @@ class AdapterHolderMixin:
     def _require_denoiser(self) -> Any:
         """Return the denoiser. Raises ConfigError if the pipeline was made without one."""
         if self.denoiser is None:
-            raise ConfigError("This pipeline was made without a unet: make a whole one with from_pipe(pipe, unet=...).")
+            name = self.denoiser_name
+            raise ConfigError(
+                f"This pipeline was made without a {name}: make a whole one with from_pipe(pipe, {name}=...)."
+            )
         return self.denoiser
 
     def _check_can_draw(self, *needed: str) -> None:
@@ -93,13 +97,13 @@ class AdapterHolderMixin:
     def _replace_adapter(self, place: Place, adapter: Adapter) -> None:
         """Attach an adapter in place of the present one. If it cannot be attached, the present one stays."""
         denoiser, previous = self._require_denoiser(), getattr(self, place)
-        was_attached = previous is not None and is_attached(denoiser, previous)
+        was_attached = previous is not None and previous.is_attached(denoiser)
         if previous is adapter and was_attached:
             return
         if previous is not None:
             previous.release(denoiser)
         try:
-            if not is_attached(denoiser, adapter):
+            if not adapter.is_attached(denoiser):
                 adapter.release(denoiser)  # other code may have removed it from some of the layers
                 adapter.attach(denoiser)
         except WeightsError:

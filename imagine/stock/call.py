@@ -94,7 +94,7 @@ def bind_arguments(
     for name in options:
         if name in IMAGINE_PIPELINE_ONLY:
             raise ConfigError(
-                f"Stock Stable Diffusion pipelines take no {name}, which only ImaginePipeline has: leave it out."
+                f"Stock pipelines of diffusers take no {name}, which only ImaginePipeline has: leave it out."
             )
         if name not in taken:  # stock calls with **kwargs would silently ignore it
             near = difflib.get_close_matches(name, [*known, *ours], n=1)
@@ -142,21 +142,26 @@ def read_call(pipe: Any, call: Any, given: dict[str, Any], reference: Any) -> tu
 
     If a prompt has placeholders for people, `given` is updated with plain words in their place.
     """
-    prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
-    if prompt is None:  # without sentences there are no names, so all people are shown
-        count = 0 if embeds is None else len(embeds)
-        requests = _requests("" if count == 1 else [""] * count, reference)
-    else:
-        requests = _requests(prompt, reference)
-        if reference is not None:
-            given["prompt"] = _plain(prompt, requests)
-            if given.get("prompt_2") is not None:
-                given["prompt_2"] = _plain(given["prompt_2"], requests)
+    requests = read_prompts(given, reference)
     # The stock property that tells whether guidance is on reads this attribute, which the stock call sets only later.
     pipe._guidance_scale = given.get("guidance_scale", inspect.signature(call).parameters["guidance_scale"].default)
     return Batch(
         len(requests), given.get("num_images_per_prompt") or 1, bool(pipe.do_classifier_free_guidance)
     ), requests
+
+
+def read_prompts(given: dict[str, Any], reference: Any) -> list[Request]:
+    """Return one request per prompt of a call; `given` is updated with plain words for placeholders of people."""
+    prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
+    if prompt is None:  # without sentences there are no names, so all people are shown
+        count = 0 if embeds is None else len(embeds)
+        return _requests("" if count == 1 else [""] * count, reference)
+    requests = _requests(prompt, reference)
+    if reference is not None:
+        for name in ("prompt", "prompt_2", "prompt_3"):
+            if given.get(name) is not None:
+                given[name] = _plain(given[name], requests)
+    return requests
 
 
 def _requests(prompt: Any, reference: Any) -> list[Request]:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter, check_attached
@@ -86,6 +87,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
 
     image_encoder: Any
     vision_encoder: Any
+    stock_classes = STOCK_PIPELINES  # the class names of folders that from_pretrained accepts
 
     def _suspects(self) -> dict[str, Any]:
         """Return the components in the order in which a picture that is not finite is traced to them."""
@@ -109,7 +111,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         modules, options = cast(Any, cls)._get_signature_keys(cls)
         given = {name: part for name, part in pipeline.components.items() if name in modules}
         given |= {name: pipeline.config[name] for name in options if name in pipeline.config}
-        given |= {**kwargs, **load_parts(kwargs, dtype or getattr(pipeline.unet, "dtype", None))}
+        given |= {**kwargs, **load_parts(kwargs, dtype or getattr(getattr(pipeline, cls.denoiser_name), "dtype", None))}
         parameters = inspect.signature(cls.__init__).parameters
         lacking = [
             name for name in modules if name not in given and parameters[name].default is inspect.Parameter.empty
@@ -143,7 +145,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
         finder = kwargs.pop("finder", None)
         safe, variant = kwargs.get("use_safetensors"), kwargs.get("variant")
-        folder = resolve_folder(pretrained_model_name_or_path, STOCK_PIPELINES, variant, safe, **hub)
+        folder = resolve_folder(pretrained_model_name_or_path, cls.stock_classes, variant, safe, **hub)
         dtype = normalise_dtype_argument(kwargs)
         modules = cast(Any, cls)._get_signature_keys(cls)[0]  # all other arguments belong to the loader
         parts = {name: each for name, each in kwargs.items() if name in modules or name in COMPONENTS}
@@ -314,7 +316,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
     def _adapters_to_device(self) -> None:
         """Move the adapters to the execution device and the denoiser's dtype."""
         for adapter in self._adapters():
-            adapter.to(cast(Any, self)._execution_device, self.unet.dtype)
+            adapter.to(cast(Any, self)._execution_device, self.denoiser.dtype)
 
     def _offload_adapters(self) -> None:
         """Move the adapters back to the CPU if the pipeline offloads its models."""
@@ -635,23 +637,24 @@ def personalised_class(stock: type) -> Any:
             f"A {stock.__name__} cannot take references; use a pipeline of Stable Diffusion 1.5 or XL, such as "
             "StableDiffusionXLPipeline."
         )
-    return _personalised_class(cast(Any, stock))
+    return class_with(PersonalisationMixin, stock)
 
 
 @functools.cache
-def _personalised_class(stock: Any) -> Any:
+def class_with(mixin: Any, stock: Any) -> Any:
+    """Return the subclass of a stock pipeline class that also has this mixin, the same object on every call."""
     first = "->".join(ENCODERS)
     members = {
-        "__module__": __name__,
-        "__doc__": f"{stock.__doc__}\n    It takes references: see `imagine.stock.pipelines.PersonalisationMixin`.",
+        "__module__": mixin.__module__,
+        "__doc__": f"{stock.__doc__}\n    It takes references: see `{mixin.__module__}.{mixin.__name__}`.",
         "__init__": _constructor(stock),
-        **{name: like_stock(getattr(PersonalisationMixin, name), getattr(stock, name)) for name in _LIKE_STOCK},
+        **{name: like_stock(getattr(mixin, name), getattr(stock, name)) for name in _LIKE_STOCK},
         "_optional_components": [*stock._optional_components, *COMPONENTS],
         "model_cpu_offload_seq": f"{first}->{stock.model_cpu_offload_seq}",  # they run first and are offloaded first
         # Parts of our encoder also run outside `forward`, so that offload hooks on them would come too late.
         "_exclude_from_cpu_offload": [*stock._exclude_from_cpu_offload, "vision_encoder"],
     }
-    return type(stock.__name__, (PersonalisationMixin, stock), members)
+    return type(stock.__name__, (mixin, stock), members)
 
 
 def _constructor(stock: Any) -> Any:
@@ -660,7 +663,8 @@ def _constructor(stock: Any) -> Any:
     def __init__(self: Any, *arguments: Any, **components: Any) -> None:
         ours = {name: components.pop(name, None) for name in COMPONENTS}
         stock.__init__(self, *arguments, **components)
-        self.image_processor = FiniteImageProcessor.from_config(self.image_processor.config)
+        if type(self.image_processor) is VaeImageProcessor:  # some pipelines have a processor of another class
+            self.image_processor = FiniteImageProcessor.from_config(self.image_processor.config)
         self.register_modules(**ours)
         self._init_adapters()
 

@@ -1,0 +1,263 @@
+"""Add personalisation to diffusers' pipelines with a diffusion transformer.
+
+    from imagine import ImaginePipeline
+    pipe = ImaginePipeline.from_pipe(stock_pipe, vision_encoder=encoder)
+    pipe.load_adapter("path/to/adapter")
+    pipe("smiling, on a beach", reference="photo.jpg")
+
+A stock class gains the base class `TransformerPersonalisationMixin`. Its `__call__` takes a reference in addition to
+all stock arguments, among them `image=`, the native reference images of FLUX.2 and Qwen-Image-Edit. It adds the
+conditioning to the attention arguments of the call, and calls the stock `__call__` to draw.
+"""
+
+import importlib
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from imagine.adapter.adapter import Adapter
+from imagine.errors import ConfigError, WeightsError
+from imagine.networks.weights import quiet_libraries
+from imagine.people.faces import FaceChoice
+from imagine.people.persona import Persona
+from imagine.people.reference_encoder import OnNoFace, check_encoder, identity_spec
+from imagine.pipeline.controls import Window
+from imagine.pipeline.layout import LEFT_TO_RIGHT, Layout, call_regions
+from imagine.pipeline.picture_check import naming_the_part
+from imagine.records import VISION
+from imagine.request import Request, word_notes
+from imagine.stock.call import bind_arguments, read_prompts
+from imagine.stock.people import PLACED_NOTE
+from imagine.stock.pipelines import PersonalisationMixin, class_with
+from imagine.transformer_bases import TRANSFORMER_PIPELINES
+from imagine.transformer_bases.adapter import TransformerAdapter
+from imagine.transformer_bases.families import family_of
+from imagine.transformer_bases.passes import CallPasses, People
+from imagine.transformer_bases.passing import KEY
+
+_PROMPTS = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
+_OURS = ("reference", "identity_scale", "identity_window", "layout", "face", "on_no_face")
+_ATTENTION_KWARGS = ("joint_attention_kwargs", "attention_kwargs")  # a stock call has one of them
+
+
+class TransformerPersonalisationMixin(PersonalisationMixin):
+    """Adds an adapter on the transformer, and arguments for the people in the picture, to a stock pipeline.
+
+    `vision_encoder` encodes references; without it, the stock pipeline's own `image_encoder` does.
+    """
+
+    transformer: Any
+    denoiser_name = "transformer"
+    stock_classes = TRANSFORMER_PIPELINES
+
+    # --- adapters ---------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, source: Any) -> None:
+        """Attach an adapter (a TransformerAdapter, or a saved folder or file) in place of the present one.
+
+        Raises WeightsError if it was made for another family, another size or another vision encoder.
+        """
+        self._check_can_load()
+        transformer = self._require_denoiser()
+        adapter = source if isinstance(source, Adapter) else TransformerAdapter.load(source, transformer)
+        if not isinstance(adapter, TransformerAdapter):
+            raise WeightsError(
+                f"This is an adapter for a U-Net, but this pipeline has a {type(transformer).__name__}: give a "
+                "TransformerAdapter made for it."
+            )
+        names = {spec.name for spec in adapter.branch_specs}
+        if names != {VISION}:
+            raise WeightsError(
+                f"The adapter has the branches {', '.join(sorted(names))}, but this pipeline feeds only {VISION}: give "
+                "an adapter with this one branch."
+            )
+        if self.reference_encoder is not None:
+            check_encoder(adapter, self.encoder_fingerprint)
+        self._replace_adapter("adapter", adapter.to(self._adapter_dtype).eval())
+
+    @property
+    def _adapter_dtype(self) -> torch.dtype:
+        """The precision of the adapter: the transformer's, if it computes in the precision that it is stored in."""
+        dtype = cast(torch.dtype, self.denoiser.dtype)
+        return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
+
+    def _adapters_to_device(self) -> None:
+        for adapter in self._adapters():
+            adapter.to(cast(Any, self)._execution_device, self._adapter_dtype)
+
+    def _add_saved_adapter(self, folder: Path, variant: str | None) -> None:
+        self._replace_adapter(
+            "adapter", TransformerAdapter.load(folder, self.denoiser, variant=variant).to(self._adapter_dtype).eval()
+        )
+
+    @property
+    def _has_stock_ip_adapter(self) -> bool:
+        """Whether diffusers' own IP-Adapter is on the transformer."""
+        transformer = self.denoiser
+        if transformer is None:
+            return False
+        is_flux = getattr(transformer.config, "encoder_hid_dim_type", None) == "ip_image_proj"
+        return is_flux or getattr(transformer, "image_proj", None) is not None
+
+    def set_attention_slice(self, slice_size: Any) -> None:
+        """Do nothing: transformers have no attention slicing."""
+
+    def fuse_qkv_projections(self, *arguments: Any, **options: Any) -> None:
+        """Fuse projections as in diffusers, which adapters on transformers allow."""
+        self._require_denoiser().fuse_qkv_projections(*arguments, **options)
+
+    # --- generating -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        *arguments: Any,
+        reference: Any = None,
+        identity_scale: Any = 1.0,
+        identity_window: "Window | Sequence[float]" = (0.0, 1.0),
+        layout: Layout | None = None,
+        face: FaceChoice = "largest",
+        on_no_face: OnNoFace = "error",
+        **options: Any,
+    ) -> Any:
+        """Generate with the stock pipeline, all of whose arguments are accepted, and show the referenced people.
+
+        reference, face, on_no_face: as in `ImaginePipeline`: photos, Personas, lists of these, or a dict from names.
+        identity_scale: strength of the identity branch, one number or one per prompt. 0 gives the stock pipeline's
+            picture bit for bit, as does no reference.
+        identity_window: the steps in which the reference acts, as two fractions of all steps.
+        layout: where several people are. Without one, an adapter without a router places people from left to right.
+
+        Return the stock result with `faces` (the face used from each photo) and `notes`. Raises ImagineError if our
+        arguments or the adapter are used wrongly.
+        """
+        draw = naming_the_part(cast(Any, super(PersonalisationMixin, self)).__call__, self._suspects)
+        given = bind_arguments(draw, arguments, options, _OURS)
+        notes = word_notes(*(given.get(name) for name in _PROMPTS))
+        self._check_can_draw("transformer", *([] if given.get("output_type") == "latent" else ["vae"]))
+        window = Window.read(identity_window)
+        if self.adapter is None:
+            self._check_no_adapter_needed(given, reference)
+            return _with_notes(draw(**given), [], notes)
+        requests = read_prompts(given, reference)
+        self._adapters_to_device()
+        try:
+            personas = self._personas_for(requests, face, on_no_face)
+            if not any(personas):
+                return _with_notes(draw(**given), [], notes)
+            check_encoder(self.adapter, self.encoder_fingerprint)  # it may have been set after the adapter
+            people, placed = self._people(requests, personas, identity_scale, layout, given)
+            out = self._draw_with(draw, given, people, window)
+        finally:
+            self._offload_adapters()
+        return _with_notes(out, personas, [*notes, *placed])
+
+    def _draw_with(self, draw: Any, given: dict[str, Any], people: People, window: Window) -> Any:
+        passes = CallPasses(self.denoiser, people, family_of(self.denoiser).guidance, window)
+        passes.wrap_callback(given)
+        name = _attention_argument(draw)
+        given[name] = {**(given.get(name) or {}), KEY: passes}
+        try:
+            return draw(**given)
+        finally:
+            passes.release()  # the stock pipeline keeps the arguments until its next call
+
+    def _people(
+        self, requests: Sequence[Request], personas: Sequence[Sequence[Persona]], scale: Any, layout: Layout | None,
+        given: Mapping[str, Any],
+    ) -> tuple[People, list[str]]:  # fmt: skip
+        """Return the identity branch of all pictures, and a note if we chose where several people are."""
+        spec, copies = identity_spec(self.adapter), int(given.get("num_images_per_prompt") or 1)
+        tokens = self._vision_tokens(personas, copies)
+        assert spec is not None and tokens is not None
+        notes: list[str] = []
+        several = any(len(people) > 1 for people in personas)
+        if layout is None and several and not spec.router and spec.people != "concatenate":
+            layout, notes = LEFT_TO_RIGHT, [PLACED_NOTE]
+        regions = call_regions(layout, requests, self._grid(given), copies)
+        strength = self._identity_strength(scale, personas, copies)
+        absent = self._absent_tokens(len(strength)) if spec.absent == "zeros" else None
+        device = cast(Any, self)._execution_device
+        return People(
+            tokens, strength, None if regions is None else regions.to(device),
+            self._vision_groups(personas, copies), absent,
+        ), notes  # fmt: skip
+
+    def _grid(self, given: Mapping[str, Any]) -> tuple[int, int]:
+        """Return a grid of the picture's shape for regions: its height and width in 16 pixels each."""
+        side = 16
+        height, width = given.get("height"), given.get("width")
+        if height is None or width is None:
+            native = int(getattr(self, "default_sample_size", 0) or 64) * int(getattr(self, "vae_scale_factor", 0) or 16)
+            height, width = height or native, width or native
+        return max(1, int(height) // side), max(1, int(width) // side)
+
+
+def _attention_argument(call: Any) -> str:
+    parameters = inspect.signature(call).parameters
+    return next(name for name in _ATTENTION_KWARGS if name in parameters)
+
+
+def _with_notes(out: Any, personas: Sequence[Sequence[Persona]], notes: Sequence[str]) -> Any:
+    if hasattr(out, "images"):
+        out.faces = [one for people in personas for persona in people for one in persona.faces]
+        out.notes = list(notes)
+    return out
+
+
+# --- the classes ------------------------------------------------------------------------------------------------------
+
+
+def personalised_class(stock: type) -> Any:
+    """Return the subclass with `reference=` of a stock pipeline class. Raises ConfigError for an unsupported class."""
+    if issubclass(stock, TransformerPersonalisationMixin):
+        return stock
+    if not any(base.__name__ in TRANSFORMER_PIPELINES for base in stock.__mro__):
+        raise ConfigError(
+            f"A {stock.__name__} cannot take references; use a pipeline such as {', '.join(TRANSFORMER_PIPELINES[:2])}."
+        )
+    return class_with(TransformerPersonalisationMixin, stock)
+
+
+def class_by_name(name: str) -> Any:
+    """Return the class with `reference=` for the diffusers pipeline class called `name`."""
+    return personalised_class(getattr(importlib.import_module("diffusers"), name))
+
+
+def __getattr__(name: str) -> Any:
+    """Return a class by name, created on first access, because importing all of diffusers' pipelines takes seconds."""
+    if name not in TRANSFORMER_PIPELINES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return class_by_name(name)
+
+
+def open_base(
+    base: Any, adapter: Any = None, vision_encoder: Any = None, dtype: torch.dtype | None = None, **options: Any
+) -> Any:
+    """Open a pipeline of a diffusion transformer with `reference=`: the one entry for programs and the command line.
+
+    base: a folder or hub id of a pipeline, or a stock pipeline. adapter: a TransformerAdapter, or its folder or file.
+    vision_encoder: the encoder of references, or its folder. options: further arguments of the stock loader, such as
+    `revision`, `variant` or `local_files_only`. Raises WeightsError or ConfigError, in one sentence each.
+    """
+    from imagine.pipeline.pipeline import ImaginePipeline
+
+    parts = {} if vision_encoder is None else {"vision_encoder": vision_encoder}
+    precision = {} if dtype is None else {"dtype": dtype}
+    with quiet_libraries():
+        if isinstance(base, (str, os.PathLike)):
+            pipe = ImaginePipeline.from_pretrained(base, **parts, **precision, **options)
+        else:
+            pipe = ImaginePipeline.from_pipe(base, **parts, **precision, **options)
+    if not isinstance(pipe, TransformerPersonalisationMixin):
+        raise ConfigError(
+            f"{base if isinstance(base, (str, os.PathLike)) else type(base).__name__} has no diffusion transformer: "
+            "open it with ImaginePipeline instead."
+        )
+    if adapter is not None:
+        pipe.load_adapter(adapter)
+    return pipe

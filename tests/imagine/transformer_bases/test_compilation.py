@@ -1,0 +1,41 @@
+"""Regional compilation with an adapter: one graph per class of blocks, whatever the tokens and strengths are."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from imagine.errors import WeightsError
+from imagine.transformer_bases.adapter import prepare
+from imagine.transformer_bases.families import sites_of
+from tests import tiny_transformers
+from tests.tiny_transformers import conditioned, predict, transformer
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny_transformers.FAMILIES)
+def test_regional_compilation(name: str):
+    torch._dynamo.reset()
+    sizes: dict[str, Any] = {"n_layers": 2} if name == "z_image" else {"num_layers": 2}
+    model = transformer(name, **sizes)
+    adapter, graphs = tiny_transformers.adapter(model), list[int]()
+    blocks = [model.get_submodule(site.rpartition(".")[0]) for site in sites_of(model)]
+    kinds = len({(type(block), getattr(block, "use_dual_attention", False)) for block in blocks})
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(1)
+        return graph
+
+    with adapter.attach(model):
+        given = [conditioned(seed=3), conditioned(seed=4), conditioned(scales={"vision": torch.tensor([0.0, 0.5])})]
+        wanted = [predict(name, model, each) for each in given]
+        bare = predict(name, model)
+        for block in blocks:
+            block.compile(backend=backend, fullgraph=True)
+        for each, want in zip(given, wanted, strict=True):
+            assert (predict(name, model, prepare(model, each)) - want).abs().max() < 1e-5
+        assert len(graphs) <= kinds + (name == "sd3")  # its last block has no text output
+        assert (predict(name, model) - bare).abs().max() < 1e-5
+    with pytest.raises(WeightsError, match="compiled already"):
+        adapter.attach(model)
+    torch._dynamo.reset()
