@@ -164,7 +164,12 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "kontext": partial(_flux, "FluxKontextPipeline"), "sd3": sd3, "sana": sana,
 }  # fmt: skip
 SIDES = {"qwen": 16, "qwen_edit": 16, "sana": 32}  # of the pictures in pixels; 8 elsewhere
-GUIDED = {"qwen": "true_cfg_scale", "qwen_edit": "true_cfg_scale", "flux": "true_cfg_scale", "kontext": "true_cfg_scale"}
+GUIDED = {
+    "qwen": "true_cfg_scale",
+    "qwen_edit": "true_cfg_scale",
+    "flux": "true_cfg_scale",
+    "kontext": "true_cfg_scale",
+}
 
 
 def stock(name: str) -> Any:

@@ -368,7 +368,6 @@ class Adapter(nn.Module):
         device = next(denoiser.parameters()).device
         return adapter if device.type == "meta" else adapter.to(device)
 
-
     def _structure(self) -> dict[str, str]:
         """Return further metadata from which `_of_structure` builds the same layers again."""
         return {}
@@ -384,9 +383,7 @@ class Adapter(nn.Module):
                 f"{file} is an adapter for a transformer of the family {metadata[FAMILY_KEY]}, but this denoiser is a "
                 f"{type(denoiser).__name__}: load it into a pipeline of its family."
             )
-        return cls(
-            denoiser, saved_specs(metadata), int(metadata["lora_rank"]), json.loads(metadata["lora_targets"])
-        )
+        return cls(denoiser, saved_specs(metadata), int(metadata["lora_rank"]), json.loads(metadata["lora_targets"]))
 
 
 def check_attached(denoiser: nn.Module, adapters: Iterable[Adapter]) -> None:

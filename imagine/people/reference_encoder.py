@@ -50,12 +50,15 @@ def vision_features(encoder: nn.Module, crops: Tensor, pooled: bool = False) -> 
         if (hook := getattr(encoder, "_hf_hook", None)) is not None:  # offloaded: accelerate hooks only `forward`
             hook.pre_forward(encoder)
         return encoder.embed(crops)[:, None]
-    mean, std = (torch.tensor(each, device=crops.device, dtype=crops.dtype).view(3, 1, 1) for each in _CLIP_MEAN_STD)
+    is_siglip = str(cast(Any, encoder).config.model_type).startswith("siglip")
+    statistics = _SIGLIP_MEAN_STD if is_siglip else _CLIP_MEAN_STD
+    mean, std = (torch.tensor(each, device=crops.device, dtype=crops.dtype).view(3, 1, 1) for each in statistics)
     output = encoder((crops - mean) / std, output_hidden_states=True)
     return cast(Tensor, output.image_embeds[:, None] if pooled else output.hidden_states[-2])
 
 
 _CLIP_MEAN_STD = (CLIP_MEAN, CLIP_STD)
+_SIGLIP_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)

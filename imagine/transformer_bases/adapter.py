@@ -10,6 +10,7 @@ saving see the transformer alone. A weight is named by the module path of its si
 `prepare` prepares a conditioning for the many steps of one picture, as the function of that name does for a U-Net.
 """
 
+import json
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +26,20 @@ from imagine.adapter.adapter import (
     prepare_for_layers,
     saved_specs,
 )
-from imagine.adapter.attention import LayerWeights
+from imagine.adapter.attention import Branch, LayerWeights
 from imagine.errors import ConfigError, WeightsError
 from imagine.records import Conditioning
 from imagine.transformer_bases.branch import ImageBranch, SiteHook
 from imagine.transformer_bases.families import family_of, heads_of, sites_of
+from imagine.transformer_bases.ip_branches import (
+    INSTANTX,
+    OWN,
+    XLABS,
+    InstantXBranch,
+    Layout,
+    XLabsBranch,
+    make_resampler,
+)
 from imagine.transformer_bases.passing import close_pass, current_pass, open_pass, restore_checkpoints
 
 SITES = "sites"  # what the names of branches begin with; some transformers call their blocks as we call a method
@@ -57,12 +67,14 @@ class TransformerAdapter(Adapter):
 
     branches: as in `Adapter`, without LoRA of our own; peft's may be loaded beside it. heads: of each branch; a quarter
     of the transformer's by default. every: a branch at each site (1), at every second one (2), and so on, from the
-    first. Raises WeightsError for a transformer of no known family, and ConfigError for wrong numbers.
+    first. layout, resampler: of an imported file (`ip_files`), whose branches are computed as its authors do. Raises
+    WeightsError for a transformer of no known family, and ConfigError for wrong numbers.
     """
 
     def __init__(
-        self, denoiser: nn.Module, branches: Sequence[BranchSpec], heads: int | None = None, every: int = 1
-    ) -> None:
+        self, denoiser: nn.Module, branches: Sequence[BranchSpec], heads: int | None = None, every: int = 1,
+        layout: Layout = OWN, resampler: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
         family = family_of(denoiser)
         _check_specs(branches)
         heads = max(1, heads_of(denoiser) // NARROWER) if heads is None else heads
@@ -70,20 +82,39 @@ class TransformerAdapter(Adapter):
             raise ConfigError(f"heads={heads} and every={every} must be whole numbers of at least 1.")
         self.family, self.width = family.title, family.width(cast(Any, denoiser).config)
         self.heads, self.every = heads, every
-        self.head_width = max(1, self.width // heads_of(denoiser))
+        self.head_width, self.layout = max(1, self.width // heads_of(denoiser)), layout
+        self.resampler_sizes = dict(resampler or {})
         super().__init__(denoiser, branches)
+        if layout == INSTANTX:
+            resample = make_resampler(self.resampler_sizes)
+            self.add_module("resampler", resample)
+            for layer in self.layers().values():
+                cast(InstantXBranch, layer.branches()[branches[0].name]).use(resample)
 
     def _make_layers(self, denoiser: nn.Module) -> dict[str, LayerWeights]:
         made = {}
-        for name in list(sites_of(denoiser))[:: self.every]:
+        sites = [name for name, site in sites_of(denoiser).items() if not (site.joint and self.layout != OWN)]
+        for name in sites[:: self.every]:
             layer = self._empty_layer()
             for spec in self.branch_specs:
-                layer.add_module(
-                    spec.name,
-                    ImageBranch(self.width, spec.width, self.heads, self.head_width, spec.zero_init, spec.router),
-                )
+                layer.add_module(spec.name, self._make_branch(spec))
             made[f"{SITES}.{name}"] = layer
         return made
+
+    def _make_branch(self, spec: BranchSpec) -> Branch:
+        heads = self.width // self.head_width
+        if self.layout == XLABS:
+            return XLabsBranch(spec.width, heads, self.head_width)
+        if self.layout == INSTANTX:
+            return InstantXBranch(self.width, heads, self.head_width, self.resampler_sizes["hidden_dim"])
+        return ImageBranch(self.width, spec.width, self.heads, self.head_width, spec.zero_init, spec.router)
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Return the parameters by part, as `Adapter` does; a resampler belongs to the projection."""
+        parts = super().parts()
+        if self.layout == INSTANTX:
+            parts[f"{self.branch_specs[0].name}_projection"] = list(self.get_submodule("resampler").parameters())
+        return parts
 
     def layers(self) -> dict[str, LayerWeights]:
         """Return this adapter's weights by the module path of the site."""
@@ -98,7 +129,9 @@ class TransformerAdapter(Adapter):
             raise WeightsError("This adapter is already attached to this denoiser; detach it first.")
         taken = {spec.name for adapter in present.adapters for spec in adapter.branch_specs}
         if shared := taken & {spec.name for spec in self.branch_specs}:
-            raise WeightsError(f"Another attached adapter also has a branch {min(shared)!r}; detach that adapter first.")
+            raise WeightsError(
+                f"Another attached adapter also has a branch {min(shared)!r}; detach that adapter first."
+            )
         if any(block._compiled_call_impl is not None for block in denoiser.modules()):
             raise WeightsError(
                 "The transformer's blocks are compiled already, and would silently ignore the adapter: attach it "
@@ -123,10 +156,10 @@ class TransformerAdapter(Adapter):
         return self in attached_adapters(denoiser)
 
     def _check_sites(self, denoiser: nn.Module) -> None:
-        family, sites = family_of(denoiser), list(sites_of(denoiser))
+        family, sites = family_of(denoiser), _count_sites(denoiser, self.layout)
         _check_base(
             "This adapter", (self.family, self.width, self.every, len(self._layer_names)),
-            family.title, family.width(cast(Any, denoiser).config), len(sites),
+            family.title, family.width(cast(Any, denoiser).config), sites,
         )  # fmt: skip
 
     # --- files ------------------------------------------------------------------------------------------------------
@@ -134,7 +167,8 @@ class TransformerAdapter(Adapter):
     def _structure(self) -> dict[str, str]:
         return {
             FAMILY_KEY: self.family, "width": str(self.width), "sites": str(len(self._layer_names)),
-            "branch_heads": str(self.heads), "every": str(self.every),
+            "branch_heads": str(self.heads), "every": str(self.every), "layout": self.layout,
+            "resampler": json.dumps(self.resampler_sizes),
         }  # fmt: skip
 
     @classmethod
@@ -148,9 +182,13 @@ class TransformerAdapter(Adapter):
         width, every, count = (int(metadata[name]) for name in ("width", "every", "sites"))
         _check_base(
             str(file), (metadata[FAMILY_KEY], width, every, count),
-            family.title, family.width(cast(Any, denoiser).config), len(sites_of(denoiser)),
+            family.title, family.width(cast(Any, denoiser).config),
+            _count_sites(denoiser, cast(Layout, metadata["layout"])),
         )  # fmt: skip
-        return cls(denoiser, saved_specs(metadata), int(metadata["branch_heads"]), every)
+        return cls(
+            denoiser, saved_specs(metadata), int(metadata["branch_heads"]), every,
+            cast(Layout, metadata["layout"]), json.loads(metadata["resampler"]),
+        )  # fmt: skip
 
 
 def attached_adapters(transformer: nn.Module) -> "list[TransformerAdapter]":
@@ -186,9 +224,11 @@ def _hook(transformer: nn.Module, present: _Attachment, adapters: "list[Transfor
     for name, site in sites_of(transformer).items():
         layers = tuple(each.layers()[name] for each in adapters if name in each.layers())
         if layers:
-            handles.append(
-                site.attention.register_forward_hook(SiteHook(site, layers, current_pass), with_kwargs=True)
-            )
+            handles.append(site.attention.register_forward_hook(SiteHook(site, layers, current_pass), with_kwargs=True))
+
+
+def _count_sites(transformer: nn.Module, layout: Layout) -> int:
+    return sum(layout == OWN or not site.joint for site in sites_of(transformer).values())
 
 
 def _check_specs(branches: Sequence[BranchSpec]) -> None:
@@ -209,4 +249,3 @@ def _check_base(who: str, made_for: tuple[str, int, int, int], family: str, widt
             f"{who} was made for a {family} transformer of width {their_width} with {count} branches, but this one has "
             f"width {width} and place for {-(-sites // every)}: load the adapter that belongs to this model."
         )
-

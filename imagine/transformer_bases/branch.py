@@ -44,6 +44,8 @@ class ImageBranch(Branch):
     transformer's, because its queries and output projection are what it costs.
     """
 
+    changes_per_step = False  # whether keys and values depend on the noise level
+
     def __init__(
         self, state_width: int, token_width: int, heads: int, head_width: int, zero_init: bool, router: bool = False
     ) -> None:
@@ -64,9 +66,11 @@ class ImageBranch(Branch):
         """Return queries (batch, heads, positions, head width) of image tokens (batch, positions, width)."""
         return cast(Tensor, self.norm_q(self._heads(self.to_q(states.to(self.to_q.weight.dtype)))))
 
-    def attend(self, attention: Any, states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the output (batch, heads, positions, head width) of one softmax over all tokens."""
-        return F.scaled_dot_product_attention(self.queries(attention, states), key, value, mask)
+    def attend(
+        self, attention: Any, states: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Return the output (batch, positions, inner width) of one softmax over all tokens."""
+        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
     def project(self, _: Any, mixed: Tensor) -> Tensor:
         """Return what is added to the site's output, (batch, positions, width), from all heads side by side."""
@@ -136,17 +140,21 @@ class _SiteBranch:
             addition = self._one_softmax(attention, states, key, value, mask)
         return self.branch.add(output, part, strength, addition)
 
+    def _attend(self, attention: Any, states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return self.branch.attend(attention, states, self.branch.queries(attention, states), key, value, mask)
+
     def _once_per_picture(self, conditioning: Conditioning, what: str, compute: Callable[[], Any]) -> Any:
         """Return what `compute` computes, from the cache if there is one; compiled blocks have none (`passing`)."""
-        return compute() if conditioning.cache is None else cached(conditioning, (self.site.name, what), compute)
+        if conditioning.cache is None or self.branch.changes_per_step:
+            return compute()
+        return cached(conditioning, (self.site.name, what), compute)
 
     def _one_softmax(
         self, attention: Any, states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Callable[[slice], Tensor]:
         def addition(rows: slice) -> Tensor:
             each = None if mask is None else mask[rows, None, None]
-            mixed = self.branch.attend(attention, states[rows], key[rows], value[rows], each)
-            return self.branch.project(attention, mixed.transpose(1, 2).flatten(2))
+            return self.branch.project(attention, self._attend(attention, states[rows], key[rows], value[rows], each))
 
         return addition
 
@@ -161,8 +169,8 @@ class _SiteBranch:
             mixed = None
             for number, each in enumerate(zip(key.chunk(count, 2), value.chunk(count, 2), masks, strict=True)):
                 mask = None if each[2] is None else each[2][rows, None, None]
-                out = self.branch.attend(attention, states[rows], each[0][rows], each[1][rows], mask)
-                out = out.transpose(1, 2).flatten(2) * regions[rows, number, :, None]
+                out = self._attend(attention, states[rows], each[0][rows], each[1][rows], mask)
+                out = out * regions[rows, number, :, None]
                 mixed = out if mixed is None else mixed + out
             return self.branch.project(attention, cast(Tensor, mixed))
 
@@ -191,8 +199,8 @@ class _SiteBranch:
             mixed: Tensor | None = None
             for person, (one, other) in enumerate(zip(key.chunk(count, 2), value.chunk(count, 2), strict=True)):
                 each = None if mask is None else mask.chunk(count, 1)[person][rows, None, None]
-                out = F.scaled_dot_product_attention(query, one[rows], other[rows], each)
-                out = out.transpose(1, 2).flatten(2) * shares[:, person, :, None]
+                out = self.branch.attend(attention, states[rows], query, one[rows], other[rows], each)
+                out = out * shares[:, person, :, None]
                 mixed = out if mixed is None else mixed + out
             return self.branch.project(attention, cast(Tensor, mixed))
 
@@ -213,5 +221,3 @@ def add_to_first(output: Any, part: slice, strength: BranchStrength, addition: C
         whole = whole.clone()  # the caller's tensor may be needed in its backward pass
     whole[rows, part] += added
     return (whole, *output[1:]) if several else whole
-
-

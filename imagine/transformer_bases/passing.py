@@ -14,7 +14,7 @@ attached: a block is computed again with the pass in which it was computed first
 import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,13 @@ class Pass:
     conditioning: Conditioning
     target: TargetTokens
     timestep: Tensor | None = None
+    computed: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Return what `compute` returned when it was first asked for in this pass."""
+        if name not in self.computed:
+            self.computed[name] = compute()
+        return self.computed[name]
 
 
 @dataclass(frozen=True)

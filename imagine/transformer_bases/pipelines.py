@@ -28,7 +28,7 @@ from imagine.people.reference_encoder import OnNoFace, check_encoder, identity_s
 from imagine.pipeline.controls import Window
 from imagine.pipeline.layout import LEFT_TO_RIGHT, Layout, call_regions
 from imagine.pipeline.picture_check import naming_the_part
-from imagine.records import VISION
+from imagine.records import VISION, Tokens
 from imagine.request import Request, word_notes
 from imagine.stock.call import bind_arguments, read_prompts
 from imagine.stock.people import PLACED_NOTE
@@ -36,6 +36,8 @@ from imagine.stock.pipelines import PersonalisationMixin, class_with
 from imagine.transformer_bases import TRANSFORMER_PIPELINES
 from imagine.transformer_bases.adapter import TransformerAdapter
 from imagine.transformer_bases.families import family_of
+from imagine.transformer_bases.ip_branches import INSTANTX
+from imagine.transformer_bases.ip_files import read_ip_adapter
 from imagine.transformer_bases.passes import CallPasses, People
 from imagine.transformer_bases.passing import KEY
 
@@ -78,6 +80,28 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         if self.reference_encoder is not None:
             check_encoder(adapter, self.encoder_fingerprint)
         self._replace_adapter("adapter", adapter.to(self._adapter_dtype).eval())
+
+    def load_ip_adapter(  # type: ignore[override]
+        self, source: Any, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+    ) -> None:
+        """Load an IP-Adapter file (XLabs' for FLUX.1, InstantX's for Stable Diffusion 3.5) as the adapter.
+
+        The people are then given by `reference=`, with `identity_scale`. The encoder is `vision_encoder` or the stock
+        pipeline's own `image_encoder`: CLIP ViT-L/14, and SigLIP. Raises WeightsError if the file does not fit.
+        """
+        self._check_can_load()
+        self.load_adapter(read_ip_adapter(source, self._require_denoiser(), subfolder, weight_name, **hub))
+
+    def unload_ip_adapter(self) -> None:
+        """Detach the adapter, which restores the base exactly."""
+        self.unload_adapter()
+
+    def _absent_tokens(self, count: int) -> Tokens:
+        """Return the tokens of pictures without people; those of InstantX files are zero features."""
+        if isinstance(self.adapter, TransformerAdapter) and self.adapter.layout == INSTANTX:
+            features = self._zero_picture_features()
+            return Tokens(torch.zeros(count, *features.shape, device=cast(Any, self)._execution_device))
+        return super()._absent_tokens(count)
 
     @property
     def _adapter_dtype(self) -> torch.dtype:
@@ -144,6 +168,11 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
             self._check_no_adapter_needed(given, reference)
             return _with_notes(draw(**given), [], notes)
         requests = read_prompts(given, reference)
+        if given.get("ip_adapter_image") is not None or given.get("ip_adapter_image_embeds") is not None:
+            raise ConfigError(
+                "An adapter of imagine is loaded, which takes photos with reference=: give the photo there, or call "
+                "unload_adapter() and load the IP-Adapter with diffusers."
+            )
         self._adapters_to_device()
         try:
             personas = self._personas_for(requests, face, on_no_face)
@@ -174,6 +203,7 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         spec, copies = identity_spec(self.adapter), int(given.get("num_images_per_prompt") or 1)
         tokens = self._vision_tokens(personas, copies)
         assert spec is not None and tokens is not None
+        self._check_photos(personas)
         notes: list[str] = []
         several = any(len(people) > 1 for people in personas)
         if layout is None and several and not spec.router and spec.people != "concatenate":
@@ -187,12 +217,24 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
             self._vision_groups(personas, copies), absent,
         ), notes  # fmt: skip
 
+    def _check_photos(self, personas: Sequence[Sequence[Persona]]) -> None:
+        """Raise ConfigError if an adapter that resamples all features of a picture together cannot take these."""
+        lengths = {sum(persona.tokens for persona in people) for people in personas if people}
+        is_instantx = isinstance(self.adapter, TransformerAdapter) and self.adapter.layout == INSTANTX
+        if is_instantx and (len(lengths) > 1 or any(len(people) > 1 for people in personas)):
+            raise ConfigError(
+                "An IP-Adapter of InstantX takes one person per picture, and as many photos for each: give the same "
+                "number of photos for every prompt."
+            )
+
     def _grid(self, given: Mapping[str, Any]) -> tuple[int, int]:
         """Return a grid of the picture's shape for regions: its height and width in 16 pixels each."""
         side = 16
         height, width = given.get("height"), given.get("width")
         if height is None or width is None:
-            native = int(getattr(self, "default_sample_size", 0) or 64) * int(getattr(self, "vae_scale_factor", 0) or 16)
+            native = int(getattr(self, "default_sample_size", 0) or 64) * int(
+                getattr(self, "vae_scale_factor", 0) or 16
+            )
             height, width = height or native, width or native
         return max(1, int(height) // side), max(1, int(width) // side)
 

@@ -236,6 +236,8 @@ def test_lora_beside_the_adapter(name: str):
     from peft import LoraConfig
 
     model = transformer(name)
+    if not hasattr(model, "add_adapter"):
+        pytest.skip("diffusers loads no LoRA into PixArt")
     adapter, state = tiny_transformers.adapter(model), None
     with adapter.attach(model):
         drawn, state = predict(name, model, conditioned()), list(adapter.state_dict())
@@ -324,9 +326,7 @@ def test_a_router_keeps_people_apart(name: str, model: Any):
     plain.load_state_dict({key: each for key, each in routed.state_dict().items() if ".router." not in key})
     two, present = tokens(2, length=8), torch.ones(2, 2, dtype=torch.bool)
     with plain.attach(model):
-        alone = [
-            predict(name, model, Conditioning({"vision": Tokens(each)})) for each in two.values.chunk(2, 1)
-        ]
+        alone = [predict(name, model, Conditioning({"vision": Tokens(each)})) for each in two.values.chunk(2, 1)]
     record: dict[str, list[Tensor]] = {}
     with routed.attach(model):
         one_person = torch.tensor([[True, False]] * 2)
@@ -441,7 +441,7 @@ def test_damaged_files_are_named(tmp_path: Any):
     file = tmp_path / "adapter.safetensors"
     tensors = load_file(file)
     missing = dict(list(tensors.items())[1:])
-    for wrong, words in ((missing, "missing"), ({**tensors, "more": torch.zeros(1)}, "more")):
+    for wrong, words in ((missing, "lacks"), ({**tensors, "more": torch.zeros(1)}, "more")):
         save_file(wrong, file, adapter.metadata)
         with pytest.raises(WeightsError, match=words):
             TransformerAdapter.load(tmp_path, model)
