@@ -12,7 +12,7 @@ adapter was trained with, and .bin files, the format of older IP-Adapters. A pic
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,13 @@ from imagine.pipeline.families import class_names
 _PICKLES = (".ckpt", ".pt", ".pth", ".pkl")
 _ADAPTER_VERSION = "1"  # the format version that Adapter.load reads
 _BRANCH = ("to_k.weight", "to_v.weight", "gate")  # the tensors of a branch in each of its layers
+_TRANSFORMER_BRANCHES = {  # the same for adapters of transformers, by their layout (imagine.transformer_bases)
+    "own": (*_BRANCH, "to_q.weight", "to_out.weight", "norm_q.weight", "norm_k.weight"),
+    "xlabs": (*_BRANCH, "to_k.bias", "to_v.bias"),
+    "instantx": (
+        *_BRANCH, "norm_ip.linear.weight", "norm_ip.linear.bias", "norm_q.weight", "norm_k.weight", "norm_ip_k.weight",
+    ),
+}  # fmt: skip
 _ENCODERS = ("vision_encoder", "image_encoder")  # folders of reference encoders, in order of preference
 _RECOGNISER = "face recogniser (InsightFace)"  # the encoder of FaceID files
 _PRECISIONS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -180,7 +187,9 @@ def _adapter(path: Path, header: _Header) -> dict[str, Any]:
     }
     if found.get("licence") in (None, "unspecified"):
         found["licence"] = licence_of(path, {}) or found.get("licence")
-    problems = _adapter_problems(metadata.get("format_version"), branches, header.shapes)
+    shapes = {name: shape for name, shape in header.shapes.items() if not name.startswith("resampler.")}
+    parts = _TRANSFORMER_BRANCHES.get(metadata.get("layout", ""), _BRANCH)
+    problems = _adapter_problems(metadata.get("format_version"), branches, shapes, parts)
     vision = next((branch for branch in branches if branch["name"] == "vision"), None)
     folder = next((path.parent.parent / each for each in _ENCODERS if (path.parent.parent / each).is_dir()), None)
     if vision is not None and folder is not None and path.parent.name == "adapter":
@@ -233,7 +242,10 @@ def _features(folder: Path, pooled: bool) -> int | None:
 
 
 def _adapter_problems(
-    version: str | None, branches: list[dict[str, Any]], shapes: Mapping[str, tuple[int, ...]]
+    version: str | None,
+    branches: list[dict[str, Any]],
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Sequence[str] = (),
 ) -> list[str]:
     """Return the reasons, one sentence each, why Adapter.load would refuse the file for every denoiser."""
     problems = []
@@ -242,7 +254,7 @@ def _adapter_problems(
     wanted: dict[str, tuple[int, ...] | None] = {}
     for branch in branches:
         layers = {name.rpartition(f".{branch['name']}.")[0] for name in shapes if f".{branch['name']}.to_k." in name}
-        wanted |= {f"{layer}.{branch['name']}.{each}": None for layer in layers for each in _BRANCH}
+        wanted |= {f"{layer}.{branch['name']}.{each}": None for layer in layers for each in parts or _BRANCH}
         wanted |= _projection(branch)
     low_rank = {name for name in shapes if ".lora_A." in name or ".lora_B." in name}
     wanted |= {

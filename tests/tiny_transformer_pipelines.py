@@ -147,7 +147,8 @@ def words(name: str, count: int, seed: int = 0) -> dict[str, Any]:
         }  # fmt: skip
     if name == "sd3":
         return {
-            "prompt_embeds": _embeds(count, 5, 32, seed=seed), "pooled_prompt_embeds": _embeds(count, 32, seed=seed + 2),
+            "prompt_embeds": _embeds(count, 5, 32, seed=seed),
+            "pooled_prompt_embeds": _embeds(count, 32, seed=seed + 2),
             "negative_prompt_embeds": _embeds(count, 5, 32, seed=seed + 1),
             "negative_pooled_prompt_embeds": _embeds(count, 32, seed=seed + 3),
         }  # fmt: skip

@@ -4,7 +4,7 @@ It has the interface and the files of `imagine.adapter.adapter.Adapter`: attach,
 weights stay outside the transformer, whose modules and state dict do not change. So LoRA of peft, quantisation and
 saving see the transformer alone. A weight is named by the module path of its site:
 
-    sites.single_transformer_blocks.3.attn.vision.to_q.weight   a branch (to_q, norm_q, to_k, norm_k, to_v, gate, to_out)
+    sites.single_transformer_blocks.3.attn.vision.to_q.weight   a branch: to_q, to_k, to_v, to_out, norms, gate
     projections.vision.proj.0.weight                            its token projection
 
 `prepare` prepares a conditioning for the many steps of one picture, as the function of that name does for a U-Net.

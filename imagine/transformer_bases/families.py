@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from imagine.errors import ConfigError, WeightsError

@@ -19,8 +19,8 @@ from imagine.adapter.adapter import BranchSpec
 from imagine.adapter.attention import GATE_GAIN
 from imagine.errors import WeightsError
 from imagine.ip_adapter.reading import find_weights_file
-from imagine.networks.finite import check_finite
 from imagine.networks.files import why_unreadable
+from imagine.networks.finite import check_finite
 from imagine.records import VISION
 from imagine.transformer_bases.adapter import SITES, TransformerAdapter
 from imagine.transformer_bases.families import family_of, sites_of
@@ -197,6 +197,6 @@ def _check_names(origin: str, family: str, adapter: TransformerAdapter, tensors:
     for name, each in tensors.items():
         if each.shape != wanted[name].shape:
             raise WeightsError(
-                f"{origin} holds {name} of shape {list(each.shape)} instead of {list(wanted[name].shape)}: use the file "
-                f"made for this {family} transformer."
+                f"{origin} holds {name} of shape {list(each.shape)} instead of {list(wanted[name].shape)}: use the "
+                f"file made for this {family} transformer."
             )

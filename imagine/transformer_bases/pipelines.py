@@ -21,6 +21,7 @@ import torch
 
 from imagine.adapter.adapter import Adapter
 from imagine.errors import ConfigError, WeightsError
+from imagine.ip_adapter.loading import IPAdapterLoaderMixin
 from imagine.networks.weights import quiet_libraries
 from imagine.people.faces import FaceChoice
 from imagine.people.persona import Persona
@@ -31,6 +32,7 @@ from imagine.pipeline.picture_check import naming_the_part
 from imagine.records import VISION, Tokens
 from imagine.request import Request, word_notes
 from imagine.stock.call import bind_arguments, read_prompts
+from imagine.stock.files import load_parts
 from imagine.stock.people import PLACED_NOTE
 from imagine.stock.pipelines import PersonalisationMixin, class_with
 from imagine.transformer_bases import TRANSFORMER_PIPELINES
@@ -82,18 +84,37 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         self._replace_adapter("adapter", adapter.to(self._adapter_dtype).eval())
 
     def load_ip_adapter(  # type: ignore[override]
-        self, source: Any, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+        self,
+        source: Any,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        image_encoder_pretrained_model_name_or_path: Any = None,
+        **hub: Any,
     ) -> None:
         """Load an IP-Adapter file (XLabs' for FLUX.1, InstantX's for Stable Diffusion 3.5) as the adapter.
 
         The people are then given by `reference=`, with `identity_scale`. The encoder is `vision_encoder` or the stock
-        pipeline's own `image_encoder`: CLIP ViT-L/14, and SigLIP. Raises WeightsError if the file does not fit.
+        pipeline's own `image_encoder`: CLIP ViT-L/14, which may be named here, or SigLIP. Raises WeightsError if the
+        file does not fit.
         """
         self._check_can_load()
-        self.load_adapter(read_ip_adapter(source, self._require_denoiser(), subfolder, weight_name, **hub))
+        adapter = read_ip_adapter(source, self._require_denoiser(), subfolder or None, weight_name, **hub)
+        if image_encoder_pretrained_model_name_or_path is not None:
+            part = {"image_encoder": image_encoder_pretrained_model_name_or_path}
+            encoder = load_parts(part, self._adapter_dtype, **hub)["image_encoder"]
+            cast(Any, self).register_modules(image_encoder=encoder.to(cast(Any, self).device))
+        self.load_adapter(adapter)
+
+    def set_ip_adapter_scale(self, scale: Any) -> None:
+        """Set the scale of an IP-Adapter that diffusers has loaded; ours takes `identity_scale` with each call."""
+        if not self._has_stock_ip_adapter:
+            raise ConfigError("The strength of this adapter is an argument of each call: give identity_scale.")
+        cast(Any, super(IPAdapterLoaderMixin, self)).set_ip_adapter_scale(scale)
 
     def unload_ip_adapter(self) -> None:
-        """Detach the adapter, which restores the base exactly."""
+        """Remove the adapter, and an IP-Adapter that diffusers has loaded, which restores the base exactly."""
+        if self._has_stock_ip_adapter:
+            cast(Any, super(IPAdapterLoaderMixin, self)).unload_ip_adapter()
         self.unload_adapter()
 
     def _absent_tokens(self, count: int) -> Tokens:

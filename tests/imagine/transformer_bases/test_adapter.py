@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imagine.adapter.adapter import Adapter, BranchSpec
 from imagine.errors import ConfigError, WeightsError
+from imagine.inspection import inspect
 from imagine.records import Conditioning, Tokens, take
 from imagine.transformer_bases.adapter import TransformerAdapter, attached_adapters, prepare
 from imagine.transformer_bases.families import FAMILIES, family_of, sites_of
@@ -390,6 +391,8 @@ def test_save_and_load(name: str, model: Any, tmp_path: Any):
     adapter.save(tmp_path, METADATA)
     loaded = TransformerAdapter.load(tmp_path, model)
     assert loaded.metadata["family"] == adapter.family and loaded.every == 2
+    described = inspect(tmp_path / "adapter.safetensors")
+    assert described["family"] == adapter.family and described["problems"] == []
     with adapter.attach(model):
         wanted = predict(name, model, conditioned())
     with loaded.attach(model):
@@ -416,16 +419,16 @@ def test_two_adapters_at_once(name: str, model: Any):
 def test_wrong_bases_are_named(tmp_path: Any):
     flux2 = transformer("flux2")
     tiny_transformers.adapter(flux2).save(tmp_path, METADATA)
-    with pytest.raises(WeightsError, match="was made for FLUX.2, but this transformer is Z-Image"):
+    with pytest.raises(WeightsError, match=r"was made for FLUX\.2, but this transformer is Z-Image"):
         TransformerAdapter.load(tmp_path, transformer("z_image"))
     with pytest.raises(WeightsError, match="with 5 branches, but this one has width 32 and place for 7"):
         TransformerAdapter.load(tmp_path, transformer("flux2", num_layers=4))
-    with pytest.raises(WeightsError, match="made for FLUX.2, but this transformer is FLUX.1"):
+    with pytest.raises(WeightsError, match=r"made for FLUX\.2, but this transformer is FLUX\.1"):
         tiny_transformers.adapter(flux2).attach(transformer("flux"))
     unet = tiny_stock.unet(False)
-    with pytest.raises(WeightsError, match="UNet2DConditionModel cannot take this adapter: use a transformer of FLUX"):
+    with pytest.raises(WeightsError, match=r"UNet2DConditionModel cannot take this adapter: use a transformer of FLUX"):
         tiny_transformers.adapter(unet)
-    with pytest.raises(WeightsError, match="family FLUX.2, but this denoiser is a UNet2DConditionModel"):
+    with pytest.raises(WeightsError, match=r"family FLUX\.2, but this denoiser is a UNet2DConditionModel"):
         Adapter.load(tmp_path, unet)
     tiny_stock.identity(unet).save(tmp_path / "unet", METADATA)
     with pytest.raises(WeightsError, match="adapter for a U-Net, but this denoiser is a Flux2Transformer2DModel"):

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from imagine.errors import WeightsError
+from imagine.inspection import inspect
 from imagine.records import Conditioning, Tokens
 from imagine.transformer_bases.adapter import TransformerAdapter, prepare
 from imagine.transformer_bases.ip_files import read_ip_adapter
@@ -157,6 +158,7 @@ def test_files_folders_and_our_own_form(kind: str, tmp_path: Any):
     assert adapter.metadata["imported_from"] == file.name
     adapter.save(tmp_path / "ours", adapter.metadata)
     loaded = TransformerAdapter.load(tmp_path / "ours", model)
+    assert inspect(tmp_path / "ours" / "adapter.safetensors")["problems"] == []
     tokens = adapter.tokens("vision", random((2, 1 if kind == "flux" else 7, FEATURES), 5))
     drawn = []
     for each in (adapter, loaded):
@@ -170,7 +172,7 @@ def test_files_that_do_not_fit_are_named():
     flux, sd3 = transformer("flux"), sd35()
     with pytest.raises(WeightsError, match="No IP-Adapter file is known for Z-Image"):
         read_ip_adapter({}, transformer("z_image"))
-    with pytest.raises(WeightsError, match="no projection, but FLUX.1"):
+    with pytest.raises(WeightsError, match=r"no projection, but FLUX\.1"):
         read_ip_adapter({}, flux)
     with pytest.raises(WeightsError, match="not a part of an IP-Adapter"):
         read_ip_adapter({"unet.weight": torch.zeros(1)}, flux)
@@ -182,7 +184,7 @@ def test_files_that_do_not_fit_are_named():
     wide = xlabs(transformer("flux", joint_attention_dim=24))
     with pytest.raises(WeightsError, match="instead of"):
         read_ip_adapter({**xlabs(flux), **{name: each for name, each in wide.items() if "k_proj" in name}}, flux)
-    with pytest.raises(WeightsError, match="lacks proj_in.weight: use an IP-Adapter for Stable Diffusion 3.5"):
+    with pytest.raises(WeightsError, match=r"lacks proj_in\.weight: use an IP-Adapter for Stable Diffusion 3\.5"):
         read_ip_adapter(xlabs(flux), sd3)
     with pytest.raises(WeightsError, match="two attentions"):
         read_ip_adapter(instantx(sd3), transformer("sd3"))

@@ -219,7 +219,7 @@ def test_mistakes_are_sentences():
         draw(pipe, "flux2", refernce=ONE)
     with pytest.raises(PromptError, match="3 references"):
         draw(pipe, "flux2", count=2, reference=[ONE] * 3)
-    with pytest.raises(WeightsError, match="was made for Z-Image, but this transformer is FLUX.2"):
+    with pytest.raises(WeightsError, match=r"was made for Z-Image, but this transformer is FLUX\.2"):
         pipe.load_adapter(tiny_transformers.adapter(tiny_transformers.transformer("z_image")))
     wrong = tiny_transformers.adapter(pipe.transformer)
     wrong.metadata["encoder_fingerprint"] = "0" * 16
@@ -231,7 +231,7 @@ def test_mistakes_are_sentences():
         draw(pipe, "flux2", reference=ONE)
     with pytest.raises(WeightsError, match="adapter for a U-Net"):
         pipe.load_adapter(tiny_stock.identity(tiny_stock.unet(False)))
-    with pytest.raises(WeightsError, match="No IP-Adapter file is known for FLUX.2"):
+    with pytest.raises(WeightsError, match=r"No IP-Adapter file is known for FLUX\.2"):
         pipe.load_ip_adapter({})
     pipe.unload_adapter()
     with pytest.raises(WeightsError, match="No adapter is attached"):

@@ -1,7 +1,7 @@
 """Measure what the adapter costs on a diffusion transformer, beside diffusers' own IP-Adapter for FLUX.1.
 
-    .venv/bin/python benchmarks/transformers.py
-    .venv/bin/python benchmarks/transformers.py --size middle --rounds 9 --json
+    .venv/bin/python benchmarks/transformer_steps.py
+    .venv/bin/python benchmarks/transformer_steps.py --size middle --rounds 9 --json
 
 The transformer has FLUX.1's classes and random weights, which do not change the time. `tiny` has a width of 256, and
 `middle` of 768, with 576 image tokens (384 pixels).
