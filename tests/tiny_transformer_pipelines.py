@@ -96,14 +96,6 @@ def qwen() -> Any:
     )
 
 
-def qwen_edit() -> Any:
-    from diffusers import QwenImageEditPlusPipeline
-
-    return QwenImageEditPlusPipeline(
-        shifted_scheduler(), _qwen_autoencoder(), None, None, None, tiny_transformers.transformer("qwen")
-    )
-
-
 def _flux(kind: str, **more: Any) -> Any:
     import diffusers
 
@@ -139,7 +131,7 @@ def words(name: str, count: int, seed: int = 0) -> dict[str, Any]:
     if name in ("flux2", "z_image", "flux", "kontext"):
         given = [PROMPT, "a man laughing in forest", "a woman with red hair"][:count]
         return {"prompt": given, **({"text_encoder_out_layers": (1, 2, 3)} if name == "flux2" else {})}
-    if name in ("qwen", "qwen_edit"):
+    if name == "qwen":
         mask = torch.ones(count, 5, dtype=torch.long)
         return {
             "prompt_embeds": _embeds(count, 5, 16, seed=seed), "prompt_embeds_mask": mask,
@@ -161,13 +153,12 @@ def words(name: str, count: int, seed: int = 0) -> dict[str, Any]:
 
 
 PIPELINES: dict[str, Callable[[], Any]] = {
-    "flux2": flux2, "z_image": z_image, "qwen": qwen, "qwen_edit": qwen_edit, "flux": partial(_flux, "FluxPipeline"),
+    "flux2": flux2, "z_image": z_image, "qwen": qwen, "flux": partial(_flux, "FluxPipeline"),
     "kontext": partial(_flux, "FluxKontextPipeline"), "sd3": sd3, "sana": sana,
 }  # fmt: skip
-SIDES = {"qwen": 16, "qwen_edit": 16, "sana": 32}  # of the pictures in pixels; 8 elsewhere
+SIDES = {"qwen": 16, "sana": 32}  # of the pictures in pixels; 8 elsewhere
 GUIDED = {
     "qwen": "true_cfg_scale",
-    "qwen_edit": "true_cfg_scale",
     "flux": "true_cfg_scale",
     "kontext": "true_cfg_scale",
 }

@@ -637,7 +637,7 @@ def personalised_class(stock: type) -> Any:
             f"A {stock.__name__} cannot take references; use a pipeline of Stable Diffusion 1.5 or XL, such as "
             "StableDiffusionXLPipeline."
         )
-    return class_with(PersonalisationMixin, stock)
+    return class_with(PersonalisationMixin, cast(Any, stock))
 
 
 @functools.cache

@@ -38,6 +38,7 @@ from imagine.transformer_bases.ip_branches import (
     InstantXBranch,
     Layout,
     XLabsBranch,
+    keep_queries,
     make_resampler,
 )
 from imagine.transformer_bases.passing import close_pass, current_pass, open_pass, restore_checkpoints
@@ -223,6 +224,8 @@ def _hook(transformer: nn.Module, present: _Attachment, adapters: "list[Transfor
     handles.append(transformer.register_forward_hook(close_pass, always_call=True))
     for name, site in sites_of(transformer).items():
         layers = tuple(each.layers()[name] for each in adapters if name in each.layers())
+        if any(isinstance(each, XLabsBranch) for layer in layers for each in layer.branches().values()):
+            handles.append(site.attention.norm_q.register_forward_hook(keep_queries))
         if layers:
             handles.append(site.attention.register_forward_hook(SiteHook(site, layers, current_pass), with_kwargs=True))
 

@@ -35,6 +35,7 @@ from imagine.transformer_bases.families import Site
 from imagine.transformer_bases.passing import Pass
 
 NORM_EPSILON = 1e-6
+QUERIES = "queries"  # the transformer's own queries at the site under way, in `Pass.computed`
 
 
 class ImageBranch(Branch):
@@ -62,7 +63,7 @@ class ImageBranch(Branch):
         key, value = self.to_k(values), self.gated(self.to_v(values))
         return self.norm_k(self._heads(key)), self._heads(value)
 
-    def queries(self, _: Any, states: Tensor) -> Tensor:
+    def queries(self, _: Any, states: Tensor, __: Tensor | None = None) -> Tensor:
         """Return queries (batch, heads, positions, head width) of image tokens (batch, positions, width)."""
         return cast(Tensor, self.norm_q(self._heads(self.to_q(states.to(self.to_q.weight.dtype)))))
 
@@ -103,8 +104,8 @@ class SiteHook:
             for name, branch in layer.branches().items():
                 strength = layer.strength(current.conditioning, name, self._layer(current, name))
                 if strength is not None:
-                    made = _SiteBranch(self, name, cast(ImageBranch, branch), name in layer.joint)
-                    output = made.add_to(output, attention, states[:, part], part, strength, current)
+                    made = _SiteBranch(self, name, cast(ImageBranch, branch), name in layer.joint, part, current)
+                    output = made.add_to(output, attention, states[:, part], strength)
         return output
 
     def _layer(self, current: Pass, branch: str) -> str:
@@ -118,12 +119,15 @@ class SiteHook:
 class _SiteBranch:
     """One branch that is on at one site in one pass."""
 
-    def __init__(self, site: SiteHook, name: str, branch: ImageBranch, one_softmax: bool) -> None:
+    def __init__(
+        self, site: SiteHook, name: str, branch: ImageBranch, one_softmax: bool, part: slice, current: Pass
+    ) -> None:
         self.site, self.name, self.branch, self.one_softmax = site, name, branch, one_softmax
+        self.part, self.current = part, current
 
-    def add_to(
-        self, output: Any, attention: Any, states: Tensor, part: slice, strength: BranchStrength, current: Pass
-    ) -> Any:
+    def add_to(self, output: Any, attention: Any, states: Tensor, strength: BranchStrength) -> Any:
+        """Return the site's output with the branch's added. states: of the target tokens."""
+        current = self.current
         conditioning = current.conditioning
         tokens = conditioning.branches[self.name]
         compute = partial(self.branch.image_keys_values, tokens, current)
@@ -138,10 +142,17 @@ class _SiteBranch:
         else:
             mask = tokens.mask if conditioning.cache is not None else usable_mask(tokens)
             addition = self._one_softmax(attention, states, key, value, mask)
-        return self.branch.add(output, part, strength, addition)
+        return self.branch.add(output, self.part, strength, addition)
 
-    def _attend(self, attention: Any, states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return self.branch.attend(attention, states, self.branch.queries(attention, states), key, value, mask)
+    def _attend(
+        self, attention: Any, states: Tensor, rows: slice, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        query = self._queries(attention, states, rows)
+        return self.branch.attend(attention, states[rows], query, key, value, mask)
+
+    def _queries(self, attention: Any, states: Tensor, rows: slice) -> Tensor:
+        kept = self.current.computed.get(QUERIES)
+        return self.branch.queries(attention, states[rows], None if kept is None else kept[rows, self.part])
 
     def _once_per_picture(self, conditioning: Conditioning, what: str, compute: Callable[[], Any]) -> Any:
         """Return what `compute` computes, from the cache if there is one; compiled blocks have none (`passing`)."""
@@ -154,7 +165,7 @@ class _SiteBranch:
     ) -> Callable[[slice], Tensor]:
         def addition(rows: slice) -> Tensor:
             each = None if mask is None else mask[rows, None, None]
-            return self.branch.project(attention, self._attend(attention, states[rows], key[rows], value[rows], each))
+            return self.branch.project(attention, self._attend(attention, states, rows, key[rows], value[rows], each))
 
         return addition
 
@@ -169,7 +180,7 @@ class _SiteBranch:
             mixed = None
             for number, each in enumerate(zip(key.chunk(count, 2), value.chunk(count, 2), masks, strict=True)):
                 mask = None if each[2] is None else each[2][rows, None, None]
-                out = self._attend(attention, states[rows], each[0][rows], each[1][rows], mask)
+                out = self._attend(attention, states, rows, each[0][rows], each[1][rows], mask)
                 out = out * regions[rows, number, :, None]
                 mixed = out if mixed is None else mixed + out
             return self.branch.project(attention, cast(Tensor, mixed))
@@ -189,10 +200,12 @@ class _SiteBranch:
             keys = self._once_per_picture(conditioning, f"router of {self.name}", compute)
 
         def addition(rows: slice) -> Tensor:
-            query = self.branch.queries(attention, states[rows])
+            query = self._queries(attention, states, rows)
             chosen, here = None, None if regions is None else regions[rows]
             if router is not None:
-                chosen = log_shares(router(query.transpose(1, 2).flatten(2), keys[rows]), present[rows], here)
+                chosen = log_shares(
+                    router(query.transpose(1, 2).flatten(2), cast(Tensor, keys)[rows]), present[rows], here
+                )
                 if conditioning.record is not None:
                     conditioning.record.setdefault(f"router {self.site.name}", []).append(chosen)
             shares = shares_of(chosen, present[rows], here).to(query.dtype)

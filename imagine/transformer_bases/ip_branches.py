@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from imagine.adapter.attention import Branch, BranchStrength, KeysValues
 from imagine.errors import WeightsError
 from imagine.records import Tokens
-from imagine.transformer_bases.branch import add_to_first
-from imagine.transformer_bases.passing import Pass
+from imagine.transformer_bases.branch import QUERIES, add_to_first
+from imagine.transformer_bases.passing import Pass, current_pass
 
 Layout = Literal["own", "xlabs", "instantx"]
 OWN: Layout = "own"
@@ -47,8 +47,13 @@ class XLabsBranch(Branch):
         values = tokens.values.to(self.to_k.weight.dtype)
         return _heads(self.to_k(values), self.heads), _heads(self.gated(self.to_v(values)), self.heads)
 
-    def queries(self, attention: Any, states: Tensor) -> Tensor:
-        """Return the transformer's own queries of image tokens, before their rotation."""
+    def queries(self, attention: Any, states: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return the transformer's own queries of image tokens, before their rotation.
+
+        kept: what `keep_queries` has kept of them, (batch, positions, heads, head width); None in compiled blocks.
+        """
+        if kept is not None:
+            return kept.transpose(1, 2)
         fused = getattr(attention, "fused_projections", False)
         query = attention.to_qkv(states).chunk(3, dim=-1)[0] if fused else attention.to_q(states)
         return cast(Tensor, attention.norm_q(query.unflatten(-1, (self.heads, -1))).transpose(1, 2))
@@ -101,7 +106,7 @@ class InstantXBranch(Branch):
         rows = timestep.expand(len(features))
         return cast("tuple[Tensor, Tensor]", self._resampler[0](features.to(self.to_k.weight.dtype), rows))
 
-    def queries(self, attention: Any, states: Tensor) -> Tensor:
+    def queries(self, attention: Any, states: Tensor, _: Tensor | None = None) -> Tensor:
         """Return the transformer's own queries of image tokens, normalised anew."""
         return cast(Tensor, self.norm_q(_heads(attention.to_q(states), self.heads)))
 
@@ -126,6 +131,13 @@ class InstantXBranch(Branch):
     def add(self, output: Any, part: slice, strength: BranchStrength, addition: Callable[[slice], Tensor]) -> Any:
         """Return the site's output with the addition in its image tokens."""
         return add_to_first(output, part, strength, addition)
+
+
+def keep_queries(_: nn.Module, __: Any, output: Tensor) -> None:
+    """Forward hook of a double block's norm of queries: keep its output in the pass, instead of computing it again."""
+    current = current_pass()
+    if current is not None and not torch.compiler.is_compiling():
+        current.computed[QUERIES] = output
 
 
 def make_resampler(sizes: Mapping[str, int]) -> nn.Module:

@@ -158,7 +158,7 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
     # --- generating -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         *arguments: Any,
         reference: Any = None,
@@ -283,7 +283,7 @@ def personalised_class(stock: type) -> Any:
         raise ConfigError(
             f"A {stock.__name__} cannot take references; use a pipeline such as {', '.join(TRANSFORMER_PIPELINES[:2])}."
         )
-    return class_with(TransformerPersonalisationMixin, stock)
+    return class_with(TransformerPersonalisationMixin, cast(Any, stock))
 
 
 def class_by_name(name: str) -> Any:
@@ -309,8 +309,8 @@ def open_base(
     """
     from imagine.pipeline.pipeline import ImaginePipeline
 
-    parts = {} if vision_encoder is None else {"vision_encoder": vision_encoder}
-    precision = {} if dtype is None else {"dtype": dtype}
+    parts: dict[str, Any] = {} if vision_encoder is None else {"vision_encoder": vision_encoder}
+    precision: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     with quiet_libraries():
         if isinstance(base, (str, os.PathLike)):
             pipe = ImaginePipeline.from_pretrained(base, **parts, **precision, **options)

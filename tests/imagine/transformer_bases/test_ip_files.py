@@ -148,7 +148,7 @@ def test_a_row_without_a_person_stays_bare_with_instantx():
 @pytest.mark.parametrize("kind", ["flux", "sd3"])
 def test_files_folders_and_our_own_form(kind: str, tmp_path: Any):
     model = transformer("flux") if kind == "flux" else sd35()
-    made = xlabs(model) if kind == "flux" else instantx(model)
+    made: Any = xlabs(model) if kind == "flux" else instantx(model)
     if kind == "flux":
         save_file(made, tmp_path / "ip_adapter.safetensors")
     else:
