@@ -5,6 +5,7 @@
     ├── FaceError           the picture does not hold exactly the requested face
     ├── PromptError         the prompt cannot be used
     ├── WeightsError        a weights folder or file does not fit
+    ├── ConsentError        a persona may not be used
     ├── ConfigError         a configuration has an unknown name or contradicts itself
     └── BadRecordError      one record of a data set cannot be used; the others can
 
@@ -30,6 +31,10 @@ class PromptError(ImagineError):
 
 class WeightsError(ImagineError):
     """Raised when a weights folder or file does not fit."""
+
+
+class ConsentError(ImagineError):
+    """Raised when a persona may not be used, because the consent that it records has expired."""
 
 
 class ConfigError(ImagineError):

@@ -73,8 +73,8 @@ class _Header:
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return a description of a file or folder as plain numbers, words and lists; it always has "kind".
 
-    Kinds: "weights" (a whole pipeline), "adapter", "persona", "face finder", "IP-Adapter", "LoRA", "model" (one
-    component) and "tensors" (a file without a description). Raises WeightsError if it is none of them.
+    Kinds: "weights" (a whole pipeline), "adapter", "persona", "encrypted persona", "face finder", "IP-Adapter", "LoRA",
+    "model" (one component) and "tensors" (a file without a description). Raises WeightsError if it is none of them.
     """
     path = as_path(path)
     kind = kind_of(path, WeightsError)
@@ -144,6 +144,8 @@ def _weights(folder: Path) -> dict[str, Any]:
 def _file(path: Path) -> dict[str, Any]:
     header = _read_pickle(path) if is_pickle(path) else _read(path)
     metadata = header.metadata
+    if metadata.get("kind") == "encrypted persona":
+        return {"kind": "encrypted persona", "format_version": metadata.get("format_version"), **header.summary()}
     if metadata.get("kind") == "persona":
         return {"kind": "persona", **_persona(header), **header.summary()}
     if "branches" in metadata and "lora_rank" in metadata:
@@ -164,8 +166,11 @@ def _persona(header: _Header) -> dict[str, Any]:
     metadata = header.metadata
     return {
         "format_version": metadata.get("format_version"),
+        "encoder": metadata.get("encoder_name") or None,
         "encoder_fingerprint": metadata.get("encoder"),
         "tokens": _whole(metadata.get("tokens")),
+        "pooling": metadata.get("pooling"),
+        "consent": _json(metadata.get("consent", "null")),
         "faces": _json(metadata.get("faces", "[]")),
     }
 

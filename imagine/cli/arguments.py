@@ -61,6 +61,19 @@ def add_finder(command: Any) -> None:
     )  # fmt: skip
 
 
+def add_passphrase(command: Any) -> None:
+    """Add --passphrase-file, which encrypts and decrypts personas."""
+    command.add_argument(
+        "--passphrase-file", type=Path, metavar="FILE",
+        help="file whose first line is the passphrase of encrypted personas",
+    )  # fmt: skip
+
+
+def days(text: str) -> "int | None":
+    """Convert the value of --expires-after: a number of days, or "never"."""
+    return None if text == "never" else _convert(text, int, lambda value: 1 <= value <= 36_500, "days, or never")
+
+
 def positive(text: str) -> int:
     """Convert an argument to a whole number of at least 1."""
     return _convert(text, int, lambda value: value >= 1, "a whole number of at least 1")

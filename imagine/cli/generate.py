@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagine.cli import arguments
-from imagine.cli.loading import check_photos, load_pipeline
+from imagine.cli.loading import check_photos, load_pipeline, opened, read_passphrase
 from imagine.cli.pictures import FORMATS, output_paths, save_atomically, save_crops
 from imagine.cli.progress import Display
 from imagine.errors import ConfigError, PictureError
@@ -50,6 +50,7 @@ def add_commands(commands: Any) -> None:
     arguments.add_face(command)
     arguments.add_no_face(command)
     arguments.add_finder(command)
+    arguments.add_passphrase(command)
 
 
 def _add_controls(command: Any) -> None:
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Draw and save the pictures; return where they are and which faces were used."""
     paths = output_paths(writable_file(options.output, FORMATS), options.num_images)
     crop_path = None if options.save_crop is None else writable_file(options.save_crop, FORMATS)
-    reference = _references(options.reference)
+    reference = _references(options.reference, read_passphrase(options.passphrase_file))
     read_requests(options.prompt, reference)  # reports a mistake before anything is loaded
     layout = _layout(options.layout)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
@@ -187,7 +188,7 @@ def _draw(
     )
 
 
-def _references(given: Sequence[str]) -> Any:
+def _references(given: Sequence[str], passphrase: str | None) -> Any:
     """Return the references of a call: one photo, a list of photos of one person, or a dict of people by name."""
     named: dict[str, list[str]] = {}
     plain: list[str] = []
@@ -200,7 +201,9 @@ def _references(given: Sequence[str]) -> Any:
     if named and plain:
         raise ConfigError(f"Give every reference a name, as in name={plain[0]}, or none of them.")
     check_photos([*plain, *(path for paths in named.values() for path in paths)])
-    return named or (plain if len(plain) > 1 else plain[0])
+    people = {name: [opened(path, passphrase) for path in paths] for name, paths in named.items()}
+    photos = [opened(path, passphrase) for path in plain]
+    return people or (photos if len(photos) > 1 else photos[0])
 
 
 def _layout(given: Sequence[str] | None) -> Any:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagine.cli.progress import Display
-from imagine.errors import PictureError, WeightsError
+from imagine.errors import ConfigError, PictureError, WeightsError
 from imagine.paths import as_path, kind_of, shorten_path, why_no_file
 
 if TYPE_CHECKING:
     from imagine.people.faces import FaceFinder
+    from imagine.people.persona import Persona
     from imagine.pipeline.pipeline import ImaginePipeline
 
 
@@ -70,6 +71,34 @@ def check_photos(paths: Sequence[str]) -> None:
     for path in paths:
         if (kind := kind_of(as_path(path), PictureError)) != "file":
             raise PictureError(why_no_file(path, kind))
+
+
+def read_passphrase(file: Path | None) -> str | None:
+    """Return the first line of the file of --passphrase-file, or None without one.
+
+    Raises ConfigError if the line is empty or the file cannot be read.
+    """
+    if file is None:
+        return None
+    path = as_path(file)
+    if (kind := kind_of(path, ConfigError)) != "file":
+        raise ConfigError(why_no_file(file, kind, "passphrase file"))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{shorten_path(file)} cannot be read as text: save the passphrase as UTF-8.") from error
+    if not lines or not lines[0].strip():
+        raise ConfigError(f"{shorten_path(file)} has no passphrase in its first line: write one there.")
+    return lines[0]
+
+
+def opened(reference: str, passphrase: str | None) -> "str | Persona":
+    """Return the reference, or the persona if it is an encrypted persona file and there is a passphrase."""
+    if passphrase is None or as_path(reference).suffix != ".safetensors":
+        return reference
+    from imagine.people.persona import Persona
+
+    return Persona.load(reference, passphrase)
 
 
 def silence_libraries() -> None:

@@ -28,10 +28,12 @@ from imagine.paths import as_path, kind_of
 from imagine.people import photo_recogniser
 from imagine.people.drawing_recogniser import DrawingRecogniser
 from imagine.people.faces import LEARNED, TURNS, FaceChoice, FaceFinder, crop_face, default_finder
-from imagine.people.persona import Face, Persona, concatenate
+from imagine.people.persona import Face, Persona
 from imagine.people.photo_recogniser import PhotoRecogniser
 from imagine.people.photos import open_photo
+from imagine.people.pooling import Pooling, checked_pooling, photo_weight, pool
 from imagine.people.strangers import FaceRecogniser, Identity, find_stranger
+from imagine.personas.consent import Consent, joined
 from imagine.records import VISION, FaceCrop, Tokens, repeat
 from imagine.request import Person, Request
 
@@ -117,17 +119,25 @@ class ReferenceEncoderMixin:
         face: FaceChoice = "largest",
         on_no_face: OnNoFace = "error",
         check_identity: bool = True,
+        pooling: Pooling = "concatenate",
+        consent: Consent | None = None,
     ) -> Persona:
         """Encode one photo, or several of the same person, and return the persona.
 
-        The tokens of several photos are concatenated, so that attention can use all of them. Raises PictureError or
-        FaceError, with the photo's name, if one cannot be used. With `check_identity`, also raises FaceError if a
-        photograph shows another person than the others; for drawings, `Face.quality` warns of it instead.
+        By default the tokens of several photos are concatenated, so that attention can use all of them; with
+        pooling="mean" they are averaged, each photo weighted by its quality (`imagine.people.pooling`). `consent` is
+        recorded in the persona, and replaces that of personas among `photos`. Raises PictureError or FaceError, with
+        the photo's name, if one cannot be used, and ConsentError for a persona whose consent has expired. With
+        `check_identity`, also raises FaceError if a photograph shows another person than the others; for drawings,
+        `Face.quality` warns of it instead.
         """
+        pooling = checked_pooling(pooling)
         references = tuple(photos) if isinstance(photos, (list, tuple)) else (photos,)
         if not references:
             raise PromptError("There is no photo to enroll: give at least one.")
-        return self._enroll_person(Person("", references), face, on_no_face, check_identity, identify=check_identity)
+        person = Person("", references)
+        made = self._enroll_person(person, face, on_no_face, check_identity, identify=check_identity, pooling=pooling)
+        return made if consent is None else replace(made, consent=consent)
 
     def _current_encoder_info(self) -> EncoderInfo:
         """Return facts about the encoder; compute them again only if its weights have changed."""
@@ -156,9 +166,15 @@ class ReferenceEncoderMixin:
         """Return a key for what made a persona: the encoder, and whether its pooled embedding was used."""
         return self.encoder_fingerprint + (":pooled" if self._reads_pooled else "")
 
+    def _encoder_name(self) -> str:
+        """Return what the encoder is called: as the adapter's file calls it, else its class."""
+        named = {} if self.adapter is None else self.adapter.metadata
+        encoder = self.reference_encoder
+        return str(named.get("encoder") or ("" if encoder is None else type(encoder).__name__))
+
     def _enroll_person(
         self, person: Person, face: FaceChoice, on_no_face: OnNoFace, check_identity: bool = True,
-        identify: bool = False,
+        identify: bool = False, pooling: Pooling = "concatenate",
     ) -> Persona:  # fmt: skip
         """Combine one person's photos and personas into one persona; faces are named after the photos.
 
@@ -172,13 +188,20 @@ class ReferenceEncoderMixin:
         ]
         encoder_key = self._encoder_key()
         for each in encoded:
+            each.check_consent()
             each.check_encoder(encoder_key)
         faces = [one for each in encoded for one in each.faces]
         if check_identity:
             faces = _check_one_person(faces)
         if person.name:
             faces = [replace(one, reference=f"{person.name}: {one.reference}") for one in faces]
-        return Persona(concatenate([each.features.to("cpu") for each in encoded]), encoder_key, tuple(faces))
+        weights = [each.photo_weights for each in encoded]
+        tokens = 1 if self._reads_pooled else self._current_encoder_info().tokens
+        features = pool([each.features.to("cpu") for each in encoded], weights, tokens, pooling)
+        every = tuple(one for each in weights for one in each) if all(weights) else ()
+        consent = joined([each.consent for each in encoded])
+        kept = encoded[0].pooling if len(encoded) == 1 and pooling == "concatenate" else pooling
+        return Persona(features, encoder_key, tuple(faces), every, kept, consent, self._encoder_name())
 
     def _enroll_photo(
         self, photo: Any, number: int, face: FaceChoice, on_no_face: OnNoFace, identify: bool = False
@@ -204,7 +227,8 @@ class ReferenceEncoderMixin:
         if not is_finite(features):  # a persona with such numbers would make every picture of the person black
             raise WeightsError(why_not_finite({"the vision encoder": encoder}))
         identity = self._identify(image, crop) if identify else None
-        persona = Persona(features.float().cpu(), encoder_key, (Face.of(crop, name, identity),))
+        weight = photo_weight(crop, info.image_size)
+        persona = Persona(features.float().cpu(), encoder_key, (Face.of(crop, name, identity),), (weight,))
         if key is not None:
             while len(cache) >= MAX_CACHED_PERSONAS:
                 cache.pop(next(iter(list(cache))), None)  # another thread may have removed it

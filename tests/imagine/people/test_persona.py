@@ -1,13 +1,16 @@
 """Personas: saved bit for bit, refused with another encoder, and without a picture."""
 
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from imagine.errors import ImagineError, PromptError, WeightsError
+from imagine.errors import ConsentError, ImagineError, PromptError, WeightsError
 from imagine.people.persona import Persona
+from imagine.personas.consent import Consent
 from imagine.pipeline.pipeline import ImaginePipeline
 from tests import tiny
 
@@ -100,3 +103,36 @@ def test_enrolling_without_a_photo_is_refused(pipe: ImaginePipeline) -> None:
         pipe.enroll([])
     with pytest.raises(ImagineError):
         pipe.enroll(None)
+
+
+def test_a_persona_keeps_its_consent_encoder_and_weights(pipe: ImaginePipeline, tmp_path: Path) -> None:
+    consent = Consent.state("agreed", "by letter")
+    persona = pipe.enroll([tiny.photo(1), tiny.photo(2)], consent=consent)
+    persona.save(tmp_path / "me.safetensors")
+    loaded = Persona.load(tmp_path / "me.safetensors")
+    assert loaded.consent == consent and loaded.encoder_name == "VisionEncoder" and loaded.hash == persona.hash
+    assert loaded.photo_weights == persona.photo_weights and len(loaded.photo_weights) == 2
+    assert pipe.enroll([loaded, tiny.photo(3)]).consent is None  # nobody consented to the third photo
+
+
+def test_an_expired_persona_is_refused_in_a_sentence(pipe: ImaginePipeline, tmp_path: Path) -> None:
+    old = Consent.state("agreed", days=1, today=date(2020, 1, 1))
+    pipe.enroll(tiny.photo(1), consent=old).save(tmp_path / "me.safetensors")
+    for reference in (tmp_path / "me.safetensors", Persona.load(tmp_path / "me.safetensors")):
+        with pytest.raises(ConsentError, match=r"me.safetensors may not be used.* expired on 2020-01-02"):
+            pipe("a person", reference=reference)
+
+
+def test_files_of_version_1_still_load(pipe: ImaginePipeline, tmp_path: Path) -> None:
+    persona = pipe.enroll(tiny.photo(1))
+    metadata = {"kind": "persona", "encoder": persona.encoder, "format_version": "1", "tokens": "5", "faces": "[]"}
+    save_file({"vision_features": persona.features}, tmp_path / "old.safetensors", metadata)
+    loaded = Persona.load(tmp_path / "old.safetensors")
+    assert torch.equal(loaded.features, persona.features) and loaded.consent is None and loaded.photo_weights == ()
+    assert pipe("a person", reference=loaded, generator=tiny.generator(1)).images
+
+
+def test_a_changed_encoder_is_named_in_one_sentence(pipe: ImaginePipeline) -> None:
+    persona = replace(pipe.enroll(tiny.photo(1)), encoder="0", encoder_name="ViT-B/32")
+    with pytest.raises(WeightsError, match=r"made by the vision encoder ViT-B/32 \(0\), but .*; enroll the person"):
+        pipe("a person", reference=persona)
