@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 # Both register pipelines of diffusers as bases, without importing them.
 from imagine import stock as stock
 from imagine import transformer_bases as transformer_bases
+from imagine.paths import VERSION
 
 if TYPE_CHECKING:
     from imagine.people.persona import Persona as Persona
     from imagine.pipeline.pipeline import ImaginePipeline as ImaginePipeline
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["ImaginePipeline", "Persona", "__version__"]
 
 _MODULES = {"ImaginePipeline": "imagine.pipeline.pipeline", "Persona": "imagine.people.persona"}

@@ -5,6 +5,7 @@
     ├── FaceError           the picture does not hold exactly the requested face
     ├── PromptError         the prompt cannot be used
     ├── WeightsError        a weights folder or file does not fit
+    ├── SafetyError         a safety classifier refuses a prompt or a photo
     ├── ConsentError        a persona may not be used
     ├── ConfigError         a configuration has an unknown name or contradicts itself
     └── BadRecordError      one record of a data set cannot be used; the others can
@@ -31,6 +32,10 @@ class PromptError(ImagineError):
 
 class WeightsError(ImagineError):
     """Raised when a weights folder or file does not fit."""
+
+
+class SafetyError(ImagineError):
+    """Raised when a safety classifier refuses a prompt or a photo; the message has its reason."""
 
 
 class ConsentError(ImagineError):

@@ -21,6 +21,20 @@ _ABSENT_ON_WINDOWS = (21, 123, 1921)  # not ready, not a valid name, a broken li
 _LONGEST_SHOWN = 200  # characters of a path in an error message
 
 PACKAGE = Path(__file__).resolve().parent  # the folder of the package `imagine`
+VERSION = "0.1.0"  # of the package
+
+
+def data_folder() -> Path:
+    """Return the folder for what imagine keeps of this user between runs; it may not exist yet.
+
+    $XDG_DATA_HOME/imagine where that is set, else the usual place of the system.
+    """
+    given = os.environ.get("XDG_DATA_HOME")
+    if given:
+        return Path(given) / "imagine"
+    if os.name == "nt" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "imagine"
+    return Path.home() / ".local" / "share" / "imagine"
 
 
 def as_path(name: str | os.PathLike[str]) -> Path:

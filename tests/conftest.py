@@ -29,6 +29,10 @@ import torch
 
 torch.set_num_threads(1)
 
+# Pictures are signed with a key that is made in this folder.
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="imagine-data-")
+atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], ignore_errors=True)
+
 _connect = socket.socket.connect
 
 

@@ -74,6 +74,24 @@ def days(text: str) -> "int | None":
     return None if text == "never" else _convert(text, int, lambda value: 1 <= value <= 36_500, "days, or never")
 
 
+def add_marks(command: Any) -> None:
+    """Add the switches of the marks that pictures get (docs/provenance.md)."""
+    switch = argparse.BooleanOptionalAction
+    command.add_argument("--metadata", action=switch, default=True, help="write the settings into the picture's file, "
+                         "where other programs read them (default: yes)")  # fmt: skip
+    command.add_argument("--metadata-prompt", action=switch, default=True, help="with the prompt (default: yes)")
+    command.add_argument("--credentials", action=switch, default=True, help="sign the file with content credentials, "
+                         "C2PA (default: yes)")  # fmt: skip
+    command.add_argument("--watermark", action=switch, default=None, help="hide a watermark in the pixels (default: "
+                         "from 256 pixels a side on, where it is reliable)")  # fmt: skip
+
+
+def add_safety(command: Any) -> None:
+    """Add --safety, a classifier of photos and pictures."""
+    command.add_argument("--safety", type=Path, metavar="DIR", help="folder of an image classifier of transformers, "
+                         "which checks photos and pictures (default: none)")  # fmt: skip
+
+
 def positive(text: str) -> int:
     """Convert an argument to a whole number of at least 1."""
     return _convert(text, int, lambda value: value >= 1, "a whole number of at least 1")

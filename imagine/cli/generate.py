@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagine.cli import arguments
-from imagine.cli.loading import check_photos, load_pipeline, opened, read_passphrase
-from imagine.cli.pictures import FORMATS, output_paths, save_atomically, save_crops
+from imagine.cli.loading import check_photos, load_pipeline, marks_of, opened, read_passphrase
+from imagine.cli.pictures import FORMATS, output_paths, save_crops
 from imagine.cli.progress import Display
 from imagine.errors import ConfigError, PictureError
 from imagine.paths import kind_of, writable_file
@@ -19,6 +19,7 @@ from imagine.request import read_requests
 if TYPE_CHECKING:
     from imagine.pipeline.output import ImagineOutput
     from imagine.pipeline.pipeline import ImaginePipeline
+    from imagine.provenance.marks import Marks
 
 BATCH = 8  # pictures drawn at a time, so that memory does not grow with --num-images
 _PICTURE_NUMBER = re.compile(
@@ -51,6 +52,8 @@ def add_commands(commands: Any) -> None:
     arguments.add_no_face(command)
     arguments.add_finder(command)
     arguments.add_passphrase(command)
+    arguments.add_marks(command)
+    arguments.add_safety(command)
 
 
 def _add_controls(command: Any) -> None:
@@ -99,13 +102,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     refined_lines = [f"Small faces redrawn: {drawn.refined}."] if drawn.refined or options.refine_faces else []
     people = [[person.as_dict() for person in each] for each in drawn.people]
     seeds = [seed + number for number in range(options.num_images)]
+    saved = [path for path, flag in zip(paths, drawn.flags or [""] * len(paths), strict=True) if not flag]
     redrawn = drawn.seeds or [None] * len(seeds)
     return {
         "lines": [
-            f"{', '.join(map(str, paths))} (seed {seed}, {seconds} s)",
+            f"{', '.join(map(str, saved)) or 'No picture was saved'} (seed {seed}, {seconds} s)",
             *poor, *_people_lines(people), *refined_lines, *drawn.notes,
         ],
-        "images": [str(path) for path in paths],
+        "images": [str(path) for path in saved],
         "prompt": options.prompt,
         "seeds": [own if other is None else other for own, other in zip(seeds, redrawn, strict=True)],
         "device": str(pipe.device),
@@ -113,6 +117,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **({} if crop_path is None else {"crops": [str(path) for path in crops]}),
         **({"people_found": drawn.people_found} if drawn.people_found else {}),
         **({"people": people, "attempts": drawn.attempts} if people else {}),
+        **({"flags": drawn.flags} if drawn.flags else {}),
         "refined": drawn.refined,
         "notes": drawn.notes,
         "seconds": seconds,
@@ -145,14 +150,26 @@ def _draw_all(
         batch = paths[first : first + BATCH]
         drawn = _draw(pipe, options, reference, layout, range(seed + first, seed + first + len(batch)), display)
         display.report("saving")
-        for image, path in zip(drawn.images, batch, strict=True):
-            save_atomically(image, path)
+        _save(drawn, batch, marks_of(options))
         whole.faces = drawn.faces  # the same in every batch
         whole.refined += drawn.refined
         whole.notes += [note for note in (_renumbered(each, first) for each in drawn.notes) if note not in whole.notes]
-        for name in ("people_found", "people", "attempts", "seeds"):
+        for name in ("people_found", "people", "attempts", "seeds", "records", "flags"):
             getattr(whole, name).extend(getattr(drawn, name))
     return whole
+
+
+def _save(drawn: "ImagineOutput", paths: Sequence[Path], marks: "Marks") -> None:
+    """Save pictures with their marks, and add notes; a flagged picture is not written, and the note has the reason."""
+    from imagine.provenance.saving import save_picture
+
+    flags = drawn.flags or [""] * len(paths)
+    for number, (image, path, record) in enumerate(zip(drawn.images, paths, drawn.records, strict=True)):
+        if flags[number]:
+            drawn.notes.append(f"Picture {number + 1} was not saved. {flags[number]}")
+            continue
+        made = save_picture(image, path, record, marks)
+        drawn.notes += [note for note in made.notes if note not in drawn.notes]
 
 
 def _renumbered(note: str, first: int) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from imagine.people.faces import FaceFinder
     from imagine.people.persona import Persona
     from imagine.pipeline.pipeline import ImaginePipeline
+    from imagine.provenance.marks import Marks
 
 
 def weights_folder(given: Path | None) -> Path:
@@ -54,6 +55,10 @@ def load_pipeline(options: argparse.Namespace, display: Display) -> "ImaginePipe
     display.report("loading the model")
     pipe = ImaginePipeline.from_pretrained(folder, finder=finder)
     pipe.set_progress_bar_config(disable=True)
+    if (safety := getattr(options, "safety", None)) is not None:
+        from imagine.people.safety import ImageClassifier
+
+        pipe.safety = ImageClassifier(safety)
     return pipe.to(device)
 
 
@@ -64,6 +69,13 @@ def load_finder(name: str) -> "FaceFinder | None":
     from imagine.people.faces import InsightFaceFinder
 
     return InsightFaceFinder()
+
+
+def marks_of(options: argparse.Namespace) -> "Marks":
+    """Return the switches of the marks that a command was given."""
+    from imagine.provenance.marks import Marks
+
+    return Marks(options.metadata, options.metadata_prompt, options.credentials, options.watermark)
 
 
 def check_photos(paths: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Write pictures and face crops to the files that --output and --save-crop name."""
+"""Name the files of pictures, and write face crops to the files that --save-crop names."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from imagine.people.persona import Face
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+FORMATS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def save_crops(faces: Sequence["Face"], path: Path) -> list[Path]:
@@ -21,23 +21,19 @@ def save_crops(faces: Sequence["Face"], path: Path) -> list[Path]:
         raise ConfigError("--save-crop has no crop to write: a persona file holds none; give the photo itself.")
     paths = output_paths(path, len(crops))
     for crop, crop_path in zip(crops, paths, strict=True):
-        save_atomically(crop, crop_path)
+        save_crop(crop, crop_path)
     return paths
+
+
+def save_crop(image: "Image.Image", path: Path) -> None:
+    """Write a face crop, a part of a photo and therefore without marks, whole or not at all."""
+    from imagine.provenance.saving import write_unmarked
+
+    write_unmarked(image, path)
 
 
 def output_paths(path: Path, count: int) -> list[Path]:
     """Return the path itself for one picture, else name-1.png, name-2.png ..."""
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
+    from imagine.provenance.saving import numbered_paths
 
-
-def save_atomically(image: "Image.Image", path: Path) -> None:
-    """Write a picture whole or not at all. Raises ConfigError if the file cannot be written."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    try:
-        image.save(unfinished, FORMATS[path.suffix.lower()], quality=95)
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written ({error.strerror or error}): choose another --output.") from error
+    return numbered_paths(path, count)

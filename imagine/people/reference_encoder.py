@@ -32,6 +32,7 @@ from imagine.people.persona import Face, Persona
 from imagine.people.photo_recogniser import PhotoRecogniser
 from imagine.people.photos import open_photo
 from imagine.people.pooling import Pooling, checked_pooling, photo_weight, pool
+from imagine.people.safety import SafetyClassifier, refuse_flagged
 from imagine.people.strangers import FaceRecogniser, Identity, find_stranger
 from imagine.personas.consent import Consent, joined
 from imagine.records import VISION, FaceCrop, Tokens, repeat
@@ -83,6 +84,7 @@ class ReferenceEncoderMixin:
 
     adapter: Adapter | None
     _finder: FaceFinder | None = None
+    _safety: SafetyClassifier | None = None
     _finder_folder: Path | None = None
     _encoder_info: "tuple[nn.Module | None, int, EncoderInfo] | None" = None
     _zero_features: "tuple[str, Tensor] | None" = None
@@ -109,6 +111,16 @@ class ReferenceEncoderMixin:
     def finder(self, finder: FaceFinder) -> None:
         self._finder = finder
         self.__dict__.pop("_persona_cache", None)
+
+    @property
+    def safety(self) -> SafetyClassifier | None:
+        """The classifier of prompts, photos and pictures (`imagine.people.safety`); None, the default, for none."""
+        return self._safety
+
+    @safety.setter
+    def safety(self, classifier: SafetyClassifier | None) -> None:
+        self._safety = classifier
+        self.__dict__.pop("_persona_cache", None)  # its photos were not checked by this classifier
 
     # --- from photos to personas ------------------------------------------------------------------------------------
 
@@ -219,11 +231,12 @@ class ReferenceEncoderMixin:
         info, encoder = self._current_encoder_info(), self.reference_encoder
         if encoder is None:
             raise WeightsError("The vision encoder was freed: give a persona that was enrolled before, not a photo.")
-        image = open_photo(photo)
+        image, name = open_photo(photo), f"photo {number}" if file is None else os.fspath(photo)
+        if self._safety is not None:
+            refuse_flagged(self._safety.check_photo(image), name)
         crop = crop_face(image, self.finder, info.image_size, face, on_no_face)
         pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].float() / 255
         features = vision_features(encoder, pixels.to(cast(Any, self)._execution_device), self._reads_pooled)[0]
-        name = f"photo {number}" if file is None else os.fspath(photo)
         if not is_finite(features):  # a persona with such numbers would make every picture of the person black
             raise WeightsError(why_not_finite({"the vision encoder": encoder}))
         identity = self._identify(image, crop) if identify else None

@@ -4,14 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor
 
 from imagine.errors import ConfigError, PromptError
+from imagine.people.safety import SafetyClassifier, check_prompts
 from imagine.pipeline.controls import Factors, Window
 from imagine.pipeline.sampling import Guidance, TextTokens
 from imagine.pipeline.second_pass import RefineFaces
 from imagine.records import Tokens
-from imagine.request import Request, read_requests, whole
+from imagine.request import Request, generators, read_requests, whole
 
 Callback = Callable[..., Any]  # a function, or one of diffusers' PipelineCallback objects
 
@@ -69,12 +72,20 @@ def checked_attempts(attempts: int, requests: Sequence[Request], output_type: st
     return attempts if output_type != "latent" and most > (0 if attempts > 1 else 1) else 0
 
 
-def call_requests(prompt: "str | Sequence[str] | None", reference: Any, embeds: TextTokens | None) -> list[Request]:
-    """Return one request per prompt, or per encoded prompt. Raises PromptError unless exactly one of both is given."""
+def call_requests(
+    prompt: "str | Sequence[str] | None", reference: Any, embeds: TextTokens | None,
+    safety: SafetyClassifier | None = None,
+) -> list[Request]:  # fmt: skip
+    """Return one request per prompt, or per encoded prompt.
+
+    Raises PromptError unless exactly one of both is given, and SafetyError if the classifier refuses a prompt.
+    """
     if (prompt is None) == (embeds is None):
         raise PromptError("Give exactly one of prompt and prompt_embeds.")
     if prompt is not None:
-        return read_requests(prompt, reference)
+        requests = read_requests(prompt, reference)
+        check_prompts(safety, [(request.sentence, len(request.people)) for request in requests])
+        return requests
     # Without sentences there are no names, so all people of the references are shown.
     return read_requests([""] * count_prompts("prompt_embeds", embeds), reference, blank=True)
 
@@ -90,3 +101,22 @@ def timestep_shift(config: Mapping[str, Any], positions: int) -> float:
     """Return the schedule's shift for a number of latent positions (arXiv 2403.03206; diffusers' Flux pipeline)."""
     slope = (config["max_shift"] - config["base_shift"]) / (config["max_image_seq_len"] - config["base_image_seq_len"])
     return float(config["base_shift"] + slope * (positions - config["base_image_seq_len"]))
+
+
+def start_latents(
+    pipe: Any, count: int, size: tuple[int, int], generator: "torch.Generator | Sequence[torch.Generator] | None",
+    latents: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Return start latents (count, channels, height, width): the given ones, or noise drawn for each picture."""
+    shape, device = (int(pipe.unet.config.in_channels), *size), pipe._execution_device
+    if latents is not None:
+        found = tuple(getattr(latents, "shape", ()))
+        if not isinstance(latents, Tensor) or found != (count, *shape):
+            raise ConfigError(f"latents have the wrong shape {found}: give a tensor of shape {(count, *shape)}.")
+        return latents.to(device, torch.float32)
+    # Noise is drawn on the generator's device in float32, so that a seed gives the same noise on every device.
+    drawn = [
+        torch.randn(shape, generator=each, device=each.device if each else "cpu")
+        for each in generators(generator, count)
+    ]
+    return torch.stack([each.to(device) for each in drawn])

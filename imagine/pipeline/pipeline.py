@@ -47,6 +47,7 @@ from imagine.pipeline.call import (
     call_requests,
     checked_attempts,
     count_prompts,
+    start_latents,
     timestep_shift,
 )
 from imagine.pipeline.controls import ALL, Blocks, Window, block_factors
@@ -55,6 +56,7 @@ from imagine.pipeline.layout import Layout, PlacedInputs, call_regions, canvas_s
 from imagine.pipeline.notes import photo_notes
 from imagine.pipeline.output import ImagineOutput, to_output
 from imagine.pipeline.picture_check import check_picture
+from imagine.pipeline.recording import CallRecord, picture_seeds, record_call
 from imagine.pipeline.sampling import Guidance, GuidedDenoiser, TextTokens, text_rows
 from imagine.pipeline.second_pass import (
     RefineFaces,
@@ -69,12 +71,10 @@ from imagine.request import (
     Request,
     check_choice,
     finite,
-    generators,
     negative_sentences,
     numbers,
     sentences,
     whole,
-    word_notes,
 )  # fmt: skip
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -424,13 +424,12 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
             "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
         progress: called as (stage, steps done, steps in all) while the call denoises, decodes and redraws small faces.
 
-        With return_dict=False the result is the tuple (images, faces), as everywhere in diffusers.
-        Raises ImagineError (PromptError, PictureError, FaceError, WeightsError, ConfigError) with one sentence.
+        With return_dict=False the result is the tuple (images, faces). Raises ImagineError with one sentence.
         """
         self._check_can_draw("unet", "vae")
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
         copies = whole("num_images_per_prompt", num_images_per_prompt)
-        requests = call_requests(prompt, reference, prompt_embeds)
+        requests = call_requests(prompt, reference, prompt_embeds, self.safety)
         size = self._latent_size(height, width, requests)
         regions = call_regions(layout, requests, size, copies)
         plan = CallSettings(
@@ -445,10 +444,12 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         personas = self._personas_for(requests, face, on_no_face, identify=plan.attempts > 0)
         strength = self._identity_strength(identity_scale, personas, copies)
         inputs = self._inputs(text, negative, personas, copies, plan, regions)
-        start = self._start_latents(len(strength), size, generator, latents)
+        seeds = picture_seeds(generator, len(strength)) if latents is None else [None] * len(strength)
+        start = start_latents(self, len(strength), size, generator, latents)
         denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
-        words = word_notes(prompt, negative_prompt)
-        out = self._generate(plan, denoiser, start, strength, requests, personas, progress, words)
+        out = self._generate(plan, denoiser, start, strength, requests, personas, progress)
+        given = {"identity_scale": identity_scale, "identity_blocks": identity_blocks, "layout": layout}
+        record_call(self, out, plan, CallRecord(requests, personas, prompt, negative_prompt, seeds, given))
         return out if return_dict else cast(Any, out.to_tuple())
 
     def _inputs(
@@ -461,11 +462,11 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
 
     def _generate(
         self, plan: CallSettings, denoiser: GuidedDenoiser, start: Tensor, strength: Tensor,
-        requests: Sequence[Request], personas: Sequence[Sequence[Persona]], progress: Progress, words: Sequence[str],
+        requests: Sequence[Request], personas: Sequence[Sequence[Persona]], progress: Progress,
     ) -> ImagineOutput:  # fmt: skip
         """Generate all pictures of a call from their start latents, some of them several times.
 
-        strength: identity strength, (pictures,). personas: the people of each request. words: notes on the prompts.
+        strength: identity strength, (pictures,). personas: the people of each request.
         """
         copies = len(start) // len(personas)
         people = [list(each) for each in personas for _ in range(copies)]
@@ -487,7 +488,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
             checker = PeopleChecker(finder_of_drawings(self.finder), recogniser, known)
             out = to_output(draw_until_matched(draw, start, checker, plan.attempts), faces)
         self.maybe_free_model_hooks()
-        out.notes = [*words, *out.notes, *photo_notes(self.adapter, faces)]
+        out.notes = [*out.notes, *photo_notes(self.adapter, faces)]
         return out
 
     def _draw(
@@ -591,28 +592,6 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
             options["num_inference_steps"] = count
         scheduler.set_timesteps(device=self._execution_device, **options)
         return scheduler
-
-    def _start_latents(
-        self,
-        count: int,
-        size: tuple[int, int],
-        generator: "torch.Generator | Sequence[torch.Generator] | None",
-        latents: Tensor | None,
-    ) -> Tensor:
-        """Return start latents (count, channels, height, width): the given ones, or noise drawn for each picture."""
-        shape = (int(self.unet.config.in_channels), *size)
-        device = self._execution_device
-        if latents is not None:
-            found = tuple(getattr(latents, "shape", ()))
-            if not isinstance(latents, Tensor) or found != (count, *shape):
-                raise ConfigError(f"latents have the wrong shape {found}: give a tensor of shape {(count, *shape)}.")
-            return latents.to(device, torch.float32)
-        # Noise is drawn on the generator's device in float32, so that a seed gives the same noise on every device.
-        drawn = [
-            torch.randn(shape, generator=each, device=each.device if each else "cpu")
-            for each in generators(generator, count)
-        ]
-        return torch.stack([each.to(device) for each in drawn])
 
     def _denoise(
         self, denoiser: GuidedDenoiser, latents: Tensor, strength: Tensor, scheduler: Any, active: Sequence[bool],
