@@ -99,6 +99,12 @@ def encode_picture(
     return MarkedPicture(data, outcome.applied, tuple(outcome.notes))
 
 
+def watermarked(image: Image.Image, record: PictureRecord, marks: Marks) -> tuple[Image.Image, list[str]]:
+    """Return the picture with the watermark that `marks` asks for, and notes, where another program saves it."""
+    outcome = _Outcome({}, [])
+    return _watermarked(image, record, marks, outcome), outcome.notes
+
+
 def _watermarked(image: Image.Image, record: PictureRecord, marks: Marks, outcome: _Outcome) -> Image.Image:
     """Return the picture with a watermark, or the same object without one, and say so in `outcome`."""
     reliable = watermark.is_reliable(image.size)

@@ -97,7 +97,7 @@ def add_watermark(image: Image.Image, meaning: str) -> Watermarked | None:
 
 
 def read_watermark(image: Image.Image) -> Reading:
-    """Return what the detector reads in a picture. It also finds a mark in about 1 of 4,000 random words."""
+    """Return what the detector reads in a picture. It also takes 1 in 5,900 random words for a code word."""
     bits = _read_bits(image.convert("RGB"))
     wrong, meaning = min((int((bits != code_word(each)).sum()), each) for each in MEANINGS)
     return Reading(wrong <= MOST_WRONG, meaning, wrong)
