@@ -95,6 +95,24 @@ Scale = float | torch.Tensor  # one factor, or one per batch item: (batch,)
 
 
 @dataclass(frozen=True)
+class Watched:
+    """Query (batch, heads, positions, width) and key (batch, heads, tokens, width) of a layer's attention to the text.
+
+    `mask` is added to the scores, (batch, heads, 1, tokens); None adds nothing.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    def attention(self) -> torch.Tensor:
+        """Return the softmax over the tokens, the mean of all heads, (batch, positions, tokens)."""
+        scores = self.query @ self.key.transpose(-1, -2) / math.sqrt(self.query.shape[-1])
+        scores = scores if self.mask is None else scores + self.mask
+        return scores.softmax(-1).mean(1)
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """What one denoiser call attends to: one entry per branch, in addition to the denoiser's own text branch.
 
@@ -118,6 +136,9 @@ class Conditioning:
     -inf where an item has no such person, and for nobody where the item has one person. Calls for one person append
     nothing.
 
+    `watch`, if given, says what layers show for a loss: under "text" each cross-attention layer stores its `Watched`
+    under its name, and under the name of a parallel branch the mean square of that branch's output (batch, positions).
+
     `cache`, created by `adapter.prepare`, holds values that do not change between the steps of one picture, mainly keys
     and values. It is filled by the first step that needs an entry. None disables caching, as in training.
     """
@@ -127,6 +148,7 @@ class Conditioning:
     regions: Mapping[str, torch.Tensor] = field(default_factory=dict)
     groups: Mapping[str, torch.Tensor] = field(default_factory=dict)
     record: dict[str, list[torch.Tensor]] | None = None
+    watch: Mapping[str, dict[str, Any]] | None = None
     cache: "dict[tuple[str, str], Any] | None" = None
 
 

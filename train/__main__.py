@@ -21,7 +21,7 @@ DONE, WRONG, STOPPED = 0, 2, 3  # a script that uses the trained weights must be
 def main(arguments: Sequence[str] | None = None, tasks: Mapping[str, Any] | None = None) -> int:
     """Run the command line and return the exit code. `tasks` replaces the table of tasks."""
     options = _parser().parse_intermixed_args(arguments)
-    _configure_logging()
+    configure_logging()
     try:
         run = load_run(options.config, options.overrides)
         from train.stages import TASKS, run_stages  # imported late, so that a typo is reported before torch loads
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _configure_logging() -> None:
+def configure_logging() -> None:
     """Send the trainer's log lines to stderr; on a terminal through rich, so that the progress bar stays intact."""
     handler: logging.Handler
     if sys.stderr.isatty():

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from imagine.adapter.router import Router, log_shares, shares_of
 from imagine.errors import WeightsError
-from imagine.records import Conditioning, Scale, Tokens
+from imagine.records import Conditioning, Scale, Tokens, Watched
 
 TEXT = "clip"  # the denoiser's own text branch, as a name in Conditioning.cache
 
@@ -224,12 +224,14 @@ class ParallelAttention:
         else:
             key, value = self._text_keys_values(attn, encoder_hidden_states, conditioning)
             mask = _stock_mask(attn, attention_mask, key)
+            if conditioning.watch is not None and "text" in conditioning.watch:
+                conditioning.watch["text"][self.name] = Watched(query, key, mask)
             concatenated = self._active_branches(attn, query, conditioning, concatenated=True)
             if concatenated:
                 key, value, mask = _concatenate_branches(key, value, mask, concatenated)
             mixed = self._attend(query, key, value, mask)
             for each in self._active_branches(attn, query, conditioning, concatenated=False):
-                mixed = self._add_branch(mixed, query, each)
+                mixed = self._add_watched(mixed, query, each, conditioning)
         out = self._linear(attn, "to_out.0", mixed.to(query.dtype), conditioning)
         out = attn.to_out[1](out)  # dropout
         if hidden_states.dim() == 4:
@@ -237,6 +239,17 @@ class ParallelAttention:
         if attn.residual_connection:
             out = out + residual
         return cast(Tensor, out / attn.rescale_output_factor)
+
+    def _add_watched(
+        self, mixed: Tensor, query: Tensor, each: "_ActiveBranch", conditioning: Conditioning
+    ) -> Tensor:
+        """Add a branch as `_add_branch` does, and show the mean square of its output if the call watches it."""
+        if conditioning.watch is None or each.name not in conditioning.watch:
+            return self._add_branch(mixed, query, each)
+        before = mixed.clone()  # without gradients the sum is made in place
+        mixed = self._add_branch(mixed, query, each)
+        conditioning.watch[each.name][self.name] = (mixed - before).square().mean(2)
+        return mixed
 
     def _add_branch(self, mixed: Tensor, query: Tensor, each: "_ActiveBranch") -> Tensor:
         """Return the outputs `mixed` (batch, positions, inner) plus a branch's output, limited to its regions."""
@@ -337,7 +350,7 @@ class ParallelAttention:
                 else:
                     mask = tokens.mask if conditioning.cache is not None else usable_mask(tokens)
                 key, value = key.to(query.dtype), value.to(query.dtype)
-                present.append(_ActiveBranch(strength, key, value, mask, regions, people))
+                present.append(_ActiveBranch(strength, key, value, mask, regions, people, name))
         return present
 
     def _people(self, layer: LayerWeights, name: str, branch: Branch, conditioning: Conditioning) -> "_People | None":
@@ -362,6 +375,7 @@ class _ActiveBranch:
     mask: Tensor | None  # (batch, length)
     regions: Tensor | None  # (batch, references, positions)
     people: "_People | None" = None  # None: one softmax per region, or one in all
+    name: str = ""
 
 
 @dataclass(frozen=True)

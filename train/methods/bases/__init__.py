@@ -1,0 +1,1 @@
+"""The text-to-image bases that the methods run on, behind one interface."""

@@ -1,0 +1,1 @@
+"""Methods that are trained once, and then only encode a person."""
