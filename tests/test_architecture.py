@@ -122,7 +122,7 @@ def test_the_architecture_page_draws_the_layers_that_are_enforced() -> None:
     drawn = [
         re.sub(r"^[a-z_.]+:", "", line).strip()
         for line in drawing[1].splitlines()
-        if line.startswith((" ", "imagine.", "imagine:", "train:", "data_synth:"))
+        if line.startswith((" ", "imagine.", "imagine:", "train.", "train:", "data_synth:"))
     ]
     assert len(enforced) > 20
     assert drawn == enforced

@@ -5,7 +5,6 @@ command resumes the run.
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from imagine.errors import ImagineError
 from imagine.paths import folder_to_fill
 from train.config import load_run
+from train.run.console import configure_logging
 
 DONE, WRONG, STOPPED = 0, 2, 3  # a script that uses the trained weights must be able to tell "done" from "stopped"
 
@@ -67,22 +67,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", metavar="STAGE[,STAGE]", help="train only these stages")
     parser.add_argument("--max-minutes", type=float, metavar="M", help="stop cleanly after M minutes")
     return parser
-
-
-def configure_logging() -> None:
-    """Send the trainer's log lines to stderr; on a terminal through rich, so that the progress bar stays intact."""
-    handler: logging.Handler
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.logging import RichHandler
-
-        handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
-    else:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("train")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from tests.forks import fork_process
 from tests.root import ROOT
 
 PACKAGES = ("imagine", "train", "data_synth")
-PROGRAMS = ("imagine", "train", "train.assemble", "data_synth")
+PROGRAMS = ("imagine", "train", "train.assemble", "train.methods", "train.ablation", "data_synth")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ("bash", "python")
 LANGUAGES = (*RUN, "text", "yaml")
@@ -178,7 +178,8 @@ def parsed(program: str, words: Sequence[str]) -> argparse.Namespace:
 
 def main_of(program: str) -> Any:
     """The function behind `python -m PROGRAM`."""
-    module = f"{program}.__main__" if "." not in program else program
+    is_package = "." not in program or (ROOT / program.replace(".", "/")).is_dir()
+    module = f"{program}.__main__" if is_package else program
     return importlib.import_module(module).main
 
 
@@ -211,11 +212,26 @@ def check_command(words: Sequence[str]) -> None:
     if program is None:
         return
     options = parsed(program, rest)
+    if program == "train.methods":
+        check_method(options)
+        return
     config = getattr(options, "config", None)
     if config is None or Path(config).name.startswith("my"):
         return
+    if program == "train.ablation":
+        importlib.import_module("train.ablation").load_ablation(ROOT / config)
+        return
     load = {"train": ("train.config", "load_run"), "data_synth": ("data_synth.config", "load_config")}[program]
     getattr(importlib.import_module(load[0]), load[1])(ROOT / config, options.overrides)
+
+
+def check_method(options: argparse.Namespace) -> None:
+    """Raise an error if a method, its config or one of its settings does not exist."""
+    runs = importlib.import_module("train.methods.runs")
+    method = options.of if options.method == "evaluate" else options.method
+    if method and method != "draw":
+        config = None if options.config is None else ROOT / options.config
+        runs.load_method_run(method, config, options.overrides)
 
 
 def program_of(words: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -82,6 +82,10 @@ class WorldCodec:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        return self.decode_with_gradients(latents)
+
+    def decode_with_gradients(self, latents: Tensor) -> Tensor:
+        """Return pictures (B, 3, S, S), 0 to 1, through which a loss can reach the latents."""
         latents = unpack_latents(denormalise_latents(latents, self.mean, self.std), self.patch)
         drawn: Tensor = self.vae.decode(latents).sample
         return (drawn / 2 + 0.5).clamp(0, 1)

@@ -10,6 +10,7 @@ from typing import Any
 from imagine.errors import ConfigError, ImagineError
 from imagine.paths import as_path, folder_to_fill, writable_file
 from train.methods.registry import ENCODERS, METHODS, TUNED
+from train.run.console import configure_logging
 
 DONE, WRONG, STOPPED = 0, 2, 3
 VERBS = ("draw", "evaluate")
@@ -17,8 +18,6 @@ VERBS = ("draw", "evaluate")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    from train.__main__ import configure_logging
-
     options = _parser().parse_intermixed_args(arguments)
     configure_logging()
     try:

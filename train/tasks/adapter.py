@@ -9,17 +9,18 @@ stage that trains the adapter alone on the frozen base follows, as in the paper.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
+from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, Fusion, LoraTarget
 from imagine.errors import ConfigError
 from imagine.networks.diffusion import add_noise, clean_from_velocity, velocity
 from imagine.networks.encoders import VisionEncoder
+from imagine.networks.recogniser import Recogniser
 from imagine.people.faces import crop_faces
 from imagine.pipeline.sampling import Guidance, Inputs
 from imagine.records import VISION, Conditioning, Tokens
@@ -33,6 +34,7 @@ from train.data.denoiser_inputs import references
 from train.data.language import parameters
 from train.data.order import chance, to_device, uniforms
 from train.data.portraits import data_settings, pictures_of
+from train.data.sources import DrawnPairs, in_order
 from train.run.grids import save_grid
 from train.run.judging import HeldOutEvaluation
 from train.run.sampling import sample
@@ -49,11 +51,14 @@ from train.tasks.base import (
     images_without_effect,
 )
 from train.tasks.groups import GroupBlocks, GroupCache, draw_group_rows, group_references
+from train.tasks.identity_losses import alignment_losses, outside_share, preview_similarity
 from train.tasks.likeness_loss import LikenessNetwork
 from train.tasks.people_loss import router_iou, router_loss
+from train.tasks.recogniser import TEACHER
 
 PORTRAITS = "train"  # the gallery whose people are shown together in pictures of several people
 Record = dict[str, list[Tensor]]
+Watch = dict[str, dict[str, Any]]
 _HELD_OUT_GROUPS = 48  # held-out pictures of several people per gallery
 _DRAWN_AT_ONCE = 16  # pictures per sampling batch
 _JUDGED_AT = 4.0  # guidance scale of the judged pictures
@@ -71,6 +76,13 @@ class AdapterSettings(BaseSettings):
     zero_init: bool = True  # the output of the vision branch starts at zero (paper, section 3.4.1)
     face_weight: Weight = 3.0
     likeness: Weight = 0.0  # weight of the likeness loss; not in the paper, see docs/training.md
+    vision_fusion: Fusion | None = None  # of the vision branch alone; None: as `fusion`
+    drop_tokens: Share = 0.0  # share of the vision tokens that each image leaves out, the global one never
+    # losses of train.tasks.identity_losses, for pictures of one person; not in the paper
+    alignment: Weight = 0.0  # PuLID's semantic alignment
+    alignment_layout: Weight = 0.0  # PuLID's layout alignment
+    localisation: Weight = 0.0  # share of the vision branch's output outside the face
+    preview: Weight = 0.0  # likeness of the decoded prediction, by the network of a stage `teacher`
     # share of the blocks of images that show several people, by gallery in the run's data.groups; not in the paper
     groups: dict[str, Share] = {}  # noqa: RUF012  (pydantic copies it)
     group_block: Annotated[int, Field(ge=1)] = 64  # consecutive images with equally many people: the batch size
@@ -83,6 +95,8 @@ class AdapterSettings(BaseSettings):
         check_lora(self.lora_rank, self.lora_targets)
         if sum(self.groups.values()) > 1:
             raise ValueError("the shares in groups sum to more than 1: lower them")
+        if self.localisation and (self.vision_fusion or self.fusion) == "concatenated":
+            raise ValueError("localisation compares outputs of parallel attention: set it to 0, or the fusion to parallel")
         if self.people == "concatenate" and not self.groups:
             raise ValueError('people: "concatenate" has no effect without groups: name some, or leave it out')
         return self
@@ -95,6 +109,8 @@ class AdapterBatch(BaseBatch):
     crops: Tensor  # (B, P, 3, S, S) face crops of the references
     strength: Tensor  # (B,) 0 where the references are dropped
     masks: Tensor  # (B, P, H/8, W/8) where each of several people is seen, 0 to 1; (B, 0) for pictures of one person
+    boxes: Tensor | None = None  # (B, 4) the targets' face boxes in pixels, for the preview loss
+    target_crops: Tensor | None = None  # (B, 3, S, S) the targets' face crops
 
     @property
     def people(self) -> int:
@@ -116,7 +132,7 @@ class AdapterTask(BaseTask):
         tokens = self.unet.config.cross_attention_dim
         several = bool(settings.groups)
         branch = BranchSpec(
-            VISION, tokens, 1.0, settings.zero_init, "full", width, settings.fusion,
+            VISION, tokens, 1.0, settings.zero_init, "full", width, settings.vision_fusion or settings.fusion,
             router=several and settings.people == "router",
             people="concatenate" if several and settings.people == "concatenate" else "separate",
         )  # fmt: skip
@@ -124,6 +140,7 @@ class AdapterTask(BaseTask):
         self.adapter.attach(self.unet)
         self.modules |= {"image_encoder": self.vision, "adapter": self.adapter}
         self.likeness = self._likeness_network()
+        self.teacher = self._teacher()
         self.evaluation: HeldOutEvaluation | None = None
         self.blocks = GroupBlocks(settings.groups, settings.group_block)
 
@@ -138,6 +155,18 @@ class AdapterTask(BaseTask):
             )
         self.modules["likeness"] = network = LikenessNetwork(int(self.unet.config.in_channels))
         return network
+
+    def _teacher(self) -> Recogniser | None:
+        """Return the recogniser of the preview loss, which a stage `teacher` has trained; None without that loss."""
+        if not self.settings.preview:
+            return None
+        if TEACHER not in self.context.earlier:
+            raise ConfigError(
+                f"Stage {self.context.name} has a preview loss, which needs a trained teacher: name a stage `teacher` "
+                "(task recogniser, people: train) in its start_from, or set preview to 0."
+            )
+        self.modules[TEACHER] = teacher = Recogniser()
+        return teacher
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"vision_encoder": parameters(self.vision), **self.adapter.parts(), **super().parts()}
@@ -188,7 +217,20 @@ class AdapterTask(BaseTask):
             references(self.gallery_caches, drawn, uniforms(seed, "crops", images_seen, size, (2,))).unsqueeze(1),
             1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),
             torch.zeros(size, 0),
+            *self._faces_of_targets(drawn),
         )
+
+    def _faces_of_targets(self, drawn: DrawnPairs) -> tuple[Tensor | None, Tensor | None]:
+        """Return the targets' face boxes and face crops, for the preview loss."""
+        if self.teacher is None:
+            return None, None
+        by_gallery = drawn.by_gallery()
+        boxes, crops = [], []
+        for name, here in by_gallery.items():
+            cache, rows = self.gallery_caches[name], drawn.targets[here]
+            boxes.append(torch.from_numpy(cache.pictures.boxes[rows.numpy()]))
+            crops.append(cache.crops(rows, _MIDDLE.expand(len(rows), 2)))
+        return in_order(list(by_gallery.values()), boxes), in_order(list(by_gallery.values()), crops)
 
     def _group_batch(self, name: str, images_seen: int, size: int) -> AdapterBatch:
         """Return targets with several people each, and the references of all of them."""
@@ -214,16 +256,17 @@ class AdapterTask(BaseTask):
         return Tokens(tokens.unflatten(0, crops.shape[:2]).flatten(1, 2))
 
     def prediction(
-        self, batch: AdapterBatch, vision: Tokens, noise: Tensor, t: Tensor, record: Record | None = None
-    ) -> Tensor:
+        self, batch: AdapterBatch, vision: Tokens, noise: Tensor, t: Tensor, record: Record | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the denoiser's predicted velocity (B, C, h, w), conditioned on these vision tokens.
 
-        With `record`, it collects the decisions of the routers (`Conditioning.record`).
+        `record` collects the decisions of the routers, and `watch` what layers show (`Conditioning`).
         """
         noisy = add_noise(batch.latents, noise, t)
         present = torch.ones(len(noisy), batch.people, dtype=torch.bool, device=noisy.device)
         groups = {VISION: present} if batch.people > 1 else {}
-        identity = Conditioning({VISION: vision}, {VISION: batch.strength}, groups=groups, record=record)
+        identity = Conditioning({VISION: vision}, {VISION: batch.strength}, groups=groups, record=record, watch=watch)
         return self.predict(noisy, t, batch.sentences, identity)
 
     def cosines(self, batch: AdapterBatch, prediction: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -245,19 +288,62 @@ class AdapterTask(BaseTask):
     def loss(self, batch: AdapterBatch, images_seen: int) -> Loss:  # type: ignore[override]
         noise, t = self.noise(batch.latents, self.context.seed, images_seen)
         record: Record = {}
-        prediction = self.prediction(batch, self.vision_tokens(batch.crops), noise, t, record)
+        watch: Watch = {"text": {}} if self._aligns else {}
+        watch |= {VISION: {}} if self.settings.localisation and batch.people == 1 else {}
+        vision = self._without_some(self.vision_tokens(batch.crops), images_seen)
+        prediction = self.prediction(batch, vision, noise, t, record, watch or None)
         errors = self.weighted(squared_error(prediction, velocity(batch.latents, noise), batch.weights), t)
         if batch.people > 1:
             routed = router_loss(record, batch.masks)
             return Loss(errors + self.settings.router * routed, {"error of groups": errors.mean(), "router": routed})
-        if self.likeness is None:
+        terms = self._identity_terms(batch, prediction, noise, t, watch)
+        if not terms:
             return Loss(errors)
-        # No likeness is required where the reference is dropped. The loss falls with the noise level, because a noisier
-        # input contains less of the face.
-        likeness_loss = batch.strength * (1 - t) * (1 - self.cosines(batch, prediction, noise, t))
-        return Loss(
-            errors + self.settings.likeness * likeness_loss, {"error": errors.mean(), "strange": likeness_loss.mean()}
-        )
+        weights = {"strange": self.settings.likeness, "alignment": self.settings.alignment,
+                   "layout": self.settings.alignment_layout, "outside": self.settings.localisation,
+                   "preview": self.settings.preview}  # fmt: skip
+        total = errors + sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(errors))
+        return Loss(total, {"error": errors.mean(), **{name: term.mean() for name, term in terms.items()}})
+
+    @property
+    def _aligns(self) -> bool:
+        return bool(self.settings.alignment or self.settings.alignment_layout)
+
+    def _without_some(self, tokens: Tokens, images_seen: int) -> Tokens:
+        """Mask a share of each image's vision tokens (DropToken); the first, global one always stays."""
+        if not self.settings.drop_tokens:
+            return tokens
+        count, length, device = *tokens.values.shape[:2], tokens.values.device
+        kept = uniforms(self.context.seed, "drop tokens", images_seen, count, (length,), device)
+        mask = kept >= self.settings.drop_tokens
+        mask[:, 0] = True
+        return Tokens(tokens.values, mask)
+
+    def _identity_terms(
+        self, batch: AdapterBatch, prediction: Tensor, noise: Tensor, t: Tensor, watch: Watch
+    ) -> dict[str, Tensor]:
+        """Return the losses (B,) on the person, each 0 where the reference is dropped."""
+        terms: dict[str, Tensor] = {}
+        if self.likeness is not None:
+            # The loss falls with the noise level, because a noisier input contains less of the face.
+            terms["strange"] = batch.strength * (1 - t) * (1 - self.cosines(batch, prediction, noise, t))
+        if self._aligns:
+            plain: Watch = {"text": {}}
+            without = replace(batch, strength=torch.zeros_like(batch.strength))
+            with torch.no_grad():
+                self.prediction(without, self.vision_tokens(batch.crops), noise, t, watch=plain)
+            semantic, layout = alignment_losses(watch["text"], plain["text"])
+            terms |= {"alignment": batch.strength * semantic, "layout": batch.strength * layout}
+        if self.settings.localisation:
+            terms["outside"] = batch.strength * outside_share(watch[VISION], batch.faces)
+        if self.teacher is not None:
+            assert batch.boxes is not None and batch.target_crops is not None
+            clean = clean_from_velocity(add_noise(batch.latents, noise, t), prediction, t)
+            pictures = self.codec.decode_with_gradients(clean)
+            size = self.teacher.size
+            cosine = preview_similarity(self.teacher, pictures, batch.boxes, batch.target_crops, size)
+            terms["preview"] = batch.strength * (1 - cosine)
+        return terms
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         # The losses with two references: another picture of the same person, and a picture of a different person.

@@ -6,7 +6,7 @@ margin loss alone learns slowly (docs/experiments.md); the trait loss speeds up 
 
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
@@ -16,15 +16,16 @@ from imagine.evaluation.judge import margin_loss
 from imagine.networks.recogniser import Recogniser
 from imagine.people.faces import crop_faces
 from imagine.world import render, sample_contexts, sample_people
-from imagine.world.seeds import HELD_OUT, JUDGE
+from imagine.world.seeds import HELD_OUT
 from train.cache.face_crops import FaceCrops
 from train.data.language import parameters
 from train.data.order import normals, uniforms
-from train.data.portraits import data_settings, draw_rows, judge_pictures
+from train.data.portraits import data_settings, draw_rows, judge_pictures, training_pictures
 from train.run.grids import save_grid
 from train.task import Loss, TaskContext, Weight
 from train.tasks.trait_loss import TRAIT_OUTPUTS, trait_loss
 
+TEACHER = "teacher"  # the module's name if it is trained on the generator's people
 HELD_OUT_COUNT = 500  # held-out people, two pictures each; none of them is used by the evaluation
 
 
@@ -38,6 +39,9 @@ class RecogniserSettings(BaseModel):
     traits: Weight = 10.0  # weight of the trait loss
     # images with the trait loss alone; over as many images after them, the weight of the margin loss rises to 1
     ramp: PositiveInt = 30_000
+    # whose pictures it trains on. "train": the generator's people, for a teacher of the adapter's preview loss. The judge
+    # must train on its own people, and a teacher must not be the judge.
+    people: Literal["judge", "train"] = "judge"
 
 
 class Prototypes(nn.Module):
@@ -58,12 +62,19 @@ class RecogniserTask:
     def __init__(self, settings: RecogniserSettings, context: TaskContext) -> None:
         self.settings, self.context = settings, context
         self.recogniser = Recogniser(dimensions=settings.dimensions)
-        people = int(context.data.get("judge_identities", 4_000))
+        people = self._identities()
         self.prototypes = Prototypes(people, settings.dimensions)
         self.reading = nn.Linear(settings.dimensions, TRAIT_OUTPUTS)
         self.modules: dict[str, nn.Module] = {
-            "recogniser": self.recogniser, "prototypes": self.prototypes, "reading": self.reading,
+            TEACHER if settings.people == "train" else "recogniser": self.recogniser, "prototypes": self.prototypes, "reading": self.reading,
         }  # fmt: skip
+
+    def _identities(self) -> int:
+        """Return the number of people that it trains on."""
+        if self.settings.people == "judge":
+            return int(self.context.data.get("judge_identities", 4_000))
+        data = data_settings(self.context.data)
+        return data.limited(data.identities)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"recogniser": parameters(self.recogniser, self.prototypes, self.reading)}
@@ -73,11 +84,13 @@ class RecogniserTask:
         return []
 
     def prepare(self) -> None:
-        self.pictures = judge_pictures(self.context.data)
-        self.face_crops = FaceCrops(
-            self.pictures, self.recogniser.size, data_settings(self.context.data).folder / "judge", noisy=False
-        )
-        self.people = sample_people([JUDGE.start + i for i in range(self.pictures.gallery.identities)])
+        judge = self.settings.people == "judge"
+        self.pictures = judge_pictures(self.context.data) if judge else training_pictures(self.context.data)
+        folder = data_settings(self.context.data).folder / self.settings.people
+        # The training people's crops are those that the adapter's stages cache, with the camera's noise.
+        self.face_crops = FaceCrops(self.pictures, self.recogniser.size, folder, noisy=not judge)
+        first = self.pictures.gallery.first_seed
+        self.people = sample_people([first + i for i in range(self.pictures.gallery.identities)])
 
     def batch(self, images_seen: int, size: int) -> tuple[Tensor, Tensor]:
         rows = draw_rows(self.context, "rows", images_seen, size, len(self.pictures.gallery))

@@ -35,7 +35,7 @@ def overrides(method: str, home: Path, *more: str) -> list[str]:
     if method in RARE:
         lines.append(f"settings.token={RARE[method]}")
     if method == "custom_diffusion":
-        lines += ["settings.scales=2", "settings.prior=0"]  # its words for scales do not fit the tiny windows
+        lines += ["settings.scales=0"]  # its words for scales do not fit the tiny windows
     if method == "perfusion":
         lines.append(f"settings.captions={home / 'captions.txt'}")
     return [*lines, *more]

@@ -1,5 +1,6 @@
 """Tests of every task of the portrait world at tiny sizes: batches, losses, gradients of all parts, and exports."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -739,3 +740,88 @@ def test_a_real_stage_ends_the_same_after_kills_and_in_two_processes(tmp_path: P
     assert len(losses(straight)) == 6
     torch.testing.assert_close(losses(parallel), losses(straight), rtol=0, atol=1e-4)
     torch.testing.assert_close(final_weights(parallel), wanted, rtol=0, atol=1e-3)
+
+
+@contextlib.contextmanager
+def adapter_with(**settings: Any) -> Iterator[Any]:
+    """Yield the built adapter task with other settings and an open, not fresh, vision branch."""
+    task = built("adapter")
+    before = task.settings
+    task.settings = before.model_copy(update=settings)
+    gates = [branch.gate for layer in task.adapter.layers().values() for branch in layer.branches().values()]
+    for gate in gates:
+        gate.data.fill_(0.05)
+    try:
+        yield task
+    finally:
+        task.settings, task.teacher = before, None
+        for gate in gates:
+            gate.data.zero_()
+
+
+@pytest.mark.parametrize("name", ["alignment", "alignment_layout", "localisation", "preview"])
+def test_further_losses_on_the_person_are_added_and_zero_without_a_reference(name: str) -> None:
+    with adapter_with() as task:
+        if name == "preview":
+            torch.manual_seed(1)
+            task.teacher = Recogniser().requires_grad_(False).eval()
+        batch = task.batch(0, 4)
+        batch = dataclasses.replace(batch, strength=torch.tensor([1.0, 0.0, 1.0, 0.0]))
+        task.settings = task.settings.model_copy(update={name: 2.0})
+        with_term = task.loss(batch, 0)
+        task.settings, task.teacher = task.settings.model_copy(update={name: 0.0}), None
+        plain = task.loss(batch, 0).per_sample
+        assert torch.equal(with_term.per_sample > plain, batch.strength.bool())
+        assert torch.equal(with_term.per_sample[1::2], plain[1::2])
+
+
+def test_further_losses_reach_the_adapter(tmp_path: Path) -> None:
+    for name in ("alignment", "alignment_layout", "localisation", "preview"):
+        with adapter_with(**{name: 1.0}) as task:
+            if name == "preview":
+                task.teacher = Recogniser().requires_grad_(False).eval()
+            gates = [b.gate for layer in task.adapter.layers().values() for b in layer.branches().values()]
+            for gate in gates:
+                gate.requires_grad_(True)
+            batch = task.batch(0, 2)
+            noise, t = task.noise(batch.latents, 0, 0)
+            watch: dict[str, dict[str, Any]] = {"text": {}, "vision": {}}
+            prediction = task.prediction(batch, task.vision_tokens(batch.crops), noise, t, {}, watch)
+            terms = task._identity_terms(batch, prediction, noise, t, watch)
+            next(term for key, term in terms.items() if term.requires_grad and bool(term.any())).sum().backward()
+            assert any(gate.grad is not None and bool(gate.grad.any()) for gate in gates), name
+            for gate in gates:
+                gate.requires_grad_(False)
+                gate.grad = None
+
+
+def test_dropped_tokens_are_masked_and_the_global_one_stays() -> None:
+    with adapter_with(drop_tokens=0.5) as task:
+        tokens = Tokens(torch.randn(8, 9, 32))
+        one, other = task._without_some(tokens, 0), task._without_some(tokens, 8)
+        assert one.mask[:, 0].all() and 0.2 < float(one.mask[:, 1:].float().mean()) < 0.8
+        assert not torch.equal(one.mask, other.mask) and torch.equal(one.mask, task._without_some(tokens, 0).mask)
+    with adapter_with() as task:
+        assert task._without_some(tokens, 0) is tokens
+
+
+def test_a_preview_loss_needs_its_teacher_who_trains_on_the_generators_people(tmp_path: Path) -> None:
+    settings = built("adapter").settings.model_copy(update={"preview": 1.0})
+    with pytest.raises(ConfigError, match="name a stage `teacher`"):
+        SmallAdapter(settings, built("adapter").context)
+    with pytest.raises(ValueError, match="localisation compares outputs of parallel attention"):
+        SmallAdapter.Settings(**SETTINGS["adapter"], localisation=1.0, vision_fusion="concatenated")
+    context = TaskContext("teacher", 3, torch.device("cpu"), tmp_path, data())
+    task = SmallRecogniser(SmallRecogniser.Settings(**SETTINGS["recogniser"], people="train"), context)
+    assert "teacher" in task.modules and "recogniser" not in task.modules  # never loaded from the judge
+    assert len(task.prototypes.weight) == data()["identities"]
+    with torch.no_grad():
+        task.prepare()
+    batch, labels = task.batch(0, 4)
+    assert task.pictures.gallery.split == "train" and batch.shape[0] == 4 and int(labels.max()) < data()["identities"]
+
+
+def test_the_vision_branch_alone_can_be_concatenated() -> None:
+    task = SmallAdapter(SmallAdapter.Settings(**SETTINGS["adapter"], vision_fusion="concatenated"), built("adapter").context)
+    assert [spec.fusion for spec in task.adapter.branch_specs] == ["concatenated"]
+    assert {spec.fusion for spec in task.text_adapter.branch_specs} == {"parallel"}

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from imagine.people.faces import FaceFinder
 from imagine.records import Conditioning
+from train.cache.latents import Codec
 from train.methods.bases.text import Reader, TextState
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # noisy latents, steps (B,) -> prediction
@@ -42,6 +44,20 @@ class Base(Protocol):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def codec(self) -> Codec:
+        """Its autoencoder, for the cache of training pictures."""
+        ...
+
+    @property
+    def finder(self) -> FaceFinder:
+        """The face detector for photos."""
+        ...
+
+    def fits(self, sentence: str) -> bool:
+        """Return whether `text` takes the whole sentence, with a learnt word in it."""
+        ...
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Return the latents of pictures (B, 3, S, S), 0 to 1."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imagine.errors import PromptError
 from imagine.networks.weights import dtype_argument, quiet_libraries
+from imagine.people.faces import FaceFinder, default_finder
 from imagine.records import Conditioning, Tokens
 from train.data.order import uniforms
 from train.data.public_base import BaseCodec, BaseTextEncoders, DiffusersBase
@@ -55,6 +56,13 @@ class StableDiffusionBase:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         return self.codec.shape(self.side)
+
+    @cached_property
+    def finder(self) -> FaceFinder:
+        return default_finder()
+
+    def fits(self, sentence: str) -> bool:
+        return all(len(reader.ids(sentence)) <= int(reader.tokenizer.model_max_length) - 2 for reader in self.readers)
 
     def encode(self, pictures: Tensor) -> Tensor:
         return torch.cat([self.codec.encode(some * 2 - 1) for some in pictures.split(4)])

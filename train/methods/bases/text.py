@@ -98,7 +98,7 @@ class Reader:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.words: list[str] = []
         self._first = 0
-        self._hook: Any = None
+        self._hooked = False
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -121,16 +121,19 @@ class Reader:
         self.tokenizer.add_tokens(list(words))
         self._first = int(self.tokenizer.convert_tokens_to_ids(words[0]))
         self.words = list(words)
-        table = self.embedding
-        missing = len(self.tokenizer) - table.num_embeddings
-        if missing > 0:
+        weight, count = self.embedding.weight, len(self.tokenizer)
+        tables = [each for each in self.model.modules() if isinstance(each, nn.Embedding) and each.weight is weight]
+        if count > len(weight):
             with torch.no_grad():
-                more = table.weight.mean(0, keepdim=True).expand(missing, -1)
-                table.weight = nn.Parameter(torch.cat((table.weight, more)), requires_grad=False)
-            table.num_embeddings += missing
-            self.model.config.vocab_size = table.num_embeddings
-        if self._hook is None:
-            self._hook = table.register_forward_hook(self._insert)
+                more = weight.mean(0, keepdim=True).expand(count - len(weight), -1)
+                longer = nn.Parameter(torch.cat((weight, more)), requires_grad=False)
+            self.model.config.vocab_size = count
+            for table in tables:  # T5 holds one table under two names
+                table.weight, table.num_embeddings = longer, count
+        if not self._hooked:
+            self._hooked = True
+            for table in tables:
+                table.register_forward_hook(self._insert)
 
     @torch.no_grad()
     def write(self, rows: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +14,11 @@ from imagine.errors import PromptError
 from imagine.networks.diffusion import add_noise, logit_normal, timesteps, velocity
 from imagine.networks.encoders import TextEncoders
 from imagine.networks.weights import fingerprint, quiet_libraries
+from imagine.people.faces import FaceFinder, finder_of_drawings
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.pipeline.sampling import pooled_text
 from imagine.records import Conditioning
+from train.cache.latents import Codec, WorldCodec
 from train.data.order import normals
 from train.methods.bases.contract import Noised, Predict
 from train.methods.bases.text import Reader, TextState, _insertion
@@ -50,6 +53,18 @@ class WorldBase:
         clip = Reader("clip", self.encoders.clip, self.encoders.clip_tokenizer)
         self.readers = (clip, Reader("t5", self.encoders.t5, self.encoders.t5_tokenizer))
         self.mark = "-".join(fingerprint(self.pipe.components[name])[:8] for name in ("unet", "vae", "text_encoder"))
+
+    @cached_property
+    def codec(self) -> Codec:
+        return WorldCodec(self.folder, self.device)
+
+    @property
+    def finder(self) -> FaceFinder:
+        return self.pipe.finder
+
+    def fits(self, sentence: str) -> bool:
+        window = int(self.encoders.clip.config.max_position_embeddings)
+        return len(self.readers[0].ids(sentence)) <= window - 2
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -104,6 +119,5 @@ class WorldBase:
 
     def faces(self, pictures: Tensor) -> Tensor | None:
         from imagine.evaluation.judge import boxes_by
-        from imagine.people.faces import finder_of_drawings
 
         return boxes_by(finder_of_drawings(self.pipe.finder))(pictures)
