@@ -1,4 +1,5 @@
-"""Train and judge the arms of an ablation: `python -m train.ablation configs/ablation/arms.yaml --output runs/ablation`.
+"""Train and judge the arms of an ablation: `python -m train.ablation configs/ablation/arms.yaml --output
+runs/ablation`.
 
 Each arm changes one thing in a recipe, and is trained with several seeds, assembled to weights, and judged on held-out
 people. A command that was stopped carries on: finished stages, pictures and judged arms are not computed again.
@@ -213,9 +214,7 @@ def people_scores(folder: Path) -> dict[str, list[float]]:
             for name in SHOWN:
                 if isinstance(row.get(name), (int, float)):
                     sums.setdefault(name, {}).setdefault(int(row["identity"]), []).append(float(row[name]))
-    return {
-        name: [sum(values) / len(values) for _, values in sorted(people.items())] for name, people in sums.items()
-    }
+    return {name: [sum(values) / len(values) for _, values in sorted(people.items())] for name, people in sums.items()}
 
 
 def difference(arm: Sequence[Sequence[float]], full: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -279,7 +278,13 @@ def write_table(ablation: Ablation, output: Path) -> None:
     for row in rows:
         paper = ", ".join(f"{row['paper'][name]:+.1f}" for name in MEASURES if name in row["paper"])
         signs = ", ".join(f"{name} {value}" for name, value in row["signs"].items())
-        cells = [row["arm"], str(row["seeds"]), *(_cell(row.get(name)) for name in SHOWN[:3]), paper or "-", signs or "-"]
+        cells = [
+            row["arm"],
+            str(row["seeds"]),
+            *(_cell(row.get(name)) for name in SHOWN[:3]),
+            paper or "-",
+            signs or "-",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     with replacing(output / "ablation.md") as draft:
         draft.write_text("\n".join(lines) + "\n", encoding="utf-8")

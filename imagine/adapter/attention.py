@@ -240,9 +240,7 @@ class ParallelAttention:
             out = out + residual
         return cast(Tensor, out / attn.rescale_output_factor)
 
-    def _add_watched(
-        self, mixed: Tensor, query: Tensor, each: "_ActiveBranch", conditioning: Conditioning
-    ) -> Tensor:
+    def _add_watched(self, mixed: Tensor, query: Tensor, each: "_ActiveBranch", conditioning: Conditioning) -> Tensor:
         """Add a branch as `_add_branch` does, and show the mean square of its output if the call watches it."""
         if conditioning.watch is None or each.name not in conditioning.watch:
             return self._add_branch(mixed, query, each)

@@ -42,12 +42,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("method", metavar="METHOD", help=f"{', '.join(METHODS)}; or draw, or evaluate")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a value of the method's config")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder of the run; a .png to draw")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="the folder of the run; a .png to draw"
+    )
     parser.add_argument(
         "--photos", nargs="+", action="append", default=[], type=Path, metavar="PHOTO",
         help="photos or folders of one subject; repeat it for further subjects",
     )  # fmt: skip
-    parser.add_argument("--base", metavar="DIR", help="imagine's weights, or Stable Diffusion 1.5 or XL; default: shipped")
+    parser.add_argument(
+        "--base", metavar="DIR", help="imagine's weights, or Stable Diffusion 1.5 or XL; default: shipped"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="another config than configs/methods/METHOD.yaml")
     parser.add_argument("--learnt", type=Path, metavar="DIR", help="draw, evaluate: the folder of a finished run")
     parser.add_argument("--of", default="", metavar="METHOD", help="evaluate: the method to train for each person")
@@ -143,7 +147,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         system = EncoderSystem(as_path(options.learnt), options.base)
     elif options.of in TUNED:
         data = {} if options.base is None else {"base": options.base}
-        system = TunedSystem(runs.load_method_run(options.of, options.config, options.overrides, data), output / "people")
+        system = TunedSystem(
+            runs.load_method_run(options.of, options.config, options.overrides, data), output / "people"
+        )
     else:
         raise ConfigError(f"{options.of} is no method that is trained for each person; those are: {', '.join(TUNED)}.")
     given = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale}

@@ -1,8 +1,8 @@
 """One training task for all methods that are trained once for all people, and then only encode a person.
 
-A method is a class below `EncoderTask` that defines `build` (the learnt modules), `represent` (face crops to numbers per
-person) and `condition` (sentences and these numbers to what the denoiser reads). Data, noise, loss, guidance, validation,
-checkpoints and progress are shared: this file, `train.data` and `train.loop`.
+A method is a class below `EncoderTask` that defines `build` (the learnt modules), `represent` (face crops to numbers
+per person) and `condition` (sentences and these numbers to what the denoiser reads). Data, noise, loss, guidance,
+validation, checkpoints and progress are shared: this file, `train.data` and `train.loop`.
 
 Sentences are encoded in every step, because several methods write into them.
 """
@@ -47,7 +47,7 @@ class EncoderSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     vision: Path | None = None  # folder of the vision encoder; None: the base's image_encoder
-    sources: dict[str, float] = {"synthetic": 1.0}  # noqa: RUF012  (pydantic copies it)
+    sources: dict[str, float] = {"synthetic": 1.0}
     drop_text: Share = 0.1
     drop_vision: Share = 0.1
     face_weight: Weight = 1.0  # loss weight inside the face's box; 1 elsewhere
@@ -90,7 +90,8 @@ class EncoderTask:
         if self.adapter is not None:
             self.adapter.attach(self.base.unet)
 
-    # --- what a method defines ------------------------------------------------------------------------------------------
+    # --- what a method defines
+    # ------------------------------------------------------------------------------------------
     def build(self) -> None:
         """Add the learnt modules to `self.modules`."""
         raise NotImplementedError
@@ -229,8 +230,8 @@ class EncoderTask:
     def _held_out(self, count: int) -> EncoderBatch:
         """Return pairs of held-out people of the world; of the training sources for a data set of records."""
         data = data_settings(self.records)
-        world = all(data.galleries.get(data.sources[name].gallery) is None or
-                    data.galleries[data.sources[name].gallery].records is None for name in self.settings.sources)  # fmt: skip
+        named = [data.galleries.get(data.sources[name].gallery) for name in self.settings.sources]
+        world = all(gallery is None or gallery.records is None for gallery in named)
         if not world or self.base.side != 128:
             return self._pairs(self.mixture.draw(VALIDATION_SEED, 0, count), VALIDATION_SEED, 0)
         pictures = held_out_pictures(self.records, count)
@@ -279,7 +280,9 @@ class EncoderTask:
     def export(self, folder: Path) -> None:
         """Write what was learnt and a description of it."""
         tensors = {
-            f"{name}.{key}": value for name, module in self.modules.items() for key, value in module.state_dict().items()
+            f"{name}.{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
         }
         write_tensors(folder / LEARNT, tensors, {"method": self.NAME})
         card = {"format_version": 1, "method": self.NAME, "base": self.base.name, "files": [LEARNT],
@@ -311,7 +314,7 @@ def write_ip_adapter(task: EncoderTask, folder: Path) -> None:
         raise ConfigError(f"{task.NAME} has no adapter.")
     config = task.vision.config
     facts = {
-        "base": task.base.name, "encoder": f"ViT of width {config.width}, {config.image_size} px", "feature_layer": "-2",
-        "tokens": str(task.adapter.branch_specs[0].tokens or task.vision.tokens), "licence": "unspecified",
+        "base": task.base.name, "encoder": f"ViT of width {config.width}, {config.image_size} px", "feature_layer":
+        "-2", "tokens": str(task.adapter.branch_specs[0].tokens or task.vision.tokens), "licence": "unspecified",
     }  # fmt: skip
     task.adapter.save(folder / "adapter", facts)

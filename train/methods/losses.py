@@ -12,8 +12,8 @@ from imagine.records import Watched
 def location_loss(watched: Mapping[str, Watched], places: Tensor, halves: Tensor, vectors: int = 1) -> Tensor:
     """Return the mean squared attention of each subject's words outside its own region, (B,).
 
-    SVDiff (arXiv 2303.11305, equation 5). places: (B, L), the learnt words in the text. halves: (B, S, 1, h, w), 1 where
-    a subject is; its words are numbers s * vectors + 1 and on. Layers of other shapes than squares are left out.
+    SVDiff (arXiv 2303.11305, equation 5). places: (B, L), the learnt words in the text. halves: (B, S, 1, h, w), 1
+    where a subject is; its words are numbers s * vectors + 1 and on. Layers of other shapes than squares are left out.
     """
     losses = []
     for layer in watched.values():

@@ -79,5 +79,7 @@ def _captions(folder: Path) -> dict[str, str]:
             row = json.loads(line)
             found[Path(str(row.get("file") or row["file_name"])).name] = str(row["caption"])
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{path}, line {number}, has no file and caption: correct it, or remove the file.") from None
+            raise ConfigError(
+                f"{path}, line {number}, has no file and caption: correct it, or remove the file."
+            ) from None
     return found

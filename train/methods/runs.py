@@ -63,7 +63,9 @@ def subject_data(base: str | None, photos: Sequence[Sequence[Path]], folder: Pat
     return data
 
 
-def train_method(run: Run, output: Path, resume: bool = False, max_minutes: float | None = None) -> dict[str, Any] | None:
+def train_method(
+    run: Run, output: Path, resume: bool = False, max_minutes: float | None = None
+) -> dict[str, Any] | None:
     """Train, and return the result (also in result.json); None if the run was stopped before its end."""
     if not run_stages(run, output, resume=resume, max_minutes=max_minutes, tasks=METHODS):
         return None

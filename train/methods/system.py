@@ -111,7 +111,9 @@ class TunedSystem(DrawingSystem):
 
     def __init__(self, run: Run, folder: Path, noun: str = "person") -> None:
         ((self.stage_name, stage),) = run.stages.items()
-        facts = {"run": hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]}
+        facts = {
+            "run": hashlib.sha256(json.dumps(run.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+        }
         super().__init__(stage.task, facts)
         self.run, self.folder, self.noun = run, folder, noun
         self._open: tuple[str, Any] | None = None

@@ -105,7 +105,8 @@ class TuningTask:
         self._texts: dict[str, TextState] = {}
         self.seconds: dict[str, float] = {}
 
-    # --- what a method defines ------------------------------------------------------------------------------------------
+    # --- what a method defines
+    # ------------------------------------------------------------------------------------------
     def build(self) -> None:
         """Add the learnt modules to `self.modules`, and what they need to the base."""
         raise NotImplementedError
@@ -152,7 +153,8 @@ class TuningTask:
         settings, warnings = self.settings, []
         if settings.cut_mix and len(self.data.photos) != 2:
             raise ConfigError(
-                f"cut_mix needs two subjects, and there are {len(self.data.photos)}: give --photos twice, or set it to 0."
+                f"cut_mix needs two subjects, and there are {len(self.data.photos)}: give --photos twice, or set it "
+                "to 0."
             )
         if settings.location and not (settings.cut_mix and self.LEARNS_WORDS):
             raise ConfigError("location needs cut_mix and learnt words, whose attention it limits: set it to 0.")
@@ -196,7 +198,8 @@ class TuningTask:
         templates = [PLAIN] if settings.sentences == "plain" else list(NEUTRAL)
         chosen = choices(seed, "sentences", images_seen, size, [1.0] * len(templates)).tolist()
         sentences = [
-            self._sentence(self.items, row, templates[number]) for row, number in zip(rows.tolist(), chosen, strict=True)
+            self._sentence(self.items, row, templates[number])
+            for row, number in zip(rows.tolist(), chosen, strict=True)
         ]
         subjects = len(self.data.photos)
         halves = torch.zeros(size, subjects, 1, *latents.shape[2:])
@@ -281,7 +284,8 @@ class TuningTask:
 
     # --- measuring and drawing --------------------------------------------------------------------------------------
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
-        """Return the error on the photos at fixed noises; with a judge, the likeness of drawn pictures to the photos."""
+        """Return the error on the photos at fixed noises; with a judge, the likeness of drawn pictures to the
+        photos."""
         numbers = {"validation_loss": self._validation_loss(images_seen)}
         pictures = self._pictures(VALIDATION_SEED)
         save_grid(pictures, folder / "pictures.png", columns=4)
@@ -303,7 +307,11 @@ class TuningTask:
         return float(torch.stack(errors).mean())
 
     def _pictures(self, seed: int, with_subject: bool = True) -> Tensor:
-        names = [self.naming.name(number) for number in range(len(self.data.photos))] if with_subject else [self.naming.noun or "person"]
+        names = (
+            [self.naming.name(number) for number in range(len(self.data.photos))]
+            if with_subject
+            else [self.naming.noun or "person"]
+        )
         sentences = [PLAIN.format(names[n % len(names)]) for n in range(self.settings.drawings)]
         pieces = []
         for first in range(0, len(sentences), _DRAWN_AT_ONCE):
@@ -319,8 +327,8 @@ class TuningTask:
         """Draw pictures (B, 3, S, S), 0 to 1, of sentences that name a subject by its word, from noise (B, C, h, w)."""
         predict = lambda noisy, step, text, _: self.base.predict(noisy, step, text)  # noqa: E731
         latents = draw_latents(
-            self.base, noise, lambda times: self.text(sentences, times), self.empty_text(len(sentences)), predict, steps,
-            guidance,
+            self.base, noise, lambda times: self.text(sentences, times), self.empty_text(len(sentences)), predict,
+            steps, guidance,
         )  # fmt: skip
         return self.base.decode(latents)
 
@@ -341,7 +349,9 @@ class TuningTask:
     def save(self, folder: Path) -> list[str]:
         """Write what was learnt into a folder, and return the names of the files that `load` reads."""
         tensors = {
-            f"{name}.{key}": value for name, module in self.modules.items() for key, value in module.state_dict().items()
+            f"{name}.{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
         }
         write_tensors(folder / LEARNT, tensors, {"method": self.NAME})
         return [LEARNT]

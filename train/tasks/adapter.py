@@ -96,7 +96,9 @@ class AdapterSettings(BaseSettings):
         if sum(self.groups.values()) > 1:
             raise ValueError("the shares in groups sum to more than 1: lower them")
         if self.localisation and (self.vision_fusion or self.fusion) == "concatenated":
-            raise ValueError("localisation compares outputs of parallel attention: set it to 0, or the fusion to parallel")
+            raise ValueError(
+                "localisation compares outputs of parallel attention: set it to 0, or the fusion to parallel"
+            )
         if self.people == "concatenate" and not self.groups:
             raise ValueError('people: "concatenate" has no effect without groups: name some, or leave it out')
         return self

@@ -1,9 +1,9 @@
 """Further losses of the adapter's training, which are not in the paper: for its ablation, and each off by default.
 
-    alignment      the text must act on the denoiser's features as it does without the person (PuLID, arXiv 2404.16022)
-    localisation   the person's tokens must act inside the face only (FastComposer, arXiv 2305.10431)
-    preview        the predicted picture must show the person, by a recogniser on the face as the target has it
-                   (LCM-Lookahead, arXiv 2404.03620; WithAnyone, arXiv 2510.14975, aligns by the target's face)
+alignment      the text must act on the denoiser's features as it does without the person (PuLID, arXiv 2404.16022)
+localisation   the person's tokens must act inside the face only (FastComposer, arXiv 2305.10431)
+preview        the predicted picture must show the person, by a recogniser on the face as the target has it
+               (LCM-Lookahead, arXiv 2404.03620; WithAnyone, arXiv 2510.14975, aligns by the target's face)
 """
 
 from collections.abc import Mapping
@@ -45,8 +45,8 @@ def _distance(found: Tensor, wanted: Tensor) -> Tensor:
 def outside_share(energies: Mapping[str, Tensor], faces: Tensor) -> Tensor:
     """Return the share of the vision branch's output outside the faces, (B,), 0 to 1; the mean over the layers.
 
-    energies: mean squares by layer, (B, positions). faces: (B, 1, h, w), 1 inside. In parallel attention the weights of a
-    branch sum to 1 everywhere, so its output is compared instead of the attention of FastComposer.
+    energies: mean squares by layer, (B, positions). faces: (B, 1, h, w), 1 inside. In parallel attention the weights of
+    a branch sum to 1 everywhere, so its output is compared instead of the attention of FastComposer.
     """
     shares = []
     for energy in energies.values():

@@ -39,8 +39,8 @@ class RecogniserSettings(BaseModel):
     traits: Weight = 10.0  # weight of the trait loss
     # images with the trait loss alone; over as many images after them, the weight of the margin loss rises to 1
     ramp: PositiveInt = 30_000
-    # whose pictures it trains on. "train": the generator's people, for a teacher of the adapter's preview loss. The judge
-    # must train on its own people, and a teacher must not be the judge.
+    # whose pictures it trains on. "train": the generator's people, for a teacher of the adapter's preview loss. The
+    # judge must train on its own people, and a teacher must not be the judge.
     people: Literal["judge", "train"] = "judge"
 
 
@@ -66,7 +66,8 @@ class RecogniserTask:
         self.prototypes = Prototypes(people, settings.dimensions)
         self.reading = nn.Linear(settings.dimensions, TRAIT_OUTPUTS)
         self.modules: dict[str, nn.Module] = {
-            TEACHER if settings.people == "train" else "recogniser": self.recogniser, "prototypes": self.prototypes, "reading": self.reading,
+            TEACHER if settings.people == "train" else "recogniser": self.recogniser, "prototypes": self.prototypes,
+            "reading": self.reading,
         }  # fmt: skip
 
     def _identities(self) -> int:

@@ -37,7 +37,16 @@ def test_every_method_has_a_config_and_every_config_a_method() -> None:
 
 @pytest.mark.parametrize("method", TUNED)
 def test_a_dry_run_says_what_would_be_learnt(method: str, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [method, "--photos", str(home / "anna"), "--base", str(home / "sd15"), "--output", str(home / "no"), "--dry-run"]
+    words = [
+        method,
+        "--photos",
+        str(home / "anna"),
+        "--base",
+        str(home / "sd15"),
+        "--output",
+        str(home / "no"),
+        "--dry-run",
+    ]
     assert command.main([*words, *overrides(method, home)]) == 0
     out = capsys.readouterr().out
     assert f"method      {method}" in out and "trains" in out and "bytes per person" in out

@@ -96,7 +96,9 @@ def test_the_system_enrolls_photos_and_reports_costs(home: Path, learnt: Callabl
     system.task.base.pipe.finder = KnownBoxesFinder([tiny.BOX])
     people = [system.enroll([tiny.photo(seed)], on_no_face="whole") for seed in (1, 2)]
     generators = [torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)]
-    out = system(["a person", "a person"], reference=people, generator=generators, num_inference_steps=1, output_type="pt")
+    out = system(
+        ["a person", "a person"], reference=people, generator=generators, num_inference_steps=1, output_type="pt"
+    )
     assert out.images.shape[0] == 2 and not torch.equal(*out.images)
     alone = system(["a person"], generator=[torch.Generator().manual_seed(5)], num_inference_steps=1).images
     assert alone[0].size == (32, 32)

@@ -95,9 +95,7 @@ def rows_of(output: Path, method: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("method", "base"), [*EVERY, *ON_OTHERS])
-def test_a_method_learns_what_it_declares_and_nothing_else(
-    method: str, base: str, home: Path, tmp_path: Path
-) -> None:
+def test_a_method_learns_what_it_declares_and_nothing_else(method: str, base: str, home: Path, tmp_path: Path) -> None:
     task = trained_by_hand(method, base, home, tmp_path)
     with torch.no_grad():
         in_memory = drawn(task)
@@ -149,7 +147,11 @@ def test_the_loss_falls_on_the_photos(home: Path, tmp_path: Path) -> None:
     run = tiny_run("dreambooth", "world", home, "images=80", "train.unet=3e-3", "settings.prior=0", "batch_size=4",
                    "validate_every=4", "checkpoint_every_seconds=100")  # fmt: skip
     assert train_method(run, tmp_path / "run") is not None
-    losses = [r["validate/validation_loss"] for r in rows_of(tmp_path / "run", "dreambooth") if "validate/validation_loss" in r]
+    losses = [
+        r["validate/validation_loss"]
+        for r in rows_of(tmp_path / "run", "dreambooth")
+        if "validate/validation_loss" in r
+    ]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -162,7 +164,9 @@ def test_prior_pictures_are_drawn_once_and_their_error_is_part_of_the_loss(home:
             before = files
     assert files == before and files
     found = task.loss(task.batch(0, 2), 0)
-    assert float(found.per_sample.mean()) == pytest.approx(float(found.metrics["error"] + found.metrics["prior"]), rel=1e-5)
+    assert float(found.per_sample.mean()) == pytest.approx(
+        float(found.metrics["error"] + found.metrics["prior"]), rel=1e-5
+    )
 
 
 def test_pivotal_tuning_freezes_the_word(home: Path, tmp_path: Path) -> None:
@@ -180,8 +184,10 @@ def test_two_subjects_with_cut_mix_and_location_loss(home: Path, tmp_path: Path)
     more = ("settings.cut_mix=1", "settings.location=1", "settings.prior=0")
     # the sentence for two people does not fit the windows of the tiny text encoders
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.methods.sentences.Naming.side_by_side", lambda self, left, right: " ".join(
-            self.tokens[number] for number in (left, right)))
+        patch.setattr(
+            "train.methods.sentences.Naming.side_by_side",
+            lambda self, left, right: " ".join(self.tokens[number] for number in (left, right)),
+        )
         for base in ("world",):
             run = tiny_run("svdiff", base, home, *more, people=("anna", "ben"))
             train_method(run, tmp_path / base)
@@ -217,14 +223,14 @@ def test_merged_keys_and_values_keep_both_subjects_and_change_other_words_least(
 
 
 def test_wrong_input_is_one_sentence(home: Path) -> None:
+    nobody = {"base": str(home / "world"), "photos": [["nobody.png"]]}
     with pytest.raises(PictureError, match="There is no file"):
-        train_method(load_method_run("dreambooth", None, overrides("dreambooth", home),
-                                     {"base": str(home / "world"), "photos": [["nobody.png"]]}), home / "no")  # fmt: skip
+        train_method(load_method_run("dreambooth", None, overrides("dreambooth", home), nobody), home / "no")
     with pytest.raises(ConfigError, match="cut_mix needs two subjects"):
         train_method(tiny_run("svdiff", "world", home, "settings.cut_mix=0.5"), home / "no")
     with pytest.raises(ConfigError, match="one subject"):
         train_method(tiny_run("neti", "world", home, people=("anna", "ben")), home / "no")
-    with pytest.raises(ConfigError, match="no method 'dreambooht'.*did you mean dreambooth"):
+    with pytest.raises(ConfigError, match=r"no method 'dreambooht'.*did you mean dreambooth"):
         load_method_run("dreambooht", None, [])
     with pytest.raises(ConfigError, match="there is no key 'rankk'"):
         load_method_run("dreambooth_lora", None, ["settings.rankk=3"])

@@ -98,7 +98,9 @@ def test_diffusers_reads_the_words(xl: bool, home: Path, tmp_path: Path) -> None
 
         state = load_file(file)
         assert set(state) == {"clip_l", "clip_g"}
-        pipe.load_textual_inversion(state["clip_l"], token="<subject-1>", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+        pipe.load_textual_inversion(
+            state["clip_l"], token="<subject-1>", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer
+        )
         return
     pipe.load_textual_inversion(str(file))
     prompt = pipe.maybe_convert_prompt("a <subject-1> person", pipe.tokenizer)

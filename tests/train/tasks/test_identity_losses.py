@@ -41,7 +41,9 @@ def test_the_preview_compares_the_face_where_the_target_has_it() -> None:
     pictures = torch.rand(2, 3, 64, 64)
     boxes = torch.tensor([[10.0, 10, 30, 30], [5.0, 20, 30, 30]])
     targets = crop_faces(pictures, boxes, teacher.size)
-    assert preview_similarity(teacher, pictures, boxes, targets, teacher.size).tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert preview_similarity(teacher, pictures, boxes, targets, teacher.size).tolist() == pytest.approx(
+        [1, 1], abs=1e-5
+    )
     drawn = torch.rand(2, 3, 64, 64, requires_grad=True)
     preview_similarity(teacher, drawn, boxes, targets, teacher.size).sum().backward()
     assert drawn.grad is not None and drawn.grad[:, :, 25, 25].any()

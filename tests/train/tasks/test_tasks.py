@@ -822,6 +822,8 @@ def test_a_preview_loss_needs_its_teacher_who_trains_on_the_generators_people(tm
 
 
 def test_the_vision_branch_alone_can_be_concatenated() -> None:
-    task = SmallAdapter(SmallAdapter.Settings(**SETTINGS["adapter"], vision_fusion="concatenated"), built("adapter").context)
+    task = SmallAdapter(
+        SmallAdapter.Settings(**SETTINGS["adapter"], vision_fusion="concatenated"), built("adapter").context
+    )
     assert [spec.fusion for spec in task.adapter.branch_specs] == ["concatenated"]
     assert {spec.fusion for spec in task.text_adapter.branch_specs} == {"parallel"}

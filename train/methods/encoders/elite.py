@@ -3,8 +3,8 @@
 The global mapping turns the encoder's global token and the mean of its patches into the embedding of a word, which the
 text encoder reads before the class noun; keys and values of the text are tuned with it. The local mapping gives patches
 keys and values of their own. Both outputs are kept small: 0.01 mean |word| and 1e-4 mean |local token| are part of the
-loss. The paper learns the two mappings one after the other, from five layers of the encoder, and uses the deepest layer's
-word in the end; here both are learnt together, from the penultimate layer.
+loss. The paper learns the two mappings one after the other, from five layers of the encoder, and uses the deepest
+layer's word in the end; here both are learnt together, from the penultimate layer.
 """
 
 from collections.abc import Sequence

@@ -117,4 +117,3 @@ class InstantID(_EmbeddingTask):
 
     def write(self, folder: Path) -> None:
         write_ip_adapter(self, folder)
-

@@ -1,9 +1,9 @@
 """PhotoMaker (arXiv 2312.04461): the person's embedding is merged with the encoded class noun, one token per photo.
 
 Two small networks fuse each photo's embedding with the state of the noun ("person") in the encoded sentence. The first
-photo's token takes the noun's place; those of further photos follow the sentence. Attention does not depend on the order
-of the tokens, so this equals the paper's stack of tokens in the noun's place. LoRA on the attention layers learns to read
-them.
+photo's token takes the noun's place; those of further photos follow the sentence. Attention does not depend on the
+order of the tokens, so this equals the paper's stack of tokens in the noun's place. LoRA on the attention layers learns
+to read them.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """A text of its own for every cross-attention layer (P+, arXiv 2303.09522; NeTI, arXiv 2305.15391).
 
-The sentences of all layers are joined to one sequence, in the order of the layers, and the processor of each layer takes
-its own part. So they pass through a denoiser as an ordinary text does, and as an argument of the call.
+The sentences of all layers are joined to one sequence, in the order of the layers, and the processor of each layer
+takes its own part. So they pass through a denoiser as an ordinary text does, and as an argument of the call.
 """
 
 from dataclasses import replace

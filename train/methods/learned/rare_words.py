@@ -1,8 +1,8 @@
 """Search a rare word for a subject: DreamBooth's identifier (arXiv 2208.12242, section 3.2).
 
 The paper draws uniformly from the T5-XXL ids 5,000 to 10,000 that decode to at most three characters. CLIP orders its
-vocabulary by how often a piece was merged, so its rare words are single tokens at the tail of the table. A common English
-word is refused: its meaning would compete with the subject's.
+vocabulary by how often a piece was merged, so its rare words are single tokens at the tail of the table. A common
+English word is refused: its meaning would compete with the subject's.
 """
 
 import random
@@ -18,17 +18,20 @@ T5_RANGE = range(5_000, 10_000)
 
 # Words and abbreviations of up to three letters that mean something in many captions.
 _COMMON = frozenset(
-    "a ace act add age ago aid aim air all an and ant any ape app are arm art as ash ask at ate bad bag ban bar bat bay "
-    "be bed bee big bin bit boa bob bow box boy bud bug bun bus but buy by cab can cap car cat cop cow cry cub cup cut "
-    "dad day den dew did die dig dim do dog dot dry duo ear eat egg ego elf end era eve eye fan far fat fed fee few fig "
-    "fin fit fix fly fog for fox fun fur gag gap gas gel gem get go god gum gun gut guy gym ham has hat hay he hen her "
-    "hew hey hi him hip his hit hog hop hot how hub hug hut ice icy if ill in ink inn is it its jam jar jaw jet job joy "
-    "keg key kid kit lab lad lap law lay led leg let lid lie lip lit log lot low mad man map mat may me men met mid mix "
-    "mob mom mop mud mug my nap net new no nod nor not now nun nut oak odd of off oh oil ok old on one or our out owl own "
-    "pad pan paw pay pea pen pet pie pig pin pit pot pub pup ran rat raw ray red rib rid rim rip rob rod row rub rug run "
-    "sad sat saw say sea see set she shy sin sip sir sit six sky so son spa sum sun tab tag tan tap tar tax tea tee ten "
-    "the tie tin tip to toe tom ton too top toy try tub two up us use van vat vet via viv wax way we web wed wet who why "
-    "wig win wit won yak yam yen yes yet you zen zip zoo img api usa uk gun sks sbs nye cgi sdf tae mtg amc".split()
+    """
+    a ace act add age ago aid aim air all an and ant any ape app are arm art as ash ask at ate bad bag ban bar bat
+    bay be bed bee big bin bit boa bob bow box boy bud bug bun bus but buy by cab can cap car cat cop cow cry cub
+    cup cut dad day den dew did die dig dim do dog dot dry duo ear eat egg ego elf end era eve eye fan far fat fed
+    fee few fig fin fit fix fly fog for fox fun fur gag gap gas gel gem get go god gum gun gut guy gym ham has hat
+    hay he hen her hew hey hi him hip his hit hog hop hot how hub hug hut ice icy if ill in ink inn is it its jam
+    jar jaw jet job joy keg key kid kit lab lad lap law lay led leg let lid lie lip lit log lot low mad man map mat
+    may me men met mid mix mob mom mop mud mug my nap net new no nod nor not now nun nut oak odd of off oh oil ok
+    old on one or our out owl own pad pan paw pay pea pen pet pie pig pin pit pot pub pup ran rat raw ray red rib
+    rid rim rip rob rod row rub rug run sad sat saw say sea see set she shy sin sip sir sit six sky so son spa sum
+    sun tab tag tan tap tar tax tea tee ten the tie tin tip to toe tom ton too top toy try tub two up us use van vat
+    vet via viv wax way we web wed wet who why wig win wit won yak yam yen yes yet you zen zip zoo img api usa uk
+    gun sks sbs nye cgi sdf tae mtg amc
+    """.split()  # noqa: SIM905  (shorter than a list)
 )
 
 

@@ -190,5 +190,3 @@ def remove_gated(unet: Any) -> None:
             layer = getattr(attn, part)
             if isinstance(layer, GatedLinear):
                 setattr(attn, part, layer.layer)
-
-

@@ -76,9 +76,10 @@ def merged_weights(
 ) -> dict[str, Tensor]:
     """Return keys and values that hold several subjects, (Custom Diffusion, equation 4), by name.
 
-    before: the base's weights (out, width). tuned: each subject's weights, and the text features (m, width) of its words.
-    others: the text features (r, width) of captions whose outputs should stay. With C all subjects' features and V their
-    tuned outputs, W = W0 + (V' - W0 C') (d C')^-1 d and d = C (R'R)^-1, in float64; `ridge` keeps R'R invertible.
+    before: the base's weights (out, width). tuned: each subject's weights, and the text features (m, width) of its
+    words. others: the text features (r, width) of captions whose outputs should stay. With C all subjects' features and
+    V their tuned outputs, W = W0 + (V' - W0 C') (d C')^-1 d and d = C (R'R)^-1, in float64; `ridge` keeps R'R
+    invertible.
     """
     targets = torch.cat([features for _, features in tuned]).double()
     square = others.double().T @ others.double()
@@ -90,5 +91,3 @@ def merged_weights(
         rest = values.T - old.double() @ targets.T
         merged[name] = (old.double() + rest @ torch.linalg.solve(d @ targets.T, d)).to(old.dtype)
     return merged
-
-

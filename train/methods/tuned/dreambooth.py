@@ -74,7 +74,7 @@ class DreamBoothLora(TuningTask):
         super().__init__(settings, context)
 
     @property
-    def LEARNS_WORDS(self) -> bool:  # type: ignore[override]  # noqa: N802  (the contract's name)
+    def LEARNS_WORDS(self) -> bool:  # type: ignore[override]
         return bool(self.settings.vectors)
 
     def build(self) -> None:

@@ -1,8 +1,8 @@
 """NeTI (arXiv 2305.15391): a small network gives the word's embedding for every noise level and layer.
 
-Its inputs are Fourier features of time and layer. It returns the word's row, scaled to the norm of the class noun's row,
-and a second vector that is added to the encoded word (the textual bypass). Nested dropout orders the hidden units by
-importance, so that fewer of them give a picture that follows the sentence more (section 4.3).
+Its inputs are Fourier features of time and layer. It returns the word's row, scaled to the norm of the class noun's
+row, and a second vector that is added to the encoded word (the textual bypass). Nested dropout orders the hidden units
+by importance, so that fewer of them give a picture that follows the sentence more (section 4.3).
 """
 
 from collections.abc import Sequence

@@ -103,7 +103,9 @@ class Perfusion(TuningTask):
         settings = self.settings
         self.gate.beta, self.gate.tau = settings.beta, settings.tau
         with torch.no_grad():
-            seen = position(self.text([sentence for sentence in batch.sentences if sentence] or [self.naming.name()]), 1)
+            seen = position(
+                self.text([sentence for sentence in batch.sentences if sentence] or [self.naming.name()]), 1
+            )
         self.direction.observe(seen.mean(0))
         return super().loss(batch, images_seen)
 

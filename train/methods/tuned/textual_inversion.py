@@ -51,8 +51,8 @@ class TextualInversion(TuningTask):
 def write_embeddings(words: LearntWords, path: Path) -> None:
     """Write the rows as `load_textual_inversion` of diffusers reads them.
 
-    With one text encoder that is word -> (vectors, width). SDXL files hold the rows of one word by encoder; with several
-    words, each has a file of its own.
+    With one text encoder that is word -> (vectors, width). SDXL files hold the rows of one word by encoder; with
+    several words, each has a file of its own.
     """
     rows = words.files()
     if len(words.rows) == 1:
