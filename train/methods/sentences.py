@@ -29,8 +29,10 @@ class Naming:
     def personal(self, sentence: str, noun: str = "person", number: int = 0) -> str:
         """Return the sentence with the first mention of `noun` replaced by the subject's name.
 
-        If the sentence does not mention it, the name comes first.
+        If the sentence does not mention it, the name comes first. A sentence with a subject's word stays as it is.
         """
+        if any(token in sentence.split() for token in self.tokens):
+            return sentence
         found = re.search(rf"\b{re.escape(noun)}\b", sentence)
         if found is None:
             return f"a {self.name(number)}, {sentence}" if sentence else f"a {self.name(number)}"

@@ -37,6 +37,7 @@ from train.task import Loss, Share, TaskContext, Weight
 log = logging.getLogger("train")
 VALIDATION_SEED = 1_000_003
 LEARNT, CARD = "learnt.safetensors", "concept.json"
+Sentences = Literal["plain", "neutral"]
 _MIXES = 32  # pictures of two subjects side by side that are made at the start
 _DRAWN_AT_ONCE = 8
 _CHECKED = 16  # noises per photo in the validation loss
@@ -57,7 +58,7 @@ class TuningSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     noun: str = "person"  # the class noun, which follows the subject's word; "": none (DreamBooth's ablation)
     token: str | None = None  # the subject's word; None: a rare word, or a new one for methods that learn words
-    sentences: Literal["plain", "neutral"] = "plain"  # plain: one sentence; neutral: Textual Inversion's templates
+    sentences: Sentences = "plain"  # plain: one sentence; neutral: Textual Inversion's templates
     prior: Weight = 0.0  # weight of prior preservation (DreamBooth: 1)
     prior_images: Annotated[int, Field(ge=1)] = 200
     prior_noun: str | None = None  # noun of the pictures of the class; None: `noun`

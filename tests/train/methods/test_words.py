@@ -52,6 +52,7 @@ def test_rare_words_are_short_single_tokens_that_mean_nothing() -> None:
 def test_a_user_sentence_is_made_to_name_the_subject() -> None:
     naming = Naming(("zq",), "person")
     assert naming.personal("a pencil sketch of a person, smiling") == "a pencil sketch of a zq person, smiling"
+    assert naming.personal("a person hugs a zq person") == "a person hugs a zq person"
     assert naming.personal("on a beach") == "a zq person, on a beach"
     assert naming.personal("two personal persons") == "a zq person, two personal persons"
     assert Naming(("zq",), "balloon").personal("a person") == "a zq balloon"
@@ -130,7 +131,7 @@ def test_diffusers_reads_the_keys_and_values_of_custom_diffusion(home: Path, tmp
 
     pipe = tiny_stock.stock()
     state = load_file(folder / WEIGHTS)
-    plain = {name: {} for name in pipe.unet.attn_processors if "attn1" in name}
+    plain: dict[str, Any] = {name: {} for name in pipe.unet.attn_processors if "attn1" in name}
     # `load_attn_procs` builds the processors, but sets them for pipelines only; so they are set here (see docs).
     pipe.unet.set_attn_processor(pipe.unet._process_custom_diffusion({**state, **plain}))
     task: Any = open_learnt(tmp_path / "run")

@@ -41,7 +41,7 @@ from train.initial_weights import load_initial
 from train.run.checkpoint import read_tensors, write_tensors
 from train.stages import TASKS, run_stages
 from train.task import Task, TaskContext
-from train.tasks.adapter import AdapterTask
+from train.tasks.adapter import AdapterSettings, AdapterTask
 from train.tasks.autoencoder import AutoencoderSettings, AutoencoderTask
 from train.tasks.base import BaseSettings, BaseTask
 from train.tasks.clip import ClipTask
@@ -49,7 +49,7 @@ from train.tasks.finder import FinderTask
 from train.tasks.likeness import LikenessTask
 from train.tasks.likeness_loss import LikenessNetwork
 from train.tasks.reader import ReaderTask
-from train.tasks.recogniser import RecogniserTask
+from train.tasks.recogniser import RecogniserSettings, RecogniserTask
 
 CHAIN = ("autoencoder", "clip", "base", "adapter")
 ADAPTER_PARTS = ("vision_encoder", "vision_branch", "vision_projection", "lora")
@@ -810,9 +810,9 @@ def test_a_preview_loss_needs_its_teacher_who_trains_on_the_generators_people(tm
     with pytest.raises(ConfigError, match="name a stage `teacher`"):
         SmallAdapter(settings, built("adapter").context)
     with pytest.raises(ValueError, match="localisation compares outputs of parallel attention"):
-        SmallAdapter.Settings(**SETTINGS["adapter"], localisation=1.0, vision_fusion="concatenated")
+        AdapterSettings(**SETTINGS["adapter"], localisation=1.0, vision_fusion="concatenated")
     context = TaskContext("teacher", 3, torch.device("cpu"), tmp_path, data())
-    task = SmallRecogniser(SmallRecogniser.Settings(**SETTINGS["recogniser"], people="train"), context)
+    task = SmallRecogniser(RecogniserSettings(**SETTINGS["recogniser"], people="train"), context)
     assert "teacher" in task.modules and "recogniser" not in task.modules  # never loaded from the judge
     assert len(task.prototypes.weight) == data()["identities"]
     with torch.no_grad():
@@ -822,8 +822,6 @@ def test_a_preview_loss_needs_its_teacher_who_trains_on_the_generators_people(tm
 
 
 def test_the_vision_branch_alone_can_be_concatenated() -> None:
-    task = SmallAdapter(
-        SmallAdapter.Settings(**SETTINGS["adapter"], vision_fusion="concatenated"), built("adapter").context
-    )
+    task = SmallAdapter(AdapterSettings(**SETTINGS["adapter"], vision_fusion="concatenated"), built("adapter").context)
     assert [spec.fusion for spec in task.adapter.branch_specs] == ["concatenated"]
     assert {spec.fusion for spec in task.text_adapter.branch_specs} == {"parallel"}

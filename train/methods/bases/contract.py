@@ -32,10 +32,14 @@ class Base(Protocol):
     name: str  # what results call it
     side: int  # pixels of its pictures
     unet: Any
-    readers: Sequence[Reader]  # the text encoders to which words can be added
     device: torch.device
     steps: int  # sampling steps by default
     guidance: float  # guidance scale by default
+
+    @property
+    def readers(self) -> Sequence[Reader]:
+        """The text encoders to which words can be added."""
+        ...
 
     @property
     def mark(self) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from train.methods.bases.text import TextState
 from train.methods.learned.weights import Collected, cross_keys_values
 from train.methods.learned.words import LearntWords
-from train.methods.task import TuningTask
+from train.methods.task import Sentences, TuningTask
 from train.methods.tuned.textual_inversion import FILE, WordSettings, write_embeddings
 from train.run.checkpoint import write_tensors
 from train.task import Weight
@@ -28,7 +28,7 @@ WEIGHTS = "pytorch_custom_diffusion_weights.safetensors"  # the name in diffuser
 class CustomDiffusionSettings(WordSettings):
     """Settings of Custom Diffusion, with the paper's weight of the prior."""
 
-    sentences: str = "plain"  # type: ignore[assignment]
+    sentences: Sentences = "plain"
     prior: Weight = 1.0
     scales: int = 6
 
@@ -46,7 +46,7 @@ class CustomDiffusion(TuningTask):
         initial = settings.initial or settings.noun or "object"
         self.words = LearntWords(self.base, self.naming.tokens, initial, settings.vectors)
         weights = cross_keys_values(self.base.unet)
-        self.before = {name: weight.detach().clone() for name, weight in weights.items()}
+        self.untuned = {name: weight.detach().clone() for name, weight in weights.items()}
         self.modules |= {"words": self.words, "keys_values": Collected(weights)}
 
     def text(self, sentences: Sequence[str], times: Tensor | None = None) -> TextState:
@@ -64,7 +64,7 @@ class CustomDiffusion(TuningTask):
     @torch.no_grad()
     def detach(self) -> None:
         for name, weight in cross_keys_values(self.base.unet).items():
-            weight.copy_(self.before[name])
+            weight.copy_(self.untuned[name])
 
 
 @torch.no_grad()

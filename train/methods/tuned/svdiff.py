@@ -12,7 +12,7 @@ from torch import Tensor
 from train.methods.bases.text import TextState
 from train.methods.learned.weights import add_spectral, remove_spectral
 from train.methods.learned.words import LearntWords
-from train.methods.task import TuningTask
+from train.methods.task import Sentences, TuningTask
 from train.methods.tuned.textual_inversion import WordSettings
 from train.task import Weight
 
@@ -20,7 +20,7 @@ from train.task import Weight
 class SvdiffSettings(WordSettings):
     """Settings of SVDiff: prior preservation as in DreamBooth."""
 
-    sentences: str = "plain"  # type: ignore[assignment]
+    sentences: Sentences = "plain"
     prior: Weight = 1.0
 
 

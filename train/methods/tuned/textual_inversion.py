@@ -12,7 +12,7 @@ from torch import Tensor
 
 from train.methods.bases.text import TextState
 from train.methods.learned.words import LearntWords
-from train.methods.task import TuningSettings, TuningTask
+from train.methods.task import Sentences, TuningSettings, TuningTask
 from train.run.checkpoint import write_tensors
 
 FILE = "learned_embeds.safetensors"  # the name that diffusers' load_textual_inversion looks for
@@ -22,7 +22,7 @@ _SDXL = {"clip": "clip_l", "clip_2": "clip_g"}  # the keys of SDXL files, as in 
 class WordSettings(TuningSettings):
     """Settings of methods that learn words."""
 
-    sentences: str = "neutral"  # type: ignore[assignment]
+    sentences: Sentences = "neutral"
     vectors: Annotated[int, Field(ge=1)] = 1  # tokens per word
     initial: str | None = None  # the word that the new one starts as; None: the class noun
 
