@@ -86,6 +86,7 @@ class EncoderTask:
             self.vision = load_vision(settings.vision or self.base.folder / "image_encoder", self.base.device)
             self.vision.to(self.base.device).requires_grad_(False).eval()
             self.modules: dict[str, nn.Module] = {}
+        with torch.device(self.base.device):
             self.build()
         if self.adapter is not None:
             self.adapter.attach(self.base.unet)
