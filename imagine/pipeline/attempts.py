@@ -112,6 +112,65 @@ class Attempts:
             self.drawn.notes[number] = drawn.notes[place].replace(own, whole, 1)
 
 
+@dataclass(frozen=True)
+class Round:
+    """Pictures to draw next: their numbers, what each starts from, and which attempt it is. seeds: of the starts."""
+
+    numbers: Sequence[int]
+    start: Tensor
+    attempt: int
+    seeds: Sequence[int] = ()
+
+
+class Rounds:
+    """Asks for all pictures of a call, and then again for those that fail the check, up to `most` times in all.
+
+    start: what the first attempt starts from, usually its latents (pictures, ...). start_of, seed_of: `noise_of` and
+    `seed_of_attempt`, or functions for another kind of start. An interrupted attempt is the last one.
+    """
+
+    def __init__(
+        self,
+        start: Tensor,
+        checker: PeopleChecker,
+        most: int,
+        start_of: "Callable[[Sequence[int], Tensor], Tensor] | None" = None,
+        seed_of: "Callable[[Tensor, int], int] | None" = None,
+    ) -> None:
+        self.start, self.checker, self.most = start, checker, most
+        self.start_of, self.seed_of = start_of or noise_of, seed_of or seed_of_attempt
+        self.best: Attempts | None = None
+        self._attempt, self._interrupted = 1, False
+
+    def next(self) -> Round | None:
+        """Return the pictures to draw next; None if every picture passed, or no attempt is left."""
+        if self.best is None:
+            return Round(range(len(self.start)), self.start, 1)
+        failing = [number for number, check in enumerate(self.best.checks) if check.failed]
+        if not failing or self._interrupted or self._attempt >= self.most:
+            return None
+        self._attempt += 1
+        seeds = [self.seed_of(self.start[number], self._attempt) for number in failing]
+        return Round(failing, self.start_of(seeds, self.start), self._attempt, seeds)
+
+    def take(self, asked: Round, drawn: Drawn) -> None:
+        """Check what was drawn for a round, and keep the better ones."""
+        self._interrupted = drawn.interrupted
+        if self.best is None:
+            checks = [self.checker.check(number, drawn.images[number]) for number in asked.numbers]
+            self.best = Attempts(drawn, checks, [1] * len(checks), [None] * len(checks))
+            return
+        if drawn.interrupted:
+            return
+        for place, (number, seed) in enumerate(zip(asked.numbers, asked.seeds, strict=True)):
+            self.best.keep_better(number, seed, drawn, place, self.checker.check(number, drawn.images[place]))
+
+    def result(self) -> Attempts:
+        """Return the best attempt at each picture, after the first round."""
+        assert self.best is not None
+        return self.best
+
+
 def draw_until_matched(
     draw: Callable[[Sequence[int], Tensor, int], Drawn],
     start: Tensor,
@@ -120,28 +179,14 @@ def draw_until_matched(
     start_of: "Callable[[Sequence[int], Tensor], Tensor] | None" = None,
     seed_of: "Callable[[Tensor, int], int] | None" = None,
 ) -> Attempts:
-    """Draw all pictures, and those again that fail the check, up to `attempts` times in all.
+    """Draw all pictures, and those again that fail the check, up to `attempts` times in all (see `Rounds`).
 
-    draw: draws the pictures with these numbers from these starts, as attempt number N. start: what the first attempt
-    starts from, usually its latents (pictures, ...). start_of, seed_of: `noise_of` and `seed_of_attempt`, or functions
-    for another kind of start. An interrupted attempt is the last one.
+    draw: draws the pictures with these numbers from these starts, as attempt number N.
     """
-    start_of, seed_of = start_of or noise_of, seed_of or seed_of_attempt
-    everything = range(len(start))
-    drawn = draw(everything, start, 1)
-    checks = [checker.check(number, drawn.images[number]) for number in everything]
-    best = Attempts(drawn, checks, [1] * len(start), [None] * len(start))
-    for attempt in range(2, attempts + 1):
-        failing = [number for number in everything if best.checks[number].failed]
-        if not failing or drawn.interrupted:
-            break
-        seeds = [seed_of(start[number], attempt) for number in failing]
-        drawn = draw(failing, start_of(seeds, start), attempt)
-        if drawn.interrupted:
-            break
-        for place, (number, seed) in enumerate(zip(failing, seeds, strict=True)):
-            best.keep_better(number, seed, drawn, place, checker.check(number, drawn.images[place]))
-    return best
+    rounds = Rounds(start, checker, attempts, start_of, seed_of)
+    while (asked := rounds.next()) is not None:
+        rounds.take(asked, draw(asked.numbers, asked.start, asked.attempt))
+    return rounds.result()
 
 
 def seed_of_attempt(start: Tensor, attempt: int) -> int:

@@ -6,7 +6,6 @@ the identity branch. A layout is optional. It says where a person may appear, an
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -17,8 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from imagine.errors import ConfigError
-from imagine.pipeline.sampling import Inputs, Pass
-from imagine.records import VISION, Conditioning, Tokens, take
 from imagine.request import Request
 
 LEFT_TO_RIGHT = "left to right"
@@ -218,35 +215,3 @@ def _resized(mask: Tensor, size: tuple[int, int]) -> Tensor:
 def _listed(names: Sequence[str]) -> str:
     *others, last = map(repr, names)
     return f"{', '.join(others)} and {last}" if others else last
-
-
-@dataclass(frozen=True)
-class PlacedInputs(Inputs):
-    """The conditioning of a call whose people have places: `regions` (pictures, people, h, w), or None."""
-
-    regions: Tensor | None = None
-
-    def stacked(self, passes: Sequence[Pass], strength: Tensor) -> tuple[Tokens, Conditioning]:
-        """Return what `Inputs.stacked` returns, with the regions of the people."""
-        clip, conditioning = super().stacked(passes, strength)
-        if self.regions is None or VISION not in conditioning.branches:
-            return clip, conditioning
-        return clip, replace(conditioning, regions={VISION: torch.cat([self.regions] * len(passes))})
-
-    def pictures(self, rows: Tensor) -> "PlacedInputs":
-        """Return the inputs of the pictures at the given indices, which may repeat, with their own people."""
-        changed = {name: _rows_of(each, rows) for name, each in vars(self).items()}
-        return replace(self, **changed)
-
-
-def _rows_of(value: Any, rows: Tensor) -> Any:
-    """Return some rows of a tensor, of tokens, or of all of them in a tuple or mapping; anything else unchanged."""
-    if isinstance(value, Tensor):
-        return value[rows]
-    if isinstance(value, Tokens):
-        return take(value, rows)
-    if isinstance(value, tuple):
-        return tuple(_rows_of(each, rows) for each in value)
-    if isinstance(value, Mapping):
-        return {name: _rows_of(each, rows) for name, each in value.items()}
-    return value

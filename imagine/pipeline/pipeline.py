@@ -3,7 +3,7 @@
     request        one request per picture, from any form of prompt and reference
     photos, faces  opening each photo, finding and cropping its face
     encoders       vision features of the face crop, and three sequences of text tokens
-    sampling       guided predictions of the denoiser with its adapters; the autoencoder then decodes the latents
+    drawing        the passes of the call, whose steps `stepping` takes with the predictions of `sampling`
 
 A call's state belongs to the call: the conditioning is an argument, the scheduler a copy, the guidance a context
 variable. Several threads may therefore share one pipeline, a batch may contain different people, and every picture
@@ -15,8 +15,7 @@ import copy
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,22 +23,20 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter, check_attached, is_attached
 from imagine.adapter.holder import AdapterHolderMixin
 from imagine.errors import ConfigError, PromptError, WeightsError
 from imagine.networks import weights
-from imagine.networks.diffusion import add_noise, denormalise_latents, normalise_latents, pack_latents, unpack_latents
+from imagine.networks.diffusion import denormalise_latents, normalise_latents, pack_latents, unpack_latents
 from imagine.networks.encoders import TextEncoders
 from imagine.networks.saving import PUSH_OPTIONS, check_save_options, write_whole
-from imagine.people.faces import FaceChoice, FaceFinder, finder_of_drawings
+from imagine.people.faces import FaceChoice, FaceFinder
 from imagine.people.persona import Persona
 from imagine.people.reference_encoder import FINDER, ReferenceEncoderMixin, check_encoder, saved_metadata
 from imagine.people.strangers import FaceRecogniser
 from imagine.pipeline import families
-from imagine.pipeline.attempts import Drawn, PeopleChecker, draw_until_matched, known_people
 from imagine.pipeline.call import (
     Callback,
     CallSettings,
@@ -51,21 +48,15 @@ from imagine.pipeline.call import (
     timestep_shift,
 )
 from imagine.pipeline.controls import ALL, Blocks, Window, block_factors
+from imagine.pipeline.drawing import Drawing
 from imagine.pipeline.files import ADAPTERS, ENCODERS, MODELS, load_adapters, load_models
-from imagine.pipeline.layout import Layout, PlacedInputs, call_regions, canvas_shape, trained_people
-from imagine.pipeline.notes import photo_notes
-from imagine.pipeline.output import ImagineOutput, to_output
+from imagine.pipeline.layout import Layout, call_regions, canvas_shape, trained_people
+from imagine.pipeline.output import ImagineOutput
 from imagine.pipeline.picture_check import check_picture
-from imagine.pipeline.recording import CallRecord, picture_seeds, record_call
-from imagine.pipeline.sampling import Guidance, GuidedDenoiser, TextTokens, text_rows
-from imagine.pipeline.second_pass import (
-    RefineFaces,
-    SecondPass,
-    SmallFace,
-    keep_outside,
-    noise_from_latents,
-    visible_latents,
-)
+from imagine.pipeline.recording import CallRecord, picture_seeds
+from imagine.pipeline.sampling import Guidance, Inputs, TextTokens, text_rows
+from imagine.pipeline.second_pass import RefineFaces
+from imagine.pipeline.stepping import CallState, Stepper, current_call
 from imagine.records import Progress, no_progress, repeat
 from imagine.request import (
     Request,
@@ -78,19 +69,6 @@ from imagine.request import (
 )  # fmt: skip
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-
-
-@dataclass
-class _CallState:
-    """State of a running call that callbacks read or set; diffusers stores it on the pipeline, we per thread."""
-
-    guidance: Guidance
-    timesteps: int
-    interrupt: bool = False
-    progress: Progress = no_progress
-
-
-_call_state: ContextVar[_CallState | None] = ContextVar("imagine_call", default=None)
 
 
 class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeline, StableDiffusionLoraLoaderMixin):
@@ -302,7 +280,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
     @property
     def guidance_scale(self) -> float | None:
         """The running call's guidance scale; None outside a call."""
-        call = _call_state.get()
+        call = current_call.get()
         return None if call is None else call.guidance.text
 
     @property
@@ -322,13 +300,13 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
     @property
     def num_timesteps(self) -> int:
         """The number of steps of the running call; 0 outside a call."""
-        call = _call_state.get()
+        call = current_call.get()
         return 0 if call is None else call.timesteps
 
     @property
     def interrupt(self) -> bool:
         """Whether a callback has requested the running call to stop."""
-        call = _call_state.get()
+        call = current_call.get()
         return call is not None and call.interrupt
 
     @property
@@ -340,8 +318,8 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         self._current_call().interrupt = bool(value)
 
     @staticmethod
-    def _current_call() -> _CallState:
-        call = _call_state.get()
+    def _current_call() -> CallState:
+        call = current_call.get()
         if call is None:
             raise RuntimeError("No call is running; set this attribute from callback_on_step_end.")
         return call
@@ -400,6 +378,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         output_type: Literal["pil", "np", "pt", "latent"] = "pil", return_dict: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None, progress: Progress = no_progress,
         callback_on_step_end: Callback | None = None, callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        stepwise: bool = False,
     ) -> ImagineOutput:  # fmt: skip
         """Generate one picture, or `num_images_per_prompt` pictures, for each prompt.
 
@@ -423,6 +402,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         callback_on_step_end: called as (pipe, step, timestep, tensors). It may return changed "latents" or
             "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
         progress: called as (stage, steps done, steps in all) while the call denoises, decodes and redraws small faces.
+        stepwise: return the prepared call (`drawing`) instead of its result.
 
         With return_dict=False the result is the tuple (images, faces). Raises ImagineError with one sentence.
         """
@@ -446,85 +426,37 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         inputs = self._inputs(text, negative, personas, copies, plan, regions)
         seeds = picture_seeds(generator, len(strength)) if latents is None else [None] * len(strength)
         start = start_latents(self, len(strength), size, generator, latents)
-        denoiser = GuidedDenoiser(self.unet, inputs, cross_attention_kwargs or {})
-        out = self._generate(plan, denoiser, start, strength, requests, personas, progress)
         given = {"identity_scale": identity_scale, "identity_blocks": identity_blocks, "layout": layout}
-        record_call(self, out, plan, CallRecord(requests, personas, prompt, negative_prompt, seeds, given))
+        drawing = Drawing(
+            self, plan, inputs, dict(cross_attention_kwargs or {}), start, strength,
+            CallRecord(requests, personas, prompt, negative_prompt, seeds, given), progress,
+        )  # fmt: skip
+        if stepwise:
+            return cast(Any, drawing)
+        out = self._denoise(drawing)
         return out if return_dict else cast(Any, out.to_tuple())
+
+    def drawing(self, *arguments: Any, **settings: Any) -> Drawing:
+        """Prepare a call with these arguments, whose steps a `Stepper` takes, alone or with those of other calls."""
+        return cast(Drawing, self(*arguments, stepwise=True, **settings))
+
+    def _denoise(self, drawing: Drawing) -> ImagineOutput:
+        """Take all steps of a call, alone."""
+        stepper = Stepper(self)
+        for run in drawing:
+            with self.progress_bar(total=run.steps) as bar:
+                while not run.done:
+                    stepper.step([run])
+                    bar.update()
+        return drawing.result()
 
     def _inputs(
         self, text: TextTokens, negative: TextTokens, people: list[list[Persona]], copies: int, plan: CallSettings,
         regions: Tensor | None,
-    ) -> PlacedInputs:  # fmt: skip
+    ) -> Inputs:  # fmt: skip
         """Return the conditioning of all pictures of a call."""
         vision, groups = self._vision_tokens(people, copies), self._vision_groups(people, copies)
-        return PlacedInputs(text, negative, vision, plan.factors, groups, regions)
-
-    def _generate(
-        self, plan: CallSettings, denoiser: GuidedDenoiser, start: Tensor, strength: Tensor,
-        requests: Sequence[Request], personas: Sequence[Sequence[Persona]], progress: Progress,
-    ) -> ImagineOutput:  # fmt: skip
-        """Generate all pictures of a call from their start latents, some of them several times.
-
-        strength: identity strength, (pictures,). personas: the people of each request.
-        """
-        copies = len(start) // len(personas)
-        people = [list(each) for each in personas for _ in range(copies)]
-
-        def draw(numbers: Sequence[int], latents: Tensor, attempt: int) -> Drawn:
-            rows = torch.tensor(list(numbers), device=strength.device)
-            inputs = denoiser.inputs if attempt == 1 else cast(PlacedInputs, denoiser.inputs).pictures(rows)
-            stage = "denoising" if attempt == 1 else f"denoising, attempt {attempt}"
-            own = GuidedDenoiser(self.unet, inputs, denoiser.arguments)
-            return self._draw(plan, own, latents, strength[rows], [people[row] for row in numbers], progress, stage)
-
-        faces = [face for each in personas for persona in each for face in persona.faces]
-        if not plan.attempts:
-            drawn = draw(range(len(start)), start, 1)
-            out = ImagineOutput(drawn.images, faces, sum(drawn.refined), list(drawn.notes.values()))
-        else:
-            recogniser = self._picture_recogniser()
-            known = known_people(requests, personas, recogniser, copies)
-            checker = PeopleChecker(finder_of_drawings(self.finder), recogniser, known)
-            out = to_output(draw_until_matched(draw, start, checker, plan.attempts), faces)
-        self.maybe_free_model_hooks()
-        out.notes = [*out.notes, *photo_notes(self.adapter, faces)]
-        return out
-
-    def _draw(
-        self, plan: CallSettings, denoiser: GuidedDenoiser, start: Tensor, strength: Tensor,
-        people: list[list[Persona]], progress: Progress, stage: str,
-    ) -> Drawn:  # fmt: skip
-        """Draw some pictures of a call once, from their start latents, and redraw their small faces."""
-        scheduler = copy.deepcopy(plan.scheduler)  # a scheduler counts its steps
-        steps = len(scheduler.timesteps)
-        drawn = Drawn(None, [0] * len(start))
-        token = _call_state.set(_CallState(plan.guidance, steps, progress=progress))
-        try:
-            images = self._denoise(denoiser, start, strength, scheduler, plan.window.steps(steps), plan.on_step, stage)
-            progress("decoding", 0, 0)
-            if plan.refining is not None:
-                images = self._decode(images, "pt")
-                second_pass = SecondPass(
-                    plan.refining, plan.refining.levels(steps), plan.window, start, strength, people, denoiser,
-                    cast(PlacedInputs, denoiser.inputs).regions,
-                )  # fmt: skip
-                # A new adapter must give the base's picture bit for bit, so small faces are not redrawn with one.
-                if not self.interrupt and self.adapter is not None and self.adapter.active:
-                    progress("finding small faces", 0, 0)
-                    side = int(self.unet.config.sample_size) * self.vae_scale_factor
-                    faces, drawn.notes = second_pass.refine(images, side, finder_of_drawings(self.finder), self._redraw)
-                    for face in faces:
-                        drawn.refined[face.picture] += 1
-                images = self.image_processor.postprocess(images, plan.output_type, [False] * len(images))
-            elif plan.output_type != "latent":
-                images = self._decode(images, plan.output_type)
-            else:
-                check_picture(images, self._suspects)
-            drawn.images, drawn.interrupted = images, self.interrupt
-        finally:
-            _call_state.reset(token)
-        return drawn
+        return Inputs(text, negative, vision, plan.factors, groups, regions)
 
     def _picture_recogniser(self) -> FaceRecogniser | None:
         return self._drawing_recogniser()
@@ -592,52 +524,6 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
             options["num_inference_steps"] = count
         scheduler.set_timesteps(device=self._execution_device, **options)
         return scheduler
-
-    def _denoise(
-        self, denoiser: GuidedDenoiser, latents: Tensor, strength: Tensor, scheduler: Any, active: Sequence[bool],
-        on_step: StepCallback | None, stage: str = "denoising",
-    ) -> Tensor:  # fmt: skip
-        """Run all steps from noise to clean latents, in float32. active: whether the identity acts in each step."""
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        call, zero_strength = self._current_call(), torch.zeros_like(strength)
-        with self.progress_bar(total=len(scheduler.timesteps)) as bar:
-            for number, timestep in enumerate(scheduler.timesteps):
-                if call.interrupt:
-                    break
-                call.progress(stage, number, len(scheduler.timesteps))
-                scaled = getattr(scheduler, "scale_model_input", lambda sample, _: sample)(latents, timestep)
-                current_strength = strength if active[number] else zero_strength
-                velocity = denoiser.velocity(scaled.to(self.unet.dtype), timestep, current_strength, call.guidance)
-                latents = scheduler.step(velocity.float(), timestep, latents, return_dict=False)[0]
-                if on_step is not None:
-                    tensors = {"latents": latents, "identity_scale": strength}
-                    tensors |= (
-                        on_step.callback(self, number, timestep, {name: tensors[name] for name in on_step.inputs}) or {}
-                    )
-                    latents, strength = tensors["latents"], tensors["identity_scale"]
-                bar.update()
-        return latents
-
-    def _redraw(self, faces: Sequence[SmallFace], squares: Tensor, second_pass: SecondPass) -> Tensor:
-        """Redraw each face's square (faces, 3, S, S) in 0..1 with its person and the same prompt."""
-        clean = self.encode_pictures(squares)
-        noise = torch.stack([noise_from_latents(second_pass.start[face.picture], clean.shape[1:]) for face in faces])
-        rows = torch.tensor([face.picture for face in faces], device=second_pass.strength.device)
-        vision = self._vision_tokens([[second_pass.people[face.picture][face.person]] for face in faces], 1)
-        # This scheduler uses `sigmas` unchanged, whichever schedule the first pass used.
-        scheduler = FlowMatchEulerDiscreteScheduler()
-        scheduler.set_timesteps(sigmas=second_pass.levels, device=clean.device)
-        keep = keep_outside(clean, noise, second_pass.levels, visible_latents(faces, clean, second_pass.settings))
-        latents = self._denoise(
-            GuidedDenoiser(self.unet, second_pass.denoiser.inputs.rows(rows, vision), second_pass.denoiser.arguments),
-            add_noise(clean, noise, torch.full((len(faces),), second_pass.levels[0], device=clean.device)),
-            second_pass.strength[rows],
-            scheduler,
-            second_pass.active,
-            StepCallback(keep, ("latents",)),
-            "redrawing small faces",
-        )
-        return cast(Tensor, self._decode(latents, "pt"))
 
     def _suspects(self) -> dict[str, Any]:
         """Return the components in the order in which a picture that is not finite is traced to them."""

@@ -22,7 +22,7 @@ from imagine.networks.diffusion import add_noise
 from imagine.people.faces import FaceFinder
 from imagine.people.persona import Persona
 from imagine.pipeline.controls import Window
-from imagine.pipeline.sampling import GuidedDenoiser
+from imagine.pipeline.sampling import Inputs
 from imagine.records import FaceBox
 from imagine.request import finite, whole
 
@@ -91,16 +91,9 @@ class SmallFace:
     place: tuple[int, int, int, int]
 
 
-# Takes and returns squares (faces, 3, S, S) in 0..1; returns None for a face that must not be pasted back.
-Redraw = Callable[[Sequence[SmallFace], Tensor], Iterable[Tensor | None]]
-
-
 @dataclass(frozen=True)
 class SecondPass:
-    """What the second pass needs from the first: start latents, identity strength and people, one row per picture.
-
-    regions: (pictures, people, h, w), the call's layout, if it has one.
-    """
+    """What the second pass needs from the first: start latents, identity strength and people, one row per picture."""
 
     settings: RefineFaces
     levels: list[float]
@@ -108,39 +101,30 @@ class SecondPass:
     start: Tensor
     strength: Tensor
     people: list[list[Persona]]
-    denoiser: GuidedDenoiser
-    regions: Tensor | None = None
+    inputs: Inputs
 
     @property
     def active(self) -> list[bool]:
         """Whether the identity acts in each step; at noise level s of a linear schedule, a fraction 1 - s is done."""
         return [self.window.contains(1 - level) for level in self.levels]
 
-    def refine(
-        self,
-        pictures: Tensor,
-        side: int,
-        finder: FaceFinder,
-        redraw: Callable[[Sequence[SmallFace], Tensor, "SecondPass"], Tensor],
-    ) -> tuple[list[SmallFace], dict[int, str]]:
-        """Redraw the small faces of pictures (B, 3, H, W) in 0..1, in place, as squares of `side` pixels.
+    def small_faces(
+        self, pictures: Tensor, side: int, finder: FaceFinder
+    ) -> tuple[list[tuple[list[SmallFace], Tensor]], dict[int, str]]:
+        """Return the small faces of pictures (B, 3, H, W) in 0..1, in batches with their squares of `side` pixels.
 
-        Return the redrawn faces, and one sentence for each picture whose faces cannot be assigned to its people.
+        Also return one sentence for each picture whose faces cannot be assigned to its people.
         """
         if not any(self.active):
             return [], {}
         counts = [len(people) if strength else 0 for people, strength in zip(self.people, self.strength, strict=True)]
         faces, notes = find_small_faces(pictures, counts, finder, self.settings, side)
-        faces = [self._with_person(face) for face in faces]
         max_batch = len(self.start)  # the first pass had enough memory for a batch of this size
-        drawn = redraw_faces(
-            pictures, faces, side, self.settings, lambda some, squares: redraw(some, squares, self), max_batch
-        )
-        return drawn, notes
+        return crop_squares(pictures, [self._with_person(face) for face in faces], side, max_batch), notes
 
     def _with_person(self, face: SmallFace) -> SmallFace:
         """Return a face with its person, who is only known by the place from the left."""
-        regions = None if self.regions is None else self.regions[face.picture]
+        regions = None if self.inputs.regions is None else self.inputs.regions[face.picture]
         return replace(face, person=people_from_left(regions, len(self.people[face.picture]))[face.person])
 
 
@@ -157,28 +141,33 @@ def people_from_left(regions: Tensor | None, count: int) -> list[int]:
     return sorted(range(count), key=lambda person: centres[person])
 
 
-def redraw_faces(
+def crop_squares(
+    pictures: Tensor, faces: Sequence[SmallFace], side: int, max_batch: int
+) -> list[tuple[list[SmallFace], Tensor]]:
+    """Crop faces out of pictures (B, 3, H, W) as squares (faces, 3, side, side), at most `max_batch` faces in each.
+
+    All of them are cropped before any is pasted back, which changes pixels of its neighbours.
+    """
+    batches = [list(faces[first : first + max_batch]) for first in range(0, len(faces), max_batch)]
+    return [(some, torch.cat([crop_square(pictures, face, (side, side)) for face in some])) for some in batches]
+
+
+def paste_squares(
     pictures: Tensor,
     faces: Sequence[SmallFace],
-    side: int,
+    drawn: Iterable[Tensor | None],
     settings: RefineFaces,
-    redraw: Redraw,
-    max_batch: int,
     within: Tensor | None = None,
 ) -> list[SmallFace]:
-    """Crop faces out of pictures (B, 3, H, W) in 0..1 as squares of `side` pixels, redraw them, and paste them back.
+    """Paste redrawn squares (3, S, S) in 0..1 into pictures (B, 3, H, W), in place; None stands for one to leave out.
 
-    Pictures are changed in place, `max_batch` faces at a time. `within` (B, 1, H, W) multiplies the opacity of what is
-    pasted. Return the faces that were pasted back.
+    `within` (B, 1, H, W) multiplies the opacity of what is pasted. Return the faces that were pasted.
     """
-    squares = [crop_square(pictures, face, (side, side)) for face in faces]  # cropped before any paste changes pixels
-    pasted = list[SmallFace]()
-    for first in range(0, len(faces), max_batch):
-        some = faces[first : first + max_batch]
-        for face, drawn in zip(some, redraw(some, torch.cat(squares[first : first + max_batch])), strict=True):
-            if drawn is not None:
-                put_back(pictures, face, drawn, settings, within)
-                pasted.append(face)
+    pasted = []
+    for face, square in zip(faces, drawn, strict=True):
+        if square is not None:
+            put_back(pictures, face, square, settings, within)
+            pasted.append(face)
     return pasted
 
 

@@ -24,10 +24,11 @@ from imagine.pipeline.second_pass import (
     RefineFaces,
     SmallFace,
     covered_latents,
+    crop_squares,
     ellipse_around,
     find_small_faces,
+    paste_squares,
     people_from_left,
-    redraw_faces,
     seed_of,
 )
 from imagine.records import take
@@ -117,7 +118,9 @@ class StockSecondPass:
                 for face, square in zip(some, squares, strict=True)
             ]
 
-        refined = redraw_faces(pictures, faces, side, self.settings, redraw, 1, within)
+        refined = list[SmallFace]()
+        for some, squares in crop_squares(pictures, faces, side, 1):
+            refined += paste_squares(pictures, some, redraw(some, squares), self.settings, within)
         for row in {face.picture for face in refined}:
             _write(images, row, pictures[row])
         return len(refined), list(notes.values())

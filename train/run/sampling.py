@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from imagine.networks.diffusion import timesteps
-from imagine.pipeline.sampling import Guidance, GuidedDenoiser, Inputs
+from imagine.pipeline.sampling import Guidance, GuidedDenoiser, Inputs, NoisyPictures
 
 
 @torch.no_grad()
 def sample(unet: nn.Module, noise: Tensor, inputs: Inputs, guidance: Guidance, steps: int) -> Tensor:
     """Return latents (B, C, h, w) sampled from noise of that shape, with identity at full strength."""
-    denoiser = GuidedDenoiser(unet, inputs, {})
+    denoiser = GuidedDenoiser(unet)
     strength = torch.ones(len(noise), device=noise.device)
     latents = noise
     for now, then in pairwise(torch.linspace(1, 0, steps + 1).tolist()):
         t = timesteps(torch.tensor(now, device=noise.device))
-        latents = latents + (then - now) * denoiser.velocity(latents, t, strength, guidance)
+        velocity = denoiser.velocity(NoisyPictures(inputs, latents, t, strength, guidance))
+        latents = latents + (then - now) * velocity
     return latents

@@ -10,12 +10,12 @@ from PIL import Image
 from imagine.errors import ConfigError
 from imagine.pipeline.layout import (
     LEFT_TO_RIGHT,
-    PlacedInputs,
     call_regions,
     canvas_shape,
     layout_regions,
     trained_people,
 )
+from imagine.pipeline.sampling import Inputs
 from imagine.records import VISION, Tokens
 from imagine.request import Person, Request
 
@@ -122,11 +122,11 @@ def test_inputs_pass_the_regions_on_in_all_passes_and_select_pictures() -> None:
     rows = torch.arange(6.0).view(2, 3, 1)
     text = (Tokens(rows), {"t5": Tokens(rows + 10)})
     regions = torch.tensor([[[[1.0]], [[0.0]]], [[[0.0]], [[1.0]]]])
-    inputs = PlacedInputs(text, text, Tokens(rows, torch.ones(2, 3, dtype=torch.bool)), {"layer": 0.5}, regions=regions)
+    inputs = Inputs(text, text, Tokens(rows, torch.ones(2, 3, dtype=torch.bool)), {"layer": 0.5}, regions=regions)
     _, conditioning = inputs.stacked([(False, False), (True, True)], torch.ones(2))
     assert torch.equal(conditioning.regions[VISION], torch.cat([regions, regions]))
     second = inputs.pictures(torch.tensor([1]))
-    assert isinstance(second, PlacedInputs) and second.vision is not None and second.vision.mask is not None
+    assert second.vision is not None and second.vision.mask is not None
     assert torch.equal(second.text[1]["t5"].values, rows[1:] + 10) and torch.equal(second.vision.values, rows[1:])
     assert second.regions is not None and torch.equal(second.regions, regions[1:]) and second.factors == {"layer": 0.5}
     assert inputs.stacked([(True, False)], torch.ones(2))[1].regions == {}

@@ -15,6 +15,7 @@ from imagine.pipeline.sampling import (
     Guidance,
     GuidedDenoiser,
     Inputs,
+    NoisyPictures,
     text_rows,
 )
 from imagine.records import Tokens, join, repeat
@@ -96,7 +97,8 @@ def test_groups_reach_the_routers_in_every_kind_of_guidance() -> None:
     def velocity(rows: list[int], vision: Tokens | None, groups: torch.Tensor | None, guidance: Guidance) -> Any:
         inputs = Inputs(text_rows(text, rows), text_rows(text, rows), vision, groups=groups)
         strength = torch.ones(len(rows))
-        return GuidedDenoiser(pipe.unet, inputs, {}).velocity(latents[rows], torch.tensor(500.0), strength, guidance)
+        wanted = NoisyPictures(inputs, latents[rows], torch.tensor(500.0), strength, guidance)
+        return GuidedDenoiser(pipe.unet).velocity(wanted)
 
     for guidance in (Guidance(1.0), Guidance(3.0), Guidance(3.0, 1.5)):
         together = velocity([0, 1], vision, groups, guidance)
@@ -137,11 +139,11 @@ class CountReads(TorchFunctionMode):
 def test_strengths_are_read_only_when_they_may_have_changed() -> None:
     pipe = tiny.pipeline()
     text, vision = pipe.encode_prompt(["a person"]), pipe._vision_tokens([[pipe.enroll(tiny.photo(1))]], 1)
-    denoiser = GuidedDenoiser(pipe.unet, Inputs(text, text, vision), {})
+    denoiser, inputs = GuidedDenoiser(pipe.unet), Inputs(text, text, vision)
     strength, latents = torch.ones(1), torch.randn(1, 4, 4, 4, generator=tiny.generator(1))
 
     def velocity() -> torch.Tensor:
-        return denoiser.velocity(latents, torch.tensor(500.0), strength, Guidance(2.0))
+        return denoiser.velocity(NoisyPictures(inputs, latents, torch.tensor(500.0), strength, Guidance(2.0)))
 
     first = velocity()
     with CountReads(strength) as reads:
@@ -150,6 +152,6 @@ def test_strengths_are_read_only_when_they_may_have_changed() -> None:
         weaker = velocity()
         assert reads.count == 2 and not torch.allclose(weaker, first)
     strength *= 0
-    nobody = GuidedDenoiser(pipe.unet, Inputs(text, text, None), {})
-    wanted = nobody.velocity(latents, torch.tensor(500.0), strength, Guidance(2.0))
+    nobody = NoisyPictures(Inputs(text, text, None), latents, torch.tensor(500.0), strength, Guidance(2.0))
+    wanted = GuidedDenoiser(pipe.unet).velocity(nobody)
     assert torch.allclose(velocity(), wanted, atol=1e-5)

@@ -1,5 +1,6 @@
 """The second pass: which faces it redraws, what it may change, and what it must not change."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from imagine.errors import ConfigError
 from imagine.people.faces import KnownBoxesFinder
 from imagine.pipeline.controls import Window
+from imagine.pipeline.drawing import Drawing
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.pipeline.second_pass import (
     RefineFaces,
@@ -236,11 +238,12 @@ def test_a_layout_says_who_is_on_the_left(
 ) -> None:
     seen: list[tuple[int, FaceBox]] = []
 
-    def redraw(faces: Any, squares: torch.Tensor, second_pass: Any) -> torch.Tensor:
+    def redraw(drawing: Any, faces: Any, squares: torch.Tensor, second_pass: Any) -> Iterator[Any]:
         seen.extend((face.person, face.box) for face in faces)
-        return squares
+        yield from ()
+        return squares  # noqa: B901  (the value of `yield from`)
 
-    monkeypatch.setattr(pipe, "_redraw", redraw)
+    monkeypatch.setattr(Drawing, "_redraw", redraw)
     prompt = "{ann} in a red hat, looking to {bob}"
     boxes = {"ann": (0.5, 0, 1, 1), "bob": (0, 0, 0.5, 1)}
     for reference, layout in (
