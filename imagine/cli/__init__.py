@@ -14,7 +14,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from imagine import __version__
-from imagine.cli import demo, detect, doctor, enroll, evaluate, generate, inspect, ip_adapter, persona, plan, try_photo
+from imagine.cli import (
+    demo,
+    detect,
+    doctor,
+    enroll,
+    evaluate,
+    generate,
+    inspect,
+    ip_adapter,
+    persona,
+    plan,
+    serve,
+    try_photo,
+)
 from imagine.cli.arguments import Command, Parser
 from imagine.cli.loading import silence_libraries
 from imagine.cli.printing import print_result, to_json
@@ -54,6 +67,9 @@ def _parser() -> Parser:
     parser = Parser(prog="imagine", description="Turn one photo of a person and a prompt into a new picture of them.")
     parser.add_argument("--version", action="version", version=f"imagine {__version__}")
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
-    for module in (generate, try_photo, enroll, persona, detect, inspect, doctor, evaluate, demo, ip_adapter, plan):
+    modules = (
+        generate, try_photo, enroll, persona, detect, inspect, doctor, evaluate, demo, ip_adapter, plan, serve,
+    )  # fmt: skip
+    for module in modules:
         module.add_commands(commands)
     return parser

@@ -38,7 +38,10 @@ class IdempotencyError(Exception):
 
 @dataclass(frozen=True)
 class Admission:
-    """What is to be accepted: a request as JSON data, and how long its job may wait and is kept, in seconds."""
+    """What is to be accepted: a request as JSON data, and how long its job may wait and is kept, in seconds.
+
+    fingerprint: what makes two requests the same, if not `request`, whose photos get new ids each time.
+    """
 
     owner: str
     kind: Kind
@@ -47,11 +50,13 @@ class Admission:
     deadline: float
     keep: float
     idempotency_key: str | None = None
+    fingerprint: Any = None
 
     @property
     def hash(self) -> str:
         """Return a hash of the request, by which a repeated one is known."""
-        return hashlib.sha256(json.dumps([self.kind, self.request], sort_keys=True).encode()).hexdigest()
+        same = self.request if self.fingerprint is None else self.fingerprint
+        return hashlib.sha256(json.dumps([self.kind, same], sort_keys=True).encode()).hexdigest()
 
 
 class Jobs:

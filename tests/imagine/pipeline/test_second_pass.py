@@ -241,7 +241,7 @@ def test_a_layout_says_who_is_on_the_left(
     def redraw(drawing: Any, faces: Any, squares: torch.Tensor, second_pass: Any) -> Iterator[Any]:
         seen.extend((face.person, face.box) for face in faces)
         yield from ()
-        return squares  # noqa: B901  (the value of `yield from`)
+        return squares
 
     monkeypatch.setattr(Drawing, "_redraw", redraw)
     prompt = "{ann} in a red hat, looking to {bob}"

@@ -1,0 +1,40 @@
+"""`/healthz`, `/readyz` and `/metrics`, for whoever runs the server."""
+
+from typing import Annotated, Any
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from sqlalchemy.exc import SQLAlchemyError
+
+from imagine import __version__
+from imagine.serving.api.access import TheSettings, TheStore, owner_of
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/healthz", response_model=dict[str, str])
+async def healthz() -> dict[str, str]:
+    """Say that the process answers."""
+    return {"status": "ok", "version": __version__}
+
+
+@router.get("/readyz", response_model=dict[str, Any], responses={503: {"model": dict[str, Any]}})
+async def readyz(store: TheStore, settings: TheSettings) -> JSONResponse:
+    """Say whether the database answers and a worker with loaded weights is alive."""
+    try:
+        workers = await run_sync(store.access.living_workers, settings.lease)
+        waiting = await run_sync(store.jobs.oldest_queued)
+    except SQLAlchemyError:
+        return JSONResponse({"status": "the database does not answer"}, 503)
+    facts = [{name: value for name, value in each["facts"].items() if name != "encoder"} for each in workers]
+    status = "ok" if workers else "no worker is alive"
+    body = {"status": status, "workers": facts, "oldest_queued_seconds": round(waiting, 3)}
+    return JSONResponse(body, 200 if workers else 503)
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request, _: Annotated[str, Depends(owner_of)]) -> Response:
+    """Return numbers for Prometheus."""
+    text = await run_sync(request.app.state.metrics.text)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
