@@ -18,8 +18,8 @@ FOLDER = Path("~/.imagine/server")
 def add_commands(commands: Any) -> None:
     """Add the command to the parser."""
     command = arguments.add_command(commands, "serve", "serve pictures over HTTP, to one person or to many", run)
-    command.add_argument("--host", metavar="ADDRESS", help="address to listen on; other machines can reach 0.0.0.0, and "
-                         "then need an API key (default: 127.0.0.1)")  # fmt: skip
+    command.add_argument("--host", metavar="ADDRESS", help="address to listen on; other machines can reach "
+                         "0.0.0.0, and then need an API key (default: 127.0.0.1)")  # fmt: skip
     command.add_argument("--port", type=_port, metavar="N", help="port to listen on (default: 8188)")
     arguments.add_weights(command)
     arguments.add_device(command)

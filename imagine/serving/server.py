@@ -23,7 +23,7 @@ from imagine.serving.api.app import create_app
 from imagine.serving.logs import log_as_json
 from imagine.serving.settings import ServeSettings
 from imagine.serving.store.store import Store
-from imagine.serving.worker_exit import WRONG_INPUT
+from imagine.serving.worker_contract import WORKER_NUMBER, WRONG_INPUT
 
 LOG = logging.getLogger("imagine.serving")
 LONGEST_PAUSE = 30.0  # seconds before a worker that keeps ending is started again
@@ -71,7 +71,10 @@ class Supervisor:
     def _start(self, number: int) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
             [sys.executable, "-m", "imagine.serving.worker.process"], stdin=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env={
+                **os.environ, WORKER_NUMBER: str(number),
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            },
         )  # fmt: skip
         self._processes[number] = process
         assert process.stdin is not None
@@ -108,7 +111,7 @@ def uvicorn_config(app: Any, settings: ServeSettings) -> uvicorn.Config:
     """Return uvicorn's settings: no version in answers, limits on connections, and our own log of requests."""
     return uvicorn.Config(
         app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False,
-        limit_concurrency=settings.connections, timeout_keep_alive=15, timeout_graceful_shutdown=30, ws="none",
+        limit_concurrency=settings.connections, timeout_keep_alive=15, timeout_graceful_shutdown=30, ws="none", http="h11",
         h11_max_incomplete_event_size=32 << 10, proxy_headers=False,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Errors of the API: one table from code to status, and one form of body for all of them.
 
-The body is that of OpenAI's API, {"error": {"message", "type", "param", "code"}}. Clients that follow it retry 408, 409,
-429 and 5xx by themselves unless `x-should-retry` says otherwise, so every error says so.
+The body is that of OpenAI's API, {"error": {"message", "type", "param", "code"}}. Clients that follow it retry 408,
+409, 429 and 5xx by themselves unless `x-should-retry` says otherwise, so every error says so.
 """
 
 import logging
@@ -83,6 +83,8 @@ def error_response(error: ApiError, path: str) -> JSONResponse:
     headers = {"x-should-retry": "true" if error.retry else "false"}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, min(120, round(error.retry_after))))
+    if error.code in ("too_large", "upload_too_slow"):  # what else arrives of the body is not read
+        headers["connection"] = "close"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error.headers, Mapping):

@@ -161,8 +161,8 @@ def _check_header(data: bytes, settings: ServeSettings) -> None:
     if width * height > settings.max_photo_pixels or max(width, height) > settings.max_photo_side:
         raise ApiError(
             "photo_not_usable",
-            f"A photo has {width} x {height} pixels: send at most {settings.max_photo_pixels // 1_000_000} million, and "
-            f"{settings.max_photo_side} on a side.",
+            f"A photo has {width} x {height} pixels: send at most {settings.max_photo_pixels // 1_000_000} million, "
+            f"and {settings.max_photo_side} on a side.",
             "photos",
         )
 

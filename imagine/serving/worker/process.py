@@ -20,7 +20,7 @@ from imagine.serving.logs import log_as_json
 from imagine.serving.settings import ServeSettings
 from imagine.serving.store.records import draw_id
 from imagine.serving.store.store import Store
-from imagine.serving.worker_exit import DEVICE_LOST, WRONG_INPUT
+from imagine.serving.worker_contract import DEVICE_LOST, WORKER_NUMBER, WRONG_INPUT
 
 LOG = logging.getLogger("imagine.serving")
 
@@ -92,11 +92,15 @@ def facts_of(pipe: Any) -> dict[str, Any]:
 
 
 def load_pipeline(settings: ServeSettings) -> Any:
-    """Load the weights of these settings and move them to the device."""
+    """Load the weights of these settings and move them to the device; several workers take one GPU each."""
+    import torch
+
     from imagine.people.doctor import device_for
     from imagine.pipeline.pipeline import ImaginePipeline
 
     device = device_for(settings.device)
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get(WORKER_NUMBER, '0')) % torch.cuda.device_count()}"
     pipe = ImaginePipeline.from_pretrained(settings.weights)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

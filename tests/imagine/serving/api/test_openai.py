@@ -136,9 +136,9 @@ def test_errors_become_the_clients_classes(client: openai.OpenAI) -> None:
 
 def test_a_wrong_key_is_an_authentication_error(tmp_path_factory: pytest.TempPathFactory) -> None:
     with running(tmp_path_factory.mktemp("keys"), keys=1) as server:
-        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as stranger:
-            with pytest.raises(openai.AuthenticationError):
-                stranger.models.list()
+        stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+        with stranger, pytest.raises(openai.AuthenticationError):
+            stranger.models.list()
         key = server.store.access.create_key("friend")
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as friend:
             assert [model.id for model in friend.models.list()] == ["imagine"]

@@ -1,0 +1,255 @@
+"""The denoising loop: different people share steps, and one job's trouble is that job's only."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from imagine.pipeline.pipeline import ImaginePipeline
+from imagine.serving.store.records import Job
+from imagine.serving.store.store import Store
+from imagine.serving.worker.failures import DeviceLostError, describe
+from imagine.serving.worker.loop import Loop
+from imagine.serving.worker.process import Worker
+from imagine.serving.worker.saving import save_persona
+from imagine.serving.worker_counts import Counts
+from tests import tiny
+from tests.imagine.serving.servers import opened
+from tests.imagine.serving.store.test_people import StoredPersona
+from tests.imagine.serving.stores import Clock, admit, settings_of
+
+PROMPT = "a person smiling on a beach"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> ImaginePipeline:
+    return tiny.pipeline()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store.open(settings_of(tmp_path), Clock())
+    yield opened
+    opened.close()
+
+
+def loop_of(store: Store, pipe: Any, tmp_path: Path, **more: Any) -> Loop:
+    return Loop(pipe, store, settings_of(tmp_path, **more), "w1", Counts())
+
+
+def add_persona(store: Store, pipe: ImaginePipeline, seed: int, owner: str = "ann") -> str:
+    persona = pipe.enroll(tiny.photo(seed))
+    name = f"per_{seed:032x}"
+    save_persona(store.files, persona, name)
+    with store.database.writing() as connection:
+        store.people.add_persona(
+            connection, StoredPersona(name, owner, "x", persona.encoder, 1, None, [], 0, store.people.clock() + 1e6)
+        )
+    return name
+
+
+def ask(store: Store, seed: int, persona: str | None = None, **request: Any) -> Job:
+    people = {} if persona is None else {"": {"persona": persona, "uploads": []}}
+    count = request.pop("n", 1)
+    store.jobs.clock.now += 0.001  # type: ignore[attr-defined]
+    whole = {"prompt": PROMPT, "steps": 3, "people": people, **request}
+    return admit(store, request=whole, seeds=[seed + number for number in range(count)])
+
+
+def drain(loop: Loop) -> None:
+    for _ in range(500):
+        loop.tick()
+        if not loop.busy and not loop.store.jobs.count_by_state().get(("pictures", "queued")):
+            break
+    loop._saver.shutdown(wait=True)
+
+
+def state(store: Store, job: Job) -> tuple[str, str | None]:
+    found = store.jobs.find(job.id)
+    assert found is not None
+    return found.state, found.error_code
+
+
+def pixels(store: Store, job: Job) -> list[Any]:
+    rows = store.jobs.pictures_of(job.id)
+    return [np.asarray(opened(store.files.picture(row.id, row.media).read_bytes()), dtype=int) for row in rows]
+
+
+def test_different_people_share_steps_and_every_picture_is_the_persons_own(
+    store: Store, pipe: ImaginePipeline, tmp_path: Path
+) -> None:
+    people = [add_persona(store, pipe, seed) for seed in range(1, 5)]
+    jobs = [ask(store, seed, persona, steps=2 + seed) for seed, persona in enumerate(people)]
+    loop = loop_of(store, pipe, tmp_path)
+    drain(loop)
+    for seed, (job, persona) in enumerate(zip(jobs, people, strict=True)):
+        assert state(store, job) == ("succeeded", None)
+        reference = str(store.files.persona(persona))
+        alone = pipe(PROMPT, reference=reference, num_inference_steps=2 + seed, generator=tiny.generator(seed)).images[
+            0
+        ]
+        (picture,) = pixels(store, job)
+        difference = np.abs(picture - np.asarray(alone, dtype=int)).max()
+        assert difference <= 1
+        assert '"shared_steps_with": 4' in store.jobs.pictures_of(job.id)[0].settings
+    assert loop.counts.steps == 5 and loop.counts.pictures_in_steps == 2 + 3 + 4 + 5
+
+
+def test_jobs_join_at_any_step_and_other_sizes_take_turns(store: Store, pipe: ImaginePipeline, tmp_path: Path) -> None:
+    loop = loop_of(store, pipe, tmp_path)
+    first = ask(store, 1, steps=6)
+    loop.tick()
+    loop._next_look = 0
+    second, wide = ask(store, 2, steps=2), ask(store, 3, steps=2, width=64)
+    loop.tick()
+    assert sorted(len(group.work) for group in loop.groups) == [1, 2]
+    drain(loop)
+    assert [state(store, job)[0] for job in (first, second, wide)] == ["succeeded"] * 3
+    assert store.jobs.pictures_of(wide.id)[0].width == 64
+
+
+def test_room_limits_how_many_pictures_are_denoised_together(
+    store: Store, pipe: ImaginePipeline, tmp_path: Path
+) -> None:
+    jobs = [ask(store, seed, n=2) for seed in range(3)] + [ask(store, 9, n=7)]
+    loop = loop_of(store, pipe, tmp_path, max_batch=4)
+    loop.tick()
+    assert sum(work.pictures for group in loop.groups for work in group.work) == 4
+    drain(loop)
+    assert [state(store, job)[0] for job in jobs] == ["succeeded"] * 4
+    assert len(store.jobs.pictures_of(jobs[3].id)) == 7
+
+
+def test_a_step_that_needs_too_much_memory_is_split(
+    store: Store, pipe: ImaginePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [ask(store, seed) for seed in range(5)]
+    forward, sizes = pipe.unet.forward, list[int]()
+
+    def limited(sample: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(len(sample))
+        if len(sample) > 4:  # two pictures with two passes each
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(sample, *args, **options)
+
+    monkeypatch.setattr(pipe.unet, "forward", limited)
+    loop = loop_of(store, pipe, tmp_path)
+    drain(loop)
+    assert [state(store, job)[0] for job in jobs] == ["succeeded"] * 5
+    assert sizes[0] == 10 and max(sizes[1:]) <= 4 and loop.counts.out_of_memory == 1
+    monkeypatch.undo()
+    fresh = [ask(store, seed) for seed in range(5)]
+    drain(loop_of(store, pipe, tmp_path))
+    for job, other in zip(jobs, fresh, strict=True):
+        assert np.abs(pixels(store, job)[0] - pixels(store, other)[0]).max() <= 1
+
+
+def test_a_picture_that_never_fits_fails_with_its_reason(
+    store: Store, pipe: ImaginePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = pipe.unet.forward
+
+    def limited(sample: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if sample.shape[-1] > 4:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes.")
+        return forward(sample, *args, **options)
+
+    monkeypatch.setattr(pipe.unet, "forward", limited)
+    wide, small = ask(store, 1, width=64), ask(store, 2)
+    drain(loop_of(store, pipe, tmp_path))
+    assert state(store, wide) == ("failed", "out_of_memory") and state(store, small) == ("succeeded", None)
+
+
+def test_a_job_that_cannot_be_drawn_fails_alone(
+    store: Store, pipe: ImaginePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = ask(store, 1, "per_" + "0" * 32)
+    wrong = ask(store, 2, width=33)
+    decode = pipe._decode
+
+    def broken(latents: torch.Tensor, output_type: str) -> Any:
+        if broken.count == 0:  # type: ignore[attr-defined]
+            broken.count = 1  # type: ignore[attr-defined]
+            raise KeyError("a bug")
+        return decode(latents, output_type)
+
+    broken.count = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(pipe, "_decode", broken)
+    faulty, good = ask(store, 3), ask(store, 4)
+    drain(loop_of(store, pipe, tmp_path))
+    assert state(store, gone) == ("failed", "gone") and state(store, wrong) == ("failed", "invalid_request")
+    assert state(store, faulty) == ("failed", "internal") and state(store, good) == ("succeeded", None)
+    found = store.jobs.find(faulty.id)
+    assert found is not None and "a bug" not in str(found.error)  # which is for the log
+
+
+def test_a_persona_that_is_deleted_is_not_used_even_if_it_is_cached(
+    store: Store, pipe: ImaginePipeline, tmp_path: Path
+) -> None:
+    persona, loop = add_persona(store, pipe, 7), loop_of(store, pipe, tmp_path)
+    first = ask(store, 1, persona)
+    for _ in range(20):
+        loop.tick()
+    store.people.delete_persona(persona, "ann")
+    second = ask(store, 1, persona)
+    drain(loop)
+    assert state(store, first) == ("succeeded", None) and state(store, second) == ("failed", "gone")
+
+
+def test_a_lost_device_ends_the_worker_and_its_jobs_go_to_another_one(
+    store: Store, pipe: ImaginePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ask(store, 1)
+
+    def lost(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.unet, "forward", lost)
+        with pytest.raises(DeviceLostError):
+            drain(loop_of(store, pipe, tmp_path))
+    assert state(store, job)[0] == "running"
+    store.jobs.release("w1", 3)
+    drain(loop_of(store, pipe, tmp_path))
+    found = store.jobs.find(job.id)
+    assert found is not None and (found.state, found.attempt) == ("succeeded", 2)
+
+
+def test_the_result_of_a_lost_attempt_leaves_no_file(store: Store, pipe: ImaginePipeline, tmp_path: Path) -> None:
+    loop = loop_of(store, pipe, tmp_path)
+    job = ask(store, 1)
+    loop.tick()
+    store.jobs.release("w1", 3)
+    store.jobs.claim("w2", 1, 30.0)
+    for _ in range(20):
+        loop.tick(admit=False)
+    loop._saver.shutdown(wait=True)
+    assert state(store, job)[0] == "running" and list(store.files.pictures.iterdir()) == []
+
+
+def test_a_worker_that_is_stopped_ends_what_it_began_and_gives_back_the_rest(
+    store: Store, pipe: ImaginePipeline, tmp_path: Path
+) -> None:
+    jobs = [ask(store, seed, steps=8) for seed in range(3)]
+    worker = Worker(pipe, store, settings_of(tmp_path, max_batch=1, drain=20.0))
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    for _ in range(600):
+        if worker.loop.busy:
+            break
+        thread.join(0.01)
+    worker.stop()
+    thread.join(60)
+    states = sorted(state(store, job)[0] for job in jobs)
+    assert states in (["queued", "queued", "succeeded"], ["queued", "succeeded", "succeeded"])
+    assert store.access.living_workers(1e9) == []
+
+
+def test_reasons_are_sentences_and_faults_are_not_shown() -> None:
+    assert describe(torch.OutOfMemoryError("x"))[0] == "out_of_memory"
+    code, sentence = describe(KeyError("secret"))
+    assert code == "internal" and "secret" not in sentence and sentence.endswith(".")
