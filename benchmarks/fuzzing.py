@@ -1,7 +1,10 @@
 """Make requests from the description of a running server's API (schemathesis), and report wrong answers.
 
+    imagine serve --create-key fuzzing
     imagine serve --port 8188 &
-    python benchmarks/fuzzing.py http://127.0.0.1:8188 --examples 200
+    python benchmarks/fuzzing.py http://127.0.0.1:8188 --key KEY --examples 200
+
+Without a key, that the server needs none is reported.
 
 Checks: no 5xx except 503, and status codes, content types and bodies as the API's description says. Prints one line per
 kind of failure, and ends with exit code 1 if there is any.
@@ -16,6 +19,7 @@ from typing import Any
 import hypothesis
 import schemathesis
 from schemathesis.checks import CHECKS
+from schemathesis.core.failures import FailureGroup
 
 LEFT_OUT = {
     # The sentence of a prompt must fit its people, which a schema cannot say.
@@ -65,11 +69,13 @@ def _try_route(
         def attempt(case: Any) -> None:
             answer = case.call(headers=headers, timeout=30)
             try:
-                case.validate_response(answer, checks=checks)
-            except Exception as error:
-                first = str(error).strip().splitlines()[0]
-                name = f"{operation.label} {type(error).__name__} {answer.status_code}"
-                failures.setdefault(name, f"{operation.label}: {first} ({answer.status_code}) {answer.text[:200]}")
+                case.validate_response(answer, checks=checks, headers=headers)
+            except FailureGroup as group:
+                for error in group.exceptions:
+                    name = f"{operation.label} {type(error).__name__} {answer.status_code}"
+                    sent = f"{case.method} {case.formatted_path} {case.query} {case.body!r}"[:300]
+                    told = " ".join(str(error).split())[:300]
+                    failures.setdefault(name, f"{name}: {told} | sent {sent} | got {answer.text[:200]}")
 
         try:
             attempt()

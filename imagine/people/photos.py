@@ -155,8 +155,11 @@ def _normalise(image: Image.Image, name: str, stored_format: str) -> Photo:
     """Check the size, decode, convert to RGB, turn upright and shrink."""
     _check_size(image.size, name)
     codes = read_codes(image)  # first, because reading the EXIF of a PNG already decodes it
-    stored_mode, stored_turn = image.mode, _stored_orientation(image)
+    stored_mode = image.mode
     try:
+        if image.format == "PNG":  # or else `_orientation` would hide that its pixels are damaged
+            image.load()
+        stored_turn = _stored_orientation(image)
         image.load()
         # Some decoders turn the picture themselves, so only the orientation that is left after decoding counts.
         turn = _orientation(image)

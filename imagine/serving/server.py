@@ -111,8 +111,8 @@ def uvicorn_config(app: Any, settings: ServeSettings) -> uvicorn.Config:
     """Return uvicorn's settings: no version in answers, limits on connections, and our own log of requests."""
     return uvicorn.Config(
         app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False,
-        limit_concurrency=settings.connections, timeout_keep_alive=15, timeout_graceful_shutdown=30, ws="none", http="h11",
-        h11_max_incomplete_event_size=32 << 10, proxy_headers=False,
+        limit_concurrency=settings.connections, timeout_keep_alive=15, timeout_graceful_shutdown=30, ws="none",
+        http="h11", h11_max_incomplete_event_size=32 << 10, proxy_headers=False,
     )  # fmt: skip
 
 

@@ -57,6 +57,15 @@ def truncated_jpeg(folder: Path) -> Path:
     return path
 
 
+def png_without_pixels(folder: Path) -> Path:
+    """Return a PNG whose data are damaged from the beginning, which reading its EXIF must not hide."""
+    path = save(pictures.gradient(300, 200), folder / "broken.png")
+    data = path.read_bytes()
+    place = data.index(b"IDAT") + 4
+    path.write_bytes(data[:place] + b"no zlib" + data[place + 7 :])
+    return path
+
+
 def truncated_png(folder: Path) -> Path:
     path = save(pictures.gradient(300, 200), folder / "cut.png")
     path.write_bytes(path.read_bytes()[:-200])
@@ -101,6 +110,7 @@ REFUSED = [
     (text_named_png, "is not a picture that can be read"),
     (truncated_jpeg, "is incomplete or damaged"),
     (truncated_png, "is incomplete or damaged"),
+    (png_without_pixels, "is incomplete or damaged"),
     (one_pixel, "1 x 1 pixels, too small"),
     (bomb, "more than 128 million pixels"),
     (between_the_limits, "13,000 x 13,000 pixels, more than 128 million"),

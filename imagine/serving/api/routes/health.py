@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from imagine import __version__
 from imagine.serving.api.access import TheSettings, TheStore, owner_of
+from imagine.serving.api.schemas import ErrorAnswer
 
 router = APIRouter(tags=["operation"])
 
@@ -33,7 +34,11 @@ async def readyz(store: TheStore, settings: TheSettings) -> JSONResponse:
     return JSONResponse(body, 200 if workers else 503)
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={401: {"model": ErrorAnswer, "description": "A key is needed, and none or a wrong one came"}},
+)
 async def metrics(request: Request, _: Annotated[str, Depends(owner_of)]) -> Response:
     """Return numbers for Prometheus."""
     text = await run_sync(request.app.state.metrics.text)

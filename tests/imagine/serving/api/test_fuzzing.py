@@ -15,12 +15,13 @@ from tests.imagine.serving.servers import Running, running
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with running(
-        tmp_path_factory.mktemp("server"), tiny.pipeline(), requests_per_minute=1e6, longest_wait=1.0
+        tmp_path_factory.mktemp("server"), tiny.pipeline(), keys=1, requests_per_minute=1e6, longest_wait=1.0
     ) as found:
         yield found
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_request_is_a_fault_of_the_server(server: Running) -> None:
-    tried, failures = fuzz(server.url, examples=4, seed=1)
+    key = server.store.access.create_key("fuzzing")
+    tried, failures = fuzz(server.url, examples=4, seed=1, key=key)
     assert failures == [] and tried >= 15
