@@ -187,6 +187,12 @@ def people_in(prompt: str, names: Sequence[str]) -> list[str]:
     return found
 
 
+def number_in_words(words: str) -> int | None:
+    """Return the number, from 0, that plain words such as "the first person" stand for; None for other words."""
+    found = _ORDINAL.fullmatch(words.strip())
+    return None if found is None else _ORDINALS.index(found[1].lower())
+
+
 def in_plain_words(prompt: str, people: Sequence[str]) -> str:
     """Return a prompt with plain words for its placeholders, and with these words in front of its phrases.
 

@@ -8,12 +8,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from imagine.request import MOST_PEOPLE
+from imagine.shards.masks import is_mask_of
+from imagine.shards.people import RecordPerson, bind_caption
 from imagine.shards.texts import parse_json, unicode_text
 
 FIELDS = ("key", "caption", "captions", "identity", "reference", "box", "source", "width", "height")  # in our JSON
 PICTURES = (
     "jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jp2",
 )  # fmt: skip
+PEOPLE = "people"  # a further field of our JSON: the people of a picture that shows several
 TEXTS = ("txt", "caption")
 PICTURE_ENDING = re.compile(rf"\.({'|'.join(PICTURES)})$", re.IGNORECASE)
 
@@ -38,10 +42,18 @@ BAD_WIDTH = "a width that is not a number of pixels"
 BAD_HEIGHT = "a height that is not a number of pixels"
 BAD_LANDMARKS = "landmarks that are not points in the picture"
 BAD_REPEATS = "repeats that are not a number from 1 to 1000"
+BAD_PEOPLE = "people that are not a list of objects"
+BAD_NAME = "a name or a phrase of a person that is not a text"
+BAD_MASK = "a mask that is not run lengths in the shape of the picture"
+UNMENTIONED = "a person whom no caption mentions"
+TOO_MANY_PEOPLE = f"a record of more than {MOST_PEOPLE} people"
+SAME_NAME = "a record with two people of one name or phrase"
+NOT_PLACED = "a record with a person who has neither a box nor a mask"
 # Problems with one value or with one further file; the record itself is read.
 RECORD_IS_READ = frozenset({
     BOX_NOT_NUMBERS, BOX_EMPTY, BOX_OUTSIDE, BAD_CAPTION, BAD_CAPTIONS, BAD_IDENTITY, BAD_REFERENCE, BAD_SOURCE,
-    BAD_WIDTH, BAD_HEIGHT, BAD_LANDMARKS, BAD_REPEATS, BAD_ENCODING, UNREAD_FIELD, UNREAD_FILE, UNREAD_SPLIT,
+    BAD_WIDTH, BAD_HEIGHT, BAD_LANDMARKS, BAD_REPEATS, BAD_PEOPLE, BAD_NAME, BAD_MASK, UNMENTIONED,
+    BAD_ENCODING, UNREAD_FIELD, UNREAD_FILE, UNREAD_SPLIT,
 })  # fmt: skip
 
 SMALLEST_BOX = 2.0  # pixels; boxes in shares of the picture, 0 to 1, are smaller and would give a crop of one colour
@@ -62,7 +74,8 @@ def add_problem(problems: Problems, reason: str, key: str) -> None:
 def normalised_facts(text: str, facts: Mapping[str, Any], key: str, problems: Problems) -> dict[str, Any]:
     """Return the metadata with the names and types of `Record`; add a problem for every value that is refused.
 
-    `text` is the short caption beside the JSON. If the JSON has another caption, `text` becomes the terse one.
+    `text` is the short caption beside the JSON. If the JSON has another caption, `text` becomes the terse one. The
+    entry `people` is missing if there are none, and None if the record must be left out because of them.
     """
 
     def checked(name: str, check: Callable[[Any], Any], reason: str) -> Any:
@@ -89,7 +102,7 @@ def normalised_facts(text: str, facts: Mapping[str, Any], key: str, problems: Pr
             del extra[name]
         elif name in extra:
             extra[name] = found
-    return {
+    row = {
         "caption": caption,
         "captions": captions,
         "identity": checked("identity", _name, BAD_IDENTITY),
@@ -100,6 +113,77 @@ def normalised_facts(text: str, facts: Mapping[str, Any], key: str, problems: Pr
         "height": height,
         "extra": extra,
     }
+    return row if facts.get(PEOPLE) in (None, "", []) else _with_people(row, key, problems)
+
+
+def _with_people(row: dict[str, Any], key: str, problems: Problems) -> dict[str, Any]:
+    """Return the metadata with the people that `extra` lists, checked; the values of one person are the record's."""
+    given = row["extra"][PEOPLE]
+    if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+        add_problem(problems, BAD_PEOPLE, key)
+        return row
+    extra = {name: value for name, value in row["extra"].items() if name != PEOPLE}
+    people = [_person(one, number, row["width"], row["height"], key, problems) for number, one in enumerate(given, 1)]
+    if len(people) == 1:
+        (one,) = people
+        own = {"box": one.box, "identity": one.identity, "reference": next(iter(one.references), None)}
+        row |= {name: value for name, value in own.items() if row[name] is None}
+    elif (reason := _people_problem(people)) is not None:
+        add_problem(problems, reason, key)
+        return {**row, "extra": extra, PEOPLE: None}
+    elif not all(_mentioned(people, [row["caption"], *row["captions"].values()])):
+        add_problem(problems, UNMENTIONED, key)
+    return {**row, "extra": extra, PEOPLE: [one.as_dict() for one in people]}
+
+
+def _person(
+    given: Mapping[str, Any], number: int, width: int | None, height: int | None, key: str, problems: Problems
+) -> RecordPerson:
+    """Return one person of a record. A value that is refused counts as missing; the default name is the number."""
+    words: dict[str, str | None] = {}
+    for name in ("name", "phrase"):
+        value = given.get(name)
+        words[name] = _name(value) if value not in (None, "") else None
+        if (words[name] is None and value not in (None, "")) or re.search(r"[{}|]", words[name] or ""):
+            add_problem(problems, BAD_NAME, key)
+            words[name] = None
+    listed = given.get("references", given.get("reference"))
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    references = [_name(value) for value in listed]
+    identity = given.get("identity")
+    mask = given.get("mask")
+    for reason, wrong in (
+        (BAD_REFERENCE, None in references),
+        (BAD_IDENTITY, identity is not None and _name(identity) is None),
+        (BAD_MASK, mask is not None and not is_mask_of(mask, width, height)),
+    ):
+        if wrong:
+            add_problem(problems, reason, key)
+    box = _box(given.get("box"), width, height, key, problems)
+    return RecordPerson(
+        words["name"] or words["phrase"] or str(number),
+        words["phrase"],
+        None if box is None else (box[0], box[1], box[2], box[3]),
+        {"size": mask["size"], "counts": mask["counts"]} if is_mask_of(mask, width, height) else None,
+        tuple(filter(None, references)),
+        None if identity is None else _name(identity),
+    )
+
+
+def _people_problem(people: Sequence[RecordPerson]) -> str | None:
+    """Return why a record of several people must be left out; None if it can be used."""
+    if len(people) > MOST_PEOPLE:
+        return TOO_MANY_PEOPLE
+    for words in ([one.name for one in people], [one.phrase for one in people if one.phrase]):
+        if len({word.lower() for word in words}) < len(words):
+            return SAME_NAME
+    return NOT_PLACED if any(one.box is None and one.mask is None for one in people) else None
+
+
+def _mentioned(people: Sequence[RecordPerson], texts: Sequence[str]) -> list[bool]:
+    """Return which of the people at least one of the captions mentions."""
+    mentioned = frozenset[int]().union(*(bind_caption(text, people).mentioned for text in texts if text))
+    return [number in mentioned for number in range(len(people))]
 
 
 def box_problem(box: Sequence[float], width: float | None, height: float | None) -> str:

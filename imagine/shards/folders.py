@@ -24,6 +24,7 @@ from imagine.shards.facts import (
     BAD_JSON,
     MOST_REPEATS,
     NO_PICTURE,
+    PEOPLE,
     PICTURE_ENDING,
     TEXTS,
     UNREAD_SPLIT,
@@ -33,7 +34,7 @@ from imagine.shards.facts import (
     normalised_facts,
     of_table,
 )
-from imagine.shards.index import INDEX_VERSION, Index, captioned, not_a_shard, row_of, serialised
+from imagine.shards.index import DIGEST_VERSION, Index, captioned, not_a_shard, row_of, serialised
 from imagine.shards.texts import LARGEST_TEXT, decode_text, parse_json, unicode_text
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -181,8 +182,16 @@ def _listed_row(
     key = PICTURE_ENDING.sub("", file)
     row = normalised_facts(unicode_text(facts.pop("text", None)), facts, key, problems)
     if row["reference"]:
-        row["reference"] = PICTURE_ENDING.sub("", files.find(row["reference"]) or posixpath.normpath(row["reference"]))
+        row["reference"] = _key_of(row["reference"], files)
+    for person in row.get(PEOPLE) or ():
+        if "references" in person:
+            person["references"] = [_key_of(name, files) for name in person["references"]]
     return captioned({"key": key, **files.place(file), **row}, problems, captions)
+
+
+def _key_of(name: str, files: _Files) -> str:
+    """Return the key of the record whose picture has this name."""
+    return PICTURE_ENDING.sub("", files.find(name) or posixpath.normpath(name))
 
 
 def _texts_beside(picture: str, files: _Files) -> tuple[str | None, str | None]:
@@ -214,5 +223,5 @@ def _with_folder_name(row: dict[str, Any], name: str, folder: str) -> dict[str, 
 def _index(rows: Iterable[dict[str, Any]], problems: Problems, within: str) -> Index:
     """Return an index of these rows; `within` is the folder inside the data set that their files lie in."""
     whole = list(rows)
-    digest = hashlib.sha256(f"{INDEX_VERSION}\n{json.dumps(whole)}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{DIGEST_VERSION}\n{json.dumps(whole)}".encode()).hexdigest()
     return Index(np.frombuffer(serialised(whole, problems, digest=digest, folder=True, within=within), np.uint8))

@@ -33,6 +33,7 @@ from imagine.shards.facts import (
     BAD_JSON,
     NO_CAPTION,
     NO_PICTURE,
+    PEOPLE,
     PICTURES,
     TEXTS,
     TOO_LONG,
@@ -45,7 +46,8 @@ from imagine.shards.facts import (
 )
 from imagine.shards.texts import LARGEST_TEXT, decode_text, json_object, unicode_text
 
-INDEX_VERSION = 2  # part of every digest: increase it when the same files give other records
+INDEX_VERSION = 3  # increase it when rows have another form, so that a cached index is made again
+DIGEST_VERSION = 2  # part of every digest: increase it when the same files give other records
 MISSING_SHARD = "a shard that does not exist"
 DAMAGED_SHARD = "a shard that is cut off or damaged"
 SEVERAL_PICTURES = "several pictures with one key, which ends at the first dot of a name"
@@ -211,7 +213,7 @@ def _index_tar(file: BinaryIO, size: int, captions: bool, **header: Any) -> byte
     """Read a tar from start to end, without the bytes of pictures, and return its index."""
     problems: Problems = {}
     found: dict[str, _RecordMembers] = {}
-    digest = hashlib.sha256(f"{INDEX_VERSION}\n".encode())
+    digest = hashlib.sha256(f"{DIGEST_VERSION}\n".encode())
     key = ""
     try:
         for member in _members(file, size):
@@ -233,6 +235,8 @@ def _index_tar(file: BinaryIO, size: int, captions: bool, **header: Any) -> byte
         found.pop(key, None)
         add_problem(problems, DAMAGED_SHARD, f"after {key}" if key else "")
     rows = [row for key, members in found.items() if (row := _row(key, members, problems, captions)) is not None]
+    if any(PEOPLE in row for row in rows):  # earlier versions read these records in another way
+        digest.update(b"people\n")
     return serialised(rows, problems, digest=digest.hexdigest(), folder=False, **header)
 
 
@@ -316,7 +320,9 @@ def row_of(
 
 
 def captioned(row: dict[str, Any], problems: Problems, captions: bool) -> dict[str, Any] | None:
-    """Return the row, or None, with a problem, if it needs a caption and has none."""
+    """Return the row, or None if its people cannot be used, or (with a problem) if it needs a caption and has none."""
+    if row.get(PEOPLE, ()) is None:
+        return None
     if row["caption"] or not captions:
         return row
     add_problem(problems, NO_CAPTION, row["key"])

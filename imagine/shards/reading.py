@@ -29,9 +29,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imagine.errors import BadRecordError, ConfigError, PictureError
-from imagine.shards.facts import FIELDS, add_problem
+from imagine.shards.facts import FIELDS, PEOPLE
 from imagine.shards.folders import METADATA, find_metadata, has_pictures, index_metadata, index_pictures
 from imagine.shards.index import MISSING_SHARD, Index, not_a_shard, open_index
+from imagine.shards.links import Links, resolve_links
+from imagine.shards.people import RecordPerson
 
 _INDEX_THREADS = 8  # shards that are indexed in parallel, because the network is the bottleneck
 _SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
@@ -76,6 +78,7 @@ class Record:
     width: int | None = None
     height: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # the JSON's other fields
+    people: tuple[RecordPerson, ...] = ()  # of a picture that shows several people
 
     def read(self) -> bytes:
         """Return the bytes of the picture file.
@@ -242,7 +245,8 @@ class Records:
         place = ByteRange(*part.file(facts.get("file")), facts["start"], facts["size"])
         box = None if facts["box"] is None else tuple(facts["box"])
         named = {name: facts[name] for name in (*FIELDS, "extra")}
-        return Record(image=place, **{**named, "box": box})
+        people = tuple(map(RecordPerson.from_dict, facts.get(PEOPLE, ())))
+        return Record(image=place, **{**named, "box": box, "people": people})
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
@@ -281,6 +285,14 @@ class Records:
                 pairs += [(rows[(i + step) % len(rows)], row) for i, row in enumerate(rows) for step in steps]
         return sorted(pairs, key=lambda pair: (pair[1], pair[0]))
 
+    def groups(self) -> dict[int, tuple[tuple[int, ...], ...]]:
+        """Return the records of several people: index -> for each person, the indices of the references.
+
+        These are the records that the person names, else at most four records with the person's identity. A person
+        without any has an empty tuple, and a face box. Records whose references cannot be found are left out.
+        """
+        return dict(self._links.groups)
+
     @cached_property
     def mark(self) -> str:
         """Return a fingerprint of 16 hexadecimal digits: of names, sizes and metadata, but not of the address."""
@@ -304,8 +316,8 @@ class Records:
         return self._parts[place], number - (self._ends[place - 1] if place else 0)
 
     @cached_property
-    def _links(self) -> "_Links":
-        return _resolve_references(self._parts)
+    def _links(self) -> Links:
+        return resolve_links([(part.name, part.index) for part in self._parts])
 
 
 @dataclass(frozen=True)
@@ -333,58 +345,6 @@ class _Part:
         """Return the number of records in each shard, or in each virtual shard of a folder."""
         step = _FOLDER_SHARD_SIZE if self.index.header["folder"] else max(len(self.index), 1)
         return [min(step, len(self.index) - start) for start in range(0, max(len(self.index), 1), step)]
-
-
-# --- references -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Links:
-    """The resolved references, the records of each person and the problems, with records as indices."""
-
-    references: dict[int, int]  # target -> reference
-    people: dict[str, list[int]]  # identity -> records
-    problems: dict[str, list[str]]  # reason -> "SHARD: KEY"
-
-
-def _resolve_references(parts: Sequence[_Part]) -> _Links:
-    """Resolve every reference to the index of a record, after all keys are collected."""
-    links = _Links({}, {}, {})
-    rows: dict[str, list[tuple[int, int]]] = {}  # key -> (part, index)
-    unresolved = []
-    identities: dict[int, str] = {}
-    numbered = ((place, part, row) for place, part in enumerate(parts) for row in range(len(part.index)))
-    for number, (place, part, row) in enumerate(numbered):
-        facts = json.loads(part.index.line(row))
-        rows.setdefault(facts["key"], []).append((place, number))
-        if len(rows[facts["key"]]) > 1:
-            add_problem(links.problems, "a key that another shard has too", f"{part.name}: {facts['key']}")
-        if facts["identity"] is not None:
-            links.people.setdefault(facts["identity"], []).append(number)
-            identities[number] = facts["identity"]
-        if facts["reference"] is not None:
-            unresolved.append((place, number, facts["key"], facts["reference"]))
-    for place, number, key, reference in unresolved:
-        candidates = rows.get(reference, [])
-        # Keys are only unique inside a shard, so the record's own shard has precedence.
-        preferred = [row for row in candidates if row[0] == place] or candidates
-        problem = _reference_problem(number, preferred, identities)
-        if problem:
-            add_problem(links.problems, problem, f"{parts[place].name}: {key}")
-        else:
-            links.references[number] = preferred[0][1]
-    return links
-
-
-def _reference_problem(target: int, found: Sequence[tuple[int, int]], identities: Mapping[int, str]) -> str:
-    """Return the problem with the reference of `target`, or an empty string."""
-    if not found:
-        return "a reference that does not exist"
-    if len(found) > 1:
-        return "a reference that several shards have"
-    row = found[0][1]
-    if row == target:
-        return "a reference to itself"
-    who = {identities[number] for number in (row, target) if number in identities}
-    return "a reference to another person" if len(who) > 1 else ""
 
 
 # --- the order of training --------------------------------------------------------------------------------------------

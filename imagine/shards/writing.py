@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from imagine.errors import BadRecordError, ConfigError
-from imagine.shards.facts import FIELDS
+from imagine.shards.facts import FIELDS, PEOPLE
 from imagine.shards.reading import Record
 from imagine.shards.texts import json_object
 
@@ -199,7 +199,8 @@ def check_picture(key: str, picture: bytes) -> tuple[int, int, str]:
 
 def _json_of(record: Record) -> bytes:
     facts = {**{name: getattr(record, name) for name in FIELDS}, "captions": dict(record.captions)}
-    known = {name: value for name, value in facts.items() if value not in (None, "", {})}
+    facts |= {PEOPLE: [person.as_dict() for person in record.people]}
+    known = {name: value for name, value in facts.items() if value not in (None, "", {}, [])}
     return (json.dumps({**record.extra, **known}, sort_keys=True) + "\n").encode()
 
 
@@ -249,6 +250,7 @@ class _Tally:
     records: int = 0
     pairs: int = 0  # records that name a reference
     boxes: int = 0  # records with a face box
+    groups: int = 0  # records of several people; sidecars of shards without any do not name them
     identities: set[str] = field(default_factory=set)
     sources: Counter[str] = field(default_factory=Counter)
     sizes: Counter[str] = field(default_factory=Counter)  # "width x height" -> records
@@ -260,12 +262,13 @@ class _Tally:
     def of(sidecar: Mapping[str, Any]) -> "_Tally":
         names = _Tally.__dataclass_fields__
         kinds = {name: type(value) for name, value in vars(_Tally()).items()}
-        return _Tally(**{name: kinds[name](sidecar[name]) for name in names})
+        return _Tally(**{name: kinds[name](sidecar[name]) for name in names if name in sidecar})
 
     def add(self, record: Record) -> None:
         self.records += 1
         self.pairs += record.reference is not None
         self.boxes += record.box is not None
+        self.groups += len(record.people) > 1
         self.identities |= {record.identity} if record.identity is not None else set()
         self.sources[record.source or "not given"] += 1
         self.sizes[f"{record.width} x {record.height}"] += 1
@@ -285,6 +288,7 @@ class _Tally:
         return {
             name: value if isinstance(value, int) else sorted(value) if isinstance(value, set) else _sorted(value)
             for name, value in vars(self).items()
+            if name != "groups" or value
         }
 
 
@@ -316,7 +320,8 @@ def _as_markdown(sheet: Mapping[str, Any]) -> str:
         f"## Motivation\n{sheet['purpose']}",
         "## Composition",
         f"{records:,} records in {len(sheet['shards']):,} shards ({size / 1e6:,.1f} MB), "
-        f"{sheet['identities']:,} identities, {sheet['pairs']:,} pairs.",
+        f"{sheet['identities']:,} identities, {sheet['pairs']:,} pairs"
+        f"{_of_several(sheet.get('groups', 0))}.",
         f"- sources: {_listed(sheet['sources'])}",
         f"- picture sizes in pixels: {_listed(_most(sheet['sizes']))}",
         f"- words in a caption: {_describe_spread(sheet['words'])}; captions by style: {_listed(sheet['manners'])}",
@@ -328,6 +333,10 @@ def _as_markdown(sheet: Mapping[str, Any]) -> str:
         f"## Distribution\nLicence: {sheet['licence']}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _of_several(groups: int) -> str:
+    return f", {groups:,} pictures of several people" if groups else ""
 
 
 def _listed(counts: Mapping[str, Any]) -> str:
