@@ -126,7 +126,11 @@ def _with_people(row: dict[str, Any], key: str, problems: Problems) -> dict[str,
     people = [_person(one, number, row["width"], row["height"], key, problems) for number, one in enumerate(given, 1)]
     if len(people) == 1:
         (one,) = people
-        own = {"box": one.box, "identity": one.identity, "reference": next(iter(one.references), None)}
+        own = {
+            "box": None if one.box is None else list(one.box),
+            "identity": one.identity,
+            "reference": next(iter(one.references), None),
+        }
         row |= {name: value for name, value in own.items() if row[name] is None}
     elif (reason := _people_problem(people)) is not None:
         add_problem(problems, reason, key)

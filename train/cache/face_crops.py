@@ -11,7 +11,7 @@ from torch import Tensor
 
 from imagine.people.faces import CROP_RISE, crop_unmasked, ellipse
 from train.cache.latents import with_camera_noise
-from train.cache.pictures import AnyPictures
+from train.cache.pictures import FacePictures
 from train.cache.rows import cache_rows
 
 
@@ -23,7 +23,7 @@ def margin(size: int) -> int:
 class FaceCrops:
     """Masked face crops (B, 3, size, size) of any rows, cut from squares with a margin that are cached on disk."""
 
-    def __init__(self, pictures: AnyPictures, size: int, folder: Path, noisy: bool) -> None:
+    def __init__(self, pictures: FacePictures, size: int, folder: Path, noisy: bool) -> None:
         self.margin = margin(size)
         self.size, self.side = size, size + 2 * self.margin
         self.pictures, self.noisy = pictures, noisy

@@ -16,7 +16,7 @@ from imagine.errors import ConfigError
 from imagine.networks.diffusion import denormalise_latents, normalise_latents, pack_latents, unpack_latents
 from imagine.networks.weights import fingerprint, read_index
 from imagine.world import camera_noise
-from train.cache.pictures import AnyPictures
+from train.cache.pictures import AnyPictures, FacePictures
 from train.cache.rows import cache_rows
 from train.task import TaskContext
 
@@ -147,7 +147,7 @@ class Latents:
         return self.codec.encode(images).half().cpu()
 
 
-def with_camera_noise(pictures: AnyPictures, rows: Tensor) -> tuple[Tensor, Tensor]:
+def with_camera_noise(pictures: FacePictures, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return images and boxes of these rows; real pictures get camera noise, the same at every call."""
     images, boxes = pictures.take(rows)
     noisy = (rows % pictures.gallery.pictures == 0) & pictures.gallery.camera

@@ -141,6 +141,35 @@ class AnyGallery(Protocol):
         ...
 
 
+class FaceGallery(Protocol):
+    """The interface of a gallery whose faces are cut out; its properties are those of `AnyGallery`."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def pictures(self) -> int: ...
+
+    @property
+    def camera(self) -> bool: ...
+
+    @property
+    def mark(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+
+class FacePictures(Protocol):
+    """Pictures with one face each, indexed by row number."""
+
+    @property
+    def gallery(self) -> FaceGallery: ...
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (B, 3, H, W), 0 to 1, and face boxes (B, 4)."""
+        ...
+
+
 class AnyPictures(Protocol):
     """The pictures of a gallery, indexed by row number, and the face box in each, in pixels (N, 4)."""
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from imagine.errors import ConfigError
@@ -16,7 +16,7 @@ from train.cache.groups import GroupGallery
 from train.cache.pictures import AnyPictures, Gallery, Pictures, open_pictures
 from train.data.order import shuffled
 from train.data.recorded import describe_problems, open_recorded
-from train.data.sources import SOURCES, Source, pairs_of, weighted_sources
+from train.data.sources import SOURCES, CaptionStyle, Source, check_caption_weights, pairs_of, weighted_sources
 from train.task import TaskContext
 
 SIDE = 128  # pixels of every picture
@@ -39,11 +39,25 @@ class GallerySettings(BaseModel):
 
 
 class GroupSettings(BaseModel):
-    """A gallery of pictures with several people, who are the people of the gallery "train"."""
+    """A gallery of pictures with several people: the people of the gallery "train", or those of a data set."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     people: int = Field(2, ge=2, le=4)  # people in each picture
-    count: int = Field(1, ge=1)  # number of pictures
+    count: int = Field(1, ge=1)  # number of pictures, without `records`
+    # the address of records that show several people (docs/data.md); for tasks on a public base
+    records: str | None = None
+    captions: dict[CaptionStyle, float] = Field(  # caption style -> weight, for `records`
+        default_factory=lambda: {"dense": 0.3, "rewritten": 0.7}, min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "GroupSettings":
+        other = "captions" if self.records is None else "count"
+        if other in self.model_fields_set:
+            reason = "without records" if self.records is None else "beside records, which are all used"
+            raise ValueError(f"{other} has no effect {reason}: remove {other}")
+        check_caption_weights(self.captions)
+        return self
 
 
 class DataSettings(BaseModel):
@@ -79,11 +93,31 @@ class DataSettings(BaseModel):
         count = self.limited(it.identities)
         return Gallery("train", count, it.pictures, drift=it.drift, first=it.first, camera=it.camera)
 
-    def group_gallery(self, name: str) -> GroupGallery:
-        """Return the gallery of several people of that name; ConfigError with the valid names if there is none."""
+    def group(self, name: str) -> GroupSettings:
+        """Return the settings of the group of that name; ConfigError with the valid names if there is none."""
         if name not in self.groups:
             raise ConfigError(f"data: {unknown_name('group', name, list(self.groups))}.")
-        it, portraits = self.groups[name], self.gallery("train")
+        return self.groups[name]
+
+    def group_records(self, name: str) -> str:
+        """Return the address of a group's records; ConfigError if there is no such group, or no records there."""
+        address = self.group(name).records
+        if address is None:
+            raise ConfigError(
+                f"data: group {name} shows people of the portrait world; a public base trains on records: give it "
+                "records, the address of pictures of several people (docs/data.md)."
+            )
+        if not has_records(address):
+            raise ConfigError(f"data: group {name}: there are no records at {address}; correct its records.")
+        return address
+
+    def group_gallery(self, name: str) -> GroupGallery:
+        """Return the gallery of several people of that name; ConfigError with the valid names if there is none."""
+        it, portraits = self.group(name), self.gallery("train")
+        if it.records is not None:
+            raise ConfigError(
+                f"data: group {name} has records, which only the task diffusers_adapter trains on; give it a count."
+            )
         if portraits.identities < it.people:
             raise ConfigError(
                 f"data: group {name} shows {it.people} people, but the gallery train has fewer; add some."
@@ -110,17 +144,20 @@ def check_sources(data: Mapping[str, Any], weights: Mapping[str, float]) -> None
 
 
 def describe_records(data: Mapping[str, Any]) -> list[str]:
-    """Return for every gallery of records how many it has, and what of it is not read and why, in sentences."""
-    lines = []
-    for name, gallery in data_settings(data).galleries.items():
-        if gallery.records is None:
+    """Return for every gallery and group of records how many it has, and what is not read and why, in sentences."""
+    lines, settings = [], data_settings(data)
+    named = {f"gallery {name}": (each.records, 0) for name, each in settings.galleries.items()}
+    named |= {f"group {name}": (each.records, each.people) for name, each in settings.groups.items()}
+    for name, (address, people) in named.items():
+        if address is None:
             continue
         try:
-            records = open_records(gallery.records)
+            records = open_records(address)
         except ConfigError as error:  # of a gallery that no stage draws from; `check_sources` raises for the others
-            lines.append(f"gallery {name}: {error}")
+            lines.append(f"{name}: {error}")
             continue
-        lines.append(f"gallery {name}: {len(records):,} records of {gallery.records}")
+        count = sum(len(each) == people for each in records.groups().values()) if people else len(records)
+        lines.append(f"{name}: {count:,} records of {f'{people} people of ' if people else ''}{address}")
         lines += [f"  {sentence}" for sentence in describe_problems(records.problems)]
     return lines
 

@@ -313,16 +313,17 @@ def load_vision(folder: Path, device: torch.device) -> VisionEncoder:
         return from_transformers(load_model(folder, "transformers", "CLIPVisionModelWithProjection", torch.float32))
 
 
-def time_ids(frames: Tensor, side: int) -> Tensor:
-    """Return SDXL's size conditioning (arXiv 2307.01952, section 2.2) for squares of `side` pixels cut from pictures.
+def time_ids(frames: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return SDXL's size conditioning (arXiv 2307.01952, section 2.2) for parts of `shape` pixels cut from pictures.
 
-    `frames` (B, 4) is as in `AnyPictures.frames`. The result (B, 6) is: height and width of the picture before scaling,
-    the square's top and left after scaling, and the square's height and width.
+    `shape` is height and width after scaling; the part was the largest one of that shape. `frames` (B, 4) is as in
+    `AnyPictures.frames`. The result (B, 6) is: height and width of the picture before scaling, the part's top and left
+    after scaling, and its height and width.
     """
     width, height, left, top = frames.unbind(1)
-    scale = side / torch.minimum(width, height)
-    wanted = torch.full_like(width, side)
-    return torch.stack((height, width, top * scale, left * scale, wanted, wanted), 1)
+    scale = torch.maximum(shape[0] / height, shape[1] / width)
+    wanted = [torch.full_like(width, side) for side in shape]
+    return torch.stack((height, width, top * scale, left * scale, *wanted), 1)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

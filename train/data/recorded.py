@@ -30,20 +30,26 @@ from train.run.checkpoint import write_json
 
 log = logging.getLogger("train")
 Box = tuple[float, float, float, float]  # left, top, width, height
-_USABLE, _BROKEN, _FACELESS, _BOX_REFUSED = 0.0, 1.0, 2.0, 3.0  # the last one is usable: its face was found
-_SHARDS = 8  # most shards that a trial reads: a shard is read completely before its first picture
-_REASONS = {_BROKEN: "cannot be read", _FACELESS: "show no face"}
-_NAMED = 20  # most records that left_out.json names for one reason
+USABLE, BROKEN, _FACELESS, _BOX_REFUSED = 0.0, 1.0, 2.0, 3.0  # the last one is usable: its face was found
+_SEVERAL = 4.0  # shows several people: `train.data.recorded_groups` reads these records
+SHARDS = 8  # most shards that a trial reads: a shard is read completely before its first picture
+_REASONS = {BROKEN: "cannot be read", _FACELESS: "show no face"}
+NAMED = 20  # most records that left_out.json names for one reason
 _SAME_SHAPE = 0.03  # largest difference between the ratios of width and height of one picture, by rounding
 
 
 class RecordSubset:
-    """At most `most` records of a data set, numbered anew: the records of the first pairs, then the first records."""
+    """Some records of a data set, numbered anew in the order of `rows`. `name` identifies the choice in the mark."""
 
-    def __init__(self, records: Records, most: int) -> None:
-        self._records, self.mark = records, f"{records.mark}-{most}-of-it"
+    def __init__(self, records: Records, rows: Sequence[int], name: str) -> None:
+        self._records, self._rows, self.mark = records, list(rows), f"{records.mark}-{name}"
+
+    @classmethod
+    def first(cls, records: Records, most: int) -> "RecordSubset":
+        """Return at most `most` records: those of the first pairs, then the first ones."""
         paired = [row for pair in records.pairs() for row in pair]
-        self._rows = list(dict.fromkeys([*paired, *range(min(most, len(records)))]))[:most]
+        rows = list(dict.fromkeys([*paired, *range(min(most, len(records)))]))[:most]
+        return cls(records, rows, f"{most}-of-it")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -116,7 +122,8 @@ class RecordGallery:
         if target == "other":
             pairs = torch.tensor(self.records.pairs(), dtype=torch.long).view(-1, 2)
         else:
-            firsts = [row for row, record in enumerate(self.records) if record.reference is None]
+            singles = (each for each in enumerate(self.records) if len(each[1].people) < 2)
+            firsts = [row for row, record in singles if record.reference is None]
             pairs = torch.tensor(firsts, dtype=torch.long)[:, None].expand(-1, 2)
         pairs = pairs[self.usable[pairs].all(1)]
         return pairs.repeat_interleave(self.repeats[pairs[:, 1]], 0)
@@ -133,12 +140,14 @@ class RecordPictures:
         )
         self.boxes, self._frames = np.asarray(self._facts[:, :4]), np.asarray(self._facts[:, 5:9])
         self.rolls = np.asarray(self._facts[:, 9])
-        gallery.usable = torch.from_numpy(np.isin(self._facts[:, 4], (_USABLE, _BOX_REFUSED)))
+        gallery.usable = torch.from_numpy(np.isin(self._facts[:, 4], (USABLE, _BOX_REFUSED)))
         if left_out := self._write_left_out():
             words = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
             log.warning("%s: of %s records, %s; they are not used.", folder.name, f"{len(gallery):,}", words)
         for sentence in describe_problems(self._problems()):
             log.warning("%s: %s", folder.name, sentence)
+        if several := int((self._facts[:, 4] == _SEVERAL).sum()):
+            log.info("%s: %s records show several people; only groups use them.", folder.name, f"{several:,}")
         if repeated := int((gallery.repeats > 1).sum()):
             log.info("%s: %s records count several times, as their `repeats` say.", folder.name, f"{repeated:,}")
 
@@ -167,7 +176,7 @@ class RecordPictures:
         """Mark a record as unusable that could be read when faces were detected, but no longer can."""
         log.warning("%s: a record is not used from now on: %s", self.folder.name, error)
         self.gallery.usable[row] = False
-        self._facts[row, 4] = _BROKEN
+        self._facts[row, 4] = BROKEN
         self._facts.flush()
         self._write_left_out()
 
@@ -176,10 +185,13 @@ class RecordPictures:
         facts = torch.zeros(len(rows), 10)
         for i, row in enumerate(rows.tolist()):
             record = self.gallery.records[row]
+            if len(record.people) > 1:
+                facts[i, 4] = _SEVERAL
+                continue
             try:
                 picture = self.gallery.records.picture(row)
             except BadRecordError:
-                facts[i, 4] = _BROKEN
+                facts[i, 4] = BROKEN
                 continue
             face = self._face(picture, record)
             if face is None:
@@ -189,7 +201,7 @@ class RecordPictures:
                     facts[i, 4] = _BOX_REFUSED
                 box = _edges(face)
                 facts[i, :4] = torch.tensor(_square(picture, box, self.gallery.size)[1])
-                shrunk = picture.width / _full_width(picture, record)
+                shrunk = picture.width / full_width(picture, record)
                 frame = (picture.width, picture.height, *_corner(picture, box))
                 facts[i, 5:9] = torch.tensor([value / shrunk for value in frame])
                 facts[i, 9] = face.roll
@@ -215,8 +227,8 @@ class RecordPictures:
         unusable = {words: np.flatnonzero(states == state).tolist() for state, words in _REASONS.items()}
         left_out = {words: len(rows) for words, rows in unusable.items() if rows}
         problems = self._problems()
-        names = {words: [self.gallery.records[row].key for row in rows[:_NAMED]] for words, rows in unusable.items()}
-        names |= {reason: keys[:_NAMED] for reason, keys in problems.items()}
+        names = {words: [self.gallery.records[row].key for row in rows[:NAMED]] for words, rows in unusable.items()}
+        names |= {reason: keys[:NAMED] for reason, keys in problems.items()}
         counts = {reason: len(keys) for reason, keys in problems.items()}
         named = {reason: keys for reason, keys in names.items() if keys}
         write_json(self.folder / "left_out.json", {"unusable": left_out, "problems": counts, "names": named})
@@ -250,8 +262,8 @@ def open_recorded(
     if none of its records can be used.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = open_records(address, folder / "index", shards=None if most is None else _SHARDS)
-    records = found if most is None else RecordSubset(found, most)
+    found = open_records(address, folder / "index", shards=None if most is None else SHARDS)
+    records = found if most is None else RecordSubset.first(found, most)
     pictures = RecordPictures(RecordGallery(records, size), folder, finder)
     if not bool(pictures.gallery.usable.any()):
         raise ConfigError(f"No record of {address} can be used. See {folder / 'left_out.json'} for the reasons.")
@@ -260,23 +272,23 @@ def open_recorded(
 
 def _placed_box(picture: Image.Image, record: Record) -> Box | None:
     """Return the record's box in pixels of the opened picture; None if it has none that lies in the picture."""
-    if record.box is None or not _same_shape(picture, record):
+    if record.box is None or not same_shape(picture, record):
         return None
-    scale = picture.width / _full_width(picture, record)
+    scale = picture.width / full_width(picture, record)
     left, top, across, down = (value * scale for value in record.box)
     return None if box_problem((left, top, across, down), *picture.size) else (left, top, across, down)
 
 
-def _same_shape(picture: Image.Image, record: Record) -> bool:
+def same_shape(picture: Image.Image, record: Record) -> bool:
     """Return whether the size in the record may be that of the picture, which is shrunk if it is very large."""
     if record.width is None or record.height is None:
         return True
     return abs(record.width * picture.height / (record.height * picture.width) - 1) <= _SAME_SHAPE
 
 
-def _full_width(picture: Image.Image, record: Record) -> float:
+def full_width(picture: Image.Image, record: Record) -> float:
     """Return the width of the full picture: as its record says, else as its file says."""
-    if record.width is not None and _same_shape(picture, record):
+    if record.width is not None and same_shape(picture, record):
         return record.width
     if max(picture.size) < MAX_SIDE:
         return picture.width

@@ -23,6 +23,13 @@ CaptionStyle = Literal["terse", "dense", "rewritten"]
 _COUNT_INTERVAL = 8192  # images between cached counts of each source's images
 
 
+def check_caption_weights(captions: dict[CaptionStyle, float]) -> dict[CaptionStyle, float]:
+    """Return the weights of caption styles; ValueError if one is negative, or if none is positive."""
+    if min(captions.values()) < 0 or sum(captions.values()) <= 0:
+        raise ValueError("the weights of captions must not be negative, and one must be positive")
+    return captions
+
+
 class Source(BaseModel):
     """A source of pairs: one gallery, the kind of target, and the weights of the caption styles."""
 
@@ -34,9 +41,7 @@ class Source(BaseModel):
     @field_validator("captions")
     @classmethod
     def _weighed(cls, captions: dict[CaptionStyle, float]) -> dict[CaptionStyle, float]:
-        if min(captions.values()) < 0 or sum(captions.values()) <= 0:
-            raise ValueError("the weights of captions must not be negative, and one must be positive")
-        return captions
+        return check_caption_weights(captions)
 
 
 SOURCES = {  # the default sources, for the paper's first two stages

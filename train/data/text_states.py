@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from imagine.records import Tokens
-from train.cache.pictures import AnyGallery
-from train.cache.sentences import STYLES, caption_positions, process_suffix
+from train.cache.sentences import STYLES, CaptionedGallery, caption_positions, process_suffix
 from train.cache.shortening import CutCaptions
 from train.cache.tokens import TokenCache, trim_padding
 from train.data.public_base import LoadedEncoder
@@ -47,7 +46,7 @@ class FrozenTextEncoder(Protocol):
 class TextStates:
     """The captions of a gallery as tokens of several encoders, indexed by the row numbers of its pictures."""
 
-    def __init__(self, gallery: AnyGallery, text_encoders: Sequence[FrozenTextEncoder], folder: Path) -> None:
+    def __init__(self, gallery: CaptionedGallery, text_encoders: Sequence[FrozenTextEncoder], folder: Path) -> None:
         self.gallery, self.text_encoders = gallery, text_encoders
         self.cut = CutCaptions(folder / f"cut_captions{process_suffix()}.json")
         count = 1 + len(gallery) * len(STYLES)

@@ -9,7 +9,7 @@ stage that trains the adapter alone on the frozen base follows, as in the paper.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,14 @@ from train.tasks.base import (
     check_lora,
     images_without_effect,
 )
-from train.tasks.groups import GroupBlocks, GroupCache, draw_group_rows, group_references
+from train.tasks.groups import (
+    GroupBlocks,
+    GroupCache,
+    People,
+    check_group_settings,
+    draw_group_rows,
+    group_references,
+)
 from train.tasks.identity_losses import alignment_losses, outside_share, preview_similarity
 from train.tasks.likeness_loss import LikenessNetwork
 from train.tasks.people_loss import router_iou, router_loss
@@ -87,20 +94,17 @@ class AdapterSettings(BaseSettings):
     groups: dict[str, Share] = {}  # noqa: RUF012  (pydantic copies it)
     group_block: Annotated[int, Field(ge=1)] = 64  # consecutive images with equally many people: the batch size
     router: Weight = 0.3  # weight of the routers' loss, in images of several people
-    people: Literal["router", "concatenate"] = "router"  # or one softmax for all people, the paper's form (section 3.6)
+    people: People = "router"  # or one softmax for all people, the paper's form (section 3.6)
     judge: Path | None = None  # folder of weights whose judge scores held-out people at every validation
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "AdapterSettings":
         check_lora(self.lora_rank, self.lora_targets)
-        if sum(self.groups.values()) > 1:
-            raise ValueError("the shares in groups sum to more than 1: lower them")
+        check_group_settings(self.groups, self.people)
         if self.localisation and (self.vision_fusion or self.fusion) == "concatenated":
             raise ValueError(
                 "localisation compares outputs of parallel attention: set it to 0, or the fusion to parallel"
             )
-        if self.people == "concatenate" and not self.groups:
-            raise ValueError('people: "concatenate" has no effect without groups: name some, or leave it out')
         return self
 
 

@@ -1,13 +1,14 @@
 """Train the identity adapter on a public base: a frozen Stable Diffusion 1.5 or XL with our adapters attached.
 
-It trains on real singles and pairs, like the portrait world's adapter (`train.tasks.adapter`). The base determines the
-rest: the prediction type of its scheduler's config, its noise schedule and the states of its text encoders. SDXL is
-also conditioned on picture sizes. T5 and ByT5 are no inputs of such a base, so they are branches of a second adapter
-whose output starts at zero.
+It trains on real singles, pairs and pictures of several people, like the portrait world's adapter
+(`train.tasks.adapter`). The base determines the rest: the prediction type of its scheduler's config, its noise schedule
+and the states of its text encoders. SDXL is also conditioned on picture sizes. T5 and ByT5 are no inputs of such a
+base, so they are branches of a second adapter whose output starts at zero.
 
 Latents, face crops and text states come from the cache. Autoencoder and text encoders are freed before the first step.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,17 +27,22 @@ from imagine.planning.bases import AdapterShape, Blueprint, Component
 from imagine.records import VISION, Conditioning, Tokens, join
 from train.cache.latents import squared_error
 from train.cache.pictures import AnyGallery, AnyPictures
+from train.data.canvas import group_canvas
 from train.data.denoiser_inputs import GalleryCache, cache_gallery, references
 from train.data.language import parameters
-from train.data.order import chance, normals, to_device, uniforms
+from train.data.order import chance, choices, normals, shuffled, to_device, uniforms
 from train.data.portraits import check_sources, data_settings, gallery_folder, pictures_of
 from train.data.public_base import BaseCodec, BaseTextEncoders, T5TextEncoder, load_vision, open_base, time_ids
+from train.data.recorded_groups import RecordGroups, open_record_groups
 from train.data.sources import DrawnPairs, Mixture, in_order
 from train.data.text_states import TextStates
 from train.run.grids import save_grid
 from train.task import Loss, Share, TaskContext, Weight
 from train.tasks.base import VALIDATION_SEED, Gamma, check_lora, images_without_effect
+from train.tasks.groups import GroupBlocks, People, check_group_settings
+from train.tasks.people_loss import router_iou, router_loss
 
+Record = dict[str, list[Tensor]]
 _TOKENS = {"t5": 256, "byt5": 128}  # highest number of tokens per caption
 
 
@@ -68,6 +74,12 @@ class DiffusersSettings(BaseModel):
     # compute denoiser and vision encoder again in the backward pass, which needs far less memory
     gradient_checkpointing: bool = False
     base_precision: Literal["fp32", "bf16"] = "fp32"  # of the frozen denoiser's weights
+    # share of the blocks of images that show several people, by group of records in the run's data.groups
+    groups: dict[str, Share] = {}
+    group_block: Annotated[int, Field(ge=1)] = 64  # consecutive images with equally many people: the batch size
+    router: Weight = 0.3  # weight of the routers' loss, in images of several people
+    people: People = "router"  # or one softmax for all people, the paper's form (section 3.6)
+    drop_person: Share = 0.0  # share of the people, in images of several, who are trained without their reference
     held_out: str | None = None  # source to validate on; None: validate on pictures of the training sources
     validation_images: Annotated[int, Field(ge=2)] = 32
     drawings: Annotated[int, Field(ge=0)] = 4  # pictures drawn at every validation
@@ -87,6 +99,9 @@ class DiffusersSettings(BaseModel):
     @model_validator(mode="after")
     def _has_an_effect(self) -> "DiffusersSettings":
         check_lora(self.lora_rank, self.lora_targets)
+        check_group_settings(self.groups, self.people)
+        if self.drop_person and not self.groups:
+            raise ValueError("drop_person has no effect without groups: name some, or leave it out")
         for name, branch, share in (("t5", self.t5, self.drop_t5), ("byt5", self.byt5, self.drop_byt5)):
             if share and branch is None:
                 raise ValueError(f"drop_{name} has no effect without {name}: remove drop_{name}, or set {name}")
@@ -97,15 +112,25 @@ class DiffusersSettings(BaseModel):
 
 
 @dataclass(frozen=True)
+class PeopleBatch:
+    """Who is in the pictures of a batch that show several people each, and where."""
+
+    present: Tensor  # (B, P) False where a person's reference is dropped
+    masks: Tensor  # (B, P, h, w) where each person is seen, 0 to 1; empty where the reference is dropped
+    known: Tensor  # (B, h, w) where it is known who is seen, 0 to 1
+
+
+@dataclass(frozen=True)
 class DiffusersBatch:
     """Clean latents, the text states that describe them, and the references that they should resemble."""
 
     latents: Tensor  # (B, C, h, w), scaled by the base's scaling factor
     states: dict[str, Tokens]  # text states by name: "clip", "pooled" for SDXL, "t5", "byt5"
     sizes: Tensor  # (B, 6) picture height and width, pixels cropped at top and left, target height and width
-    faces: Tensor  # (B, 1, h, w) face mask: 1 where the face is, 0 elsewhere
-    crops: Tensor  # (B, 3, S, S) face crops of the references
-    strength: Tensor  # (B,) 0 where the reference is dropped
+    faces: Tensor  # (B, 1, h, w) face mask: 1 where a face is, 0 elsewhere
+    crops: Tensor  # (B, P, 3, S, S) face crops of the references
+    strength: Tensor  # (B,) 0 where the references are dropped
+    people: PeopleBatch | None = None  # of images that show several people
 
 
 class DiffusersTask:
@@ -113,7 +138,7 @@ class DiffusersTask:
 
     Settings: ClassVar[type[BaseModel]] = DiffusersSettings
     PARTS: ClassVar[tuple[str, ...]] = (
-        "vision_encoder", "vision_branch", "vision_projection", "lora", "t5_branch", "byt5_branch",
+        "vision_encoder", "vision_branch", "vision_router", "vision_projection", "lora", "t5_branch", "byt5_branch",
     )  # fmt: skip
 
     def __init__(self, settings: DiffusersSettings, context: TaskContext) -> None:
@@ -132,6 +157,7 @@ class DiffusersTask:
             "unet": self.unet, "image_encoder": self.vision, "adapter": self.adapter,
         }  # fmt: skip
         self.text_encoders = self._text_encoders()
+        self.blocks = GroupBlocks(settings.groups, settings.group_block)
         self.text_adapter: Adapter | None = None
         if len(self.text_encoders) > 1:
             specs = [
@@ -149,9 +175,14 @@ class DiffusersTask:
         """
         settings, width = self.settings, int(self.unet.config.cross_attention_dim)
         vision_width = int(self.vision.config.width)
+        router = bool(settings.groups) and settings.people == "router"
+        people: Literal["separate", "concatenate"] = "separate"
+        if settings.groups and settings.people == "concatenate":
+            people = "concatenate"
         spec = BranchSpec(
-            VISION, width, 1.0, settings.zero_init is not False, settings.projection or "full", vision_width
-        )
+            VISION, width, 1.0, settings.zero_init is not False, settings.projection or "full", vision_width,
+            router=router, people=people,
+        )  # fmt: skip
         initial_tensors: dict[str, Tensor] = {}
         if settings.ip_adapter is not None:
             imported = import_adapter(read_ip_adapter(settings.ip_adapter), self.unet)[0]
@@ -163,7 +194,8 @@ class DiffusersTask:
                     "Plus or Full file, and the image_encoder that belongs to it."
                 )
             # Training here switches the branch off in images without a reference, so pictures must do the same.
-            spec, initial_tensors = replace(given, absent="off"), imported.state_dict()
+            spec = replace(given, absent="off", router=router, people=people)
+            initial_tensors = imported.state_dict()
         adapter = Adapter(self.unet, [spec], settings.lora_rank, settings.lora_targets)
         if initial_tensors and self.context.device.type != "meta":
             adapter.load_state_dict({**adapter.state_dict(), **initial_tensors})
@@ -199,7 +231,17 @@ class DiffusersTask:
         if self.settings.held_out is not None:
             check_sources(self.context.data, {self.settings.held_out: 1.0})
         BaseCodec(self.base, self.context.device).shape(self.settings.resolution)
-        return images_without_effect(self.context, self.settings.drop_vision)
+        for name in self.settings.groups:
+            data_settings(self.context.data).group_records(name)
+        warnings = images_without_effect(self.context, self.settings.drop_vision)
+        return [*warnings, *self._router_without_training()]
+
+    def _router_without_training(self) -> list[str]:
+        """Return a warning if pictures of several people are trained on, but the routers are not."""
+        shown = self.settings.people == "router" and any(self.settings.groups.values())
+        if not shown or not self.context.trains or "vision_router" in self.context.trains:
+            return []
+        return ["groups: the part vision_router does not train, so the routers stay as they are; add it to `train`."]
 
     def prepare(self) -> None:
         data = data_settings(self.context.data)
@@ -218,7 +260,22 @@ class DiffusersTask:
             for source, pairs in zip(mixture.sources, mixture.pairs, strict=True):
                 caption_styles = [caption_style for caption_style, weight in source.captions.items() if weight > 0]
                 self.gallery_caches[source.gallery].sentences.read(pairs[:, 1].unique(), caption_styles)
+        self.groups = {name: self._cache_group(name) for name in self.settings.groups}
         self.codec.free()
+
+    def _cache_group(self, name: str) -> RecordGroups:
+        """Return the cached inputs of a group of records, with the captions that its weights can draw."""
+        group, side = data_settings(self.context.data).group(name), self.settings.resolution
+        address = data_settings(self.context.data).group_records(name)
+        folder = gallery_folder(self.context.data, f"group-{name}", side)
+        shape = group_canvas(group.people, side, side // self.codec.shape(side)[1])
+        gallery = open_record_groups(address, group.people, shape, folder, data_settings(self.context.data).most)
+        crop = int(self.vision.config.image_size)
+        cached = RecordGroups(gallery, side, folder, self.codec, crop, self.text_encoders)
+        if not len(cached.rows):
+            raise ConfigError(f"No record of group {name} can be used. See {folder / 'left_out.json'} for the reasons.")
+        cached.read_captions([style for style, weight in group.captions.items() if weight > 0])
+        return cached
 
     def _build_mixtures(self, galleries: Mapping[str, AnyGallery]) -> None:
         """Build the mixtures of sources that training and validation draw from."""
@@ -238,27 +295,63 @@ class DiffusersTask:
 
     def batch(self, images_seen: int, size: int) -> DiffusersBatch:
         seed, settings = self.context.seed, self.settings
+        strength = 1 - chance(seed, "drop vision", images_seen, size, settings.drop_vision).float()
+        dropped = self._dropped_text(images_seen, size)
+        if (group := self.blocks.gallery_of(images_seen, size)) is not None:
+            rows, styles = self._draw_group(group, seed, images_seen, size)
+            return self._group_batch(group, rows, styles, images_seen, dropped, strength, settings.drop_person)
+        return self._batch(self.mixture.draw(seed, images_seen, size), images_seen, dropped, strength)
+
+    def _dropped_text(self, images_seen: int, size: int) -> dict[str, Tensor]:
+        """Return for each text branch the images (B,) whose caption it drops."""
+        seed, settings = self.context.seed, self.settings
         without_text = chance(seed, "drop", images_seen, size, settings.drop_text)
         shares = {"clip": settings.drop_clip, "t5": settings.drop_t5, "byt5": settings.drop_byt5}
-        dropped = {
+        return {
             name: without_text | chance(seed, f"drop {name}", images_seen, size, rate) for name, rate in shares.items()
         }
-        strength = 1 - chance(seed, "drop vision", images_seen, size, settings.drop_vision).float()
-        return self._batch(self.mixture.draw(seed, images_seen, size), images_seen, dropped, strength)
+
+    def _draw_group(self, name: str, seed: int, first: int, size: int) -> tuple[Tensor, list[str]]:
+        """Return the rows (size,) of a batch from a group of records, and the style of each caption."""
+        group, rows = data_settings(self.context.data).group(name), self.groups[name].rows
+        styles = list(group.captions)
+        drawn = choices(seed, "group manner", first, size, list(group.captions.values()))
+        chosen = rows[shuffled(seed, f"group {name}", first, size, len(rows))]
+        return chosen, [styles[number] for number in drawn.tolist()]
+
+    def _group_batch(
+        self, name: str, rows: Tensor, caption_styles: Sequence[str], first: int, dropped: Mapping[str, Tensor],
+        strength: Tensor, drop_person: float = 0.0,
+    ) -> DiffusersBatch:  # fmt: skip
+        """Return the batch of these rows of a group; the other arguments are those of `_batch`."""
+        group, seed, size = self.groups[name], self.context.seed, len(rows)
+        order = group.gallery.order(rows, caption_styles)
+        targets = group.targets(rows, order)
+        draws = uniforms(seed, "crops", first, size, (order.shape[1], 3))
+        present = uniforms(seed, "drop person", first, size, (order.shape[1],)) >= drop_person
+        return DiffusersBatch(
+            targets.latents,
+            group.sentences.take(rows, caption_styles, {**dropped, "pooled": dropped["clip"]}),
+            time_ids(targets.frames, group.gallery.shape),
+            targets.faces,
+            group.crops(rows, order, draws),
+            strength,
+            PeopleBatch(present, targets.masks * present[:, :, None, None], targets.known),
+        )
 
     def _batch(self, drawn: DrawnPairs, first: int, dropped: Mapping[str, Tensor], strength: Tensor) -> DiffusersBatch:
         """Return the batch of the drawn pairs; `dropped` holds for each text branch the images whose caption it drops.
 
         `first` is the number of the batch's first image. `strength` (B,) is 0 where the reference is dropped.
         """
-        dropped = {**dropped, "pooled": dropped["clip"]}
+        dropped, side = {**dropped, "pooled": dropped["clip"]}, self.settings.resolution
         positions, latents, sizes, faces, states = [], [], [], [], []
         for name, here in drawn.by_gallery().items():
             gallery_cache, rows = self.gallery_caches[name], drawn.targets[here]
             caption_styles = [drawn.caption_styles[i] for i in here.tolist()]
             positions.append(here)
             latents.append(gallery_cache.latents.take(rows))
-            sizes.append(time_ids(gallery_cache.pictures.frames(rows), self.settings.resolution))
+            sizes.append(time_ids(gallery_cache.pictures.frames(rows), (side, side)))
             faces.append(gallery_cache.faces(rows))
             states.append(
                 gallery_cache.sentences.take(
@@ -271,35 +364,46 @@ class DiffusersTask:
             {name: _in_order(positions, [each[name] for each in states]) for name in states[0]},
             in_order(positions, sizes),
             in_order(positions, faces),
-            references(self.gallery_caches, drawn, shifts),
+            references(self.gallery_caches, drawn, shifts).unsqueeze(1),
             strength,
         )
 
     # --- predictions and losses -------------------------------------------------------------------------------------
 
     def predict(
-        self, noisy: Tensor, steps: Tensor, batch: DiffusersBatch, vision: Tokens, strength: Tensor | None = None
-    ) -> Tensor:
+        self, noisy: Tensor, steps: Tensor, batch: DiffusersBatch, vision: Tokens, strength: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the denoiser's prediction for noisy latents (B, C, h, w) at steps (B,) of its schedule.
 
-        `strength` (B,) scales the vision branch; None: the batch's own.
+        `strength` (B,) scales the vision branch; None: the batch's own. With `record`, it collects the decisions of the
+        routers (`Conditioning.record`).
         """
         dtype = self.unet.dtype
         added = None
         if self.base.xl:
             added = {"text_embeds": batch.states["pooled"].values[:, 0].to(dtype), "time_ids": batch.sizes}
         further = {name: tokens for name, tokens in batch.states.items() if name in _TOKENS}
-        conditioning = Conditioning(
-            {**further, VISION: vision}, {VISION: batch.strength if strength is None else strength}
-        )
+        scales = {VISION: batch.strength if strength is None else strength}
+        groups = {} if batch.people is None else {VISION: batch.people.present}
+        conditioning = Conditioning({**further, VISION: vision}, scales, groups=groups, record=record)
         prediction: Tensor = self.unet(
             noisy.to(dtype), steps, encoder_hidden_states=batch.states["clip"].values.to(dtype),
             added_cond_kwargs=added, cross_attention_kwargs={"conditioning": conditioning},
         ).sample  # fmt: skip
         return prediction
 
-    def vision_tokens(self, crops: Tensor) -> Tokens:
-        return self.adapter.tokens(VISION, self.vision(crops))
+    def vision_tokens(self, batch: DiffusersBatch) -> Tokens:
+        """Return the vision tokens of a batch's face crops: those of all people of a picture, in order.
+
+        The tokens of people who are dropped are masked.
+        """
+        tokens = self.adapter.tokens(VISION, self.vision(batch.crops.flatten(0, 1)))
+        if batch.people is None:
+            return tokens
+        values = tokens.values.unflatten(0, batch.crops.shape[:2])
+        mask = batch.people.present.repeat_interleave(values.shape[2], 1) if self.settings.drop_person else None
+        return Tokens(values.flatten(1, 2), mask)
 
     def noise(self, latents: Tensor, seed: int, images_seen: int) -> tuple[Tensor, Tensor]:
         """Return noise of the latents' shape, and steps of the schedule (B,); both depend on image numbers alone."""
@@ -308,11 +412,13 @@ class DiffusersTask:
         share = uniforms(seed, "times", images_seen, count, device=device)
         return noise, (share * self.schedule.config.num_train_timesteps).long()
 
-    def errors(self, batch: DiffusersBatch, vision: Tokens, noise: Tensor, steps: Tensor) -> Tensor:
-        """Return the squared error (B,) of the base's prediction, with the face weighted by face_weight."""
+    def errors(
+        self, batch: DiffusersBatch, vision: Tokens, noise: Tensor, steps: Tensor, record: Record | None = None
+    ) -> Tensor:
+        """Return the squared error (B,) of the base's prediction, with faces weighted by face_weight."""
         noisy = self.schedule.add_noise(batch.latents, noise, steps)
         target = self.schedule.get_velocity(batch.latents, noise, steps) if self._predicts_velocity else noise
-        prediction = self.predict(noisy, steps, batch, vision)
+        prediction = self.predict(noisy, steps, batch, vision, record=record)
         return squared_error(prediction, target, 1 + (self.settings.face_weight - 1) * batch.faces)
 
     @property
@@ -335,20 +441,27 @@ class DiffusersTask:
                 f"Stage {self.context.name} has base_precision bf16, but computes in fp32: set its precision to bf16."
             )
         noise, steps = self.noise(batch.latents, self.context.seed, images_seen)
-        errors = self.errors(batch, self.vision_tokens(batch.crops), noise, steps)
-        return Loss(errors * self.loss_weights(steps), {"error": errors.mean()})
+        if batch.people is None:
+            errors = self.errors(batch, self.vision_tokens(batch), noise, steps)
+            return Loss(errors * self.loss_weights(steps), {"error": errors.mean()})
+        record: Record = {}
+        errors = self.errors(batch, self.vision_tokens(batch), noise, steps, record)
+        routed = router_loss(record, batch.people.masks, batch.people.known)
+        weighted = errors * self.loss_weights(steps) + self.settings.router * routed
+        return Loss(weighted, {"error of groups": errors.mean(), "router": routed})
 
     # --- picture grids, validation and export -----------------------------------------------------------------------
 
     def show(self, batch: DiffusersBatch, path: Path) -> None:
         """Save a grid of the references, as the vision encoder receives them, each with its target on the right."""
-        self._sheet(path, [batch.crops, self.codec.decode(batch.latents)], columns=4)
+        self._sheet(path, [_side_by_side(batch.crops), self.codec.decode(batch.latents)], columns=4)
 
     def _sheet(self, path: Path, kinds: Sequence[Tensor], columns: int) -> None:
         """Save a grid of several kinds of pictures (count, 3, H, W) side by side, with `columns` items per row."""
         self.codec.free()
-        side = min(256, self.settings.resolution)
-        scaled = [F.interpolate(pictures.cpu(), size=(side, side), mode="area") for pictures in kinds]
+        side, (height, width) = min(256, self.settings.resolution), kinds[-1].shape[-2:]
+        shape = (side, round(side * width / height))
+        scaled = [F.interpolate(pictures.cpu(), size=shape, mode="area") for pictures in kinds]
         save_grid(torch.stack(scaled, 1).flatten(0, 1), path, columns=columns * len(kinds))
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
@@ -360,14 +473,43 @@ class DiffusersTask:
             first = int(numbers[0])
             batch = self._validation_batch(first, len(numbers))
             noise, steps = self.noise(batch.latents, VALIDATION_SEED, first)
-            vision = self.vision_tokens(batch.crops)
+            vision = self.vision_tokens(batch)
             here = slice(first, first + len(steps))
             right[here] = self.errors(batch, vision, noise, steps).cpu()
             wrong[here] = self.errors(batch, Tokens(vision.values.roll(1, 0)), noise, steps).cpu()
         if self.settings.drawings:
             self._draw(self._validation_batch(0, min(self.settings.drawings, count)), folder / "pictures.png")
         mean, other = float(right.mean()), float(wrong.mean())
-        return {"validation_loss": mean, "shuffled_references": other, "reference_ratio": other / mean}
+        numbers = {"validation_loss": mean, "shuffled_references": other, "reference_ratio": other / mean}
+        for name in self.groups:
+            numbers |= self._validate_group(name, folder)
+        return numbers
+
+    def _validate_group(self, name: str, folder: Path) -> dict[str, float]:
+        """Return the loss on pictures of several people, how much it rises if two people exchange their references, and
+        how well the routers find each person; save some drawn pictures.
+        """
+        count = min(self.settings.validation_images, len(self.groups[name].rows))
+        right, wrong, found = torch.zeros(count), torch.zeros(count), []
+        for numbers in torch.arange(count).split(4):
+            batch = self._validation_group(name, int(numbers[0]), len(numbers))
+            assert batch.people is not None, "a group shows several people"
+            noise, steps = self.noise(batch.latents, VALIDATION_SEED, int(numbers[0]))
+            record: Record = {}
+            right[numbers] = self.errors(batch, self.vision_tokens(batch), noise, steps, record).cpu()
+            exchanged = self.vision_tokens(replace(batch, crops=batch.crops.roll(1, 1)))
+            wrong[numbers] = self.errors(batch, exchanged, noise, steps).cpu()
+            found.append(router_iou(record, batch.people.masks, batch.people.known))
+        if self.settings.drawings:
+            self._draw(self._validation_group(name, 0, min(self.settings.drawings, count)), folder / f"{name}.png")
+        mean, overlaps = float(right.mean()), [value for value in found if not math.isnan(value)]
+        numbers_of_group = {f"{name} loss": mean, f"{name} exchanged ratio": float(wrong.mean()) / mean}
+        return numbers_of_group | ({f"{name} router iou": sum(overlaps) / len(overlaps)} if overlaps else {})
+
+    def _validation_group(self, name: str, first: int, size: int) -> DiffusersBatch:
+        rows, styles = self._draw_group(name, VALIDATION_SEED, first, size)
+        branches = {branch: torch.zeros(size, dtype=torch.bool) for branch in ("clip", "t5", "byt5")}
+        return to_device(self._group_batch(name, rows, styles, first, branches, torch.ones(size)), self.context.device)
 
     def _validation_batch(self, first: int, size: int) -> DiffusersBatch:
         drawn = self.validation_sources.draw(VALIDATION_SEED, first, size)
@@ -384,8 +526,8 @@ class DiffusersTask:
         empty_sentences = to_device(
             next(iter(self.gallery_caches.values())).sentences.empty_sentences(count), self.context.device
         )
-        without_text, vision = replace(batch, states=empty_sentences), self.vision_tokens(batch.crops)
-        kinds = [batch.crops, self.codec.decode(batch.latents)]
+        without_text, vision = replace(batch, states=empty_sentences), self.vision_tokens(batch)
+        kinds = [_side_by_side(batch.crops), self.codec.decode(batch.latents)]
         for strength in (torch.ones_like(batch.strength), torch.zeros_like(batch.strength)):
             noise, _ = self.noise(batch.latents, VALIDATION_SEED, 0)
             latents = noise * sampler.init_noise_sigma
@@ -408,6 +550,8 @@ class DiffusersTask:
             f"patch {self.vision.config.patch_size}, trained on",
             "feature_layer": "penultimate", "encoder_fingerprint": fingerprint(self.vision),
         }  # fmt: skip
+        if self.groups:
+            facts["people"] = str(max(group.gallery.people for group in self.groups.values()))
         (spec,) = self.adapter.branch_specs
         self.adapter.save(folder / "adapter", {**facts, "tokens": str(spec.tokens or self.vision.tokens)})
         if self.text_adapter is not None:
@@ -427,3 +571,8 @@ def _in_order(positions: Sequence[Tensor], pieces: Sequence[Tokens]) -> Tokens:
         return pieces[0]
     order, joined = torch.cat(list(positions)).argsort(), join(list(pieces))
     return Tokens(joined.values[order], None if joined.mask is None else joined.mask[order])
+
+
+def _side_by_side(crops: Tensor) -> Tensor:
+    """Return the face crops (B, P, 3, S, S) of a picture's people beside each other, (B, 3, S, P * S)."""
+    return crops.transpose(1, 2).transpose(2, 3).flatten(3)

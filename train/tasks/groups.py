@@ -5,6 +5,7 @@ Pictures of several people have wider latents, so whole blocks of consecutive im
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,8 +16,17 @@ from train.cache.latents import box_mask
 from train.cache.sentences import SentenceStore
 from train.data.order import choices, shuffled, spread
 
+People = Literal["router", "concatenate"]
 _STYLES = {"dense": 0.3, "rewritten": 0.7}
 _DENSE_UP_TO = 3  # people whose dense caption still fits into T5's tokens
+
+
+def check_group_settings(groups: Mapping[str, float], people: People) -> None:
+    """Raise ValueError for settings of several people that cannot work, or that have no effect."""
+    if sum(groups.values()) > 1:
+        raise ValueError("the shares in groups sum to more than 1: lower them")
+    if people == "concatenate" and not groups:
+        raise ValueError('people: "concatenate" has no effect without groups: name some, or leave it out')
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,7 @@ def test_the_loss_equals_that_of_the_base(home: Path, kind: str) -> None:
 
 def test_sdxl_size_conditioning_holds_the_cropped_pixels() -> None:
     wide = torch.tensor([[3000.0, 2000.0, 500.0, 0.0]])
-    assert time_ids(wide, 1000).tolist() == [[2000, 3000, 0, 250, 1000, 1000]]
+    assert time_ids(wide, (1000, 1000)).tolist() == [[2000, 3000, 0, 250, 1000, 1000]]
 
 
 def test_every_image_is_a_function_of_its_own_number(home: Path) -> None:
