@@ -94,6 +94,12 @@ def _add_world(commands: Any) -> None:
         help="range of people to draw from: train (default), judge, held_out or demo; the ranges never overlap",
     )
     world.add_argument(
+        "--groups", type=int, default=0, metavar="N", help="number of further pictures of several of these people"
+    )
+    world.add_argument(
+        "--group-size", type=int, default=2, metavar="P", help="people in each of them: 2 (default), 3 or 4"
+    )
+    world.add_argument(
         "--shards",
         type=int,
         metavar="N",
@@ -132,10 +138,11 @@ def _world(options: argparse.Namespace) -> None:
     from data_synth.world_command import WorldSettings, build, build_shards
 
     settings = WorldSettings(
-        options.identities, options.images, options.size, options.seed, options.people, options.shards
-    )
+        options.identities, options.images, options.size, options.seed, options.people, options.shards,
+        options.groups, options.group_size,
+    )  # fmt: skip
     with _progress() as progress:
-        task = progress.add_task("pictures", total=settings.identities * settings.images)
+        task = progress.add_task("pictures", total=settings.pictures)
 
         def report(done: int) -> None:
             progress.update(task, completed=done)
@@ -144,7 +151,8 @@ def _world(options: argparse.Namespace) -> None:
             written = str(build(settings, Path(options.output), report))
         else:
             written = build_shards(settings, options.output, report)
-    print(f"{settings.identities * settings.images} pictures of {settings.identities} people: {written}")
+    groups = f", {settings.groups} of them of {settings.group_size} people" if settings.groups else ""
+    print(f"{settings.pictures} pictures of {settings.identities} people{groups}: {written}")
 
 
 def _progress() -> Progress:

@@ -4,13 +4,16 @@ Every picture depends only on (seed, person, number). So the command can be kill
 later run with more people or pictures keeps the existing ones. A picture is finished when its row is in metadata.jsonl;
 the complete PNG is written before the row. Shards are for training: the first picture of a person is the reference and
 the others are its targets. Shards are finished one at a time, and a folder of shards accepts only the same settings.
+
+Pictures of several people come last. They show the people of the portraits, which are their references, and have exact
+boxes and masks of each person, and captions that number the people.
 """
 
 import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from data_synth.world_groups import GroupJob, drawn_groups, group_jobs, portrait_file, portrait_key
 from imagine.errors import ConfigError
+from imagine.request import MOST_PEOPLE
+from imagine.shards.people import RecordPerson
 from imagine.shards.reading import Record
 from imagine.shards.writing import SETTINGS, DatasheetInfo, ShardWriter
 from imagine.world import Contexts, People, attributes, captions, render, sample_contexts, sample_people
@@ -35,7 +41,8 @@ _BATCH = 16  # pictures rendered together; the batches never change, so a resume
 class WorldSettings:
     """What to draw: `images` pictures of each of `identities` people, `size` pixels square.
 
-    shards: number of records per shard; None: write PNG files. Raises ConfigError for values out of range.
+    groups: number of further pictures, each of `group_size` of these people, on a wider canvas. shards: number of
+    records per shard; None: write PNG files. Raises ConfigError for values out of range.
     """
 
     identities: int
@@ -44,6 +51,8 @@ class WorldSettings:
     seed: int = 0
     people: str = "train"
     shards: int | None = None
+    groups: int = 0
+    group_size: int = 2
 
     def __post_init__(self) -> None:
         if self.people not in RANGES:
@@ -59,6 +68,28 @@ class WorldSettings:
             raise ConfigError(f"The seed is {self.seed}: give 0 or more.")
         if self.shards is not None and self.shards < 1:
             raise ConfigError(f"A shard of {self.shards} records cannot be written: give 1 or more.")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.groups < 0:
+            raise ConfigError(f"{self.groups} pictures of several people cannot be drawn: give 0 or more.")
+        if not 2 <= self.group_size <= MOST_PEOPLE:
+            raise ConfigError(f"A picture of {self.group_size} people cannot be drawn: give 2 to {MOST_PEOPLE}.")
+        if self.groups and self.identities < self.group_size:
+            raise ConfigError(
+                f"A picture of {self.group_size} people needs as many identities, not {self.identities}: give more."
+            )
+
+    @property
+    def pictures(self) -> int:
+        """Number of all pictures."""
+        return self.identities * self.images + self.groups
+
+    def group_facts(self) -> dict[str, int]:
+        """Return the settings that pictures of several people depend on; empty if there are none."""
+        if not self.groups:
+            return {}
+        return {"group_size": self.group_size, "group_identities": self.identities, "group_images": self.images}
 
 
 @dataclass(frozen=True)
@@ -73,7 +104,10 @@ class _Job:
     @property
     def file(self) -> str:
         """The path below the output folder."""
-        return f"images/{self.number:06d}/{self.image:04d}.png"
+        return portrait_file(self.number, self.image)
+
+
+_Batch = list[_Job] | list[GroupJob]
 
 
 def build(settings: WorldSettings, output: Path, report: Callable[[int], None] = lambda done: None) -> Path:
@@ -137,12 +171,16 @@ def _about(settings: WorldSettings) -> DatasheetInfo:
             "images": settings.images,
             "size": settings.size,
             "world": FORMAT_VERSION,
+            **({"groups": settings.groups, "group_size": settings.group_size} if settings.groups else {}),
         },
     )
 
 
-def _batches(settings: WorldSettings) -> Iterator[list[_Job]]:
-    """Yield all jobs in batches, person by person; the first N people of a seed are the same for every N."""
+def _batches(settings: WorldSettings) -> Iterator[_Batch]:
+    """Yield all jobs in batches: first the portraits, person by person, then the pictures of several people.
+
+    The first N people of a seed are the same for every N.
+    """
     people = RANGES[settings.people]
     order = np.random.default_rng(settings.seed).permutation(len(people))[: settings.identities].tolist()
     jobs = (
@@ -153,13 +191,19 @@ def _batches(settings: WorldSettings) -> Iterator[list[_Job]]:
     while batch := list(islice(jobs, _BATCH)):
         yield batch
 
+    def seed_of(*parts: int) -> int:
+        return _seed(settings.seed, people.start, *parts)
+
+    identities = [people[row] for row in order]
+    yield from group_jobs(identities, settings.groups, settings.group_size, settings.images, seed_of)
+
 
 def _seed(*parts: int) -> int:
     """Return one 63-bit seed derived from several numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _draw(settings: WorldSettings, batch: list[_Job], missing: Sequence[int], output: Path, table: Path) -> None:
+def _draw(settings: WorldSettings, batch: _Batch, missing: Sequence[int], output: Path, table: Path) -> None:
     rows = []
     for job, png, row in _drawn(settings, batch, missing):
         _write_atomically(output / job.file, png)
@@ -167,9 +211,12 @@ def _draw(settings: WorldSettings, batch: list[_Job], missing: Sequence[int], ou
     _append(table, rows)
 
 
-def _records(settings: WorldSettings, batch: list[_Job], missing: Sequence[int]) -> Iterator[Record]:
-    """Yield the missing pictures of a batch as records of pairs."""
+def _records(settings: WorldSettings, batch: _Batch, missing: Sequence[int]) -> Iterator[Record]:
+    """Yield the missing pictures of a batch as records of pairs, or of several people."""
     for job, png, row in _drawn(settings, batch, missing):
+        if isinstance(job, GroupJob):
+            yield _group_record(job, png, row)
+            continue
         left, top, width, height = row["box"]
         yield Record(
             key=f"{job.number:06d}_{job.image:04d}",
@@ -184,13 +231,35 @@ def _records(settings: WorldSettings, batch: list[_Job], missing: Sequence[int])
         )
 
 
+def _group_record(job: GroupJob, png: bytes, row: dict[str, Any]) -> Record:
+    people = [RecordPerson.from_dict(one) for one in row["people"]]
+    return Record(
+        key=job.key,
+        image=png,
+        caption=row["caption"],
+        captions=row["captions"],
+        source="synthetic",
+        extra={name: row[name] for name in ("attributes", "arrangement", "context")},
+        people=tuple(replace(one, references=tuple(map(portrait_key, one.references))) for one in people),
+    )
+
+
 def _drawn(
-    settings: WorldSettings, batch: list[_Job], missing: Sequence[int]
-) -> Iterator[tuple[_Job, bytes, dict[str, Any]]]:
+    settings: WorldSettings, batch: _Batch, missing: Sequence[int]
+) -> Iterator[tuple[_Job | GroupJob, bytes, dict[str, Any]]]:
     """Yield the PNG and row of each missing picture.
 
     The whole batch is rendered, because the last bit of a picture can depend on the batch.
     """
+    if groups := [job for job in batch if isinstance(job, GroupJob)]:
+        yield from ((job, _png(image), row) for job, image, row in drawn_groups(groups, missing, settings.size))
+    elif portraits := [job for job in batch if isinstance(job, _Job)]:
+        yield from _drawn_portraits(settings, portraits, missing)
+
+
+def _drawn_portraits(
+    settings: WorldSettings, batch: list[_Job], missing: Sequence[int]
+) -> Iterator[tuple[_Job, bytes, dict[str, Any]]]:
     people = sample_people([job.identity for job in batch])
     contexts = sample_contexts([job.context for job in batch])
     drawn = render(people, contexts, size=settings.size)
@@ -266,21 +335,26 @@ def _file_of(line: str) -> str | None:
 
 def _open_folder(settings: WorldSettings, output: Path) -> None:
     """Create the folder, or check that it was created with the same settings."""
-    wanted = {"version": FORMAT_VERSION, "size": settings.size, "seed": settings.seed, "people": settings.people}
+    wanted: dict[str, Any] = {
+        "version": FORMAT_VERSION, "size": settings.size, "seed": settings.seed, "people": settings.people,
+    }  # fmt: skip
     settings_file = output / "world.json"
     if (output / SETTINGS).exists():
         raise ConfigError(f"{output} holds shards: choose another folder for PNG files.")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if not settings_file.exists():
+        existing = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else {}
+        # A folder of portraits can get groups later.
+        complete = {**wanted, **settings.group_facts(), **existing}
+        if complete != existing and all(complete[key] == value for key, value in wanted.items()):
             part = settings_file.with_suffix(".part")
-            part.write_text(json.dumps(wanted) + "\n", encoding="utf-8")
+            part.write_text(json.dumps(complete) + "\n", encoding="utf-8")
             os.replace(part, settings_file)
-        existing = json.loads(settings_file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{output} cannot be used as the output folder ({error}): choose another one.") from error
-    if existing != wanted:
-        differences = ", ".join(f"{key} {existing.get(key)}" for key in wanted if existing.get(key) != wanted[key])
+    wanted |= settings.group_facts()
+    differences = ", ".join(f"{key} {complete[key]}" for key, value in wanted.items() if complete[key] != value)
+    if differences:
         raise ConfigError(
             f"{output} holds pictures made with {differences}: give the same settings, or choose another folder."
         )
