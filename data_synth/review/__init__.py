@@ -1,1 +1,1 @@
-"""Human review of pairs: the decisions, the agreement between reviewers, and the server of the review page."""
+"""Human review of pairs: the decisions, and the server of the review page."""

@@ -15,6 +15,8 @@ from typing import Any
 
 from imagine import __version__
 from imagine.cli import (
+    benchmark,
+    compare,
     demo,
     detect,
     doctor,
@@ -26,6 +28,7 @@ from imagine.cli import (
     persona,
     plan,
     serve,
+    study,
     try_photo,
 )
 from imagine.cli.arguments import Command, Parser
@@ -68,7 +71,8 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"imagine {__version__}")
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     modules = (
-        generate, try_photo, enroll, persona, detect, inspect, doctor, evaluate, demo, ip_adapter, plan, serve,
+        generate, try_photo, enroll, persona, detect, inspect, doctor, evaluate, compare, study, benchmark, demo,
+        ip_adapter, plan, serve,
     )  # fmt: skip
     for module in modules:
         module.add_commands(commands)

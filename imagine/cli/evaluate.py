@@ -1,13 +1,14 @@
 """`imagine evaluate`: measure a pipeline on held-out people of the portrait world, and write a report."""
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from imagine.cli import arguments
-from imagine.cli.loading import load_pipeline, weights_folder
+from imagine.cli.loading import load_pipeline, silence_libraries, weights_folder
 from imagine.cli.printing import interval, table_lines
 from imagine.cli.progress import Display
 from imagine.paths import folder_to_fill
@@ -24,14 +25,36 @@ def add_commands(commands: Any) -> None:
     arguments.add_device(command)
     command.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for report.html, "
                          "report.json and the pictures; an interrupted evaluation resumes there")  # fmt: skip
-    command.add_argument("--suite", default="portraits", metavar="NAME", help="portraits (one person in each picture) "
-                         "or people (two and three); default: portraits")  # fmt: skip
+    command.add_argument("--suite", default="portraits", metavar="NAME", help="portraits (one person in each picture), "
+                         "people (two and three), or with --photos: dreambench, or photos (your own); default: "
+                         "portraits")  # fmt: skip
     command.add_argument("--identities", type=arguments.positive, metavar="N", help="number of people, at least 2 "
                          "(default: 51); in the suite people, of pairs (default: 100), and half as many groups of "
-                         "three")  # fmt: skip
+                         "three; with --photos, of subjects (default: all)")  # fmt: skip
     command.add_argument("--prompts", type=arguments.positive, metavar="N", help="number of prompts for each person "
-                         "(default: 13) or group (default: 5)")  # fmt: skip
+                         "(default: 13) or group (default: 5); with --photos: all")  # fmt: skip
     command.add_argument("--seed", type=arguments.seed, default=0, metavar="N", help="of people and noise (default: 0)")
+    command.add_argument("--pictures", type=Path, metavar="DIR", help="judge the finished pictures in this folder and "
+                         "draw nothing; docs/evaluation.md says how to name them")  # fmt: skip
+    command.add_argument("--images-per-prompt", type=arguments.positive, metavar="N", help="pictures of each prompt, "
+                         "for diversity (default: 1; in dreambench 4)")  # fmt: skip
+    _add_photos(command)
+    command.add_argument("--processes", type=arguments.positive, default=1, metavar="N", help="divide the work among N "
+                         "processes, with the same numbers (default: 1)")  # fmt: skip
+    command.add_argument("--ray", action="store_true", help="run the processes as tasks of a Ray cluster that shares "
+                         "this file system (extra `ray`)")  # fmt: skip
+
+
+def _add_photos(command: Any) -> None:
+    command.add_argument("--photos", type=Path, metavar="DIR", help="folder of photos, for the suites dreambench and "
+                         "photos")  # fmt: skip
+    command.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompts for the suite photos, one in each "
+                         "line (default: prompts.txt in the folder of photos)")  # fmt: skip
+    command.add_argument("--references", type=arguments.positive, default=1, metavar="N", help="photos of each person "
+                         "that are given to the system; the others are compared with (default: 1)")  # fmt: skip
+    command.add_argument("--clip", metavar="DIR|MODEL=FILE", help="a CLIP model of open_clip on this disk (default: "
+                         "ViT-B/32 of OpenAI, if it is in the cache)")  # fmt: skip
+    command.add_argument("--dino", metavar="DIR", help="a DINO model of transformers on this disk")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -39,18 +62,52 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     output = folder_to_fill(options.output)
     with Display(options) as display:
         display.report("importing the libraries")
-        from imagine.evaluation.evaluate import run
+        from imagine.evaluation.evaluate import run, run_sharded
         from imagine.evaluation.judge import Judge
 
         folder = weights_folder(options.weights)
-        pipe = load_pipeline(options, display)
-        judge = Judge.from_pretrained(folder / "judge" if (folder / "judge").is_dir() else None)
+        settings: dict[str, Any] = {
+            "suite": options.suite, "identities": options.identities, "prompts": options.prompts, "seed": options.seed,
+            "judge": Judge.from_pretrained(folder / "judge" if (folder / "judge").is_dir() else None),
+            "variants": options.images_per_prompt or 1, "photos": _photo_settings(options),
+        }  # fmt: skip
         progress = display.report if options.json else Announcement(display.report, display.print)
-        report = run(
-            pipe, output, options.suite, options.identities, options.prompts, options.seed, judge, progress=progress
-        )
+        if options.processes > 1 or options.ray:
+            make = functools.partial(_load_system, options.weights, options.device, options.pictures)
+            report = run_sharded(
+                make, output, options.processes, "ray" if options.ray else "processes", progress, **settings
+            )
+        else:
+            system = _finished(options.pictures) if options.pictures else load_pipeline(options, display)
+            report = run(system, output, progress=progress, **settings)
     lines = [*_metric_table(report["metrics"]), "", *report["notes"], f"Report: {output / 'report.html'}"]
     return {"lines": lines, **report}
+
+
+def _load_system(weights: Path | None, device: str, pictures: Path | None) -> Any:
+    """Return what is judged, in a process of its own."""
+    if pictures is not None:
+        return _finished(pictures)
+    silence_libraries()
+    options = argparse.Namespace(weights=weights, device=device, json=True)
+    with Display(options) as display:
+        return load_pipeline(options, display)
+
+
+def _finished(folder: Path) -> Any:
+    from imagine.evaluation.systems.finished import FinishedPictures
+
+    return FinishedPictures(folder)
+
+
+def _photo_settings(options: argparse.Namespace) -> Any:
+    if options.photos is None:
+        return None
+    from imagine.evaluation.photos.evaluate import PhotoSettings
+
+    return PhotoSettings(
+        options.photos, options.prompt_file, options.references, options.images_per_prompt, options.clip, options.dino
+    )
 
 
 class Announcement:
@@ -89,17 +146,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 100 * 60 else f"{seconds / 3600:.1f} hours"
 
 
-def _metric_table(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _metric_table(metrics: Mapping[str, Mapping[str, float | None]]) -> list[str]:
     from imagine.evaluation.report import TITLES
 
     rows = [
         [
-            TITLES[name],
-            f"{each['value']:.3f}",
-            interval(each["low"], each["high"]),
-            f"{each['ceiling']:.3f}",
-            f"{each['floor']:.3f}",
+            TITLES.get(name, name),
+            _number(each["value"]),
+            interval(each["low"] or 0.0, each["high"] or 0.0),
+            _number(each["ceiling"]),
+            _number(each["floor"]),
         ]
         for name, each in metrics.items()
     ]
     return table_lines(["metric", "value", "95 % interval", "ceiling", "floor"], rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -14,6 +14,7 @@ vocabulary of the world changes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from imagine.networks.recogniser import Backbone, Recogniser, load_network, save_network
-from imagine.networks.weights import default_folder
+from imagine.networks.weights import default_folder, fingerprint
 from imagine.people.faces import FaceFinder, LearnedFinder, crop_faces
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -32,6 +33,7 @@ IGNORED = -100  # the class of an attribute without a label: it adds no loss, as
 PRIOR_BOX = (0.3, 0.274, 0.4, 0.416)  # left, top, width, height of a typical face, as shares of the picture
 
 Vocabulary = Mapping[str, Sequence[str]]
+Embedder = Callable[[Tensor, Tensor], Tensor]  # pictures and boxes -> embeddings
 FaceBoxes = Callable[[Tensor], Tensor]  # pictures (N, 3, H, W) in 0..1 -> boxes (N, 4): left, top, width, height in px
 
 
@@ -89,12 +91,25 @@ class Reader(nn.Module):
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         """Return logits: name -> (B, words), and "letters" -> (B, 3, 27)."""
+        return self.look(pictures)[0]
+
+    def look(self, pictures: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the logits of `forward`, and the features (B, hidden) that the heads classify."""
         maps = self.body(pictures)
         h = self.trunk(maps[-1])
         logits = {name: head(h) for name, head in self.heads.items()}
         if self.letters is not None:
             logits["letters"] = self.letters(maps[0], maps[1])
-        return logits
+        return logits, h
+
+    def trait_vector(self, logits: Mapping[str, Tensor]) -> Tensor:
+        """Return the probabilities of all identity traits as one unit vector per picture, (B, words of all traits).
+
+        It recognises people by other means than `Recogniser`: a network with another task, which sees whole pictures.
+        The reader must have been trained with traits.
+        """
+        probabilities = [logits[name].softmax(-1) for name in self.traits if name in logits]
+        return F.normalize(torch.cat(probabilities, -1), dim=-1)
 
     def targets(self, labels: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
         """Return the class indices of true attributes, for `reading_loss`; a missing attribute is IGNORED."""
@@ -159,12 +174,24 @@ def reading_loss(logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
     return losses
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the judge's networks say about a batch of pictures."""
+
+    embeddings: Tensor  # (N, D), unit length, of the recogniser
+    read: list[dict[str, str]]  # attribute or trait -> word
+    others: dict[str, Tensor]  # (N, D), unit length: "traits" is `Reader.trait_vector`, then further recognisers
+    features: Tensor  # (N, F), of the reader
+    faces: Tensor  # (N,), whether a face was found
+
+
 class Judge:
     """The recogniser and the reader, with a function that finds the face in pictures without a box.
 
     `find_boxes` is any function from pictures to one box each (`boxes_by` makes one from a face finder). Without it,
     every picture gets the prior box, the typical place of a face in this world. `finder` finds all faces in pictures of
-    several people, which cannot be judged without it.
+    several people, which cannot be judged without it. `others` are further recognisers, each a function from pictures
+    (N, 3, H, W) in 0..1 and boxes (N, 4) to embeddings (N, D), whose lengths do not matter.
     """
 
     def __init__(
@@ -173,7 +200,9 @@ class Judge:
         reader: Reader,
         find_boxes: FaceBoxes | None = None,
         finder: FaceFinder | None = None,
+        others: "Mapping[str, Embedder] | None" = None,
     ) -> None:
+        self.others = dict(others or {})
         self.recogniser = recogniser.eval().requires_grad_(False)
         self.reader = reader.eval().requires_grad_(False)
         self.find_boxes = find_boxes or prior_boxes
@@ -215,13 +244,33 @@ class Judge:
         """Classify each picture (N, 3, H, W) in 0..1: attribute or trait -> word."""
         read: list[dict[str, str]] = []
         for start in range(0, len(images), batch):
-            images_of_batch = images[start : start + batch]
-            if images_of_batch.shape[-1] != self.reader.size or images_of_batch.shape[-2] != self.reader.size:
-                images_of_batch = F.interpolate(
-                    images_of_batch, size=(self.reader.size,) * 2, mode="bilinear", antialias=True
-                )
-            read += self.reader.words(self.reader(images_of_batch))
+            read += self.reader.words(self.reader(self._resized(images[start : start + batch])))
         return read
+
+    @torch.inference_mode()
+    def look(self, images: Tensor, boxes: Tensor | None = None) -> "Seen":
+        """Return everything that the judge's networks say about one batch of pictures (N, 3, H, W) in 0..1."""
+        faces = torch.ones(len(images), dtype=torch.bool)
+        if boxes is None and isinstance(self.find_boxes, FinderBoxes):
+            boxes, faces = self.find_boxes.locate(images)
+        boxes = self.find_boxes(images) if boxes is None else boxes
+        logits, features = self.reader.look(self._resized(images))
+        others = {"traits": self.reader.trait_vector(logits)} if self.reader.traits else {}
+        others |= {name: F.normalize(embed(images, boxes), dim=-1) for name, embed in self.others.items()}
+        return Seen(self.embed(images, boxes), self.reader.words(logits), others, features, faces)
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the networks, to recognise results that another judge found."""
+        networks: list[nn.Module] = [self.recogniser, self.reader]
+        finder = self.find_boxes.finder if isinstance(self.find_boxes, FinderBoxes) else self.find_boxes
+        networks += [finder.network] if isinstance(finder, LearnedFinder) else []
+        names = [fingerprint(network)[:16] for network in networks]
+        return " ".join([*names, *self.others, getattr(finder, "__qualname__", type(finder).__name__)])
+
+    def _resized(self, images: Tensor) -> Tensor:
+        if images.shape[-1] == images.shape[-2] == self.reader.size:
+            return images
+        return F.interpolate(images, size=(self.reader.size,) * 2, mode="bilinear", antialias=True)
 
 
 def prior_boxes(images: Tensor) -> Tensor:
@@ -231,19 +280,30 @@ def prior_boxes(images: Tensor) -> Tensor:
     return box.expand(len(images), 4)
 
 
-def boxes_by(finder: FaceFinder) -> FaceBoxes:
+def boxes_by(finder: FaceFinder) -> "FinderBoxes":
     """Return a function that gives the largest face that `finder` finds in each picture, or the prior box."""
+    return FinderBoxes(finder)
 
-    def boxes(images: Tensor) -> Tensor:
-        found_boxes = prior_boxes(images).clone()
+
+class FinderBoxes:
+    """A function from pictures to one box each: the largest face that `finder` finds, or the prior box."""
+
+    def __init__(self, finder: FaceFinder) -> None:
+        self.finder = finder
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.locate(images)[0]
+
+    def locate(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the boxes (N, 4), and where a face was found (N,)."""
+        found_boxes, is_found = prior_boxes(images).clone(), torch.zeros(len(images), dtype=torch.bool)
         for row, image in enumerate(images):
             pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
-            if found := finder.find(Image.fromarray(pixels)):
+            if found := self.finder.find(Image.fromarray(pixels)):
                 face = found[0]
                 found_boxes[row] = torch.tensor([face.left, face.top, face.width, face.height])
-        return found_boxes
-
-    return boxes
+                is_found[row] = True
+        return found_boxes, is_found
 
 
 def _class(words: Sequence[str], word: str | None) -> int:

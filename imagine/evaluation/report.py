@@ -1,11 +1,6 @@
-"""Draw contact sheets with scores under the pictures, and write the HTML page of an evaluation.
+"""Draw contact sheets with scores under the pictures, and name metrics and rows for people who read reports."""
 
-The evaluation and the demo share this module. The page is a single HTML file with inline styles, which any browser can
-open; it embeds the sample grid (samples.png) from the same folder.
-"""
-
-import html as markup
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +16,22 @@ TITLES = {
     "sim_ref": "SimRef: similarity to the reference",
     "rank1": "Rank-1 among the people in the gallery",
     "copy_paste": "Copy-paste (0: none, 1: a copy of the reference)",
+    "letters": "Letters: share of the requested letters that were read in full",
+    "leakage": "Leakage: share of the reference's attributes that appear where the prompt asks for others",
+    "sim_gt_traits": "SimGT by a second recogniser, which reads the traits of the person",
+    "frechet": "Frechet distance to real pictures, in the recogniser's features",
+    "kernel": "Kernel distance to real pictures, in the recogniser's features",
+    "diversity": "Diversity of pictures that differ in their seed only",
+    "disturbance": "Disturbance: how much a reference changes what the base draws",
+    "clip_t": "CLIP-T: similarity of picture and prompt",
+    "clip_i": "CLIP-I: similarity to the photos of the subject, by CLIP",
+    "dino": "DINO: similarity to the photos of the subject, by DINO",
+    "missing": "Missing: share of people without a face in their place",
+    "kept": "Kept: share of people whose face is their own",
+    "drift": "Drift: share of people who became nobody of the group",
+    "swap": "Swap: share of people who exchanged faces",
+    "dominance": "Dominance: share of people who became somebody who is also elsewhere",
+    "blending": "Blending: share of people who took on somebody else's features beside their own",
     "present": "Present: share of people who are in their picture",
     "doubled": "Doubled: share of pictures that show one person twice",
     "assigned": "Assigned: share of pictures with everyone, in the requested places",
@@ -107,79 +118,8 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
-def html(summary: Mapping[str, Any]) -> str:
-    """Return the whole page for a summary as report.json holds it."""
-    facts = (
-        f"{summary['identities']} held-out people × {summary['prompts']} prompts of suite “{summary['suite']}”, "
-        f"seed {summary['seed']}, gallery of {summary['gallery']} people, commit {summary['commit'] or 'unknown'}."
-    )
-    rows = list(summary["rows"])
-    parts = [
-        f"<h1>Evaluation: {markup.escape(str(summary['suite']))}</h1><p>{markup.escape(facts)}</p>",
-        "<h2>Metrics</h2>", metrics_table(summary["metrics"], summary["of_ceiling"]),
-        "<h2>Rows</h2>", rows_table(summary["rows"]),
-        "<h2>Prompt attributes found</h2>", share_table(summary["attributes"], rows, "asked"),
-        "<h2>Leakage: the reference's attribute appears where the prompt requests another</h2>",
-        share_table(summary["leakage"], rows, "possible"),
-        "<h2>Prompt groups</h2>", _groups_table(summary["groups"]),
-        '<h2>Samples</h2><img src="samples.png" alt="references and pictures">',
-    ]  # fmt: skip
-    return page(parts)
-
-
-def page(parts: Sequence[str]) -> str:
-    """Return an HTML page of these parts."""
-    style = (
-        "body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
-        "table{border-collapse:collapse;margin:.5em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;"
-        "text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}"
-    )
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{style}</style>'
-    return head + "\n".join(parts) + "</html>\n"
-
-
-def metrics_table(metrics: Mapping[str, Mapping[str, float]], of_ceiling: Mapping[str, float]) -> str:
-    """Return the table of the metrics with their intervals; `of_ceiling` has the shares of the ceiling to show."""
-    body = [
-        [
-            TITLES[name], f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}", f"{m['ceiling']:.3f}",
-            f"{m['floor']:.3f}", f"{of_ceiling[name]:.0%}" if name in of_ceiling else "",
-        ]
-        for name, m in metrics.items()
-    ]  # fmt: skip
-    return _table(["", "value", "95 % interval", "ceiling", "floor", "of ceiling"], body)
-
-
-def rows_table(rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Return the table of every metric of every row."""
-    body = [
-        [ROW_TITLES.get(row, row)] + [f"{m['value']:.3f} ({m['low']:.3f}–{m['high']:.3f})" for m in table.values()]
-        for row, table in rows.items()
-    ]
-    return _table(["", *next(iter(rows.values()))], body)
-
-
-def share_table(table: Mapping[str, Mapping[str, float]], rows: Sequence[str], count: str) -> str:
-    """Return a table of shares: one line per name, with the number of cases (column `count`) and one column per row."""
-    body = [
-        [name.replace("_", " "), f"{line[count]:.0f}"] + [f"{line[row]:.1%}" if row in line else "" for row in rows]
-        for name, line in table.items()
-    ]
-    return _table(["", count, *(ROW_TITLES.get(row, row) for row in rows)], body)
-
-
-def _groups_table(groups: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    first = next(iter(groups.values()))
-    main, names = next(iter(first)), list(next(iter(first.values())))
-    shown = [main, "ceiling"]
-    body = [
-        [group] + [f"{by_row[row][name]:.3f}" for row in shown for name in names] for group, by_row in groups.items()
-    ]
-    return _table(["", *(f"{name}, {ROW_TITLES.get(row, row)}" for row in shown for name in names)], body)
-
-
-def _table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{markup.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(header, "th") + "".join(line(cells, "td") for cells in body) + "</table>"
+def blank(side: int = 128) -> Image.Image:
+    """Return the picture that stands for one that could not be read."""
+    image = Image.new("RGB", (side, side), "#dddddd")
+    ImageDraw.Draw(image).text((8, side // 2 - 8), "unreadable", fill="#b42318", font=ImageFont.load_default(size=14))
+    return image

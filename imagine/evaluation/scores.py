@@ -1,10 +1,13 @@
-"""Compute the tables of the report from the judge's results, with the same computation for every row.
+"""Compute the metrics of the suite `portraits` from the judge's results, with the same computation for every row.
 
-A row is one source of pictures for the prompts: the pipeline ("full"), the base alone ("detached"), real renders of
-the person ("ceiling") or of another person ("other"), or the reference itself ("copy").
+A row is one source of pictures for the prompts: the system ("full"), the base alone ("detached"), real renders of
+the person ("ceiling") or of another person ("other"), or the reference itself ("copy"). Every metric has one interface:
+a function from the evidence of a row to one number per picture, and how much each picture counts. A picture that could
+not be read, or shows no face, keeps its place in every denominator.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,108 +17,153 @@ from imagine.evaluation import metrics
 from imagine.evaluation.cases import Cases, Judged, JudgedReal
 from imagine.evaluation.suites import Prompt
 
-METRICS = ("prompt", "sim_gt", "sim_ref", "rank1", "copy_paste")
-FLOORS = {"prompt": "copy", "sim_gt": "other", "sim_ref": "other", "rank1": "other", "copy_paste": "copy"}
-OF_CEILING = ("prompt", "sim_gt", "rank1")
+MAIN = ("prompt", "sim_gt", "sim_ref", "rank1", "copy_paste")
+OF_CEILING = ("prompt", "sim_gt", "rank1", "letters")
 
 
-def score(cases: Cases, judged: Judged, real: JudgedReal) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Evidence:
+    """What a metric may look at: the cases, the judge's results for one row of pictures, and for the real pictures."""
+
+    cases: Cases
+    judged: Judged
+    real: JudgedReal
+
+    @property
+    def references(self) -> Tensor:
+        """The embeddings of each case's reference, (cases, D)."""
+        return self.real.references.embeddings[self.cases.person]
+
+    @property
+    def reference_words(self) -> list[dict[str, str]]:
+        """The true attributes of each case's reference."""
+        return [self.real.reference_attributes[person] for person in self.cases.person.tolist()]
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompt of each case."""
+        return [self.cases.prompt(case) for case in range(len(self.cases))]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number per picture, and how much each picture counts.
+
+    floor: the row that shows the worst value to expect. better: whether "higher" or "lower" is better.
+    """
+
+    name: str
+    floor: str
+    score: Callable[[Evidence], Tensor]  # -> (cases,)
+    weight: Callable[[Evidence], Tensor] | None = None  # -> (cases,); None: all pictures count alike
+    better: str = "higher"
+
+
+def _found_share(evidence: Evidence) -> Tensor:
+    return torch.tensor([_share(p, read) for p, read in zip(evidence.prompts, evidence.judged.read, strict=True)])
+
+
+def _asked_count(evidence: Evidence) -> Tensor:
+    return torch.tensor([float(len(prompt.asked)) for prompt in evidence.prompts])
+
+
+def _letters(evidence: Evidence) -> Tensor:
+    asked = [prompt.asked.get("letters") for prompt in evidence.prompts]
+    read = [words.get("letters") for words in evidence.judged.read]
+    return torch.tensor([float(wanted is not None and wanted == got) for wanted, got in zip(asked, read, strict=True)])
+
+
+def _has_letters(evidence: Evidence) -> Tensor:
+    return torch.tensor([float("letters" in prompt.asked) for prompt in evidence.prompts])
+
+
+def _leaks(evidence: Evidence) -> list[dict[str, bool]]:
+    return [
+        metrics.leaked(prompt.asked, words, read)
+        for prompt, words, read in zip(evidence.prompts, evidence.reference_words, evidence.judged.read, strict=True)
+    ]
+
+
+def _leaked_share(evidence: Evidence) -> Tensor:
+    return torch.tensor([sum(each.values()) / max(len(each), 1) for each in _leaks(evidence)])
+
+
+def _leak_count(evidence: Evidence) -> Tensor:
+    return torch.tensor([float(len(each)) for each in _leaks(evidence)])
+
+
+def _copy_paste(evidence: Evidence) -> Tensor:
+    scores = metrics.copy_paste(evidence.judged.embeddings, evidence.real.truths.embeddings, evidence.references)
+    return scores * evidence.judged.readable  # an unreadable picture copies nothing
+
+
+TABLE: tuple[Metric, ...] = (
+    Metric("prompt", "copy", _found_share, _asked_count),
+    Metric("sim_gt", "other", lambda e: metrics.similarity(e.judged.embeddings, e.real.truths.embeddings)),
+    Metric("sim_ref", "other", lambda e: metrics.similarity(e.judged.embeddings, e.references)),
+    Metric("rank1", "other", lambda e: metrics.rank1(e.judged.embeddings, e.real.gallery.embeddings, e.cases.person)),
+    Metric("copy_paste", "copy", _copy_paste, better="lower"),
+    Metric("letters", "copy", _letters, _has_letters),
+    Metric("leakage", "copy", _leaked_share, _leak_count, better="lower"),
+)
+METRICS = tuple(metric.name for metric in TABLE)
+FLOORS = {metric.name: metric.floor for metric in TABLE}
+
+
+def other_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
+    """Return the similarity to the truth by further recognisers, as metrics named sim_gt_NAME."""
+    return tuple(Metric(f"sim_gt_{name}", "other", _by(name)) for name in names)
+
+
+def _by(name: str) -> Callable[[Evidence], Tensor]:
+    return lambda e: metrics.similarity(e.judged.others[name], e.real.truths.others[name])
+
+
+def score(cases: Cases, judged: Judged, real: JudgedReal, table: Sequence[Metric] = TABLE) -> dict[str, Tensor]:
     """Return each metric for every case, as (I, P); "prompt" is the share of the prompt's attributes that was found."""
-    reference = real.references.embeddings[cases.person]
-    truth = real.truths.embeddings
-    shares = [_share(cases.prompt(case), judged.read[case]) for case in range(len(cases))]
-    numbers = {
-        "prompt": torch.tensor(shares),
-        "sim_gt": metrics.similarity(judged.embeddings, truth),
-        "sim_ref": metrics.similarity(judged.embeddings, reference),
-        "rank1": metrics.rank1(judged.embeddings, real.gallery.embeddings, cases.person),
-        "copy_paste": metrics.copy_paste(judged.embeddings, truth, reference),
-    }
-    return {name: values.view(cases.identities, -1) for name, values in numbers.items()}
+    evidence = Evidence(cases, judged, real)
+    return {metric.name: metric.score(evidence).view(cases.identities, -1) for metric in table}
+
+
+def weights(cases: Cases, judged: Judged, real: JudgedReal, table: Sequence[Metric] = TABLE) -> dict[str, Tensor]:
+    """Return how much each case counts in each metric, as (I, P); a metric that nothing counts in is left out."""
+    evidence, one = Evidence(cases, judged, real), torch.ones(len(cases))
+    found = {metric.name: one if metric.weight is None else metric.weight(evidence) for metric in table}
+    return {name: values.view(cases.identities, -1) for name, values in found.items() if bool(values.any())}
 
 
 def summarise(
-    cases: Cases, scores: Mapping[str, Mapping[str, Tensor]], judged: Mapping[str, Judged], real: JudgedReal, seed: int
+    scores: Mapping[str, Mapping[str, Tensor]], counts: Mapping[str, Tensor], table: Sequence[Metric], seed: int
 ) -> dict[str, Any]:
-    """Return the tables of the report as plain numbers: metrics, rows, attributes, groups, leakage."""
-    counts = torch.tensor([float(len(prompt.asked)) for prompt in cases.prompts])
-    weights = {name: counts if name == "prompt" else torch.ones_like(counts) for name in METRICS}
-    table = {
-        row: {name: _summary(numbers[name], weights[name], seed) for name in METRICS} for row, numbers in scores.items()
+    """Return `metrics` (the first row with ceiling and floor), `of_ceiling` and `rows` (every metric of every row)."""
+    rows = {
+        row: {name: summary(numbers[name], weight, seed) for name, weight in counts.items()}
+        for row, numbers in scores.items()
     }
-    main = next(iter(table))
+    main = next(iter(rows))
     headline = {
-        name: {**table[main][name], "ceiling": table["ceiling"][name]["value"], "floor": table[floor][name]["value"]}
-        for name, floor in FLOORS.items()
-    }
+        metric.name: {
+            **rows[main][metric.name], "ceiling": rows["ceiling"][metric.name]["value"],
+            "floor": rows[metric.floor][metric.name]["value"],
+        }
+        for metric in table
+        if metric.name in counts
+    }  # fmt: skip
+    shares = [name for name in OF_CEILING if name in headline]
     return {
         "metrics": headline,
-        "of_ceiling": {name: headline[name]["value"] / max(headline[name]["ceiling"], 1e-9) for name in OF_CEILING},
-        "rows": table,
-        "attributes": _attribute_table(cases, judged),
-        "groups": _group_table(cases, scores),
-        "leakage": _leakage_table(cases, judged, real.reference_attributes),
+        "of_ceiling": {name: headline[name]["value"] / max(headline[name]["ceiling"], 1e-9) for name in shares},
+        "rows": rows,
     }
+
+
+def summary(values: Tensor, weight: Tensor, seed: int) -> dict[str, float]:
+    """Return the weighted mean with a bootstrap interval over people: values and weights (I, P)."""
+    sums, totals = (values * weight).double().sum(1), weight.double().sum(1)
+    low, high = metrics.bootstrap_ratio(sums, totals, seed)
+    return {"value": float(sums.sum() / totals.sum().clamp(min=1e-12)), "low": low, "high": high}
 
 
 def _share(prompt: Prompt, read: Mapping[str, str]) -> float:
     correct = metrics.found(prompt.asked, read)
     return sum(correct.values()) / len(correct)
-
-
-def _summary(values: Tensor, weights: Tensor, seed: int) -> dict[str, float]:
-    """Return the weighted mean over prompts, then over people, with a bootstrap interval over people: (I, P), (P,)."""
-    people = (values * weights).sum(1) / weights.sum()
-    low, high = metrics.bootstrap(people, seed)
-    return {"value": float(people.mean()), "low": low, "high": high}
-
-
-def _attribute_table(cases: Cases, judged: Mapping[str, Judged]) -> dict[str, dict[str, float]]:
-    """Return attribute -> how many prompts asked for it, and the share found in each row."""
-    names = dict.fromkeys(name for prompt in cases.prompts for name in prompt.asked)
-    table: dict[str, dict[str, float]] = {}
-    for name in names:
-        with_attribute = [case for case in range(len(cases)) if name in cases.prompt(case).asked]
-        table[name] = {"asked": len(with_attribute)}
-        for row, results in judged.items():
-            correct = [metrics.found(cases.prompt(case).asked, results.read[case])[name] for case in with_attribute]
-            table[name][row] = sum(correct) / len(correct)
-    return table
-
-
-def _group_table(cases: Cases, scores: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Return prompt group -> row -> mean of every metric."""
-    groups = dict.fromkeys(prompt.group for prompt in cases.prompts)
-    columns = {g: [i for i, prompt in enumerate(cases.prompts) if prompt.group == g] for g in groups}
-    return {
-        group: {
-            row: {name: float(numbers[name][:, columns[group]].mean()) for name in METRICS}
-            for row, numbers in scores.items()
-        }
-        for group in groups
-    }
-
-
-def _leakage_table(
-    cases: Cases, judged: Mapping[str, Judged], references: Sequence[Mapping[str, str]]
-) -> dict[str, dict[str, float]]:
-    """Return attribute -> how often it could leak from the reference, and the share that leaked in each row.
-
-    "all" pools the attributes.
-    """
-    counts: dict[str, dict[str, list[bool]]] = {"all": {row: [] for row in judged}}
-    for row, results in judged.items():
-        for case in range(len(cases)):
-            reference_words = references[case // len(cases.prompts)]
-            for name, has_leaked in metrics.leaked(
-                cases.prompt(case).asked, reference_words, results.read[case]
-            ).items():
-                counts.setdefault(name, {}).setdefault(row, []).append(has_leaked)
-                counts["all"][row].append(has_leaked)
-    return {
-        name: {
-            "possible": len(next(iter(by_row.values()))),
-            **{row: sum(d) / max(len(d), 1) for row, d in by_row.items()},
-        }
-        for name, by_row in counts.items()
-    }

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from imagine.errors import ConfigError
-from imagine.evaluation.group_suites import GROUP_SUITES
 from imagine.world import Contexts, sample_contexts
 from imagine.world.contexts import letter_numbers
 from imagine.world.vocabulary import ATTRIBUTES, CLOTHES
@@ -137,12 +136,13 @@ PORTRAITS: tuple[Prompt, ...] = (
 )  # fmt: skip
 
 SUITES = {"portraits": PORTRAITS}
+OTHER_SUITES = ("people", "dreambench", "photos")  # which imagine.evaluation.people and photos define
 
 
 def load_suite(name: str) -> tuple[Prompt, ...]:
     """Return the prompts of a suite of one person. Raises ConfigError for an unknown name."""
     if name not in SUITES:
-        raise ConfigError(f"There is no suite {name!r}: choose from {', '.join((*SUITES, *GROUP_SUITES))}.")
+        raise ConfigError(f"There is no suite {name!r}: choose from {', '.join((*SUITES, *OTHER_SUITES))}.")
     return SUITES[name]
 
 

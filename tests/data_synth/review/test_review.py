@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from data_synth.records import Pair, Rejection
-from data_synth.review.agreement import agreement, cohen, fleiss
 from data_synth.review.decisions import (
     FILE,
     REASONS,
@@ -30,8 +29,10 @@ from data_synth.review.decisions import (
     judged,
     open_queue,
 )
-from data_synth.review.server import LARGEST_BODY, ReviewServer
+from data_synth.review.server import ReviewServer
 from imagine.errors import ConfigError, ImagineError
+from imagine.evaluation.metrics.agreement import agreement, cohen, fleiss
+from imagine.local_server import LARGEST_BODY
 from tests.review_pairs import pair, pairs, picture
 
 

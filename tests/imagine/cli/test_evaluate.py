@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from imagine.cli.evaluate import Announcement, duration
-from imagine.evaluation import evaluate, group_evaluate
-from imagine.evaluation.group_suites import GROUP_SUITES
+from imagine.evaluation import evaluate
+from imagine.evaluation.people import evaluate as group_evaluate
+from imagine.evaluation.people.suites import GROUP_SUITES
 from tests import tiny
 from tests.commands import Run, assert_refused, terminal
 

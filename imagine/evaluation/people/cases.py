@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imagine.evaluation.group_suites import NAMES, GroupPrompt
+from imagine.evaluation.people.suites import NAMES, GroupPrompt
 from imagine.evaluation.suites import contexts_for
 from imagine.world import (
     Contexts,

@@ -1,45 +1,52 @@
 """Write the HTML page and the samples of the suite `people`."""
 
-import html as markup
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from imagine.evaluation import report
-from imagine.evaluation.group_cases import GroupCases
-from imagine.evaluation.group_judging import JudgedGroup
-from imagine.evaluation.group_scores import JudgedRow, is_assigned
+from imagine.evaluation.page import document, pictures, tables
+from imagine.evaluation.people.cases import GroupCases
+from imagine.evaluation.people.judging import JudgedGroup
+from imagine.evaluation.people.scores import JudgedRow, is_assigned
 
 _SHOWN = 4  # groups of each size in the samples
 
 
-def html(summary: Mapping[str, Any]) -> str:
-    """Return the whole page for a summary as report.json holds it."""
+def html(summary: Mapping[str, Any], sheet: Image.Image) -> str:
+    """Return the whole page for a summary as report.json holds it, with the sheet of `samples`."""
     groups = " and ".join(f"{number} groups of {count}" for count, number in summary["groups"].items())
     facts = (
-        f"{groups} held-out people, {summary['prompts']} sentences for each number of people, seed {summary['seed']}, "
-        f"commit {summary['commit'] or 'unknown'}. A face shows a person if their similarity exceeds "
-        f"{summary['threshold']:.3f} and nobody else of the group is more similar to it."
+        f"{groups} held-out people, {summary['prompts']} sentences for each number of people, by {summary['system']}, "
+        f"seed {summary['seed']}, {summary['world']}, commit {summary['commit'] or 'unknown'}. A face shows a person "
+        f"if their similarity exceeds {summary['threshold']:.3f} and nobody else of the group is more similar to it."
     )
     parts = [
-        f"<h1>Evaluation: {markup.escape(summary['suite'])}</h1><p>{markup.escape(facts)}</p>",
-        *[f"<p>{markup.escape(note)}</p>" for note in summary["notes"]],
-        "<h2>Metrics</h2>", report.metrics_table(summary["metrics"], summary["of_ceiling"]),
+        f"<h1>Evaluation: {document.escape(summary['suite'])}</h1>", document.paragraph(facts), tables.costs(summary),
+        *tables.notes(summary),
+        document.heading("Metrics"), tables.metrics_table(summary["metrics"], summary["of_ceiling"]),
+        document.paragraph(
+            "Kept, drift, swap, dominance, blending and missing add up to all people: what became of the face in each "
+            f"person's place, by a change of similarity of more than {summary['tolerance']:.3f} against real pictures.",
+            "soft",
+        ),
+        tables.metrics_plot(summary["metrics"]),
     ]  # fmt: skip
     for count, metrics in summary["by_people"].items():
-        parts += [f"<h2>{count} people</h2>", report.metrics_table(metrics, {})]
+        parts += [document.heading(f"{count} people"), tables.metrics_table(metrics, {})]
     parts += [
-        "<h2>Rows</h2>", report.rows_table(summary["rows"]),
-        "<h2>Attributes found</h2>", report.share_table(summary["attributes"], list(summary["rows"]), "asked"),
-        '<h2>Samples</h2><img src="samples.png" alt="references and pictures">',
+        document.heading("Rows"), tables.rows_table(summary["rows"]),
+        document.heading("Attributes found"),
+        tables.share_table(summary["attributes"], list(summary["rows"]), "asked"),
+        document.heading("Samples"), pictures.whole(sheet, "references and pictures"),
     ]  # fmt: skip
-    return report.page(parts)
+    return document.page(f"Evaluation: {summary['suite']}", parts)
 
 
 def samples(
     sets: Sequence[GroupCases], rows: Sequence[JudgedRow], reference: Callable[[GroupCases, int], Image.Image],
-    drawn: Callable[[GroupCases, int], Image.Image],
+    drawn: Callable[[GroupCases, int], Image.Image | None],
 ) -> Image.Image:  # fmt: skip
     """Return the first groups of each size, their references in the first columns and one column per sentence.
 
@@ -56,13 +63,16 @@ def samples(
 
 def _sheet(
     cases: GroupCases, row: JudgedRow, reference: Callable[[GroupCases, int], Image.Image],
-    drawn: Callable[[GroupCases, int], Image.Image],
+    drawn: Callable[[GroupCases, int], Image.Image | None],
 ) -> Image.Image:  # fmt: skip
     lines, prompts = [], len(cases.prompts)
     for group in range(min(_SHOWN, cases.groups)):
         people = [report.Cell(reference(cases, group * cases.count + number)) for number in range(cases.count)]
         numbers = range(group * prompts, (group + 1) * prompts)
-        lines.append(people + [report.Cell(drawn(cases, n), _notes(cases, n, row.pictures[n])) for n in numbers])
+        lines.append(
+            people
+            + [report.Cell(drawn(cases, n) or report.blank(), _notes(cases, n, row.pictures[n])) for n in numbers]
+        )
     headers = [f"reference of {{{name}}}" for name in cases.names] + [prompt.text for prompt in cases.prompts]
     return report.contact_sheet(headers, lines, side=96 * cases.count, height=128, title=f"{cases.count} people")
 

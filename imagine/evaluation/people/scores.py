@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagine.evaluation.group_cases import GroupCases
-from imagine.evaluation.group_judging import JudgedGroup
-from imagine.evaluation.group_suites import GroupPrompt
 from imagine.evaluation.metrics import bootstrap_ratio, found
+from imagine.evaluation.metrics.several import PATTERNS
+from imagine.evaluation.people.cases import GroupCases
+from imagine.evaluation.people.judging import JudgedGroup
+from imagine.evaluation.people.suites import GroupPrompt
 
-METRICS = ("present", "doubled", "assigned", "attributes", "exchanged")
+METRICS = ("present", "doubled", "assigned", "attributes", "exchanged", *PATTERNS)
+LOWER_IS_BETTER = ("doubled", *PATTERNS[1:])
 Counts = dict[str, tuple[Tensor, Tensor]]  # metric -> how often, out of how many, for each group (groups,)
 
 
@@ -57,6 +59,8 @@ def count_groups(cases: GroupCases, row: JudgedRow) -> Counts:
             for prompt, group in zip(prompts, row.pictures, strict=True)
         ],
     }
+    if all(group.patterns for group in row.pictures):
+        numbers |= {name: [(group.patterns.count(name), cases.count) for group in row.pictures] for name in PATTERNS}
     counts: Counts = {}
     for name, pairs in numbers.items():
         table = torch.tensor(pairs).view(cases.groups, len(cases.prompts), 2).sum(1)
@@ -85,11 +89,14 @@ def summarise(sets: Sequence[GroupCases], rows: Mapping[str, Sequence[JudgedRow]
     return {
         "metrics": headline,
         "of_ceiling": {
-            name: one["value"] / max(one["ceiling"], 1e-9) for name, one in headline.items() if name != "doubled"
+            name: one["value"] / max(one["ceiling"], 1e-9)
+            for name, one in headline.items()
+            if name not in LOWER_IS_BETTER
         },
         "by_people": by_people,
         "rows": together,
         "attributes": _attribute_table(sets, rows),
+        "people": _group_means(next(iter(counts.values()))),
         "faces": {row: _mean_faces(sets, judged) for row, judged in rows.items()},
     }
 
@@ -104,6 +111,20 @@ def _metrics(parts: Sequence[Counts], seed: int) -> dict[str, dict[str, float]]:
             low, high = bootstrap_ratio(counts, totals, seed)
             table[name] = {"value": int(counts.sum()) / int(totals.sum()), "low": low, "high": high}
     return table
+
+
+def _group_means(parts: Sequence[Counts]) -> dict[str, list[float]]:
+    """Return metric -> each group's share, the pairs first, to compare systems."""
+    return {
+        name: [
+            float(count) / max(float(total), 1.0)
+            for part in parts
+            if name in part
+            for count, total in zip(*part[name], strict=True)
+        ]
+        for name in METRICS
+        if any(name in part for part in parts)
+    }
 
 
 def _headline(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:

@@ -17,17 +17,14 @@ from torch import Tensor
 
 from imagine.errors import ConfigError
 from imagine.evaluation import cases as portrait_cases
-from imagine.evaluation import (
-    evaluate,
-    group_cases,
-    group_evaluate,
-    group_judging,
-    group_scores,
-    metrics,
-    report,
-)
-from imagine.evaluation.group_cases import GroupCases, make_group_cases
-from imagine.evaluation.group_judging import (
+from imagine.evaluation import evaluate, metrics, report
+from imagine.evaluation.judge import Judge, Reader
+from imagine.evaluation.people import cases as group_cases
+from imagine.evaluation.people import evaluate as group_evaluate
+from imagine.evaluation.people import judging as group_judging
+from imagine.evaluation.people import scores as group_scores
+from imagine.evaluation.people.cases import GroupCases, make_group_cases
+from imagine.evaluation.people.judging import (
     JudgedGroup,
     JudgedPerson,
     identify,
@@ -35,8 +32,7 @@ from imagine.evaluation.group_judging import (
     portrait_squares,
     same_person_threshold,
 )
-from imagine.evaluation.group_suites import GROUP_SUITES, NAMES, AskedPerson, GroupPrompt
-from imagine.evaluation.judge import Judge, Reader
+from imagine.evaluation.people.suites import GROUP_SUITES, NAMES, AskedPerson, GroupPrompt
 from imagine.evaluation.suites import PORTRAITS
 from imagine.networks.recogniser import Recogniser
 from imagine.people.faces import KnownBoxesFinder
@@ -472,7 +468,7 @@ def test_an_interrupted_run_resumes_to_the_same_report(quick: Judge, tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         evaluated(two, tmp_path / "two", quick, threshold_people=4)
     resumed = evaluated(three, tmp_path / "two", quick, threshold_people=4, batch=3)
-    assert len(three.drawn) == len(one.drawn) - 4 == 11 - 4  # one batch of four was complete
+    assert len(three.drawn) == len(one.drawn) - 6 == 11 - 6  # two batches of the pairs, of four and of two, were complete
     assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
     with pytest.raises(ConfigError, match="other prompts: choose another --output"):
         evaluated(Oracle(), tmp_path / "two", quick, prompts=2)

@@ -5,20 +5,23 @@ compares each face with each person of the group, by a portrait of the person th
 are assigned to people so that the sum of the similarities is largest (the Hungarian method).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from imagine.errors import ConfigError
-from imagine.evaluation.group_cases import PLAIN
-from imagine.evaluation.group_suites import GROUP_SUITES
 from imagine.evaluation.judge import Judge
 from imagine.evaluation.metrics import similarity
+from imagine.evaluation.metrics.several import confusion, patterns
+from imagine.evaluation.people.cases import PLAIN
+from imagine.evaluation.people.suites import GROUP_SUITES
 from imagine.evaluation.report import to_pil
+from imagine.evaluation.runs.judged import JudgedStore
 from imagine.evaluation.suites import contexts_for
 from imagine.people.assignment import assign
 from imagine.people.faces import CROP_RISE, CROP_SIDE, FaceFinder, crop_unmasked
@@ -55,11 +58,27 @@ class JudgedGroup:
     """One picture: its people in the order of the references, its number of faces, and whether someone is doubled.
 
     A person is doubled who is the most similar of the group, above the threshold, to two or more faces.
+    slots: for each person the similarities of the face in their place to every person of the group; NaN without a
+        face. The place is the sentence's, or, where it gives none, that of the face assigned to the person.
+    patterns: what became of each person, of `metrics.several.PATTERNS`; empty where it was not asked for.
     """
 
     people: tuple[JudgedPerson, ...]
     faces: int
     doubled: bool
+    slots: tuple[tuple[float, ...], ...] = ()
+    patterns: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "JudgedGroup":
+        """Return the result that `as_dict` wrote."""
+        people = tuple(JudgedPerson(**person) for person in plain["people"])
+        slots = tuple(tuple(float(value) for value in row) for row in plain["slots"])
+        return cls(people, plain["faces"], plain["doubled"], slots, tuple(plain["patterns"]))
 
     @property
     def all_present(self) -> bool:
@@ -74,24 +93,51 @@ class JudgedGroup:
 
 def judge_groups(
     judge: Judge, cases: Tensor, pictures: Pictures, truths: Tensor, threshold: float, batch: int = 32,
-    progress: Progress = no_progress, stage: str = "judging",
+    progress: Progress = no_progress, stage: str = "judging", places: "Sequence[Sequence[int] | None] | None" = None,
+    store: JudgedStore | None = None, name: str = "", source: str = "",
 ) -> list[JudgedGroup]:  # fmt: skip
-    """Judge the pictures of these cases, a batch at a time; truths (cases, P, D) are embeddings of their people."""
+    """Judge the pictures of these cases, a batch at a time; truths (cases, P, D) are embeddings of their people.
+
+    places: each person's place from the left in each case, or None where the sentence gives none. With a store, results
+    are kept under `name`; a part of a run judges its batches only and leaves the others out. `source` is a text that
+    determines the pictures, which are then not loaded to recognise them. A picture of NaN stands for one that could not
+    be read, and has no face.
+    """
     judged: list[JudgedGroup] = []
-    for start in range(0, len(cases), batch):
+    for number, start in enumerate(range(0, len(cases), batch)):
+        if store is not None and not store.shard.owns(number):
+            continue
         progress(stage, start, len(cases))
-        images = pictures(cases[start : start + batch])
-        judged += _judge_batch(judge, images, truths[start : start + batch], threshold)
+        rows = slice(start, start + batch)
+        images = None if source else pictures(cases[rows])
+        digest, found = "", None
+        if store is not None:
+            digest = store.digest(f"{threshold} {source} {start}" if images is None else images)
+            found = store.load(name, start, digest)
+        if found is None:
+            images = pictures(cases[rows]) if images is None else images
+            results = _judge_batch(judge, images, truths[rows], threshold, list(places[rows]) if places else None)
+            if store is not None:
+                store.computed += len(images)
+                store.save(name, start, digest, {}, [each.as_dict() for each in results])
+        else:
+            results = [JudgedGroup.from_dict(each) for each in found[1]]
+        judged += results
     return judged
 
 
-def _judge_batch(judge: Judge, images: Tensor, truths: Tensor, threshold: float) -> list[JudgedGroup]:
+def _judge_batch(
+    judge: Judge, images: Tensor, truths: Tensor, threshold: float, places: "Sequence[Sequence[int] | None] | None"
+) -> list[JudgedGroup]:
+    places = [None] * len(images) if places is None else places
     boxes = find_faces(judge, images)
+    images = images.nan_to_num()
     counts = [len(found) for found in boxes]
     rows = torch.arange(len(images)).repeat_interleave(torch.tensor(counts))
     joined = torch.cat(boxes)
     embedded = judge.embed(images[rows], joined).split(counts)
-    found = [identify(own @ faces.T, threshold) for own, faces in zip(truths, embedded, strict=True)]
+    similarities = [own @ faces.T for own, faces in zip(truths, embedded, strict=True)]
+    found = [identify(each, threshold) for each in similarities]
     starts = [sum(counts[:number]) for number in range(len(counts))]
     present = [
         start + column
@@ -101,17 +147,54 @@ def _judge_batch(judge: Judge, images: Tensor, truths: Tensor, threshold: float)
     ]
     squares = portrait_squares(images[rows[present]], joined[present], judge.reader.size)
     read = dict(zip(present, judge.read(squares), strict=True))
-    return [_judged(one, own, start, read) for one, own, start in zip(found, boxes, starts, strict=True)]
+    width = images.shape[-1]
+    slots = [
+        slot_similarities(each, _slot_columns(one, own, place, width))
+        for each, one, own, place in zip(similarities, found, boxes, places, strict=True)
+    ]
+    return [
+        _judged(one, own, start, read, slot) for one, own, start, slot in zip(found, boxes, starts, slots, strict=True)
+    ]
 
 
-def _judged(found: "Identified", boxes: Tensor, start: int, read: dict[int, dict[str, str]]) -> JudgedGroup:
+def slot_similarities(similarities: Tensor, columns: "Sequence[int | None]") -> tuple[tuple[float, ...], ...]:
+    """Return S_gen: row i holds the similarities (P, F) of the face in column i to every person, NaN without a face."""
+    blank = torch.full((len(similarities),), torch.nan)
+    rows = [blank if column is None else similarities[:, column] for column in columns]
+    return tuple(tuple(float(value) for value in row) for row in rows)
+
+
+def _slot_columns(
+    found: "Identified", boxes: Tensor, places: "Sequence[int] | None", width: int
+) -> "Sequence[int | None]":
+    """Return the face in each person's place: the nearest to it, or the assigned one where no place is given."""
+    if places is None or not len(boxes):
+        return found.columns
+    centres = (boxes[:, 0] + boxes[:, 2] / 2) / width
+    wanted = (torch.tensor([float(place) for place in places]) + 0.5) / len(places)
+    nearest = assign(-(wanted.unsqueeze(1) - centres).abs().numpy())
+    return [nearest.get(person) for person in range(len(places))]
+
+
+def _judged(
+    found: "Identified", boxes: Tensor, start: int, read: dict[int, dict[str, str]],
+    slots: tuple[tuple[float, ...], ...],
+) -> JudgedGroup:  # fmt: skip
     """Return one picture's result; `start` is the number of its first face among all faces, which `read` counts."""
     people = []
     for column, score, is_present in zip(found.columns, found.similarities, found.present, strict=True):
         centre = None if column is None else float(boxes[column, 0] + boxes[column, 2] / 2)
         words = read[start + column] if column is not None and is_present else {}
         people.append(JudgedPerson(score, centre, is_present, words))
-    return JudgedGroup(tuple(people), len(boxes), found.doubled)
+    return JudgedGroup(tuple(people), len(boxes), found.doubled, slots)
+
+
+def with_patterns(groups: Sequence[JudgedGroup], real: Tensor, limit: float) -> list[JudgedGroup]:
+    """Return the results with what became of each person; real (groups, P, P) is S_gt of each picture."""
+    return [
+        replace(group, patterns=tuple(patterns(confusion(torch.tensor(group.slots), own), limit)))
+        for group, own in zip(groups, real, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -152,7 +235,7 @@ def require_finder(judge: Judge) -> FaceFinder:
 def find_faces(judge: Judge, images: Tensor) -> list[Tensor]:
     """Return the boxes of all faces in each picture, (F, 4): left, top, width and height in pixels."""
     finder = require_finder(judge)
-    found = [finder.find(to_pil(image)) for image in images]
+    found = [() if bool(image.isnan().any()) else finder.find(to_pil(image)) for image in images]
     return [torch.tensor([[f.left, f.top, f.width, f.height] for f in faces]).view(-1, 4) for faces in found]
 
 

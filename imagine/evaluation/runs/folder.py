@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from imagine.errors import ConfigError
+from imagine.errors import ConfigError, PictureError
 from imagine.evaluation import report
 from imagine.networks import weights
 from imagine.paths import PACKAGE, kind_of
+
+SETTINGS = "evaluation.json"
 
 
 def fingerprint(pipeline: Any) -> str:
@@ -36,26 +39,37 @@ def fingerprint(pipeline: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def noise_seed(seed: int, case: int, variant: int = 0) -> int:
+    """Return the seed of the noise of one picture, which depends on the run's seed, the case and its variant only."""
+    return (seed * 1_000_003 + case + variant * 2_000_000_011) % 2**63  # torch accepts no larger seeds
+
+
 def generator_for(seed: int, case: int) -> torch.Generator:
-    """Return the source of the noise of one picture, which depends on the run's seed and the case only."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + case) % 2**63)  # torch accepts no larger seeds
+    """Return the source of the noise of one picture."""
+    return torch.Generator().manual_seed(noise_seed(seed, case))
 
 
 def read_picture(path: Path) -> Tensor:
-    """Read a picture file as (3, H, W) in 0..1. Raises ConfigError if it cannot be read."""
+    """Read a picture file as (3, H, W) in 0..1. Raises PictureError if it cannot be read."""
     try:
         with Image.open(path) as image:
             return report.to_tensor(image)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read as a picture: delete it, and the run draws it again.") from error
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises each of them for damaged files
+        raise PictureError(f"{path} cannot be read as a picture: delete it, and the run draws it again.") from error
 
 
-def save_atomically(image: Image.Image, path: Path) -> None:
-    """Write to a temporary file and rename it, so that a file that exists is always a complete picture."""
+def save_atomically(image: Image.Image, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write to a temporary file and rename it, so that a file that exists is always a complete picture.
+
+    `facts` become text chunks of the PNG file, such as its prompt and seed.
+    """
+    chunks = PngInfo()
+    for name, value in (facts or {}).items():
+        chunks.add_itxt(name, str(value))
     with config_error_on_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".part")
-        image.save(partial_path, format="PNG")
+        partial_path = path.with_suffix(f".{os.getpid()}.part")
+        image.save(partial_path, format="PNG", pnginfo=chunks)
         os.replace(partial_path, path)
 
 
@@ -72,7 +86,7 @@ def config_error_on_failure(path: Path) -> Iterator[None]:
 
 def check_settings_file(output: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings of this evaluation into the folder. Raises ConfigError if it holds other settings."""
-    path = output / "evaluation.json"
+    path = output / SETTINGS
     wanted = json.loads(json.dumps(settings, default=str))
     if kind_of(path, ConfigError) != "nothing":
         found = _read_settings_file(path)
@@ -81,7 +95,10 @@ def check_settings_file(output: Path, settings: Mapping[str, Any]) -> None:
             raise ConfigError(f"{output} holds an evaluation with other {other}: choose another --output folder.")
     with config_error_on_failure(path):
         output.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        if kind_of(path, ConfigError) == "nothing":
+            partial = path.with_suffix(f".{os.getpid()}.part")
+            partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, path)
 
 
 def _read_settings_file(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""A run on disk: its folder, what was judged, and how its work is divided among processes."""
