@@ -468,7 +468,9 @@ def test_an_interrupted_run_resumes_to_the_same_report(quick: Judge, tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         evaluated(two, tmp_path / "two", quick, threshold_people=4)
     resumed = evaluated(three, tmp_path / "two", quick, threshold_people=4, batch=3)
-    assert len(three.drawn) == len(one.drawn) - 6 == 11 - 6  # two batches of the pairs, of four and of two, were complete
+    assert (
+        len(three.drawn) == len(one.drawn) - 6 == 11 - 6
+    )  # two batches of the pairs, of four and of two, were complete
     assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
     with pytest.raises(ConfigError, match="other prompts: choose another --output"):
         evaluated(Oracle(), tmp_path / "two", quick, prompts=2)
