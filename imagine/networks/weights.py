@@ -122,7 +122,7 @@ def read_index(folder: Path, other_classes: Collection[str] = ()) -> dict[str, A
     if name in other_classes:
         return index
     if name != PIPELINE:
-        others = " or one of Stable Diffusion 1.5 or XL" if other_classes else ""
+        others = ", or a pipeline of diffusers that takes references" if other_classes else ""
         raise WeightsError(f"{folder} holds a {name}, not an {PIPELINE}; name a folder that imagine saved{others}.")
     version = index.get("format_version")
     if version != FORMAT_VERSION:

@@ -19,7 +19,7 @@ from imagine.ip_adapter.reading import fetch
 from imagine.networks import weights
 from imagine.networks.files import variant_of
 from imagine.people.reference_encoder import saved_metadata
-from imagine.stock import STOCK_PIPELINES
+from imagine.pipeline.families import class_names
 
 SCALE_KEY = "ip_adapter_scale"  # metadata key of a saved IP-Adapter's scale, as JSON
 
@@ -123,7 +123,7 @@ def choose_variant(folder: Path, variant: str | None, given: Collection[str]) ->
     given: components that are not read from the folder. Raises WeightsError if the folder lacks the variant, or holds
     several and no files without one.
     """
-    index = weights.read_index(folder, STOCK_PIPELINES)
+    index = weights.read_index(folder, class_names())
     names = [name for name, entry in index.items() if name not in given and isinstance(entry, list) and any(entry)]
     found = [
         {each for file in (folder / name).glob("*") if (each := variant_of(file.name)) is not None} for name in names
