@@ -5,8 +5,10 @@ one makes travels to the next over the wires IMAGINE_PIPE and IMAGINE_PERSONA. A
 that the library raises. Interruption and progress go through ComfyUI at every denoising step.
 """
 
+import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -239,15 +241,28 @@ def references(people: list[Any], names: str) -> Any:
     return {name: person for name, person in zip(each, people, strict=False) if person is not None}
 
 
+def progress_shower() -> Callable[[int, int], None]:
+    """Return a function that shows in ComfyUI how many steps are done, and how many there are.
+
+    Some releases, 0.3.64 among them, have no `execution` on the synchronous interface; there the older ProgressBar of
+    `comfy.utils` does the same.
+    """
+    execution: Any = getattr(ComfyAPISync(), "execution", None)
+    if execution is None:
+        bar: Any = importlib.import_module("comfy.utils").ProgressBar(1)
+        return lambda value, total: bar.update_absolute(value, total)
+    return lambda value, total: execution.set_progress(value=value, max_value=total)
+
+
 def step_callback(steps: int) -> Any:
     """Return a callback that reports each step to ComfyUI, and stops where the user has interrupted it."""
-    api = ComfyAPISync()
+    show = progress_shower()
 
     def report(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         management: Any = sys.modules.get("comfy.model_management")  # absent outside of ComfyUI
         if management is not None:
             management.throw_exception_if_processing_interrupted()
-        api.execution.set_progress(value=step + 1, max_value=getattr(pipe, "num_timesteps", 0) or steps or step + 1)
+        show(step + 1, getattr(pipe, "num_timesteps", 0) or steps or step + 1)
         return tensors
 
     return report
