@@ -50,8 +50,9 @@ def run_show(options: argparse.Namespace) -> dict[str, Any]:
     from imagine.personas.files import read_persona_facts
 
     facts, notes = read_persona_facts(options.file), []
-    if facts.encrypted and options.passphrase_file is not None:
-        facts = _opened(facts, read_passphrase(options.passphrase_file))
+    passphrase = read_passphrase(options.passphrase_file)
+    if facts.encrypted and passphrase is not None:
+        facts = _opened(facts, passphrase)
     elif facts.encrypted:
         notes.append(_ENCRYPTED)
     fits = None if not facts.encoder else _fits(facts.encoder, options.weights)

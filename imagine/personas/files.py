@@ -124,7 +124,7 @@ def delete_persona(path: str | os.PathLike[str]) -> Deleted:
     leftovers = [each.with_name(each.name + PARTIAL) for each in (file, target)]
     doomed = [*dict.fromkeys([file, target]), *(each for each in dict.fromkeys(leftovers) if each.is_file())]
     doomed = [each for number, each in enumerate(doomed) if each.absolute() not in map(Path.absolute, doomed[:number])]
-    gone = []
+    gone = list[Path]()
     for each in doomed:
         try:
             each.unlink()

@@ -68,8 +68,8 @@ def read_credentials(data: bytes, file_format: str) -> dict[str, Any] | None:
         return {"state": "Invalid", "trusted": False, "problems": [str(error)], "ai_generated": None, "record": None}
     manifest = report["manifests"][report["active_manifest"]]
     assertions = {each["label"]: each["data"] for each in manifest.get("assertions", ())}
-    actions = next((each for label, each in assertions.items() if label.startswith("c2pa.actions")), {})
-    sources = [each.get("digitalSourceType", "") for each in actions.get("actions", ())]
+    actions: list[Any] = [each for label, each in assertions.items() if label.startswith("c2pa.actions")]
+    sources = [one.get("digitalSourceType", "") for each in actions for one in each.get("actions", ())]
     problems = [each["code"] for each in report.get("validation_status", ())]
     return {
         "state": state,

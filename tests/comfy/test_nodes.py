@@ -27,7 +27,7 @@ from tests.root import ROOT
 
 PACK = ROOT / "comfy" / "imagine_nodes"
 INTERFACE = os.environ.get("IMAGINE_COMFYUI_CHECKOUT") or str(ROOT / "tests" / "comfy" / "interface")
-GENERATE = {
+GENERATE: dict[str, Any] = {
     "prompt": "a person on a beach", "negative_prompt": "", "seed": 7, "pictures": 1, "steps": 2, "guidance": 0.0,
     "identity": 1.0, "width": 0, "height": 0, "watermark": "off", "names": "a, b, c, d",
 }  # fmt: skip

@@ -21,7 +21,7 @@ def read_as_a1111(text: str) -> dict[str, str]:
     *lines, last = text.strip().split("\n")
     pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last)
     assert len(pairs) >= 3
-    prompt, negative, in_negative = [], [], False
+    prompt, negative, in_negative = list[str](), list[str](), False
     for line in lines:
         if line.startswith("Negative prompt:"):
             in_negative, line = True, line.removeprefix("Negative prompt:").strip()
