@@ -18,19 +18,19 @@ class ServeSettings(BaseModel):
     weights: Path | None = None
     device: str = "auto"
     host: str = "127.0.0.1"
-    port: int = Field(8188, ge=0, le=65_535)
-    workers: int = Field(1, ge=0, le=64)  # processes started here; 0 if they run elsewhere
+    port: int = Field(default=8188, ge=0, le=65_535)
+    workers: int = Field(default=1, ge=0, le=64)  # processes started here; 0 if they run elsewhere
 
-    max_batch: int = Field(8, ge=1)  # pictures denoised together on one device
-    max_queue: int = Field(500, ge=1)
-    max_queue_per_owner: int = Field(128, ge=1)
-    max_pictures: int = Field(10, ge=1)  # of one job
-    max_steps: int = Field(150, ge=1)
-    max_side: int = Field(2048, ge=32)
-    requests_per_minute: float = Field(600.0, gt=0)  # new jobs of one owner
+    max_batch: int = Field(default=8, ge=1)  # pictures denoised together on one device
+    max_queue: int = Field(default=500, ge=1)
+    max_queue_per_owner: int = Field(default=128, ge=1)
+    max_pictures: int = Field(default=10, ge=1)  # of one job
+    max_steps: int = Field(default=150, ge=1)
+    max_side: int = Field(default=2048, ge=32)
+    requests_per_minute: float = Field(default=600.0, gt=0)  # new jobs of one owner
 
-    max_body: int = Field(25 << 20, ge=1024)
-    max_photos: int = Field(16, ge=1)
+    max_body: int = Field(default=25 << 20, ge=1024)
+    max_photos: int = Field(default=16, ge=1)
     max_photo_pixels: int = 40_000_000
     max_photo_side: int = 8_192
     upload_idle: float = 10.0  # longest wait for the next piece of a body

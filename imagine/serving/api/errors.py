@@ -110,7 +110,7 @@ def install(app: FastAPI) -> None:
             code = _BY_STATUS.get(error.status_code, "invalid_request")
             known = ApiError(code, str(error.detail).rstrip(".") + ".")
             known.headers, error = error.headers, known
-        return error_response(error, request.url.path)  # type: ignore[arg-type]
+        return error_response(error, request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -52,8 +52,8 @@ class Access:
             query = keys.update().where(keys.c.id == key, keys.c.revoked.is_(None)).values(revoked=self.clock())
             return bool(connection.execute(query).rowcount)
 
-    def list_keys(self) -> "list[sa.Row[Any]]":
-        """Return id, name, creation and revocation of all keys, the oldest first."""
+    def list_keys(self) -> list[Any]:
+        """Return rows with id, name, creation and revocation of all keys, the oldest first."""
         query = sa.select(keys.c.id, keys.c.name, keys.c.created, keys.c.revoked).order_by(keys.c.created)
         with self.database.reading() as connection:
             return list(connection.execute(query).all())

@@ -78,9 +78,9 @@ class Jobs:
             if (known := self._known(connection, wanted)) is not None:
                 return known, False
             open_jobs = sa.select(sa.func.count()).where(jobs.c.state.in_(("queued", "running")))
-            if connection.scalar(open_jobs.where(jobs.c.owner == wanted.owner)) >= most_of_owner:
+            if (connection.scalar(open_jobs.where(jobs.c.owner == wanted.owner)) or 0) >= most_of_owner:
                 raise QueueFullError(own=True)
-            if connection.scalar(open_jobs) >= most:
+            if (connection.scalar(open_jobs) or 0) >= most:
                 raise QueueFullError(own=False)
             row = connection.execute(
                 jobs.insert().returning(jobs),

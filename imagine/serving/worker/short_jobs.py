@@ -45,7 +45,7 @@ def _enroll(job: Job, reader: Reader, store: Store) -> None:
 
 def _check(job: Job, pipe: Any, reader: Reader) -> dict[str, Any]:
     """Return the report on a photo: its faces, the one that is used, its crop, and advice."""
-    face = job.request.get("face") or "largest"
+    face: Any = job.request.get("face") or "largest"
     report = report_photo(reader.photo(job), pipe.finder, pipe._current_encoder_info().image_size, face)
     crop = report.crop.image.resize((CROP_SIDE, CROP_SIDE))
     encoded = io.BytesIO()

@@ -1,6 +1,6 @@
 """The second pass: which faces it redraws, what it may change, and what it must not change."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def test_a_layout_says_who_is_on_the_left(
 ) -> None:
     seen: list[tuple[int, FaceBox]] = []
 
-    def redraw(drawing: Any, faces: Any, squares: torch.Tensor, second_pass: Any) -> Iterator[Any]:
+    def redraw(drawing: Any, faces: Any, squares: torch.Tensor, second_pass: Any) -> Generator[Any, None, Any]:
         seen.extend((face.person, face.box) for face in faces)
         yield from ()
         return squares

@@ -70,11 +70,12 @@ def together(
             break
         if runs:
             stepper.step(list(runs.values()), most)
-        for number, run in list(runs.items()):
-            while run is not None and run.done:
-                run = runs[number] = next(iterators[number], None)  # type: ignore[arg-type]
-                if run is None:
-                    del runs[number]
+        for number in [number for number, run in runs.items() if run.done]:
+            following = next(iterators[number], None)
+            if following is None:
+                del runs[number]
+            else:
+                runs[number] = following
     return [each.result() for each in drawings]
 
 

@@ -42,7 +42,7 @@ _FILE = {
         },
     }
 }
-_LATER = {202: {"model": JobAnswer, "description": "The job, which is not done yet"}}
+_LATER: dict[int | str, dict[str, Any]] = {202: {"model": JobAnswer, "description": "The job, which is not done yet"}}
 
 
 @router.post("/uploads", status_code=201, response_model=list[UploadAnswer], openapi_extra=_FILE)

@@ -15,7 +15,7 @@ from imagine.serving.store.jobs import Admission
 from tests import tiny
 from tests.imagine.serving.servers import Running, ended, opened, photo, running
 
-PROMPT = {"prompt": "a person smiling on a beach", "steps": 2}
+PROMPT: dict[str, Any] = {"prompt": "a person smiling on a beach", "steps": 2}
 WAIT = {"prefer": "wait=60"}
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from imagine.pipeline.pipeline import ImaginePipeline
+from imagine.serving.store.people import StoredPersona
 from imagine.serving.store.records import Job
 from imagine.serving.store.store import Store
 from imagine.serving.worker.failures import DeviceLostError, describe
@@ -19,7 +20,6 @@ from imagine.serving.worker.saving import save_persona
 from imagine.serving.worker_counts import Counts
 from tests import tiny
 from tests.imagine.serving.servers import opened
-from tests.imagine.serving.store.test_people import StoredPersona
 from tests.imagine.serving.stores import Clock, admit, settings_of
 
 PROMPT = "a person smiling on a beach"
