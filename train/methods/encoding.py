@@ -131,10 +131,14 @@ class EncoderTask:
         self.place_word.requires_grad_(False)
         self.noun = noun
 
-    def places_text(self, sentences: Sequence[str]) -> TextState:
-        """Encode sentences; `places` is 1 where the class noun stands."""
+    def places_text(self, sentences: Sequence[str], where: Tensor) -> TextState:
+        """Encode sentences; in those `where` (B,) is True, `places` is 1 where the class noun stands."""
         assert self.place_word is not None, "mark_noun was not called"
-        marked = [sentence.replace(self.noun, self.place_word.names[0], 1) for sentence in sentences]
+        word = self.place_word.names[0]
+        marked = [
+            sentence.replace(self.noun, word, 1) if wanted else sentence
+            for sentence, wanted in zip(sentences, where.tolist(), strict=True)
+        ]
         return self.place_word.encode(self.base, marked)
 
     # --- data -------------------------------------------------------------------------------------------------------

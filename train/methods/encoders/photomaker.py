@@ -72,9 +72,9 @@ class PhotoMaker(EncoderTask):
     def condition(
         self, sentences: Sequence[str], subject: Tensor, strength: Tensor
     ) -> tuple[TextState, Conditioning | None]:
-        text = self.places_text(sentences)
+        text = self.places_text(sentences, strength > 0)
         assert text.places is not None
-        there = (text.places == 1).any(1) & (strength > 0)  # a sentence without the noun has no place for a person
+        there = (text.places == 1).any(1)  # a sentence without the noun has no place for a person
         tokens = self.fusion(subject, position(text, 1))
         here = ((text.places == 1) & there[:, None]).unsqueeze(2)
         values = torch.where(here, tokens[:, :1].to(text.clip.values.dtype), text.clip.values)

@@ -20,19 +20,30 @@ def tokens_of(name: str, vectors: int) -> list[str]:
 
 
 class LearntWords(nn.Module):
-    """The rows of the subjects' words, (layers, words, width) for every text encoder of a base."""
+    """The rows of the subjects' words, (layers, words, width) for every text encoder of a base.
+
+    Tables of different encoders differ in scale: T5's rows are forty times as long as CLIP's. The parameters are
+    therefore rows divided by the scale of their table, relative to the first encoder's, so that one learning rate moves
+    the rows of all encoders by the same share.
+    """
 
     def __init__(self, base: Base, names: Sequence[str], initial: str, vectors: int = 1, layers: int = 1) -> None:
         super().__init__()
         self.names, self.vectors, self.layers = list(names), vectors, layers
         self.rows = nn.ParameterDict()
+        self.scales = table_scales(base)
         words = [token for name in names for token in tokens_of(name, vectors)]
         for reader in base.readers:
             if not reader.ids(initial):
                 raise ConfigError(f"The tokenizer {reader.name} reads nothing in {initial!r}: name a class noun.")
             start = reader.mean_row(initial)
             reader.add_words(words)
-            self.rows[reader.name] = nn.Parameter(start.repeat(layers, len(words), 1))
+            self.rows[reader.name] = nn.Parameter(start.repeat(layers, len(words), 1) / self.scales[reader.name])
+
+    def table_rows(self, reader: str) -> Tensor:
+        """Return the rows (layers, words, width) in the scale of an encoder's table."""
+        found: Tensor = self.rows[reader] * self.scales[reader]
+        return found
 
     def replaced(self, prompt: str) -> str:
         """Return the prompt with the further tokens of each word written out after its name."""
@@ -43,7 +54,7 @@ class LearntWords(nn.Module):
     def encode(self, base: Base, prompts: Sequence[str], detached: bool = False) -> TextState:
         """Encode prompts with these rows; with several layers, (B * layers) sentences, those of a prompt adjacent."""
         written = [self.replaced(prompt) for prompt in prompts for _ in range(self.layers)]
-        rows = {name: value.detach() if detached else value for name, value in self.rows.items()}
+        rows = {name: self.table_rows(name).detach() if detached else self.table_rows(name) for name in self.rows}
         if self.layers > 1:
             rows = {name: value.repeat(len(prompts), 1, 1) for name, value in rows.items()}
         with inserting(rows):
@@ -52,11 +63,20 @@ class LearntWords(nn.Module):
     def files(self) -> dict[str, Tensor]:
         """Return the rows (vectors, width) by word and text encoder, under "WORD/ENCODER"; for one layer only."""
         found: dict[str, Tensor] = {}
-        for reader, rows in self.rows.items():
+        for reader in self.rows:
             for number, name in enumerate(self.names):
                 start = number * self.vectors
-                found[f"{name}/{reader}"] = rows[0, start : start + self.vectors].detach().clone().contiguous()
+                found[f"{name}/{reader}"] = (
+                    self.table_rows(reader)[0, start : start + self.vectors].detach().clone().contiguous()
+                )
         return found
+
+
+def table_scales(base: Base) -> dict[str, float]:
+    """Return the standard deviation of every encoder's table, relative to the first encoder's."""
+    spreads = {reader.name: float(reader.embedding.weight.float().std()) for reader in base.readers}
+    first = spreads[base.readers[0].name]
+    return {name: spread / first for name, spread in spreads.items()}
 
 
 def position(text: TextState, word: int) -> Tensor:

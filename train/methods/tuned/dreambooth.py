@@ -102,7 +102,7 @@ class DreamBoothLora(TuningTask):
     def terms(self, text: TextState, images_seen: int, training: bool) -> dict[str, Tensor]:
         if self.words is None or not self.settings.word_norm or self._frozen_words:
             return {}
-        rows = [norm_loss(row, 0.4) for row in self.words.rows.values()]
+        rows = [norm_loss(self.words.table_rows(name), 0.4) for name in self.words.rows]
         return {"word_norm": self.settings.word_norm * sum(rows[1:], rows[0])}
 
     def write(self, folder: Path) -> None:
