@@ -29,7 +29,7 @@ from train.data.order import chance, normals, to_device, uniforms
 from train.data.portraits import check_sources, data_settings, gallery_folder, held_out_pictures, pictures_of
 from train.data.public_base import load_vision
 from train.data.sources import DrawnPairs, Mixture, in_order
-from train.methods.bases.contract import Base
+from train.methods.bases.contract import AnyBase
 from train.methods.bases.opening import check_base, draw_latents, open_base
 from train.methods.bases.text import TextState
 from train.methods.learned.words import LearntWords
@@ -82,7 +82,7 @@ class EncoderTask:
         self.adapter: Adapter | None = None
         self.place_word: LearntWords | None = None
         with torch.device("cpu"):  # a plan builds on the meta device, but the base's words need real values
-            self.base: Base = open_base(context.data.get("base"), context.device)
+            self.base: AnyBase = open_base(context.data.get("base"), context.device)
             self.vision = load_vision(settings.vision or self.base.folder / "image_encoder", self.base.device)
             self.vision.to(self.base.device).requires_grad_(False).eval()
             self.modules: dict[str, nn.Module] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from imagine.errors import ConfigError
 from train.data.order import normals
-from train.methods.bases.contract import Base
+from train.methods.bases.contract import AnyBase
 from train.methods.bases.opening import draw_latents
 from train.methods.subjects import photo_paths, read_square
 from train.run.checkpoint import read_tensors, write_tensors
@@ -35,7 +35,7 @@ class Prior:
     kind: str  # "generated" or "real"
 
 
-def generated_prior(base: Base, prompt: str, count: int, folder: Path, steps: int | None = None) -> Prior:
+def generated_prior(base: AnyBase, prompt: str, count: int, folder: Path, steps: int | None = None) -> Prior:
     """Draw `count` pictures of the class with the untuned base; pictures that the folder holds are not drawn again."""
     facts = json.dumps([base.mark, prompt, steps or base.steps, base.guidance])
     place = folder / f"prior-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
@@ -51,7 +51,7 @@ def generated_prior(base: Base, prompt: str, count: int, folder: Path, steps: in
     return Prior(torch.cat(parts), [prompt] * count, "generated")
 
 
-def _drawn(base: Base, prompt: str, first: int, size: int, steps: int | None) -> Tensor:
+def _drawn(base: AnyBase, prompt: str, first: int, size: int, steps: int | None) -> Tensor:
     noise = normals(0, "prior", first, size, base.latent_shape, base.device)
     with torch.no_grad():
         text, empty = base.text([prompt]).repeat(size), base.text([""]).repeat(size)
@@ -60,7 +60,7 @@ def _drawn(base: Base, prompt: str, first: int, size: int, steps: int | None) ->
 
 
 @torch.no_grad()
-def real_prior(base: Base, folder: Path, prompt: str, count: int) -> Prior:
+def real_prior(base: AnyBase, folder: Path, prompt: str, count: int) -> Prior:
     """Read up to `count` pictures of a folder, with the captions of its metadata.jsonl, or `prompt` without one."""
     paths = photo_paths([folder])[:count]
     captions = _captions(folder)

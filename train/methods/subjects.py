@@ -19,7 +19,7 @@ from imagine.errors import ConfigError, PictureError
 from imagine.paths import as_path, kind_of, why_no_file
 from imagine.people.photos import open_photo
 from train.cache.latents import box_mask
-from train.methods.bases.contract import Base
+from train.methods.bases.contract import AnyBase
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".heic")
 FAR, CLOSE = 0.6, 1.0  # scales below and above which the caption says so
@@ -76,7 +76,7 @@ def read_square(path: Path, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def read_items(base: Base, subjects: Sequence[Sequence[Path]], face_weight: float) -> tuple[Items, str]:
+def read_items(base: AnyBase, subjects: Sequence[Sequence[Path]], face_weight: float) -> tuple[Items, str]:
     """Encode every photo of every subject once; return the items, and a note if faces could not be weighted."""
     pictures = [torch.stack([read_square(path, base.side) for path in photos]) for photos in subjects]
     joined = torch.cat(pictures)
@@ -94,7 +94,7 @@ def read_items(base: Base, subjects: Sequence[Sequence[Path]], face_weight: floa
 
 
 @torch.no_grad()
-def scaled_items(base: Base, subjects: Sequence[Sequence[Path]], variants: int, seed: int) -> Items:
+def scaled_items(base: AnyBase, subjects: Sequence[Sequence[Path]], variants: int, seed: int) -> Items:
     """Encode `variants` versions of every photo at random scales, with the words and the valid region of each."""
     pictures, weights, prefixes, who = [], [], [], []
     cells = base.latent_shape[1:]
@@ -130,7 +130,7 @@ def _scaled(square: Tensor, scale: float, dice: random.Random) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def cut_mix_items(base: Base, subjects: Sequence[Sequence[Path]], count: int, seed: int) -> Items:
+def cut_mix_items(base: AnyBase, subjects: Sequence[Sequence[Path]], count: int, seed: int) -> Items:
     """Encode `count` pictures of two subjects side by side; ConfigError unless there are two subjects."""
     if len(subjects) != 2:
         raise ConfigError(f"Cut-Mix needs two subjects, and there are {len(subjects)}: give --photos twice.")

@@ -22,7 +22,7 @@ from imagine.records import Conditioning
 from imagine.settings import validated
 from train.cache.latents import squared_error
 from train.data.order import chance, choices, normals, shuffled
-from train.methods.bases.contract import Base
+from train.methods.bases.contract import AnyBase
 from train.methods.bases.opening import check_base, draw_latents, open_base
 from train.methods.bases.text import TextState, join_texts
 from train.methods.learned.rare_words import rare_word
@@ -99,7 +99,7 @@ class TuningTask:
         self.context = context
         self.data = validated(SubjectData, context.data, "data")
         with torch.device("cpu"):  # a plan builds on the meta device, but the base's words need real values
-            self.base: Base = open_base(self.data.base, context.device)
+            self.base: AnyBase = open_base(self.data.base, context.device)
             self.naming = self._naming()
             self.modules: dict[str, nn.Module] = {}
             self.build()

@@ -25,7 +25,7 @@ class Noised:
     target: Tensor
 
 
-class Base(Protocol):
+class AnyBase(Protocol):
     """A text-to-image model. All its weights are frozen, unless a method trains them."""
 
     folder: Path

@@ -10,11 +10,11 @@ from torch import Tensor
 from imagine.errors import ConfigError
 from imagine.networks.weights import INDEX, PIPELINE, default_folder
 from imagine.paths import as_path
-from train.methods.bases.contract import Base
+from train.methods.bases.contract import AnyBase
 from train.methods.bases.text import TextState
 
 
-def open_base(source: str | None, device: torch.device) -> Base:
+def open_base(source: str | None, device: torch.device) -> AnyBase:
     """Open imagine's weights (None: the shipped ones) or a Stable Diffusion 1.5 or XL; ConfigError for anything else.
 
     On the meta device the denoiser of a Stable Diffusion has no weights, which is enough to count what would train.
@@ -51,7 +51,7 @@ TextAt = Callable[[Tensor], TextState]  # times (B,) -> encoded sentences; most 
 
 @torch.no_grad()
 def draw_latents(
-    base: Base,
+    base: AnyBase,
     noise: Tensor,
     text: TextAt,
     empty: TextState,

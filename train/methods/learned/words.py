@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from imagine.errors import ConfigError
-from train.methods.bases.contract import Base
+from train.methods.bases.contract import AnyBase
 from train.methods.bases.text import TextState, inserting
 
 
@@ -27,7 +27,7 @@ class LearntWords(nn.Module):
     the rows of all encoders by the same share.
     """
 
-    def __init__(self, base: Base, names: Sequence[str], initial: str, vectors: int = 1, layers: int = 1) -> None:
+    def __init__(self, base: AnyBase, names: Sequence[str], initial: str, vectors: int = 1, layers: int = 1) -> None:
         super().__init__()
         self.names, self.vectors, self.layers = list(names), vectors, layers
         self.rows = nn.ParameterDict()
@@ -51,7 +51,7 @@ class LearntWords(nn.Module):
             prompt = prompt.replace(name, " ".join(tokens_of(name, self.vectors)))
         return prompt
 
-    def encode(self, base: Base, prompts: Sequence[str], detached: bool = False) -> TextState:
+    def encode(self, base: AnyBase, prompts: Sequence[str], detached: bool = False) -> TextState:
         """Encode prompts with these rows; with several layers, (B * layers) sentences, those of a prompt adjacent."""
         written = [self.replaced(prompt) for prompt in prompts for _ in range(self.layers)]
         rows = {name: self.table_rows(name).detach() if detached else self.table_rows(name) for name in self.rows}
@@ -72,7 +72,7 @@ class LearntWords(nn.Module):
         return found
 
 
-def table_scales(base: Base) -> dict[str, float]:
+def table_scales(base: AnyBase) -> dict[str, float]:
     """Return the standard deviation of every encoder's table, relative to the first encoder's."""
     spreads = {reader.name: float(reader.embedding.weight.float().std()) for reader in base.readers}
     first = spreads[base.readers[0].name]

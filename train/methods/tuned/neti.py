@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from imagine.errors import ConfigError
 from imagine.records import Tokens
 from train.data.order import chance, uniforms
-from train.methods.bases.contract import Base
+from train.methods.bases.contract import AnyBase
 from train.methods.bases.text import TextState, inserting
 from train.methods.learned.layer_text import attach_layer_text, detach_layer_text, for_all_layers, joined
 from train.methods.task import TuningTask
@@ -39,7 +39,7 @@ class NetiSettings(WordSettings):
 class Mapper(nn.Module):
     """Map (time, layer) to a row for each text encoder and to a bypass for the denoiser's text."""
 
-    def __init__(self, base: Base, layers: int, hidden: int, noun: str) -> None:
+    def __init__(self, base: AnyBase, layers: int, hidden: int, noun: str) -> None:
         super().__init__()
         self.layers, self.hidden = layers, hidden
         features = _TIME_ANCHORS * layers
