@@ -109,7 +109,7 @@ def test_a_text_encoder_can_be_left_out_while_drawing() -> None:
     assert all(not torch.equal(pictures, whole) for pictures in without.values())
     empty = pipe.encode_prompt(["", ""])
     seeds = [tiny.generator(1), tiny.generator(2)]
-    options = {"generator": seeds, "num_inference_steps": 2, "output_type": "pt"}
+    options: dict[str, Any] = {"generator": seeds, "num_inference_steps": 2, "output_type": "pt"}
     same = pipe(prompt_embeds=empty, reference=[persona] * 2, **options).images
     assert torch.equal(drawn(WithoutBranches(pipe, ["clip", "t5", "byt5"])), same)
 
