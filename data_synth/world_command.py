@@ -107,7 +107,7 @@ class _Job:
         return portrait_file(self.number, self.image)
 
 
-_Batch = list[_Job] | list[GroupJob]
+_AnyJob = _Job | GroupJob
 
 
 def build(settings: WorldSettings, output: Path, report: Callable[[int], None] = lambda done: None) -> Path:
@@ -176,7 +176,7 @@ def _about(settings: WorldSettings) -> DatasheetInfo:
     )
 
 
-def _batches(settings: WorldSettings) -> Iterator[_Batch]:
+def _batches(settings: WorldSettings) -> Iterator[Sequence[_AnyJob]]:
     """Yield all jobs in batches: first the portraits, person by person, then the pictures of several people.
 
     The first N people of a seed are the same for every N.
@@ -203,7 +203,7 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _draw(settings: WorldSettings, batch: _Batch, missing: Sequence[int], output: Path, table: Path) -> None:
+def _draw(settings: WorldSettings, batch: Sequence[_AnyJob], missing: Sequence[int], output: Path, table: Path) -> None:
     rows = []
     for job, png, row in _drawn(settings, batch, missing):
         _write_atomically(output / job.file, png)
@@ -211,7 +211,7 @@ def _draw(settings: WorldSettings, batch: _Batch, missing: Sequence[int], output
     _append(table, rows)
 
 
-def _records(settings: WorldSettings, batch: _Batch, missing: Sequence[int]) -> Iterator[Record]:
+def _records(settings: WorldSettings, batch: Sequence[_AnyJob], missing: Sequence[int]) -> Iterator[Record]:
     """Yield the missing pictures of a batch as records of pairs, or of several people."""
     for job, png, row in _drawn(settings, batch, missing):
         if isinstance(job, GroupJob):
@@ -245,8 +245,8 @@ def _group_record(job: GroupJob, png: bytes, row: dict[str, Any]) -> Record:
 
 
 def _drawn(
-    settings: WorldSettings, batch: _Batch, missing: Sequence[int]
-) -> Iterator[tuple[_Job | GroupJob, bytes, dict[str, Any]]]:
+    settings: WorldSettings, batch: Sequence[_AnyJob], missing: Sequence[int]
+) -> Iterator[tuple[_AnyJob, bytes, dict[str, Any]]]:
     """Yield the PNG and row of each missing picture.
 
     The whole batch is rendered, because the last bit of a picture can depend on the batch.

@@ -155,11 +155,11 @@ def _person(
     listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     references = [_name(value) for value in listed]
     identity = given.get("identity")
-    mask = given.get("mask")
+    mask = given["mask"] if is_mask_of(given.get("mask"), width, height) else None
     for reason, wrong in (
         (BAD_REFERENCE, None in references),
         (BAD_IDENTITY, identity is not None and _name(identity) is None),
-        (BAD_MASK, mask is not None and not is_mask_of(mask, width, height)),
+        (BAD_MASK, mask is None and given.get("mask") is not None),
     ):
         if wrong:
             add_problem(problems, reason, key)
@@ -168,7 +168,7 @@ def _person(
         words["name"] or words["phrase"] or str(number),
         words["phrase"],
         None if box is None else (box[0], box[1], box[2], box[3]),
-        {"size": mask["size"], "counts": mask["counts"]} if is_mask_of(mask, width, height) else None,
+        None if mask is None else {"size": mask["size"], "counts": mask["counts"]},
         tuple(filter(None, references)),
         None if identity is None else _name(identity),
     )

@@ -78,7 +78,7 @@ class CanvasCut:
         limits = (mask.shape[1], mask.shape[0]) * 2
         edges = [min(e * factor, limit) for e, factor, limit in zip(self.edges, factors, limits, strict=True)]
         whole = Image.fromarray(mask.astype(np.float32), "F")
-        return np.asarray(whole.resize((cells[1], cells[0]), Image.Resampling.BOX, tuple(edges)))  # type: ignore[arg-type]
+        return np.asarray(whole.resize((cells[1], cells[0]), Image.Resampling.BOX, tuple(edges)))
 
     def shows(self, person: RecordPerson) -> bool:
         """Return whether at least half of a person's face, or else of the mask, lies on the canvas."""

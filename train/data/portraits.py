@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
@@ -46,9 +46,9 @@ class GroupSettings(BaseModel):
     count: int = Field(1, ge=1)  # number of pictures, without `records`
     # the address of records that show several people (docs/data.md); for tasks on a public base
     records: str | None = None
-    captions: dict[CaptionStyle, float] = Field(  # caption style -> weight, for `records`
-        default_factory=lambda: {"dense": 0.3, "rewritten": 0.7}, min_length=1
-    )
+    captions: Annotated[dict[CaptionStyle, float], Field(min_length=1)] = {  # caption style -> weight, for `records`
+        "dense": 0.3, "rewritten": 0.7,
+    }  # fmt: skip
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "GroupSettings":

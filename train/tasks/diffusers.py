@@ -10,7 +10,7 @@ Latents, face crops and text states come from the cache. Autoencoder and text en
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,18 +27,17 @@ from imagine.planning.bases import AdapterShape, Blueprint, Component
 from imagine.records import VISION, Conditioning, Tokens, join
 from train.cache.latents import squared_error
 from train.cache.pictures import AnyGallery, AnyPictures
-from train.data.canvas import group_canvas
 from train.data.denoiser_inputs import GalleryCache, cache_gallery, references
 from train.data.language import parameters
-from train.data.order import chance, choices, normals, shuffled, to_device, uniforms
+from train.data.order import chance, normals, to_device, uniforms
 from train.data.portraits import check_sources, data_settings, gallery_folder, pictures_of
 from train.data.public_base import BaseCodec, BaseTextEncoders, T5TextEncoder, load_vision, open_base, time_ids
-from train.data.recorded_groups import RecordGroups, open_record_groups
 from train.data.sources import DrawnPairs, Mixture, in_order
 from train.data.text_states import TextStates
 from train.run.grids import save_grid
 from train.task import Loss, Share, TaskContext, Weight
 from train.tasks.base import VALIDATION_SEED, Gamma, check_lora, images_without_effect
+from train.tasks.diffusers_inputs import DiffusersBatch, GroupInputs, side_by_side
 from train.tasks.groups import GroupBlocks, People, check_group_settings
 from train.tasks.people_loss import router_iou, router_loss
 
@@ -109,28 +108,6 @@ class DiffusersSettings(BaseModel):
             if value is not None and self.ip_adapter is not None:
                 raise ValueError(f"{name} has no effect beside ip_adapter, whose file determines it: remove {name}")
         return self
-
-
-@dataclass(frozen=True)
-class PeopleBatch:
-    """Who is in the pictures of a batch that show several people each, and where."""
-
-    present: Tensor  # (B, P) False where a person's reference is dropped
-    masks: Tensor  # (B, P, h, w) where each person is seen, 0 to 1; empty where the reference is dropped
-    known: Tensor  # (B, h, w) where it is known who is seen, 0 to 1
-
-
-@dataclass(frozen=True)
-class DiffusersBatch:
-    """Clean latents, the text states that describe them, and the references that they should resemble."""
-
-    latents: Tensor  # (B, C, h, w), scaled by the base's scaling factor
-    states: dict[str, Tokens]  # text states by name: "clip", "pooled" for SDXL, "t5", "byt5"
-    sizes: Tensor  # (B, 6) picture height and width, pixels cropped at top and left, target height and width
-    faces: Tensor  # (B, 1, h, w) face mask: 1 where a face is, 0 elsewhere
-    crops: Tensor  # (B, P, 3, S, S) face crops of the references
-    strength: Tensor  # (B,) 0 where the references are dropped
-    people: PeopleBatch | None = None  # of images that show several people
 
 
 class DiffusersTask:
@@ -263,19 +240,10 @@ class DiffusersTask:
         self.groups = {name: self._cache_group(name) for name in self.settings.groups}
         self.codec.free()
 
-    def _cache_group(self, name: str) -> RecordGroups:
-        """Return the cached inputs of a group of records, with the captions that its weights can draw."""
-        group, side = data_settings(self.context.data).group(name), self.settings.resolution
-        address = data_settings(self.context.data).group_records(name)
+    def _cache_group(self, name: str) -> GroupInputs:
+        side, crop = self.settings.resolution, int(self.vision.config.image_size)
         folder = gallery_folder(self.context.data, f"group-{name}", side)
-        shape = group_canvas(group.people, side, side // self.codec.shape(side)[1])
-        gallery = open_record_groups(address, group.people, shape, folder, data_settings(self.context.data).most)
-        crop = int(self.vision.config.image_size)
-        cached = RecordGroups(gallery, side, folder, self.codec, crop, self.text_encoders)
-        if not len(cached.rows):
-            raise ConfigError(f"No record of group {name} can be used. See {folder / 'left_out.json'} for the reasons.")
-        cached.read_captions([style for style, weight in group.captions.items() if weight > 0])
-        return cached
+        return GroupInputs.open(self.context.data, name, side, folder, self.codec, crop, self.text_encoders)
 
     def _build_mixtures(self, galleries: Mapping[str, AnyGallery]) -> None:
         """Build the mixtures of sources that training and validation draw from."""
@@ -298,8 +266,8 @@ class DiffusersTask:
         strength = 1 - chance(seed, "drop vision", images_seen, size, settings.drop_vision).float()
         dropped = self._dropped_text(images_seen, size)
         if (group := self.blocks.gallery_of(images_seen, size)) is not None:
-            rows, styles = self._draw_group(group, seed, images_seen, size)
-            return self._group_batch(group, rows, styles, images_seen, dropped, strength, settings.drop_person)
+            drawn = self.groups[group].draw(seed, images_seen, size)
+            return self.groups[group].batch(drawn, seed, images_seen, dropped, strength, settings.drop_person)
         return self._batch(self.mixture.draw(seed, images_seen, size), images_seen, dropped, strength)
 
     def _dropped_text(self, images_seen: int, size: int) -> dict[str, Tensor]:
@@ -310,34 +278,6 @@ class DiffusersTask:
         return {
             name: without_text | chance(seed, f"drop {name}", images_seen, size, rate) for name, rate in shares.items()
         }
-
-    def _draw_group(self, name: str, seed: int, first: int, size: int) -> tuple[Tensor, list[str]]:
-        """Return the rows (size,) of a batch from a group of records, and the style of each caption."""
-        group, rows = data_settings(self.context.data).group(name), self.groups[name].rows
-        styles = list(group.captions)
-        drawn = choices(seed, "group manner", first, size, list(group.captions.values()))
-        chosen = rows[shuffled(seed, f"group {name}", first, size, len(rows))]
-        return chosen, [styles[number] for number in drawn.tolist()]
-
-    def _group_batch(
-        self, name: str, rows: Tensor, caption_styles: Sequence[str], first: int, dropped: Mapping[str, Tensor],
-        strength: Tensor, drop_person: float = 0.0,
-    ) -> DiffusersBatch:  # fmt: skip
-        """Return the batch of these rows of a group; the other arguments are those of `_batch`."""
-        group, seed, size = self.groups[name], self.context.seed, len(rows)
-        order = group.gallery.order(rows, caption_styles)
-        targets = group.targets(rows, order)
-        draws = uniforms(seed, "crops", first, size, (order.shape[1], 3))
-        present = uniforms(seed, "drop person", first, size, (order.shape[1],)) >= drop_person
-        return DiffusersBatch(
-            targets.latents,
-            group.sentences.take(rows, caption_styles, {**dropped, "pooled": dropped["clip"]}),
-            time_ids(targets.frames, group.gallery.shape),
-            targets.faces,
-            group.crops(rows, order, draws),
-            strength,
-            PeopleBatch(present, targets.masks * present[:, :, None, None], targets.known),
-        )
 
     def _batch(self, drawn: DrawnPairs, first: int, dropped: Mapping[str, Tensor], strength: Tensor) -> DiffusersBatch:
         """Return the batch of the drawn pairs; `dropped` holds for each text branch the images whose caption it drops.
@@ -454,7 +394,7 @@ class DiffusersTask:
 
     def show(self, batch: DiffusersBatch, path: Path) -> None:
         """Save a grid of the references, as the vision encoder receives them, each with its target on the right."""
-        self._sheet(path, [_side_by_side(batch.crops), self.codec.decode(batch.latents)], columns=4)
+        self._sheet(path, [side_by_side(batch.crops), self.codec.decode(batch.latents)], columns=4)
 
     def _sheet(self, path: Path, kinds: Sequence[Tensor], columns: int) -> None:
         """Save a grid of several kinds of pictures (count, 3, H, W) side by side, with `columns` items per row."""
@@ -480,16 +420,16 @@ class DiffusersTask:
         if self.settings.drawings:
             self._draw(self._validation_batch(0, min(self.settings.drawings, count)), folder / "pictures.png")
         mean, other = float(right.mean()), float(wrong.mean())
-        numbers = {"validation_loss": mean, "shuffled_references": other, "reference_ratio": other / mean}
+        results = {"validation_loss": mean, "shuffled_references": other, "reference_ratio": other / mean}
         for name in self.groups:
-            numbers |= self._validate_group(name, folder)
-        return numbers
+            results |= self._validate_group(name, folder)
+        return results
 
     def _validate_group(self, name: str, folder: Path) -> dict[str, float]:
         """Return the loss on pictures of several people, how much it rises if two people exchange their references, and
         how well the routers find each person; save some drawn pictures.
         """
-        count = min(self.settings.validation_images, len(self.groups[name].rows))
+        count = min(self.settings.validation_images, len(self.groups[name].cached.rows))
         right, wrong, found = torch.zeros(count), torch.zeros(count), []
         for numbers in torch.arange(count).split(4):
             batch = self._validation_group(name, int(numbers[0]), len(numbers))
@@ -503,18 +443,18 @@ class DiffusersTask:
         if self.settings.drawings:
             self._draw(self._validation_group(name, 0, min(self.settings.drawings, count)), folder / f"{name}.png")
         mean, overlaps = float(right.mean()), [value for value in found if not math.isnan(value)]
-        numbers_of_group = {f"{name} loss": mean, f"{name} exchanged ratio": float(wrong.mean()) / mean}
-        return numbers_of_group | ({f"{name} router iou": sum(overlaps) / len(overlaps)} if overlaps else {})
+        results = {f"{name} loss": mean, f"{name} exchanged ratio": float(wrong.mean()) / mean}
+        return results | ({f"{name} router iou": sum(overlaps) / len(overlaps)} if overlaps else {})
 
     def _validation_group(self, name: str, first: int, size: int) -> DiffusersBatch:
-        rows, styles = self._draw_group(name, VALIDATION_SEED, first, size)
-        branches = {branch: torch.zeros(size, dtype=torch.bool) for branch in ("clip", "t5", "byt5")}
-        return to_device(self._group_batch(name, rows, styles, first, branches, torch.ones(size)), self.context.device)
+        group = self.groups[name]
+        drawn = group.draw(VALIDATION_SEED, first, size)
+        batch = group.batch(drawn, self.context.seed, first, _none_dropped(size), torch.ones(size))
+        return to_device(batch, self.context.device)
 
     def _validation_batch(self, first: int, size: int) -> DiffusersBatch:
         drawn = self.validation_sources.draw(VALIDATION_SEED, first, size)
-        branches = {name: torch.zeros(size, dtype=torch.bool) for name in ("clip", "t5", "byt5")}
-        return to_device(self._batch(drawn, first, branches, torch.ones(size)), self.context.device)
+        return to_device(self._batch(drawn, first, _none_dropped(size), torch.ones(size)), self.context.device)
 
     def _draw(self, batch: DiffusersBatch, path: Path) -> None:
         """Save a grid of each reference, its target, and pictures of its caption with and without the reference."""
@@ -527,7 +467,7 @@ class DiffusersTask:
             next(iter(self.gallery_caches.values())).sentences.empty_sentences(count), self.context.device
         )
         without_text, vision = replace(batch, states=empty_sentences), self.vision_tokens(batch)
-        kinds = [_side_by_side(batch.crops), self.codec.decode(batch.latents)]
+        kinds = [side_by_side(batch.crops), self.codec.decode(batch.latents)]
         for strength in (torch.ones_like(batch.strength), torch.zeros_like(batch.strength)):
             noise, _ = self.noise(batch.latents, VALIDATION_SEED, 0)
             latents = noise * sampler.init_noise_sigma
@@ -551,7 +491,7 @@ class DiffusersTask:
             "feature_layer": "penultimate", "encoder_fingerprint": fingerprint(self.vision),
         }  # fmt: skip
         if self.groups:
-            facts["people"] = str(max(group.gallery.people for group in self.groups.values()))
+            facts["people"] = str(max(group.cached.gallery.people for group in self.groups.values()))
         (spec,) = self.adapter.branch_specs
         self.adapter.save(folder / "adapter", {**facts, "tokens": str(spec.tokens or self.vision.tokens)})
         if self.text_adapter is not None:
@@ -573,6 +513,6 @@ def _in_order(positions: Sequence[Tensor], pieces: Sequence[Tokens]) -> Tokens:
     return Tokens(joined.values[order], None if joined.mask is None else joined.mask[order])
 
 
-def _side_by_side(crops: Tensor) -> Tensor:
-    """Return the face crops (B, P, 3, S, S) of a picture's people beside each other, (B, 3, S, P * S)."""
-    return crops.transpose(1, 2).transpose(2, 3).flatten(3)
+def _none_dropped(size: int) -> dict[str, Tensor]:
+    """Return for each text branch that no image (B,) drops its caption."""
+    return {name: torch.zeros(size, dtype=torch.bool) for name in ("clip", "t5", "byt5")}
