@@ -165,6 +165,11 @@ class FacePictures(Protocol):
     @property
     def gallery(self) -> FaceGallery: ...
 
+    @property
+    def rolls(self) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        """The angle of each face's eye line in radians (N,), as `FaceBox.roll`; 0 where crops are not turned."""
+        ...
+
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (B, 3, H, W), 0 to 1, and face boxes (B, 4)."""
         ...

@@ -187,6 +187,11 @@ class _OwnFaces:
     def __len__(self) -> int:
         return len(self.faces)
 
+    @property
+    def rolls(self) -> "np.ndarray[Any, np.dtype[np.float32]]":
+        """Zeros (N,): boxes of records have no landmarks."""
+        return np.zeros(len(self), np.float32)
+
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pictures (B, 3, H, W), 0 to 1, and the boxes (B, 4) of these faces."""
         chosen = torch.tensor([self.faces[row] for row in rows.tolist()]).view(-1, 2)

@@ -16,7 +16,7 @@ from train.data.order import chance, uniforms
 from train.data.portraits import SIDE, data_settings, draw_rows, judge_pictures
 from train.run.grids import save_grid
 from train.task import Loss, Share, TaskContext
-from train.tasks.finder_pictures import FacePictures, groups, no_faces, scenes, sheets
+from train.tasks.finder_pictures import FinderPictures, groups, no_faces, scenes, sheets
 
 
 class FinderSettings(BaseModel):
@@ -68,7 +68,7 @@ class FinderTask:
         self.held_out = _joined([groups(end, count, held_out, SIDE) for count in range(1, MAX_PEOPLE + 1)])
         self.held_out_negatives = no_faces(range(end, end + held_out), SIDE)
 
-    def batch(self, images_seen: int, size: int) -> FacePictures:
+    def batch(self, images_seen: int, size: int) -> FinderPictures:
         """Return a batch of pictures, each scaled and moved on a plain background; a quarter of them is grey."""
         seed, settings = self.context.seed, self.settings
         rows = draw_rows(self.context, "rows", images_seen, size, len(self.pictures.gallery))
@@ -89,17 +89,17 @@ class FinderTask:
         images, boxes = _zoom(images, boxes, uniforms(seed, "zoom", images_seen, size, (6,)))
         grey = chance(seed, "grey", images_seen, size, 0.25)
         images[grey] = images[grey].mean(1, keepdim=True).expand(-1, 3, -1, -1)
-        return FacePictures(images, boxes, valid)
+        return FinderPictures(images, boxes, valid)
 
-    def _sheets(self, rows: Tensor) -> FacePictures:
+    def _sheets(self, rows: Tensor) -> FinderPictures:
         """Return a sheet for each row: its own portrait and the three that follow it in the gallery."""
         four = (rows.unsqueeze(1) + torch.arange(4)).flatten() % len(self.pictures.gallery)
         return sheets(*self.pictures.take(four))
 
-    def show(self, batch: FacePictures, path: Path) -> None:
+    def show(self, batch: FinderPictures, path: Path) -> None:
         save_grid(batch.images, path, columns=8)
 
-    def loss(self, batch: FacePictures, images_seen: int) -> Loss:
+    def loss(self, batch: FinderPictures, images_seen: int) -> Loss:
         target = finder.targets(batch.boxes, batch.valid, batch.images.shape[-1])
         return Loss(finder.loss(self.finder(batch.images), target))
 
@@ -127,8 +127,8 @@ class FinderTask:
         finder.save_finder(self.finder, folder / "finder", torch.float16)
 
 
-def _joined(parts: Sequence[FacePictures]) -> FacePictures:
-    return FacePictures(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+def _joined(parts: Sequence[FinderPictures]) -> FinderPictures:
+    return FinderPictures(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def _index(share: Tensor, count: int) -> Tensor:

@@ -26,7 +26,7 @@ PHOTOGRAPHS = (
 _TILES = 4  # a shuffled portrait is cut into 4 x 4 tiles
 
 
-class FacePictures(NamedTuple):
+class FinderPictures(NamedTuple):
     """Square pictures and the faces in them."""
 
     images: Tensor  # (N, 3, side, side), 0 to 1
@@ -34,7 +34,7 @@ class FacePictures(NamedTuple):
     valid: Tensor  # (N, MAX_PEOPLE) which of the boxes hold a face
 
 
-def groups(first: int, count: int, pictures: int, side: int) -> FacePictures:
+def groups(first: int, count: int, pictures: int, side: int) -> FinderPictures:
     """Render pictures of `count` people; the world's seeds start at `first`. Every other one has a wide canvas."""
     seeds = range(first, first + pictures * count)
     parts = []
@@ -46,7 +46,7 @@ def groups(first: int, count: int, pictures: int, side: int) -> FacePictures:
     return _padded(images, boxes)
 
 
-def sheets(images: Tensor, boxes: Tensor) -> FacePictures:
+def sheets(images: Tensor, boxes: Tensor) -> FinderPictures:
     """Join four portraits (4N, 3, S, S) with face boxes (4N, 4) into each square sheet (N, 3, S, S)."""
     side = images.shape[-1]
     small = F.avg_pool2d(images, 2).unflatten(0, (-1, 2, 2))
@@ -121,7 +121,7 @@ def _letterboxed(images: Tensor, boxes: Tensor, side: int) -> tuple[Tensor, Tens
     return square, boxes * scale + torch.tensor([left, top, 0, 0])
 
 
-def _padded(images: Tensor, boxes: Tensor) -> FacePictures:
+def _padded(images: Tensor, boxes: Tensor) -> FinderPictures:
     count = boxes.shape[1]
     valid = (torch.arange(MAX_PEOPLE) < count).expand(len(images), -1)
-    return FacePictures(images, F.pad(boxes, (0, 0, 0, MAX_PEOPLE - count)), valid)
+    return FinderPictures(images, F.pad(boxes, (0, 0, 0, MAX_PEOPLE - count)), valid)
