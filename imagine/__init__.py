@@ -16,13 +16,18 @@ from imagine import transformer_bases as transformer_bases
 from imagine.paths import VERSION
 
 if TYPE_CHECKING:
+    from imagine.bases.opening import open_base as open_base
     from imagine.people.persona import Persona as Persona
     from imagine.pipeline.pipeline import ImaginePipeline as ImaginePipeline
 
 __version__ = VERSION
-__all__ = ["ImaginePipeline", "Persona", "__version__"]
+__all__ = ["ImaginePipeline", "Persona", "__version__", "open_base"]
 
-_MODULES = {"ImaginePipeline": "imagine.pipeline.pipeline", "Persona": "imagine.people.persona"}
+_MODULES = {
+    "ImaginePipeline": "imagine.pipeline.pipeline",
+    "Persona": "imagine.people.persona",
+    "open_base": "imagine.bases.opening",
+}
 
 
 def __getattr__(name: str) -> Any:

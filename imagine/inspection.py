@@ -294,8 +294,13 @@ def _ip_adapter(path: Path, header: _Header) -> dict[str, Any]:
     if not layout.problem:
         problems += layout.unsupported_sentences()
     found = _features(path.parent / "image_encoder", layout.kind == "linear")
-    faces = (layout.kind or "").startswith("faceid")
-    if not faces and layout.input_width is not None and found not in (None, layout.input_width):
+    faces = (layout.kind or "").startswith("faceid") or layout.face_width is not None
+    if (
+        layout.needs_encoder
+        and not faces
+        and layout.input_width is not None
+        and found not in (None, layout.input_width)
+    ):
         needed, known = (encoder_of(layout.kind, each) or "no public one" for each in (layout.input_width, found))
         problems.append(
             f"It reads features of width {layout.input_width} ({needed}), but the image_encoder beside it gives "

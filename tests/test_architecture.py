@@ -14,7 +14,7 @@ import pytest
 from tests.root import ROOT
 
 PACKAGES = ("imagine", "train", "data_synth")
-PUBLIC_NAMES = {"imagine": ["ImaginePipeline", "Persona", "__version__"]}
+PUBLIC_NAMES = {"imagine": ["ImaginePipeline", "Persona", "__version__", "open_base"]}
 HEAVY = (
     "diffusers", "insightface", "onnxruntime", "open_clip", "ray", "skimage", "torch", "torchvision", "transformers",
 )  # fmt: skip

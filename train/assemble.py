@@ -2,8 +2,9 @@
 
 The pipeline is built from the exports of the stages and saved in half precision, with the judge and the finder beside
 it. Only components of the pipeline, the judge and the finder are replaced, each one only after it is completely written
-to disk; the model card and the examples are not touched. For a run on a public base, only the trained components (the
-adapters and the vision encoder) are written, to be loaded into a pipeline with that base.
+to disk; a model card and examples that are there are not touched. For a run on a public base, only the trained
+components (the adapters and the vision encoder) are written, to be loaded into a pipeline with that base, and a model
+card with the licences if there is none.
 """
 
 import argparse
@@ -21,12 +22,14 @@ import torch
 
 from imagine.adapter.adapter import FILE_NAME
 from imagine.errors import ImagineError, WeightsError
+from imagine.licences import adapter_card
 from imagine.networks.weights import fingerprint, load_model, remove_local_paths
 from train.cache.latents import load_autoencoder
 from train.data.language import load_text_encoders
 from train.run.checkpoint import read_tensors, replacing, write_tensors
 
 log = logging.getLogger("train")
+CARD = "README.md"  # the model card
 ADAPTER_TASKS = ("adapter", "diffusers_adapter")  # tasks whose exports a pipeline can generate with
 JUDGE_FOLDERS = {"recogniser": "recogniser", "reader": "reader"}  # stage -> the folder it exports
 
@@ -56,7 +59,9 @@ def assemble(
         if (adapter_export / "unet").is_dir():
             _assemble_pipeline(run, adapter_export, initial, draft, dtype, defaults)
         else:
-            _assemble_adapters(adapter_export, draft, dtype)
+            facts = _assemble_adapters(adapter_export, draft, dtype)
+            if not (output / CARD).exists():
+                (draft / CARD).write_text(adapter_card(facts), encoding="utf-8")
         _put(draft, output)
 
 
@@ -113,8 +118,12 @@ def _assemble_pipeline(
             shutil.copytree(source, output / folder, dirs_exist_ok=True)
 
 
-def _assemble_adapters(adapter_export: Path, output: Path, dtype: torch.dtype) -> None:
-    """Write the vision encoder and the adapters that a stage on a public base exported, cast to `dtype`."""
+def _assemble_adapters(adapter_export: Path, output: Path, dtype: torch.dtype) -> dict[str, str]:
+    """Write the vision encoder and the adapters that a stage on a public base exported, cast to `dtype`.
+
+    Return the metadata of the identity adapter, or else of the text adapter.
+    """
+    described: dict[str, str] = {}
     encoder = load_model(adapter_export / "image_encoder", "imagine.networks.encoders", "VisionEncoder", dtype)
     encoder.save_pretrained(output / "image_encoder")
     remove_local_paths(output / "image_encoder")
@@ -124,6 +133,8 @@ def _assemble_adapters(adapter_export: Path, output: Path, dtype: torch.dtype) -
             (output / name).mkdir(parents=True, exist_ok=True)
             cast = {key: value.to(dtype) for key, value in tensors.items()}
             write_tensors(output / name / FILE_NAME, cast, {**facts, "encoder_fingerprint": fingerprint(encoder)})
+            described = described or facts
+    return described
 
 
 def _last_adapter(run: Path) -> Path:

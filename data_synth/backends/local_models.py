@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from data_synth.backends.contracts import Failed
 from imagine.errors import FaceError, ImagineError, PictureError, PromptError, WeightsError
+from imagine.licences import licence_of
 
 if TYPE_CHECKING:  # settings are validated without torch, whose import takes a second
     import torch
@@ -64,10 +65,15 @@ def model_identity(settings: ModelSettings) -> dict[str, str]:
 
 
 def source_identity(source: str, revision: str | None = None, licence: str = "") -> dict[str, str]:
-    """Return the same as `model_identity`, for any folder, file or hub repository."""
+    """Return the same as `model_identity`, for any folder, file or hub repository.
+
+    The licence of a hub repository that the caller does not state comes from the table of licences, if it is there.
+    """
     path = Path(source).expanduser()
     if not path.exists():
-        return {"model": source, "weights": revision or "main", "licence": licence}
+        known = licence_of(source)
+        stated = licence or ("" if known is None else known.licence)
+        return {"model": source, "weights": revision or "main", "licence": stated}
     return {"model": path.resolve().name, "weights": fingerprint(path), "licence": licence or _stated_licence(path)}
 
 

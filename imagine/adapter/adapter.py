@@ -42,6 +42,8 @@ from imagine.adapter.projections import (
     LINEAR_TOKENS,
     PLUS_HEAD,
     PLUS_TOKENS,
+    FaceIdPlusProjection,
+    FaceIdProjection,
     FullProjection,
     Kind,
     LinearProjection,
@@ -76,6 +78,8 @@ class BranchSpec:
     the encoder's penultimate tokens, "linear" its pooled embedding. "plus" and "linear" produce `tokens` of them;
     "plus" computes at `inner_width`, and its attention heads together have `attention_width`; both have the sizes of
     the published IP-Adapter Plus files by default (`plus_inner_width`), which other programs require.
+    "faceid" reads a face recogniser's embedding of `input_width`, "faceid-plus" such an embedding of `face_width` and
+    the encoder's penultimate tokens of `input_width`; `shortcut` is of FaceID Plus v2.
     `absent` selects what the branch reads for a picture without a person, as in the unconditional pass of guidance:
     nothing ("off"), or the encoder's output for an empty input ("zeros": a normalised picture of zeros, which is grey,
     or a zero embedding), as IP-Adapters were trained.
@@ -85,6 +89,8 @@ class BranchSpec:
     With `router` the branch has a router in every layer (router.py), which gives each of several people in a picture a
     softmax of its own. Without one, several people share one softmax, except where a call gives their regions. With
     `people="concatenate"` they always share one: the paper's form (section 3.6), for comparison.
+    `lora` says what the adapter's LoRA follows if this is its first branch: the branch's "strength", or only its
+    "presence", as in FaceID files: then the LoRA is fully on wherever the strength is not 0.
     """
 
     name: str
@@ -100,6 +106,14 @@ class BranchSpec:
     absent: Literal["off", "zeros"] = "off"
     router: bool = False
     people: Literal["separate", "concatenate"] = "separate"
+    face_width: int | None = None
+    shortcut: bool = False
+    lora: Literal["strength", "presence"] = "strength"
+
+    @property
+    def feature_width(self) -> int:
+        """The width of the features that the branch's projection reads, or of its tokens if it has none."""
+        return max(self.input_width or self.width, self.face_width or 0)
 
     def __post_init__(self) -> None:
         """Resolve the default widths of a plus projection, so that a saved description does not depend on them."""
@@ -116,7 +130,16 @@ class BranchSpec:
             return FullProjection(self.input_width, self.width)
         if self.projection == "linear":
             return LinearProjection(self.input_width, self.width, self.tokens or LINEAR_TOKENS)
+        if self.projection == "faceid":
+            inner = self.inner_width or 2 * self.input_width
+            return FaceIdProjection(self.input_width, self.width, inner, self.tokens or LINEAR_TOKENS)
         assert self.inner_width is not None and self.attention_width is not None
+        if self.projection == "faceid-plus":
+            assert self.face_width is not None
+            return FaceIdPlusProjection(
+                self.face_width, self.input_width, self.width, self.inner_width, self.attention_width,
+                self.tokens or LINEAR_TOKENS, self.shortcut,
+            )  # fmt: skip
         return PlusProjection(
             self.input_width, self.width, self.inner_width, self.attention_width, self.tokens or PLUS_TOKENS
         )
@@ -166,7 +189,8 @@ class Adapter(nn.Module):
         specs = self.branch_specs
         concatenated = frozenset(spec.name for spec in specs if spec.fusion == "concatenated")
         joint = frozenset(spec.name for spec in specs if spec.people == "concatenate")
-        return LayerWeights(specs[0].name, {spec.name: spec.scale for spec in specs}, concatenated, joint)
+        scales = {spec.name: spec.scale for spec in specs}
+        return LayerWeights(specs[0].name, scales, concatenated, joint, specs[0].lora == "presence")
 
     def _layer_weights(self, attn: Attention, conditioned: bool) -> LayerWeights:
         layer = self._empty_layer()
@@ -320,7 +344,7 @@ class Adapter(nn.Module):
         self.metadata = {
             **metadata,
             "format_version": FORMAT_VERSION,
-            "branches": json.dumps([asdict(spec) for spec in self.branch_specs]),
+            "branches": json.dumps([_described(spec) for spec in self.branch_specs]),
             "lora_rank": str(self.lora_rank),
             "lora_targets": json.dumps(self.lora_targets),
             **self._structure(),
@@ -562,6 +586,12 @@ def add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
             root.add_module(part, nn.Module())
         root = cast(nn.Module, root._modules[part])
     root.add_module(last, module)
+
+
+def _described(spec: BranchSpec) -> dict[str, Any]:
+    """Return a spec as plain values; what only FaceID files have is left out of the others, as in older files."""
+    plain = {"face_width": None, "shortcut": False, "lora": "strength"}
+    return {name: value for name, value in asdict(spec).items() if name not in plain or value != plain[name]}
 
 
 def saved_specs(metadata: Mapping[str, str]) -> tuple[BranchSpec, ...]:

@@ -120,12 +120,22 @@ def branch_strength(strength: Scale) -> BranchStrength:
     return BranchStrength(strength, rows, active_scale)
 
 
+def _presence(strength: BranchStrength) -> BranchStrength:
+    """Return a strength of 1 where the given one is not 0."""
+
+    def ones(scale: Scale) -> Scale:
+        return (scale != 0).to(scale.dtype) if isinstance(scale, Tensor) else float(scale != 0)
+
+    return BranchStrength(ones(strength.scale), strength.rows, ones(strength.active_scale))
+
+
 class LayerWeights(nn.Module):
     """The weights that one adapter adds to one attention layer: branches (cross-attention only) and low-rank additions.
 
     Children are named after the branches and after the linear layers that the LoRA belongs to. `owner` names the branch
     whose strength the LoRA follows; it also fixes the order of summation when several adapters are attached. Branches
-    named in `concatenated` share the text's softmax. In branches named in `joint`, all people share one softmax.
+    named in `concatenated` share the text's softmax. In branches named in `joint`, all people share one softmax. With
+    `lora_by_presence` the LoRA is fully on wherever the owner's strength is not 0.
     """
 
     def __init__(
@@ -134,12 +144,14 @@ class LayerWeights(nn.Module):
         default_scales: dict[str, float],
         concatenated: frozenset[str] = frozenset(),
         joint: frozenset[str] = frozenset(),
+        lora_by_presence: bool = False,
     ) -> None:
         super().__init__()
         self.owner = owner
         self.default_scales = default_scales
         self.concatenated = concatenated
         self.joint = concatenated | joint
+        self.lora_by_presence = lora_by_presence
 
     def branches(self) -> dict[str, Branch]:
         return {name: child for name, child in self.named_children() if isinstance(child, Branch)}
@@ -325,6 +337,8 @@ class ParallelAttention:
         for layer in self.layers:
             low_rank = layer.low_rank(target)
             strength = None if low_rank is None else layer.strength(conditioning, layer.owner, self.name)
+            if strength is not None and layer.lora_by_presence:
+                strength = _presence(strength)
             if low_rank is not None and strength is not None:
                 out = _add_scaled_rows(out, strength, low_rank, states).to(out.dtype)
         return out

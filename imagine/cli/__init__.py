@@ -2,7 +2,7 @@
 
 Exit codes: 0 for success, 2 for a mistake in the user's input (one sentence on stderr says what to do), 1 for a fault
 of ours, 130 for an interrupt. With --json, stdout receives one JSON object and nothing else. An output file appears
-complete or not at all. Nothing is downloaded.
+complete or not at all. Nothing is downloaded unless an argument names a repository of the hub.
 
 Heavy libraries are imported inside the commands that need them, after the arguments have been checked, so that
 `imagine --help` and a mistyped path are answered at once.
@@ -20,11 +20,13 @@ from imagine.cli import (
     demo,
     detect,
     doctor,
+    download,
     enroll,
     evaluate,
     generate,
     inspect,
     ip_adapter,
+    licences,
     persona,
     plan,
     serve,
@@ -44,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed its message
         return int(stop.code or 0)
     run: Command = options.run
-    silence_libraries()
     try:
+        silence_libraries(online=getattr(options, "online", _never)(options))
         result = run(options)
     except ImagineError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
@@ -66,13 +68,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return print_result(to_json(result) if options.json else "\n".join(lines))
 
 
+def _never(_: object) -> bool:
+    """Return that a command needs no network, which holds for all that do not say otherwise (`online`)."""
+    return False
+
+
 def _parser() -> Parser:
     parser = Parser(prog="imagine", description="Turn one photo of a person and a prompt into a new picture of them.")
     parser.add_argument("--version", action="version", version=f"imagine {__version__}")
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     modules = (
         generate, try_photo, enroll, persona, detect, inspect, doctor, evaluate, compare, study, benchmark, demo,
-        ip_adapter, plan, serve,
+        ip_adapter, plan, download, licences, serve,
     )  # fmt: skip
     for module in modules:
         module.add_commands(commands)

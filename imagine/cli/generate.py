@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagine.cli import arguments
+from imagine.cli import arguments, base
 from imagine.cli.loading import check_photos, load_pipeline, marks_of, opened, read_passphrase
 from imagine.cli.pictures import FORMATS, output_paths, save_crops
 from imagine.cli.progress import Display
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from imagine.pipeline.output import ImagineOutput
     from imagine.pipeline.pipeline import ImaginePipeline
     from imagine.provenance.marks import Marks
+    from imagine.provenance.record import PictureRecord
 
 BATCH = 8  # pictures drawn at a time, so that memory does not grow with --num-images
 _PICTURE_NUMBER = re.compile(
@@ -54,6 +55,8 @@ def add_commands(commands: Any) -> None:
     arguments.add_passphrase(command)
     arguments.add_marks(command)
     arguments.add_safety(command)
+    base.add_base(command)
+    command.set_defaults(online=base.is_online)
 
 
 def _add_controls(command: Any) -> None:
@@ -87,12 +90,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Draw and save the pictures; return where they are and which faces were used."""
     paths = output_paths(writable_file(options.output, FORMATS), options.num_images)
     crop_path = None if options.save_crop is None else writable_file(options.save_crop, FORMATS)
+    base.check_base(options)
     reference = _references(options.reference, read_passphrase(options.passphrase_file))
     read_requests(options.prompt, reference)  # reports a mistake before anything is loaded
     layout = _layout(options.layout)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     with Display(options) as display:
-        pipe = load_pipeline(options, display)
+        pipe = load_pipeline(options, display) if options.base is None else base.open_pipeline(options, display)
         started = time.monotonic()
         drawn = _draw_all(pipe, options, reference, layout, seed, paths, display)
         seconds = round(time.monotonic() - started, 2)
@@ -111,8 +115,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ],
         "images": [str(path) for path in saved],
         "prompt": options.prompt,
+        **base.facts(options),
         "seeds": [own if other is None else other for own, other in zip(seeds, redrawn, strict=True)],
-        "device": str(pipe.device),
+        "device": str(getattr(pipe, "_execution_device", pipe.device) if options.offload else pipe.device),
         "faces": faces,
         **({} if crop_path is None else {"crops": [str(path) for path in crops]}),
         **({"people_found": drawn.people_found} if drawn.people_found else {}),
@@ -150,26 +155,31 @@ def _draw_all(
         batch = paths[first : first + BATCH]
         drawn = _draw(pipe, options, reference, layout, range(seed + first, seed + first + len(batch)), display)
         display.report("saving")
-        _save(drawn, batch, marks_of(options))
-        whole.faces = drawn.faces  # the same in every batch
-        whole.refined += drawn.refined
-        whole.notes += [note for note in (_renumbered(each, first) for each in drawn.notes) if note not in whole.notes]
-        for name in ("people_found", "people", "attempts", "seeds", "records", "flags"):
-            getattr(whole, name).extend(getattr(drawn, name))
+        seeds = range(seed + first, seed + first + len(batch))
+        records = getattr(drawn, "records", None) or base.picture_records(options, pipe, seeds)
+        marking = _save(drawn, batch, records, marks_of(options))
+        whole.faces = getattr(drawn, "faces", [])  # the same in every batch
+        whole.refined += getattr(drawn, "refined", 0)
+        notes = (_renumbered(each, first) for each in (*getattr(drawn, "notes", ()), *marking))
+        whole.notes += [note for note in notes if note not in whole.notes]
+        whole.records += records
+        for name in ("people_found", "people", "attempts", "seeds", "flags"):
+            getattr(whole, name).extend(getattr(drawn, name, ()))
     return whole
 
 
-def _save(drawn: "ImagineOutput", paths: Sequence[Path], marks: "Marks") -> None:
-    """Save pictures with their marks, and add notes; a flagged picture is not written, and the note has the reason."""
+def _save(drawn: Any, paths: Sequence[Path], records: "Sequence[PictureRecord]", marks: "Marks") -> list[str]:
+    """Save pictures with their marks and return notes; a flagged picture is not written, and the note says why."""
     from imagine.provenance.saving import save_picture
 
-    flags = drawn.flags or [""] * len(paths)
-    for number, (image, path, record) in enumerate(zip(drawn.images, paths, drawn.records, strict=True)):
+    flags, notes = getattr(drawn, "flags", None) or [""] * len(paths), list[str]()
+    for number, (image, path, record) in enumerate(zip(drawn.images, paths, records, strict=True)):
         if flags[number]:
-            drawn.notes.append(f"Picture {number + 1} was not saved. {flags[number]}")
+            notes.append(f"Picture {number + 1} was not saved. {flags[number]}")
             continue
         made = save_picture(image, path, record, marks)
-        drawn.notes += [note for note in made.notes if note not in drawn.notes]
+        notes += [note for note in made.notes if note not in notes]
+    return notes
 
 
 def _renumbered(note: str, first: int) -> str:
@@ -184,11 +194,14 @@ def _draw(
     import torch
 
     display.report("encoding the reference and the prompt")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if options.base is not None:
+        return pipe(options.prompt, **base.call_arguments(options, reference, layout, generators, display))
     return pipe(
         options.prompt,
         reference=reference,
         num_images_per_prompt=len(seeds),
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        generator=generators,
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         identity_guidance_scale=options.identity_guidance_scale,

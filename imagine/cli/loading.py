@@ -37,8 +37,8 @@ def weights_folder(given: Path | None) -> Path:
         )
     if (kind := read_index(folder, class_names())["_class_name"]) != PIPELINE:
         raise WeightsError(
-            f"{given} holds a {kind}, but this command takes imagine's own weights only: use it from Python, with "
-            f"ImaginePipeline.from_pretrained({os.fspath(given)!r}), as docs/backbones.md describes."
+            f"{given} holds a {kind}, but this command takes imagine's own weights only: draw with it by `imagine "
+            "generate --base`, as docs/bases.md describes."
         )
     return folder
 
@@ -113,9 +113,10 @@ def opened(reference: str, passphrase: str | None) -> "str | Persona":
     return Persona.load(reference, passphrase)
 
 
-def silence_libraries() -> None:
-    """Keep the libraries from printing messages, and from using the network."""
-    for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "NO_ALBUMENTATIONS_UPDATE"):
+def silence_libraries(online: bool = False) -> None:
+    """Keep the libraries from printing messages, and from using the network unless `online`."""
+    offline = () if online else ("HF_HUB_OFFLINE",)
+    for name in (*offline, "HF_HUB_DISABLE_TELEMETRY", "NO_ALBUMENTATIONS_UPDATE"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # operations that a Mac's GPU lacks run on its CPU
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of torch's profiler, which `plan --check` uses

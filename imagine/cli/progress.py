@@ -52,6 +52,13 @@ class Display:
         if self._bars is not None:
             self._bars.start()
 
+    def tell(self, line: str) -> None:
+        """Print a line on stderr, above the progress, such as what is downloaded."""
+        if self._bars is not None:
+            self._bars.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
 
 def _bars() -> "Progress":
     from rich.console import Console

@@ -23,6 +23,7 @@ from imagine.networks.encoders import VisionEncoder
 from imagine.networks.saving import write_whole
 from imagine.networks.vision_conversion import to_transformers
 from imagine.networks.weights import quiet_libraries, remove_local_paths
+from imagine.people.readings import FACE_LAYER, LAYER
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -113,6 +114,11 @@ def _exportable(adapter: Adapter, name: str) -> BranchSpec:
     if spec.projection is None:
         raise WeightsError(
             f"Branch {name!r} has no projection, and an IP-Adapter file needs one: export a vision branch."
+        )
+    if spec.projection.startswith("faceid") or adapter.metadata.get(LAYER) == FACE_LAYER:
+        raise WeightsError(
+            f"Branch {name!r} reads the embedding of a face, and such files are not written here: use the file that it "
+            "was imported from."
         )
     if spec.fusion != "parallel":
         raise WeightsError(

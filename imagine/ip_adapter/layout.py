@@ -4,6 +4,8 @@ The code that imports, exports and inspects such files uses this one description
 https://github.com/tencent-ailab/IP-Adapter, diffusers (loaders/unet.py) and ComfyUI:
 
     image_proj.*                       projection from vision features to tokens; its tensor names identify the variant
+    ip_adapter.{0,1,2,...}.to_{q,k,v,out}_lora.{down,up}.weight
+                                       LoRA of all attention layers, in FaceID files
     ip_adapter.{1,3,5,...}.to_k_ip.weight, .to_v_ip.weight
                                        keys and values of the cross-attention layers, in the order down, up, middle
 
@@ -25,6 +27,11 @@ PLUS_HEAD = 64  # width of an attention head, which diffusers assumes
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights expects
 KOHYA_FILE = "lora_kohya.safetensors"  # the same weights under the tensor names that ComfyUI reads
 
+RESAMPLER = "perceiver_resampler."  # the part of a FaceID Plus projection that reads vision tokens
+RESAMPLERS = ("plus", "faceid-plus")  # projections with a resampler
+ARCFACE_WIDTH = 512  # of the embeddings of InsightFace's recognisers
+LORA_LAYERS = ("q", "k", "v", "out")  # the linear layers of attention that the LoRA of FaceID files changes
+
 VARIANT_NAMES = {"linear": "base", "full": "full", "plus": "plus", "faceid": "FaceID", "faceid-plus": "FaceID Plus"}
 FAMILIES = {(70, 2048): "Stable Diffusion XL", (16, 768): "Stable Diffusion 1.5", (16, 1024): "Stable Diffusion 2"}
 ENCODERS = {  # (width of the tokens, width of the pooled embedding)
@@ -34,6 +41,8 @@ ENCODERS = {  # (width of the tokens, width of the pooled embedding)
 COMFYUI, WEBUI, INVOKEAI = "ComfyUI_IPAdapter_plus", "sd-webui-controlnet", "InvokeAI"  # other programs that load files
 
 _BRANCH = re.compile(r"(\d+)\.to_([kv])_ip\.weight")
+_LORA = re.compile(r"(\d+)\.to_(q|k|v|out)_lora\.(down|up)\.weight")
+_LORA_DOWN = re.compile(r"\d+\.to_\w+_lora\.down\.weight")
 _WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")  # of data-parallel and compiled modules
 _TRAINER = ("image_proj_model.", "adapter_modules.")
 _PROCESSOR = re.compile(r"unet\.(.+)\.processor\.(to_[kv]_ip\.weight)")
@@ -52,11 +61,20 @@ class Layout:
     text_width: int | None  # width of the base's text tokens, from the key weights
     layer_widths: tuple[int, ...]  # widths of the base's cross-attention layers, in the file's order
     problem: str  # rest of a sentence that starts with the file's name; "" for no problem
+    face_width: int | None = None  # width of the face recogniser's embedding that the projection reads
+    lora_rank: int = 0  # of the LoRA for the base's attention that the file holds; 0: none
 
     @property
     def variant(self) -> str:
         """The variant's common name."""
+        if self.kind == "plus" and self.face_width:
+            return "InstantID"
         return VARIANT_NAMES.get(self.kind or "", "unknown projection")
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether the projection reads features of a vision encoder, perhaps besides a face's embedding."""
+        return self.face_width is None or self.kind == "faceid-plus"
 
     @property
     def family(self) -> str | None:
@@ -66,7 +84,7 @@ class Layout:
     @property
     def encoder(self) -> str | None:
         """The vision encoder with features of this width; None if it is not a well-known one."""
-        return encoder_of(self.kind, self.input_width)
+        return encoder_of(self.kind, self.input_width) if self.needs_encoder else None
 
     @property
     def unsupported(self) -> dict[str, str]:
@@ -77,6 +95,8 @@ class Layout:
         xl = self.width == 2048
         inner, heads = (1280, 20) if xl else (self.width, 12)
         found: dict[str, str] = {}
+        if self.face_width:
+            return found
         if self.kind == "full" and xl:
             reason = "has a Full projection, which it supports on Stable Diffusion 1.5 only: use Plus for SDXL"
             found = {COMFYUI: reason, WEBUI: reason}
@@ -114,13 +134,15 @@ def read_layout(shapes: Mapping[str, Shape]) -> Layout:
     """Describe a file with tensors of these names and shapes. Never raises; problems are in `Layout.problem`."""
     projection = {name.removeprefix(PROJECTION): shape for name, shape in _under(PROJECTION, shapes)}
     branches = {name.removeprefix(BRANCHES): shape for name, shape in _under(BRANCHES, shapes)}
-    kind = _kind(projection, branches)
+    kind = _kind(projection)
     sizes = _sizes(kind, projection)
     keys = sorted((int(found[1]), shape) for name, shape in branches.items() if (found := _keys(name)))
     other = [name for name in shapes if not name.startswith((PROJECTION, BRANCHES))]
-    problem = _problem(kind, sizes, projection, branches, other)
+    face_width, rank = _face_width(kind, sizes, projection), _lora_rank(branches)
+    problem = _problem(kind, sizes, projection, branches, other, face_width)
     text_width = next((shape[1] for _, shape in keys if len(shape) == 2), None)
-    return Layout(kind, *sizes, text_width, tuple(shape[0] for _, shape in keys if shape), problem)
+    widths = tuple(shape[0] for _, shape in keys if shape)
+    return Layout(kind, *sizes, text_width, widths, problem, face_width, rank)
 
 
 def standard_names(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -169,9 +191,12 @@ def _order_of_layer(layer: str) -> list[tuple[int, str]]:
 
 
 def projection_shapes(
-    kind: str, tokens: int | None, input_width: int, width: int, inner: int | None, attention: int | None
-) -> dict[str, Shape]:
+    kind: str, tokens: int | None, input_width: int, width: int, inner: int | None, attention: int | None,
+    face_width: int | None = None,
+) -> dict[str, Shape]:  # fmt: skip
     """Return the tensor names, without their prefix, and shapes of a projection of these sizes."""
+    if kind in ("faceid", "faceid-plus"):
+        return _face_shapes(kind, tokens, input_width, width, inner, attention, face_width or input_width)
     if kind == "linear":
         rows = width * (tokens or LINEAR_TOKENS)
         return {"proj.weight": (rows, input_width), "proj.bias": (rows,), **_norm("norm", width)}
@@ -179,9 +204,25 @@ def projection_shapes(
         first, second = _linear("proj.0", input_width, input_width), _linear("proj.2", input_width, width)
         return {**first, **second, **_norm("proj.3", width)}
     assert tokens is not None and inner is not None and attention is not None
+    return {"latents": (1, tokens, inner), **_resampler_shapes(input_width, width, inner, attention)}
+
+
+def _face_shapes(
+    kind: str, tokens: int | None, input_width: int, width: int, inner: int | None, attention: int | None, face: int
+) -> dict[str, Shape]:
+    """Return names and shapes of a projection of a face's embedding, and for FaceID Plus of its vision tokens."""
+    assert tokens is not None and inner is not None
+    shapes = {**_linear("proj.0", face, inner), **_linear("proj.2", inner, width * tokens), **_norm("norm", width)}
+    if kind == "faceid-plus":
+        assert attention is not None
+        resampler = _resampler_shapes(input_width, width, width, attention)
+        shapes |= {f"{RESAMPLER}{name}": shape for name, shape in resampler.items()}
+    return shapes
+
+
+def _resampler_shapes(input_width: int, width: int, inner: int, attention: int) -> dict[str, Shape]:
     shapes = {
-        "latents": (1, tokens, inner), **_linear("proj_in", input_width, inner), **_linear("proj_out", inner, width),
-        **_norm("norm_out", width),
+        **_linear("proj_in", input_width, inner), **_linear("proj_out", inner, width), **_norm("norm_out", width),
     }  # fmt: skip
     for layer in range(PLUS_DEPTH):
         attn, mlp = f"layers.{layer}.0", f"layers.{layer}.1"
@@ -216,10 +257,10 @@ def _keys(name: str) -> re.Match[str] | None:
     return found if found and found[2] == "k" else None
 
 
-def _kind(projection: Mapping[str, Shape], branches: Mapping[str, Shape]) -> str | None:
+def _kind(projection: Mapping[str, Shape]) -> str | None:
     """Return the variant, tested in the same order as in diffusers."""
     if "proj.weight" in projection:
-        return "faceid" if any("_lora." in name for name in branches) else "linear"
+        return "linear"
     if "proj.3.weight" in projection:
         return "full"
     if "perceiver_resampler.proj_in.weight" in projection:
@@ -246,11 +287,29 @@ def _sizes(
     if kind == "plus":
         inner, attention = size("latents", 2), size("layers.0.0.to_q.weight", 0)
         return size("latents", 1), size("proj_in.weight", 1), size("proj_out.weight", 0), inner, attention
+    rows, width, inner = size("proj.2.weight", 0), size("norm.weight", 0), size("proj.0.weight", 0)
+    tokens = rows // width if rows and width else LINEAR_TOKENS if kind == "faceid-plus" else None
     if kind == "faceid":
-        rows, width = size("proj.2.weight", 0), size("norm.weight", 0)
-        return (rows // width if rows and width else None), None, width, None, None
-    tokens = 4 if kind == "faceid-plus" else None
-    return tokens, None, size("perceiver_resampler.proj_out.weight", 0), None, None
+        return tokens, size("proj.0.weight", 1), width, inner, None
+    if kind == "faceid-plus":
+        attention = size(f"{RESAMPLER}layers.0.0.to_q.weight", 0)
+        return tokens, size(f"{RESAMPLER}proj_in.weight", 1), width, inner, attention
+    return None, None, None, None, None
+
+
+def _face_width(kind: str | None, sizes: tuple[int | None, ...], projection: Mapping[str, Shape]) -> int | None:
+    """Return the width of the face recogniser's embedding that a projection reads; None if it reads none."""
+    if kind == "plus" and sizes[1] == ARCFACE_WIDTH:  # no CLIP encoder has features of this width
+        return ARCFACE_WIDTH
+    if kind not in ("faceid", "faceid-plus"):
+        return None
+    shape = projection.get("proj.0.weight", ())
+    return shape[1] if len(shape) == 2 else None
+
+
+def _lora_rank(branches: Mapping[str, Shape]) -> int:
+    """Return the rank of the LoRA in a file; 0 if it has none."""
+    return next((shape[0] for name, shape in branches.items() if _LORA_DOWN.fullmatch(name) and len(shape) == 2), 0)
 
 
 def _problem(
@@ -259,35 +318,37 @@ def _problem(
     projection: Mapping[str, Shape],
     branches: Mapping[str, Shape],
     other: list[str],
+    face_width: int | None,
 ) -> str:
     if not projection or not branches:
         lacking = PROJECTION if not projection else BRANCHES
         return f"has no tensors named {lacking}*, so it is not an IP-Adapter: give the file that holds both parts"
-    if kind in ("faceid", "faceid-plus"):
-        return (
-            "is a FaceID file, which needs a face recogniser instead of a CLIP encoder: use a base, Plus or Full file"
-        )
     if kind is None:
         return f"has an image projection of an unknown kind ({_some(projection)}): use a base, Plus or Full file"
     if other:
         return f"holds {_some(other)} besides {PROJECTION}* and {BRANCHES}*, which diffusers would silently drop"
-    return _projection_problem(kind, sizes, projection) or _branch_problem(sizes[2], branches)
+    return _projection_problem(kind, sizes, projection, face_width) or _branch_problem(sizes[2], branches)
 
 
-def _projection_problem(kind: str, sizes: tuple[int | None, ...], found: Mapping[str, Shape]) -> str:
+def _projection_problem(
+    kind: str, sizes: tuple[int | None, ...], found: Mapping[str, Shape], face_width: int | None
+) -> str:
     tokens, input_width, width, inner, attention = sizes
-    depth = len({name.split(".")[1] for name in found if name.startswith("layers.")})
-    if kind == "plus" and depth != PLUS_DEPTH:
-        return f"has a Plus projection of {depth} layers, but diffusers supports exactly {PLUS_DEPTH}"
+    layers = "layers." if kind == "plus" else f"{RESAMPLER}layers."
+    depth = len({name.removeprefix(layers).split(".")[0] for name in found if name.startswith(layers)})
+    if kind in RESAMPLERS and depth != PLUS_DEPTH:
+        return f"has a {VARIANT_NAMES[kind]} projection of {depth} layers, but diffusers supports exactly {PLUS_DEPTH}"
     if kind == "linear" and tokens != LINEAR_TOKENS:
         return f"makes {tokens} tokens per picture, but diffusers supports exactly {LINEAR_TOKENS} for a base file"
-    if kind == "plus" and attention is not None and (attention < PLUS_HEAD or attention % PLUS_HEAD):
-        return f"has a Plus projection whose heads are not {PLUS_HEAD} wide, which diffusers would misread"
-    needed = (input_width, width, *((tokens, inner, attention) if kind == "plus" else ()))
+    if kind in RESAMPLERS and attention is not None and (attention < PLUS_HEAD or attention % PLUS_HEAD):
+        variant = VARIANT_NAMES[kind]
+        return f"has a {variant} projection whose heads are not {PLUS_HEAD} wide, which diffusers would misread"
+    needed = [input_width, width, *([tokens, inner] if kind in (*RESAMPLERS, "faceid") else [])]
+    needed += [attention] if kind in RESAMPLERS else []
     if None in needed:
         return f"lacks tensors of its {VARIANT_NAMES[kind]} projection: download it again"
     assert input_width is not None and width is not None
-    wanted = projection_shapes(kind, tokens, input_width, width, inner, attention)
+    wanted = projection_shapes(kind, tokens, input_width, width, inner, attention, face_width)
     return difference(PROJECTION, wanted, found)
 
 
@@ -297,8 +358,6 @@ def _branch_problem(width: int | None, branches: Mapping[str, Shape]) -> str:
     flux = bool(numbers) and numbers == list(range(len(numbers)))
     if flux or any(name.endswith("_ip.bias") for name in branches):
         return "numbers its layers 0, 1, 2 or gives them biases, as Flux files do: use a file for SDXL or SD 1.5"
-    if any("_lora." in name for name in branches):
-        return "contains LoRA in its layers, as FaceID files do: use a base, Plus or Full file"
     if not numbers:
         return (
             f"names no layer {BRANCHES}N.to_k_ip.weight, but {_some(map(BRANCHES.__add__, branches))}: use another file"
@@ -308,7 +367,21 @@ def _branch_problem(width: int | None, branches: Mapping[str, Shape]) -> str:
         rows = branches.get(f"{number}.to_k_ip.weight", (0, 0))[:1]
         for each in "kv":
             wanted[f"{number}.to_{each}_ip.weight"] = (*rows, width or 0)
+    wanted |= _lora_wanted(branches)
     return difference(BRANCHES, wanted, branches)
+
+
+def _lora_wanted(branches: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the tensors of the LoRA of each layer that has some: down and up of four linear layers, of one rank.
+
+    The widths are those that are found; only a denoiser has others (`imagine.ip_adapter.reading`).
+    """
+    rank, wanted = _lora_rank(branches), dict[str, Shape]()
+    for number in sorted({int(found[1]) for name in branches if (found := _LORA.fullmatch(name))}):
+        for each in LORA_LAYERS:
+            down, up = (f"{number}.to_{each}_lora.{side}.weight" for side in ("down", "up"))
+            wanted |= {down: (rank, *branches.get(down, (0, 0))[1:]), up: (*branches.get(up, (0, 0))[:1], rank)}
+    return wanted
 
 
 def difference(prefix: str, wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:

@@ -2,7 +2,7 @@
 
     pipe.load_ip_adapter("h94/IP-Adapter", subfolder="models", weight_name="ip-adapter-plus-face_sd15.safetensors")
     pipe.set_ip_adapter_scale(0.6)
-    pipe(prompt, ip_adapter_image=photo)
+    pipe(prompt, ip_adapter_image=photo)      # or reference=photo, which finds the face
 
 Arguments, defaults and pictures are those of diffusers (loaders/ip_adapter.py). The differences: files are read
 strictly, keys and values are computed once per picture instead of at every step, scales and masks belong to the call,
@@ -10,7 +10,7 @@ and one denoiser can have IP-Adapters and our own adapters together.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,6 @@ from imagine.adapter.adapter import Adapter
 from imagine.adapter.attention import attention_layers
 from imagine.adapter.holder import AdapterHolderMixin
 from imagine.errors import ConfigError, WeightsError
-from imagine.ip_adapter import face_id
 from imagine.ip_adapter.reading import (
     ENCODER_FOLDER,
     ImportReport,
@@ -30,15 +29,19 @@ from imagine.ip_adapter.reading import (
     load_encoder,
     read_ip_adapter,
 )
-from imagine.networks.weights import HUB_OPTIONS, quiet_libraries
+from imagine.networks.weights import HUB_OPTIONS
+from imagine.people.crops import CROPS, CropKind
+from imagine.people.readings import Reading
 from imagine.records import Scale, Tokens
-from imagine.request import finite
+from imagine.request import check_choice, finite
 
 # Weights are never initialised twice, and hub clients read the proxy settings themselves.
 IGNORED_OPTIONS = ("low_cpu_mem_usage", "proxies")
 DEFAULT_SIDE = 224  # side of the crops in pixels without an encoder
 
 Scales = dict[str, "Scale | Mapping[str, Scale]"]
+
+_FACE_LORA = re.compile(r"faceid_\d+")  # the names that diffusers gives to the LoRA of FaceID files
 
 
 class IPAdapterLoaderMixin(AdapterHolderMixin):
@@ -61,6 +64,9 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         subfolder: "str | list[str] | None" = None,
         weight_name: "str | list[str] | None" = None,
         image_encoder_folder: str | None = ENCODER_FOLDER,
+        *,
+        reference_crop: "CropKind | Sequence[CropKind | None] | None" = None,
+        shortcut: "bool | Sequence[bool | None] | None" = None,
         **kwargs: Any,
     ) -> list[ImportReport]:
         """Load one or several IP-Adapters, replacing those already loaded. Return a report for each file.
@@ -68,22 +74,22 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         The arguments are those of diffusers' load_ip_adapter: a hub id or folder with subfolder and weight_name, or a
         state dict, or lists of these; a path of a file also works. If the pipeline has no image encoder, or one that
         does not fit the adapters, the encoder is loaded from image_encoder_folder (inside subfolder, unless it contains
-        a slash); None loads no encoder. diffusers' own code loads FaceID files, without a report, which is only
-        possible without other adapters. Raises WeightsError or ConfigError, and then leaves the pipeline unchanged.
+        a slash); None loads no encoder. reference_crop is the part of a photo that `reference=` gives to the adapter,
+        and shortcut is true for FaceID Plus v2; one value for all, or a list. By default the name and the layout of a
+        file decide (`imagine.ip_adapter.references`). Raises WeightsError or ConfigError, and then leaves the pipeline
+        unchanged.
         """
         self._check_can_load()
         sources, subfolders, names = _lists(pretrained_model_name_or_path_or_dict, subfolder, weight_name)
-        hub = _hub_options(kwargs)
-        files = [read_ip_adapter(*each, face_id=True, **hub) for each in zip(sources, subfolders, names, strict=True)]
-        if any(map(face_id.is_face_id, files)):
-            self._check_no_other_adapters(files)
-            states = face_id.state_dicts(files, self.denoiser)
-            encoder = getattr(self, "image_encoder", None)
-            if encoder is None:
-                encoder = self._encoder_for(files, sources, subfolders, image_encoder_folder, hub)
-            self._load_face_id(states, encoder)
-            return []
-        made = [import_adapter(file, self.denoiser, f"ip_{number}") for number, file in enumerate(files)]
+        crops = _per_file("reference_crop", reference_crop, len(sources))
+        for crop in filter(None, crops):
+            check_choice("reference_crop", crop, CROPS)
+        shortcuts, hub = _per_file("shortcut", shortcut, len(sources)), _hub_options(kwargs)
+        files = [read_ip_adapter(*each, **hub) for each in zip(sources, subfolders, names, strict=True)]
+        made = [
+            import_adapter(file, self.denoiser, f"ip_{number}", crops[number], shortcuts[number])
+            for number, file in enumerate(files)
+        ]
         encoder = self._encoder_for(files, sources, subfolders, image_encoder_folder, hub)
         if encoder is not None:
             for file in files:
@@ -96,28 +102,10 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         self._ip_scales = [1.0] * len(made)
         return [report for _, report in made]
 
-    def _check_no_other_adapters(self, files: Sequence[IPAdapterFile]) -> None:
-        """Raise WeightsError unless diffusers' own attention, which FaceID files need, can replace ours."""
-        calls = {"unload_adapter()": self.adapter, "unload_adapter('text_adapter')": self.text_adapter}
-        if needed := " and ".join(call for call, adapter in calls.items() if adapter is not None):
-            origin = next(file.origin for file in files if face_id.is_face_id(file))
-            raise WeightsError(
-                f"{origin} is a FaceID file, with which only diffusers' own code draws, and that leaves no place for "
-                f"another adapter: call {needed} first, or use a base, Plus or Full file."
-            )
-
-    def _load_face_id(self, states: Sequence[Mapping[str, Any]], encoder: Any) -> None:
-        """Let diffusers load files that were checked, in place of all IP-Adapters."""
-        self._detach_ip_adapters()
-        self._remove_face_id_lora()
-        blank = [""] * len(states)
-        with quiet_libraries():  # diffusers would warn of the missing encoder, which the next line registers
-            cast(Any, super()).load_ip_adapter(list(states), blank, blank, image_encoder_folder=None)
-        self._register(encoder)
-
     def _remove_face_id_lora(self) -> None:
-        """Remove the LoRA of FaceID files, which diffusers leaves on and does not replace by that of another file."""
-        if names := face_id.lora_names(self.denoiser):
+        """Remove the LoRA of FaceID files that diffusers loaded, which it leaves on."""
+        loaded = getattr(self.denoiser, "peft_config", None) or ()
+        if names := [name for name in loaded if _FACE_LORA.fullmatch(name)]:
             cast(Any, self).delete_adapters(names)
             if not getattr(self.denoiser, "peft_config", None):  # the wrapped layers would be saved under other names
                 self.denoiser.unload_lora()
@@ -159,7 +147,7 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
     def unload_ip_adapter(self) -> None:
         """Remove all IP-Adapters from the denoiser and the image encoder from the pipeline, as diffusers does.
 
-        The LoRA of a FaceID file is removed too, which diffusers leaves on.
+        The LoRA of a FaceID file is removed too, also if diffusers loaded it, which leaves it on.
         """
         pipe = cast(Any, self)
         if self._has_stock_ip_adapter:
@@ -196,22 +184,24 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         folder: str | None,
         hub: Mapping[str, Any],
     ) -> Any:
-        """Return the pipeline's image encoder if it fits, else the one next to the first file.
+        """Return the pipeline's image encoder if it fits, else the one next to the first file that needs one.
 
         With a `folder` of None, return the pipeline's own encoder, which may be None.
         """
         present = getattr(self, "image_encoder", None)
-        if not hasattr(self, "image_encoder") or folder is None:
+        needing = [number for number, file in enumerate(files) if file.layout.needs_encoder]
+        if not hasattr(self, "image_encoder") or folder is None or not needing:
             return present
-        if present is not None and (isinstance(sources[0], Mapping) or _fits(files, present)):
+        first = needing[0]
+        if present is not None and (isinstance(sources[first], Mapping) or _fits(files, present)):
             return present
-        if isinstance(sources[0], Mapping):
+        if isinstance(sources[first], Mapping):
             raise ConfigError(
                 "A state dict has no image encoder next to it: pass image_encoder_folder=None, and give the pipeline "
                 "an image_encoder or call it with ip_adapter_image_embeds."
             )
-        place = folder if "/" in folder else "/".join(filter(None, (subfolders[0], folder)))
-        return load_encoder(sources[0], place, self.unet.dtype, hub)
+        place = folder if "/" in folder else "/".join(filter(None, (subfolders[first], folder)))
+        return load_encoder(sources[first], place, self.unet.dtype, hub)
 
     def _register(self, encoder: Any) -> None:
         """Register the encoder, and a feature extractor if the pipeline has none, as components of the pipeline."""
@@ -228,26 +218,31 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
     # --- one call ---------------------------------------------------------------------------------------------------
 
     def ip_conditioning(
-        self, images: Any, embeds: Any, masks: Any, count: int, copies: int, guided: bool
+        self, images: Any, embeds: Any, masks: Any, count: int, copies: int, guided: bool, without: Collection[int] = ()
     ) -> tuple[dict[str, Tokens], Scales, dict[str, Tensor]]:
         """Return branches, scales and regions of a call's Conditioning, rows in diffusers' order: [negative; positive].
 
         images: one entry per adapter (an image or a list of images).
         embeds: the encoder's features instead of images: (1 or count, images, width) for base files and (1 or count,
             images, length, width) for Plus and Full, with the negative rows first if the call is guided.
+            A FaceID file reads the recogniser's embeddings (rows, images, width), and a FaceID Plus file what
+            `imagine.people.readings.with_embedding` makes of one and of the encoder's tokens.
         masks: diffusers' ip_adapter_masks.
+        without: numbers of adapters that get no branch here, because they read the reference.
         count, copies: the number of prompts, and of pictures per prompt.
 
         Raises ConfigError if these do not fit together.
         """
-        features = self._ip_features(images, embeds, guided)
+        features = self._ip_features(images, embeds, guided, without)
         wanted = _masks(masks, len(self.ip_adapters))
         branches: dict[str, Tokens] = {}
         scales: Scales = {}
         regions: dict[str, Tensor] = {}
         device = cast(Any, self)._execution_device
         for number, adapter in enumerate(self.ip_adapters):
-            name, rows = f"ip_{number}", _rows(features[number], count, copies, guided)
+            if number in without:
+                continue
+            name, rows = f"ip_{number}", _rows(_with_length(adapter, features[number]), count, copies, guided)
             _check_features(adapter, rows)
             branches[name] = adapter.tokens(name, rows.to(device, adapter.dtype))
             scales[name], region = _scaled(self._ip_scale(number), wanted[number], rows.shape[1])
@@ -258,8 +253,11 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
     def _ip_scale(self, number: int) -> Any:
         return self._ip_scales[number] if number < len(self._ip_scales) else 1.0
 
-    def _ip_features(self, images: Any, embeds: Any, guided: bool) -> list[Tensor]:
-        """Return the features of every adapter's images, (rows, images, ...); the negative rows are first if guided."""
+    def _ip_features(self, images: Any, embeds: Any, guided: bool, without: Collection[int] = ()) -> list[Any]:
+        """Return the features of every adapter's images, (rows, images, ...); the negative rows are first if guided.
+
+        The adapters with the numbers `without` have None.
+        """
         if (images is None) == (embeds is None):
             raise ConfigError("Give exactly one of ip_adapter_image and ip_adapter_image_embeds.")
         given = embeds if images is None else images if isinstance(images, list) else [images]
@@ -269,11 +267,25 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
                 f"{found} given for {len(self.ip_adapters)} IP-Adapters: pass a list with one entry for each; an entry "
                 "may itself be a list of images."
             )
+        kept = [None if number in without else each for number, each in enumerate(given)]
+        if lacking := [number for number, each in enumerate(kept) if each is None and number not in without]:
+            raise ConfigError(
+                f"IP-Adapter {lacking[0]} has None for an image, and the call has no reference that it could show: "
+                "give one of both."
+            )
         if images is None:
-            return list(given)
-        return [self._encoded(each, adapter, guided) for each, adapter in zip(given, self.ip_adapters, strict=True)]
+            return kept
+        return [
+            each if each is None else self._encoded(each, adapter, guided)
+            for each, adapter in zip(kept, self.ip_adapters, strict=True)
+        ]
 
     def _encoded(self, image: Any, adapter: Adapter, guided: bool) -> Tensor:
+        if Reading.of(adapter.branch_specs[0], adapter.metadata).reads_face:
+            raise ConfigError(
+                "This IP-Adapter reads the embedding of a face, not a picture: give the photo as reference, or the "
+                "embeddings as ip_adapter_image_embeds."
+            )
         if self.image_encoder is None:
             raise WeightsError(
                 "The pipeline has no image_encoder to encode ip_adapter_image: load one with the IP-Adapter "
@@ -295,6 +307,16 @@ def _lists(source: Any, subfolder: Any, weight_name: Any) -> tuple[list[Any], li
         )
     sources, subfolders, names = (each * count if len(each) == 1 else each for each in given)
     return sources, subfolders, names
+
+
+def _per_file(name: str, given: Any, count: int) -> list[Any]:
+    """Return one value per file. Raises ConfigError for a list of another length."""
+    values = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    if len(values) != count:
+        raise ConfigError(
+            f"{name} has {len(values)} values for {count} IP-Adapters: give one for each, or one for all."
+        )
+    return values
 
 
 def _fits(files: Sequence[IPAdapterFile], encoder: Any) -> bool:
@@ -349,7 +371,8 @@ def _check_blocks(scale: Mapping[str, Any], denoiser: nn.Module) -> None:
 
 def _by_layer(blocks: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """Convert scales of blocks to scales of attention layers."""
-    layers = [name for name, layer in adapter.layers().items() if layer.branches()]
+    # The LoRA of a FaceID file acts in the same blocks, also in their self-attention.
+    layers = [name for name, layer in adapter.layers().items() if layer.branches() or adapter.lora_rank]
     return {layer: scale for layer in layers for block, scale in blocks.items() if layer.startswith(f"{block}.")}
 
 
@@ -380,14 +403,21 @@ def _rows(features: Tensor, count: int, copies: int, guided: bool) -> Tensor:
     return torch.cat([side.repeat_interleave(each, 0) for side, each in zip(sides, repeats, strict=True)])
 
 
+def _with_length(adapter: Adapter, features: Tensor) -> Tensor:
+    """Return features with an axis for their length where an adapter's projection needs one: InstantID's embeddings."""
+    reading = Reading.of(adapter.branch_specs[0], adapter.metadata)
+    return features[:, :, None] if reading.output == "raw face" and features.dim() == 3 else features
+
+
 def _check_features(adapter: Adapter, features: Tensor) -> None:
     spec = adapter.branch_specs[0]
-    dims = 3 if spec.projection == "linear" else 4
-    if features.dim() != dims or features.shape[-1] != spec.input_width:
+    dims = 3 if spec.projection in ("linear", "faceid") else 4
+    if features.dim() != dims or features.shape[-1] != spec.feature_width:
         shape = "(rows, images, width)" if dims == 3 else "(rows, images, tokens, width)"
+        network = "face recogniser" if Reading.of(spec, adapter.metadata).reads_face else "image encoder"
         raise ConfigError(
-            f"This IP-Adapter reads features {shape} of width {spec.input_width}, but got {list(features.shape)}: use "
-            "the image encoder that belongs to it."
+            f"This IP-Adapter reads features {shape} of width {spec.feature_width}, but got {list(features.shape)}: "
+            f"use the {network} that belongs to it."
         )
 
 

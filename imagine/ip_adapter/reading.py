@@ -26,18 +26,24 @@ from imagine.errors import WeightsError
 from imagine.ip_adapter.layout import (
     BRANCHES,
     FAMILIES,
+    LORA_LAYERS,
     PROJECTION,
     Layout,
+    Shape,
+    difference,
     encoder_of,
     licence_of,
     read_layout,
     standard_names,
 )
+from imagine.ip_adapter.references import FACE_LICENCE, crop_of, has_shortcut
 from imagine.networks import weights
 from imagine.networks.encoders import VisionEncoder
 from imagine.networks.files import is_pickle, why_unreadable
 from imagine.networks.finite import check_finite
 from imagine.paths import kind_of, why_no_file
+from imagine.people.crops import CropKind
+from imagine.people.readings import CROP, FACE_LAYER, LAYER
 
 ENCODER_FOLDER = "image_encoder"
 _CHECKPOINTS = ("state_dict", "model_state_dict", "module", "model")  # names of the state dict in training checkpoints
@@ -78,25 +84,38 @@ def read_ip_adapter(
     source: "str | os.PathLike[str] | Mapping[str, Any]",
     subfolder: str | None = None,
     weight_name: str | None = None,
-    *,
-    face_id: bool = False,
     **hub: Any,
 ) -> IPAdapterFile:
-    """Read a base, Plus or Full file of SD 1.5 or SDXL from the place where diffusers' load_ip_adapter finds it.
+    """Read a file for SD 1.5 or SDXL from the place where diffusers' load_ip_adapter finds it.
+
+    The file may be a base, Plus, Full, FaceID or FaceID Plus file, or InstantID's.
 
     `source` is a file (.safetensors; a .bin is read as weights only, so that no code in it runs), a folder or a hub id
     with `subfolder` and `weight_name`, or a state dict, nested ({"image_proj": ..., "ip_adapter": ...}) or flat. `hub`
     holds options of huggingface_hub.snapshot_download. Checkpoints of IP-Adapter's own trainer, and names with the
-    prefixes of compiled and data-parallel modules, are converted; `notes` of the result say so. `face_id` also accepts
-    FaceID files, which import_adapter does not. Raises WeightsError for anything that diffusers would drop or misread,
-    and for numbers that are not finite.
+    prefixes of compiled and data-parallel modules, are converted; `notes` of the result say so. Raises WeightsError for
+    anything that diffusers would drop or misread, and for numbers that are not finite.
     """
     if isinstance(source, Mapping):
         tensors, notes = _flat(source)
-        return _checked("the state dict", tensors, {}, None, notes, face_id)
+        return _checked("the state dict", tensors, {}, None, notes)
     file = find_weights_file(source, subfolder, weight_name, **hub)
     tensors, metadata, notes = _read(file)
-    return _checked(str(file), tensors, metadata, licence_of(file, metadata), notes, face_id)
+    return _checked(str(file), tensors, metadata, licence_of(file, metadata), notes)
+
+
+def read_file_layout(file: Path) -> Layout:
+    """Describe an IP-Adapter file from the names and shapes of its tensors, without reading these where it can."""
+    if is_pickle(file):
+        shapes = {name: tuple(tensor.shape) for name, tensor in read_pickle(file)[0].items()}
+    else:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(why_unreadable(file, "download it again")) from error
+    names, _ = standard_names(shapes)
+    return read_layout({name: shapes[stored] for stored, name in names.items()})
 
 
 def find_weights_file(
@@ -139,33 +158,72 @@ def fetch(repository: str, patterns: Sequence[str], hub: Mapping[str, Any]) -> P
         ) from error
 
 
-def import_adapter(file: IPAdapterFile, denoiser: nn.Module, name: str = "vision") -> tuple[Adapter, ImportReport]:
+def import_adapter(
+    file: IPAdapterFile,
+    denoiser: nn.Module,
+    name: str = "vision",
+    crop: CropKind | None = None,
+    shortcut: bool | None = None,
+) -> tuple[Adapter, ImportReport]:
     """Create an adapter for this denoiser, with one branch `name`, from a file. The adapter is not attached yet.
 
-    The denoiser may be on the meta device. Raises WeightsError if the file was made for another base.
+    The denoiser may be on the meta device. `crop` is the part of a photo that the adapter was trained with, and
+    `shortcut` is of FaceID Plus v2; by default both are known from the file's name and layout (`references`). The LoRA
+    of a FaceID file becomes the adapter's. Raises WeightsError if the file was made for another base.
     """
     layers = cross_attention(denoiser)
     check_base(file, layers)
-    layout = file.layout
+    layout, origin = file.layout, Path(file.origin).name
     assert layout.width is not None
+    plus = layout.kind == "faceid-plus"
     spec = BranchSpec(
         name, layout.width, zero_init=False, projection=cast(Kind, layout.kind), input_width=layout.input_width,
         tokens=layout.tokens, inner_width=layout.inner_width, attention_width=layout.attention_width, absent="zeros",
+        face_width=layout.face_width if plus else None,
+        shortcut=plus and (has_shortcut(origin) if shortcut is None else shortcut),
+        lora="presence" if layout.lora_rank else "strength",
     )  # fmt: skip
     with torch.device("meta"):
-        adapter = Adapter(denoiser, [spec])
+        adapter = Adapter(denoiser, [spec], layout.lora_rank)
     used = {f"{PROJECTION}{key}": f"projections.{name}.{key}" for key in _below(PROJECTION, file.tensors)}
     for number, layer in numbered(layers):
         for each in ("to_k", "to_v"):
             used[f"{BRANCHES}{number}.{each}_ip.weight"] = f"{layer}.{name}.{each}.weight"
     tensors = {ours: file.tensors[theirs] for theirs, ours in used.items()}
+    tensors |= _low_rank_tensors(file, adapter, used)
     for layer in layers:
         tensors[f"{layer}.{name}.gate"] = torch.full_like(tensors[f"{layer}.{name}.to_v.weight"][:, 0], 1 / GATE_GAIN)
     adapter.load_state_dict(tensors, strict=True, assign=True)
     report = _report(file, used)
-    adapter.metadata = _described(report, layout)
+    adapter.metadata = {**_described(report, layout), CROP: crop or crop_of(layout, origin)}
     device = next(denoiser.parameters()).device
     return (adapter if device.type == "meta" else adapter.to(device)), report
+
+
+def _low_rank_tensors(file: IPAdapterFile, adapter: Adapter, used: dict[str, str]) -> dict[str, Tensor]:
+    """Return the LoRA of a file under the adapter's names, and record them in `used`; layers without LoRA get zeros.
+
+    Raises WeightsError if a tensor is unknown or does not fit its layer.
+    """
+    stored = {each: file.tensors[f"{BRANCHES}{each}"] for each in _below(BRANCHES, file.tensors) if "_lora." in each}
+    if not stored:
+        return {}
+    needed = {name: tensor for name, tensor in adapter.state_dict().items() if ".lora_" in name}
+    tensors = {name: torch.zeros(tensor.shape) for name, tensor in needed.items()}
+    wanted: dict[str, Shape] = {}
+    for number, layer in enumerate(adapter.layers()):
+        for each in LORA_LAYERS if any(name.startswith(f"{number}.") for name in stored) else ():
+            target = "to_out.0" if each == "out" else f"to_{each}"
+            for side, ours in (("down", "lora_A"), ("up", "lora_B")):
+                theirs, name = f"{number}.to_{each}_lora.{side}.weight", f"{layer}.{target}.{ours}.weight"
+                wanted[theirs] = tuple(needed[name].shape)
+                if theirs in stored:
+                    tensors[name] = stored[theirs]
+                    used[f"{BRANCHES}{theirs}"] = name
+    if problem := difference(BRANCHES, wanted, {name: tuple(tensor.shape) for name, tensor in stored.items()}):
+        raise WeightsError(f"{file.origin} {problem}.")
+    dtype = next(iter(stored.values())).dtype
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def load_encoder(source: "str | os.PathLike[str]", place: str, dtype: torch.dtype, hub: Mapping[str, Any]) -> Any:
@@ -186,6 +244,8 @@ def load_encoder(source: "str | os.PathLike[str]", place: str, dtype: torch.dtyp
 
 def check_encoder(layout: Layout, image_encoder: Any) -> None:
     """Raise WeightsError unless the projection's input width equals the width of this encoder's features."""
+    if not layout.needs_encoder:
+        return
     config = image_encoder.config
     ours = isinstance(image_encoder, VisionEncoder)
     tokens, pooled = (config.width, config.embed_width) if ours else (config.hidden_size, config.projection_dim)
@@ -204,10 +264,11 @@ def _of(encoder: str | None) -> str:
 
 def _described(report: ImportReport, layout: Layout) -> dict[str, str]:
     """Return the metadata that an imported adapter is saved with."""
+    layer = "pooled embedding" if layout.kind == "linear" else "penultimate" if layout.needs_encoder else FACE_LAYER
     return {
         "base": report.base,
         "encoder": report.encoder,
-        "feature_layer": "pooled embedding" if layout.kind == "linear" else "penultimate",
+        LAYER: layer,
         "tokens": "all" if layout.tokens is None else str(layout.tokens),
         "licence": report.licence or "unspecified",
         "imported_from": Path(report.origin).name,
@@ -220,13 +281,22 @@ def _report(file: IPAdapterFile, used: Mapping[str, str]) -> ImportReport:
         origin=file.origin,
         variant=layout.variant,
         tokens=layout.tokens,
-        encoder=metadata.get("encoder") or layout.encoder or f"unknown, with features of width {layout.input_width}",
+        encoder=_encoder_named(file),
         base=metadata.get("base") or layout.family or "unknown",
         licence=file.licence,
         used=dict(used),
         parameters=sum(file.tensors[name].numel() for name in used),
-        notes=file.notes,
+        notes=(*file.notes, FACE_LICENCE) if layout.face_width else file.notes,
     )
+
+
+def _encoder_named(file: IPAdapterFile) -> str:
+    layout, named = file.layout, file.metadata.get("encoder")
+    vision = layout.encoder or f"unknown, with features of width {layout.input_width}"
+    if layout.face_width is None:
+        return named or vision
+    recogniser = f"a face recogniser with embeddings of width {layout.face_width}"
+    return named or (f"{recogniser}, and {vision}" if layout.needs_encoder else recogniser)
 
 
 def check_base(file: IPAdapterFile, layers: Mapping[str, Any]) -> None:
@@ -284,12 +354,11 @@ def _checked(
     metadata: Mapping[str, str],
     licence: str | None,
     notes: Sequence[str],
-    face_id: bool,
 ) -> IPAdapterFile:
     names, renamed = standard_names(stored)
     tensors = {name: stored[each] for each, name in names.items()}
     layout = read_layout({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    if layout.problem and not (face_id and (layout.kind or "").startswith("faceid")):
+    if layout.problem:
         raise WeightsError(f"{origin} {layout.problem}.")
     check_finite(origin, tensors)
     # Tensors are cloned, as in `Adapter.load`: at a file's unaligned addresses kernels sum in another order.

@@ -353,6 +353,27 @@ def fetch_component(source: str | os.PathLike[str], **hub: Any) -> Path:
         return folder
 
 
+def adapter_path(source: str | os.PathLike[str], **hub: Any) -> Path:
+    """Return the file or folder of a saved adapter: a path, or a hub repository owner/name, which is downloaded.
+
+    A folder may also hold the adapter in its folder `adapter`, as folders of weights do. `hub` holds options of a
+    download. Raises WeightsError if they are unknown or not needed, or if the repository cannot be fetched.
+    """
+    if unknown := [name for name in hub if name not in HUB_OPTIONS]:
+        raise WeightsError(f"There is no option {unknown[0]}: choose from {', '.join(HUB_OPTIONS)}.")
+    path = as_path(source)
+    if kind_of(path, WeightsError) == "nothing" and is_hub_id(source):
+        from huggingface_hub import snapshot_download
+
+        with fetching(os.fspath(source)):
+            patterns = ["adapter*.safetensors", "adapter/*.safetensors", "*.md"]
+            path = Path(snapshot_download(os.fspath(source), allow_patterns=patterns, **hub))
+    elif hub:
+        raise WeightsError(f"{next(iter(hub))} is an option of a hub id, and {source} is none: leave it out.")
+    is_weights = path.is_dir() and not any(path.glob("adapter*.safetensors")) and (path / "adapter").is_dir()
+    return path / "adapter" if is_weights else path
+
+
 def dtype_argument(cls: type) -> str:
     """Return the name of `from_pretrained`'s precision argument.
 

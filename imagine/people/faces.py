@@ -615,14 +615,19 @@ class InsightFaceFinder:
         pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])  # insightface reads BGR
         fixed = isinstance(self.detector.input_shape[2], int)
         for side in (None,) if fixed else (None, 320, 160):
-            edges, _ = self.detector.detect(pixels, input_size=side and (side, side))
+            edges, points = self.detector.detect(pixels, input_size=side and (side, side))
             if len(edges):
-                return non_maximum_suppression([self._to_box(*row) for row in edges.tolist()])
+                marks = [()] * len(edges) if points is None else [tuple(map(tuple, each)) for each in points.tolist()]
+                found = [self._to_box(*row, landmarks=mark) for row, mark in zip(edges.tolist(), marks, strict=True)]
+                return non_maximum_suppression(found)
         return ()
 
-    def _to_box(self, left: float, top: float, right: float, bottom: float, score: float) -> FaceBox:
+    def _to_box(
+        self, left: float, top: float, right: float, bottom: float, score: float,
+        landmarks: tuple[tuple[float, float], ...],
+    ) -> FaceBox:  # fmt: skip
         brow = top + self.brow * (bottom - top)
-        return FaceBox(left, brow, right - left, bottom - brow, score, finder="insightface")
+        return FaceBox(left, brow, right - left, bottom - brow, score, landmarks, finder="insightface")
 
 
 def model_pack(model: "str | Path", root: Path) -> Path:

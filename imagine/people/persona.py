@@ -67,7 +67,9 @@ class Face:
 class Persona:
     """The vision features (tokens, width) of one person: those of several photos concatenated, or their mean.
 
-    `encoder` is the encoder's fingerprint (weights.fingerprint); `faces` has one entry per photo.
+    `encoder` is the encoder's fingerprint (weights.fingerprint), or another key of a `readings.Reading`; `faces` has
+    one entry per photo. `others` holds further features of the same photos by their keys, for a pipeline whose adapters
+    read several.
     """
 
     features: Tensor
@@ -79,6 +81,7 @@ class Persona:
     encoder_name: str = ""  # what the encoder is called, for messages
     created: str = ""  # the day, as in 2026-11-30; empty in older files
     file: str = field(default="", compare=False)  # where it was loaded from, for messages
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -122,7 +125,10 @@ class Persona:
             "created": self.created or today_utc().isoformat(),
             "faces": json.dumps(faces),
         }
-        data = to_bytes({TENSOR: self.features.detach().cpu().contiguous()}, metadata)
+        tensors = {TENSOR: self.features, **{f"{TENSOR}.{n}": each for n, each in enumerate(self.others.values(), 1)}}
+        if self.others:
+            metadata["others"] = json.dumps(list(self.others))
+        data = to_bytes({name: each.detach().cpu().contiguous() for name, each in tensors.items()}, metadata)
         if passphrase is not None:
             sealed, parameters = seal(data, passphrase)
             described = {"format_version": FORMAT_VERSION, "kind": SEALED_KIND, "encryption": parameters}
@@ -150,7 +156,7 @@ class Persona:
             )
         metadata = read_metadata(file_path)  # first, because the file may be gigabytes of something else
         if metadata.get("kind") not in (KIND, SEALED_KIND):
-            return cls._read(path, metadata, None)
+            return cls._read(path, metadata, {})
         try:
             data = file_path.read_bytes()
             tensors = from_bytes(data)
@@ -165,11 +171,14 @@ class Persona:
             sealed = tensors[SEALED_TENSOR].numpy().tobytes()
             data = unseal(sealed, metadata["encryption"], passphrase, str(path))
             metadata, tensors = read_header(data), from_bytes(data)
-        return cls._read(path, metadata, tensors.get(TENSOR))
+        return cls._read(path, metadata, tensors)
 
     @classmethod
-    def _read(cls, path: str | os.PathLike[str], metadata: Mapping[str, str], features: Tensor | None) -> "Persona":
-        """Return the persona of a file's metadata and features. Raises WeightsError if they are not a persona's."""
+    def _read(
+        cls, path: str | os.PathLike[str], metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+    ) -> "Persona":
+        """Return the persona of a file's metadata and tensors. Raises WeightsError if they are not a persona's."""
+        features = tensors.get(TENSOR)
         if metadata.get("kind") != KIND or features is None or features.dim() != 2 or "encoder" not in metadata:
             raise WeightsError(f"{path} is not a persona; give a file made by `imagine enroll`.")
         if metadata.get("format_version") not in READABLE_VERSIONS:
@@ -177,7 +186,8 @@ class Persona:
                 f"{path} is a persona of format version {metadata.get('format_version')}, but this version of imagine "
                 f"reads {' and '.join(READABLE_VERSIONS)}; enroll the person again."
             )
-        check_finite(str(path), {TENSOR: features})
+        others = _others(metadata.get("others", "[]"), tensors, path)
+        check_finite(str(path), {TENSOR: features, **others})
         try:
             weights = tuple(map(float, json.loads(metadata.get("photo_weights", "[]"))))
             consent = from_text(metadata.get("consent", "null"))
@@ -186,17 +196,30 @@ class Persona:
         faces = _faces(metadata.get("faces", "[]"), path)
         return cls(
             features, metadata["encoder"], faces, weights, checked_pooling(metadata.get("pooling", "concatenate")),
-            consent, metadata.get("encoder_name", ""), metadata.get("created", ""), os.fspath(path),
+            consent, metadata.get("encoder_name", ""), metadata.get("created", ""), os.fspath(path), others,
         )  # fmt: skip
 
     def check_encoder(self, encoder: str) -> None:
         """Raise WeightsError unless the persona was made by the encoder with this fingerprint."""
-        if not same_encoder(self.encoder, encoder):
-            made = f"{self.encoder_name} ({self.encoder})" if self.encoder_name else self.encoder
-            raise WeightsError(
-                f"{f'The persona {self.file}' if self.file else 'This persona'} was made by the vision encoder {made}, "
-                f"but the pipeline has {encoder}; enroll the person again with these weights."
-            )
+        self.features_of(encoder)
+
+    def features_of(self, encoder: str) -> Tensor:
+        """Return the features that this key names. Raise WeightsError if the persona has none of them."""
+        for known, features in ((self.encoder, self.features), *self.others.items()):
+            if same_encoder(known, encoder):
+                return features
+        made = f"{self.encoder_name} ({self.encoder})" if self.encoder_name else self.encoder
+        raise WeightsError(
+            f"{f'The persona {self.file}' if self.file else 'This persona'} was made by the vision encoder {made}, "
+            f"but the pipeline has {encoder}; enroll the person again with these weights."
+        )
+
+
+def _others(text: str, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    try:
+        return {str(key): tensors[f"{TENSOR}.{number}"] for number, key in enumerate(json.loads(text), 1)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} does not describe its features properly; enroll the person again.") from error
 
 
 def _faces(text: str, path: str | os.PathLike[str]) -> tuple[Face, ...]:

@@ -26,12 +26,15 @@ from imagine.networks.encoders import CLIP_MEAN, CLIP_STD, VisionEncoder
 from imagine.networks.finite import is_finite, why_not_finite
 from imagine.paths import as_path, kind_of
 from imagine.people import photo_recogniser
+from imagine.people.arcface import DEFAULT_PACK, InsightFaceEmbedder
+from imagine.people.crops import crop_as_trained
 from imagine.people.drawing_recogniser import DrawingRecogniser
 from imagine.people.faces import LEARNED, TURNS, FaceChoice, FaceFinder, crop_face, default_finder
 from imagine.people.persona import Face, Persona
 from imagine.people.photo_recogniser import PhotoRecogniser
 from imagine.people.photos import open_photo
 from imagine.people.pooling import Pooling, checked_pooling, photo_weight, pool
+from imagine.people.readings import FACE_SIDE, FaceEmbedder, Reader, Reading, face_embedding, with_embedding
 from imagine.people.safety import SafetyClassifier, refuse_flagged
 from imagine.people.strangers import FaceRecogniser, Identity, find_stranger
 from imagine.personas.consent import Consent, joined
@@ -88,6 +91,7 @@ class ReferenceEncoderMixin:
     _finder_folder: Path | None = None
     _encoder_info: "tuple[nn.Module | None, int, EncoderInfo] | None" = None
     _zero_features: "tuple[str, Tensor] | None" = None
+    _face_recogniser: FaceEmbedder | None = None
 
     @property
     @abstractmethod
@@ -121,6 +125,31 @@ class ReferenceEncoderMixin:
     def safety(self, classifier: SafetyClassifier | None) -> None:
         self._safety = classifier
         self.__dict__.pop("_persona_cache", None)  # its photos were not checked by this classifier
+
+    def face_recogniser(self) -> FaceEmbedder:
+        """The recogniser whose embeddings FaceID adapters read: by default InsightFace's. Set it to use another."""
+        if self._face_recogniser is None:
+            self._face_recogniser = InsightFaceEmbedder()
+        return self._face_recogniser
+
+    @face_recogniser.setter
+    def face_recogniser(self, recogniser: FaceEmbedder) -> None:
+        self._face_recogniser = recogniser
+        self.__dict__.pop("_persona_cache", None)
+
+    def _readers(self) -> list[Reader]:
+        """Return the branches that read the references; without an identity adapter there are none."""
+        return [] if self.adapter is None or identity_spec(self.adapter) is None else [Reader(self.adapter)]
+
+    def _readings(self) -> list[Reading]:
+        """Return what a persona for this pipeline must hold, the features of the first branch first."""
+        return list(dict.fromkeys(reader.reading for reader in self._readers())) or [Reading()]
+
+    def _key(self, reading: Reading) -> str:
+        """Return the key of a reading's features in a persona."""
+        fingerprint = self.encoder_fingerprint if reading.reads_encoder else ""
+        # The default recogniser need not be installed where only personas are used.
+        return reading.key(fingerprint, DEFAULT_PACK if self._face_recogniser is None else self._face_recogniser.name)
 
     # --- from photos to personas ------------------------------------------------------------------------------------
 
@@ -169,14 +198,10 @@ class ReferenceEncoderMixin:
             known = self._encoder_info = (encoder, version, EncoderInfo.of(encoder))
         return known[2]
 
-    @property
-    def _reads_pooled(self) -> bool:
-        spec = identity_spec(self.adapter)
-        return spec is not None and spec.projection == "linear"
-
-    def _encoder_key(self) -> str:
-        """Return a key for what made a persona: the encoder, and whether its pooled embedding was used."""
-        return self.encoder_fingerprint + (":pooled" if self._reads_pooled else "")
+    def check_persona(self, persona: Persona) -> None:
+        """Raise WeightsError unless the persona holds what this pipeline reads of a person."""
+        for reading in self._readings():
+            persona.check_encoder(self._key(reading))
 
     def _encoder_name(self) -> str:
         """Return what the encoder is called: as the adapter's file calls it, else its class."""
@@ -198,22 +223,25 @@ class ReferenceEncoderMixin:
             each if isinstance(each, Persona) else self._enroll_photo(each, number, face, on_no_face, identify)
             for number, each in enumerate(person.references, 1)
         ]
-        encoder_key = self._encoder_key()
         for each in encoded:
             each.check_consent()
-            each.check_encoder(encoder_key)
+        readings = self._readings()
+        keys, weights = [self._key(reading) for reading in readings], [each.photo_weights for each in encoded]
+        tokens = self._current_encoder_info().tokens if any(reading.reads_encoder for reading in readings) else 1
+        features = {
+            key: pool([each.features_of(key).to("cpu") for each in encoded], weights, reading.length(tokens), pooling)
+            for key, reading in zip(keys, readings, strict=True)
+        }
         faces = [one for each in encoded for one in each.faces]
         if check_identity:
             faces = _check_one_person(faces)
         if person.name:
             faces = [replace(one, reference=f"{person.name}: {one.reference}") for one in faces]
-        weights = [each.photo_weights for each in encoded]
-        tokens = 1 if self._reads_pooled else self._current_encoder_info().tokens
-        features = pool([each.features.to("cpu") for each in encoded], weights, tokens, pooling)
         every = tuple(one for each in weights for one in each) if all(weights) else ()
         consent = joined([each.consent for each in encoded])
         kept = encoded[0].pooling if len(encoded) == 1 and pooling == "concatenate" else pooling
-        return Persona(features, encoder_key, tuple(faces), every, kept, consent, self._encoder_name())
+        first = features.pop(keys[0])
+        return Persona(first, keys[0], tuple(faces), every, kept, consent, self._encoder_name(), others=features)
 
     def _enroll_photo(
         self, photo: Any, number: int, face: FaceChoice, on_no_face: OnNoFace, identify: bool = False
@@ -221,32 +249,51 @@ class ReferenceEncoderMixin:
         file = as_path(photo) if isinstance(photo, (str, os.PathLike)) else None
         if file is not None and file.suffix == ".safetensors":
             return Persona.load(file)
-        encoder_key = self._encoder_key()
+        readings = self._readings()
+        keys = tuple(self._key(reading) for reading in readings)
         is_file = file is not None and kind_of(file, PictureError) == "file"
-        key = (_file_state(cast(Path, file)), face, on_no_face, encoder_key, identify) if is_file else None
+        key = (_file_state(cast(Path, file)), face, on_no_face, keys, identify) if is_file else None
         cache: dict[Any, Persona] = self.__dict__.setdefault("_persona_cache", {})
         for known in () if key is None else ((*key[:-1], True), key):  # one with the embedding also serves without it
             if (persona := cache.get(known)) is not None:
                 return persona
-        info, encoder = self._current_encoder_info(), self.reference_encoder
-        if encoder is None:
+        reads_encoder = any(reading.reads_encoder for reading in readings)
+        if reads_encoder and self.reference_encoder is None:
             raise WeightsError("The vision encoder was freed: give a persona that was enrolled before, not a photo.")
         image, name = open_photo(photo), f"photo {number}" if file is None else os.fspath(photo)
         if self._safety is not None:
             refuse_flagged(self._safety.check_photo(image), name)
-        crop = crop_face(image, self.finder, info.image_size, face, on_no_face)
-        pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].float() / 255
-        features = vision_features(encoder, pixels.to(cast(Any, self)._execution_device), self._reads_pooled)[0]
-        if not is_finite(features):  # a persona with such numbers would make every picture of the person black
-            raise WeightsError(why_not_finite({"the vision encoder": encoder}))
+        size = self._current_encoder_info().image_size if reads_encoder else FACE_SIDE
+        crop = crop_face(image, self.finder, size, face, on_no_face)
+        cuts = [crop_as_trained(image, crop, reading.crop, size) for reading in readings]
+        features = [self._features(reading, image, cut) for reading, cut in zip(readings, cuts, strict=True)]
         identity = self._identify(image, crop) if identify else None
-        weight = photo_weight(crop, info.image_size)
-        persona = Persona(features.float().cpu(), encoder_key, (Face.of(crop, name, identity),), (weight,))
+        shown, weight = (Face.of(cuts[0], name, identity),), (photo_weight(crop, size),)
+        persona = Persona(features[0], keys[0], shown, weight, others=dict(zip(keys[1:], features[1:], strict=True)))
         if key is not None:
             while len(cache) >= MAX_CACHED_PERSONAS:
                 cache.pop(next(iter(list(cache))), None)  # another thread may have removed it
             cache[key] = persona
         return persona
+
+    def _features(self, reading: Reading, image: Image.Image, crop: FaceCrop) -> Tensor:
+        """Return what a reading reads of one photo and its crop, (length, width), in float32 on the CPU."""
+        tokens, embedding = torch.empty(0), torch.empty(0)
+        if reading.reads_encoder:
+            encoder = cast(nn.Module, self.reference_encoder)
+            pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].float() / 255
+            pixels = pixels.to(cast(Any, self)._execution_device)
+            tokens = vision_features(encoder, pixels, reading.output == "pooled")[0].float().cpu()
+            if not is_finite(tokens):  # a persona with such numbers would make every picture of the person black
+                raise WeightsError(why_not_finite({"the vision encoder": encoder}))
+        if not reading.reads_face:
+            return tokens
+        spec = next(reader.spec for reader in self._readers() if reader.reading == reading)
+        upright = image.transpose(TURNS[crop.turned]) if crop.turned else image
+        embedding = face_embedding(self.face_recogniser, upright, crop.box, spec.face_width or spec.input_width)
+        if reading.output != "raw face":
+            embedding = torch.nn.functional.normalize(embedding, dim=0)
+        return with_embedding(embedding, tokens) if reading.reads_encoder else embedding[None]
 
     def _identify(self, image: Image.Image, crop: FaceCrop) -> Identity | None:
         """Embed the face of a crop with the recogniser for its kind of picture; None if that is not installed."""
@@ -270,7 +317,7 @@ class ReferenceEncoderMixin:
         self, requests: Sequence[Request], face: FaceChoice, on_no_face: OnNoFace, identify: bool = False
     ) -> list[list[Persona]]:
         """Encode each person once, even if in several pictures; return one list of personas per request."""
-        if self.adapter is None and any(request.people for request in requests):
+        if not self._readers() and any(request.people for request in requests):
             raise WeightsError(
                 "This pipeline has no identity adapter: load one with load_adapter, or give no reference."
             )
@@ -291,21 +338,34 @@ class ReferenceEncoderMixin:
 
     # --- from personas to tokens ------------------------------------------------------------------------------------
 
-    def _vision_tokens(self, personas: Sequence[Sequence[Persona]], copies: int) -> Tokens | None:
+    def _vision_tokens(
+        self, personas: Sequence[Sequence[Persona]], copies: int, reader: Reader | None = None
+    ) -> Tokens | None:
         """Return vision tokens (pictures, people * longest, width); None if no picture shows a person.
 
         If a picture has several people, every person of every picture has equally many tokens, some of them masked.
         """
         if not any(personas):
             return None
-        return repeat(self._project([[persona.features for persona in people] for people in personas]), copies)
+        reader = reader or self._identity_reader()
+        key = self._key(reader.reading)
+        rows = [[persona.features_of(key) for persona in people] for people in personas]
+        return repeat(self._project(rows, reader), copies)
 
-    def _vision_groups(self, personas: Sequence[Sequence[Persona]], copies: int) -> Tensor | None:
+    def _identity_reader(self) -> Reader:
+        """Return the identity adapter's branch, which exists where there are people (`_personas_for`)."""
+        assert self.adapter is not None
+        return Reader(self.adapter)
+
+    def _vision_groups(
+        self, personas: Sequence[Sequence[Persona]], copies: int, reader: Reader | None = None
+    ) -> Tensor | None:
         """Return which people each picture has (pictures, people), to tell their tokens apart; None if at most one.
 
         Raises ConfigError if a picture has more people than the adapter's routers tell apart.
         """
-        most, spec = max(map(len, personas), default=0), identity_spec(self.adapter)
+        most = max(map(len, personas), default=0)
+        spec = identity_spec(self.adapter) if reader is None else reader.spec
         if most < 2:
             return None
         if most > MAX_PEOPLE and spec is not None and spec.router:
@@ -314,19 +374,16 @@ class ReferenceEncoderMixin:
         present = torch.arange(most) < counts[:, None]
         return present.repeat_interleave(copies, 0).to(cast(Any, self)._execution_device)
 
-    def _absent_tokens(self, count: int) -> Tokens:
-        """Return the identity branch's tokens for `count` pictures without people, if it was trained with "zeros".
+    def _absent_tokens(self, count: int, reader: Reader | None = None) -> Tokens:
+        """Return a branch's tokens for `count` pictures without people, if it was trained with "zeros".
 
         As in IP-Adapters: the features of a picture that is zero after normalisation, or a zero embedding.
         """
-        spec = identity_spec(self.adapter)
-        assert spec is not None
-        row = (
-            torch.zeros(1, spec.input_width or spec.width)
-            if spec.projection == "linear"
-            else self._zero_picture_features()
-        )
-        return repeat(self._project([[row]]), count)
+        reader = reader or self._identity_reader()
+        reading = reader.reading
+        needs_picture = reading.reads_encoder and reading.output != "pooled"
+        row = reading.zeros(reader.spec, self._zero_picture_features() if needs_picture else None)
+        return repeat(self._project([[row]], reader), count)
 
     def _zero_picture_features(self) -> Tensor:
         """Return the encoder's features of a picture of zeros, (tokens, width), computed once."""
@@ -343,19 +400,18 @@ class ReferenceEncoderMixin:
         self._zero_picture_features()
         self._encoder_info = (None, 0, self._current_encoder_info())
 
-    def _project(self, rows: Sequence[Sequence[Tensor]]) -> Tokens:
-        """Return the identity branch's tokens of the features (length, width) of each person in each row.
+    def _project(self, rows: Sequence[Sequence[Tensor]], reader: Reader) -> Tokens:
+        """Return a branch's tokens of the features (length, width) of each person in each row.
 
         The tokens are (rows, people * longest, width), where `people` is the greatest number in a row; what a row lacks
         is masked.
         """
-        adapter, spec = self.adapter, identity_spec(self.adapter)
-        assert adapter is not None and spec is not None  # `_personas_for` has checked this
+        adapter, spec, reading = reader.adapter, reader.spec, reader.reading
         present = [person for row in rows for person in row]
         most, longest, width = max(map(len, rows)), max(map(len, present)), present[0].shape[1]
-        if width != (spec.input_width or spec.width):
+        if width != spec.feature_width:
             raise WeightsError(
-                f"The identity adapter reads vision features of width {spec.input_width or spec.width}, but the vision "
+                f"The identity adapter reads vision features of width {spec.feature_width}, but the vision "
                 f"encoder gives {width}: use the encoder that belongs to the adapter."
             )
         features = torch.zeros(len(rows), most, longest, width)
@@ -365,13 +421,11 @@ class ReferenceEncoderMixin:
                 features[number, place, : len(person)] = person
                 mask[number, place, : len(person)] = True
         features, mask = features.flatten(1, 2), mask.flatten(1)
-        if spec.projection == "plus":  # it projects each picture separately
-            features, mask = (
-                features.unflatten(1, (-1, self._current_encoder_info().tokens)),
-                mask[:, :: self._current_encoder_info().tokens],
-            )
+        if spec.projection in ("plus", "faceid-plus"):  # it projects each picture separately
+            length = reading.length(self._current_encoder_info().tokens if reading.reads_encoder else 1)
+            features, mask = features.unflatten(1, (-1, length)), mask[:, ::length]
         device = cast(Any, self)._execution_device
-        values = adapter.tokens(VISION, features.to(device, adapter.dtype)).values
+        values = adapter.tokens(reader.branch, features.to(device, adapter.dtype)).values
         if mask.all():
             return Tokens(values)
         return Tokens(values, mask.repeat_interleave(values.shape[1] // mask.shape[1], 1).to(device))

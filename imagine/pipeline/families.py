@@ -39,6 +39,11 @@ def class_names() -> tuple[str, ...]:
     return tuple(name for family in _families for name in family.class_names)
 
 
+def titles() -> str:
+    """Return the names of all families, for a sentence."""
+    return " or ".join(family.title for family in _families)
+
+
 def class_by_name(name: str) -> Any:
     """Return the class with `reference=` for the registered diffusers pipeline class called `name`."""
     return class_for(getattr(importlib.import_module("diffusers"), name))
@@ -50,7 +55,6 @@ def class_for(stock: type) -> Any:
     for family in _families:
         if bases & set(family.class_names):
             return family.adapt(stock)
-    titles = " or ".join(family.title for family in _families)
     raise ConfigError(
-        f"A {stock.__name__} cannot take references; use a pipeline of {titles}, such as StableDiffusionXLPipeline."
+        f"A {stock.__name__} cannot take references; use a pipeline of {titles()}, such as StableDiffusionXLPipeline."
     )

@@ -258,10 +258,13 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
     def _adapters(self) -> list[Adapter]:
         return [part for part in (self.text_adapter, self.adapter) if part is not None]
 
-    def load_adapter(self, source: "Adapter | str | os.PathLike[str]") -> None:
-        """Replace the identity adapter with this one: an Adapter, or a saved folder or file."""
+    def load_adapter(self, source: "Adapter | str | os.PathLike[str]", **hub: Any) -> None:
+        """Replace the identity adapter with this one: an Adapter, a saved folder or file, or a hub id.
+
+        `hub` holds options of a hub id's download, such as revision.
+        """
         denoiser = self._require_denoiser()
-        adapter = source if isinstance(source, Adapter) else Adapter.load(source, denoiser)
+        adapter = source if isinstance(source, Adapter) else Adapter.load(weights.adapter_path(source, **hub), denoiser)
         check_encoder(adapter, self.encoder_fingerprint)
         self._replace_adapter("adapter", adapter.to(denoiser.device, denoiser.dtype).eval())
 

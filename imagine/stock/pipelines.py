@@ -19,28 +19,32 @@ import inspect
 import os
 import shutil
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from torch import Tensor, nn
+from torch import nn
 
 from imagine.adapter.adapter import Adapter, check_attached
 from imagine.errors import ConfigError, PromptError, WeightsError
-from imagine.ip_adapter import face_id
-from imagine.ip_adapter.loading import IPAdapterLoaderMixin
 from imagine.networks.encoders import TextEncoders
 from imagine.networks.models import read_empty_denoiser
 from imagine.networks.saving import PUSH_OPTIONS, check_save_options, write_whole
-from imagine.networks.weights import HUB_OPTIONS, quiet_libraries, refuse_random_weights, resolve_folder
+from imagine.networks.weights import (
+    HUB_OPTIONS,
+    adapter_path,
+    quiet_libraries,
+    refuse_random_weights,
+    resolve_folder,
+)
 from imagine.people.faces import FaceChoice
 from imagine.people.persona import Persona
-from imagine.people.reference_encoder import FINDER, OnNoFace, ReferenceEncoderMixin, check_encoder, identity_spec
+from imagine.people.reference_encoder import FINDER, OnNoFace, check_encoder
 from imagine.pipeline.call import checked_attempts
-from imagine.pipeline.controls import ALL, Blocks, Factors, Window, block_factors
+from imagine.pipeline.controls import ALL, Blocks, Window, block_factors
 from imagine.pipeline.layout import Layout
 from imagine.pipeline.picture_check import FiniteImageProcessor, naming_the_part
 from imagine.pipeline.second_pass import RefineFaces
@@ -67,7 +71,8 @@ from imagine.stock.files import (
     saved_adapter_folders,
     saved_scale,
 )
-from imagine.stock.people import StockAttempts, reference_regions, region_rows
+from imagine.stock.identity import IdentityBranchesMixin
+from imagine.stock.people import StockAttempts, reference_regions
 from imagine.stock.second_pass import StockSecondPass, inpainting
 
 _PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
@@ -78,7 +83,7 @@ ENCODERS = ("vision_encoder", "t5_encoder", "byt5_encoder")
 COMPONENTS = (*ENCODERS, "t5_tokenizer", "byt5_tokenizer")
 
 
-class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, ReferenceEncoderMixin):
+class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
     """Adds adapters on the denoiser, and arguments for the people in the picture, to a stock pipeline.
 
     `vision_encoder` encodes references; without it, the stock pipeline's own `image_encoder` does. `t5_encoder` and
@@ -126,6 +131,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
             made.text_adapter, made.adapter = pipeline.text_adapter, pipeline.adapter
             made.ip_adapters, made._ip_scales = list(pipeline.ip_adapters), pipeline._ip_scales
             made._finder, made._finder_folder = pipeline._finder, pipeline._finder_folder
+            made._face_recogniser = pipeline._face_recogniser
             made._encoder_info, made._zero_features = pipeline._encoder_info, pipeline._zero_features
             if made.denoiser is not pipeline.denoiser:
                 made._move_adapters(None)
@@ -249,22 +255,21 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
     def _adapters(self) -> list[Adapter]:
         return [*(part for part in (self.text_adapter, self.adapter) if part is not None), *self.ip_adapters]
 
-    def load_adapter(self, source: Any) -> None:
-        """Attach an adapter (an Adapter, or a saved folder or file), replacing one of the same kind.
+    def load_adapter(self, source: Any, **hub: Any) -> None:
+        """Attach an adapter (an Adapter, a saved folder or file, or a hub id), replacing one of the same kind.
+
+        `hub` holds options of a hub id's download, such as revision.
 
         An adapter with the branch "vision" becomes `adapter`; one with text branches only becomes `text_adapter`.
         Raises WeightsError for an unknown branch, or if the adapter was trained with another encoder.
         """
         self._check_can_load()
         if self._has_stock_ip_adapter:
-            beside = "use a base, Plus or Full file beside the adapter, not a FaceID file"
-            if not face_id.is_loaded(self.denoiser):
-                beside = "load the IP-Adapter again with this pipeline's load_ip_adapter"
             raise WeightsError(
                 "diffusers has loaded an IP-Adapter into this denoiser, which leaves no place for an adapter: call "
-                f"unload_ip_adapter() first, and {beside}."
+                "unload_ip_adapter() first, and load the IP-Adapter again with this pipeline's load_ip_adapter."
             )
-        adapter = source if isinstance(source, Adapter) else Adapter.load(source, self.denoiser)
+        adapter = source if isinstance(source, Adapter) else Adapter.load(adapter_path(source, **hub), self.denoiser)
         names = {spec.name for spec in adapter.branch_specs}
         if unknown := names - {VISION, *TEXT_BRANCHES}:
             raise WeightsError(
@@ -346,8 +351,11 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         """Generate with the stock pipeline, all of whose arguments are accepted, and show the referenced people.
 
         reference, face, on_no_face: as in `ImaginePipeline`: photos, Personas, lists of these, or a dict from names.
+            The identity adapter shows them. Without one the IP-Adapters do, each from the part of the photo that it was
+            trained with; IP-Adapters with an image in ip_adapter_image (a list, None for the others) show that image.
         identity_scale: strength of the identity branch: one number, one per prompt, or a mapping from attention layers
-            to these. 0 gives the stock pipeline's picture bit for bit, as does no reference.
+            to these. It multiplies the scales of IP-Adapters that show the reference. 0 gives the stock pipeline's
+            picture bit for bit, as does no reference.
         identity_window, identity_blocks: the steps and the blocks in which the reference acts, as in `ImaginePipeline`.
         refine_faces: whether to redraw small faces with the inpainting pipeline of the same kind; a RefineFaces gives
             other settings. Only people given by a reference or an IP-Adapter are redrawn. Callbacks run in the first
@@ -374,19 +382,17 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         }  # fmt: skip
         if not self._adapters():
             self._check_no_adapter_needed(given, reference)
-            if refine_settings is None:
-                return self._add_refined_faces(draw(**given), None, words)
-            batch = read_call(self, draw, given, None)[0]
-            second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, [()] * batch.prompts, ours)
-            return self._add_refined_faces(draw(**given), second_pass, words)
+            return self._draw_nobody(draw, refine_settings, words, given, ours)
         check_attached(self.denoiser, self._adapters())
         self._adapters_to_device()
         try:
             batch, requests = read_call(self, draw, given, reference)
-            ours["regions"], placed = reference_regions(self, identity_spec(self.adapter), layout, requests, given)
+            ours["readers"] = readers = self._reference_readers(given, requests)
+            spec = readers[0].spec if readers else None
+            ours["regions"], placed = reference_regions(self, spec, layout, requests, given)
             most = checked_attempts(attempts, requests, output_type)
             personas = self._personas_for(requests, face, on_no_face, identify=most > 0)
-            if self.adapter is not None and any(personas):
+            if self.adapter is not None and any(personas) and any(each.reading.reads_encoder for each in readers):
                 check_encoder(self.adapter, self.encoder_fingerprint)  # it may have been set after the adapter
             once = functools.partial(self._draw_once, draw, refine_settings, [*words, *placed])
             out = StockAttempts(batch, requests, given, personas, ours, most).run(self, once)
@@ -395,6 +401,17 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         if hasattr(out, "images"):
             out.faces = [one for people in personas for persona in people for one in persona.faces]
         return out
+
+    def _draw_nobody(
+        self, draw: Any, refine_settings: RefineFaces | None, words: Sequence[str], given: dict[str, Any],
+        ours: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        """Run the stock call without adapters of ours, and redraw the small faces of its result."""
+        if refine_settings is None:
+            return self._add_refined_faces(draw(**given), None, words)
+        batch = read_call(self, draw, given, None)[0]
+        second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, [()] * batch.prompts, ours)
+        return self._add_refined_faces(draw(**given), second_pass, words)
 
     def _draw_once(
         self, draw: Any, refine_settings: RefineFaces | None, words: Sequence[str], given: dict[str, Any], batch: Batch,
@@ -406,6 +423,11 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
 
     def _check_no_adapter_needed(self, given: Mapping[str, Any], reference: Any) -> None:
         """Raise WeightsError if the call gives a reference or image but no adapter is attached."""
+        if reference is not None and self._has_stock_ip_adapter:
+            raise WeightsError(
+                "diffusers loaded the IP-Adapter of this pipeline, and its code takes no reference: call "
+                "unload_ip_adapter(), and load the IP-Adapter again with this pipeline's load_ip_adapter."
+            )
         has_image = any(given.get(name) is not None for name in ("ip_adapter_image", "ip_adapter_image_embeds"))
         if reference is not None or (has_image and not self._has_stock_ip_adapter):
             raise WeightsError(
@@ -425,21 +447,19 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         ip_adapter_inputs = given.pop("ip_adapter_image", None), given.pop("ip_adapter_image_embeds", None)
         given["cross_attention_kwargs"] = kwargs = dict(given.get("cross_attention_kwargs") or {})
         try:
-            text, person = (
-                self._text_parts(given, batch, ours["branch_embeds"], ours["negative_branch_embeds"]),
-                self._identity_parts(
-                    personas,
-                    ours["identity_scale"],
-                    block_factors(self.denoiser, ours["identity_blocks"]),
-                    batch,
-                    ours["regions"],
-                ),
-            )
-            theirs = self._ip_adapter_parts(*ip_adapter_inputs, kwargs.pop("ip_adapter_masks", None), batch)
-            parts = {True: (text, person), False: (text,)}  # with and without the person
-            updater = ConditioningUpdater(
-                self, batch, kwargs, lambda active: merge_parts(*parts[active], theirs()), ours["identity_window"]
-            )
+            text = self._text_parts(given, batch, ours["branch_embeds"], ours["negative_branch_embeds"])
+            factors = block_factors(self.denoiser, ours["identity_blocks"])
+            shown = [
+                self._identity_parts(reader, personas, ours["identity_scale"], factors, batch, ours["regions"])
+                for reader in ours["readers"]
+            ]
+            reading = [self.ip_adapters.index(each.adapter) for each in ours["readers"] if each.branch != VISION]
+            theirs = self._ip_adapter_parts(*ip_adapter_inputs, kwargs.pop("ip_adapter_masks", None), batch, reading)
+
+            def conditioning(active: bool) -> Any:
+                return merge_parts(text, *(each() for each in shown if active), theirs())
+
+            updater = ConditioningUpdater(self, batch, kwargs, conditioning, ours["identity_window"])
             updater.wrap_callback(given)
             return draw(**given)
         finally:
@@ -469,43 +489,6 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
         if hasattr(made, "watermark"):
             made.watermark = None  # the first pass has already added the watermark
         return made
-
-    def _identity_parts(
-        self, personas: Sequence[Sequence[Persona]], scale: Any, factors: Factors | None, batch: Batch,
-        regions: Tensor | None = None,
-    ) -> ConditioningParts:  # fmt: skip
-        """Return the identity branch for all rows, or empty parts if no person is shown."""
-        spec, tokens = identity_spec(self.adapter), self._vision_tokens(personas, 1)
-        if spec is None or tokens is None:
-            return ConditioningParts()
-        absent = spec.absent == "zeros"
-
-        def rows(each: Any) -> Tensor:
-            strength = self._identity_strength(each, personas, batch.copies)
-            return torch.cat([strength * absent, strength]) if batch.guided else strength
-
-        strength = {name: rows(each) for name, each in scale.items()} if isinstance(scale, Mapping) else rows(scale)
-        if factors is not None:
-            by_layer: Mapping[str, Any] = strength if isinstance(strength, dict) else dict.fromkeys(factors, strength)
-            strength = {name: by_layer[name] * factor for name, factor in factors.items() if name in by_layer}
-        absent_tokens = self._absent_tokens(batch.prompts) if absent and batch.guided else None
-        groups, placed_rows = self._vision_groups(personas, 1), region_rows(regions, batch, absent_tokens is not None)
-        separate = {} if groups is None else {VISION: batch.group_rows(groups, absent_tokens is not None)}
-        placed = {} if placed_rows is None else {VISION: placed_rows}
-        tokens_here = {VISION: batch.rows(tokens, absent_tokens)}
-        return ConditioningParts(tokens_here, {VISION: strength}, placed, separate)
-
-    def _ip_adapter_parts(self, images: Any, embeds: Any, masks: Any, batch: Batch) -> Callable[[], ConditioningParts]:
-        """Return a function that builds the IP-Adapters' branches.
-
-        It is called again when a callback sets new scales; the images' features are computed only once.
-        """
-        if images is None and embeds is None:
-            return ConditioningParts
-        features = self._ip_features(images, embeds, batch.guided)
-        return lambda: ConditioningParts(
-            *self.ip_conditioning(None, features, masks, batch.prompts, batch.copies, batch.guided)
-        )
 
     # --- additional text encoders -----------------------------------------------------------------------------------
 
@@ -585,7 +568,7 @@ class PersonalisationMixin(AttentionBackendMixin, IPAdapterLoaderMixin, Referenc
 
     def free_encoders(self) -> None:
         """Delete all encoders to free memory. Later calls need personas, prompt_embeds and branch_embeds."""
-        if self.reference_encoder is not None and self.adapter is not None:
+        if self.reference_encoder is not None and any(reader.reading.reads_encoder for reader in self._readers()):
             self._keep_encoder_info()
         for name in (*ENCODERS, "text_encoder", "text_encoder_2", "image_encoder"):
             if getattr(self, name, None) is not None:

@@ -6,7 +6,8 @@ How to write a block of code in these pages:
   in order. The Python blocks of a page share one namespace; a bash block is one script under `bash -eu`. A block of
   YAML must be readable.
 - They run in a folder like a fresh clone, without a network. It also holds `photo.jpg`, `1.jpg` and `2.jpg`, as
-  examples of the reader's own photos. What they write must lie in out/ or runs/, which git ignores.
+  examples of the reader's own photos, and `tiny/` with tiny public bases and IP-Adapters. What they write must lie in
+  out/ or runs/, which git ignores.
 - A block that cannot run in a test begins after the line `<!-- not run: REASON -->`. Its commands are then only parsed:
   options, names of config files and `key=value` settings must exist, and so must the targets of `make`. Its Python must
   compile, and what it imports from this project must exist. A config file whose name begins with `my` is the reader's.
@@ -21,7 +22,9 @@ are fork_process from one that has imported everything already, which saves ten 
 
 import argparse
 import ast
+import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import io
@@ -32,6 +35,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +46,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests import tiny_bases
 from tests.forks import fork_process
 from tests.root import ROOT
 
@@ -286,6 +291,18 @@ exit "$code"
 """
 
 
+@functools.cache
+def tiny_public_files() -> Path:
+    """A folder with tiny public bases and IP-Adapters, for commands that name published ones."""
+    folder = Path(tempfile.mkdtemp(prefix="imagine-public-"))
+    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True))
+    for name, xl in (("sd15", False), ("sdxl", True)):
+        tiny_bases.save_base(folder / name, xl)
+        file = f"ip-adapter-plus-face_{'sdxl_vit-h' if xl else 'sd15'}.safetensors"
+        tiny_bases.save_ip_adapter(folder / "models" / file, xl=xl)
+    return folder
+
+
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like a fresh clone, as the present one."""
@@ -295,6 +312,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for page in ROOT.glob("*.md"):
         shutil.copy(page, folder)
+    os.symlink(tiny_public_files(), folder / "tiny")
     for number, name in enumerate(("photo.jpg", "1.jpg", "2.jpg")):
         example = ROOT / "weights" / "examples" / f"person-{max(number, 1)}.png"
         Image.open(example).convert("RGB").save(folder / name, quality=95)

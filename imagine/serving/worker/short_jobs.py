@@ -28,7 +28,7 @@ def _enroll(job: Job, reader: Reader, store: Store) -> None:
     """Encode a person from photos or a persona's file, and keep the persona."""
     request = job.request
     persona = reader.persona(job, request)
-    persona.check_encoder(reader.pipe._encoder_key())
+    reader.pipe.check_persona(persona)
     faces = [face.as_dict() for face in persona.faces]
     stored = StoredPersona(
         draw_id("per"), job.owner, request["name"], persona.encoder, max(1, len(faces)), request.get("consent"), faces,

@@ -51,7 +51,7 @@ def test_generate_writes_a_picture_that_its_seed_repeats(run: Run, weights: Path
 def test_a_stock_folder_is_refused_with_the_way_to_use_it(run: Run, photo: Path, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     code, _, err = run(*generate(tmp_path, photo, tmp_path / "a.png"))
-    assert code == 2 and "holds a StableDiffusionXLPipeline" in err and "docs/backbones.md" in err
+    assert code == 2 and "holds a StableDiffusionXLPipeline" in err and "docs/bases.md" in err
 
 
 def test_generate_agrees_with_the_library(run: Run, weights: Path, photo: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""FaceID files load and draw through diffusers' own code, as in diffusers' own pipelines, and only completely."""
+"""FaceID files draw diffusers' pictures, show references, and load only completely."""
 
 import copy
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from imagine.adapter.adapter import is_attached
-from imagine.errors import WeightsError
+from imagine.errors import ConfigError, WeightsError
 from imagine.people.faces import KnownBoxesFinder
+from imagine.people.readings import with_embedding
 from imagine.stock.pipelines import personalised_class
 from tests import tiny, tiny_ip, tiny_stock
 from tests.imagine.stock.test_second_pass import SMALL
@@ -20,6 +20,7 @@ from tests.tiny_stock import draw, same
 
 File = dict[str, dict[str, Tensor]]
 
+CLOSE = 1e-5
 FACE = 20  # width of the face recogniser's features
 SIZE = {"height": 16, "width": 16}
 PLACE: dict[str, Any] = {"subfolder": "", "weight_name": "", "image_encoder_folder": None}
@@ -91,26 +92,43 @@ def pipes(xl: bool) -> tuple[Any, Any]:
     return made
 
 
+def features(pipe: Any, seed: int) -> Any:
+    """Return random features of a face, the negative ones first; for FaceID Plus those of a picture too.
+
+    diffusers takes the picture's from its projection, where they are set as in its documentation.
+    """
+    face = torch.randn(2, 1, FACE, generator=tiny.generator(seed))
+    vision = torch.randn(2, 1, 5, tiny_ip.TOKENS, generator=tiny.generator(seed + 1))
+    if not getattr(pipe, "ip_adapters", ()):
+        projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
+        if hasattr(projection, "clip_embeds"):
+            projection.clip_embeds = vision
+        return face
+    if pipe.ip_adapters[0].branch_specs[0].projection == "faceid":
+        return face
+    return torch.stack([with_embedding(face[row, 0], vision[row, 0])[None] for row in range(2)])
+
+
 def show(pipe: Any, seed: int = 3) -> Tensor:
-    """Draw from random features of a face, and for FaceID Plus of a picture, the negative ones first."""
-    projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
-    if hasattr(projection, "clip_embeds"):  # set as in diffusers' documentation
-        projection.clip_embeds = torch.randn(2, 1, 5, tiny_ip.TOKENS, generator=tiny.generator(seed + 1))
-        projection.shortcut = True
-    return draw(pipe, ip_adapter_image_embeds=[torch.randn(2, 1, FACE, generator=tiny.generator(seed))], **SIZE)
+    return draw(pipe, ip_adapter_image_embeds=[features(pipe, seed)], **SIZE)
 
 
+@pytest.mark.parametrize("shortcut", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("make", [face_id, face_id_plus])
-def test_pictures_are_those_of_diffusers(make: Callable[[Any], File], xl: bool):
+def test_pictures_are_those_of_diffusers(make: Callable[[Any], File], shortcut: bool, xl: bool):
     stock, ours = pipes(xl)
     plain, drawn = draw(stock, **SIZE), []
     for pipe in (stock, ours):
-        pipe.load_ip_adapter(make(pipe.unet), **PLACE)
+        if pipe is ours:
+            ours.load_ip_adapter(make(pipe.unet), **PLACE, shortcut=shortcut)
+        else:
+            stock.load_ip_adapter(make(pipe.unet), **PLACE)
+            stock.unet.encoder_hid_proj.image_projection_layers[0].shortcut = shortcut
         drawn += [show(pipe), show(pipe, seed=5)]
         pipe.set_ip_adapter_scale(0.3)
         drawn.append(show(pipe))
-    assert type(ours.unet.encoder_hid_proj.image_projection_layers[0]).__name__.startswith("IPAdapterFaceID")
-    assert all(map(torch.equal, drawn[:3], drawn[3:]))
+    for one, other in zip(drawn[:3], drawn[3:], strict=True):
+        assert (one - other).abs().max() <= CLOSE
     assert not any(torch.allclose(drawn[0], each, atol=1e-3) for each in (drawn[1], drawn[2], plain))
 
 
@@ -124,30 +142,48 @@ def test_a_file_with_a_base_file_beside_it_is_read_from_any_place(xl: bool, tmp_
     save_file(flat, tmp_path / "face.safetensors")
     torch.save(file, tmp_path / "face.bin")
     for source in (flat, tmp_path / "face.safetensors", tmp_path / "face.bin"):
-        assert ours.load_ip_adapter([source, base], image_encoder_folder=None) == []
-        assert torch.equal(draw(ours, ip_adapter_image_embeds=embeds, **SIZE), wanted)
+        reports = ours.load_ip_adapter([source, base], image_encoder_folder=None)
+        assert [report.variant for report in reports] == ["FaceID", "base"]
+        assert "non-commercial" in " ".join(reports[0].notes) and not reports[1].notes
+        assert (draw(ours, ip_adapter_image_embeds=embeds, **SIZE) - wanted).abs().max() <= CLOSE
     ours.unload_ip_adapter()
     ours.load_ip_adapter(tmp_path, weight_name="face.bin", image_encoder_folder=None)
     assert show(ours).isfinite().all()
 
 
-def test_unloading_removes_the_lora_too_and_another_file_brings_its_own(xl: bool, tmp_path: Any):
-    """diffusers leaves the LoRA of the first file on, and does not load that of the second."""
-    stock, ours = pipes(xl)
-    plain, second = draw(ours, **SIZE), face_id(ours.unet, 9)
+def test_strength_0_and_unloading_give_the_base_again_and_a_folder_keeps_the_adapter(xl: bool, tmp_path: Any):
+    """diffusers leaves the LoRA on in the first case, and refuses nothing in the last, but loses the adapter."""
+    _, ours = pipes(xl)
+    plain = draw(ours, **SIZE)
     weights = {name: tensor.clone() for name, tensor in ours.unet.state_dict().items()}
-    stock.load_ip_adapter(second, **PLACE)
     ours.load_ip_adapter(face_id(ours.unet), **PLACE)
-    ours.load_ip_adapter(second, **PLACE)
-    assert torch.equal(show(ours), show(stock))
-    ours.unload_ip_adapter()
-    after = ours.unet.state_dict()
-    assert weights.keys() == after.keys() and all(torch.equal(weights[name], after[name]) for name in weights)
-    assert same(draw(ours, **SIZE), plain)
+    shown = show(ours)
     ours.save_pretrained(tmp_path)
     again = type(ours).from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    assert same(draw(again, **SIZE), plain)
+    assert same(show(again), shown) and not same(shown, plain)
+    ours.set_ip_adapter_scale(0.0)
+    assert torch.equal(show(ours), plain)
+    ours.load_ip_adapter(face_id(ours.unet, 9), **PLACE)
+    assert not same(show(ours), shown)
+    ours.unload_ip_adapter()
+    after = ours.unet.state_dict()
+    assert weights.keys() == after.keys() and all(torch.equal(weights[name], after[name]) for name in weights)
+    assert torch.equal(draw(ours, **SIZE), plain)
+
+
+def test_what_diffusers_loaded_before_is_unloaded_with_its_lora(xl: bool):
+    stock, _ = pipes(xl)
+    plain = draw(stock, **SIZE)
+    stock.load_ip_adapter(face_id(stock.unet), **PLACE)
+    ours = personalised_class(type(stock)).from_pipe(stock)
+    ours.set_progress_bar_config(disable=True)
+    with pytest.raises(WeightsError, match=r"takes no reference: call unload_ip_adapter\(\)"):
+        draw(ours, reference=tiny.photo(1), **SIZE)
+    with pytest.raises(WeightsError, match=r"unload_ip_adapter\(\) first, and load the IP-Adapter again"):
+        ours.load_adapter(tiny_stock.identity(ours.unet))
+    ours.unload_ip_adapter()
+    assert same(draw(ours, **SIZE), plain)
 
 
 def test_small_faces_are_redrawn(xl: bool):
@@ -161,25 +197,24 @@ def test_small_faces_are_redrawn(xl: bool):
     assert out.refined == 1 and not out.notes
 
 
-def test_another_adapter_beside_it_raises_one_sentence_in_either_order(xl: bool):
+def test_our_own_adapter_stands_beside_it(xl: bool):
     _, ours = pipes(xl)
-    file = face_id(ours.unet)
-    adapter = tiny_stock.identity(ours.unet)
-    ours.load_ip_adapter(file, **PLACE)
-    with pytest.raises(WeightsError, match=r"unload_ip_adapter\(\) first.*beside the adapter, not a FaceID file\.$"):
-        ours.load_adapter(adapter)
-    ours.unload_ip_adapter()
-    ours.load_adapter(adapter)
-    ours.load_adapter(tiny.text_adapter(ours.unet))
-    both = r"call unload_adapter\(\) and unload_adapter\('text_adapter'\) first"
-    with pytest.raises(WeightsError, match=f"is a FaceID file.*{both}, or use a base, Plus or Full file"):
-        ours.load_ip_adapter(file, **PLACE)
-    assert ours.adapter is adapter and is_attached(ours.unet, adapter)
+    ours.load_ip_adapter(face_id(ours.unet), **PLACE)
+    alone = show(ours)
+    ours.load_adapter(tiny_stock.identity(ours.unet))
+    assert same(show(ours), alone)  # nobody is shown by the other adapter
     ours.unload_adapter()
-    with pytest.raises(WeightsError, match=r"call unload_adapter\('text_adapter'\) first"):
-        ours.load_ip_adapter(file, **PLACE)
-    ours.unload_adapter("text_adapter")
-    ours.load_ip_adapter(file, **PLACE)
+    assert torch.equal(show(ours), alone)
+
+
+def test_a_picture_is_refused_where_a_face_is_read(xl: bool):
+    _, ours = pipes(xl)
+    ours.load_ip_adapter(face_id(ours.unet), **PLACE)
+    with pytest.raises(ConfigError, match="reads the embedding of a face, not a picture: give the photo as reference"):
+        draw(ours, ip_adapter_image=tiny.photo(1), **SIZE)
+    wrong = [torch.zeros(2, 1, FACE + 1)]
+    with pytest.raises(ConfigError, match="use the face recogniser that belongs to it"):
+        draw(ours, ip_adapter_image_embeds=wrong, **SIZE)
 
 
 def lacking(part: str, name: str) -> Callable[[File], Any]:
@@ -193,13 +228,16 @@ def changed(part: str, name: str, change: Callable[[Tensor], Tensor]) -> Callabl
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lacking("image_proj", "proj.2.bias"), "FaceID projection that diffusers cannot load.*download it again"),
-        (lacking("image_proj", "proj.0.weight"), "FaceID projection that diffusers cannot load"),
-        (lambda file: file["image_proj"].update(extra=torch.zeros(1)), "FaceID projection that diffusers cannot load"),
+        (lacking("image_proj", "proj.2.bias"), "lacks image_proj.proj.2.bias: download it again"),
+        (lacking("image_proj", "proj.0.weight"), "lacks tensors of its FaceID projection: download it again"),
+        (lambda file: file["image_proj"].update(extra=torch.zeros(1)), "holds the unknown image_proj.extra"),
         (lacking("ip_adapter", "3.to_v_ip.weight"), "lacks ip_adapter.3.to_v_ip.weight"),
         (lacking("ip_adapter", "0.to_q_lora.up.weight"), "lacks ip_adapter.0.to_q_lora.up.weight"),
         (changed("ip_adapter", "1.to_q_lora.up.weight", lambda old: old[:-1]), "1.to_q_lora.up.weight of shape"),
-        (lambda file: file["ip_adapter"].update({"99.to_q_lora.up.weight": torch.zeros(1, 1)}), "holds the unknown"),
+        (
+            lambda file: file["ip_adapter"].update({"99.to_q_lora.up.weight": torch.zeros(1, 1)}),
+            "lacks ip_adapter.99.to_q_lora.down.weight",
+        ),
         (changed("ip_adapter", "3.to_k_ip.weight", lambda old: old * float("nan")), "not finite, in ip_adapter.3.to_k"),
     ],
 )
@@ -221,8 +259,7 @@ def test_a_file_that_diffusers_would_not_load_completely_changes_nothing(
 
 def test_a_file_for_another_base_changes_nothing_and_no_random_number_is_drawn(xl: bool):
     _, ours = pipes(xl)
-    file = face_id_plus(ours.unet)
-    ours.load_ip_adapter(file, **PLACE)
+    ours.load_ip_adapter(face_id_plus(ours.unet), **PLACE)
     before = show(ours)
     with pytest.raises(WeightsError, match=r"layers that read text of width .* use the file made for it"):
         ours.load_ip_adapter(face_id_plus(tiny_ip.unet(not xl)), **PLACE)
