@@ -111,7 +111,7 @@ def uvicorn_config(app: Any, settings: ServeSettings) -> uvicorn.Config:
     """Return uvicorn's settings: no version in answers, limits on connections, and our own log of requests."""
     return uvicorn.Config(
         app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False,
-        limit_concurrency=settings.connections, timeout_keep_alive=15, timeout_graceful_shutdown=30, ws="none",
+        limit_concurrency=settings.connections, timeout_keep_alive=5, timeout_graceful_shutdown=30, ws="none",
         http="h11", h11_max_incomplete_event_size=32 << 10, proxy_headers=False,
     )  # fmt: skip
 
@@ -141,6 +141,8 @@ def serve(settings: ServeSettings) -> None:
         store.remove_left_over_files(older=0 if settings.database is None else 600)
         supervisor = Supervisor(settings)
         supervisor.start()
+        # uvicorn sends itself the signal that ended it once more, which must not end this process before its workers.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         try:
             Server(uvicorn_config(create_app(store, settings), settings)).run()
         finally:

@@ -83,8 +83,6 @@ def error_response(error: ApiError, path: str) -> JSONResponse:
     headers = {"x-should-retry": "true" if error.retry else "false"}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, min(120, round(error.retry_after))))
-    if error.code in ("too_large", "upload_too_slow"):  # what else arrives of the body is not read
-        headers["connection"] = "close"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error.headers, Mapping):

@@ -1,5 +1,6 @@
 """Accept a job for a request, and wait for it where the client wants that."""
 
+import logging
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from imagine.serving.store.jobs import Admission, IdempotencyError, QueueFullErr
 from imagine.serving.store.records import Job, Kind
 from imagine.serving.store.store import Store
 
+LOG = logging.getLogger("imagine.serving")
 JOINED = 600.0  # seconds for which a repeated request of OpenAI's client joins the job of the first one
 WAITS = 15.0  # seconds after which a waiting request looks whether its client is still there
 
@@ -50,7 +52,7 @@ async def submit(
         if found is not None:
             return found, False
     try:
-        return await run_sync(store.jobs.admit, wanted, settings.max_queue, settings.max_queue_per_owner)
+        found, is_new = await run_sync(store.jobs.admit, wanted, settings.max_queue, settings.max_queue_per_owner)
     except IdempotencyError as error:
         raise ApiError(
             "idempotency_mismatch", "This Idempotency-Key came with another request before; use a new one."
@@ -58,6 +60,9 @@ async def submit(
     except QueueFullError as error:
         whose = "You have too many jobs in the queue" if error.own else "The queue is full"
         raise ApiError("queue_full", f"{whose}; ask again later.", retry_after=5) from error
+    prompt = {"prompt": job["prompt"]} if settings.log_prompts and "prompt" in job else {}
+    LOG.info("job accepted", extra={"job": found.id, "kind": kind, "count": count, "new": is_new, **prompt})
+    return found, is_new
 
 
 def _idempotency_key(request: Request) -> str | None:

@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ def events(client: Any, job: str, **headers: str) -> list[dict[str, Any]]:
     return found
 
 
+def eventually(holds: Callable[[], bool], within: float = 30.0) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + within
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_a_picture_is_drawn_as_the_library_draws_it(server: Running, pipe: ImaginePipeline, ann: str) -> None:
     with server.client() as client:
         asked = client.post("/v1/pictures", json={**PROMPT, "persona": ann, "seed": 7})
@@ -94,8 +102,8 @@ def test_photos_in_the_request_are_used_and_then_deleted(server: Running) -> Non
     assert job["state"] == "succeeded", job
     assert [face["reference"] for face in job["result"]["faces"]] == ["a: photo 1", "b: photo 1"]
     uploads = [person["uploads"][0] for person in job["request"]["people"].values()]
+    eventually(lambda: not any(server.store.files.photo(each).exists() for each in uploads))
     assert [server.store.people.upload(each, "local") for each in uploads] == [None, None]
-    assert not any(server.store.files.photo(each).exists() for each in uploads)
 
 
 def test_events_show_progress_and_previews_and_can_be_continued(server: Running) -> None:
@@ -113,8 +121,9 @@ def test_events_show_progress_and_previews_and_can_be_continued(server: Running)
 
 def test_a_job_is_canceled_by_its_id_and_others_go_on(server: Running) -> None:
     with server.client() as client:
-        long = {**PROMPT, "steps": 150}
-        first, second = (client.post("/v1/pictures", json=long).json()["id"] for _ in range(2))
+        first, second = (
+            client.post("/v1/pictures", json={**PROMPT, "steps": steps}).json()["id"] for steps in (150, 20)
+        )
         assert client.post(f"/v1/jobs/{first}/cancel").status_code == 200
         assert ended(client, first)["state"] == "canceled"
         assert ended(client, second)["state"] == "succeeded"
@@ -312,7 +321,7 @@ def test_a_stream_ends_when_the_server_is_stopped_and_the_job_waits(tmp_path: Pa
 
         thread = threading.Thread(target=follow)
         thread.start()
-        time.sleep(1.5)
+        eventually(lambda: "event: position" in lines)
     thread.join(20)
     assert not thread.is_alive() and "event: queued" in lines and "event: position" in lines
     with running(tmp_path) as server:
