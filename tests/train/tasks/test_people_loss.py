@@ -129,3 +129,29 @@ def test_a_router_learns_the_masks() -> None:
         router_loss(record, masks).backward()
         optimiser.step()
     assert ious[0] < 0.5 and ious[-1] == 1.0
+
+
+def test_only_known_positions_count() -> None:
+    masks = torch.zeros(1, 2, 4, 4)
+    masks[0, 0, 0, 0], masks[0, 1, 0, 3] = 1, 1  # two boxes of one position
+    known = masks.sum(1)
+    nobody = log_of([[0, 2, 2, 1]] + [[2] * 4] * 3, 0.8)
+    first = log_of([[0, 0, 0, 1]] + [[0] * 4] * 3, 0.8)  # the same inside the boxes
+    for recorded in (nobody, first):
+        assert router_loss({"a": [recorded]}, masks, known).item() == pytest.approx(-math.log(0.8), abs=1e-6)
+        assert router_iou({"a": [recorded]}, masks, known) == 1
+    assert router_iou({"a": [first]}, masks) < 0.6
+    exchanged = router_loss({"a": [nobody]}, masks.flip(1), known)
+    assert exchanged.item() == pytest.approx(-math.log(0.1), abs=1e-6)
+    # At 2 x 2 a quarter of two positions is known, and all of that is one person's.
+    coarse = log_of([[0, 1, 2, 2]], 0.8)
+    assert router_loss({"a": [coarse]}, masks, known).item() == pytest.approx(-math.log(0.8), abs=1e-6)
+
+
+def test_knowing_everything_is_the_default() -> None:
+    masks, recorded = quarters(), {"a": [log_of(RIGHT, 0.8), log_of([[0, 2, 1, 0]] * 4, 0.7)]}
+    everywhere = torch.ones(1, 4, 4)
+    wanted = router_loss(recorded, masks).item()
+    assert router_loss(recorded, masks, everywhere).item() == pytest.approx(wanted, abs=1e-6)
+    assert router_iou(recorded, masks, everywhere) == router_iou(recorded, masks)
+    assert router_loss(recorded, masks, torch.zeros(1, 4, 4)).item() == 0
