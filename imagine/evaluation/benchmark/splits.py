@@ -10,6 +10,7 @@ contexts of pictures, and prompts. It is pinned here, and checked whenever a spl
 one name and version are of the same split.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
@@ -127,14 +128,18 @@ def load_split(name: str = "test", identities: int = PEOPLE, prompts: int = PROM
         raise ConfigError(f"There is no split {name!r} of {VERSION}: choose from {', '.join(SEEDS)}.")
     if not (2 <= identities <= PEOPLE and 1 <= prompts <= PROMPTS):
         raise ConfigError(f"A split has up to {PEOPLE} people, at least 2, and up to {PROMPTS} prompts: choose fewer.")
-    whole = make_cases(PORTRAITS[:PROMPTS], PEOPLE, SEEDS[name], GALLERY)
-    found, pinned = digest(whole), DIGESTS.get((VERSION, name))
+    found, pinned = _whole_digest(name), DIGESTS.get((VERSION, name))
     if pinned is not None and found != pinned:
         raise ConfigError(
             f"The split {name} of {VERSION} is not the published one (digest {found[:12]}, expected {pinned[:12]}): "
             "use the released program, so that scores can be compared."
         )
     return Split(name, make_cases(PORTRAITS[:prompts], identities, SEEDS[name], gallery), found)
+
+
+@functools.lru_cache(maxsize=len(SEEDS))
+def _whole_digest(name: str) -> str:
+    return digest(make_cases(PORTRAITS[:PROMPTS], PEOPLE, SEEDS[name], GALLERY))
 
 
 def digest(cases: Cases) -> str:

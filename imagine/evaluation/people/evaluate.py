@@ -24,7 +24,9 @@ from imagine.evaluation.people.cases import GroupCases, make_group_cases
 from imagine.evaluation.people.judging import (
     Pictures,
     embed_portraits,
+    find_faces,
     judge_groups,
+    portrait_squares,
     require_finder,
     same_person_threshold,
     with_patterns,
@@ -117,7 +119,7 @@ def run(
         remove_partial_files(output)
     pictures = RunPictures(output, system, side=None)
     failed = _draw(pictures, sets, seed, batch, settings, shard, progress)
-    refuse_photographs(finder, [pictures.image(each.row, each.id) for each in drawings(sets)[:16]], fewest=10)
+    refuse_photographs(finder, _squares(judge, pictures, drawings(sets)[:8]), fewest=4)
     progress("measuring the threshold", 0, 0)
     threshold = same_person_threshold(judge, threshold_people)
     store = JudgedStore(output, judge.fingerprint(), shard)
@@ -193,6 +195,22 @@ def _render_references(cases: GroupCases, output: Path) -> list[Image.Image]:
 
 
 # ---- judging ----
+
+
+def _squares(judge: Judge, pictures: RunPictures, some: Sequence[Drawing]) -> list[Image.Image]:
+    """Return a square like a portrait around each face of some pictures.
+
+    The finders tell drawings from photographs by portraits, and less surely by wide pictures.
+    """
+    squares: list[Image.Image] = []
+    for each in some:
+        image = pictures.image(each.row, each.id)
+        if image is not None:
+            whole = report.to_tensor(image).unsqueeze(0)
+            boxes = find_faces(judge, whole)[0]
+            cut = portrait_squares(whole.expand(len(boxes), -1, -1, -1), boxes, judge.reader.size)
+            squares += [report.to_pil(square) for square in cut]
+    return squares
 
 
 def _judge_rows(

@@ -4,7 +4,6 @@ A picture is written whole or not at all, so that an interrupted run can be resu
 written first, and a run with other settings is refused, so that pictures of two evaluations are never mixed.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -20,23 +19,9 @@ from torch import Tensor
 
 from imagine.errors import ConfigError, PictureError
 from imagine.evaluation import report
-from imagine.networks import weights
 from imagine.paths import PACKAGE, kind_of
 
 SETTINGS = "evaluation.json"
-
-
-def fingerprint(pipeline: Any) -> str:
-    """Return a short hash of the pipeline's weights and defaults, to recognise pictures that other weights made."""
-    digest = hashlib.sha256()
-    for name, part in sorted(pipeline.components.items()):
-        if isinstance(part, torch.nn.Module):
-            # Only one of the fingerprint's two rounding schemes, so that runs of earlier versions can be resumed.
-            digest.update(f"{name} {weights.fingerprint(part)[:16]}".encode())
-    for name, value in sorted(pipeline.config.items()):
-        if name.startswith(("default_", "latents_")):
-            digest.update(f"{name} {value}".encode())
-    return digest.hexdigest()[:16]
 
 
 def noise_seed(seed: int, case: int, variant: int = 0) -> int:

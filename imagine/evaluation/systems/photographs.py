@@ -25,8 +25,8 @@ def refuse_photographs(drawings: FaceFinder | None, pictures: Sequence[Image.Ima
     """Raise ConfigError if nearly all of these pictures are photographs of people.
 
     drawings: the finder of faces in drawings; without our own learned finder nothing can be told. fewest: the number of
-    pictures from which the answer is sure enough. In 19 of 20 portraits of the portrait world, and in about half of its
-    pictures of several people, the finders agree that it is a drawing.
+    pictures from which the answer is sure enough. The finders take 19 of 20 portraits of the portrait world for
+    drawings; pictures of several people should be given as squares around the faces.
     """
     if not isinstance(drawings, LearnedFinder):
         return

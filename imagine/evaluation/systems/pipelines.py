@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from imagine.errors import ConfigError
-from imagine.evaluation.runs.folder import fingerprint
 from imagine.evaluation.systems.contracts import DETACHED, FULL, Drawing, System
 from imagine.evaluation.systems.finished import FinishedPictures, Judgeable
+from imagine.networks import weights
 
 _SIDE = 512  # of a pipeline that does not say how large its pictures are
 
@@ -118,6 +118,19 @@ class DiffusersPipeline:
         if isinstance(person, Mapping):  # several people: one photo of each, in the order of their names
             return {self.reference: [photos[0] for photos in person.values()]}
         return {self.reference: list(person) if self.takes_list else person[0]}
+
+
+def fingerprint(pipeline: Any) -> str:
+    """Return a short hash of the pipeline's weights and defaults, to recognise pictures that other weights made."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, torch.nn.Module):
+            # Only one of the fingerprint's two rounding schemes, so that runs of earlier versions can be resumed.
+            digest.update(f"{name} {weights.fingerprint(part)[:16]}".encode())
+    for name, value in sorted(pipeline.config.items()):
+        if name.startswith(("default_", "latents_")):
+            digest.update(f"{name} {value}".encode())
+    return digest.hexdigest()[:16]
 
 
 def as_system(given: Any, options: Mapping[str, Any] | None = None) -> System:

@@ -19,6 +19,7 @@ from imagine.errors import ConfigError
 from imagine.evaluation import cases as portrait_cases
 from imagine.evaluation import evaluate, metrics, report
 from imagine.evaluation.judge import Judge, Reader
+from imagine.evaluation.metrics.several import PATTERNS
 from imagine.evaluation.people import cases as group_cases
 from imagine.evaluation.people import evaluate as group_evaluate
 from imagine.evaluation.people import judging as group_judging
@@ -436,7 +437,10 @@ def test_the_report_has_the_documented_fields(straight: tuple[dict[str, Any], Pa
         "groups": {"2": PAIRS, "3": 1},
     }  # fmt: skip
     assert stored["notes"] == [] and 0 < stored["threshold"] < 1 and "commit" in stored
-    assert list(stored["metrics"]) == ["present", "doubled", "assigned", "attributes", "exchanged"]
+    asked = ["present", "doubled", "assigned", "attributes", "exchanged"]
+    assert list(stored["metrics"]) == [*asked, *PATTERNS]
+    assert sum(stored["metrics"][name]["value"] for name in PATTERNS) == pytest.approx(1)
+    assert 0 < stored["tolerance"] < 1 and len(stored["people"]["present"]) == PAIRS + 1
     for table in (stored["metrics"], stored["by_people"]["2"], stored["by_people"]["3"]):
         for numbers in table.values():
             assert set(numbers) == {"value", "low", "high", "ceiling", "floor"}
@@ -447,7 +451,7 @@ def test_the_report_has_the_documented_fields(straight: tuple[dict[str, Any], Pa
     assert stored["attributes"]["expression"]["asked"] == PAIRS * PROMPTS * 2 + PROMPTS * 3
     page = (folder / "report.html").read_text()
     assert all(report.TITLES[name] in page for name in stored["metrics"])
-    assert "samples.png" in page and "3 people" in page
+    assert "data:image/jpeg;base64," in page and "3 people" in page
 
 
 def test_the_folder_holds_every_picture_and_its_line(straight: tuple[dict[str, Any], Path, Oracle]) -> None:
