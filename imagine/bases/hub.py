@@ -163,9 +163,12 @@ def _cached_files(source: Source, patterns: Sequence[str]) -> Path | None:
     """Return the folder of a repository in the hub's cache if it holds all files of these patterns."""
     from huggingface_hub import snapshot_download
 
-    options = {"revision": source.revision, "allow_patterns": list(patterns)}
     try:
-        folder = Path(snapshot_download(source.repository, local_files_only=True, **options))
+        folder = Path(
+            snapshot_download(
+                source.repository, revision=source.revision, allow_patterns=list(patterns), local_files_only=True
+            )
+        )
     except Exception:  # the hub's client raises several types; all mean that something is not there
         return None
     return folder if all(any(folder.glob(pattern)) for pattern in patterns[:1]) else None

@@ -618,14 +618,12 @@ class InsightFaceFinder:
             edges, points = self.detector.detect(pixels, input_size=side and (side, side))
             if len(edges):
                 marks = [()] * len(edges) if points is None else [tuple(map(tuple, each)) for each in points.tolist()]
-                found = [self._to_box(*row, landmarks=mark) for row, mark in zip(edges.tolist(), marks, strict=True)]
+                found = [self._to_box(row, mark) for row, mark in zip(edges.tolist(), marks, strict=True)]
                 return non_maximum_suppression(found)
         return ()
 
-    def _to_box(
-        self, left: float, top: float, right: float, bottom: float, score: float,
-        landmarks: tuple[tuple[float, float], ...],
-    ) -> FaceBox:  # fmt: skip
+    def _to_box(self, row: Sequence[float], landmarks: tuple[tuple[float, float], ...]) -> FaceBox:
+        left, top, right, bottom, score = row
         brow = top + self.brow * (bottom - top)
         return FaceBox(left, brow, right - left, bottom - brow, score, landmarks, finder="insightface")
 

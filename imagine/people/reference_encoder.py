@@ -126,6 +126,7 @@ class ReferenceEncoderMixin:
         self._safety = classifier
         self.__dict__.pop("_persona_cache", None)  # its photos were not checked by this classifier
 
+    @property
     def face_recogniser(self) -> FaceEmbedder:
         """The recogniser whose embeddings FaceID adapters read: by default InsightFace's. Set it to use another."""
         if self._face_recogniser is None:

@@ -22,9 +22,10 @@ import torch
 from imagine.adapter.adapter import Adapter
 from imagine.errors import ConfigError, WeightsError
 from imagine.ip_adapter.loading import IPAdapterLoaderMixin
-from imagine.networks.weights import quiet_libraries
+from imagine.networks.weights import adapter_path, quiet_libraries
 from imagine.people.faces import FaceChoice
 from imagine.people.persona import Persona
+from imagine.people.readings import Reader
 from imagine.people.reference_encoder import OnNoFace, check_encoder, identity_spec
 from imagine.pipeline.controls import Window
 from imagine.pipeline.layout import LEFT_TO_RIGHT, Layout, call_regions
@@ -60,14 +61,18 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
-    def load_adapter(self, source: Any) -> None:
-        """Attach an adapter (a TransformerAdapter, or a saved folder or file) in place of the present one.
+    def load_adapter(self, source: Any, **hub: Any) -> None:
+        """Attach an adapter (a TransformerAdapter, a saved folder or file, or a hub id) in place of the present one.
+
+        `hub` holds options of a hub id's download, such as revision.
 
         Raises WeightsError if it was made for another family, another size or another vision encoder.
         """
         self._check_can_load()
         transformer = self._require_denoiser()
-        adapter = source if isinstance(source, Adapter) else TransformerAdapter.load(source, transformer)
+        adapter = (
+            source if isinstance(source, Adapter) else TransformerAdapter.load(adapter_path(source, **hub), transformer)
+        )
         if not isinstance(adapter, TransformerAdapter):
             raise WeightsError(
                 f"This is an adapter for a U-Net, but this pipeline has a {type(transformer).__name__}: give a "
@@ -117,12 +122,12 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
             cast(Any, super(IPAdapterLoaderMixin, self)).unload_ip_adapter()
         self.unload_adapter()
 
-    def _absent_tokens(self, count: int) -> Tokens:
+    def _absent_tokens(self, count: int, reader: Reader | None = None) -> Tokens:
         """Return the tokens of pictures without people; those of InstantX files are zero features."""
         if isinstance(self.adapter, TransformerAdapter) and self.adapter.layout == INSTANTX:
             features = self._zero_picture_features()
             return Tokens(torch.zeros(count, *features.shape, device=cast(Any, self)._execution_device))
-        return super()._absent_tokens(count)
+        return super()._absent_tokens(count, reader)
 
     @property
     def _adapter_dtype(self) -> torch.dtype:

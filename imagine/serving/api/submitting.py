@@ -48,9 +48,9 @@ async def submit(
         fingerprint,
     )  # fmt: skip
     if key is None and request.headers.get("x-stainless-retry-count", "0") not in ("", "0"):
-        found = await run_sync(store.jobs.retry_of, owner, wanted, store.jobs.clock() - JOINED)
-        if found is not None:
-            return found, False
+        known = await run_sync(store.jobs.retry_of, owner, wanted, store.jobs.clock() - JOINED)
+        if known is not None:
+            return known, False
     try:
         found, is_new = await run_sync(store.jobs.admit, wanted, settings.max_queue, settings.max_queue_per_owner)
     except IdempotencyError as error:

@@ -36,7 +36,8 @@ from train.run.checkpoint import read_tensors
 from train.selftest import self_test
 from train.stages import run_stages
 from train.task import TaskContext
-from train.tasks.diffusers import DiffusersBatch, DiffusersSettings, DiffusersTask
+from train.tasks.diffusers import DiffusersSettings, DiffusersTask
+from train.tasks.diffusers_inputs import DiffusersBatch
 
 CONFIGS = ROOT / "configs"
 RECIPES = {"sdxl_8gpu": True, "sdxl_24gb": True, "sd15_1gpu": False}  # whether the base is an SDXL

@@ -26,7 +26,8 @@ from train.run.checkpoint import read_tensors
 from train.selftest import self_test
 from train.stages import run_stages
 from train.task import TaskContext
-from train.tasks.diffusers import DiffusersBatch, DiffusersSettings, DiffusersTask
+from train.tasks.diffusers import DiffusersSettings, DiffusersTask
+from train.tasks.diffusers_inputs import DiffusersBatch
 
 CPU = torch.device("cpu")
 TRAINED = ("vision_encoder", "vision_branch", "vision_router", "vision_projection", "lora")
