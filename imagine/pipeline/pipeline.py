@@ -378,10 +378,9 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         generator: "torch.Generator | Sequence[torch.Generator] | None" = None, latents: Tensor | None = None,
         prompt_embeds: TextTokens | None = None, negative_prompt_embeds: TextTokens | None = None,
         face: FaceChoice = "largest", on_no_face: Literal["error", "whole"] = "error",
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil", return_dict: bool = True,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil", return_dict: bool = True, stepwise: bool = False,
         cross_attention_kwargs: Mapping[str, Any] | None = None, progress: Progress = no_progress,
         callback_on_step_end: Callback | None = None, callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        stepwise: bool = False,
     ) -> ImagineOutput:  # fmt: skip
         """Generate one picture, or `num_images_per_prompt` pictures, for each prompt.
 
@@ -405,9 +404,9 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         callback_on_step_end: called as (pipe, step, timestep, tensors). It may return changed "latents" or
             "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
         progress: called as (stage, steps done, steps in all) while the call denoises, decodes and redraws small faces.
-        stepwise: return the prepared call (`drawing`) instead of its result.
 
-        With return_dict=False the result is the tuple (images, faces). Raises ImagineError with one sentence.
+        With return_dict=False the result is the tuple (images, faces); with stepwise=True, the prepared `drawing`.
+        Raises ImagineError with one sentence.
         """
         self._check_can_draw("unet", "vae")
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
@@ -426,18 +425,15 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         text, negative = self._encode_requests(requests, prompt_embeds, negative_prompt, negative_prompt_embeds, copies)
         personas = self._personas_for(requests, face, on_no_face, identify=plan.attempts > 0)
         strength = self._identity_strength(identity_scale, personas, copies)
-        inputs = self._inputs(text, negative, personas, copies, plan, regions)
-        seeds = picture_seeds(generator, len(strength)) if latents is None else [None] * len(strength)
-        start = start_latents(self, len(strength), size, generator, latents)
         given = {"identity_scale": identity_scale, "identity_blocks": identity_blocks, "layout": layout}
+        seeds = picture_seeds(generator if latents is None else None, len(strength))
         drawing = Drawing(
-            self, plan, inputs, dict(cross_attention_kwargs or {}), start, strength,
+            self, plan, self._inputs(text, negative, personas, copies, plan, regions),
+            dict(cross_attention_kwargs or {}), start_latents(self, len(strength), size, generator, latents), strength,
             CallRecord(requests, personas, prompt, negative_prompt, seeds, given), progress,
         )  # fmt: skip
-        if stepwise:
-            return cast(Any, drawing)
-        out = self._denoise(drawing)
-        return out if return_dict else cast(Any, out.to_tuple())
+        out: Any = drawing if stepwise else self._denoise(drawing)
+        return out if stepwise or return_dict else out.to_tuple()
 
     def drawing(self, *arguments: Any, **settings: Any) -> Drawing:
         """Prepare a call with these arguments, whose steps a `Stepper` takes, alone or with those of other calls."""
