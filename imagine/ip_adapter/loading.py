@@ -30,7 +30,7 @@ from imagine.ip_adapter.reading import (
     read_ip_adapter,
 )
 from imagine.networks.weights import HUB_OPTIONS
-from imagine.people.crops import CROPS, CropKind
+from imagine.people.crops import CROPS
 from imagine.people.readings import Reading
 from imagine.records import Scale, Tokens
 from imagine.request import check_choice, finite
@@ -64,9 +64,6 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         subfolder: "str | list[str] | None" = None,
         weight_name: "str | list[str] | None" = None,
         image_encoder_folder: str | None = ENCODER_FOLDER,
-        *,
-        reference_crop: "CropKind | Sequence[CropKind | None] | None" = None,
-        shortcut: "bool | Sequence[bool | None] | None" = None,
         **kwargs: Any,
     ) -> list[ImportReport]:
         """Load one or several IP-Adapters, replacing those already loaded. Return a report for each file.
@@ -74,17 +71,18 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         The arguments are those of diffusers' load_ip_adapter: a hub id or folder with subfolder and weight_name, or a
         state dict, or lists of these; a path of a file also works. If the pipeline has no image encoder, or one that
         does not fit the adapters, the encoder is loaded from image_encoder_folder (inside subfolder, unless it contains
-        a slash); None loads no encoder. reference_crop is the part of a photo that `reference=` gives to the adapter,
-        and shortcut is true for FaceID Plus v2; one value for all, or a list. By default the name and the layout of a
-        file decide (`imagine.ip_adapter.references`). Raises WeightsError or ConfigError, and then leaves the pipeline
-        unchanged.
+        a slash); None loads no encoder. Two arguments are ours, each one value for all or a list: reference_crop is the
+        part of a photo that `reference=` gives to the adapter (`imagine.people.crops`), and shortcut is true for FaceID
+        Plus v2. By default the name and the layout of a file decide (`imagine.ip_adapter.references`). Raises
+        WeightsError or ConfigError, and then leaves the pipeline unchanged.
         """
         self._check_can_load()
         sources, subfolders, names = _lists(pretrained_model_name_or_path_or_dict, subfolder, weight_name)
-        crops = _per_file("reference_crop", reference_crop, len(sources))
+        crops = _per_file("reference_crop", kwargs.pop("reference_crop", None), len(sources))
         for crop in filter(None, crops):
             check_choice("reference_crop", crop, CROPS)
-        shortcuts, hub = _per_file("shortcut", shortcut, len(sources)), _hub_options(kwargs)
+        shortcuts = _per_file("shortcut", kwargs.pop("shortcut", None), len(sources))
+        hub = _hub_options(kwargs)
         files = [read_ip_adapter(*each, **hub) for each in zip(sources, subfolders, names, strict=True)]
         made = [
             import_adapter(file, self.denoiser, f"ip_{number}", crops[number], shortcuts[number])

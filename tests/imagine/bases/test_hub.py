@@ -119,10 +119,6 @@ def test_without_a_hub_the_cache_serves_or_one_sentence_says_which_folder_to_giv
     )
     with pytest.raises(WeightsError, match="give that folder with --ip-adapter base"):
         fetch_files(other, ["x"], "ip-adapter")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    gone = HfApi(endpoint="http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(WeightsError, match="the hub cannot be reached"):
-        fetch_pipeline(other, True, api=gone)
 
 
 def test_a_folder_needs_no_download(tmp_path: Path) -> None:
