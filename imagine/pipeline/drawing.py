@@ -6,7 +6,7 @@ pictures of other people. Everything else is the same for both.
 """
 
 import copy
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -50,7 +50,7 @@ class Drawing:
     pipe: "ImaginePipeline"
     plan: CallSettings
     inputs: Inputs
-    arguments: dict[str, Any]
+    arguments: Mapping[str, Any]
     start: Tensor
     strength: Tensor
     record: CallRecord

@@ -404,8 +404,8 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         callback_on_step_end: called as (pipe, step, timestep, tensors). It may return changed "latents" or
             "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
         progress: called as (stage, steps done, steps in all) while the call denoises, decodes and redraws small faces.
+        return_dict: False for the tuple (images, faces). stepwise: return the prepared `drawing`.
 
-        With return_dict=False the result is the tuple (images, faces); with stepwise=True, the prepared `drawing`.
         Raises ImagineError with one sentence.
         """
         self._check_can_draw("unet", "vae")
@@ -427,10 +427,10 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         strength = self._identity_strength(identity_scale, personas, copies)
         given = {"identity_scale": identity_scale, "identity_blocks": identity_blocks, "layout": layout}
         seeds = picture_seeds(generator if latents is None else None, len(strength))
+        record = CallRecord(requests, personas, prompt, negative_prompt, seeds, given)
         drawing = Drawing(
-            self, plan, self._inputs(text, negative, personas, copies, plan, regions),
-            dict(cross_attention_kwargs or {}), start_latents(self, len(strength), size, generator, latents), strength,
-            CallRecord(requests, personas, prompt, negative_prompt, seeds, given), progress,
+            self, plan, self._inputs(text, negative, personas, copies, plan, regions), cross_attention_kwargs or {},
+            start_latents(self, len(strength), size, generator, latents), strength, record, progress,
         )  # fmt: skip
         out: Any = drawing if stepwise else self._denoise(drawing)
         return out if stepwise or return_dict else out.to_tuple()
