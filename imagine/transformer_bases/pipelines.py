@@ -254,13 +254,11 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
             )
 
     def _grid(self, given: Mapping[str, Any]) -> tuple[int, int]:
-        """Return a grid of the picture's shape for regions: its height and width in 16 pixels each."""
-        side = 16
+        """Return the height and width of the drawn picture's latents, at which regions are described."""
+        side = int(getattr(self, "vae_scale_factor", 0) or 8)
         height, width = given.get("height"), given.get("width")
         if height is None or width is None:
-            native = int(getattr(self, "default_sample_size", 0) or 64) * int(
-                getattr(self, "vae_scale_factor", 0) or 16
-            )
+            native = int(getattr(self, "default_sample_size", 0) or 128) * side
             height, width = height or native, width or native
         return max(1, int(height) // side), max(1, int(width) // side)
 
