@@ -52,7 +52,7 @@ async def submit(
         if known is not None:
             return known, False
     try:
-        found, is_new = await run_sync(store.jobs.admit, wanted, settings.max_queue, settings.max_queue_per_owner)
+        accepted, is_new = await run_sync(store.jobs.admit, wanted, settings.max_queue, settings.max_queue_per_owner)
     except IdempotencyError as error:
         raise ApiError(
             "idempotency_mismatch", "This Idempotency-Key came with another request before; use a new one."
@@ -61,8 +61,8 @@ async def submit(
         whose = "You have too many jobs in the queue" if error.own else "The queue is full"
         raise ApiError("queue_full", f"{whose}; ask again later.", retry_after=5) from error
     prompt = {"prompt": job["prompt"]} if settings.log_prompts and "prompt" in job else {}
-    LOG.info("job accepted", extra={"job": found.id, "kind": kind, "count": count, "new": is_new, **prompt})
-    return found, is_new
+    LOG.info("job accepted", extra={"job": accepted.id, "kind": kind, "count": count, "new": is_new, **prompt})
+    return accepted, is_new
 
 
 def _idempotency_key(request: Request) -> str | None:
