@@ -38,7 +38,7 @@ async def list_jobs(
         before = (float(moment), job)
     found = await run_sync(store.jobs.page, owner, state, before, limit)
     answers = [job_answer(job, await run_sync(store.jobs.pictures_of, job.id)) for job in found]
-    more = f"{found[-1].created:.6f}-{found[-1].id}" if len(found) == limit else None
+    more = f"{found[-1].created!r}-{found[-1].id}" if len(found) == limit else None
     return JobList(jobs=answers, next=more)
 
 
