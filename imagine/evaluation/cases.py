@@ -153,7 +153,11 @@ def judge_real_pictures(
         gallery=judged(
             "the gallery", "gallery", len(cases.gallery), _rendered(cases.people, cases.gallery, true_boxes=True)
         ),
-        rows={"ceiling": ceiling, "other": ceiling[other], "copy": copies[cases.person]},
+        rows=(
+            {"ceiling": ceiling, "other": ceiling[other], "copy": copies[cases.person]}
+            if store is None or store.shard.is_whole
+            else {}  # of a part of a run
+        ),
         scenes=(
             judged(
                 "real pictures with another person", "scenes", len(cases),

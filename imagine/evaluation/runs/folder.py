@@ -76,7 +76,7 @@ def check_settings_file(output: Path, settings: Mapping[str, Any]) -> None:
     if kind_of(path, ConfigError) != "nothing":
         found = _read_settings_file(path)
         if found != wanted:
-            other = ", ".join(key for key in wanted if found.get(key) != wanted[key])
+            other = ", ".join(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
             raise ConfigError(f"{output} holds an evaluation with other {other}: choose another --output folder.")
     with config_error_on_failure(path):
         output.mkdir(parents=True, exist_ok=True)

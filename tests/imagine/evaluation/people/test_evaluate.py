@@ -3,6 +3,7 @@
 `Oracle` returns real renders, of the right people in the right places or not, so that its scores are known.
 """
 
+import html as markup
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -403,6 +404,7 @@ def test_people_in_the_wrong_places_are_present_but_not_assigned(
     # Only the sentence without places, one of three, can be right.
     assert summary["assigned"]["value"] < 0.5 < right["assigned"]["value"] + 0.2
     assert summary["attributes"]["value"] < 0.6 * right["attributes"]["value"]  # everyone wears the other's clothes
+    assert summary["swap"]["value"] > 0.3 > 0.1 > right["swap"]["value"]
 
 
 def test_one_person_in_all_places_is_doubled(
@@ -411,6 +413,7 @@ def test_one_person_in_all_places_is_doubled(
     summary = evaluated(Oracle("twice"), tmp_path, shipped)["metrics"]
     assert summary["doubled"]["value"] > 0.5 > 0.2 > straight[0]["metrics"]["doubled"]["value"]
     assert summary["present"]["value"] <= 0.5 and summary["assigned"]["value"] == 0 == summary["exchanged"]["value"]
+    assert summary["dominance"]["value"] > 0.2 > 0.1 > straight[0]["metrics"]["dominance"]["value"]
 
 
 def test_strangers_score_like_the_floor(shipped: Judge, same_truths: None, tmp_path: Path) -> None:
@@ -450,7 +453,7 @@ def test_the_report_has_the_documented_fields(straight: tuple[dict[str, Any], Pa
     assert {"expression", "clothes", "clothes_colour", "headwear", "scene"} <= set(stored["attributes"])
     assert stored["attributes"]["expression"]["asked"] == PAIRS * PROMPTS * 2 + PROMPTS * 3
     page = (folder / "report.html").read_text()
-    assert all(report.TITLES[name] in page for name in stored["metrics"])
+    assert all(markup.escape(report.TITLES[name]) in page for name in stored["metrics"])
     assert "data:image/jpeg;base64," in page and "3 people" in page
 
 
@@ -472,10 +475,8 @@ def test_an_interrupted_run_resumes_to_the_same_report(quick: Judge, tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         evaluated(two, tmp_path / "two", quick, threshold_people=4)
     resumed = evaluated(three, tmp_path / "two", quick, threshold_people=4, batch=3)
-    assert (
-        len(three.drawn) == len(one.drawn) - 6 == 11 - 6
-    )  # two batches of the pairs, of four and of two, were complete
-    assert {**whole, "seconds": 0} == {**resumed, "seconds": 0}
+    assert len(three.drawn) == len(one.drawn) - 6 == 11 - 6  # batches of four and of two were complete
+    assert {**whole, "costs": 0} == {**resumed, "costs": 0}
     with pytest.raises(ConfigError, match="other prompts: choose another --output"):
         evaluated(Oracle(), tmp_path / "two", quick, prompts=2)
 
