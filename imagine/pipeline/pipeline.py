@@ -404,9 +404,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
         callback_on_step_end: called as (pipe, step, timestep, tensors). It may return changed "latents" or
             "identity_scale" (one per picture), and may set pipe._interrupt or pipe._guidance_scale.
         progress: called as (stage, steps done, steps in all) while the call denoises, decodes and redraws small faces.
-        return_dict: False for the tuple (images, faces). stepwise: return the prepared `drawing`.
-
-        Raises ImagineError with one sentence.
+        return_dict: False for the tuple (images, faces). stepwise: return the `drawing`. Raises ImagineError.
         """
         self._check_can_draw("unet", "vae")
         check_choice("output_type", output_type, ("pil", "np", "pt", "latent"))
