@@ -622,13 +622,8 @@ class InsightFaceFinder:
                 return non_maximum_suppression(found)
         return ()
 
-<<<<<<< ours
     def _to_box(self, row: Sequence[float], landmarks: tuple[tuple[float, float], ...]) -> FaceBox:
         left, top, right, bottom, score = row
-=======
-    def _to_box(self, found: Sequence[float], landmarks: tuple[tuple[float, float], ...]) -> FaceBox:
-        left, top, right, bottom, score = found
->>>>>>> theirs
         brow = top + self.brow * (bottom - top)
         return FaceBox(left, brow, right - left, bottom - brow, score, landmarks, finder="insightface")
 
