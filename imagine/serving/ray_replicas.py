@@ -1,6 +1,6 @@
 """The server on Ray Serve: the same application, and one denoising replica per device of the cluster.
 
-    serve deploy configs/serving_ray.yaml
+    serve deploy configs/serving/ray.yaml
 
 Ray routes requests to replicas of the application, and starts and restarts the replicas of both kinds. It does no
 batching: each denoising replica claims jobs from the database and batches by itself, as a worker of `imagine serve`
