@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from data_synth.records import Pair, Rejection
+from imagine.agreement import Agreement, agreement
 from imagine.errors import ConfigError, ImagineError
-from imagine.evaluation.metrics.agreement import Agreement, agreement
 
 FILE = "review.sqlite"
 VERDICTS = ("keep", "fix", "reject")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from imagine.evaluation.metrics.agreement import cohen
+from imagine.agreement import cohen
 from imagine.evaluation.metrics.intervals import bootstrap
 
 RESAMPLES = 9_999  # sign flips of the permutation test; with few people, all of them are tried

@@ -19,6 +19,7 @@ h1 { font-size: 1.5em; margin: .3em 0; } h2 { font-size: 1.15em; margin: 1.6em 0
 .scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; margin: .4em 0; font-variant-numeric: tabular-nums; }
 td, th { padding: .25em .7em; border-bottom: 1px solid var(--line); text-align: right; }
+td { white-space: nowrap; } td:first-child { white-space: normal; min-width: 8em; }
 td:first-child, th:first-child { text-align: left; position: sticky; left: 0; background: var(--ground); }
 th { vertical-align: bottom; cursor: pointer; } th:focus-visible { outline: 2px solid var(--accent); }
 th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]::after { content: " \\25BC"; }

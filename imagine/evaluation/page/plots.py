@@ -67,6 +67,7 @@ def plane(
         marks.append(f'<text class="soft" x="{left - 6}" y="{y + 4:.0f}" text-anchor="end">{tick:g}</text>')
     for x, y in map(place, people):
         marks.append(f'<circle class="own" cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill-opacity=".35" stroke="none"/>')
+    lines: list[float] = []  # heights of the names that are written
     for number, (name, pair) in enumerate(points.items()):
         kind = "own" if number == 0 else "ceiling" if name.startswith("real renders (") else "floor"
         x, y = place(pair)
@@ -74,12 +75,20 @@ def plane(
         marks.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="6"><title>{title}</title></circle>')
         right = x < left + side * 0.62
         anchor, shift = ("start", 10) if right else ("end", -10)
-        marks.append(f'<text x="{x + shift:.1f}" y="{y - 8:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
+        height = _free_height(y - 8, lines)
+        lines.append(height)
+        marks.append(f'<text x="{x + shift:.1f}" y="{height:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
     middle = left + side / 2
     marks.append(f'<text x="{middle}" y="{top + side + 36}" text-anchor="middle">{escape(titles[0])}</text>')
     turned = f'transform="rotate(-90 14 {top + side / 2})"'
     marks.append(f'<text x="14" y="{top + side / 2}" text-anchor="middle" {turned}>{escape(titles[1])}</text>')
     return _svg(top + side + 46, marks, f"{titles[1]} against {titles[0]}")
+
+
+def _free_height(wanted: float, lines: Sequence[float]) -> float:
+    """Return the height nearest to the wanted one that is no other name's."""
+    steps = (15 * step for n in range(20) for step in (n, -n))
+    return next(wanted + step for step in steps if all(abs(wanted + step - line) >= 14 for line in lines))
 
 
 def bars(shares: Mapping[str, tuple[float, float | None]]) -> str:

@@ -68,11 +68,16 @@ def _run_on_ray(work: Callable[[Shard], Any], shards: list[Shard], progress: Pro
     ray: Any = importlib.import_module("ray")
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": _path()}})
-    waiting = [ray.remote(work).remote(shard) for shard in shards]
+    remote = ray.remote(_do)
+    waiting = [remote.remote(work, shard) for shard in shards]
     while waiting:
         ready, waiting = ray.wait(waiting, num_returns=1)
         ray.get(ready)
         progress("parts of the run", len(shards) - len(waiting), len(shards))
+
+
+def _do(work: Callable[[Shard], Any], shard: Shard) -> None:
+    work(shard)
 
 
 def _path() -> str:

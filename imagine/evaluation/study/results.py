@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from imagine.evaluation.metrics.agreement import agreement
+from imagine.agreement import agreement
 from imagine.evaluation.metrics.intervals import bootstrap_ratio, wilson
 from imagine.evaluation.study.store import Answer
 from imagine.evaluation.study.trials import CHOICES, PASSES, QUESTIONS

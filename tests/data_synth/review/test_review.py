@@ -30,8 +30,8 @@ from data_synth.review.decisions import (
     open_queue,
 )
 from data_synth.review.server import ReviewServer
+from imagine.agreement import agreement, cohen, fleiss
 from imagine.errors import ConfigError, ImagineError
-from imagine.evaluation.metrics.agreement import agreement, cohen, fleiss
 from imagine.local_server import LARGEST_BODY
 from tests.review_pairs import pair, pairs, picture
 

@@ -1,22 +1,25 @@
 """The metrics agree with scipy and torchmetrics, and tell constructed cases apart."""
 
+import importlib
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torchmetrics.functional.nominal import fleiss_kappa
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from imagine.agreement import fleiss
 from imagine.evaluation import metrics
-from imagine.evaluation.metrics.agreement import fleiss
 from imagine.evaluation.metrics.comparison import holm, paired_difference, rank_correlation, recogniser_agreement
 from imagine.evaluation.metrics.distributions import diversity, frechet_distance, kernel_distance
 from imagine.evaluation.metrics.intervals import jackknife, wilson
 from imagine.evaluation.metrics.several import confusion, patterns, tolerance
+
+stats: Any = importlib.import_module("scipy.stats")
 
 
 def noise(count: int, width: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -23,6 +23,7 @@ from imagine.people.faces import KnownBoxesFinder
 from imagine.records import FaceBox
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS
 from tests import tiny
+from tests.root import ROOT
 
 SETTINGS: dict[str, Any] = {"identities": 3, "prompts": 2, "gallery": 4, "batch": 2}
 
@@ -201,6 +202,7 @@ def test_ray_gives_the_numbers_of_one_process(
     straight: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray", reason="pip install -e '.[ray]'")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     try:
         summary = evaluate.run_sharded(Painter, tmp_path, 2, "ray", **{**SETTINGS, "judge": tiny_judge()})
