@@ -43,7 +43,7 @@ CODES: Mapping[str, tuple[int, bool]] = {
     "worker_lost": (500, False),
     "not_ready": (503, True),
     "deadline": (503, True),
-    "timeout": (503, False),
+    "timeout": (408, False),
 }
 _BY_STATUS = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 OPENAI_ROUTES = "/v1/images/"

@@ -12,6 +12,7 @@ from imagine.errors import ConfigError
 from imagine.serving.settings import ServeSettings
 from imagine.serving.store.store import Store
 from tests import tiny
+from tests.root import ROOT
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.serve")
@@ -31,13 +32,15 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray.init(num_cpus=2, include_dashboard=False, configure_logging=False, log_to_driver=False)
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
     settings: dict[str, Any] = {"folder": folder, "weights": folder / "weights", "device": "cpu", "max_batch": 1}
-    serve.run(application({**settings, "replicas": 2, "cpus": 0.1}), route_prefix="/")
-    yield f"http://127.0.0.1:{port}", folder
-    serve.shutdown()
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(application({**settings, "replicas": 2, "cpus": 0.1}), route_prefix="/")
+        yield f"http://127.0.0.1:{port}", folder
+        serve.shutdown()
+        ray.shutdown()
 
 
 def test_two_replicas_share_one_queue(url: tuple[str, Path]) -> None:

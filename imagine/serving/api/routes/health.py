@@ -9,9 +9,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from imagine import __version__
 from imagine.serving.api.access import TheSettings, TheStore, owner_of
-from imagine.serving.api.schemas import ErrorAnswer
 
 router = APIRouter(tags=["operation"])
+_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
 
 
 @router.get("/healthz", response_model=dict[str, str])
@@ -37,7 +37,7 @@ async def readyz(store: TheStore, settings: TheSettings) -> JSONResponse:
 @router.get(
     "/metrics",
     response_class=PlainTextResponse,
-    responses={401: {"model": ErrorAnswer, "description": "A key is needed, and none or a wrong one came"}},
+    responses={401: {"content": _ERROR, "description": "A key is needed, and none or a wrong one came"}},
 )
 async def metrics(request: Request, _: Annotated[str, Depends(owner_of)]) -> Response:
     """Return numbers for Prometheus."""
