@@ -19,7 +19,9 @@ def add_commands(commands: Any) -> None:
     """Add the command and its three verbs to the parser."""
     persona = commands.add_parser("persona", help="list, show or delete personas", description="List, show or delete "
                                   "the persona files that imagine enroll writes.")  # fmt: skip
-    verbs = persona.add_subparsers(metavar="VERB", required=True, parser_class=type(persona))
+    verbs = persona.add_subparsers(
+        metavar="VERB", required=True, parser_class=type(persona), help="what to do: list, show or delete"
+    )
     listing = add_command(verbs, "list", "list the personas in a folder", run_list)
     listing.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help="folder (default: the "
                          "current one)")  # fmt: skip
