@@ -46,9 +46,7 @@ class GroupSettings(BaseModel):
     count: int = Field(1, ge=1)  # number of pictures, without `records`
     # the address of records that show several people (docs/data.md); for tasks on a public base
     records: str | None = None
-    captions: Annotated[dict[CaptionStyle, float], Field(min_length=1)] = {  # caption style -> weight, for `records`
-        "dense": 0.3, "rewritten": 0.7,
-    }  # fmt: skip
+    captions: Annotated[dict[CaptionStyle, float], Field(min_length=1)] = {"rewritten": 1.0}  # style -> weight
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "GroupSettings":

@@ -82,7 +82,10 @@ def data_of(home: Path, base: str = "xl", name: str = "records") -> dict[str, An
     return {
         "folder": str(home / "data" / base / name), "galleries": {"photos": {"records": address}},
         "sources": {"real": {"gallery": "photos", "target": "self", "captions": {"dense": 1.0}}},
-        "groups": {"two": {"people": 2, "records": address}, "three": {"people": 3, "records": address}},
+        "groups": {
+            "two": {"people": 2, "records": address, "captions": {"dense": 0.5, "rewritten": 0.5}},
+            "three": {"people": 3, "records": address},
+        },
     }  # fmt: skip
 
 
