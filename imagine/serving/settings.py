@@ -8,6 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field
 DAY = 86_400.0
 
 
+class MarkSettings(BaseModel):
+    """Which marks pictures get (`imagine.provenance.marks.Marks`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: bool = True
+    prompt: bool = True
+    credentials: bool = True
+    watermark: bool | None = None  # None: only where it is reliable
+
+
 class ServeSettings(BaseModel):
     """All settings of a server; times are in seconds."""
 
@@ -50,6 +61,8 @@ class ServeSettings(BaseModel):
     origins: tuple[str, ...] = ()  # web origins that may call the API (CORS)
     hosts: tuple[str, ...] = ()  # further host names by which the server may be called
     log_prompts: bool = False
+    marks: MarkSettings = MarkSettings()
+    safety: Path | None = None  # folder of an image classifier, which checks photos and pictures
     app: Path | None = None  # folder of the web app, served under /
 
     @property

@@ -67,7 +67,7 @@ class Loop:
 
     def __init__(self, pipe: Any, store: Store, settings: ServeSettings, worker: str, counts: Counts) -> None:
         self.pipe, self.store, self.settings, self.worker, self.counts = pipe, store, settings, worker, counts
-        self.reader, self.results = Reader(pipe, store), Results(pipe, store, counts)
+        self.reader, self.results = Reader(pipe, store), Results(pipe, store, counts, settings.marks)
         self.groups: list[Group] = []
         self.last_tick = time.monotonic()
         self._saver = ThreadPoolExecutor(1, "imagine-saver")

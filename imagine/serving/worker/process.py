@@ -103,6 +103,10 @@ def load_pipeline(settings: ServeSettings) -> Any:
         device = f"cuda:{int(os.environ.get(WORKER_NUMBER, '0')) % torch.cuda.device_count()}"
     pipe = ImaginePipeline.from_pretrained(settings.weights)
     pipe.set_progress_bar_config(disable=True)
+    if settings.safety is not None:
+        from imagine.people.safety import ImageClassifier
+
+        pipe.safety = ImageClassifier(settings.safety)
     return pipe.to(device)
 
 
