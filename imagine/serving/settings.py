@@ -19,6 +19,23 @@ class MarkSettings(BaseModel):
     watermark: bool | None = None  # None: only where it is reliable
 
 
+class BaseSettings(BaseModel):
+    """A public base to draw with instead of imagine's own weights; the fields are those of `imagine.open_base`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str  # a folder, a hub id, or a short name such as sdxl
+    ip_adapter: str | None = None
+    image_encoder: str | None = None
+    adapter: str | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
+    preset: str | None = None
+    dtype: str = "auto"
+    offload: str = "none"
+    revision: str | None = None
+
+
 class ServeSettings(BaseModel):
     """All settings of a server; times are in seconds."""
 
@@ -27,6 +44,7 @@ class ServeSettings(BaseModel):
     folder: Path  # of the database and of the files
     database: str | None = None  # SQLAlchemy's URL; None: a SQLite file in `folder`
     weights: Path | None = None
+    base: BaseSettings | None = None
     device: str = "auto"
     host: str = "127.0.0.1"
     port: int = Field(default=8188, ge=0, le=65_535)

@@ -48,6 +48,7 @@ from imagine.pipeline.controls import ALL, Blocks, Window, block_factors
 from imagine.pipeline.layout import Layout
 from imagine.pipeline.picture_check import FiniteImageProcessor, naming_the_part
 from imagine.pipeline.second_pass import RefineFaces
+from imagine.pipeline.stock_recording import StockRecord
 from imagine.records import VISION, Tokens, take
 from imagine.request import word_notes
 from imagine.stock import STOCK_PIPELINES
@@ -61,6 +62,7 @@ from imagine.stock.call import (
     like_stock,
     merge_parts,
     read_call,
+    read_prompts,
     tokens_to,
 )
 from imagine.stock.files import (
@@ -365,12 +367,14 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
         branch_embeds, negative_branch_embeds: results of `encode_branches` for the prompts, used instead of encoding.
 
         Return the stock result with more attributes: `faces` (the face used from each photo), `refined` (the number of
-        redrawn faces), `notes` (sentences on what does not act in a prompt and what could not be refined), and, if its
-        people were checked, `people`, `people_found`, `attempts` and `seeds` as in `ImagineOutput`.
+        redrawn faces), `notes` (sentences on what does not act in a prompt and what could not be refined), `records`
+        and `flags` as in `ImagineOutput`, and, if its people were checked, `people`, `people_found`, `attempts` and
+        `seeds` as there.
         Raises ImagineError if our additional arguments or adapters are used wrongly.
         """
         draw = naming_the_part(cast(Any, super()).__call__, self._suspects)
         given = bind_arguments(draw, arguments, options, _OUR_ARGUMENTS)
+        asked = dict(given)
         words = word_notes(*(given.get(name) for name in _PROMPTS))
         output_type = given.get("output_type", "pil")
         self._check_can_draw("unet", *([] if output_type == "latent" else ["vae"]))
@@ -382,11 +386,18 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
         }  # fmt: skip
         if not self._adapters():
             self._check_no_adapter_needed(given, reference)
-            return self._draw_nobody(draw, refine_settings, words, given, ours)
+            record = StockRecord(self, asked, read_prompts(given, None), {})
+            out = self._draw_nobody(draw, refine_settings, words, given, ours)
+            record.add_to(out)
+            return out
         check_attached(self.denoiser, self._adapters())
         self._adapters_to_device()
         try:
             batch, requests = read_call(self, draw, given, reference)
+            record = StockRecord(self, asked, requests, {
+                "identity_scale": identity_scale, "identity_window": identity_window, "layout": layout,
+                "identity_blocks": identity_blocks, "attempts": attempts, "refine_faces": refine_settings is not None,
+            })  # fmt: skip
             ours["readers"] = readers = self._reference_readers(given, requests)
             spec = readers[0].spec if readers else None
             ours["regions"], placed = reference_regions(self, spec, layout, requests, given)
@@ -400,6 +411,7 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
             self._offload_adapters()
         if hasattr(out, "images"):
             out.faces = [one for people in personas for persona in people for one in persona.faces]
+        record.add_to(out, personas)
         return out
 
     def _draw_nobody(
