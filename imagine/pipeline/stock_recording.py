@@ -24,9 +24,7 @@ class StockRecord:
     given: the stock arguments by name, with names in prompts. requests: one per prompt. settings: our own arguments.
     """
 
-    def __init__(
-        self, pipe: Any, given: Mapping[str, Any], requests: Sequence[Request], settings: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, pipe: Any, given: Mapping[str, Any], requests: Sequence[Request], **settings: Any) -> None:
         self.pipe, self.requests = pipe, requests
         self.safety = getattr(pipe, "safety", None)
         check_prompts(self.safety, [(each.sentence, len(each.people)) for each in requests])
@@ -40,13 +38,18 @@ class StockRecord:
         self.settings = {**plain_settings(settings), **plain_settings(plain), "device": str(pipe.device.type)}
         self.output_type = given.get("output_type") or "pil"
 
-    def add_to(self, out: Any, personas: Sequence[Sequence[Persona]] = ()) -> None:
-        """Set `records` and `flags` of the call's result. personas: the people of each request.
+    def add_to(self, out: Any, personas: Sequence[Sequence[Persona]] = ()) -> Any:
+        """Set `faces`, `records` and `flags` of the call's result, and return it. personas: the people of each request.
 
-        A result that is a tuple has no place for them, and neither has one of latents.
+        A result that is a tuple has no place for them, and latents have no records.
         """
-        if not hasattr(out, "images") or self.output_type == "latent" or len(out.images) != len(self.seeds):
-            return
+        if hasattr(out, "images"):
+            out.faces = [one for people in personas for persona in people for one in persona.faces]
+            if self.output_type != "latent" and len(out.images) == len(self.seeds):
+                self._add_records(out, personas)
+        return out
+
+    def _add_records(self, out: Any, personas: Sequence[Sequence[Persona]]) -> None:
         safety = self.safety
         out.flags = picture_flags(safety, out.images, self.requests)
         redrawn = getattr(out, "seeds", None) or [None] * len(self.seeds)

@@ -366,11 +366,9 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
             as in `ImaginePipeline`. Without a layout, an adapter without a router places people from left to right.
         branch_embeds, negative_branch_embeds: results of `encode_branches` for the prompts, used instead of encoding.
 
-        Return the stock result with more attributes: `faces` (the face used from each photo), `refined` (the number of
-        redrawn faces), `notes` (sentences on what does not act in a prompt and what could not be refined), `records`
-        and `flags` as in `ImagineOutput`, and, if its people were checked, `people`, `people_found`, `attempts` and
-        `seeds` as there.
-        Raises ImagineError if our additional arguments or adapters are used wrongly.
+        Return the stock result with more attributes, as in `ImagineOutput`: `faces`, `refined`, `notes`, `records`,
+        `flags`, and, if its people were checked, `people`, `people_found`, `attempts` and `seeds`. Raises ImagineError
+        if our additional arguments or adapters are used wrongly.
         """
         draw = naming_the_part(cast(Any, super()).__call__, self._suspects)
         given = bind_arguments(draw, arguments, options, _OUR_ARGUMENTS)
@@ -386,21 +384,19 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
         }  # fmt: skip
         if not self._adapters():
             self._check_no_adapter_needed(given, reference)
-            record = StockRecord(self, asked, read_prompts(given, None), {})
-            out = self._draw_nobody(draw, refine_settings, words, given, ours)
-            record.add_to(out)
-            return out
+            return self._draw_nobody(draw, refine_settings, words, given, ours)
         check_attached(self.denoiser, self._adapters())
         self._adapters_to_device()
         try:
             batch, requests = read_call(self, draw, given, reference)
-            record = StockRecord(self, asked, requests, {
-                "identity_scale": identity_scale, "identity_window": identity_window, "layout": layout,
-                "identity_blocks": identity_blocks, "attempts": attempts, "refine_faces": refine_settings is not None,
-            })  # fmt: skip
+            record = StockRecord(
+                self, asked, requests, identity_scale=identity_scale, identity_window=identity_window,
+                identity_blocks=identity_blocks, layout=layout, attempts=attempts,
+            )  # fmt: skip
             ours["readers"] = readers = self._reference_readers(given, requests)
-            spec = readers[0].spec if readers else None
-            ours["regions"], placed = reference_regions(self, spec, layout, requests, given)
+            ours["regions"], placed = reference_regions(
+                self, readers[0].spec if readers else None, layout, requests, given
+            )
             most = checked_attempts(attempts, requests, output_type)
             personas = self._personas_for(requests, face, on_no_face, identify=most > 0)
             if self.adapter is not None and any(personas) and any(each.reading.reads_encoder for each in readers):
@@ -409,21 +405,18 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
             out = StockAttempts(batch, requests, given, personas, ours, most).run(self, once)
         finally:
             self._offload_adapters()
-        if hasattr(out, "images"):
-            out.faces = [one for people in personas for persona in people for one in persona.faces]
-        record.add_to(out, personas)
-        return out
+        return record.add_to(out, personas)
 
     def _draw_nobody(
         self, draw: Any, refine_settings: RefineFaces | None, words: Sequence[str], given: dict[str, Any],
         ours: Mapping[str, Any],
     ) -> Any:  # fmt: skip
         """Run the stock call without adapters of ours, and redraw the small faces of its result."""
-        if refine_settings is None:
-            return self._add_refined_faces(draw(**given), None, words)
-        batch = read_call(self, draw, given, None)[0]
-        second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, [()] * batch.prompts, ours)
-        return self._add_refined_faces(draw(**given), second_pass, words)
+        record, second_pass = StockRecord(self, given, read_prompts(given, None)), None
+        if refine_settings is not None:
+            batch = read_call(self, draw, given, None)[0]
+            second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, [()] * batch.prompts, ours)
+        return record.add_to(self._add_refined_faces(draw(**given), second_pass, words))
 
     def _draw_once(
         self, draw: Any, refine_settings: RefineFaces | None, words: Sequence[str], given: dict[str, Any], batch: Batch,

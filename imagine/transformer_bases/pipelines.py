@@ -194,12 +194,12 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         window = Window.read(identity_window)
         if self.adapter is None:
             self._check_no_adapter_needed(given, reference)
-            record = StockRecord(self, asked, read_prompts(given, None), {})
+            record = StockRecord(self, given, read_prompts(given, None))
             return _with_notes(draw(**given), [], notes, record)
         requests = read_prompts(given, reference)
-        record = StockRecord(self, asked, requests, {
-            "identity_scale": identity_scale, "identity_window": identity_window, "layout": layout,
-        })  # fmt: skip
+        record = StockRecord(
+            self, asked, requests, identity_scale=identity_scale, identity_window=identity_window, layout=layout
+        )
         if given.get("ip_adapter_image") is not None or given.get("ip_adapter_image_embeds") is not None:
             raise ConfigError(
                 "An adapter of imagine is loaded, which takes photos with reference=: give the photo there, or call "
@@ -275,11 +275,9 @@ def _attention_argument(call: Any) -> str:
 
 
 def _with_notes(out: Any, personas: Sequence[Sequence[Persona]], notes: Sequence[str], record: StockRecord) -> Any:
-    record.add_to(out, personas)
     if hasattr(out, "images"):
-        out.faces = [one for people in personas for persona in people for one in persona.faces]
         out.notes = list(notes)
-    return out
+    return record.add_to(out, personas)
 
 
 # --- the classes ------------------------------------------------------------------------------------------------------
