@@ -394,18 +394,21 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
                 identity_blocks=identity_blocks, layout=layout, attempts=attempts,
             )  # fmt: skip
             ours["readers"] = readers = self._reference_readers(given, requests)
-            ours["regions"], placed = reference_regions(
-                self, readers[0].spec if readers else None, layout, requests, given
-            )
+            spec = readers[0].spec if readers else None
+            ours["regions"], placed = reference_regions(self, spec, layout, requests, given)
             most = checked_attempts(attempts, requests, output_type)
             personas = self._personas_for(requests, face, on_no_face, identify=most > 0)
-            if self.adapter is not None and any(personas) and any(each.reading.reads_encoder for each in readers):
-                check_encoder(self.adapter, self.encoder_fingerprint)  # it may have been set after the adapter
+            self._check_readers(readers, personas)
             once = functools.partial(self._draw_once, draw, refine_settings, [*words, *placed])
             out = StockAttempts(batch, requests, given, personas, ours, most).run(self, once)
         finally:
             self._offload_adapters()
         return record.add_to(out, personas)
+
+    def _check_readers(self, readers: Sequence[Any], personas: Sequence[Sequence[Persona]]) -> None:
+        """Raise WeightsError if people are shown by an adapter of another encoder, which may have been set after it."""
+        if self.adapter is not None and any(personas) and any(each.reading.reads_encoder for each in readers):
+            check_encoder(self.adapter, self.encoder_fingerprint)
 
     def _draw_nobody(
         self, draw: Any, refine_settings: RefineFaces | None, words: Sequence[str], given: dict[str, Any],
