@@ -80,17 +80,18 @@ def run_stages(
     resume: bool = False,
     only: Sequence[str] = (),
     max_minutes: float | None = None,
+    max_training_seconds: float | None = None,
     tasks: Mapping[str, Any] = TASKS,
 ) -> bool:
     """Train every stage that is not done, in order. Return True if all wanted stages are done, False if stopped before.
 
-    `tasks` maps a task's name to its class or to "module:Class". Raises ConfigError before anything is trained if the
-    run contains an unknown name or a missing file, `only` an unknown stage, `output` another run, or if the batch sizes
-    do not divide among the processes.
+    `max_training_seconds` stops the first stage that has trained for so long. `tasks` maps a task's name to its class
+    or to "module:Class". Raises ConfigError before anything is trained if the run contains an unknown name or a missing
+    file, `only` an unknown stage, `output` another run, or if the batch sizes do not divide among the processes.
     """
     run = run.model_copy(update={"stages": {n: resolved(n, stage, tasks) for n, stage in run.stages.items()}})
     wanted = wanted_stages(run, only)
-    stopping, accelerator = Stopping(max_minutes), _accelerator(run, output)
+    stopping, accelerator = Stopping(max_minutes, max_training_seconds), _accelerator(run, output)
     _check_batch_divides(run, wanted, accelerator.num_processes)
     _check_unchanged(run, wanted, output, resume, tasks)
     wrong = broadcast_from_main(

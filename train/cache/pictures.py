@@ -21,7 +21,7 @@ from imagine.world import VERSION, Contexts, People, captions, drift, render, sa
 from imagine.world.body import letter_boxes
 from imagine.world.render import Painters, compiled_painters
 from imagine.world.seeds import HELD_OUT, JUDGE, TRAIN
-from train.cache.rows import RowFormat, cache_rows, cache_rows_together
+from train.cache.rows import RowFormat, cache_rows_together
 from train.run.checkpoint import write_json
 
 BLOCK = 512  # pictures rendered and stored at a time
@@ -73,10 +73,6 @@ class Gallery:
     def letters(self, rows: Tensor) -> Tensor:
         """Return the boxes of the words on shirts in pixels (B, 4), of width 0 where there is none."""
         return letter_boxes(self.contexts(rows), self.size)
-
-    def words(self, rows: Tensor) -> Tensor:
-        """Return the letters of the words on shirts, (B, 3): 1 to 26, and 0 for none."""
-        return self.contexts(rows).letters
 
     def captions(self, rows: Tensor, caption_styles: Sequence[str]) -> list[str]:
         """Return each picture's caption in the given style; it is the same at every call."""
@@ -134,10 +130,6 @@ class AnyGallery(Protocol):
 
     def letters(self, rows: Tensor) -> Tensor:
         """Return the boxes of words in pixels (B, 4), of width 0 where there is none or its position is unknown."""
-        ...
-
-    def words(self, rows: Tensor) -> Tensor:
-        """Return the letters of words, (B, 3): 1 to 26, and 0 where there is none or it is unknown."""
         ...
 
     def name(self, row: int) -> str:
@@ -237,14 +229,6 @@ def open_pictures(gallery: Gallery, folder: Path) -> Pictures:
     formats: dict[Path, RowFormat] = {images: ((3, size, size), np.uint8), boxes: ((4,), np.float32)}
     rows = cache_rows_together(formats, gallery, _Renderer(gallery), f"rendering {gallery.split}", BLOCK)
     return Pictures(gallery, *rows)
-
-
-def open_words(gallery: Gallery, folder: Path) -> Tensor:
-    """Return the letters of the words on shirts in all pictures, (N, 3) uint8: `Gallery.words`, computed once."""
-    made = cache_rows(
-        folder / "words.u8", gallery, (3,), np.uint8, lambda rows: gallery.words(rows).byte(), "listing words"
-    )
-    return torch.from_numpy(np.asarray(made).copy())
 
 
 class _Renderer:

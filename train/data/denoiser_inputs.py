@@ -10,8 +10,8 @@ from torch import Tensor
 
 from train.cache.face_crops import FaceCrops
 from train.cache.latents import Codec, Latents
-from train.cache.part_masks import PartMasks
 from train.cache.pictures import AnyPictures
+from train.cache.truths import PartMasks, WordPlaces
 from train.data.sources import DrawnPairs, in_order
 
 Captions = TypeVar("Captions")
@@ -42,6 +42,7 @@ class GalleryCache(Generic[Captions]):
     latents: Latents
     sentences: Captions  # the cache of its captions' tokens
     face_crops: FaceCrops | None = None
+    words: WordPlaces | None = None
     part_masks: PartMasks | None = None
 
     def faces(self, rows: Tensor) -> Tensor:
@@ -53,10 +54,11 @@ class GalleryCache(Generic[Captions]):
         return self.latents.letters(rows)
 
     def truth(self, rows: Tensor) -> Truth:
-        """Return what is known of these rows; the parts are empty if the stage does not cache them."""
-        gallery = self.pictures.gallery
+        """Return what is known of these rows: no word and no part, unless the stage caches them."""
+        nothing = torch.zeros(len(rows), 3, dtype=torch.long), torch.zeros(len(rows), 4)
+        letters, boxes = nothing if self.words is None else self.words.take(rows)
         parts = torch.zeros(len(rows), 0) if self.part_masks is None else self.part_masks.take(rows)
-        return Truth(gallery.words(rows), gallery.letters(rows), parts)
+        return Truth(letters, boxes, parts)
 
     def crops(self, rows: Tensor, shifts: Tensor) -> Tensor:
         """Return the face crops (B, 3, S, S) of these rows, shifted a little: `FaceCrops.take`."""

@@ -113,10 +113,6 @@ class RecordGallery:
         """Return boxes (B, 4) of width 0: records do not contain the positions of words."""
         return torch.zeros(len(rows), 4)
 
-    def words(self, rows: Tensor) -> Tensor:
-        """Return zeros (B, 3): records do not say which words are seen in them."""
-        return torch.zeros(len(rows), 3, dtype=torch.long)
-
     def pairs(self, target: Literal["self", "other"]) -> Tensor:
         """Return rows of references and targets, (P, 2), all usable.
 

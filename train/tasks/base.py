@@ -24,9 +24,9 @@ from imagine.pipeline.sampling import Guidance, Inputs, TextTokens, pooled_text
 from imagine.records import Conditioning, Tokens
 from imagine.world import VERSION
 from train.cache.latents import WorldCodec, autoencoder_of, check_autoencoder, squared_error
-from train.cache.part_masks import PartMasks
-from train.cache.pictures import AnyGallery, AnyPictures, Gallery, Pictures, open_words
+from train.cache.pictures import AnyGallery, AnyPictures, Gallery, Pictures
 from train.cache.sentences import Sentences, SentenceStore
+from train.cache.truths import PartMasks, WordPlaces
 from train.data.denoiser_inputs import GalleryCache, Truth, cache_gallery
 from train.data.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
 from train.data.order import chance, generator, normals, to_device
@@ -219,15 +219,16 @@ class BaseTask:
             return {}
         folder = data_settings(self.context.data).folder
         world = {name: gallery for name, gallery in galleries.items() if isinstance(gallery, Gallery)}
-        return {name: open_words(gallery, folder / name)[:, 0] > 0 for name, gallery in world.items()}
+        return {name: WordPlaces(gallery, folder / name).carried() for name, gallery in world.items()}
 
     def _cache_gallery(self, pictures: AnyPictures, name: str) -> GalleryCache[SentenceStore]:
         folder = data_settings(self.context.data).folder / name
         sentences = SentenceStore(pictures.gallery, self.text, folder)
         cached = cache_gallery(pictures, self.codec, sentences, folder, self.settings.resolution, self.crop_side())
-        if self.settings.part_loss and isinstance(pictures, Pictures):
-            cached = replace(cached, part_masks=PartMasks(pictures.gallery, folder))
-        return cached
+        if not isinstance(pictures, Pictures) or not self.auxiliary.needs_truth:
+            return cached
+        parts = PartMasks(pictures.gallery, folder) if self.settings.part_loss else None
+        return replace(cached, words=WordPlaces(pictures.gallery, folder), part_masks=parts)
 
     def crop_side(self) -> int | None:
         """Return the side in pixels of the face crops that this task needs; None if it needs none."""
