@@ -12,7 +12,7 @@ from imagine.errors import ConfigError
 from tests.root import ROOT
 from tests.toy_training import ToyTask
 from train import bakeoff as bakeoffs
-from train.ablation import FULL, arm_run, load_arms
+from train.ablation import FULL, arm_run, link_shared, load_arms
 from train.bakeoff import Bakeoff, decided, images_for, main, measured_speed, table, write_table
 from train.config import Stage
 from train.stages import TASKS, resolved
@@ -72,7 +72,7 @@ def train_all(bakeoff: Bakeoff, output: Path, minutes: float | None = None) -> b
         return False
     for name in bakeoff.arms:
         run, folder = arm_run(bakeoff, name, 0), output / f"{name}-0"
-        bakeoffs.link_shared(bakeoff, name, run, output / "shared", folder)
+        link_shared(bakeoff, name, run, output / "shared", folder)
         if not trainer.train(run, folder, bakeoff.own_stages(name)):
             return False
     return True
@@ -87,9 +87,7 @@ def test_stages_train_for_their_time_and_a_stopped_command_carries_on(tmp_path: 
     assert not train_all(bakeoff, tmp_path / "out", minutes=0)  # stopped before its first step
     assert not list((tmp_path / "out").rglob("*.budget.json"))
     assert train_all(bakeoff, tmp_path / "out")
-    budgets = {
-        path.relative_to(tmp_path / "out"): path.read_text() for path in (tmp_path / "out").rglob("*.budget.json")
-    }
+    budgets = read_budgets(tmp_path / "out")
     assert set(budgets) == {
         "shared/first.budget.json", "full-0/second.budget.json", "slow-0/second.budget.json",
         "own-0/first.budget.json", "own-0/second.budget.json",
@@ -107,7 +105,7 @@ def test_stages_train_for_their_time_and_a_stopped_command_carries_on(tmp_path: 
 
 
 def test_images_follow_from_the_time_that_is_left() -> None:
-    stage = Stage(task="toy", train={"weights": 0.1}, images=40, batch_size=8)
+    stage = Stage.model_validate({"task": "toy", "train": {"both": 0.1}, "images": 40, "batch_size": 8})
     assert images_for(stage, 80, 2.0, 40.0, 10.0) == 400
     assert images_for(stage, 80, 20.0, 40.0, 10.0) == 88  # its time is over: one more step
 

@@ -4,6 +4,8 @@ Which images carry one is a pure function of their number, and as regular as the
 (`train.data.sources`): any stretch of images has the wanted share up to a few images.
 """
 
+from typing import Annotated
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -20,8 +22,8 @@ class Words(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     start: Share
     end: Share
-    steady: int = Field(0, ge=0)  # images with the share `start`
-    over: int = Field(0, ge=0)  # images over which it then changes, linearly; 0: at once
+    steady: Annotated[int, Field(ge=0)] = 0  # images with the share `start`
+    over: Annotated[int, Field(ge=0)] = 0  # images over which it then changes, linearly; 0: at once
 
     def shares(self, first: int, size: int) -> Tensor:
         """Return the wanted share at each image `first` to `first + size`, (size,)."""

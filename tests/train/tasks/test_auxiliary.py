@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from imagine.errors import ConfigError
 from imagine.networks.models import build_autoencoder
 from imagine.records import Watched
+from imagine.world.parts import PARTS
 from train.config import load_run
 from train.data.language import make_tokenizers
 from train.run.checkpoint import read_tensors, write_json
@@ -26,6 +27,7 @@ from train.tasks import letter_losses
 from train.tasks.adapter import AdapterSettings, AdapterTask
 from train.tasks.auxiliary import READER
 from train.tasks.base import BaseSettings, BaseTask
+from train.tasks.part_loss import _COVERED, PartHead, part_loss
 from train.tasks.reader import ReaderSettings, ReaderTask
 
 DENOISER: dict[str, Any] = {"widths": [32, 32], "sources": {"synthetic": 1.0}}
@@ -88,14 +90,13 @@ def context(**changes: Any) -> TaskContext:
 @functools.cache
 def task(name: str = "", kind: str = "base") -> Any:
     """Return a task with all losses ("all"), or with none."""
-    extra = EVERYTHING if name == "all" else {}
-    words = {"words": WORDS} if name else {}
+    extra: dict[str, Any] = {**EVERYTHING, "words": WORDS} if name == "all" else {}
     torch.manual_seed(0)
     found: Any
     if kind == "base":
-        found = SmallBase(BaseSettings(**DENOISER, **extra, **words), context())
+        found = SmallBase(BaseSettings(**DENOISER, **extra), context())
     else:
-        found = SmallAdapter(AdapterSettings(**DENOISER, **extra, **words, lora_rank=2), context())
+        found = SmallAdapter(AdapterSettings(**DENOISER, **extra, lora_rank=2), context())
     with torch.no_grad():
         found.prepare()
     return found
@@ -230,9 +231,8 @@ def test_the_reader_reads_a_few_pictures_with_little_noise_whose_word_is_known()
     eligible = known & letter_losses.readable(batch.truth.boxes, 128)
     assert 4 < eligible.sum() < 32
     t = torch.linspace(0, 1, 32)
-    small = here.auxiliary.settings.model_copy(
-        update={"reader_time": 0.5, "reader_items": 3, "glyph": 0, "letter_attention": 0, "part_loss": 0}
-    )
+    others = {"glyph": 0, "letter_attention": 0, "part_loss": 0}
+    small = here.auxiliary.settings.model_copy(update={"reader_time": 0.5, "reader_items": 3, **others})
     auxiliary, before = here.auxiliary, here.auxiliary.settings
     auxiliary.settings = small
     try:
@@ -288,8 +288,6 @@ def test_glyphs_are_those_of_the_world_and_other_characters_do_not_count() -> No
 
 
 def test_parts_are_known_as_well_as_their_average_gives_one() -> None:
-    from train.tasks.part_loss import _COVERED, PARTS, PartHead, part_loss
-
     masks = task("all").gallery_caches["train"].part_masks.take(torch.arange(48))
     shares = torch.tensor([_COVERED[part] for part in PARTS]).view(1, -1, 1, 1).expand_as(masks)
     assert part_loss(torch.logit(shares), masks).mean() == pytest.approx(1, abs=0.25)
@@ -393,7 +391,7 @@ def test_losses_that_cannot_act_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a trained reader: name a stage `word_reader`"):
         SmallBase(BaseSettings(**DENOISER, reader_loss=1), context(earlier={}))
     for name, other in (("glyph", "unet"), ("part_loss", "text_adapter"), ("letter_attention", "vision_branch")):
-        here = SmallBase(BaseSettings(**DENOISER, **{name: 1}), context(trains=(other,)))
+        here = SmallBase(BaseSettings(**{**DENOISER, name: 1}), context(trains=(other,)))
         with pytest.raises(ConfigError, match=f"{name} has no effect, because the stage does not train"):
             here.check()
     (tmp_path / "metadata.jsonl").touch()
@@ -401,10 +399,14 @@ def test_losses_that_cannot_act_are_refused(tmp_path: Path) -> None:
         "galleries": {"mine": {"records": str(tmp_path)}},
         "sources": {"mine": {"gallery": "mine", "target": "self"}},
     }
-    for settings, message in (({"part_loss": 1}, "needs masks, which the records"), ({"words": WORDS}, "words has no")):
-        recorded = context(data={**data(), **mine})
+    recorded = context(data={**data(), **mine})
+    cases: dict[str, Any] = {
+        "part_loss needs masks, which the records": {"part_loss": 1},
+        "words has": {"words": WORDS},
+    }
+    for message, wrong in cases.items():
         with pytest.raises(ConfigError, match=message):
-            SmallBase(BaseSettings(**{**DENOISER, "sources": {"mine": 1}}, **settings), recorded).check()
+            SmallBase(BaseSettings(**{**DENOISER, "sources": {"mine": 1}, **wrong}), recorded).check()
 
 
 def test_a_reader_on_the_generators_people_is_no_judge() -> None:
