@@ -173,7 +173,7 @@ def test_the_command_plans_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             load_arms(write_arms(tmp_path, **changes), Bakeoff)
-    assert main([str(write_arms(tmp_path)), "--output", str(tmp_path / "out"), "--arms", "full"]) == 2
+    assert main([str(write_arms(tmp_path, judge=str(tmp_path))), "--output", str(tmp_path / "out")]) == 2
     assert "holds no judge" in capsys.readouterr().err
     cosine = load_arms(write_arms(tmp_path, set={"schedule": "cosine"}), Bakeoff)
     with pytest.raises(ConfigError, match="use trapezoid"):
