@@ -96,20 +96,27 @@ Scale = float | torch.Tensor  # one factor, or one per batch item: (batch,)
 
 @dataclass(frozen=True)
 class Watched:
-    """Query (batch, heads, positions, width) and key (batch, heads, tokens, width) of a layer's attention to the text.
+    """Query (batch, heads, positions, width) and key (batch, heads, tokens, width) of a layer's attention.
 
-    `mask` is added to the scores, (batch, heads, 1, tokens); None adds nothing.
+    `mask` is added to the scores, (batch, heads, 1, tokens); None adds nothing. `value` (batch, heads, tokens, width)
+    is that of a parallel branch, gate included.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     mask: torch.Tensor | None = None
+    value: torch.Tensor | None = None
 
     def attention(self) -> torch.Tensor:
         """Return the softmax over the tokens, the mean of all heads, (batch, positions, tokens)."""
         scores = self.query @ self.key.transpose(-1, -2) / math.sqrt(self.query.shape[-1])
         scores = scores if self.mask is None else scores + self.mask
         return scores.softmax(-1).mean(1)
+
+
+def attention_to(branch: str) -> str:
+    """Return the key in `Conditioning.watch` under which layers show their attention to a parallel branch."""
+    return f"attention to {branch}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,9 @@ class Conditioning:
     nothing.
 
     `watch`, if given, says what layers show for a loss: under "text" each cross-attention layer stores its `Watched`
-    under its name, and under the name of a parallel branch the mean square of that branch's output (batch, positions).
+    under its name, under the name of a parallel branch the mean square of that branch's output (batch, positions), and
+    under `attention_to(branch)` the `Watched` of its attention to that branch. Under "states" each cross-attention
+    layer stores its input (batch, positions, width). What is shown is computed anyway.
 
     `cache`, created by `adapter.prepare`, holds values that do not change between the steps of one picture, mainly keys
     and values. It is filled by the first step that needs an entry. None disables caching, as in training.

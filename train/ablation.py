@@ -20,7 +20,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -40,8 +40,15 @@ SHOWN = ("prompt", "sim_gt", "copy_paste", "rank1")
 _RESAMPLES = 2_000
 
 
+Arms = TypeVar("Arms", bound="Ablation")
+
+
 class Arm(BaseModel):
-    """What an arm changes, and the paper's difference to its full recipe in points, where it has the arm."""
+    """What an arm changes, and the paper's difference to its full recipe in points, where it has the arm.
+
+    A name in `set` that begins with a stage of the recipe changes that stage, `data.` the data, and any other name all
+    stages of the arm.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     stages: tuple[str, ...] | None = None  # None: the ablation's
@@ -60,6 +67,7 @@ class Ablation(BaseModel):
     identities: Annotated[int, Field(ge=2)] = 51
     prompts: Annotated[int, Field(ge=1)] = 13
     options: dict[str, Any] = Field(default_factory=dict)  # of every call that draws
+    set: dict[str, Any] = Field(default_factory=dict)  # what all arms change in the recipe, `full` included
     arms: dict[str, Arm]
 
     @model_validator(mode="after")
@@ -68,26 +76,35 @@ class Ablation(BaseModel):
             raise ValueError(f"the arms must include {FULL}, which changes nothing")
         return self
 
+    def own_stages(self, arm: str) -> tuple[str, ...]:
+        """Return the stages that this arm trains itself."""
+        return self.arms[arm].stages or self.stages
+
 
 def load_ablation(path: Path) -> Ablation:
     """Load the arms' file; ConfigError says what is wrong. The recipe is named relative to the file."""
+    return load_arms(path, Ablation)
+
+
+def load_arms(path: Path, kind: type[Arms]) -> Arms:
+    """Load a file of arms, as `load_ablation` does."""
     content = read_settings(path, "ablation", "`recipe:`, `stages:` and `arms:`")
-    found = validated(Ablation, content, str(path))
+    found = validated(kind, content, str(path))
     return found.model_copy(update={"recipe": path.parent / found.recipe})
 
 
 def arm_run(ablation: Ablation, name: str, seed: int, overrides: Sequence[str] = ()) -> Run:
     """Return the run of an arm: the shared stages, and its own with its changes and the seed."""
-    arm = ablation.arms[name]
-    stages = arm.stages or ablation.stages
+    arm, stages = ablation.arms[name], ablation.own_stages(name)
     known = load_run(ablation.recipe).stages
     for stage in (*ablation.shared, *stages):
         if stage not in known:
             raise ConfigError(f"arm {name}: {unknown_name('stage', stage, list(known))}.")
     lines = []
-    for key, value in arm.set.items():
+    for key, value in {**ablation.set, **arm.set}.items():
         text = yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
-        places = [""] if key.startswith("data.") else [f"{stage}." for stage in stages]
+        everywhere = key.split(".")[0] not in ("data", *known)
+        places = [f"{stage}." for stage in stages] if everywhere else [""]
         lines += [f"{place}{key}={text}" for place in places]
     lines += [f"{stage}.seed={seed}" for stage in stages]
     run = load_run(ablation.recipe, [*lines, *overrides])
@@ -122,8 +139,8 @@ def run_ablation(
     for number, (name, seed) in enumerate(todo, 1):
         log.info("arm %d of %d: %s, seed %d", number, len(todo), name, seed)
         run, folder = arm_run(ablation, name, seed, overrides), output / f"{name}-{seed}"
-        _link_shared(ablation, run, output / "shared", folder)
-        own = [stage for stage in run.stages if stage not in ablation.shared]
+        link_shared(ablation, name, run, output / "shared", folder)
+        own = ablation.own_stages(name)
         if not trained(run, folder, own):
             return False
         judge_arm(ablation, run, folder, own[-1])
@@ -131,13 +148,15 @@ def run_ablation(
     return True
 
 
-def _link_shared(ablation: Ablation, run: Run, shared: Path, folder: Path) -> None:
-    """Give an arm's run the shared stages, as links to their files."""
+def link_shared(ablation: Ablation, arm: str, run: Run, shared: Path, folder: Path) -> None:
+    """Give an arm's run the shared stages that it does not train itself, as links to their files."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "run.yaml").exists():  # a folder with stages but no run is refused
         with replacing(folder / "run.yaml") as draft:
             draft.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
     for stage in ablation.shared:
+        if stage in ablation.own_stages(arm):
+            continue
         place = folder / stage
         if not place.exists():
             draft_folder = folder / f".{stage}.draft"
@@ -153,8 +172,11 @@ def _link_or_copy(source: str, place: str) -> None:
         shutil.copyfile(source, place)
 
 
-def judge_arm(ablation: Ablation, run: Run, folder: Path, stage: str) -> None:
-    """Assemble the arm's weights and judge them on held-out people, unless that is done."""
+def judge_arm(ablation: Ablation, run: Run, folder: Path, stage: str, judge: Path | None = None) -> None:
+    """Assemble the arm's weights and judge them on held-out people, unless that is done.
+
+    The judge is that of the weights in the folder `judge` or, without it, of the stage's initial weights.
+    """
     if (folder / "evaluation" / "report.json").exists():
         return
     from imagine.evaluation import evaluate
@@ -163,7 +185,8 @@ def judge_arm(ablation: Ablation, run: Run, folder: Path, stage: str) -> None:
     from train.assemble import assemble
 
     initial = run.stages[stage].initial
-    if initial is None:
+    judge = judge or initial
+    if judge is None:
         raise ConfigError(f"Stage {stage} of the ablation's recipe has no initial weights, whose judge is needed.")
     assemble(folder, folder / "weights", initial=initial, stage=stage)
     pipe: Any = ImaginePipeline.from_pretrained(folder / "weights")
@@ -171,7 +194,7 @@ def judge_arm(ablation: Ablation, run: Run, folder: Path, stage: str) -> None:
     absent = [branch for branch in ("clip", "t5", "byt5") if settings.get(f"drop_{branch}") == 1]
     evaluate.run(
         WithoutBranches(pipe, absent) if absent else pipe, folder / "evaluation", "portraits", ablation.identities,
-        ablation.prompts, judge=Judge.from_pretrained(initial / "judge"), rows=("full",), options=ablation.options,
+        ablation.prompts, judge=Judge.from_pretrained(judge / "judge"), rows=("full",), options=ablation.options,
         progress=_progress,
     )  # fmt: skip
 
@@ -301,7 +324,11 @@ def _cell(value: Mapping[str, float] | None) -> str:
 # --- the command ------------------------------------------------------------------------------------------------------
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    options = _parser().parse_intermixed_args(arguments)
+    options = parser(
+        "python -m train.ablation",
+        "Train and judge the arms of an ablation. The same command carries on with one that was stopped.",
+        "configs/ablation/arms.yaml",
+    ).parse_intermixed_args(arguments)
     configure_logging()
     try:
         ablation = load_ablation(options.config)
@@ -328,7 +355,7 @@ def _describe(ablation: Ablation, arms: Sequence[str], seeds: Sequence[int], ove
     total = 0
     for name in arms:
         run = arm_run(ablation, name, seeds[0], overrides)
-        own = {stage: run.stages[stage].images for stage in run.stages if stage not in ablation.shared}
+        own = {stage: run.stages[stage].images for stage in ablation.own_stages(name)}
         total += sum(own.values()) * len(seeds)
         sys.stdout.write(f"{name:24} {sum(own.values()):>8,} images in {len(own)} stages x {len(seeds)} seeds\n")
     shared = sum(load_run(ablation.recipe, overrides).stages[stage].images for stage in ablation.shared)
@@ -336,19 +363,17 @@ def _describe(ablation: Ablation, arms: Sequence[str], seeds: Sequence[int], ove
     sys.stdout.write(f"shared stages: {shared:,} images; arms: {total:,} images; pictures to judge: {pictures:,}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.ablation",
-        description="Train and judge the arms of an ablation. The same command carries on with one that was stopped.",
-    )
-    parser.add_argument("config", type=Path, metavar="ARMS.yaml", help="the arms, such as configs/ablation/arms.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="stage.key=value", help="replace a value of the recipe")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder of the ablation")
-    parser.add_argument("--arms", default="", metavar="ARM[,ARM]", help="only these arms")
-    parser.add_argument("--seeds", default="", metavar="N[,N]", help="other seeds than the file's")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be trained and judged")
-    parser.add_argument("--max-minutes", type=float, metavar="M", help="stop training cleanly after M minutes")
-    return parser
+def parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Return the command line of a program that trains and judges arms."""
+    made = argparse.ArgumentParser(prog=command, description=description)
+    made.add_argument("config", type=Path, metavar="ARMS.yaml", help=f"the arms, such as {example}")
+    made.add_argument("overrides", nargs="*", metavar="stage.key=value", help="replace a value of the recipe")
+    made.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder of the results")
+    made.add_argument("--arms", default="", metavar="ARM[,ARM]", help="only these arms")
+    made.add_argument("--seeds", default="", metavar="N[,N]", help="other seeds than the file's")
+    made.add_argument("--dry-run", action="store_true", help="print what would be trained and judged")
+    made.add_argument("--max-minutes", type=float, metavar="M", help="stop training cleanly after M minutes")
+    return made
 
 
 if __name__ == "__main__":

@@ -122,6 +122,7 @@ def train_stage(
     state = stage_run.state
     with stage_run.report, closing(stage_run.micro_batches()) as micro_batches, step_timeout(accelerator):
         while state.progress.images_seen < stage.images:
+            stopping.trained_seconds = state.progress.seconds
             reason = stopping.reason
             stop, checkpoint_is_due = on_any_process(accelerator, reason is not None, stage_run.checkpoint_is_due())
             if stop or checkpoint_is_due:

@@ -38,6 +38,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
+from pydantic_core import to_jsonable_python
 from torch import nn
 
 from imagine.errors import ConfigError, ImagineError
@@ -79,19 +80,20 @@ def run_stages(
     resume: bool = False,
     only: Sequence[str] = (),
     max_minutes: float | None = None,
+    max_training_seconds: float | None = None,
     tasks: Mapping[str, Any] = TASKS,
 ) -> bool:
     """Train every stage that is not done, in order. Return True if all wanted stages are done, False if stopped before.
 
-    `tasks` maps a task's name to its class or to "module:Class". Raises ConfigError before anything is trained if the
-    run contains an unknown name or a missing file, `only` an unknown stage, `output` another run, or if the batch sizes
-    do not divide among the processes.
+    `max_training_seconds` stops the first stage that has trained for so long. `tasks` maps a task's name to its class
+    or to "module:Class". Raises ConfigError before anything is trained if the run contains an unknown name or a missing
+    file, `only` an unknown stage, `output` another run, or if the batch sizes do not divide among the processes.
     """
     run = run.model_copy(update={"stages": {n: resolved(n, stage, tasks) for n, stage in run.stages.items()}})
     wanted = wanted_stages(run, only)
-    stopping, accelerator = Stopping(max_minutes), _accelerator(run, output)
+    stopping, accelerator = Stopping(max_minutes, max_training_seconds), _accelerator(run, output)
     _check_batch_divides(run, wanted, accelerator.num_processes)
-    _check_unchanged(run, wanted, output, resume)
+    _check_unchanged(run, wanted, output, resume, tasks)
     wrong = broadcast_from_main(
         accelerator, _check_later_stages(run, wanted, output, tasks) if accelerator.is_main_process else ""
     )
@@ -339,14 +341,14 @@ def wanted_stages(run: Run, only: Sequence[str]) -> list[str]:
     return [name for name in run.stages if not only or name in only]
 
 
-def _check_unchanged(run: Run, wanted: Sequence[str], output: Path, resume: bool) -> None:
+def _check_unchanged(run: Run, wanted: Sequence[str], output: Path, resume: bool, tasks: Mapping[str, Any]) -> None:
     """Raise ConfigError if `output` holds something else or another run; with `resume`, log the changed settings."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"The output {output} is a file; name a folder for the run.")
     if not resume and not (output / "run.yaml").exists() and _holds_anything(output):
         raise ConfigError(f"{output} is not empty and holds no run; name another folder, or add --resume to use it.")
     for name in wanted:
-        for setting, was, becomes in _changes(run, name, output):
+        for setting, was, becomes in _changes(run, name, output, tasks):
             if not resume:
                 raise ConfigError(
                     f"{output} holds a run whose stage {name} has {setting} {was}, not {becomes}; "
@@ -363,12 +365,14 @@ def _holds_anything(output: Path) -> bool:
     return output.exists() and any(path.name != ".run.yaml.draft" for path in output.iterdir())
 
 
-def _changes(run: Run, name: str, output: Path) -> list[tuple[str, Any, Any]]:
+def _changes(run: Run, name: str, output: Path, tasks: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return (setting, before, now) for every setting that changed since the stage was last trained in this folder."""
     path = output / name / "stage.yaml"
     if not path.exists():
         return []
-    before, now = _flat(_previous_settings(path)), _flat(_stage_record(run, name, output))
+    previous = _previous_settings(path)
+    previous["settings"] = {**_default_settings(run.stages[name], name, tasks), **previous["settings"]}
+    before, now = _flat(previous), _flat(_stage_record(run, name, output))
     names = [setting for setting in {**before, **now} if setting.split(".")[0] not in SETTINGS_THAT_MAY_CHANGE]
     return [(n, before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)]
 
@@ -377,6 +381,13 @@ def _previous_settings(path: Path) -> dict[str, Any]:
     """Return the settings in stage.yaml; settings that did not exist when it was written get their defaults."""
     defaults = Stage.model_validate({"task": "", "train": {"": 0}, "images": 1}).model_dump(mode="json")
     return {**defaults, "numbering": 1, **yaml.safe_load(path.read_text(encoding="utf-8"))}
+
+
+def _default_settings(stage: Stage, name: str, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the task's settings, which a stage had before a setting existed."""
+    fields = task_class(stage.task, tasks, name).Settings.model_fields
+    defaults = {key: each.get_default(call_default_factory=True) for key, each in fields.items()}
+    return {key: to_jsonable_python(value) for key, value in defaults.items() if not fields[key].is_required()}
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from imagine.adapter.router import Router, log_shares, shares_of
 from imagine.errors import WeightsError
-from imagine.records import Conditioning, Scale, Tokens, Watched
+from imagine.records import Conditioning, Scale, Tokens, Watched, attention_to
 
 TEXT = "clip"  # the denoiser's own text branch, as a name in Conditioning.cache
 
@@ -238,6 +238,8 @@ class ParallelAttention:
             mask = _stock_mask(attn, attention_mask, key)
             if conditioning.watch is not None and "text" in conditioning.watch:
                 conditioning.watch["text"][self.name] = Watched(query, key, mask)
+            if conditioning.watch is not None and "states" in conditioning.watch:
+                conditioning.watch["states"][self.name] = states
             concatenated = self._active_branches(attn, query, conditioning, concatenated=True)
             if concatenated:
                 key, value, mask = _concatenate_branches(key, value, mask, concatenated)
@@ -253,7 +255,10 @@ class ParallelAttention:
         return cast(Tensor, out / attn.rescale_output_factor)
 
     def _add_watched(self, mixed: Tensor, query: Tensor, each: "_ActiveBranch", conditioning: Conditioning) -> Tensor:
-        """Add a branch as `_add_branch` does, and show the mean square of its output if the call watches it."""
+        """Add a branch as `_add_branch` does, and show its attention or its output's mean square if asked to."""
+        if conditioning.watch is not None and (key := attention_to(each.name)) in conditioning.watch:
+            shown = Watched(query, each.key, _added_mask(each.mask, query), each.value)
+            conditioning.watch[key][self.name] = shown
         if conditioning.watch is None or each.name not in conditioning.watch:
             return self._add_branch(mixed, query, each)
         before = mixed.clone()  # without gradients the sum is made in place
@@ -375,6 +380,13 @@ class ParallelAttention:
         compute = partial(router.keys, conditioning.branches[name], groups.shape[1])
         keys = cached(conditioning, (self.name, f"router of {name}"), compute)
         return _People(groups, router, keys, conditioning.record)
+
+
+def _added_mask(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """Return a mask (batch, length) of attended tokens as what is added to scores, (batch, 1, 1, length)."""
+    if mask is None:
+        return None
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _render(
         for slot, hand in enumerate(paint_hands(canvas, people, groups)):
             _cover(masks, rows, torch.full_like(rows, slot), hand)
     canvas = apply_styles(_light_people(canvas, masks.sum(1).clamp(max=1), first), first.style, shape.side)
-    geometry = [_geometry(people[slot::count], view, shape.height) for slot, view in enumerate(views)]
+    geometry = [face_geometry(people[slot::count], view, shape.height) for slot, view in enumerate(views)]
     return Renders(canvas, masks, torch.stack([g[0] for g in geometry], 1), torch.stack([g[1] for g in geometry], 1))
 
 
@@ -266,7 +266,7 @@ def _light_people(canvas: Tensor, mask: Tensor, contexts: Contexts) -> Tensor:
     return (lit - 0.55 * (lit - _BRIGHT).clamp(min=0)).clamp(0, 1)
 
 
-def _geometry(people: People, view: View, height: int) -> tuple[Tensor, Tensor]:
+def face_geometry(people: People, view: View, height: int) -> tuple[Tensor, Tensor]:
     """Return face boxes (B, 4) and landmarks (B, 5, 2), in pixels."""
     eye, mouth, nose = per_pixel(eye_x(people)), per_pixel(0.92 * mouth_half_width(people)), per_pixel(nose_y(people))
     points = [

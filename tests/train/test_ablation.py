@@ -121,7 +121,7 @@ def test_shared_stages_are_linked_once(tmp_path: Path) -> None:
     small = LOADED.model_copy(update={"shared": ("likeness",)})
     run = arm_run(small, FULL, 0)
     for _ in range(2):
-        ablations._link_shared(small, run, tmp_path / "shared", tmp_path / "full-0")
+        ablations.link_shared(small, FULL, run, tmp_path / "shared", tmp_path / "full-0")
     place = tmp_path / "full-0"
     assert (place / "likeness" / "done.json").samefile(shared / "done.json") and (place / "run.yaml").exists()
 

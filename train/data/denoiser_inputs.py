@@ -1,18 +1,37 @@
 """The cached inputs of the denoiser's stages for one gallery: pictures, latents, caption tokens, face crops."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from train.cache.face_crops import FaceCrops
 from train.cache.latents import Codec, Latents
 from train.cache.pictures import AnyPictures
+from train.cache.truths import PartMasks, WordPlaces
 from train.data.sources import DrawnPairs, in_order
 
 Captions = TypeVar("Captions")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the world knows of pictures; of records nothing is known."""
+
+    letters: Tensor  # (B, 3) of the word, 1 to 26; 0 for none
+    boxes: Tensor  # (B, 4) of the word in pixels: left, top, width, height; width 0 for none
+    parts: Tensor  # (B, parts, GRID, GRID) masks of the parts, or (B, 0) if the stage does not need them
+
+    @staticmethod
+    def join(positions: Sequence[Tensor], pieces: "Sequence[Truth]") -> "Truth":
+        """Concatenate `pieces`, with their rows at the indices `positions`, (n,) each."""
+        return Truth(*(in_order(positions, [getattr(piece, name) for piece in pieces]) for name in _TRUTHS))
+
+
+_TRUTHS = tuple(Truth.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,8 @@ class GalleryCache(Generic[Captions]):
     latents: Latents
     sentences: Captions  # the cache of its captions' tokens
     face_crops: FaceCrops | None = None
+    words: WordPlaces | None = None
+    part_masks: PartMasks | None = None
 
     def faces(self, rows: Tensor) -> Tensor:
         """Return the face masks of these rows on the latent grid, (B, 1, h, w), 1 or 0."""
@@ -31,6 +52,13 @@ class GalleryCache(Generic[Captions]):
     def letters(self, rows: Tensor) -> Tensor:
         """Return the masks of the words on shirts, (B, 1, h, w), 1 or 0."""
         return self.latents.letters(rows)
+
+    def truth(self, rows: Tensor) -> Truth:
+        """Return what is known of these rows: no word and no part, unless the stage caches them."""
+        nothing = torch.zeros(len(rows), 3, dtype=torch.long), torch.zeros(len(rows), 4)
+        letters, boxes = nothing if self.words is None else self.words.take(rows)
+        parts = torch.zeros(len(rows), 0) if self.part_masks is None else self.part_masks.take(rows)
+        return Truth(letters, boxes, parts)
 
     def crops(self, rows: Tensor, shifts: Tensor) -> Tensor:
         """Return the face crops (B, 3, S, S) of these rows, shifted a little: `FaceCrops.take`."""

@@ -8,6 +8,7 @@ the sources, and how many consecutive images come from the same source.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 import torch
@@ -18,6 +19,7 @@ from imagine.errors import ConfigError
 from imagine.settings import unknown_name
 from train.cache.pictures import AnyGallery
 from train.data.order import GOLDEN_RATIO, choices, shuffled
+from train.data.words import Words
 
 CaptionStyle = Literal["terse", "dense", "rewritten"]
 _COUNT_INTERVAL = 8192  # images between cached counts of each source's images
@@ -67,6 +69,15 @@ class DrawnPairs:
         }
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """Pairs of one source that are drawn in one order."""
+
+    source: int  # index of the source
+    purpose: str
+    pairs: Tensor  # (P, 2)
+
+
 class Mixture:
     """Draws batches from sources by weight; `block` consecutive images come from the same source.
 
@@ -75,8 +86,12 @@ class Mixture:
     each of its pairs comes once per epoch; without `own_counts`, as in stages started by an earlier version, a source
     counts the images of all sources.
 
-    Raises ConfigError for an unknown source, for weights that are not positive, and for a gallery that is missing or
-    too small to make pairs.
+    With `words`, each source has two pools, the pairs whose target carries a word and the others, and both come once
+    per epoch of their own. `lettered` says which rows carry one, for each gallery for which this is known; a source of
+    another gallery keeps one pool.
+
+    Raises ConfigError for an unknown source, for weights that are not positive, for a gallery that is missing or too
+    small to make pairs, and for a pool without a pair.
     """
 
     def __init__(
@@ -86,13 +101,41 @@ class Mixture:
         galleries: Mapping[str, AnyGallery],
         block: int = 1,
         own_counts: bool = True,
+        words: Words | None = None,
+        lettered: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.names = weighted_sources(weights, sources)
         self.sources, self.block = [sources[name] for name in self.names], block
         edges = torch.tensor([weights[name] for name in self.names], dtype=torch.float64).cumsum(0)
         self.edges = (edges / edges[-1])[:-1].contiguous()
-        self.own_counts, self._counts = own_counts, [torch.zeros(len(self.names), dtype=torch.long)]
+        self.own_counts, self.words = own_counts, words
         self.pairs = [pairs_of(name, source, galleries) for name, source in zip(self.names, self.sources, strict=True)]
+        self.pools = self._pools(lettered)
+        self.split = torch.tensor([source.gallery in lettered for source in self.sources])  # whether it has two pools
+        self._counts = [torch.zeros(len(self.pools), dtype=torch.long)]
+
+    def _pools(self, lettered: Mapping[str, Tensor]) -> list[_Pool]:
+        """Return one pool per source or, with words, two, of which the second holds the pairs with a word."""
+        pools = []
+        for number, (name, source, pairs) in enumerate(zip(self.names, self.sources, self.pairs, strict=True)):
+            whole = _Pool(number, f"pairs of {name}", pairs)
+            if self.words is None:
+                pools.append(whole)
+            elif source.gallery not in lettered:
+                pools += [whole, whole]  # all its images have the first of the two numbers
+            else:
+                with_word = lettered[source.gallery][pairs[:, 1]]
+                pools += [
+                    _Pool(number, f"pairs of {name} without a word", pairs[~with_word]),
+                    _Pool(number, f"pairs of {name} with a word", pairs[with_word]),
+                ]
+                if not len(pools[-1].pairs) or not len(pools[-2].pairs):
+                    missing = "with" if not len(pools[-1].pairs) else "without"
+                    raise ConfigError(
+                        f"words: the source {name} has no picture {missing} a word; give its gallery "
+                        f"{source.gallery} more people, or leave words out."
+                    )
+        return pools
 
     def which(self, first: int, size: int) -> Tensor:
         """Return the index of each image's source in `names`, (size,)."""
@@ -100,34 +143,53 @@ class Mixture:
         return torch.bucketize((blocks.double() * GOLDEN_RATIO) % 1, self.edges, right=True)
 
     def draw(self, seed: int, first: int, size: int) -> DrawnPairs:
-        """Draw images `first` to `first + size`; each pair of a source comes once per epoch, in a new order each."""
-        which, before = self.which(first, size), self._counts_before(first).tolist() if self.own_counts else []
+        """Draw images `first` to `first + size`; each pair of a pool comes once per epoch, in a new order each."""
+        chosen, before = self._pool_of(first, size), self._counts_before(first).tolist() if self.own_counts else []
         rows, caption_styles = torch.zeros(size, 2, dtype=torch.long), [""] * size
-        for number, (name, source, pairs) in enumerate(zip(self.names, self.sources, self.pairs, strict=True)):
-            here = (which == number).nonzero().squeeze(1)
+        for number, pool in enumerate(self.pools):
+            here = (chosen == number).nonzero().squeeze(1)
             if len(here):
-                purpose = f"pairs of {name}"
                 if self.own_counts:
-                    pair_numbers = shuffled(seed, purpose, before[number], len(here), len(pairs))
+                    pair_numbers = shuffled(seed, pool.purpose, before[number], len(here), len(pool.pairs))
                 else:
-                    pair_numbers = shuffled(seed, purpose, first, size, len(pairs))[here]
-                rows[here] = pairs[pair_numbers]
+                    pair_numbers = shuffled(seed, pool.purpose, first, size, len(pool.pairs))[here]
+                rows[here] = pool.pairs[pair_numbers]
+                source = self.sources[pool.source]
                 for i, caption_style in zip(
                     here.tolist(), _caption_styles(source, seed, first, size)[here].tolist(), strict=True
                 ):
                     caption_styles[i] = list(source.captions)[caption_style]
-        galleries = [self.sources[number].gallery for number in which.tolist()]
+        galleries = [self.sources[self.pools[number].source].gallery for number in chosen.tolist()]
         return DrawnPairs(galleries, rows[:, 0], rows[:, 1], caption_styles)
 
+    def _pool_of(self, first: int, size: int) -> Tensor:
+        """Return the index of each image's pool, (size,)."""
+        which = self.which(first, size)
+        if self.words is None:
+            return which
+        # Of a source that keeps one pool, both numbers would count apart; all its images have the first.
+        split = torch.tensor(
+            [without is not carrying for without, carrying in zip(self.pools[::2], self.pools[1::2], strict=True)]
+        )
+        return 2 * which + (self.words.carry(first, size) & split[which]).long()
+
     def _counts_before(self, first: int) -> Tensor:
-        """Return how many images of each source come before image number `first`, (sources,)."""
+        """Return how many images of each pool come before image number `first`, (pools,)."""
         strides, rest = divmod(first, _COUNT_INTERVAL)
         for stride in range(len(self._counts) - 1, strides):
             self._counts.append(self._counts[-1] + self._count_images(stride * _COUNT_INTERVAL, _COUNT_INTERVAL))
         return self._counts[strides] + self._count_images(strides * _COUNT_INTERVAL, rest)
 
     def _count_images(self, first: int, size: int) -> Tensor:
-        return torch.bincount(self.which(first, size), minlength=len(self.names))
+        return torch.bincount(self._pool_of(first, size), minlength=len(self.pools))
+
+    def word_facts(self) -> list[str]:
+        """Return for each source with words how many of its pairs carry one, in a sentence."""
+        return [
+            f"{self.names[pool.source]}: {len(pool.pairs):,} of {len(self.pairs[pool.source]):,} pairs carry a word"
+            for pool in self.pools[1::2]
+            if self.words is not None and self.split[pool.source]
+        ]
 
 
 def weighted_sources(weights: Mapping[str, float], sources: Mapping[str, Source]) -> list[str]:

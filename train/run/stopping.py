@@ -15,10 +15,16 @@ class Stopped(Exception):
 
 
 class Stopping:
-    """Decides whether to stop cleanly: after a number of minutes, or after a SIGTERM or SIGINT."""
+    """Decides whether to stop cleanly: after a number of minutes, or after a SIGTERM or SIGINT.
 
-    def __init__(self, max_minutes: float | None = None) -> None:
+    `max_training_seconds` stops each stage once it has trained for so long, over all starts of the run
+    (`Progress.seconds`); the loop keeps `trained_seconds` up to date.
+    """
+
+    def __init__(self, max_minutes: float | None = None, max_training_seconds: float | None = None) -> None:
         self.deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self.most_trained = math.inf if max_training_seconds is None else max_training_seconds
+        self.trained_seconds = 0.0
         self.signal: str | None = None
 
     @property
@@ -26,7 +32,9 @@ class Stopping:
         """The reason to stop as text, or None."""
         if self.signal:
             return f"received {self.signal}"
-        return "the time of --max-minutes is over" if time.monotonic() >= self.deadline else None
+        if time.monotonic() >= self.deadline:
+            return "the time of --max-minutes is over"
+        return "its training time is over" if self.trained_seconds >= self.most_trained else None
 
     @contextmanager
     def handling_signals(self) -> Iterator[None]:

@@ -224,6 +224,7 @@ class AdapterTask(BaseTask):
             1 - chance(seed, "drop vision", images_seen, size, self.settings.drop_vision).float(),
             torch.zeros(size, 0),
             *self._faces_of_targets(drawn),
+            truth=targets.truth,
         )
 
     def _faces_of_targets(self, drawn: DrawnPairs) -> tuple[Tensor | None, Tensor | None]:
@@ -296,6 +297,7 @@ class AdapterTask(BaseTask):
         record: Record = {}
         watch: Watch = {"text": {}} if self._aligns else {}
         watch |= {VISION: {}} if self.settings.localisation and batch.people == 1 else {}
+        watch |= self.auxiliary.watch(images_seen) if batch.people == 1 else {}
         vision = self._without_some(self.vision_tokens(batch.crops), images_seen)
         prediction = self.prediction(batch, vision, noise, t, record, watch or None)
         errors = self.weighted(squared_error(prediction, velocity(batch.latents, noise), batch.weights), t)
@@ -303,13 +305,17 @@ class AdapterTask(BaseTask):
             routed = router_loss(record, batch.masks)
             return Loss(errors + self.settings.router * routed, {"error of groups": errors.mean(), "router": routed})
         terms = self._identity_terms(batch, prediction, noise, t, watch)
-        if not terms:
-            return Loss(errors)
+        clean = clean_from_velocity(add_noise(batch.latents, noise, t), prediction, t)
+        others = self.auxiliary_terms(batch, watch, clean, t, images_seen)
+        metrics = self.auxiliary.metrics(others, batch.truth)
+        if not terms and not others:
+            return Loss(errors, metrics)
         weights = {"strange": self.settings.likeness, "alignment": self.settings.alignment,
                    "layout": self.settings.alignment_layout, "outside": self.settings.localisation,
                    "preview": self.settings.preview}  # fmt: skip
         total = errors + sum((weights[name] * term for name, term in terms.items()), torch.zeros_like(errors))
-        return Loss(total, {"error": errors.mean(), **{name: term.mean() for name, term in terms.items()}})
+        total = total + self.auxiliary.weighted(others)
+        return Loss(total, {"error": errors.mean(), **{name: term.mean() for name, term in terms.items()}, **metrics})
 
     @property
     def _aligns(self) -> bool:

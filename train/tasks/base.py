@@ -1,24 +1,33 @@
 """Train the text-to-image base: the stock denoiser with three text branches, on real singles and synthetic pictures."""
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, Fusion, LoraTarget
-from imagine.networks.diffusion import add_noise, logit_normal, min_snr_weight, timesteps, velocity
+from imagine.networks.diffusion import (
+    add_noise,
+    clean_from_velocity,
+    logit_normal,
+    min_snr_weight,
+    timesteps,
+    velocity,
+)
 from imagine.networks.models import build_denoiser
 from imagine.pipeline.sampling import Guidance, Inputs, TextTokens, pooled_text
 from imagine.records import Conditioning, Tokens
 from imagine.world import VERSION
 from train.cache.latents import WorldCodec, autoencoder_of, check_autoencoder, squared_error
-from train.cache.pictures import AnyGallery, AnyPictures
+from train.cache.pictures import AnyGallery, AnyPictures, Gallery, Pictures
 from train.cache.sentences import Sentences, SentenceStore
-from train.data.denoiser_inputs import GalleryCache, cache_gallery
+from train.cache.truths import PartMasks, WordPlaces
+from train.data.denoiser_inputs import GalleryCache, Truth, cache_gallery
 from train.data.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
 from train.data.order import chance, generator, normals, to_device
 from train.data.portraits import SIDE, check_sources, data_settings, held_out_pictures, pictures_of
@@ -26,7 +35,9 @@ from train.data.sources import DrawnPairs, Mixture, in_order, weighted_sources
 from train.run.grids import save_grid
 from train.run.sampling import sample
 from train.task import Loss, Share, TaskContext, Weight
+from train.tasks.auxiliary import AuxiliaryLosses, AuxiliarySettings, TextBranch, Watch, check_auxiliary
 
+log = logging.getLogger("train")
 ADAPTER_FACTS = {
     "base": "imagine portrait world",
     "world": VERSION,
@@ -50,10 +61,9 @@ PROMPTS = (
 # Parts that are off in images without a reference.
 IDENTITY_PARTS = ("vision_encoder", "vision_branch", "vision_router", "vision_projection", "lora")
 Gamma = Annotated[float, Field(gt=0)]
-TextBranch = Literal["t5", "byt5"]
 
 
-class BaseSettings(BaseModel):
+class BaseSettings(AuxiliarySettings):
     """Settings of the denoiser's sizes, and of the training: data sources, dropout for guidance and loss weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,7 +76,8 @@ class BaseSettings(BaseModel):
     fusion: Fusion = "parallel"  # or "concatenated", the paper's baseline (section 4.3.2)
     # pixels, a multiple of 16, the scale of the autoencoder; pictures are scaled to it before they are encoded
     resolution: Annotated[int, Field(ge=16, le=SIDE, multiple_of=16)] = SIDE
-    sources: dict[str, float] = {"real": 0.2, "synthetic": 0.8}  # weights of the run's data sources, by name
+    # weights of the run's data sources, by name
+    sources: dict[str, float] = {"real": 0.2, "synthetic": 0.8}  # noqa: RUF012  (pydantic copies it)
     # consecutive images from one source; set it to the batch size to alternate whole batches
     alternate: Annotated[int, Field(ge=1)] = 1
     drop_text: Share = 0.1  # share of images for which every text branch reads an empty sentence, for guidance
@@ -90,6 +101,7 @@ class BaseSettings(BaseModel):
                 raise ValueError(
                     f"drop_{name} has no effect, as text_branches does not name {name}: remove drop_{name}"
                 )
+        check_auxiliary(self, self.text_branches, self.fusion)
         return self
 
 
@@ -117,6 +129,7 @@ class BaseBatch:
     sentences: Sentences
     faces: Tensor  # (B, 1, h, w) face mask: 1 where the face is, 0 elsewhere
     weights: Tensor  # (B, 1, h, w) loss weight of each cell
+    truth: Truth | None = field(default=None, kw_only=True)  # what the auxiliary losses need to know
 
 
 class BaseTask:
@@ -146,40 +159,48 @@ class BaseTask:
             "unet": self.unet, "text_adapter": self.text_adapter, "text_encoder": self.text.clip,
             "text_encoder_2": self.text.t5, "text_encoder_3": self.text.byt5,
         }  # fmt: skip
+        self.auxiliary = AuxiliaryLosses(settings, context, self.unet)
+        self.modules |= self.auxiliary.modules
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
+        heads = {part: self.auxiliary.parameters_of(part) for part in ("unet", "text_adapter")}
         return {
-            "unet": parameters(self.unet), "text_adapter": parameters(self.text_adapter),
+            "unet": parameters(self.unet) + heads["unet"],
+            "text_adapter": parameters(self.text_adapter) + heads["text_adapter"],
             "byt5": parameters(self.text.byt5) if "byt5" in self.settings.text_branches else [],
         }  # fmt: skip
 
     def check(self) -> list[str]:
         check_sources(self.context.data, self.settings.sources)
         check_autoencoder(self.context)
-        return self._weight_without_effect()
-
-    def _weight_without_effect(self) -> list[str]:
-        """Return a warning if letter_weight is set, but every source reads records, which do not locate letters."""
-        data = data_settings(self.context.data)
-        named = [
-            data.galleries.get(data.sources[name].gallery)
-            for name in weighted_sources(self.settings.sources, data.sources)
-        ]
-        if self.settings.letter_weight == 1 or any(gallery is None or gallery.records is None for gallery in named):
+        recorded = self._recorded_sources()
+        self.auxiliary.check(recorded)
+        if self.settings.letter_weight == 1 or not all(recorded.values()):
             return []
         return ["letter_weight has no effect: records do not contain the positions of words; remove it."]
+
+    def _recorded_sources(self) -> dict[str, bool]:
+        """Return for each source whether it reads records, which do not say where letters are."""
+        data, recorded = data_settings(self.context.data), {}
+        for name in weighted_sources(self.settings.sources, data.sources):
+            gallery = data.galleries.get(data.sources[name].gallery)
+            recorded[name] = gallery is not None and gallery.records is not None
+        return recorded
 
     def prepare(self) -> None:
         data = data_settings(self.context.data)
         names = {data.sources[name].gallery for name in self.settings.sources if name in data.sources}
         pictures = {name: pictures_of(self.context.data, name) for name in sorted(names)}
         galleries = {name: some.gallery for name, some in pictures.items()}
+        self.lettered = self._lettered(galleries)
         self.mixture = self._mixture(galleries)
         self.codec = WorldCodec(autoencoder_of(self.context), self.context.device)
         self.codec.check_channels(self.settings.latent_channels, self.context.name)
         self.gallery_caches = {name: self._cache_gallery(some, name) for name, some in pictures.items()}
         # Built again, because a record that became unreadable while it was cached must not be drawn.
         self.mixture = self._mixture(galleries)
+        for sentence in self.mixture.word_facts():
+            log.info("%s: %s", self.context.name, sentence)
         self.validation_people = data.limited(self.VALIDATION_PEOPLE)
         self.held_out = self._cache_gallery(
             held_out_pictures(self.context.data, self.validation_people), f"held-out-{self.validation_people}"
@@ -187,12 +208,27 @@ class BaseTask:
 
     def _mixture(self, galleries: Mapping[str, AnyGallery]) -> Mixture:
         sources, settings = data_settings(self.context.data).sources, self.settings
-        return Mixture(settings.sources, sources, galleries, settings.alternate, self.context.own_counts)
+        own_counts = self.context.own_counts
+        return Mixture(
+            settings.sources, sources, galleries, settings.alternate, own_counts, settings.words, self.lettered
+        )
+
+    def _lettered(self, galleries: Mapping[str, AnyGallery]) -> dict[str, Tensor]:
+        """Return which rows of each gallery of the world carry a word, (N,) bool; {} unless `words` is set."""
+        if self.settings.words is None:
+            return {}
+        folder = data_settings(self.context.data).folder
+        world = {name: gallery for name, gallery in galleries.items() if isinstance(gallery, Gallery)}
+        return {name: WordPlaces(gallery, folder / name).carried() for name, gallery in world.items()}
 
     def _cache_gallery(self, pictures: AnyPictures, name: str) -> GalleryCache[SentenceStore]:
         folder = data_settings(self.context.data).folder / name
         sentences = SentenceStore(pictures.gallery, self.text, folder)
-        return cache_gallery(pictures, self.codec, sentences, folder, self.settings.resolution, self.crop_side())
+        cached = cache_gallery(pictures, self.codec, sentences, folder, self.settings.resolution, self.crop_side())
+        if not isinstance(pictures, Pictures) or not self.auxiliary.needs_truth:
+            return cached
+        parts = PartMasks(pictures.gallery, folder) if self.settings.part_loss else None
+        return replace(cached, words=WordPlaces(pictures.gallery, folder), part_masks=parts)
 
     def crop_side(self) -> int | None:
         """Return the side in pixels of the face crops that this task needs; None if it needs none."""
@@ -204,7 +240,7 @@ class BaseTask:
     def _targets(self, drawn: DrawnPairs, images_seen: int) -> BaseBatch:
         """Return the drawn targets with their captions; some captions are dropped for some branches."""
         dropped = self._dropped(images_seen, len(drawn.targets))
-        positions, latents, sentences, faces, weights = [], [], [], [], []
+        positions, latents, sentences, faces, weights, truths = [], [], [], [], [], []
         for name, here in drawn.by_gallery().items():
             gallery_cache, rows = self.gallery_caches[name], drawn.targets[here]
             positions.append(here)
@@ -217,6 +253,7 @@ class BaseTask:
             )
             faces.append(gallery_cache.faces(rows))
             weights.append(self._weights(gallery_cache, rows))
+            truths += [gallery_cache.truth(rows)] if self.auxiliary.needs_truth else []
         order = torch.cat(positions).argsort()
         joined = Sentences.join(sentences)
         return BaseBatch(
@@ -224,6 +261,7 @@ class BaseTask:
             joined if len(positions) == 1 else joined[order],
             in_order(positions, faces),
             in_order(positions, weights),
+            truth=Truth.join(positions, truths) if truths else None,
         )
 
     def _weights(self, gallery_cache: GalleryCache[SentenceStore], rows: Tensor) -> Tensor:
@@ -281,7 +319,24 @@ class BaseTask:
 
     def loss(self, batch: BaseBatch, images_seen: int) -> Loss:
         noise, t = self.noise(batch.latents, self.context.seed, images_seen)
-        return Loss(self.weighted(self.errors(batch, noise, t), t))
+        watch = self.auxiliary.watch(images_seen)
+        noisy = add_noise(batch.latents, noise, t)
+        prediction = self.predict(noisy, t, batch.sentences, Conditioning(watch=watch) if watch else None)
+        target = velocity(batch.latents, noise)
+        errors = self.weighted(squared_error(prediction, target, batch.weights), t)
+        terms = self.auxiliary_terms(batch, watch, clean_from_velocity(noisy, prediction, t), t, images_seen)
+        metrics = self.auxiliary.metrics(terms, batch.truth)
+        if not terms:
+            return Loss(errors, metrics)
+        return Loss(errors + self.auxiliary.weighted(terms), {"error": errors.mean(), **metrics})
+
+    def auxiliary_terms(
+        self, batch: BaseBatch, watch: Watch, clean: Tensor, t: Tensor, images_seen: int
+    ) -> dict[str, Tensor]:
+        """Return the auxiliary losses (B,) of predicted clean latents, by name (`AuxiliaryLosses.terms`)."""
+        return self.auxiliary.terms(
+            batch.truth, batch.sentences.letters, watch, clean, t, images_seen, self.codec, SIDE
+        )  # fmt: skip
 
     def weighted(self, errors: Tensor, t: Tensor) -> Tensor:
         """Return the errors (B,) times the min-SNR weights of their times `t`, if the stage uses such weights."""

@@ -1,7 +1,10 @@
-"""Train the judge's reader: it classifies each attribute of a picture and reads the letters on a shirt."""
+"""Train the judge's reader: it classifies each attribute of a picture and reads the letters on a shirt.
+
+With `people: train` it is instead the reader of the denoiser's reader loss, which must not be the judge.
+"""
 
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -12,9 +15,10 @@ from imagine.world import attributes, render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 from imagine.world.vocabulary import ATTRIBUTES, TRAITS
 from train.data.order import normals, uniforms
-from train.data.portraits import data_settings, draw_rows, judge_pictures
+from train.data.portraits import data_settings, draw_rows, judge_pictures, training_pictures
 from train.run.grids import save_grid
 from train.task import Loss, TaskContext, Weight
+from train.tasks.auxiliary import READER
 
 
 class ReaderSettings(BaseModel):
@@ -22,6 +26,9 @@ class ReaderSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     letters: Weight = 3.0  # weight of the letters; every other attribute has weight 1
+    # whose pictures it trains on. "train": the generator's people, for the denoiser's reader loss. The judge must train
+    # on its own people, and the reader of a loss must not be the judge.
+    people: Literal["judge", "train"] = "judge"
 
 
 class ReaderTask:
@@ -34,7 +41,7 @@ class ReaderTask:
     def __init__(self, settings: ReaderSettings, context: TaskContext) -> None:
         self.settings, self.context = settings, context
         self.reader = Reader({**ATTRIBUTES, "letters": ()}, TRAITS)
-        self.modules: dict[str, nn.Module] = {"reader": self.reader}
+        self.modules: dict[str, nn.Module] = {READER if settings.people == "train" else "reader": self.reader}
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"reader": list(self.reader.parameters())}
@@ -44,7 +51,8 @@ class ReaderTask:
         return []
 
     def prepare(self) -> None:
-        self.pictures = judge_pictures(self.context.data)
+        judge = self.settings.people == "judge"
+        self.pictures = judge_pictures(self.context.data) if judge else training_pictures(self.context.data)
         gallery = self.pictures.gallery
         rows = torch.arange(len(gallery))
         self.targets = self.reader.targets(attributes(gallery.people(rows), gallery.contexts(rows)))

@@ -1,6 +1,7 @@
 """Parallel attention against an explicit formula, and against diffusers' own processor bit for bit."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
 from imagine.adapter.attention import GATE_GAIN, Branch, LayerWeights, LowRank, ParallelAttention
-from imagine.records import Conditioning, Tokens
+from imagine.records import Conditioning, Tokens, Watched, attention_to
 
 WIDTH, TEXT_WIDTH, HEADS, HEAD_WIDTH, RANK = 16, 12, 2, 8, 3
 
@@ -216,3 +217,45 @@ def test_a_concatenated_branch_without_strength_leaves_the_text_alone():
     assert torch.allclose(got[0], base[0], atol=1e-6) and not torch.allclose(got[1], base[1], atol=1e-3)
     off = replace(conditioning, scales={"vision": 0.0})
     assert torch.equal(parallel(attn, layer)(attn, states, text, None, off), base)
+
+
+def test_a_layer_shows_its_attention_to_a_branch_and_its_input_without_another_result() -> None:
+    attn, layer = cross_attention(), weights("byt5", {"byt5": 10})
+    states, text, letters = torch.randn(3, 6, WIDTH), torch.randn(3, 5, TEXT_WIDTH), torch.randn(3, 4, 10)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]).bool()
+    plain = Conditioning({"byt5": Tokens(letters, mask)})
+    watch: dict[str, dict[str, Any]] = {attention_to("byt5"): {}, "states": {}}
+    processor = parallel(attn, layer)
+    wanted = processor(attn, states, text, conditioning=plain)
+    assert torch.equal(processor(attn, states, text, conditioning=replace(plain, watch=watch)), wanted)
+    shown = watch[attention_to("byt5")]["here"]
+    assert torch.equal(watch["states"]["here"], states)
+    attention = shown.attention()  # (batch, positions, tokens)
+    assert torch.allclose(attention.sum(2), torch.ones(3, 6))
+    assert not attention[~mask[:, None].expand(3, 6, 4)].any()
+    branch = layer.branches()["byt5"]
+    query, key = attn.to_q(states), branch.to_k(letters)
+    scores = torch.einsum("bqc,bkc->bqk", query[..., :HEAD_WIDTH], key[..., :HEAD_WIDTH]) / HEAD_WIDTH**0.5
+    first = scores.masked_fill(~mask[:, None], float("-inf")).softmax(2)
+    single = Watched(shown.query[:, :1], shown.key[:, :1], shown.mask)
+    assert torch.allclose(single.attention(), first, atol=1e-6)
+    assert torch.allclose(shown.value.transpose(1, 2).flatten(2), branch.gated(branch.to_v(letters)), atol=1e-6)
+    other: dict[str, dict[str, Any]] = {attention_to("vision"): {}}
+    processor(attn, states, text, conditioning=replace(plain, watch=other))
+    assert other == {attention_to("vision"): {}}
+
+
+def test_what_a_layer_shows_can_be_compiled() -> None:
+    attn, layer = cross_attention(), weights("byt5", {"byt5": 10})
+    states, text, letters = torch.randn(2, 6, WIDTH), torch.randn(2, 5, TEXT_WIDTH), torch.randn(2, 4, 10)
+    processor = parallel(attn, layer)
+
+    def call(given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        watch: dict[str, dict[str, Any]] = {attention_to("byt5"): {}, "states": {}}
+        conditioning = Conditioning({"byt5": Tokens(letters)}, watch=watch)
+        out = processor(attn, given, text, conditioning=conditioning)
+        return out, watch[attention_to("byt5")]["here"].attention(), watch["states"]["here"]
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    for one, other in zip(compiled(states), call(states), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
