@@ -23,10 +23,12 @@ OFFLOADS_WITH = {
     "int8": ("none", "model"),
     "nf4": ("none", "model"),
 }
-# Layers that stay in the precision of the call, by a part of their name: diffusers' own list, embeddings of the
-# timestep, whose code reads the precision of its weights (Z-Image), and T5's last product, which does the same.
+# Layers that stay in the precision of the call, by a part of their name: diffusers' own list; and what reads the
+# precision of its own weights: Z-Image's embedding of the timestep, T5's last product, and pipelines, which cast what
+# they encode to the precision of a text encoder's first weights (its vocabulary, and the output layer tied to it).
 KEPT = (
-    "pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$", "t_embedder", r"\.wo$", "adaln_single",
+    "pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$", "adaln_single", "t_embedder", r"\.wo$",
+    "embed_tokens", "^shared$", "lm_head",
 )  # fmt: skip
 _SMALL = ("CLIPTextModel", "CLIPTextModelWithProjection")
 DENOISERS = ("unet", "transformer")

@@ -198,7 +198,7 @@ def _draw(
     display.report("encoding the reference and the prompt")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if options.base is not None:
-        return pipe(options.prompt, **base.call_arguments(options, reference, layout, generators, display))
+        return pipe(prompt=options.prompt, **base.call_arguments(options, reference, layout, generators, display))
     return pipe(
         options.prompt,
         reference=reference,

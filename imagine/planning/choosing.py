@@ -50,8 +50,13 @@ def choose(
     The fields of `first` that `fixed` names do not change. what: the call, for the error sentence. Raises ConfigError,
     with the smallest memory that would fit, if nothing fits.
     """
-    plans = [planner.plan(options) for options in planner.combinations(first, fixed)]
-    fitting = [plan for plan in plans if plan.peak <= limit]
+    plans: list[DrawingPlan] = []
+    fitting: list[DrawingPlan] = []
+    for at_once in _batches(planner.workload.batch):
+        plans += [planner.plan(options) for options in planner.combinations(first, fixed, at_once)]
+        fitting = [plan for plan in plans if plan.peak <= limit]
+        if fitting:
+            break
     if not fitting:
         raise does_not_fit(plans, limit, what, fixed)
     best = min(plan.seconds(speed) for plan in fitting)
@@ -63,6 +68,11 @@ def choose(
     if not any(row.plan is chosen for row in rows):
         rows.append(Choice(chosen, chosen.seconds(speed) / plain, "chosen"))
     return Chosen(chosen, tuple(sorted(rows, key=lambda row: row.slower)), (_ATTENTION_SLICING,))
+
+
+def _batches(pictures: int) -> list[int | None]:
+    """Return how many pictures to draw at a time: all, and fewer for when that does not fit."""
+    return [None, *(size for size in (4, 2, 1) if size < pictures)]
 
 
 def does_not_fit(

@@ -226,22 +226,24 @@ class DrawingPlanner:
     def parameters(self) -> dict[str, int]:
         return {name: parameter_count(module) for name, module in self.networks.modules().items()}
 
-    def combinations(self, first: DrawingOptions, fixed: Collection[str] = ()) -> Iterator[DrawingOptions]:
+    def combinations(
+        self, first: DrawingOptions, fixed: Collection[str] = (), at_once: int | None = None
+    ) -> Iterator[DrawingOptions]:
         """Yield every choice of switches that works; those that change the picture least come first.
 
         The fields of `first` that `fixed` names do not change. Precision, unless fixed, is bf16: fp16 needs as much.
+        at_once: pictures drawn at a time; None means all.
         """
         precision = first.precision if "precision" in fixed else "bf16"
-        batch = first.at_once or self.workload.batch
-        sizes = [batch] if "at_once" in fixed or batch == 1 else [batch, *([2] if batch > 2 else []), 1]
         for quantise in (first.quantise,) if "quantise" in fixed else QUANTISATIONS:
-            offloads = [*OFFLOADS, "group"] if quantise == "fp8" else list(OFFLOADS)
+            # group offloading costs what sequential does, and is left where that cannot be had
+            usual = tuple(each for each in OFFLOADS if each in OFFLOADS_WITH[quantise])
+            offloads = (*usual, "group") if quantise == "fp8" else usual
             for offload in (first.offload,) if "offload" in fixed else offloads:
                 if offload not in OFFLOADS_WITH[quantise]:
                     continue
                 for tiling in (first.tiling,) if "tiling" in fixed else (False, True):
-                    for size in sizes:
-                        yield DrawingOptions(precision, offload, tiling, quantise, None if size == batch else size)  # type: ignore[arg-type]
+                    yield DrawingOptions(precision, offload, tiling, quantise, at_once)  # type: ignore[arg-type]
 
     def plan(self, options: DrawingOptions) -> DrawingPlan:
         """Return the requirements of a call with these switches."""
@@ -379,13 +381,18 @@ def step_twice(
     vision_tokens = vision_token_count(networks.models[networks.vision_encoder]) if networks.vision_encoder else 0
     inputs = step_inputs(networks.denoiser, rows, sides, native=list(native))
     conditioning = prepare(networks, build_conditioning(networks, rows, references, vision_tokens, people))
-    before = 0
-    for _ in range(2):
-        before = meter.flops if meter else 0
-        for number in range(passes):
-            shown = conditioning if conditioning.branches and number == 0 else None
-            first_output(networks.denoiser, inputs, shown)
-    return meter.flops - before if meter else 0
+    shown = conditioning if conditioning.branches else None
+    for _ in range(passes - 1):  # without the person; the same in both steps
+        first_output(networks.denoiser, inputs)
+    bare = meter.flops if meter else 0
+    first_output(networks.denoiser, inputs, shown)
+    before = meter.flops if meter else 0
+    first_output(networks.denoiser, inputs, shown)
+    if meter is None:
+        return 0
+    started = meter.flops - before + bare
+    meter.flops += bare
+    return started
 
 
 def latent_side(vae: Any, denoiser: Any, resolution: int) -> int:
