@@ -43,7 +43,7 @@ def pipeline(name: str) -> Any:
         pipe.register_modules(
             text_encoder=_gemma(), tokenizer=pipelines.chat_tokenizer(),
             transformer=tiny_transformers.transformer("sana", sample_size=16),  # draws 512 px
-            vae=build_autoencoder(4, (8, 8, 8, 8, 8, 16), (1,) * 6, (1,) * 6).eval(),
+            vae=build_autoencoder(4, (8, 8, 8, 8, 16), (1,) * 5, (1,) * 5).eval(),
         )  # fmt: skip
     return pipe
 
