@@ -2,11 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagine.cli import arguments
-from imagine.cli.loading import load_finder
+from imagine.cli.loading import load_finder, load_safety
 from imagine.cli.progress import Display
 from imagine.errors import ConfigError
 
@@ -27,6 +28,14 @@ _USUAL = {  # values that a call has anyway, so that every kind of pipeline can 
 
 def add_base(command: Any) -> None:
     """Add --base and the arguments that belong to it."""
+    group = add_sources(command)
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
+    group.add_argument("--width", type=arguments.positive, metavar="PX", help="default: the base's own")
+    group.add_argument("--height", type=arguments.positive, metavar="PX", help="default: the base's own")
+
+
+def add_sources(command: Any) -> Any:
+    """Add --base and what is loaded into it, as a group, which is returned."""
     group = command.add_argument_group("for photographs, on a public base")
     group.add_argument("--base", metavar="BASE", help="draw with a public base instead of our weights: sdxl, sd15, a "
                        "folder, or a hub id, which is downloaded; OWNER/NAME@REVISION pins it")  # fmt: skip
@@ -40,9 +49,6 @@ def add_base(command: Any) -> None:
                        "for the prompt, or favour the person (default: balanced)")  # fmt: skip
     group.add_argument("--lora", metavar="FILE", help="LoRA to load: a file, a folder, or OWNER/NAME:FILE")
     group.add_argument("--lora-scale", type=arguments.finite_float, metavar="X", help="its strength (default: 1)")
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
-    group.add_argument("--width", type=arguments.positive, metavar="PX", help="default: the base's own")
-    group.add_argument("--height", type=arguments.positive, metavar="PX", help="default: the base's own")
     group.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], help="precision (default: auto, "
                        "which is bfloat16 on a GPU that has it, and float32 on a CPU)")  # fmt: skip
     group.add_argument("--offload", choices=["none", "model", "sequential", "group"], help="keep networks in main "
@@ -51,6 +57,7 @@ def add_base(command: Any) -> None:
                        "four bits; int8 and nf4 need bitsandbytes (default: none)")  # fmt: skip
     group.add_argument("--tiling", action="store_true", help="decode in tiles, which saves memory at large sizes")
     group.add_argument("--revision", metavar="NAME", help="revision of the base's hub repository")
+    return group
 
 
 def add_image_encoder(command: Any) -> None:
@@ -105,6 +112,7 @@ def open_pipeline(options: argparse.Namespace, display: Display) -> Any:
         revision=options.revision, finder=finder, tell=display.tell,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
+    load_safety(pipe, options)
     if hasattr(pipe, "shows_references") and not pipe.shows_references:
         raise ConfigError(f"{options.base} shows nobody without --ip-adapter or --adapter: add one of them.")
     return pipe
@@ -150,20 +158,9 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def picture_records(options: argparse.Namespace, pipe: Any, seeds: Sequence[int]) -> "list[PictureRecord]":
-    """Return what is recorded of pictures that a public base drew, one record per seed."""
-    from imagine.provenance.record import PictureRecord, ShownPerson
-
-    people = tuple(ShownPerson("") for _ in options.reference or ())
+def with_files(options: argparse.Namespace, records: "Sequence[PictureRecord]") -> "list[PictureRecord]":
+    """Return records of pictures that a public base drew, with the names of the adapters' files added."""
     files = {
         name: Path(getattr(options, name)).name for name in ("ip_adapter", "adapter", "lora") if getattr(options, name)
     }
-    settings = {**files, "preset": options.preset, "identity_scale": options.identity_scale}
-    sampler = type(pipe.scheduler).__name__.removesuffix("Scheduler")
-    return [
-        PictureRecord(
-            options.prompt, seed, options.steps, options.guidance_scale, sampler, Path(options.base).name, "",
-            options.negative_prompt or "", people, settings,
-        )
-        for seed in seeds
-    ]  # fmt: skip
+    return [replace(each, settings={**each.settings, **files, "preset": options.preset}) for each in records]

@@ -157,8 +157,7 @@ def _draw_all(
         batch = paths[first : first + options.batch]
         drawn = _draw(pipe, options, reference, layout, range(seed + first, seed + first + len(batch)), display)
         display.report("saving")
-        seeds = range(seed + first, seed + first + len(batch))
-        records = getattr(drawn, "records", None) or base.picture_records(options, pipe, seeds)
+        records = drawn.records if options.base is None else base.with_files(options, drawn.records)
         marking = _save(drawn, batch, records, marks_of(options))
         whole.faces = getattr(drawn, "faces", [])  # the same in every batch
         whole.refined += getattr(drawn, "refined", 0)

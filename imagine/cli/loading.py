@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imagine.cli.progress import Display
 from imagine.errors import ConfigError, PictureError, WeightsError
@@ -55,11 +55,16 @@ def load_pipeline(options: argparse.Namespace, display: Display) -> "ImaginePipe
     display.report("loading the model")
     pipe = ImaginePipeline.from_pretrained(folder, finder=finder)
     pipe.set_progress_bar_config(disable=True)
+    load_safety(pipe, options)
+    return pipe.to(device)
+
+
+def load_safety(pipe: Any, options: argparse.Namespace) -> None:
+    """Give the pipeline the classifier of --safety, if there is one."""
     if (safety := getattr(options, "safety", None)) is not None:
         from imagine.people.safety import ImageClassifier
 
         pipe.safety = ImageClassifier(safety)
-    return pipe.to(device)
 
 
 def load_finder(name: str) -> "FaceFinder | None":

@@ -133,17 +133,14 @@ def judge_real_pictures(
 
     evaluated = cases.people[: cases.identities]
     each = evaluated.repeat(len(cases.prompts))
+    # Judged as the pipeline's pictures are: the finder gives the box, so that a copied reference equals the reference.
     references = judged(
-        "the references", "references", cases.identities, _rendered(evaluated, cases.references, true_boxes=True)
+        "the references", "references", cases.identities, _rendered(evaluated, cases.references, true_boxes=False)
     )
-    # Judged as the pipeline's pictures are: face found, not known.
     ceiling = judged(
         "real pictures for the ceiling", "ceilings", len(cases), _rendered(each, cases.ceilings, true_boxes=False)
     )
     other = torch.arange(len(cases)).roll(len(cases.prompts))  # the previous person, same prompt
-    copies = judged(
-        "the references as copies", "copies", cases.identities, _rendered(evaluated, cases.references, true_boxes=False)
-    )
     return JudgedReal(
         references=references,
         reference_attributes=attributes(evaluated, cases.references),
@@ -154,7 +151,7 @@ def judge_real_pictures(
             "the gallery", "gallery", len(cases.gallery), _rendered(cases.people, cases.gallery, true_boxes=True)
         ),
         rows=(
-            {"ceiling": ceiling, "other": ceiling[other], "copy": copies[cases.person]}
+            {"ceiling": ceiling, "other": ceiling[other], "copy": references[cases.person]}
             if store is None or store.shard.is_whole
             else {}  # of a part of a run
         ),

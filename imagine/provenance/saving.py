@@ -77,9 +77,9 @@ def write_whole(data: bytes, path: Path) -> None:
 
 
 def encode_picture(
-    image: Image.Image, file_format: str, record: PictureRecord, marks: Marks | None = None
+    image: Image.Image, file_format: str, record: PictureRecord, marks: Marks | None = None, quality: int = QUALITY
 ) -> MarkedPicture:
-    """Return the bytes of a picture file ("PNG", "JPEG" or "WEBP") with its marks."""
+    """Return the bytes of a picture file ("PNG", "JPEG" or "WEBP") with its marks; `quality` is not used for PNG."""
     marks = Marks() if marks is None else marks
     outcome = _Outcome({"settings": ON if marks.settings else OFF, "prompt": ON if marks.prompt else OFF}, [])
     image = _watermarked(image, record, marks, outcome)
@@ -88,14 +88,14 @@ def encode_picture(
     outcome.applied["credentials"] = ON if signs else NOT_INSTALLED if marks.credentials else OFF
     if marks.credentials and not signs:
         outcome.notes.append(f"The picture has no content credentials: c2pa-python is missing; {_INSTALL}.")
-    data = _encoded(image, file_format, record, marks, outcome.applied)
+    data = _encoded(image, file_format, record, marks, outcome.applied, quality)
     if signs:
         try:
             data = credentials.sign(data, file_format, record.as_dict(outcome.applied, marks.prompt))
         except ImagineError as error:
             outcome.applied["credentials"] = "failed"
             outcome.notes.append(str(error))
-            data = _encoded(image, file_format, record, marks, outcome.applied)
+            data = _encoded(image, file_format, record, marks, outcome.applied, quality)
     return MarkedPicture(data, outcome.applied, tuple(outcome.notes))
 
 
@@ -134,7 +134,9 @@ def _watermarked(image: Image.Image, record: PictureRecord, marks: Marks, outcom
     return made.image
 
 
-def _encoded(image: Image.Image, file_format: str, record: PictureRecord, marks: Marks, applied: Any) -> bytes:
+def _encoded(
+    image: Image.Image, file_format: str, record: PictureRecord, marks: Marks, applied: Any, quality: int
+) -> bytes:
     """Return the bytes of the picture file with the settings, and with no metadata that the image object carries."""
     clean = image.copy()
     clean.info = {}  # Pillow would write a comment, a profile or EXIF that was read with a reference
@@ -143,5 +145,5 @@ def _encoded(image: Image.Image, file_format: str, record: PictureRecord, marks:
         text, described = record.as_text(image.size, marks.prompt), record.as_dict(applied, marks.prompt)
     options = save_options(file_format, text, described, f"imagine {VERSION}") if marks.settings else {}
     buffer = io.BytesIO()
-    clean.save(buffer, file_format, quality=QUALITY, **options)
+    clean.save(buffer, file_format, quality=quality, **options)
     return buffer.getvalue()

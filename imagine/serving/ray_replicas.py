@@ -26,7 +26,8 @@ class Denoiser:
 
     def __init__(self, settings: str) -> None:
         from imagine.serving.logs import log_as_json
-        from imagine.serving.worker.process import Worker, load_pipeline
+        from imagine.serving.worker.loading import load_pipeline
+        from imagine.serving.worker.process import Worker
 
         read = ServeSettings.model_validate_json(settings)
         log_as_json()

@@ -8,6 +8,34 @@ from pydantic import BaseModel, ConfigDict, Field
 DAY = 86_400.0
 
 
+class MarkSettings(BaseModel):
+    """Which marks pictures get (`imagine.provenance.marks.Marks`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: bool = True
+    prompt: bool = True
+    credentials: bool = True
+    watermark: bool | None = None  # None: only where it is reliable
+
+
+class BaseSettings(BaseModel):
+    """A public base to draw with instead of imagine's own weights; the fields are those of `imagine.open_base`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str  # a folder, a hub id, or a short name such as sdxl
+    ip_adapter: str | None = None
+    image_encoder: str | None = None
+    adapter: str | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
+    preset: str | None = None
+    dtype: str = "auto"
+    offload: str = "none"
+    revision: str | None = None
+
+
 class ServeSettings(BaseModel):
     """All settings of a server; times are in seconds."""
 
@@ -16,6 +44,7 @@ class ServeSettings(BaseModel):
     folder: Path  # of the database and of the files
     database: str | None = None  # SQLAlchemy's URL; None: a SQLite file in `folder`
     weights: Path | None = None
+    base: BaseSettings | None = None
     device: str = "auto"
     host: str = "127.0.0.1"
     port: int = Field(default=8188, ge=0, le=65_535)
@@ -50,6 +79,8 @@ class ServeSettings(BaseModel):
     origins: tuple[str, ...] = ()  # web origins that may call the API (CORS)
     hosts: tuple[str, ...] = ()  # further host names by which the server may be called
     log_prompts: bool = False
+    marks: MarkSettings = MarkSettings()
+    safety: Path | None = None  # folder of an image classifier, which checks photos and pictures
     app: Path | None = None  # folder of the web app, served under /
 
     @property

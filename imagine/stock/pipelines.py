@@ -48,6 +48,7 @@ from imagine.pipeline.controls import ALL, Blocks, Window, block_factors
 from imagine.pipeline.layout import Layout
 from imagine.pipeline.picture_check import FiniteImageProcessor, naming_the_part
 from imagine.pipeline.second_pass import RefineFaces
+from imagine.pipeline.stock_recording import StockRecord
 from imagine.records import VISION, Tokens, take
 from imagine.request import word_notes
 from imagine.stock import STOCK_PIPELINES
@@ -61,6 +62,7 @@ from imagine.stock.call import (
     like_stock,
     merge_parts,
     read_call,
+    read_prompts,
     tokens_to,
 )
 from imagine.stock.files import (
@@ -364,13 +366,13 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
             as in `ImaginePipeline`. Without a layout, an adapter without a router places people from left to right.
         branch_embeds, negative_branch_embeds: results of `encode_branches` for the prompts, used instead of encoding.
 
-        Return the stock result with more attributes: `faces` (the face used from each photo), `refined` (the number of
-        redrawn faces), `notes` (sentences on what does not act in a prompt and what could not be refined), and, if its
-        people were checked, `people`, `people_found`, `attempts` and `seeds` as in `ImagineOutput`.
-        Raises ImagineError if our additional arguments or adapters are used wrongly.
+        Return the stock result with more attributes, as in `ImagineOutput`: `faces`, `refined`, `notes`, `records`,
+        `flags`, and, if its people were checked, `people`, `people_found`, `attempts` and `seeds`. Raises ImagineError
+        if our additional arguments or adapters are used wrongly.
         """
         draw = naming_the_part(cast(Any, super()).__call__, self._suspects)
         given = bind_arguments(draw, arguments, options, _OUR_ARGUMENTS)
+        asked = dict(given)
         words = word_notes(*(given.get(name) for name in _PROMPTS))
         output_type = given.get("output_type", "pil")
         self._check_can_draw("unet", *([] if output_type == "latent" else ["vae"]))
@@ -387,31 +389,37 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
         self._adapters_to_device()
         try:
             batch, requests = read_call(self, draw, given, reference)
+            record = StockRecord(
+                self, asked, requests, identity_scale=identity_scale, identity_window=identity_window,
+                identity_blocks=identity_blocks, layout=layout, attempts=attempts,
+            )  # fmt: skip
             ours["readers"] = readers = self._reference_readers(given, requests)
             spec = readers[0].spec if readers else None
             ours["regions"], placed = reference_regions(self, spec, layout, requests, given)
             most = checked_attempts(attempts, requests, output_type)
             personas = self._personas_for(requests, face, on_no_face, identify=most > 0)
-            if self.adapter is not None and any(personas) and any(each.reading.reads_encoder for each in readers):
-                check_encoder(self.adapter, self.encoder_fingerprint)  # it may have been set after the adapter
+            self._check_readers(readers, personas)
             once = functools.partial(self._draw_once, draw, refine_settings, [*words, *placed])
             out = StockAttempts(batch, requests, given, personas, ours, most).run(self, once)
         finally:
             self._offload_adapters()
-        if hasattr(out, "images"):
-            out.faces = [one for people in personas for persona in people for one in persona.faces]
-        return out
+        return record.add_to(out, personas)
+
+    def _check_readers(self, readers: Sequence[Any], personas: Sequence[Sequence[Persona]]) -> None:
+        """Raise WeightsError if people are shown by an adapter of another encoder, which may have been set after it."""
+        if self.adapter is not None and any(personas) and any(each.reading.reads_encoder for each in readers):
+            check_encoder(self.adapter, self.encoder_fingerprint)
 
     def _draw_nobody(
         self, draw: Any, refine_settings: RefineFaces | None, words: Sequence[str], given: dict[str, Any],
         ours: Mapping[str, Any],
     ) -> Any:  # fmt: skip
         """Run the stock call without adapters of ours, and redraw the small faces of its result."""
-        if refine_settings is None:
-            return self._add_refined_faces(draw(**given), None, words)
-        batch = read_call(self, draw, given, None)[0]
-        second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, [()] * batch.prompts, ours)
-        return self._add_refined_faces(draw(**given), second_pass, words)
+        record, second_pass = StockRecord(self, given, read_prompts(given, None)), None
+        if refine_settings is not None:
+            batch = read_call(self, draw, given, None)[0]
+            second_pass = StockSecondPass.plan(self, draw, refine_settings, batch, given, [()] * batch.prompts, ours)
+        return record.add_to(self._add_refined_faces(draw(**given), second_pass, words))
 
     def _draw_once(
         self, draw: Any, refine_settings: RefineFaces | None, words: Sequence[str], given: dict[str, Any], batch: Batch,

@@ -30,6 +30,7 @@ from imagine.people.reference_encoder import OnNoFace, check_encoder, identity_s
 from imagine.pipeline.controls import Window
 from imagine.pipeline.layout import LEFT_TO_RIGHT, Layout, call_regions
 from imagine.pipeline.picture_check import naming_the_part
+from imagine.pipeline.stock_recording import StockRecord
 from imagine.records import VISION, Tokens
 from imagine.request import Request, word_notes
 from imagine.stock.call import bind_arguments, read_prompts
@@ -182,18 +183,23 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         identity_window: the steps in which the reference acts, as two fractions of all steps.
         layout: where several people are. Without one, an adapter without a router places people from left to right.
 
-        Return the stock result with `faces` (the face used from each photo) and `notes`. Raises ImagineError if our
-        arguments or the adapter are used wrongly.
+        Return the stock result with `faces` (the face used from each photo), `notes`, and `records` and `flags` as in
+        `ImagineOutput`. Raises ImagineError if our arguments or the adapter are used wrongly.
         """
         draw = naming_the_part(cast(Any, super(PersonalisationMixin, self)).__call__, self._suspects)
         given = bind_arguments(draw, arguments, options, _OURS)
+        asked = dict(given)
         notes = word_notes(*(given.get(name) for name in _PROMPTS))
         self._check_can_draw("transformer", *([] if given.get("output_type") == "latent" else ["vae"]))
         window = Window.read(identity_window)
         if self.adapter is None:
             self._check_no_adapter_needed(given, reference)
-            return _with_notes(draw(**given), [], notes)
+            record = StockRecord(self, given, read_prompts(given, None))
+            return _with_notes(draw(**given), [], notes, record)
         requests = read_prompts(given, reference)
+        record = StockRecord(
+            self, asked, requests, identity_scale=identity_scale, identity_window=identity_window, layout=layout
+        )
         if given.get("ip_adapter_image") is not None or given.get("ip_adapter_image_embeds") is not None:
             raise ConfigError(
                 "An adapter of imagine is loaded, which takes photos with reference=: give the photo there, or call "
@@ -203,13 +209,13 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         try:
             personas = self._personas_for(requests, face, on_no_face)
             if not any(personas):
-                return _with_notes(draw(**given), [], notes)
+                return _with_notes(draw(**given), [], notes, record)
             check_encoder(self.adapter, self.encoder_fingerprint)  # it may have been set after the adapter
             people, placed = self._people(requests, personas, identity_scale, layout, given)
             out = self._draw_with(draw, given, people, window)
         finally:
             self._offload_adapters()
-        return _with_notes(out, personas, [*notes, *placed])
+        return _with_notes(out, personas, [*notes, *placed], record)
 
     def _draw_with(self, draw: Any, given: dict[str, Any], people: People, window: Window) -> Any:
         passes = CallPasses(self.denoiser, people, family_of(self.denoiser).guidance, window)
@@ -268,11 +274,10 @@ def _attention_argument(call: Any) -> str:
     return next(name for name in _ATTENTION_KWARGS if name in parameters)
 
 
-def _with_notes(out: Any, personas: Sequence[Sequence[Persona]], notes: Sequence[str]) -> Any:
+def _with_notes(out: Any, personas: Sequence[Sequence[Persona]], notes: Sequence[str], record: StockRecord) -> Any:
     if hasattr(out, "images"):
-        out.faces = [one for people in personas for persona in people for one in persona.faces]
         out.notes = list(notes)
-    return out
+    return record.add_to(out, personas)
 
 
 # --- the classes ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,16 @@ import logging
 
 import torch
 
-from imagine.errors import ConfigError, FaceError, ImagineError, PictureError, PromptError, WeightsError
+from imagine.errors import (
+    ConfigError,
+    ConsentError,
+    FaceError,
+    ImagineError,
+    PictureError,
+    PromptError,
+    SafetyError,
+    WeightsError,
+)
 
 LOG = logging.getLogger("imagine.serving")
 
@@ -17,6 +26,8 @@ _CODES: tuple[tuple[type[ImagineError], str], ...] = (
     (PromptError, "prompt_not_usable"),
     (ConfigError, "invalid_request"),
     (WeightsError, "model_error"),
+    (ConsentError, "consent_expired"),
+    (SafetyError, "flagged"),
 )
 
 

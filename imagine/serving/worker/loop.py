@@ -24,9 +24,11 @@ from imagine.serving.settings import ServeSettings
 from imagine.serving.store.records import Job
 from imagine.serving.store.store import Store
 from imagine.serving.worker.failures import DeviceLostError, describe, is_device_lost, is_out_of_memory
+from imagine.serving.worker.loading import preset_arguments
 from imagine.serving.worker.requests import Reader
 from imagine.serving.worker.results import Results
 from imagine.serving.worker.short_jobs import run_short_job
+from imagine.serving.worker.whole_calls import CanceledError, draw_whole
 from imagine.serving.worker_counts import Counts
 
 LOG = logging.getLogger("imagine.serving")
@@ -67,7 +69,8 @@ class Loop:
 
     def __init__(self, pipe: Any, store: Store, settings: ServeSettings, worker: str, counts: Counts) -> None:
         self.pipe, self.store, self.settings, self.worker, self.counts = pipe, store, settings, worker, counts
-        self.reader, self.results = Reader(pipe, store), Results(pipe, store, counts)
+        defaults = {} if settings.base is None else preset_arguments(settings.base)
+        self.reader, self.results = Reader(pipe, store, defaults), Results(pipe, store, counts, settings.marks)
         self.groups: list[Group] = []
         self.last_tick = time.monotonic()
         self._saver = ThreadPoolExecutor(1, "imagine-saver")
@@ -123,9 +126,40 @@ class Loop:
             run_short_job(job, self.pipe, self.reader, self.store)
             self.results.clean_up(job, "succeeded")
             return
+        if not hasattr(self.pipe, "drawing"):
+            self._draw_whole(job)
+            return
         drawing = self.reader.drawing(job)
         iterator = iter(drawing)
         self._join(Work(job, drawing, iterator, next(iterator)))
+
+    def _draw_whole(self, job: Job) -> None:
+        """Draw a job of a public base, whose pipeline cannot share steps, and hand over the result."""
+        reported = 0.0
+
+        def after_step(step: int, steps: int) -> bool:
+            nonlocal reported
+            now = time.monotonic()
+            self.counts.step(job.count, now - self.last_tick)
+            self.last_tick = now
+            if now - reported < REPORT and step < steps:
+                return True
+            reported = now
+            self.store.jobs.report([(job, "denoising", step, steps)], [])
+            return (job.id, job.attempt) not in self.store.jobs.canceled_of(self.worker)
+
+        arguments = self.reader.whole_call(job)
+        self.last_tick = time.monotonic()
+        try:
+            out = draw_whole(self.pipe, arguments, after_step)
+        except CanceledError:
+            self.store.jobs.end_canceled(job)
+            self.results.clean_up(job, "canceled")
+            return
+        if job.request.get("previews"):
+            out.notes.append("A public base shows no previews.")
+        self.counts.decoded += job.count
+        self._saving.append(self._saver.submit(self.results.save, job, out, job.count))
 
     def _join(self, work: Work) -> None:
         """Add work to the group of its size, or to a new one."""

@@ -20,7 +20,8 @@ from imagine.serving.logs import log_as_json
 from imagine.serving.settings import ServeSettings
 from imagine.serving.store.records import draw_id
 from imagine.serving.store.store import Store
-from imagine.serving.worker_contract import DEVICE_LOST, WORKER_NUMBER, WRONG_INPUT
+from imagine.serving.worker.loading import facts_of, load_pipeline
+from imagine.serving.worker_contract import DEVICE_LOST, WRONG_INPUT
 
 LOG = logging.getLogger("imagine.serving")
 
@@ -34,7 +35,7 @@ class Worker:
 
         self.store, self.settings, self.name = store, settings, name or draw_id("wrk")
         self.counts = Counts()
-        self.facts = facts_of(pipe)
+        self.facts = facts_of(pipe, settings.base)
         self.loop = Loop(pipe, store, settings, self.name, self.counts)
         self._stop, self._ended = threading.Event(), threading.Event()
 
@@ -67,43 +68,6 @@ class Worker:
                     self.beat()
                 except Exception as error:  # a database that is away for a moment
                     LOG.warning("no sign of life", extra={"reason": type(error).__name__})
-
-
-def facts_of(pipe: Any) -> dict[str, Any]:
-    """Return what clients may know about a loaded pipeline."""
-    from imagine.pipeline.layout import trained_people
-    from imagine.request import MOST_PEOPLE
-
-    step = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    adapter = pipe.adapter
-    return {
-        "device": str(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
-        "model": "imagine",
-        "encoder": pipe.encoder_fingerprint,
-        "side": int(pipe.unet.config.sample_size) * pipe.vae_scale_factor,
-        "multiple": step,
-        "steps": int(pipe.config.default_steps),
-        "guidance_scale": float(pipe.config.default_guidance_scale),
-        "most_people": MOST_PEOPLE,
-        "trained_people": 1 if adapter is None else trained_people(adapter.metadata),
-        "licence": None if adapter is None else adapter.metadata.get("licence"),
-    }
-
-
-def load_pipeline(settings: ServeSettings) -> Any:
-    """Load the weights of these settings and move them to the device; several workers take one GPU each."""
-    import torch
-
-    from imagine.people.doctor import device_for
-    from imagine.pipeline.pipeline import ImaginePipeline
-
-    device = device_for(settings.device)
-    if device == "cuda":
-        device = f"cuda:{int(os.environ.get(WORKER_NUMBER, '0')) % torch.cuda.device_count()}"
-    pipe = ImaginePipeline.from_pretrained(settings.weights)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 def main() -> int:

@@ -24,28 +24,45 @@ _ARGUMENTS = {
     "identity_blocks": "identity_blocks", "refine_faces": "refine_faces", "layout": "layout", "attempts": "attempts",
     "width": "width", "height": "height",
 }  # fmt: skip
+# Values that every call has anyway, so that a pipeline without the argument can draw the request too.
+_USUAL: dict[str, Any] = {
+    "reference": None, "identity_scale": 1.0, "identity_window": [0.0, 1.0], "identity_blocks": "all", "layout": None,
+    "attempts": 1,
+}  # fmt: skip
+_UNUSUAL = object()
 
 
 class Reader:
-    """Reads requests for one pipeline, and keeps what several of them share."""
+    """Reads requests for one pipeline, and keeps what several of them share.
 
-    def __init__(self, pipe: Any, store: Store) -> None:
-        self.pipe, self.store = pipe, store
+    defaults: arguments of a whole call that a request need not give, such as those of an IP-Adapter's preset.
+    """
+
+    def __init__(self, pipe: Any, store: Store, defaults: Mapping[str, Any] | None = None) -> None:
+        self.pipe, self.store, self.defaults = pipe, store, dict(defaults or {})
         self._personas: OrderedDict[str, Persona] = OrderedDict()
         self._negatives: OrderedDict[str, Any] = OrderedDict()
 
     def drawing(self, job: Job) -> Drawing:
         """Prepare the call of a job. Raises ImagineError with one sentence if it cannot be drawn."""
+        negative = self._negative(job.request.get("negative_prompt") or "")
+        return self.pipe.drawing(**self.arguments(job), negative_prompt_embeds=negative)
+
+    def whole_call(self, job: Job) -> dict[str, Any]:
+        """Return the arguments of the call of a public base's pipeline. Raises ImagineError as `drawing` does."""
+        given = {name: each for name, each in self.arguments(job).items() if each != _USUAL.get(name, _UNUSUAL)}
+        negative = job.request.get("negative_prompt")
+        return {**self.defaults, **given, **({"negative_prompt": negative} if negative else {})}
+
+    def arguments(self, job: Job) -> dict[str, Any]:
+        """Return the arguments of a call that its request gives, without the negative prompt."""
         request = job.request
         given = {name: request[field] for field, name in _ARGUMENTS.items() if request.get(field) is not None}
-        return self.pipe.drawing(
-            request["prompt"],
-            reference=self._reference(job),
-            num_images_per_prompt=job.count,
-            generator=[torch.Generator().manual_seed(seed) for seed in job.seeds],
-            negative_prompt_embeds=self._negative(request.get("negative_prompt") or ""),
-            **given,
-        )
+        seeded = [torch.Generator().manual_seed(seed) for seed in job.seeds]
+        return {
+            "prompt": request["prompt"], "reference": self._reference(job), "num_images_per_prompt": job.count,
+            "generator": seeded, **given,
+        }  # fmt: skip
 
     def _reference(self, job: Job) -> Any:
         """Return the reference of a call: None, a persona, or a dict of personas by name."""

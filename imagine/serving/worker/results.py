@@ -8,37 +8,39 @@ import torch
 from torch import Tensor
 
 from imagine import __version__
+from imagine.errors import SafetyError
 from imagine.pipeline.output import ImagineOutput
-from imagine.serving.store.records import Job
+from imagine.provenance.marks import Marks
+from imagine.provenance.record import PictureRecord
+from imagine.provenance.saving import encode_picture
+from imagine.serving.settings import MarkSettings
+from imagine.serving.store.records import Job, NewPicture
 from imagine.serving.store.store import Store
 from imagine.serving.worker.failures import describe
-from imagine.serving.worker.saving import preview_jpeg, save_picture
+from imagine.serving.worker.saving import FORMATS, preview_jpeg, save_picture
 from imagine.serving.worker_counts import Counts
 
 LOG = logging.getLogger("imagine.serving")
 
 
 class Results:
-    """Writes results of one pipeline into the store."""
+    """Writes results of one pipeline into the store. `marks`: which marks pictures get."""
 
-    def __init__(self, pipe: Any, store: Store, counts: Counts) -> None:
+    def __init__(self, pipe: Any, store: Store, counts: Counts, marks: MarkSettings) -> None:
         self.pipe, self.store, self.counts = pipe, store, counts
+        self.marks = Marks(**marks.model_dump())
 
     def save(self, job: Job, out: ImagineOutput, shared: int) -> None:
         """Save the pictures of a job, and record that it succeeded, or why it failed.
 
         shared: the most pictures with which it shared a step.
         """
-        made = []
+        made: list[NewPicture] = []
         try:
-            request = job.request
-            for number, image in enumerate(out.images):
-                redrawn = out.seeds[number] if out.seeds else None
-                seed = job.seeds[number] if redrawn is None else redrawn
-                settings = self._settings(job, seed, shared)
-                form, quality = request.get("format") or "png", int(request.get("quality") or 95)
-                made.append(save_picture(self.store.files, image, number, seed, settings, form, quality))
-            if not self.store.jobs.succeed(job, made, _described(out)):
+            if out.flags and all(out.flags):
+                raise SafetyError(out.flags[0])
+            marks = [self._save(job, out, number, shared, made) for number in range(len(out.images))]
+            if not self.store.jobs.succeed(job, made, {**_described(out), "marks": marks}):
                 LOG.info("result of a lost attempt", extra={"job": job.id, "attempt": job.attempt})
                 self.store.files.remove_pictures(each.id for each in made)
                 return
@@ -47,6 +49,23 @@ class Results:
             self.fail(job, *describe(error))
             return
         self.clean_up(job, "succeeded")
+
+    def _save(
+        self, job: Job, out: ImagineOutput, number: int, shared: int, made: list[NewPicture]
+    ) -> dict[str, Any] | None:
+        """Save one picture and add it to `made`; return its marks, or None for one that is flagged and not saved."""
+        if out.flags and out.flags[number]:
+            return None
+        redrawn = out.seeds[number] if out.seeds else None
+        seed = job.seeds[number] if redrawn is None else redrawn
+        form, quality = job.request.get("format") or "png", int(job.request.get("quality") or 95)
+        record = out.records[number] if out.records else PictureRecord(job.request["prompt"], seed)
+        image = out.images[number]
+        marked = encode_picture(image, FORMATS[form], record, self.marks, quality)
+        settings = self._settings(job, seed, shared)
+        made.append(save_picture(self.store.files, marked, image.size, number, seed, settings, form))
+        out.notes += [note for note in marked.notes if note not in out.notes]
+        return dict(marked.applied)
 
     def fail(self, job: Job, code: str, reason: str) -> None:
         """Record that a job failed, and why."""
@@ -80,6 +99,7 @@ def _described(out: ImagineOutput) -> dict[str, Any]:
     return {
         "faces": [face.as_dict() for face in out.faces],
         "notes": list(out.notes),
+        "flags": list(out.flags),
         "refined": out.refined,
         "people_found": list(out.people_found),
         "people": [[person.as_dict() for person in each] for each in out.people],

@@ -9,27 +9,24 @@ from typing import Any
 from PIL import Image
 
 from imagine.people.persona import Persona
+from imagine.provenance.marks import MarkedPicture
 from imagine.serving.store.files import Files, write_whole
 from imagine.serving.store.records import NewPicture, draw_id
 
 MEDIA = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-_FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 PREVIEW_SIDE = 256
 
 
 def save_picture(
-    files: Files, image: Image.Image, number: int, seed: int, settings: Mapping[str, Any], form: str, quality: int
-) -> NewPicture:
-    """Write one picture of a job under a new id, and return what its row holds."""
-    encoded = io.BytesIO()
-    options = {} if form == "png" else {"quality": quality}
-    image.save(encoded, _FORMATS[form], **options)
-    data = encoded.getvalue()
+    files: Files, picture: MarkedPicture, size: tuple[int, int], number: int, seed: int, settings: Mapping[str, Any],
+    form: str,
+) -> NewPicture:  # fmt: skip
+    """Write one picture of a job under a new id, and return what its row holds. size: width and height in pixels."""
     made = NewPicture(
-        draw_id("pic"), number, MEDIA[form], hashlib.sha256(data).hexdigest(), image.width, image.height, seed,
-        dict(settings),
-    )  # fmt: skip
-    write_whole(files.picture(made.id, made.media), lambda file: file.write(data))
+        draw_id("pic"), number, MEDIA[form], hashlib.sha256(picture.data).hexdigest(), *size, seed, dict(settings)
+    )
+    write_whole(files.picture(made.id, made.media), lambda file: file.write(picture.data))
     return made
 
 

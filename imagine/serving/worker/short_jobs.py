@@ -2,11 +2,15 @@
 
 import base64
 import io
+import math
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 
 from imagine.people.doctor import report_photo
+from imagine.personas.consent import Consent
+from imagine.serving.settings import DAY
 from imagine.serving.store.people import StoredPersona
 from imagine.serving.store.records import Job, draw_id
 from imagine.serving.store.store import Store
@@ -29,6 +33,9 @@ def _enroll(job: Job, reader: Reader, store: Store) -> None:
     request = job.request
     persona = reader.persona(job, request)
     reader.pipe.check_persona(persona)
+    if request.get("consent") and persona.consent is None:  # a persona's file keeps the consent that it records
+        days = math.ceil(float(request["keep"]) / DAY)
+        persona = replace(persona, consent=Consent.state(request["consent"], days=max(1, days)))
     faces = [face.as_dict() for face in persona.faces]
     stored = StoredPersona(
         draw_id("per"), job.owner, request["name"], persona.encoder, max(1, len(faces)), request.get("consent"), faces,

@@ -447,3 +447,24 @@ def test_notations_of_other_programs_are_in_the_notes(pipe: Any):
         out = pipe("a person (smiling:1.4)", reference=reference, negative_prompt="<lora:x:1>", num_inference_steps=1)
         assert "(smiling:1.4)" in out.notes[0] and "<lora:x:1>" in out.notes[1] and len(out.notes) == 2
     assert pipe(PROMPT, num_inference_steps=1).notes == []
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_results_record_how_each_picture_came_about(adapted: bool) -> None:
+    pipe = tiny_stock.personal(tiny_stock.stock())
+    reference: Any = {"Ann Miller": tiny.photo(1)}
+    if not adapted:
+        pipe.unload_adapter()
+        reference = None
+    generators = [tiny.generator(3), tiny.generator(4)]
+    out = pipe(
+        "{Ann Miller} on a beach" if adapted else "a beach", reference=reference, negative_prompt="grey",
+        num_inference_steps=2, generator=generators, num_images_per_prompt=2,
+    )  # fmt: skip
+    first, second = out.records
+    assert (first.seed, second.seed, first.steps, first.guidance_scale) == (3, 4, 2, 7.5)
+    assert first.prompt == ("{a} on a beach" if adapted else "a beach") and first.negative_prompt == "grey"
+    assert len(first.people) == (1 if adapted else 0) and len(first.weights) == 10
+    assert "Ann" not in str(first)
+    other = pipe("a beach", num_inference_steps=2, output_type="latent")
+    assert not hasattr(other, "records")

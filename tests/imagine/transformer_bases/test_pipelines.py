@@ -70,6 +70,17 @@ def test_people_of_a_batch_do_not_mix(name: str, pipe: Any):
     assert not same(batch, draw(pipe, name, count=2, reference=people[::-1], **more))
 
 
+def test_results_record_how_each_picture_came_about(name: str, pipe: Any):
+    side, more = tiny_pipelines.SIDES.get(name, 8), native(name)
+    out = pipe(
+        **{**tiny_pipelines.words(name, 1), **more}, reference=ONE, height=side, width=side, num_inference_steps=2,
+        generator=tiny.generator(3), output_type="pt",
+    )  # fmt: skip
+    (record,) = out.records
+    assert (record.seed, record.steps, len(record.people), len(record.weights)) == (3, 2, 1, 10)
+    assert record.model and record.settings["identity_scale"] == 1.0
+
+
 def test_without_guidance_and_in_a_window(name: str, pipe: Any):
     more = native(name)
     bare = draw(pipe, name, guided=False, **more)

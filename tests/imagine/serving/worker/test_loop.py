@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from imagine.people.persona import Persona
 from imagine.pipeline.pipeline import ImaginePipeline
-from imagine.serving.store.people import StoredPersona
-from imagine.serving.store.records import Job
+from imagine.provenance.detection import detect
+from imagine.serving.store.people import StoredPersona, Upload
+from imagine.serving.store.records import Job, draw_id
 from imagine.serving.store.store import Store
 from imagine.serving.worker.failures import DeviceLostError, describe
 from imagine.serving.worker.loop import Loop
@@ -72,6 +75,12 @@ def state(store: Store, job: Job) -> tuple[str, str | None]:
     found = store.jobs.find(job.id)
     assert found is not None
     return found.state, found.error_code
+
+
+def result(store: Store, job: Job) -> Any:
+    found = store.jobs.find(job.id)
+    assert found is not None and found.result is not None
+    return found.result
 
 
 def pixels(store: Store, job: Job) -> list[Any]:
@@ -234,7 +243,7 @@ def test_the_result_of_a_lost_attempt_leaves_no_file(store: Store, pipe: Imagine
 def test_a_worker_that_is_stopped_ends_what_it_began_and_gives_back_the_rest(
     store: Store, pipe: ImaginePipeline, tmp_path: Path
 ) -> None:
-    jobs = [ask(store, seed, steps=8) for seed in range(3)]
+    jobs = [ask(store, seed, steps=40) for seed in range(3)]
     worker = Worker(pipe, store, settings_of(tmp_path, max_batch=1, drain=20.0))
     thread = threading.Thread(target=worker.run)
     thread.start()
@@ -253,3 +262,75 @@ def test_reasons_are_sentences_and_faults_are_not_shown() -> None:
     assert describe(torch.OutOfMemoryError("x"))[0] == "out_of_memory"
     code, sentence = describe(KeyError("secret"))
     assert code == "internal" and "secret" not in sentence and sentence.endswith(".")
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
+def test_pictures_carry_their_marks_and_the_job_says_which(
+    store: Store, pipe: ImaginePipeline, tmp_path: Path, form: str
+) -> None:
+    persona = add_persona(store, pipe, 1)
+    job = ask(store, 5, persona, format=form)
+    drain(loop_of(store, pipe, tmp_path))
+    (row,) = store.jobs.pictures_of(job.id)
+    found = detect(store.files.picture(row.id, row.media))
+    assert found.record is not None and found.record["seed"] == 5 and found.record["prompt"] == PROMPT
+    assert found.record["people"] == [{"persona": pipe.enroll(tiny.photo(1)).hash, "consent": "not recorded"}]
+    (marks,) = result(store, job)["marks"]
+    assert marks["settings"] == marks["credentials"] == "on" and found.credentials is not None
+    assert marks["watermark"] == "off: unreliable at this size"
+
+
+def test_an_operator_can_switch_marks_off(store: Store, pipe: ImaginePipeline, tmp_path: Path) -> None:
+    job = ask(store, 5)
+    drain(loop_of(store, pipe, tmp_path, marks={"settings": False, "credentials": False, "watermark": False}))
+    (row,) = store.jobs.pictures_of(job.id)
+    found = detect(store.files.picture(row.id, row.media))
+    assert found.record is None and found.credentials is None
+
+
+class FlagsTheFirst:
+    """A classifier that flags the first picture that it sees."""
+
+    name = "first"
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def check_prompt(self, prompt: str, people: int) -> str:
+        return ""
+
+    def check_photo(self, image: Any) -> str:
+        return ""
+
+    def check_picture(self, image: Any, prompt: str, people: int) -> str:
+        self.seen += 1
+        return "It is the first." if self.seen == 1 else ""
+
+
+def test_a_flagged_picture_is_not_saved_and_the_job_says_why(store: Store, tmp_path: Path) -> None:
+    pipe = tiny.pipeline()
+    pipe.safety = FlagsTheFirst()
+    job = ask(store, 5, n=2)
+    loop = loop_of(store, pipe, tmp_path)
+    drain(loop)
+    assert state(store, job) == ("succeeded", None)
+    assert [row.number for row in store.jobs.pictures_of(job.id)] == [1]
+    said = result(store, job)
+    assert said["flags"] == ["It is the first.", ""] and said["marks"][0] is None
+    pipe.safety.seen = 0
+    alone = ask(store, 6)
+    drain(loop_of(store, pipe, tmp_path))
+    assert state(store, alone) == ("failed", "flagged") and store.jobs.pictures_of(alone.id) == []
+
+
+def test_a_persona_of_the_server_records_the_consent(store: Store, pipe: ImaginePipeline, tmp_path: Path) -> None:
+    upload = Upload(draw_id("upl"), "ann", "photo", "", 64, 64, store.people.clock(), store.people.clock() + 60)
+    store.people.add_upload(upload)
+    tiny.photo(1).save(store.files.photo(upload.id), "PNG")
+    request = {"name": "a", "uploads": [upload.id], "consent": "agreed", "keep": 86_400.0, "temporary": [upload.id]}
+    job = admit(store, kind="persona", request=request, seeds=[])
+    drain(loop_of(store, pipe, tmp_path))
+    assert state(store, job) == ("succeeded", None)
+    persona = Persona.load(store.files.persona(result(store, job)["persona"]))
+    assert persona.consent is not None and persona.consent.basis == "agreed"
+    assert persona.consent.expires == persona.consent.given + timedelta(days=1)
