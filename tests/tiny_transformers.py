@@ -136,10 +136,10 @@ def sd3_inputs(rows: int, references: int = 0, text: int = TEXT) -> dict[str, An
 def sana(**sizes: Any) -> Any:
     from diffusers import SanaTransformer2DModel
 
-    given = {"num_layers": 3, "caption_channels": 16, **sizes}
+    given = {"num_layers": 3, "caption_channels": 16, "sample_size": 4, **sizes}
     return SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_cross_attention_heads=4,
-        cross_attention_head_dim=8, cross_attention_dim=32, sample_size=4, **given,
+        cross_attention_head_dim=8, cross_attention_dim=32, **given,
     )  # fmt: skip
 
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from imagine.bases.hub import Fetched, Tell, fetch_files, fetch_pipeline, tell_nothing
 from imagine.bases.public_adapters import PublicAdapter, preset_of, public_adapter
+from imagine.bases.quantising import check_quantise, loading_options, store_in_float8
 from imagine.bases.sources import Source, read_base_source, read_source
+from imagine.bases.tiling import decode_in_tiles
 from imagine.errors import ConfigError, WeightsError
 from imagine.licences import licence_sentence
 from imagine.networks.weights import INDEX, PIPELINE, adapter_path
@@ -53,6 +55,8 @@ def open_base(
     dtype: str = "auto",
     device: str = "auto",
     offload: str = "none",
+    quantise: str = "none",
+    tiling: bool = False,
     revision: str | None = None,
     finder: Any = None,
     tell: Tell = tell_nothing,
@@ -66,12 +70,15 @@ def open_base(
     preset: "balanced" (the default) or "likeness", for public IP-Adapters: it sets their scale.
     dtype: float32, float16, bfloat16 or auto: bfloat16 on a GPU that has it, else float16; float32 on a CPU.
     offload: none, model, sequential or group, as in diffusers.
+    quantise: none, int8, fp8 or nf4: how the denoiser and large text encoders are stored (`imagine.bases.quantising`).
+    tiling: whether to decode in tiles, which saves memory at large sizes.
     tell: receives sentences about licences and downloads.
 
     Nothing is downloaded unless a hub id or a short name is given. Raises ImagineError, one sentence, if something is
     missing or does not fit.
     """
     _check_settings(dtype, offload, device)
+    check_quantise(quantise, offload)
     strength = finite("lora_scale", lora_scale)
     sources = {
         "base": read_base_source(base, revision),
@@ -84,7 +91,7 @@ def open_base(
     folder = base_folder(sources["base"], precision != "float32", tell)
     find = find_ip_adapter if check_index(folder, str(base)) in STOCK_PIPELINES else find_any_ip_adapter
     found = None if ip_source is None else find(ip_source, public, image_encoder, tell)
-    pipe = _load(folder, precision, finder)
+    pipe = _load(folder, precision, quantise, finder)
     if found is not None:
         _load_ip_adapter(pipe, found, str(base))
         if chosen is not None:
@@ -93,6 +100,7 @@ def open_base(
         pipe = _load_adapter(pipe, source, tell)
     if (source := sources["lora"]) is not None:
         _load_lora(pipe, source, strength, tell)
+    _save_memory(pipe, precision, quantise, tiling)
     _place(pipe, place, offload)
     return pipe
 
@@ -234,12 +242,14 @@ def _load_ip_adapter(pipe: Any, found: IPAdapterPlace, base: str) -> None:
 
 
 # --- the rest of the set-up -------------------------------------------------------------------------------------------
-def _load(folder: Path, precision: str, finder: Any) -> Any:
+def _load(folder: Path, precision: str, quantise: str, finder: Any) -> Any:
     import torch
 
     from imagine.pipeline.pipeline import ImaginePipeline
 
-    pipe = ImaginePipeline.from_pretrained(folder, dtype=getattr(torch, precision))
+    dtype = getattr(torch, precision)
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    pipe = ImaginePipeline.from_pretrained(folder, dtype=dtype, **loading_options(quantise, index, dtype))
     if finder is not None:
         pipe.finder = finder
     return pipe
@@ -274,6 +284,16 @@ def _load_lora(pipe: Any, source: Source, scale: float, tell: Tell) -> None:
             f"{source.given} cannot be loaded as LoRA of this base ({reason}): give a LoRA file that was made for it."
         ) from error
     pipe.set_adapters("lora", scale)
+
+
+def _save_memory(pipe: Any, precision: str, quantise: str, tiling: bool) -> None:
+    """Store weights in float8 and decode in tiles, if this is asked for."""
+    import torch
+
+    if quantise == "fp8":
+        store_in_float8(pipe, getattr(torch, precision))
+    if tiling:
+        decode_in_tiles(pipe.vae)
 
 
 def _check_settings(dtype: str, offload: str, device: str) -> None:

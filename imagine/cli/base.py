@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BASE_ONLY = (
     "ip_adapter", "image_encoder", "adapter", "lora", "lora_scale", "preset", "dtype", "offload", "revision",
-    "negative_prompt", "width", "height",
+    "quantise", "tiling", "negative_prompt", "width", "height",
 )  # fmt: skip
 WEIGHTS_ONLY = ("weights", "identity_guidance_scale", "guidance_balance")
 _USUAL = {  # values that a call has anyway, so that every kind of pipeline can do without the argument
@@ -53,6 +53,9 @@ def add_sources(command: Any) -> Any:
                        "which is bfloat16 on a GPU that has it, and float32 on a CPU)")  # fmt: skip
     group.add_argument("--offload", choices=["none", "model", "sequential", "group"], help="keep networks in main "
                        "memory while they do not run (default: none); `imagine plan` says what fits")  # fmt: skip
+    group.add_argument("--quantise", choices=["none", "int8", "fp8", "nf4"], help="store the large networks in eight or "
+                       "four bits; int8 and nf4 need bitsandbytes (default: none)")  # fmt: skip
+    group.add_argument("--tiling", action="store_true", help="decode in tiles, which saves memory at large sizes")
     group.add_argument("--revision", metavar="NAME", help="revision of the base's hub repository")
     return group
 
@@ -105,6 +108,7 @@ def open_pipeline(options: argparse.Namespace, display: Display) -> Any:
         options.base, ip_adapter=options.ip_adapter, image_encoder=options.image_encoder, adapter=options.adapter,
         lora=options.lora, lora_scale=1.0 if options.lora_scale is None else options.lora_scale, preset=options.preset,
         dtype=options.dtype or "auto", device=options.device, offload=options.offload or "none",
+        quantise=options.quantise or "none", tiling=options.tiling,
         revision=options.revision, finder=finder, tell=display.tell,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

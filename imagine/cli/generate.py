@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from imagine.provenance.marks import Marks
     from imagine.provenance.record import PictureRecord
 
-BATCH = 8  # pictures drawn at a time, so that memory does not grow with --num-images
+BATCH = 8  # pictures drawn at a time by default, so that memory does not grow with --num-images
 _PICTURE_NUMBER = re.compile(
     r"^((?:Warning: )?[Pp]icture )(\d+)"
 )  # a note of the second pass begins with its picture's number in a batch
@@ -45,6 +45,8 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--seed", type=arguments.seed, metavar="N", help="repeats a picture (default: a random seed)")
     command.add_argument("--num-images", type=arguments.positive, default=1, metavar="N", help="number of pictures, "
                          "with the seeds N, N+1, ... (default: 1)")  # fmt: skip
+    command.add_argument("--batch", type=arguments.positive, default=BATCH, metavar="N", help="pictures drawn at a time; "
+                         f"fewer need less memory (default: {BATCH})")  # fmt: skip
     command.add_argument("--steps", type=arguments.positive, metavar="N", help="denoising steps; more take longer and "
                          "draw finer detail (default: the weights' own)")  # fmt: skip
     _add_controls(command)
@@ -151,8 +153,8 @@ def _draw_all(
     from imagine.pipeline.output import ImagineOutput
 
     whole = ImagineOutput(images=(), faces=[])
-    for first in range(0, len(paths), BATCH):
-        batch = paths[first : first + BATCH]
+    for first in range(0, len(paths), options.batch):
+        batch = paths[first : first + options.batch]
         drawn = _draw(pipe, options, reference, layout, range(seed + first, seed + first + len(batch)), display)
         display.report("saving")
         records = drawn.records if options.base is None else base.with_files(options, drawn.records)
@@ -195,7 +197,7 @@ def _draw(
     display.report("encoding the reference and the prompt")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if options.base is not None:
-        return pipe(options.prompt, **base.call_arguments(options, reference, layout, generators, display))
+        return pipe(prompt=options.prompt, **base.call_arguments(options, reference, layout, generators, display))
     return pipe(
         options.prompt,
         reference=reference,

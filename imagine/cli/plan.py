@@ -9,13 +9,16 @@ from imagine.cli.printing import size, table_lines
 from imagine.errors import ConfigError
 
 if TYPE_CHECKING:
-    from imagine.planning.bases import Blueprint
+    from imagine.blueprints.blueprint import Blueprint
     from imagine.planning.cards import Speed
 
-_MEMORY_OPTIONS = ("precision", "offload", "tiling")
+_MEMORY_OPTIONS = ("precision", "quantise", "offload", "tiling")
 _RECIPE_OPTIONS = ("precision", "checkpointing", "optimiser", "accumulation")
 _BRANCH_OPTIONS = ("readers", "projection", "lora_rank")
-_DRAWING_OPTIONS = ("steps", "references", "no_guidance", "offload", "tiling")
+_DRAWING_OPTIONS = (
+    "steps", "references", "people", "native", "no_guidance", "quantise", "offload", "tiling", "compare_native",
+)  # fmt: skip
+_COMPARED_OPTIONS = ("resolution", "projection")  # that matter for --compare-native
 _TRAINING_OPTIONS = ("parts", "checkpointing", "optimiser", "accumulation", "no_average")
 _COMMON_OPTIONS = ("train", "resolution", "batch", "fit", "precision", "device", "flops", *_BRANCH_OPTIONS)
 
@@ -24,19 +27,22 @@ def add_commands(commands: Any) -> None:
     """Add the command to the parser."""
     command = add_command(commands, "plan", "estimate the memory, arithmetic and time of drawing or training", run)
     subject = command.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--base", metavar="BASE", help="sdxl, sd15, portrait, a folder, or a downloaded hub id")
+    subject.add_argument("--base", metavar="BASE", help="sdxl, flux2-klein-4b or another name of "
+                         "`imagine licences`, portrait, a folder, or a downloaded hub id")  # fmt: skip
     subject.add_argument("--check", action="store_true", help="compare plans with small networks that run here")
     command.add_argument("--resolution", type=positive, metavar="PX", help="pixels a side (default: the base's own)")
-    command.add_argument("--batch", type=positive, metavar="N", help="pictures at a time, or images a step "
+    command.add_argument("--batch", type=positive, metavar="N", help="pictures of a call, or images a step "
                          "(default: 1)")  # fmt: skip
     command.add_argument("--fit", metavar="SIZE", help="choose the fastest settings that fit into this memory, such as "
                          "12GB; the settings that are given stay")  # fmt: skip
     command.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16; --fit does not change "
                          "it")  # fmt: skip
     command.add_argument("--readers", metavar="NAMES", help="text encoders beside the base's own: t5-xl, t5-xxl or "
-                         "ul2, and byt5-small or byt5-base; or none (default: t5-xl,byt5-small)")  # fmt: skip
+                         "ul2, and byt5-small or byt5-base; or none (default: t5-xl,byt5-small on "
+                         "U-Nets, none on transformers)")  # fmt: skip
     command.add_argument("--projection", choices=["plus", "full"], help="of the vision branch (default: plus)")
-    command.add_argument("--lora-rank", type=non_negative, metavar="N", help="0 for no LoRA (default: 64)")
+    command.add_argument("--lora-rank", type=non_negative, metavar="N", help="0 for no LoRA (default: 64 on "
+                         "U-Nets, 0 on transformers)")  # fmt: skip
     speed = command.add_mutually_exclusive_group()
     speed.add_argument("--device", metavar="NAME", help="device to plan the time for: a card such as rtx4090 or a100, "
                        "or here (default: five usual cards)")  # fmt: skip
@@ -46,11 +52,20 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_drawing(group: Any) -> None:
-    group.add_argument("--steps", type=positive, metavar="N", help="denoising steps (default: 30)")
-    group.add_argument("--references", type=positive, metavar="N", help="photos for each picture (default: 1)")
+    group.add_argument("--steps", type=positive, metavar="N", help="denoising steps (default: 30 on U-Nets, the "
+                       "pipeline's own on transformers)")  # fmt: skip
+    group.add_argument("--references", type=positive, metavar="N", help="photos for each person (default: 1)")
+    group.add_argument("--people", type=positive, metavar="N", help="people in each picture (default: 1)")
+    group.add_argument("--native", type=positive, metavar="N", help="native reference images of FLUX.2, Qwen-Image-Edit "
+                       "or Kontext, beside the adapter (default: 0)")  # fmt: skip
     group.add_argument("--no-guidance", action="store_true", help="one denoiser pass a step, as few-step models need")
-    group.add_argument("--offload", choices=["none", "model", "sequential"], help="default: none, or what --fit needs")
+    group.add_argument("--quantise", choices=["none", "int8", "fp8", "nf4"], help="storage of the large networks "
+                       "(default: none, or what --fit needs)")  # fmt: skip
+    group.add_argument("--offload", choices=["none", "model", "sequential", "group"], help="default: none, or what "
+                       "--fit needs")  # fmt: skip
     group.add_argument("--tiling", action="store_true", help="decode in tiles")
+    group.add_argument("--compare-native", action="store_true", help="compare tokens and arithmetic of photos as native "
+                       "references and as references of the adapter")  # fmt: skip
 
 
 def _add_training(group: Any) -> None:
@@ -73,14 +88,20 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("Training in fp16 needs loss scaling, which our trainer does not have: choose bf16 or fp32.")
     known = speeds(options.device, options.flops, options.precision != "fp32") if options.base else {}
     if options.check:
-        from imagine.planning import planning
+        from imagine.planning.check import check
 
-        checked = planning.check()
+        checked = check()
         return {"lines": check_lines(checked), **checked}
     base = _planned_base(options)
     if options.train:
         report = _plan_training(options, base, limit, known)
         return {"lines": training_lines(report), **report}
+    if options.compare_native:
+        from imagine.planning.inference import default_resolution
+        from imagine.planning.native import compare_native
+
+        compared = compare_native(base, options.resolution or default_resolution(base))
+        return {"lines": native_lines(compared), **compared}
     report = _plan_drawing(options, base, limit, known)
     return {"lines": drawing_lines(report), **report}
 
@@ -88,7 +109,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _plan_training(
     options: argparse.Namespace, base: "Blueprint", limit: int | None, known: "Mapping[str, Speed]"
 ) -> dict[str, Any]:
-    from imagine.planning.bases import default_resolution
+    from imagine.planning.inference import default_resolution
     from imagine.planning.planning import plan_training
     from imagine.planning.training import Recipe, TrainingWorkload
 
@@ -102,26 +123,30 @@ def _plan_training(
 def _plan_drawing(
     options: argparse.Namespace, base: "Blueprint", limit: int | None, known: "Mapping[str, Speed]"
 ) -> dict[str, Any]:
-    from imagine.planning.bases import default_resolution
-    from imagine.planning.inference import DrawingOptions, DrawingWorkload
+    from imagine.planning.denoisers import is_guided, kind_of
+    from imagine.planning.inference import DrawingOptions, DrawingWorkload, default_resolution
     from imagine.planning.planning import plan_drawing
 
-    given = {name: getattr(options, name) for name in _given_names(options, ("steps", "references"))}
+    given = {name: getattr(options, name) for name in _given_names(options, ("references", "people", "native"))}
     resolution = options.resolution or default_resolution(base)
-    workload = DrawingWorkload(resolution, options.batch or 1, **given, guided=not options.no_guidance)
+    steps = options.steps or base.steps or kind_of(base.denoiser.kind).steps
+    guided = is_guided(base) and not options.no_guidance
+    workload = DrawingWorkload(resolution, options.batch or 1, steps, **given, guided=guided)
     fixed = _given_names(options, _MEMORY_OPTIONS)
     settings = DrawingOptions(**{name: getattr(options, name) for name in fixed})
     return plan_drawing(base, workload, settings, limit, known, fixed)
 
 
 def _planned_base(options: argparse.Namespace) -> "Blueprint":
-    from imagine.planning.bases import add_branches, read_base
+    from imagine.blueprints.published import read_base
+    from imagine.planning.networks import add_branches
 
     base = read_base(options.base)
     if base.adapters and (unused := _given_names(options, _BRANCH_OPTIONS)):
         raise ConfigError(f"{options.base} has adapters already: leave out {_flag_names(unused)}.")
-    readers = (options.readers or "t5-xl,byt5-small").split(",")
-    rank = 64 if options.lora_rank is None else options.lora_rank
+    on_unet = base.denoiser_name == "unet"
+    readers = (options.readers or ("t5-xl,byt5-small" if on_unet else "none")).split(",")
+    rank = (64 if on_unet else 0) if options.lora_rank is None else options.lora_rank
     return add_branches(base, [n for n in readers if n and n != "none"], options.projection or "plus", rank)
 
 
@@ -130,6 +155,10 @@ def _check_unused_options(options: argparse.Namespace) -> None:
     if options.check:
         if unused := _given_names(options, (*_COMMON_OPTIONS, *_DRAWING_OPTIONS, *_TRAINING_OPTIONS)):
             raise ConfigError(f"--check takes no other arguments: leave out {_flag_names(unused)}.")
+    elif options.compare_native:
+        others = {*_COMMON_OPTIONS, *_DRAWING_OPTIONS, *_TRAINING_OPTIONS} - {*_COMPARED_OPTIONS, "compare_native"}
+        if unused := _given_names(options, sorted(others)):
+            raise ConfigError(f"--compare-native does not depend on {_flag_names(unused)}: leave that out.")
     elif options.train and (unused := _given_names(options, _DRAWING_OPTIONS)):
         raise ConfigError(f"Training does not depend on {_flag_names(unused)}: leave that out, or leave out --train.")
     elif not options.train and (unused := _given_names(options, _TRAINING_OPTIONS)):
@@ -147,7 +176,6 @@ def _flag_names(names: Sequence[str]) -> str:
 # --- what is printed --------------------------------------------------------------------------------------------------
 def drawing_lines(report: Mapping[str, Any]) -> list[str]:
     """Return the plan of a call as lines: a table of its parts, then totals, times and the code that sets it up."""
-    guided = "with guidance" if report["guided"] else "without guidance"
     rows = [
         [
             name, _millions(part["parameters"]), size(part["weights"]), size(part["working"]),
@@ -156,18 +184,69 @@ def drawing_lines(report: Mapping[str, Any]) -> list[str]:
         for name, part in report["parts"].items()
     ]  # fmt: skip
     return [
-        f"Drawing with {report['base']}: {report['resolution']} px, {report['batch']} at a time, {report['steps']} "
-        f"steps {guided}, {report['precision']}, offload {report['offload']}",
+        _title(report),
         "",
         *table_lines(["part", "parameters", "weights", "working", "peak", "TFLOP"], rows, "  "),
         "",
         f"Arithmetic: {report['flops_step'] / 1e12:.3g} TFLOP a step, {report['flops'] / 1e12:.3g} TFLOP in all.",
         f"Memory: at most {size(report['peak'])}, while {report['busiest'].replace('_', ' ')} runs. This counts "
         "tensors, and what a card holds beside them.",
+        *_choice_lines(report),
         *_time_lines(report, "for all pictures"),
         "",
+        *(["On the command line:", f"  {report['command']}", ""] if report["command"] else []),
         "In Python:",
         *(f"  {line}" for line in report["switches"]),
+    ]
+
+
+def _title(report: Mapping[str, Any]) -> str:
+    guided = "with guidance" if report["guided"] else "without guidance"
+    further = [f"{report['people']} people"] if report["people"] > 1 else []
+    further += [f"{report['native']} native references"] if report["native"] else []
+    stored = "" if report["quantise"] == "none" else f", stored in {report['quantise']}"
+    return ", ".join([
+        f"Drawing with {report['base']}: {report['resolution']} px", f"{report['batch']} pictures, "
+        f"{report['at_a_time']} at a time" if report["batch"] > 1 else "1 picture",
+        f"{report['steps']} steps {guided}", *further, f"{report['precision']}{stored}", f"offload {report['offload']}",
+    ])  # fmt: skip
+
+
+def _choice_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return the choices of --fit as a table: what was compared, and why one of them was taken."""
+    if not report["choices"]:
+        return []
+    rows = [
+        [
+            each["quantise"], each["offload"], "yes" if each["tiling"] else "no",
+            "all" if each["at_a_time"] is None else str(each["at_a_time"]), size(each["peak"]),
+            f"{each['slower']:.2f}", each["verdict"],
+        ]
+        for each in report["choices"]
+    ]  # fmt: skip
+    header = ["quantise", "offload", "tiling", "at a time", "memory", "time", "verdict"]
+    return [
+        "", f"What was compared for {size(report['limit'])} (time relative to the fastest choice of all):",
+        *table_lines(header, rows, "  "), *(f"  {remark}" for remark in report["remarks"]),
+    ]  # fmt: skip
+
+
+def native_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return the comparison with native references as a table, which docs/inference.md shows."""
+    rows = [
+        [
+            str(row["photos"]), f"{row['native_tokens']:,}", f"{row['native_flops'] / 1e12:.1f}",
+            f"{row['adapter_tokens']:,} + {row['vision_tokens']}", f"{row['adapter_flops'] / 1e12:.1f}",
+        ]
+        for row in report["rows"]
+    ]  # fmt: skip
+    header = ["photos", "native: tokens", "native: TFLOP a step", "adapter: tokens", "adapter: TFLOP a step"]
+    return [
+        f"Photos of a person for {report['base']} at {report['resolution']} px, {report['passes']} passes a step:",
+        "",
+        *table_lines(header, rows, "  "),
+        "",
+        "The adapter's second number are its vision tokens, which only its small branches read.",
     ]
 
 

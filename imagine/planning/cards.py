@@ -34,6 +34,13 @@ CARDS = {  # FLOP per second in half precision
     "a100": 312e12,
     "h100": 989e12,
 }
+# Bytes per second between a card's memory and its processors, from the same sheets; they bound how fast weights that are
+# stored in fewer bits can be unpacked.
+MEMORY_BANDWIDTH = {
+    "t4": 320e9, "v100": 900e9, "rtx3060": 360e9, "rtx3090": 936e9, "rtx4060ti": 288e9, "rtx4090": 1008e9, "l4": 300e9,
+    "l40s": 864e9, "a100": 1555e9, "h100": 3350e9,
+}  # fmt: skip
+USUAL_BANDWIDTH = 900e9  # where the device is not in the table; an assumption
 DEFAULT_CARDS = (
     "rtx3060",
     "rtx3090",
@@ -50,6 +57,7 @@ class Speed:
 
     flops: float
     how: str
+    bandwidth: float = USUAL_BANDWIDTH  # bytes per second of the device's memory
 
 
 def speeds(device: str | None, flops: str | None, half: bool) -> dict[str, Speed]:
@@ -67,7 +75,8 @@ def speeds(device: str | None, flops: str | None, half: bool) -> dict[str, Speed
         )
     share = UTILISATION * (1 if half else 0.25)
     how = f"{share:.0%} of the card's published half-precision speed, an assumption"
-    return {name: Speed(CARDS[name] * share, how) for name in ([device] if device else DEFAULT_CARDS)}
+    names = [device] if device else DEFAULT_CARDS
+    return {name: Speed(CARDS[name] * share, how, MEMORY_BANDWIDTH[name]) for name in names}
 
 
 def measured_speed(half: bool, side: int = 1536) -> Speed:

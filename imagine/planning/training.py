@@ -1,7 +1,7 @@
 """Plan a training step of the adapters with networks on the meta device.
 
 The plan follows our trainer and the paper (*Imagine yourself*, section 3.2): the vision encoder, the vision branch with
-its projection, the text branches and LoRA train; the base is frozen. Latents and the text encoders' states are cached
+its projection, the text branches (of U-Nets) and LoRA train; the base is frozen. Latents and the text encoders' states are cached
 on disk, so neither the autoencoder nor a text encoder is in memory. Trained parameters are in float32, with gradient,
 optimiser state and weight average. The frozen denoiser has the precision that a step computes in; all other frozen
 networks are in float32, as in our trainer.
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter
 from imagine.errors import ConfigError
-from imagine.planning.bases import VISION, Blueprint, Networks, build
-from imagine.planning.cards import with_reserve
-from imagine.planning.inference import DTYPES, TEXT_LENGTHS, Precision, latent_side, unet_inputs
+from imagine.blueprints.blueprint import Blueprint
+from imagine.planning.cards import Speed, with_reserve
+from imagine.planning.denoisers import first_output, step_inputs
+from imagine.planning.inference import DTYPES, TEXT_LENGTHS, Precision, latent_side
 from imagine.planning.meter import Meter, planned_kernels
+from imagine.planning.networks import LORA_PART, VISION, Networks, build, is_text_encoder, lora_parameters
 from imagine.records import Conditioning
 
 VISION_ENCODER = "vision_encoder"
@@ -65,9 +67,9 @@ class TrainingPlan:
         """Return the bytes of memory that a device needs."""
         return with_reserve(sum(self.memory.values()))
 
-    def seconds(self, speed: float) -> float:
+    def seconds(self, speed: "float | Speed") -> float:
         """Return the seconds of a step at `speed` FLOP per second."""
-        return self.flops / speed
+        return self.flops / (speed.flops if isinstance(speed, Speed) else speed)
 
 
 class TrainingPlanner:
@@ -75,13 +77,11 @@ class TrainingPlanner:
 
     def __init__(self, base: Blueprint, workload: TrainingWorkload) -> None:
         self.base, self.workload = base, workload
-        text_encoders = [
-            name for name in base.components if name.startswith("text_encoder") or name.endswith("t5_encoder")
-        ]
+        text_encoders = [name for name in base.components if is_text_encoder(name)]
         self.networks = build(base, leave_out=["vae", *text_encoders])
-        self.side = _side(base, self.networks.unet, workload.resolution)
-        # Only the task of stock bases, diffusers_adapter, has settings for checkpointing and the frozen precision.
-        self.stock = base.components["vae"].kind == "AutoencoderKL"
+        self.side = _side(base, self.networks.denoiser, workload.resolution)
+        # Only the tasks of public bases have settings for checkpointing and the frozen precision.
+        self.stock = base.denoiser_name != "unet" or base.components["vae"].kind == "AutoencoderKL"
         self.parts = choose_parts(self.networks, workload.parts)
         self._cache: dict[tuple[Precision, bool, int, bool], tuple[int, int, int]] = {}
 
@@ -178,6 +178,8 @@ def choose_parts(networks: Networks, names: Sequence[str]) -> dict[str, list[nn.
         parts[VISION_ENCODER] = list(networks.models[networks.vision_encoder].parameters())
     for adapter in networks.adapters.values():
         parts |= adapter.parts()
+    if networks.denoiser_name != "unet" and (low_rank := lora_parameters(networks.denoiser)):
+        parts[LORA_PART] = low_rank
     if unknown := [name for name in names if name not in parts]:
         raise ConfigError(f"There is no part {unknown[0]!r} to train: choose from {', '.join(parts)}.")
     return {name: parts[name] for name in names or parts}
@@ -190,7 +192,7 @@ def set_trainable(networks: Networks, parts: Mapping[str, Sequence[nn.Parameter]
     """
     trained = {id(p) for parameters in parts.values() for p in parameters}
     for name, module in networks.modules().items():
-        dtype = frozen if name == "unet" else torch.float32
+        dtype = frozen if name == networks.denoiser_name else torch.float32
         for parameter in module.parameters():
             trains = id(parameter) in trained
             parameter.requires_grad_(trains)
@@ -202,11 +204,10 @@ def set_trainable(networks: Networks, parts: Mapping[str, Sequence[nn.Parameter]
 
 def checkpoint(networks: Networks, on: bool) -> None:
     """Switch gradient checkpointing of the denoiser and of the vision encoder on or off."""
-    unet = networks.unet
-    unet.train(
-        on
-    )  # diffusers and transformers recompute in training mode only; without dropout the mode has no other effect
-    (unet.enable_gradient_checkpointing if on else unet.disable_gradient_checkpointing)()
+    denoiser = networks.denoiser
+    # diffusers and transformers recompute in training mode only; without dropout the mode has no other effect
+    denoiser.train(on)
+    (denoiser.enable_gradient_checkpointing if on else denoiser.disable_gradient_checkpointing)()
     if networks.vision_encoder:
         vision_encoder: Any = networks.models[networks.vision_encoder]
         vision_encoder.train(on)
@@ -218,15 +219,13 @@ def checkpoint(networks: Networks, on: bool) -> None:
 
 def backward(networks: Networks, batch: int, side: int) -> None:
     """Run the forward and backward pass of a step with one reference per image; the parameters keep the gradients."""
-    inputs = unet_inputs(networks.unet, batch, (side, side))
+    inputs = step_inputs(networks.denoiser, batch, (side, side))
     conditioning = Conditioning({
         spec.name: adapter.tokens(spec.name, _features(networks, adapter, spec.name, batch))
         for adapter in networks.adapters.values()
         for spec in adapter.branch_specs
     })  # fmt: skip
-    predicted = networks.unet(
-        **inputs, cross_attention_kwargs={"conditioning": conditioning}, return_dict=False,
-    )[0]  # fmt: skip
+    predicted = first_output(networks.denoiser, inputs, conditioning)
     loss = nn.functional.mse_loss(predicted.float(), torch.randn_like(predicted, dtype=torch.float32))
     torch.autograd.backward(loss)
 
@@ -234,7 +233,7 @@ def backward(networks: Networks, batch: int, side: int) -> None:
 def _features(networks: Networks, adapter: Adapter, branch: str, batch: int) -> Tensor:
     """Return a branch's input: features of the vision encoder, which may train, or cached states of a text encoder."""
     spec = next(spec for spec in adapter.branch_specs if spec.name == branch)
-    parameter = next(networks.unet.parameters())
+    parameter = next(networks.denoiser.parameters())
     if branch != VISION or networks.vision_encoder is None:
         shape = (batch, TEXT_LENGTHS.get(branch, 1), spec.input_width or spec.width)
         return torch.randn(*shape, device=parameter.device, dtype=parameter.dtype)
@@ -250,6 +249,6 @@ def _features(networks: Networks, adapter: Adapter, branch: str, batch: int) -> 
     return tokens if spec.projection is None else tokens[:, None]
 
 
-def _side(base: Blueprint, unet: Any, resolution: int) -> int:
+def _side(base: Blueprint, denoiser: Any, resolution: int) -> int:
     vae_only = build(replace(base, components={"vae": base.components["vae"]}, adapters={}))
-    return latent_side(vae_only.models["vae"], unet, resolution)
+    return latent_side(vae_only.models["vae"], denoiser, resolution)

@@ -23,7 +23,7 @@ from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarge
 from imagine.errors import ConfigError
 from imagine.ip_adapter.reading import import_adapter, read_ip_adapter
 from imagine.networks.weights import fingerprint, remove_local_paths
-from imagine.planning.bases import AdapterShape, Blueprint, Component
+from imagine.blueprints.blueprint import AdapterShape, Blueprint, Component
 from imagine.records import VISION, Conditioning, Tokens, join
 from train.cache.latents import squared_error
 from train.cache.pictures import AnyGallery, AnyPictures
