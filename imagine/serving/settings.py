@@ -2,6 +2,7 @@
 
 import ipaddress
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -50,6 +51,7 @@ class ServeSettings(BaseModel):
     origins: tuple[str, ...] = ()  # web origins that may call the API (CORS)
     hosts: tuple[str, ...] = ()  # further host names by which the server may be called
     log_prompts: bool = False
+    log_level: Literal["info", "warning"] = "info"
     app: Path | None = None  # folder of the web app, served under /
 
     @property
