@@ -180,8 +180,8 @@ class ReferenceEncoderMixin:
             raise PromptError("There is no photo to enroll: give at least one.")
         if isinstance(face, (list, tuple)) and len(face) != len(references):
             raise FaceError(
-                f"There are {len(references)} photos but {len(face)} choices of a face: give one for each photo, or one "
-                "for all."
+                f"There are {len(references)} photos but {len(face)} choices of a face: give one for each photo, or "
+                "one for all."
             )
         person = Person("", references)
         made = self._enroll_person(person, face, on_no_face, check_identity, identify=check_identity, pooling=pooling)
