@@ -284,7 +284,7 @@ export async function showPicture(group, job, picture) {
       copyButton("Copy the settings", json),
       el("p", { class: "soft" }, `Drawn by imagine ${imagine} on ${device} in ${dtype}${others}. Other batches round differently, so the last bits may differ.`),
       el("div", { class: "row tools" },
-        button("Download", () => save(picture), { class: "primary", autofocus: true }),
+        button("Download", () => save(picture), { class: "primary" }),
         button("Use these settings", () => close("reuse")),
         button("Compare with …", () => close("pin")),
         button("Delete", () => close("delete"), { class: "quiet" })))), { class: "wide" });

@@ -24,7 +24,8 @@ function askForKey(wasWrong) {
         event.preventDefault();
         if (input.value.trim()) close(input.value.trim());
       },
-    }, wasWrong ? el("p", { class: "trouble" }, "The server does not accept this key.") : null,
+    }, el("input", { type: "text", autocomplete: "username", value: "imagine", hidden: true }), // for password managers
+    wasWrong ? el("p", { class: "trouble" }, "The server does not accept this key.") : null,
     el("label", { for: "api-key" }, "API key"), input,
     el("p", { class: "soft" }, "Whoever runs the server makes keys with imagine serve --create-key NAME. This browser keeps it."),
     el("div", { class: "row end" }, el("button", { type: "submit", class: "primary" }, "Use this key")));
