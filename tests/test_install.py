@@ -110,6 +110,8 @@ def test_the_wheel_holds_the_packages_the_weights_and_the_command(unpacked: Path
     assert Path("unet/diffusion_pytorch_model.safetensors") in shipped
     packed = unpacked / "imagine" / "_weights"
     assert [path for path in shipped if (packed / path).read_bytes() != (ROOT / "weights" / path).read_bytes()] == []
+    pages = [path.relative_to(ROOT) for path in (ROOT / "imagine" / "app").rglob("*") if path.is_file()]
+    assert len(pages) > 8 and [path for path in pages if not (unpacked / path).is_file()] == []
     assert (unpacked / "data_synth" / "review" / "page.html").is_file() and (
         unpacked / "imagine" / "py.typed"
     ).is_file()

@@ -15,6 +15,7 @@ from typing import Any
 
 from imagine import __version__
 from imagine.cli import (
+    app,
     benchmark,
     compare,
     demo,
@@ -78,7 +79,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"imagine {__version__}")
     commands: Any = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     modules = (
-        generate, try_photo, enroll, persona, detect, inspect, doctor, evaluate, compare, study, benchmark, demo,
+        generate, app, try_photo, enroll, persona, detect, inspect, doctor, evaluate, compare, study, benchmark, demo,
         ip_adapter, plan, download, licences, serve,
     )  # fmt: skip
     for module in modules:

@@ -18,37 +18,39 @@ FOLDER = Path("~/.imagine/server")
 def add_commands(commands: Any) -> None:
     """Add the command to the parser."""
     command = arguments.add_command(commands, "serve", "serve pictures over HTTP, to one person or to many", run)
+    add_server(command, FOLDER)
     command.add_argument("--host", metavar="ADDRESS", help="address to listen on; other machines can reach "
                          "0.0.0.0, and then need an API key (default: 127.0.0.1)")  # fmt: skip
-    command.add_argument("--port", type=_port, metavar="N", help="port to listen on (default: 8188)")
-    arguments.add_weights(command)
-    arguments.add_device(command)
-    command.add_argument("--folder", type=Path, default=FOLDER, metavar="DIR", help="folder of the database, personas "
-                         f"and pictures (default: {FOLDER})")  # fmt: skip
     command.add_argument("--database", metavar="URL", help="such as postgresql+psycopg://USER@HOST/NAME (default: "
                          "SQLite in the folder)")  # fmt: skip
     command.add_argument("--workers", type=arguments.non_negative, metavar="N", help="worker processes; 0 if they run "
                          "elsewhere (default: 1)")  # fmt: skip
-    command.add_argument("--max-batch", type=arguments.positive, metavar="N", help="pictures denoised together on a "
-                         "device (default: 8)")  # fmt: skip
     command.add_argument("--allow-origin", action="append", metavar="ORIGIN", help="web origin that may call the API, "
                          "such as https://example.org; repeat it for more")  # fmt: skip
     command.add_argument("--allow-host", action="append", metavar="NAME", help="further host name of this server")
     command.add_argument("--log-prompts", action="store_true", help="also log prompts; photos are never logged")
-    command.add_argument("--settings", type=Path, metavar="FILE", help="YAML file with further settings, as "
-                         "docs/serving.md lists them")  # fmt: skip
     keys = command.add_mutually_exclusive_group()
     keys.add_argument("--create-key", metavar="NAME", help="make an API key, print it once, and end")
     keys.add_argument("--list-keys", action="store_true", help="list the API keys, and end")
     keys.add_argument("--revoke-key", metavar="ID", help="revoke an API key, and end")
 
 
+def add_server(command: Any, folder: Path) -> None:
+    """Add the arguments of every command that starts the server."""
+    command.add_argument("--port", type=_port, metavar="N", help="port to listen on (default: 8188)")
+    arguments.add_weights(command)
+    arguments.add_device(command)
+    command.add_argument("--folder", type=Path, default=folder, metavar="DIR", help="folder of the database, personas "
+                         f"and pictures (default: {folder})")  # fmt: skip
+    command.add_argument("--max-batch", type=arguments.positive, metavar="N", help="pictures denoised together on a "
+                         "device (default: 8)")  # fmt: skip
+    command.add_argument("--settings", type=Path, metavar="FILE", help="YAML file with further settings, as "
+                         "docs/serving.md lists them")  # fmt: skip
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Serve until the process is asked to stop, or change the keys."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ConfigError(
-            f"The server needs more packages ({', '.join(missing)}): pip install 'imagine-yourself-open[serve]'."
-        )
+    check_packages()
     settings = read_settings(options)
     folder_to_fill(settings.folder)
     if options.create_key is not None or options.list_keys or options.revoke_key is not None:
@@ -62,24 +64,32 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {"lines": ["Stopped."], "stopped": True}
 
 
-def read_settings(options: argparse.Namespace) -> Any:
-    """Return the settings of the file, with those of the command line above them. Raises ConfigError."""
+def check_packages() -> None:
+    """Raise ConfigError unless the packages of the extra `serve` are installed."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ConfigError(
+            f"The server needs more packages ({', '.join(missing)}): pip install 'imagine-yourself-open[serve]'."
+        )
+
+
+def read_settings(options: argparse.Namespace, **usual: Any) -> Any:
+    """Return the settings of the file over the `usual` ones, with the command line above both. Raises ConfigError."""
     from pydantic import ValidationError
 
     from imagine.serving.settings import ServeSettings
 
-    given: dict[str, Any] = {} if options.settings is None else _read_file(options.settings)
+    given = usual | ({} if options.settings is None else _read_file(options.settings))
     for name in ("host", "port", "database", "workers", "max_batch"):
-        if getattr(options, name) is not None:
+        if getattr(options, name, None) is not None:
             given[name] = getattr(options, name)
     given |= {"folder": as_path(options.folder).absolute(), "device": options.device}
     if options.weights is not None:
         given["weights"] = as_path(options.weights).absolute()
-    if options.allow_origin:
+    if getattr(options, "allow_origin", None):
         given["origins"] = tuple(options.allow_origin)
-    if options.allow_host:
+    if getattr(options, "allow_host", None):
         given["hosts"] = tuple(options.allow_host)
-    if options.log_prompts:
+    if getattr(options, "log_prompts", None):
         given["log_prompts"] = True
     try:
         return ServeSettings(**given)

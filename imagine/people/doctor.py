@@ -47,6 +47,7 @@ class PhotoReport:
     orientation: int  # EXIF, 1 is upright
     faces: tuple[FaceBox, ...]  # largest first, in pixels of the upright picture, whose longest side is at most 2048
     used: int  # index in `faces`; -1 if there is none
+    turned: int  # degrees, counter-clockwise, by which the picture was turned first; `faces` refer to the turned one
     sharpness: float  # as FaceCrop.sharpness
     brightness: float  # mean of the face, 0 to 1
     quality: str  # as FaceCrop.quality
@@ -96,6 +97,7 @@ def report_photo(source: PhotoSource, finder: FaceFinder, size: int = 64, face: 
         orientation=photo.orientation,
         faces=crop.found,
         used=crop.index,
+        turned=crop.turned,
         sharpness=round(crop.sharpness, 6),
         brightness=round(brightness, 3),
         quality=crop.quality,

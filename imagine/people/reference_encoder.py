@@ -158,7 +158,7 @@ class ReferenceEncoderMixin:
     def enroll(
         self,
         photos: Any,
-        face: FaceChoice = "largest",
+        face: FaceChoice | Sequence[FaceChoice] = "largest",
         on_no_face: OnNoFace = "error",
         check_identity: bool = True,
         pooling: Pooling = "concatenate",
@@ -166,6 +166,7 @@ class ReferenceEncoderMixin:
     ) -> Persona:
         """Encode one photo, or several of the same person, and return the persona.
 
+        `face` is one choice for all photos, or a list with one choice for each.
         By default the tokens of several photos are concatenated, so that attention can use all of them; with
         pooling="mean" they are averaged, each photo weighted by its quality (`imagine.people.pooling`). `consent` is
         recorded in the persona, and replaces that of personas among `photos`. Raises PictureError or FaceError, with
@@ -177,6 +178,11 @@ class ReferenceEncoderMixin:
         references = tuple(photos) if isinstance(photos, (list, tuple)) else (photos,)
         if not references:
             raise PromptError("There is no photo to enroll: give at least one.")
+        if isinstance(face, (list, tuple)) and len(face) != len(references):
+            raise FaceError(
+                f"There are {len(references)} photos but {len(face)} choices of a face: give one for each photo, or "
+                "one for all."
+            )
         person = Person("", references)
         made = self._enroll_person(person, face, on_no_face, check_identity, identify=check_identity, pooling=pooling)
         return made if consent is None else replace(made, consent=consent)
@@ -211,8 +217,8 @@ class ReferenceEncoderMixin:
         return str(named.get("encoder") or ("" if encoder is None else type(encoder).__name__))
 
     def _enroll_person(
-        self, person: Person, face: FaceChoice, on_no_face: OnNoFace, check_identity: bool = True,
-        identify: bool = False, pooling: Pooling = "concatenate",
+        self, person: Person, face: FaceChoice | Sequence[FaceChoice], on_no_face: OnNoFace,
+        check_identity: bool = True, identify: bool = False, pooling: Pooling = "concatenate",
     ) -> Persona:  # fmt: skip
         """Combine one person's photos and personas into one persona; faces are named after the photos.
 
@@ -220,9 +226,10 @@ class ReferenceEncoderMixin:
         """
         check_identity = check_identity and len(person.references) > 1
         identify = identify or check_identity
+        choices = face if isinstance(face, (list, tuple)) else [face] * len(person.references)
         encoded = [
-            each if isinstance(each, Persona) else self._enroll_photo(each, number, face, on_no_face, identify)
-            for number, each in enumerate(person.references, 1)
+            each if isinstance(each, Persona) else self._enroll_photo(each, number, choice, on_no_face, identify)
+            for number, (each, choice) in enumerate(zip(person.references, choices, strict=True), 1)
         ]
         for each in encoded:
             each.check_consent()

@@ -23,11 +23,11 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def log_as_json(stream: TextIO | None = None) -> None:
-    """Send the server's log to a stream, by default standard error."""
+def log_as_json(stream: TextIO | None = None, level: str = "info") -> None:
+    """Send the server's log to a stream, by default standard error, from this level on."""
     logger = logging.getLogger("imagine.serving")
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level.upper())
     logger.propagate = False

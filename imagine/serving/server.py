@@ -135,7 +135,7 @@ def serve(settings: ServeSettings) -> None:
                 "with imagine serve --create-key NAME."
             )
         _check_port(settings)
-        log_as_json()
+        log_as_json(level=settings.log_level)
         if settings.database is None:
             store.jobs.release(None, settings.max_attempts)
         store.remove_left_over_files(older=0 if settings.database is None else 600)

@@ -2,6 +2,7 @@
 
 import ipaddress
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -81,6 +82,7 @@ class ServeSettings(BaseModel):
     log_prompts: bool = False
     marks: MarkSettings = MarkSettings()
     safety: Path | None = None  # folder of an image classifier, which checks photos and pictures
+    log_level: Literal["info", "warning"] = "info"
     app: Path | None = None  # folder of the web app, served under /
 
     @property

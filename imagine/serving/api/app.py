@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -14,6 +15,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from imagine import __version__
+from imagine.errors import WeightsError
+from imagine.networks.weights import default_folder
 from imagine.serving.api import errors
 from imagine.serving.api.feed import Feed
 from imagine.serving.api.guards import BodyLimit, RequestGuard
@@ -50,10 +53,12 @@ def create_app(store: Store, settings: ServeSettings) -> FastAPI:
     errors.install(app)
     for module in (pictures, jobs, people, openai):
         app.include_router(module.router, responses=_ERRORS)
+    app.include_router(jobs.events_router, responses=_ERRORS)
     app.include_router(health.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.state.examples = []
     if settings.app is not None:
-        app.mount("/", StaticFiles(directory=settings.app, html=True), name="app")
+        _mount_pages(app, settings)
     else:
         app.add_api_route("/", _welcome, response_class=PlainTextResponse, include_in_schema=False)
     app.add_middleware(BodyLimit, settings=settings)
@@ -65,6 +70,19 @@ def create_app(store: Store, settings: ServeSettings) -> FastAPI:
         RequestGuard, settings=settings, keys_required=app.state.keys_required, metrics=app.state.metrics
     )
     return app
+
+
+def _mount_pages(app: FastAPI, settings: ServeSettings) -> None:
+    """Serve the web app, and the example photos that lie beside the weights."""
+    try:
+        photos = (settings.weights or default_folder()) / "examples"
+        names = sorted(path.name for path in photos.glob("*.png"))
+    except WeightsError:  # the workers run elsewhere
+        names = []
+    if names:
+        app.mount("/examples", StaticFiles(directory=photos), name="examples")
+        app.state.examples = [f"/examples/{quote(name)}" for name in names]
+    app.mount("/", StaticFiles(directory=settings.app, html=True), name="app")
 
 
 async def _welcome() -> str:

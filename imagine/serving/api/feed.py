@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 from starlette.concurrency import run_in_threadpool
@@ -13,6 +13,7 @@ from imagine.serving.store.store import Store
 
 LOG = logging.getLogger("imagine.serving")
 LOOK = 0.05  # seconds between looks while somebody follows
+ENDS = ("succeeded", "failed", "canceled", "expired")  # kinds of the last event of a job
 OVERLAP = 200  # on PostgreSQL a transaction may commit an event after one with a higher id
 
 
@@ -27,17 +28,20 @@ class Feed:
         self._overlap = 0 if store.database.is_sqlite else OVERLAP
 
     @asynccontextmanager
-    async def follow(self, job: str) -> AsyncIterator["asyncio.Queue[Event | None]"]:
-        """Give a queue of the events of a job from now on; None in it means that the server shuts down."""
+    async def follow(self, jobs: Iterable[str]) -> AsyncIterator["asyncio.Queue[Event | None]"]:
+        """Give a queue of the events of these jobs from now on; None in it means that the server shuts down."""
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._followers.setdefault(job, set()).add(queue)
+        followed = set(jobs)
+        for job in followed:
+            self._followers.setdefault(job, set()).add(queue)
         self._someone.set()
         try:
             yield queue
         finally:
-            self._followers[job].discard(queue)
-            if not self._followers[job]:
-                del self._followers[job]
+            for job in followed:
+                self._followers[job].discard(queue)
+                if not self._followers[job]:
+                    del self._followers[job]
 
     def close(self) -> None:
         """End all streams, so that the server can shut down."""
@@ -76,21 +80,32 @@ class Feed:
                 queue.put_nowait(Event(0, job, "look", {}, time.time()))
 
 
-async def events_of(feed: Feed, job: str, after: int, patience: float) -> AsyncIterator[Event | None]:
-    """Yield the events of a job after the one with this id, to its end or the server's; None after each silence.
+def events_of(feed: Feed, job: str, after: int, patience: float) -> AsyncIterator[Event | None]:
+    """Return the events of one job, as `events_of_jobs` does."""
+    return events_of_jobs(feed, {job: after}, patience)
 
-    patience: seconds of silence. Every event comes once and in order, whatever was missed in between.
+
+async def events_of_jobs(feed: Feed, after: Mapping[str, int], patience: float) -> AsyncIterator[Event | None]:
+    """Yield the events of jobs until all have ended, or the server has; None after each silence.
+
+    after: for each job the id of the last event that is known, 0 for none. patience: seconds of silence. Every event
+    comes once, and those of one job in order, whatever was missed in between.
     """
-    ends = ("succeeded", "failed", "canceled", "expired")
-    async with feed.follow(job) as queue:
-        pending = await run_in_threadpool(feed.store.jobs.events_after, after, job)
+    seen, live = dict(after), set(after)
+    async with feed.follow(after) as queue:
+        pending: list[Event] = []
+        for job in after:
+            pending += await run_in_threadpool(feed.store.jobs.events_after, seen[job], job)
+        pending.sort(key=lambda event: event.id)
         while True:
             for event in pending:
-                if event.id > after:
-                    after = event.id
+                if event.id > seen[event.job]:
+                    seen[event.job] = event.id
+                    if event.kind in ENDS:
+                        live.discard(event.job)
                     yield event
-                    if event.kind in ends:
-                        return
+            if not live:
+                return
             try:
                 event_or_end = await asyncio.wait_for(queue.get(), patience)
             except asyncio.TimeoutError:
@@ -100,6 +115,7 @@ async def events_of(feed: Feed, job: str, after: int, patience: float) -> AsyncI
             if event_or_end is None:
                 return
             if event_or_end.kind == "look":
-                pending = await run_in_threadpool(feed.store.jobs.events_after, after, job)
+                job = event_or_end.job
+                pending = await run_in_threadpool(feed.store.jobs.events_after, seen[job], job)
             else:
                 pending = [event_or_end]

@@ -56,8 +56,8 @@ class RequestGuard:
                 out["x-request-id"] = request_id
                 for name, value in SECURITY.items():
                     out[name] = value
-                if scope["path"].startswith("/v1/"):
-                    out.setdefault("cache-control", "no-store")
+                # Pages are asked for again each time, so that an update of the app is not mixed with its old files.
+                out.setdefault("cache-control", "no-store" if scope["path"].startswith("/v1/") else "no-cache")
             await send(message)
 
         try:

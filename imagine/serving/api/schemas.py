@@ -12,6 +12,7 @@ UploadId = Annotated[str, StringConstraints(pattern=r"^upl_[0-9a-f]{32}$")]
 # Printable text, without the control characters that would break a line of a log or a header.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=80, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Face = Literal["largest", "centre"] | Annotated[int, Field(ge=0, le=99)]
+Faces = Face | Annotated[list[Face], Field(min_length=1, max_length=16)]  # for all photos, or one for each
 Number = Annotated[float, Field(ge=-1000, le=1000, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Consent = Literal["self", "agreed", "invented"]
@@ -29,14 +30,21 @@ class Person(Strict):
 
     persona: PersonaId | None = None
     uploads: list[UploadId] = Field(default=[], max_length=16)
-    face: Face = "largest"
+    face: Faces = "largest"
     on_no_face: Literal["error", "whole"] = "error"
 
     @model_validator(mode="after")
     def _one_source(self) -> "Person":
         if (self.persona is None) == (not self.uploads):
             raise ValueError("give either persona or uploads")
+        check_faces(self.face, self.uploads)
         return self
+
+
+def check_faces(face: Any, uploads: list[str]) -> None:
+    """Raise ValueError if there is a list of faces that does not have one for each photo."""
+    if isinstance(face, list) and len(face) != len(uploads):
+        raise ValueError(f"face has {len(face)} choices for {len(uploads)} photos; give one for each, or one for all")
 
 
 class PictureRequest(Strict):
@@ -67,6 +75,7 @@ class PictureRequest(Strict):
     format: Literal["png", "jpeg", "webp"] = "png"
     quality: int = Field(95, ge=1, le=100)
     previews: int = Field(0, ge=0, le=10)
+    label: str = Field("", max_length=100, description="a note of the client, which is returned with the job")
 
     @model_validator(mode="after")
     def _one_form_of_people(self) -> "PictureRequest":
@@ -118,11 +127,16 @@ class EnrollRequest(Strict):
 
     name: Name
     uploads: list[UploadId] = Field(min_length=1, max_length=16)
-    face: Face = "largest"
+    face: Faces = "largest"
     on_no_face: Literal["error", "whole"] = "error"
     check_identity: bool = True
     consent: Consent | None = Field(None, description="this is me, the person agreed, or an invented person")
     keep_days: int | None = Field(None, ge=1, le=3650)
+
+    @model_validator(mode="after")
+    def _one_face_for_each(self) -> "EnrollRequest":
+        check_faces(self.face, self.uploads)
+        return self
 
 
 class PersonaChange(Strict):
@@ -137,6 +151,18 @@ class PhotoCheck(Strict):
 
     upload: UploadId
     face: Face = "largest"
+
+
+class ServerAnswer(BaseModel):
+    """What a client must know to ask for pictures."""
+
+    version: str
+    key_needed: bool
+    model: dict[str, Any] | None = Field(description="the loaded weights; null while no worker has loaded them")
+    weights: str | None = Field(description="the folder of the weights; only for clients on the same machine")
+    limits: dict[str, int]
+    keep_seconds: dict[str, float] = Field(description="how long pictures, photos and personas are kept")
+    examples: list[str] = Field(description="photos that come with the weights, while the app is served")
 
 
 class ErrorDetail(BaseModel):

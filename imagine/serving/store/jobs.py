@@ -129,9 +129,13 @@ class Jobs:
             row = connection.execute(query).one_or_none()
         return None if row is None else Job.of(row)
 
-    def page(self, owner: str, state: str | None, before: tuple[float, str] | None, limit: int) -> list[Job]:
+    def page(
+        self, owner: str, state: str | None, before: tuple[float, str] | None, limit: int, kind: str | None = None
+    ) -> list[Job]:
         """Return an owner's jobs, the newest first; `before` is the creation time and id of the last one seen."""
         query = sa.select(jobs).where(jobs.c.owner == owner)
+        if kind is not None:
+            query = query.where(jobs.c.kind == kind)
         if state is not None:
             query = query.where(jobs.c.state == state)
         if before is not None:

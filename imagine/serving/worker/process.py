@@ -74,7 +74,7 @@ def main() -> int:
     """Run a worker with the settings on standard input, or in the file that is named; return its exit code."""
     text, from_file = (Path(sys.argv[1]).read_text(), True) if len(sys.argv) > 1 else (sys.stdin.readline(), False)
     settings = ServeSettings.model_validate_json(text)
-    log_as_json()
+    log_as_json(level=settings.log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the server too, which stops this process
     try:
         store = Store.open(settings)

@@ -1,7 +1,6 @@
 """The review page in a real browser: keyboard, touch, phone width, and two concurrent reviewers."""
 
 import io
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,17 +15,8 @@ from data_synth.records import Measures, Pair
 from data_synth.review.decisions import FILE, REASONS, Decision, Opinion, Review, decisions, open_queue
 from data_synth.review.server import ReviewServer
 from imagine.world import render, sample_contexts, sample_people
+from tests.browser import chromium
 from tests.review_pairs import pair
-
-
-def chromium() -> str | None:
-    """Return the installed browser, or the one from `playwright install chromium`, or None."""
-    if found := shutil.which("chromium") or shutil.which("chromium-browser"):
-        return found
-    with sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-    return own if Path(own).is_file() else None
-
 
 CHROMIUM = chromium()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

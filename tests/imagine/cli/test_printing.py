@@ -58,5 +58,5 @@ def test_no_command_prints_a_python_representation(run: Run, weights: Path, phot
 
 def test_every_argument_has_a_help_text() -> None:
     commands = next(each for each in _parser()._actions if isinstance(each, argparse._SubParsersAction)).choices
-    assert len(commands) == 18
+    assert len(commands) == 19
     assert [(name, each.dest) for name, parser in commands.items() for each in parser._actions if not each.help] == []

@@ -1,24 +1,30 @@
-"""`/v1/jobs`: look at jobs, follow them, cancel and delete them."""
+"""`/v1/jobs` and `/v1/events`: look at jobs, follow them, cancel and delete them."""
 
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Literal
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import StringConstraints
 
 from imagine.serving.api.access import Owner, TheStore
 from imagine.serving.api.errors import ApiError, not_found
-from imagine.serving.api.feed import events_of
+from imagine.serving.api.feed import ENDS, events_of_jobs
 from imagine.serving.api.schemas import JobAnswer, JobList
 from imagine.serving.api.views import job_answer
-from imagine.serving.store.records import Event, Job
+from imagine.serving.store.records import Event, Job, Kind
 from imagine.serving.store.store import Store
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+events_router = APIRouter(prefix="/v1/events", tags=["jobs"])
 JobId = Annotated[str, Path(pattern=r"^job_[0-9a-f]{32}$")]
 States = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
+JobToFollow = Annotated[str, StringConstraints(pattern=r"^job_[0-9a-f]{32}(\.[0-9]{1,18})?$")]
+MOST_FOLLOWED = 32  # jobs in one stream
+STREAMED = {"cache-control": "no-store", "x-accel-buffering": "no"}
 PING = 15.0  # seconds of silence after which proxies may close a stream
 QUEUE_PING = 1.0  # seconds after which a client in the queue learns its position again
 
@@ -28,6 +34,7 @@ async def list_jobs(
     owner: Owner,
     store: TheStore,
     state: States | None = None,
+    kind: Kind | None = None,
     cursor: Annotated[str | None, Query(pattern=r"^\d{1,12}(\.\d{1,9})?-job_[0-9a-f]{32}$")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> JobList:
@@ -36,7 +43,7 @@ async def list_jobs(
     if cursor is not None:
         moment, _, job = cursor.partition("-")
         before = (float(moment), job)
-    found = await run_sync(store.jobs.page, owner, state, before, limit)
+    found = await run_sync(store.jobs.page, owner, state, before, limit, kind)
     answers = [job_answer(job, await run_sync(store.jobs.pictures_of, job.id)) for job in found]
     more = f"{found[-1].created!r}-{found[-1].id}" if len(found) == limit else None
     return JobList(jobs=answers, next=more)
@@ -97,31 +104,57 @@ async def follow_job(
         after = int(last_event_id)
     await find_job(store, job, owner)
     return StreamingResponse(
-        _stream(request, store, job, owner, after),
-        media_type="text/event-stream",
-        headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+        _stream(request, store, {job: after}, owner), media_type="text/event-stream", headers=STREAMED
     )
 
 
-async def _stream(request: Request, store: Store, job: str, owner: str, after: int) -> AsyncIterator[str]:
-    """Yield a job's events; while it is queued, also its position, without an id because it is not kept."""
-    silence, position = 0.0, None
+@events_router.get(
+    "",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def follow_jobs(
+    request: Request,
+    owner: Owner,
+    store: TheStore,
+    job: Annotated[list[JobToFollow], Query(min_length=1, max_length=MOST_FOLLOWED)],
+) -> StreamingResponse:
+    """Follow several jobs in one stream until all have ended; `job=ID.EVENT` continues after an event of that job."""
+    after = dict[str, int]()
+    for each in job:
+        name, _, event = each.partition(".")
+        await find_job(store, name, owner)
+        after[name] = int(event or 0)
+    return StreamingResponse(_stream(request, store, after, owner), media_type="text/event-stream", headers=STREAMED)
+
+
+async def _stream(request: Request, store: Store, after: Mapping[str, int], owner: str) -> AsyncIterator[str]:
+    """Yield events of jobs; for those in the queue also their position, without an id because it is not kept."""
+    live, positions = set(after), dict[str, int]()
+    spoke = looked = time.monotonic()
     yield "retry: 1000\n\n"
     with request.app.state.metrics.streams.track_inprogress():
-        async for event in events_of(request.app.state.feed, job, after, QUEUE_PING):
+        async for event in events_of_jobs(request.app.state.feed, after, QUEUE_PING):
+            now = time.monotonic()
             if event is not None:
-                silence = 0.0
+                spoke = now
+                if event.kind in ENDS:
+                    live.discard(event.job)
                 yield as_text(event)
+            if now - looked < QUEUE_PING:
                 continue
-            found = await run_sync(store.jobs.find, job, owner)
-            if found is None:  # deleted meanwhile
+            looked = now
+            for job in sorted(live):
+                found = await run_sync(store.jobs.find, job, owner)
+                if found is None:  # deleted meanwhile
+                    live.discard(job)
+                elif found.position not in (None, positions.get(job)):
+                    positions[job], spoke = found.position, now
+                    yield f"event: position\ndata: {json.dumps({'position': found.position, 'job': job})}\n\n"
+            if not live:
                 return
-            silence += QUEUE_PING
-            if found.position not in (None, position):
-                position, silence = found.position, 0.0
-                yield f"event: position\ndata: {json.dumps({'position': position})}\n\n"
-            elif silence >= PING:
-                silence = 0.0
+            if now - spoke >= PING:
+                spoke = now
                 yield ": still here\n\n"
 
 

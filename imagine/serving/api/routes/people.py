@@ -63,11 +63,24 @@ async def delete_upload(upload: UploadIdInPath, owner: Owner, store: TheStore) -
     return Response(status_code=204)
 
 
+@router.get("/uploads/{upload}/content", response_class=FileResponse, responses={200: {"content": {"image/png": {}}}})
+async def get_upload(upload: UploadIdInPath, owner: Owner, store: TheStore) -> Response:
+    """Return an uploaded photo as it was understood: upright, and in the pixels that face boxes refer to."""
+    found = await run_sync(store.people.upload, upload, owner)
+    path = None if found is None or found.kind != "photo" else store.files.photo(found.id)
+    if path is None or not path.is_file():
+        raise not_found("photo")
+    return FileResponse(path, media_type="image/png")
+
+
 @router.post("/photos/check", response_model=dict[str, Any], responses=_LATER)
 async def check_photo(
     request: Request, wanted: PhotoCheck, owner: Owner, store: TheStore, settings: TheSettings
 ) -> Any:
-    """Look at an uploaded photo: its faces, the one that would be used, its crop, and advice."""
+    """Look at an uploaded photo: its faces, the one that would be used, its crop, and advice.
+
+    The job is deleted when it has been answered, because its result holds a face.
+    """
     await limit_rate(store, settings, owner)
     if await run_sync(store.people.upload, wanted.upload, owner) is None:
         raise not_found("upload")
@@ -75,6 +88,8 @@ async def check_photo(
     job = await wait_for(request, job, ENROLLING, cancel_if_left=True)
     if not job.ended:
         return JSONResponse(job_answer(job).model_dump(mode="json"), 202)
+    if "idempotency-key" not in request.headers:  # whoever sends one may ask again
+        await run_sync(store.delete_job, job.id)
     raise_failure(job)
     return job.result
 
@@ -90,7 +105,7 @@ async def create_persona(request: Request, owner: Owner, store: TheStore, settin
     """Encode a person from photos, or take in a persona's file, and keep the persona under a name."""
     await limit_rate(store, settings, owner)
     body = await read_body(request, settings)
-    placeholder = {"uploads": ["upl_" + "0" * 32]} if body.files else {}
+    placeholder = {"uploads": ["upl_" + "0" * 32] * sum(map(len, body.files.values()))} if body.files else {}
     wanted: EnrollRequest = parse(EnrollRequest, {**placeholder, **body.fields})
     if request.app.state.keys_required and wanted.consent is None:
         raise ApiError(

@@ -174,6 +174,77 @@ def test_a_photo_can_be_checked_before_it_is_used(server: Running) -> None:
         assert client.post("/v1/photos/check", json={"upload": upload["id"]}).status_code == 404
 
 
+def test_a_photo_is_shown_as_it_was_understood_and_the_job_of_a_check_leaves_no_face(server: Running) -> None:
+    with server.client() as client:
+        upload = client.post("/v1/uploads", files=[("photos", ("a.png", photo(6)))]).json()[0]["id"]
+        shown = client.get(f"/v1/uploads/{upload}/content")
+        assert shown.headers["content-type"] == "image/png" and opened(shown.content).size == (64, 64)
+        assert client.post("/v1/photos/check", json={"upload": upload}).json()["turned"] == 0
+        assert client.post("/v1/photos/check", json={"upload": upload, "face": 5}).status_code == 422
+        assert client.get("/v1/jobs", params={"kind": "photo"}).json()["jobs"] == []
+        keyed = {"idempotency-key": "check"}
+        twice = [client.post("/v1/photos/check", json={"upload": upload}, headers=keyed).json() for _ in range(2)]
+        assert twice[0] == twice[1]
+        client.delete(f"/v1/uploads/{upload}")
+        assert client.get(f"/v1/uploads/{upload}/content").status_code == 404
+
+
+def test_each_photo_of_a_person_may_have_a_face_of_its_own(server: Running) -> None:
+    with server.client() as client:
+        made = client.post("/v1/uploads", files=[("photos", ("a.png", photo(1))), ("photos", ("b.png", photo(2)))])
+        uploads = [each["id"] for each in made.json()]
+        body = {**PROMPT, "label": "mine", "people": {"a": {"uploads": uploads, "face": [0, "largest"]}}}
+        job = client.post("/v1/pictures", json=body, headers=WAIT).json()
+        assert job["state"] == "succeeded" and job["request"]["label"] == "mine", job
+        assert "label" not in job["pictures"][0]["settings"]
+        body["people"]["a"]["face"] = [0, 3]
+        assert client.post("/v1/pictures", json=body, headers=WAIT).json()["error"]["code"] == "face_not_usable"
+        for wrong in ([0], [0, 0, 0], []):
+            body["people"]["a"]["face"] = wrong
+            assert client.post("/v1/pictures", json=body).status_code == 422
+        form = {"request": json.dumps({"name": "Ann", "face": ["largest", 0]})}
+        files = [("photos", ("a.png", photo(1))), ("photos", ("b.png", photo(2)))]
+        assert client.post("/v1/personas", data=form, files=files).status_code == 201
+
+
+def test_several_jobs_are_followed_in_one_stream(server: Running) -> None:
+    with server.client() as client:
+        jobs = [client.post("/v1/pictures", json={**PROMPT, "steps": 6}).json()["id"] for _ in range(3)]
+        lines = client.get("/v1/events", params={"job": jobs}).text.split("\n\n")
+        seen = [json.loads(line.partition("data: ")[2]) for line in lines if "event: succeeded" in line]
+        assert {each["job"] for each in seen} == set(jobs)
+        last = next(line for line in lines if "event: succeeded" in line and jobs[0] in line)
+        number = int(last.split("id: ")[1].split("\n")[0])
+        rest = client.get("/v1/events", params={"job": [f"{jobs[0]}.{number - 1}", jobs[1]]}).text
+        assert rest.count(jobs[0]) == 1 and rest.count(jobs[1]) > 1
+        assert client.get("/v1/events", params={"job": [jobs[0], "job_" + "0" * 32]}).status_code == 404
+        assert client.get("/v1/events", params={"job": ["x"]}).status_code == 422
+        assert client.get("/v1/events").status_code == 422
+
+
+def test_the_server_describes_itself(server: Running) -> None:
+    with server.client() as client:
+        found = client.get("/v1/server").json()
+    assert found["model"]["side"] == 32 and found["model"]["most_people"] == 4 and "encoder" not in found["model"]
+    assert found["limits"]["max_pictures"] == 10 and found["keep_seconds"]["photos"] == 3600
+    assert (found["key_needed"], found["weights"], found["examples"]) == (False, None, [])
+
+
+def test_pages_are_served_beside_the_api(tmp_path: Path) -> None:
+    (tmp_path / "pages").mkdir()
+    (tmp_path / "pages" / "index.html").write_text("<title>pages</title>")
+    (tmp_path / "weights" / "examples").mkdir(parents=True)
+    (tmp_path / "weights" / "examples" / "a b.png").write_bytes(photo(1))
+    settings = {"app": tmp_path / "pages", "weights": tmp_path / "weights"}
+    with running(tmp_path / "state", **settings) as pages, pages.client() as client:
+        assert "pages" in client.get("/").text
+        found = client.get("/v1/server").json()
+        assert found["model"] is None and found["weights"] == str(tmp_path / "weights")
+        (example,) = found["examples"]
+        assert client.get(example).content == photo(1)
+        assert client.get("/v1/nothing").json()["error"]["code"] == "not_found"
+
+
 def test_pictures_and_jobs_can_be_deleted(server: Running) -> None:
     with server.client() as client:
         job = client.post("/v1/pictures", json={**PROMPT, "n": 2}, headers=WAIT).json()
