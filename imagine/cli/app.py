@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from imagine.cli import arguments
-from imagine.cli.loading import weights_folder
-from imagine.cli.serve import add_server, check_packages, read_settings
+from imagine.cli.serve import add_server, check_model, check_packages, read_settings
 from imagine.errors import ConfigError
 from imagine.paths import PACKAGE, folder_to_fill
 
@@ -22,7 +21,7 @@ PAGES = PACKAGE / "app"
 DAY = 86_400.0
 # Pictures are kept until they are deleted in the app, and photos for a day; personas end with their consent, as usual.
 KEPT = {"keep_pictures": 36_500 * DAY, "keep_photos": DAY}
-PATIENCE = 60.0  # seconds for the server to answer before no browser is opened
+START_TIMEOUT = 60.0  # seconds for the server to answer before no browser is opened
 
 
 def add_commands(commands: Any) -> None:
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "serve the app to others with imagine serve and its setting `app`."
         )
     folder_to_fill(settings.folder)
-    weights_folder(options.weights)  # reports a mistake before anything starts
+    check_model(options, settings)
     from imagine.serving.server import serve
 
     address = f"http://{settings.host}:{settings.port}/"
@@ -61,7 +60,7 @@ def _has_display() -> bool:
 
 def _open(address: str) -> None:
     """Open the browser once the server answers; the address is printed in any case."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + START_TIMEOUT
     while time.monotonic() < end:
         try:
             with urllib.request.urlopen(f"{address}healthz", timeout=1):

@@ -14,10 +14,11 @@ from imagine.errors import ConfigError
 if TYPE_CHECKING:
     from imagine.provenance.record import PictureRecord
 
-BASE_ONLY = (
-    "ip_adapter", "image_encoder", "adapter", "lora", "lora_scale", "preset", "dtype", "offload", "revision",
-    "quantise", "tiling", "negative_prompt", "width", "height",
+SOURCES = (
+    "ip_adapter", "image_encoder", "adapter", "lora", "lora_scale", "preset", "dtype", "offload", "quantise",
+    "tiling", "revision",
 )  # fmt: skip
+BASE_ONLY = (*SOURCES, "negative_prompt", "width", "height")
 WEIGHTS_ONLY = ("weights", "identity_guidance_scale", "guidance_balance")
 _USUAL = {  # values that a call has anyway, so that every kind of pipeline can do without the argument
     "identity_scale": 1.0, "identity_window": (0.0, 1.0), "identity_blocks": "all", "refine_faces": None,
@@ -79,6 +80,26 @@ def check_base(options: argparse.Namespace) -> None:
         settings_of(options)
     if options.image_encoder and not options.ip_adapter:
         raise ConfigError("--image-encoder belongs to --ip-adapter: add it, or leave --image-encoder out.")
+
+
+def base_settings(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return --base and what is loaded into it for a server's settings, or None without it.
+
+    Raises ConfigError for arguments that do not apply.
+    """
+    given = {name: value for name in SOURCES if (value := getattr(options, name)) not in (None, False)}
+    if options.base is None:
+        if given:
+            name = _flag(next(iter(given)))
+            raise ConfigError(f"{name} needs --base, the model to draw with: add it, or leave {name} out.")
+        return None
+    if options.weights is not None:
+        raise ConfigError("--weights belongs to imagine's own weights: leave it out, or leave out --base.")
+    if options.image_encoder and not options.ip_adapter:
+        raise ConfigError("--image-encoder belongs to --ip-adapter: add it, or leave --image-encoder out.")
+    if options.preset and not options.ip_adapter:
+        raise ConfigError("--preset belongs to --ip-adapter: add it, or leave --preset out.")
+    return {"name": options.base, **given}
 
 
 def is_online(options: argparse.Namespace) -> bool:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from imagine.cli import arguments
+from imagine.cli import arguments, base
 from imagine.cli.loading import weights_folder
 from imagine.errors import ConfigError
 from imagine.paths import as_path, folder_to_fill, kind_of, shorten_path
@@ -46,6 +46,8 @@ def add_server(command: Any, folder: Path) -> None:
                          "device (default: 8)")  # fmt: skip
     command.add_argument("--settings", type=Path, metavar="FILE", help="YAML file with further settings, as "
                          "docs/serving.md lists them")  # fmt: skip
+    base.add_sources(command)
+    command.set_defaults(online=base.is_online)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -55,13 +57,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     folder_to_fill(settings.folder)
     if options.create_key is not None or options.list_keys or options.revoke_key is not None:
         return _change_keys(options, settings)
-    weights_folder(options.weights)  # reports a mistake before anything starts
+    check_model(options, settings)
     from imagine.serving.server import serve
 
     if not options.json:
         print(f"Serving on http://{settings.host}:{settings.port} (Ctrl-C stops it).", flush=True)
     serve(settings)
     return {"lines": ["Stopped."], "stopped": True}
+
+
+def check_model(options: argparse.Namespace, settings: Any) -> None:
+    """Report a mistake in the choice of the model before anything starts. Raises ImagineError."""
+    if settings.base is None:
+        weights_folder(options.weights)
+    elif settings.base.ip_adapter is not None:
+        from imagine.bases.public_adapters import preset_of, public_adapter
+
+        preset_of(public_adapter(settings.base.ip_adapter), settings.base.preset)
 
 
 def check_packages() -> None:
@@ -85,6 +97,8 @@ def read_settings(options: argparse.Namespace, **usual: Any) -> Any:
     given |= {"folder": as_path(options.folder).absolute(), "device": options.device}
     if options.weights is not None:
         given["weights"] = as_path(options.weights).absolute()
+    if (chosen := base.base_settings(options)) is not None:
+        given["base"] = chosen
     if getattr(options, "allow_origin", None):
         given["origins"] = tuple(options.allow_origin)
     if getattr(options, "allow_host", None):

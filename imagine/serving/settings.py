@@ -34,6 +34,8 @@ class BaseSettings(BaseModel):
     preset: str | None = None
     dtype: str = "auto"
     offload: str = "none"
+    quantise: str = "none"
+    tiling: bool = False
     revision: str | None = None
 
 

@@ -1,5 +1,6 @@
 """`imagine serve`: its settings and keys, and what it refuses; tests/imagine/serving runs the server itself."""
 
+import argparse
 import json
 import socket
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from imagine.cli import main
+from imagine.cli import main, serve
+from imagine.serving.settings import BaseSettings, ServeSettings
 from tests.commands import assert_refused
 
 
@@ -61,3 +63,30 @@ def test_what_cannot_be_served_is_one_sentence(capsys: pytest.CaptureFixture[str
     with FileLock(tmp_path / "server.lock"):
         code, _, err = run(capsys, tmp_path, "--json")
         assert code == 2 and "Another server" in err
+
+
+def test_the_arguments_of_a_base_become_settings(tmp_path: Path) -> None:
+    command = argparse.ArgumentParser()
+    serve.add_commands(command.add_subparsers())
+    given = ["serve", "--base", "sdxl", "--ip-adapter", "plus-face-sdxl", "--offload", "model"]
+    settings = serve.read_settings(command.parse_args([*given, "--folder", str(tmp_path)]))
+    assert settings.base == BaseSettings(name="sdxl", ip_adapter="plus-face-sdxl", offload="model")
+    assert ServeSettings.model_validate_json(settings.model_dump_json()) == settings
+    assert serve.read_settings(command.parse_args(["serve", "--folder", str(tmp_path)])).base is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--adapter", "a"], "--adapter needs --base"),
+        (["--base", "sdxl", "--weights", "w"], "--weights belongs to imagine's own weights"),
+        (["--base", "sdxl", "--image-encoder", "e"], "--image-encoder belongs to --ip-adapter"),
+        (["--base", "sdxl", "--preset", "balanced"], "--preset belongs to --ip-adapter"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_base_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, given: list[str], message: str
+) -> None:
+    code, out, err = run(capsys, tmp_path, *given)
+    assert_refused(code, out, err)
+    assert message in err
