@@ -59,7 +59,7 @@ def test_generations_of_a_persona(client: openai.OpenAI, server: Running) -> Non
         options = {**body, "seed": 5, "num_inference_steps": 2}
         out = client.images.generate(prompt=prompt, extra_body=options)
         assert out.data is not None
-        seen.append(out.data[0].b64_json)
+        seen.append(opened(base64.b64decode(out.data[0].b64_json or "")).tobytes())
     assert seen[0] == seen[1] != seen[2]
 
 
@@ -80,7 +80,7 @@ def test_edits_with_a_json_body(client: openai.OpenAI, server: Running) -> None:
             body = {"prompt": "smiling", "images": [image], "steps": 2, "seed": 1}
             answer = plain.post("/v1/images/edits", json=body)
             assert answer.status_code == 200, answer.text
-            seen.append(answer.json()["data"][0]["b64_json"])
+            seen.append(opened(base64.b64decode(answer.json()["data"][0]["b64_json"])).tobytes())
         assert seen[0] == seen[1]
         for image in ({"image_url": "http://127.0.0.1:1/x.png"}, {"image_url": "file:///etc/passwd"}, {}):
             refused = plain.post("/v1/images/edits", json={"prompt": "x", "images": [image]})
