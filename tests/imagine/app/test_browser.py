@@ -29,10 +29,10 @@ PROMPT = "a person smiling on a beach"
 class SquareFinder:
     """Finds squares of the colour FACE."""
 
-    def find(self, image: Image.Image) -> list[FaceBox]:
+    def find(self, image: Image.Image) -> tuple[FaceBox, ...]:
         marked, _ = ndimage.label((np.asarray(image.convert("RGB")) == FACE).all(axis=-1))
         found = ndimage.find_objects(marked)
-        return [FaceBox(x.start, y.start, x.stop - x.start, y.stop - y.start, 1.0) for y, x in found]
+        return tuple(FaceBox(x.start, y.start, x.stop - x.start, y.stop - y.start, 1.0) for y, x in found)
 
 
 class Gate:

@@ -235,7 +235,7 @@ def test_pages_are_served_beside_the_api(tmp_path: Path) -> None:
     (tmp_path / "pages" / "index.html").write_text("<title>pages</title>")
     (tmp_path / "weights" / "examples").mkdir(parents=True)
     (tmp_path / "weights" / "examples" / "a b.png").write_bytes(photo(1))
-    settings = {"app": tmp_path / "pages", "weights": tmp_path / "weights"}
+    settings: dict[str, Any] = {"app": tmp_path / "pages", "weights": tmp_path / "weights"}
     with running(tmp_path / "state", **settings) as pages, pages.client() as client:
         assert "pages" in client.get("/").text
         found = client.get("/v1/server").json()
