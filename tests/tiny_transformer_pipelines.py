@@ -36,12 +36,12 @@ def chat_tokenizer() -> Any:
     return tokenizer
 
 
-def qwen3(whole: bool) -> Any:
-    """Return a Qwen3 with four layers of width 16, with or without its head."""
+def qwen3(whole: bool, layers: int = 4) -> Any:
+    """Return a Qwen3 of width 16, with or without its head."""
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
     config = Qwen3Config(
-        vocab_size=len(chat_tokenizer()), hidden_size=16, intermediate_size=32, num_hidden_layers=4,
+        vocab_size=len(chat_tokenizer()), hidden_size=16, intermediate_size=32, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=600, pad_token_id=0,
         initializer_range=0.3,
     )  # fmt: skip
