@@ -61,5 +61,3 @@ def _add_sd3_encoders(pipe: Any) -> None:
         text_encoder_3=build_t5(len(t5), 32, 1, 2), tokenizer_3=t5,
     )  # fmt: skip
     pipe.tokenizer_max_length = clip.model_max_length
-
-
