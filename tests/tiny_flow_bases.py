@@ -6,7 +6,9 @@ from tests import tiny, tiny_transformer_pipelines
 from tests.tiny_transformer_pipelines import chat_tokenizer
 
 NAMES = ("flux2", "z_image", "qwen", "flux", "sd3", "sana")
-SIDE = 16  # pixels
+SIDES = {"sana": 32}  # of the pictures in pixels; 16 elsewhere
+# As real templates, it gives tokens to an empty sentence too.
+CHAT = "person {% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
 def pipeline(name: str) -> Any:
@@ -14,6 +16,8 @@ def pipeline(name: str) -> Any:
     pipe = tiny_transformer_pipelines.stock(name)
     if name == "flux2":  # its pipeline reads the layers 9, 18 and 27
         pipe.register_modules(text_encoder=tiny_transformer_pipelines.qwen3(True, 28))
+    if name in ("flux2", "z_image"):
+        pipe.tokenizer.chat_template = CHAT
     if name == "qwen":
         pipe.register_modules(text_encoder=_qwen_vl(), tokenizer=chat_tokenizer())
     if name == "sd3":
@@ -21,6 +25,11 @@ def pipeline(name: str) -> Any:
     if name == "sana":
         pipe.register_modules(text_encoder=_gemma(), tokenizer=chat_tokenizer())
     return pipe
+
+
+def side(name: str) -> int:
+    """Return the side in pixels of the pictures that a family is tested with."""
+    return SIDES.get(name, 16)
 
 
 def _qwen_vl() -> Any:

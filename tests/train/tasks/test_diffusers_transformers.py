@@ -19,7 +19,7 @@ from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import VISION, Conditioning, Tokens
 from tests import tiny, tiny_flow_bases, tiny_stock
 from tests.group_records import records as group_records
-from tests.tiny_flow_bases import NAMES, SIDE
+from tests.tiny_flow_bases import NAMES, side
 from tests.train.data.test_recorded import records, written
 from train.assemble import assemble
 from train.config import load_run
@@ -49,7 +49,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(home: Path, base: str, **more: Any) -> dict[str, Any]:
-    given = {"base": str(home / base), "vision": str(home / "vision"), "lora_rank": 2, "resolution": SIDE}
+    given = {"base": str(home / base), "vision": str(home / "vision"), "lora_rank": 2}
+    given |= {"resolution": side(base)}
     given |= {"drop_vision": 0.0, "validation_images": 2, "drawings": 1, "drawing_steps": 2}
     return {**given, **more}
 
@@ -85,7 +86,8 @@ def name_of(task: DiffusersTask) -> str:
 def test_drawing_equals_the_stock_pipeline(home: Path, task: DiffusersTask) -> None:
     """The same noise and sentence give the same picture: arguments, ids, packing, signs, times, text and decoding."""
     name = name_of(task)
-    noise = torch.randn(1, *task.codec.shape(SIDE), generator=tiny.generator(0))
+    pixels = side(name)
+    noise = torch.randn(1, *task.codec.shape(pixels), generator=tiny.generator(0))
     encoder = task.base.text_encoders(CPU)
     states = {key: Tokens(each.values, each.mask) for key, each in encoder.load().encode([PROMPT]).items()}
     nobody = Conditioning({VISION: Tokens(torch.zeros(1, 1, 24))}, {VISION: torch.zeros(1)})
@@ -98,9 +100,11 @@ def test_drawing_equals_the_stock_pipeline(home: Path, task: DiffusersTask) -> N
     pipe.set_progress_bar_config(disable=True)
     given = pack_latents(noise, 2).flatten(2).transpose(1, 2) if name in ("flux", "qwen") else noise
     more: dict[str, Any] = GUIDANCE_OFF.get(name, {})
+    if name in ("sd3", "sana"):  # these pipelines leave the times to the scheduler, whose last one is nearly 0
+        more = {**more, "sigmas": [1.0, 2 / 3, 1 / 3]}
     more = {**more, "use_resolution_binning": False} if name == "sana" else more
     theirs = pipe(
-        PROMPT, height=SIDE, width=SIDE, num_inference_steps=3, latents=given, output_type="pt", **more
+        prompt=PROMPT, height=pixels, width=pixels, num_inference_steps=3, latents=given, output_type="pt", **more
     ).images  # fmt: skip
     assert torch.allclose(ours, theirs, atol=2e-5), float((ours - theirs).abs().max())
 
@@ -115,7 +119,7 @@ def test_latents_are_normalised_so_that_decoding_undoes_it(home: Path, task: Dif
     raw = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
     wanted = (pipe.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
     assert torch.allclose(task.codec.decode(latents), wanted[:, :, 0] if video else wanted, atol=1e-5)
-    assert latents.shape[1:] == task.codec.shape(SIDE)
+    assert latents.shape[1:] == task.codec.shape(side(name_of(task)))
 
 
 def test_a_batch_is_overfitted_and_only_adapter_and_lora_change(task: DiffusersTask) -> None:
@@ -253,8 +257,8 @@ def opened(home: Path, encoder: Any, adapter: Any, lora: Path | None = None, **m
 
 
 def drawn(pipe: Any, **more: Any) -> Any:
-    call = {"num_inference_steps": 2, "height": SIDE, "width": SIDE, "output_type": "np", "guidance_scale": 1.0}
-    return pipe(PROMPT, reference=tiny.photo(1), generator=tiny.generator(0), **call, **more).images
+    call = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np", "guidance_scale": 1.0}
+    return pipe(prompt=PROMPT, reference=tiny.photo(1), generator=tiny.generator(0), **call, **more).images
 
 
 def test_validation_draws_and_compares_references(home: Path, tmp_path: Path) -> None:
