@@ -97,7 +97,7 @@ class AdapterSettings(BaseSettings):
     router: Weight = 0.3  # weight of the routers' loss, in images of several people
     people: People = "router"  # or one softmax for all people, the paper's form (section 3.6)
     # share of the images whose pose and expression come by a side path (train.tasks.shortcut); not in the paper
-    shortcut: Share = 0.0
+    shortcut: Share | None = None
     judge: Path | None = None  # folder of weights whose judge scores held-out people at every validation
 
     @model_validator(mode="after")

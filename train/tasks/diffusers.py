@@ -180,7 +180,7 @@ class DiffusersTask:
         """Compile the networks; of a transformer its repeated blocks, since the hooks around it do not compile."""
         for module in self.modules.values():
             if module is self.denoiser and isinstance(self.base, Transformer):
-                self.denoiser.compile_repeated_blocks(dynamic=False)
+                self.denoiser.compile_repeated_blocks()
             else:
                 module.compile()
 

@@ -92,7 +92,7 @@ def _features(cache: GalleryCache[Any], rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((angles, expression), 1), torch.ones(len(rows))
 
 
-def shortcut_without_training(share: float, trains: tuple[str, ...], starts_from_earlier: bool) -> list[str]:
+def shortcut_without_training(share: float | None, trains: tuple[str, ...], starts_from_earlier: bool) -> list[str]:
     """Return a warning if the side path neither trains nor can have been trained."""
     if not share or not trains or SHORTCUT in trains or starts_from_earlier:
         return []

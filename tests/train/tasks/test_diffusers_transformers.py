@@ -152,6 +152,19 @@ def test_batches_depend_on_image_numbers_alone(task: DiffusersTask) -> None:
     assert times.min() > 0 and times.max() < 1
 
 
+def test_compiling_means_the_repeated_blocks(home: Path) -> None:
+    some = built(home, "flux2")
+    batch = some.batch(0, 2)
+    with torch.no_grad():
+        wanted = some.loss(batch, 0).per_sample
+        some.compile()
+        with torch.compiler.set_stance("force_eager"):  # compiling itself takes minutes
+            assert torch.allclose(some.loss(batch, 0).per_sample, wanted, atol=1e-6)
+    assert some.denoiser._compiled_call_impl is None and some.vision._compiled_call_impl is not None
+    blocks = [*some.denoiser.transformer_blocks, *some.denoiser.single_transformer_blocks]
+    assert all(block._compiled_call_impl is not None for block in blocks)
+
+
 def test_gradient_checkpointing_and_several_people_change_no_gradient(home: Path) -> None:
     gradients = []
     for checkpointing in (False, True):
