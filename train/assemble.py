@@ -134,6 +134,8 @@ def _assemble_adapters(adapter_export: Path, output: Path, dtype: torch.dtype) -
             cast = {key: value.to(dtype) for key, value in tensors.items()}
             write_tensors(output / name / FILE_NAME, cast, {**facts, "encoder_fingerprint": fingerprint(encoder)})
             described = described or facts
+    if (adapter_export / "lora").is_dir():  # of a transformer, in the layout of diffusers
+        shutil.copytree(adapter_export / "lora", output / "lora")
     return described
 
 

@@ -13,10 +13,11 @@ from train.run import checkpoint
 
 WEIGHT_FOLDERS = {  # module -> its folder in the weights; other modules (heads for training) start from random weights
     "vae": "vae", "unet": "unet", "text_adapter": "text_adapter", "adapter": "adapter",
-    "image_encoder": "image_encoder", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2",
-    "text_encoder_3": "text_encoder_3",
+    "base_lora": "lora", "image_encoder": "image_encoder", "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2", "text_encoder_3": "text_encoder_3",
     "recogniser": "judge/recogniser", "reader": "judge/reader", "finder": "finder",
 }  # fmt: skip
+_PREFIXES = {"base_lora": "transformer."}  # module -> what the names of its tensors begin with in a file of diffusers
 
 
 def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
@@ -26,7 +27,8 @@ def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
     """
     present = find_weights(modules, weights)
     for name, file in present.items():
-        stored = {key: value.float() for key, value in checkpoint.read_tensors(file)[0].items()}
+        prefix = _PREFIXES.get(name, "")
+        stored = {key.removeprefix(prefix): value.float() for key, value in checkpoint.read_tensors(file)[0].items()}
         tensors = {f"{name}.{key}": value for key, value in _untied(modules[name], stored).items()}
         checkpoint.load_weights(modules, tensors, str(file))
     return list(present)

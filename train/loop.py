@@ -455,11 +455,14 @@ class StageRun:
                 f"stage {self.name}: compile: true needs a C++ compiler on a CPU. Install g++ or clang++ (or name "
                 "one in CXX), or leave compile out."
             )
-        for module in self.task.modules.values():  # frozen ones too: they may take most of a step
+        modules = self.task.modules.values()  # frozen ones too: they may take most of a step
+        for module in modules:
             if self.stage.channels_last:
                 module.to(memory_format=torch.channels_last)
-            if self.stage.compile:
-                module.compile()
+        if self.stage.compile:
+            own = getattr(self.task, "compile", None)  # of a task whose modules need more than `Module.compile`
+            for compile_one in [own] if own else [module.compile for module in modules]:
+                compile_one()
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -116,9 +116,10 @@ def _plan_stage(
 def _plan_step(stage: Stage, task: Task, trainings: dict[str, TrainingPlanner]) -> TrainingPlan | None:
     """Plan a step in one process, if the task has a blueprint. Precision `auto` counts as bf16, as on every card."""
     blueprint = getattr(task, "blueprint", None)
-    if blueprint is None:
+    base = None if blueprint is None else blueprint()
+    if base is None:
         return None
-    base, settings = blueprint(), stage.settings
+    settings = stage.settings
     workload = TrainingWorkload(settings["resolution"], stage.batch_size, tuple(stage.train))
     key = repr((base, workload))
     training = trainings[key] = trainings.get(key) or TrainingPlanner(base, workload)

@@ -61,11 +61,11 @@ class ImageBranch(Branch):
         """Return keys and gated values, each (batch, heads, length, head width), of a branch's tokens."""
         values = tokens.values.to(self.to_k.weight.dtype)
         key, value = self.to_k(values), self.gated(self.to_v(values))
-        return self.norm_k(self._heads(key)), self._heads(value)
+        return _normalised(self.norm_k, self._heads(key)), self._heads(value)
 
     def queries(self, _: Any, states: Tensor, __: Tensor | None = None) -> Tensor:
         """Return queries (batch, heads, positions, head width) of image tokens (batch, positions, width)."""
-        return cast(Tensor, self.norm_q(self._heads(self.to_q(states.to(self.to_q.weight.dtype)))))
+        return _normalised(self.norm_q, self._heads(self.to_q(states.to(self.to_q.weight.dtype))))
 
     def attend(
         self, attention: Any, states: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -83,6 +83,11 @@ class ImageBranch(Branch):
 
     def _heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _normalised(norm: nn.RMSNorm, states: Tensor) -> Tensor:
+    """Normalise in the precision of the weights, which under autocast is not that of the projected states."""
+    return cast(Tensor, norm(states.to(norm.weight.dtype)))
 
 
 class SiteHook:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class DiffusersBase:
             with quiet_libraries():
                 return UNet2DConditionModel.from_config(self.config("unet")).to(dtype)
         folder = self.folder / "unet"
-        return load_model(folder, "diffusers", "UNet2DConditionModel", dtype, variant=_variant(folder))
+        return load_model(folder, "diffusers", "UNet2DConditionModel", dtype, variant=variant_of(folder))
 
     @cached_property
     def schedule(self) -> Any:
@@ -94,24 +94,39 @@ def open_base(name: str, shapes_only: bool = False) -> DiffusersBase:
 
     Raises ConfigError, saying what is missing, if there is no base that can be trained on.
     """
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or not is_hub_id(name):
-            raise ConfigError(
-                f"There is no folder {name} with a base to train on. Download a base to it with the "
-                "`hf download` command of docs/training.md, which fetches only the files that training needs, or set "
-                "`base` to a folder with a Stable Diffusion 1.5 or XL pipeline."
-            )
-        folder = _fetched(name, shapes_only)
+    folder = base_folder(name, shapes_only)
+    index = read_pipeline(folder)
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         assert index["unet"][1] == "UNet2DConditionModel" and index["text_encoder"][0]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AssertionError) as error:
+    except (KeyError, IndexError, TypeError, AssertionError) as error:
         raise ConfigError(
             f"{folder} holds no Stable Diffusion 1.5 or XL pipeline in diffusers' layout ({INDEX} with a unet and a "
             "text_encoder). Set `base` to a folder that holds one."
         ) from error
     return DiffusersBase(folder, index)
+
+
+def base_folder(name: str, shapes_only: bool) -> Path:
+    """Return the folder of a base; a hub repository is downloaded. Raises ConfigError if there is none."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not is_hub_id(name):
+        raise ConfigError(
+            f"There is no folder {name} with a base to train on. Download a base to it with the "
+            "`hf download` command of docs/training.md, which fetches only the files that training needs, or set "
+            "`base` to a folder with a Stable Diffusion 1.5 or XL pipeline."
+        )
+    return _fetched(name, shapes_only)
+
+
+def read_pipeline(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's model_index.json; empty if it cannot be read."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return index if isinstance(index, dict) else {}
 
 
 def _fetched(name: str, shapes_only: bool) -> Path:
@@ -125,40 +140,81 @@ def _fetched(name: str, shapes_only: bool) -> Path:
         return Path(DiffusionPipeline.download(name, use_safetensors=True))
 
 
-class BaseCodec:
-    """The base's autoencoder between pictures and latents. It is loaded on first use and released by `free`."""
+class BaseFiles(Protocol):
+    """The folder of a base, and the configurations of its components."""
 
-    def __init__(self, base: DiffusersBase, device: torch.device) -> None:
+    @property
+    def folder(self) -> Path: ...
+
+    def config(self, part: str) -> dict[str, Any]:
+        """Return the content of a part's config.json."""
+        ...
+
+
+class BaseCodec:
+    """The base's autoencoder between pictures and latents. It is loaded on first use and released by `free`.
+
+    patch: how many cells in each direction the denoiser joins to one token, which the sides must divide into.
+    """
+
+    autoencoder = "AutoencoderKL"
+
+    def __init__(self, base: BaseFiles, device: torch.device, patch: int = 1) -> None:
         self.folder, self.device, self.config = base.folder / "vae", device, base.config("vae")
+        self.patch = patch
         self._vae: Any = None
 
     @property
     def mark(self) -> str:
-        return _fingerprint(self.folder)
+        return fingerprint_of(self.folder)
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels per cell, in each direction."""
+        return int(2 ** (len(self.config["block_out_channels"]) - 1))
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the latents."""
+        return int(self.config["latent_channels"])
+
+    @property
+    def scale(self) -> float:
+        """The factor that normalises the latents."""
+        return float(self.config["scaling_factor"])
 
     def shape(self, side: int) -> tuple[int, int, int]:
-        cells, left = divmod(side, 2 ** (len(self.config["block_out_channels"]) - 1))
-        if left:
+        cells, left = divmod(side, self.pixels)
+        if left or cells % self.patch:
             raise ConfigError(
                 f"resolution: the autoencoder in {self.folder} cannot divide {side} pixels evenly; choose another, for "
                 "example a multiple of 64."
             )
-        return int(self.config["latent_channels"]), cells, cells
+        return self.channels, cells, cells
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         # float32, because SDXL's autoencoder overflows in half precision; mode(), because the latents are cached.
         with torch.autocast(self.device.type, enabled=False):
-            found = self._loaded().encode(images.to(self.device)).latent_dist.mode()
-        return (found - self._shift) * float(self.config["scaling_factor"])
+            return self.to_latents(self._loaded(), images.to(self.device))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            latents = latents.to(self.device).float() / float(self.config["scaling_factor"]) + self._shift
+            latents = latents.to(self.device).float()
             # one picture at a time, to save memory
-            drawn = torch.cat([self._loaded().decode(one).sample for one in latents.split(1)])
+            drawn = torch.cat([self.to_pictures(self._loaded(), one) for one in latents.split(1)])
         return (drawn / 2 + 0.5).clamp(0, 1)
+
+    def to_latents(self, vae: Any, images: Tensor) -> Tensor:
+        """Return the normalised latents of pictures, -1 to 1."""
+        found: Tensor = vae.encode(images).latent_dist.mode()
+        return (found - self._shift) * self.scale
+
+    def to_pictures(self, vae: Any, latents: Tensor) -> Tensor:
+        """Return the pictures, -1 to 1, of normalised latents."""
+        decoded: Tensor = vae.decode(latents / self.scale + self._shift).sample
+        return decoded
 
     def free(self) -> None:
         """Release the network."""
@@ -171,7 +227,7 @@ class BaseCodec:
     def _loaded(self) -> Any:
         if self._vae is None:
             loaded = load_model(
-                self.folder, "diffusers", "AutoencoderKL", torch.float32, variant=_variant(self.folder)
+                self.folder, "diffusers", self.autoencoder, torch.float32, variant=variant_of(self.folder)
             )  # fmt: skip
             self._vae = loaded.to(self.device).requires_grad_(False)
         return self._vae
@@ -189,6 +245,7 @@ class LoadedEncoder:
 class BaseTextEncoders:
     """The base's text encoders: states for cross-attention ("clip"), in SDXL also a vector ("pooled")."""
 
+    precision: ClassVar[torch.dtype] = torch.float16  # of the cached states
     base: DiffusersBase
     device: torch.device
 
@@ -205,7 +262,7 @@ class BaseTextEncoders:
     def mark(self) -> str:
         """A fingerprint of everything that the tokens depend on besides their sentence."""
         parts = ("text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if self.base.xl else ()))
-        return _fingerprint(*(self.base.folder / name for name in parts)) + (
+        return fingerprint_of(*(self.base.folder / name for name in parts)) + (
             "-zeros" if self.base.empty_is_zeros else ""
         )
 
@@ -221,7 +278,7 @@ class BaseTextEncoders:
         with quiet_libraries():
             pipe = kind.from_pretrained(
                 folder, unet=None, vae=None, feature_extractor=None, image_encoder=None, use_safetensors=True,
-                local_files_only=True, variant=_variant(folder / "text_encoder"), **more,
+                local_files_only=True, variant=variant_of(folder / "text_encoder"), **more,
             )  # fmt: skip
         pipe.to(self.device)
 
@@ -249,6 +306,7 @@ class BaseTextEncoders:
 class T5TextEncoder:
     """T5 ("t5") or ByT5 ("byt5") from a folder with model and tokenizer, encoding texts as the pipeline does."""
 
+    precision: ClassVar[torch.dtype] = torch.float16  # of the cached states
     name: str
     folder: Path
     tokens: int  # largest number of tokens per sentence
@@ -264,7 +322,7 @@ class T5TextEncoder:
 
     @property
     def mark(self) -> str:
-        return f"{_fingerprint(self.folder)}-{self.tokens}"
+        return f"{fingerprint_of(self.folder)}-{self.tokens}"
 
     def load(self) -> LoadedEncoder:
         from transformers import AutoTokenizer
@@ -339,13 +397,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _variant(folder: Path) -> str | None:
+def variant_of(folder: Path) -> str | None:
     """Return "fp16" for a folder with weights in half precision only, otherwise None."""
     names = [file.name for file in folder.glob("*.safetensors")]
     return "fp16" if names and all(".fp16" in name for name in names) else None
 
 
-def _fingerprint(*folders: Path) -> str:
+def fingerprint_of(*folders: Path) -> str:
     """Return twelve hexadecimal digits that identify these components: weights, configuration and vocabulary.
 
     Weights are hashed at samples only. Of a config.json, the values of the network are hashed, without those about the

@@ -38,6 +38,11 @@ class FrozenTextEncoder(Protocol):
         """A fingerprint of everything that the tokens depend on besides their sentence."""
         ...
 
+    @property
+    def precision(self) -> torch.dtype:
+        """The half precision in which its states are cached: bfloat16 where they may exceed the range of float16."""
+        ...
+
     def load(self) -> LoadedEncoder:
         """Load the encoders."""
         ...
@@ -52,7 +57,9 @@ class TextStates:
         count = 1 + len(gallery) * len(STYLES)
         self.cache = [
             {
-                name: TokenCache(folder / f"{name}-{text_encoder.mark}-{gallery.mark}", count, *shape)
+                name: TokenCache(
+                    folder / f"{name}-{text_encoder.mark}-{gallery.mark}", count, *shape, text_encoder.precision
+                )
                 for name, shape in text_encoder.shapes.items()
             }
             for text_encoder in text_encoders

@@ -39,13 +39,17 @@ def choose(offered: Mapping[str, Sequence[nn.Parameter]], rates: Mapping[str, fl
 
 
 def named(modules: Mapping[str, nn.Module], chosen: Parts) -> dict[str, nn.Parameter]:
-    """Return the chosen parameters by path (module name first), in the modules' order."""
+    """Return the chosen parameters by path (module name first), in the modules' order.
+
+    A parameter that several modules hold, as LoRA inside a denoiser, belongs to the last of them.
+    """
+    owner = _owners(modules)
     wanted = {id(parameter) for parameters in chosen.values() for parameter in parameters}
     found = {
         f"{module}.{path}": parameter
         for module, network in modules.items()
         for path, parameter in network.named_parameters()
-        if id(parameter) in wanted
+        if id(parameter) in wanted and owner[id(parameter)] == module
     }
     assert len({id(parameter) for parameter in found.values()}) == len(wanted), "a part holds parameters of no module"
     return found
@@ -64,7 +68,17 @@ def freeze_all_but(modules: Mapping[str, nn.Module], chosen: Parts) -> list[str]
     for parameters in chosen.values():
         for parameter in parameters:
             parameter.requires_grad_(True)
-    return [name for name, network in modules.items() if any(p.requires_grad for p in network.parameters())]
+    owner = _owners(modules)
+    return [
+        name
+        for name, network in modules.items()
+        if any(p.requires_grad and owner[id(p)] == name for p in network.parameters())
+    ]
+
+
+def _owners(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """Return the name of the module that each parameter belongs to, by the parameter's id."""
+    return {id(parameter): name for name, network in modules.items() for parameter in network.parameters()}
 
 
 def train_mode(modules: Mapping[str, nn.Module], training: Sequence[str]) -> None:

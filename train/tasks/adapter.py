@@ -62,6 +62,7 @@ from train.tasks.identity_losses import alignment_losses, outside_share, preview
 from train.tasks.likeness_loss import LikenessNetwork
 from train.tasks.people_loss import router_iou, router_loss
 from train.tasks.recogniser import TEACHER
+from train.tasks.shortcut import SHORTCUT, Shortcut, ShortcutBatch, shortcut_batch, shortcut_without_training
 
 PORTRAITS = "train"  # the gallery whose people are shown together in pictures of several people
 Record = dict[str, list[Tensor]]
@@ -95,6 +96,8 @@ class AdapterSettings(BaseSettings):
     group_block: Annotated[int, Field(ge=1)] = 64  # consecutive images with equally many people: the batch size
     router: Weight = 0.3  # weight of the routers' loss, in images of several people
     people: People = "router"  # or one softmax for all people, the paper's form (section 3.6)
+    # share of the images whose pose and expression come by a side path (train.tasks.shortcut); not in the paper
+    shortcut: Share | None = None
     judge: Path | None = None  # folder of weights whose judge scores held-out people at every validation
 
     @model_validator(mode="after")
@@ -117,6 +120,7 @@ class AdapterBatch(BaseBatch):
     masks: Tensor  # (B, P, H/8, W/8) where each of several people is seen, 0 to 1; (B, 0) for pictures of one person
     boxes: Tensor | None = None  # (B, 4) the targets' face boxes in pixels, for the preview loss
     target_crops: Tensor | None = None  # (B, 3, S, S) the targets' face crops
+    shortcut: ShortcutBatch | None = None  # what the side path is told
 
     @property
     def people(self) -> int:
@@ -128,7 +132,7 @@ class AdapterTask(BaseTask):
     """Train a vision branch that adds a person's identity to the pictures of a trained base."""
 
     Settings: ClassVar[type[BaseModel]] = AdapterSettings
-    PARTS: ClassVar[tuple[str, ...]] = (*IDENTITY_PARTS, *BaseTask.PARTS)
+    PARTS: ClassVar[tuple[str, ...]] = (*IDENTITY_PARTS, SHORTCUT, *BaseTask.PARTS)
     settings: AdapterSettings
 
     def __init__(self, settings: AdapterSettings, context: TaskContext) -> None:
@@ -149,6 +153,9 @@ class AdapterTask(BaseTask):
         self.teacher = self._teacher()
         self.evaluation: HeldOutEvaluation | None = None
         self.blocks = GroupBlocks(settings.groups, settings.group_block)
+        self.shortcut = Shortcut(self.unet) if settings.shortcut else None
+        if self.shortcut is not None:
+            self.modules[SHORTCUT] = self.shortcut
 
     def _likeness_network(self) -> LikenessNetwork | None:
         """Return the network of the likeness loss, which a stage `likeness` has trained; None without that loss."""
@@ -175,7 +182,8 @@ class AdapterTask(BaseTask):
         return teacher
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        return {"vision_encoder": parameters(self.vision), **self.adapter.parts(), **super().parts()}
+        shortcut = {} if self.shortcut is None else {SHORTCUT: parameters(self.shortcut)}
+        return {"vision_encoder": parameters(self.vision), **self.adapter.parts(), **shortcut, **super().parts()}
 
     def check(self) -> list[str]:
         judge = self.settings.judge
@@ -185,7 +193,9 @@ class AdapterTask(BaseTask):
             )
         for name in self.settings.groups:
             data_settings(self.context.data).group_gallery(name)
-        return [*super().check(), *images_without_effect(self.context, self.settings.drop_vision)]
+        context, settings = self.context, self.settings
+        untrained = shortcut_without_training(settings.shortcut, tuple(context.trains), bool(context.earlier))
+        return [*super().check(), *images_without_effect(context, settings.drop_vision), *untrained]
 
     def prepare(self) -> None:
         super().prepare()
@@ -225,6 +235,9 @@ class AdapterTask(BaseTask):
             torch.zeros(size, 0),
             *self._faces_of_targets(drawn),
             truth=targets.truth,
+            shortcut=shortcut_batch(self.gallery_caches, drawn, self.settings.shortcut, seed, images_seen)
+            if self.settings.shortcut
+            else None,
         )
 
     def _faces_of_targets(self, drawn: DrawnPairs) -> tuple[Tensor | None, Tensor | None]:
@@ -274,6 +287,8 @@ class AdapterTask(BaseTask):
         present = torch.ones(len(noisy), batch.people, dtype=torch.bool, device=noisy.device)
         groups = {VISION: present} if batch.people > 1 else {}
         identity = Conditioning({VISION: vision}, {VISION: batch.strength}, groups=groups, record=record, watch=watch)
+        if self.shortcut is not None:
+            identity = self.shortcut.added(identity, batch.shortcut)
         return self.predict(noisy, t, batch.sentences, identity)
 
     def cosines(self, batch: AdapterBatch, prediction: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Train the identity adapter on a public base: a frozen Stable Diffusion 1.5 or XL with our adapters attached.
+"""Train the identity adapter on a public base: a frozen U-Net or diffusion transformer with our adapter attached.
 
 It trains on real singles, pairs and pictures of several people, like the portrait world's adapter
-(`train.tasks.adapter`). The base determines the rest: the prediction type of its scheduler's config, its noise schedule
-and the states of its text encoders. SDXL is also conditioned on picture sizes. T5 and ByT5 are no inputs of such a
-base, so they are branches of a second adapter whose output starts at zero.
+(`train.tasks.adapter`). The base determines the rest (`train.bases`): what it predicts, how its latents are noised and
+normalised, and the states of its text encoders. On Stable Diffusion 1.5 and XL, T5 and ByT5 may be branches of a second
+adapter whose output starts at zero.
 
 Latents, face crops and text states come from the cache. Autoencoder and text encoders are freed before the first step.
 """
@@ -21,27 +21,34 @@ from torch import Tensor, nn
 
 from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
 from imagine.errors import ConfigError
-from imagine.ip_adapter.reading import import_adapter, read_ip_adapter
 from imagine.networks.weights import fingerprint, remove_local_paths
 from imagine.blueprints.blueprint import AdapterShape, Blueprint, Component
 from imagine.records import VISION, Conditioning, Tokens, join
+from train.bases.base_lora import NAME as BASE_LORA
+from train.bases.base_lora import BaseLora
+from train.bases.contract import TransformerSettings
+from train.bases.opening import open_public_base
+from train.bases.stable_diffusion import READERS
+from train.bases.transformer import Transformer
 from train.cache.latents import squared_error
 from train.cache.pictures import AnyGallery, AnyPictures
 from train.data.denoiser_inputs import GalleryCache, cache_gallery, references
 from train.data.language import parameters
 from train.data.order import chance, normals, to_device, uniforms
 from train.data.portraits import check_sources, data_settings, gallery_folder, pictures_of
-from train.data.public_base import BaseCodec, BaseTextEncoders, T5TextEncoder, load_vision, open_base, time_ids
+from train.data.public_base import T5TextEncoder, load_vision, time_ids
 from train.data.sources import DrawnPairs, Mixture, in_order
-from train.data.text_states import TextStates
+from train.data.text_states import FrozenTextEncoder, TextStates
 from train.run.grids import save_grid
 from train.task import Loss, Share, TaskContext, Weight
 from train.tasks.base import VALIDATION_SEED, Gamma, check_lora, images_without_effect
+from train.tasks.diffusers_identity import check_for_transformer, identity_adapter
 from train.tasks.diffusers_inputs import DiffusersBatch, GroupInputs, side_by_side
 from train.tasks.groups import GroupBlocks, People, check_group_settings
 from train.tasks.people_loss import router_iou, router_loss
 
 Record = dict[str, list[Tensor]]
+LORA_FOLDER = "lora"  # in an export
 _TOKENS = {"t5": 256, "byt5": 128}  # highest number of tokens per caption
 
 
@@ -50,6 +57,7 @@ class DiffusersSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     base: str  # folder of a pipeline in diffusers' layout, or a hub id
+    transformer: TransformerSettings | None = None  # settings of a base with a diffusion transformer
     # folder of a VisionEncoder or a CLIPVisionModelWithProjection; None: the base's image_encoder
     vision: Path | None = None
     t5: Path | None = None  # folder of a T5 encoder with its tokenizer; None: no T5 branch
@@ -115,24 +123,27 @@ class DiffusersTask:
 
     Settings: ClassVar[type[BaseModel]] = DiffusersSettings
     PARTS: ClassVar[tuple[str, ...]] = (
-        "vision_encoder", "vision_branch", "vision_router", "vision_projection", "lora", "t5_branch", "byt5_branch",
+        "vision_encoder", "vision_branch", "vision_router", "vision_projection", "lora", BASE_LORA, "t5_branch",
+        "byt5_branch",
     )  # fmt: skip
 
     def __init__(self, settings: DiffusersSettings, context: TaskContext) -> None:
         self.settings, self.context = settings, context
-        self.base = open_base(settings.base, shapes_only=context.device.type == "meta")
-        self.schedule = self.base.schedule
+        self.base = open_public_base(settings.base, settings.transformer, context.device.type == "meta")
+        if isinstance(self.base, Transformer):
+            check_for_transformer(settings, self.base.kind)
         dtype = torch.bfloat16 if settings.base_precision == "bf16" else torch.float32
-        self.unet = self.base.denoiser(context.device, dtype)
+        self.denoiser = self.base.denoiser(context.device, dtype)
         if settings.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.denoiser.enable_gradient_checkpointing()
         self.vision = load_vision(settings.vision or self.base.folder / "image_encoder", context.device)
         self.vision.tower.set_grad_checkpointing(settings.gradient_checkpointing)
-        self.adapter = self._identity()
-        self.adapter.attach(self.unet)
+        self.adapter = identity_adapter(settings, self.base, self.denoiser, int(self.vision.config.width))
+        self.adapter.attach(self.denoiser)
         self.modules: dict[str, nn.Module] = {
-            "unet": self.unet, "image_encoder": self.vision, "adapter": self.adapter,
+            self.base.denoiser_name: self.denoiser, "image_encoder": self.vision, "adapter": self.adapter,
         }  # fmt: skip
+        self.base_lora = self._base_lora()
         self.text_encoders = self._text_encoders()
         self.blocks = GroupBlocks(settings.groups, settings.group_block)
         self.text_adapter: Adapter | None = None
@@ -142,63 +153,46 @@ class DiffusersTask:
                 for text_encoder in self.text_encoders
                 if isinstance(text_encoder, T5TextEncoder)
             ]
-            self.text_adapter = self.modules["text_adapter"] = Adapter(self.unet, specs)
-            self.text_adapter.attach(self.unet)
+            self.text_adapter = self.modules["text_adapter"] = Adapter(self.denoiser, specs)
+            self.text_adapter.attach(self.denoiser)
 
-    def _identity(self) -> Adapter:
-        """Build the vision branch with its projection and LoRA; an IP-Adapter file gives its initial weights.
+    def _base_lora(self) -> BaseLora | None:
+        """Put LoRA on a transformer's layers; a U-Net's LoRA belongs to the adapter."""
+        if not isinstance(self.base, Transformer) or not self.settings.lora_rank:
+            return None
+        lora = BaseLora(self.denoiser, self.settings.lora_rank, self.base.flow.lora)
+        self.modules[BASE_LORA] = lora
+        return lora
 
-        Raises ConfigError if the file does not take the vision encoder's tokens.
-        """
-        settings, width = self.settings, int(self.unet.config.cross_attention_dim)
-        vision_width = int(self.vision.config.width)
-        router = bool(settings.groups) and settings.people == "router"
-        people: Literal["separate", "concatenate"] = "separate"
-        if settings.groups and settings.people == "concatenate":
-            people = "concatenate"
-        spec = BranchSpec(
-            VISION, width, 1.0, settings.zero_init is not False, settings.projection or "full", vision_width,
-            router=router, people=people,
-        )  # fmt: skip
-        initial_tensors: dict[str, Tensor] = {}
-        if settings.ip_adapter is not None:
-            imported = import_adapter(read_ip_adapter(settings.ip_adapter), self.unet)[0]
-            (given,) = imported.branch_specs
-            if given.projection == "linear" or given.input_width != vision_width:
-                raise ConfigError(
-                    f"{settings.ip_adapter} takes {'embeddings' if given.projection == 'linear' else 'tokens'} of "
-                    f"width {given.input_width}, but the vision encoder returns tokens of width {vision_width}: take a "
-                    "Plus or Full file, and the image_encoder that belongs to it."
-                )
-            # Training here switches the branch off in images without a reference, so pictures must do the same.
-            spec = replace(given, absent="off", router=router, people=people)
-            initial_tensors = imported.state_dict()
-        adapter = Adapter(self.unet, [spec], settings.lora_rank, settings.lora_targets)
-        if initial_tensors and self.context.device.type != "meta":
-            adapter.load_state_dict({**adapter.state_dict(), **initial_tensors})
-        return adapter
-
-    def _text_encoders(self) -> "list[BaseTextEncoders | T5TextEncoder]":
+    def _text_encoders(self) -> list[FrozenTextEncoder]:
         given = {"t5": self.settings.t5, "byt5": self.settings.byt5}
         device = self.context.device
         further = [T5TextEncoder(name, path, _TOKENS[name], device) for name, path in given.items() if path is not None]
-        return [BaseTextEncoders(self.base, device), *further]
+        return [self.base.text_encoders(device), *further]
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         text = {} if self.text_adapter is None else self.text_adapter.parts()
+        lora = {} if self.base_lora is None else {BASE_LORA: parameters(self.base_lora)}
         absent: dict[str, list[nn.Parameter]] = {name: [] for name in self.PARTS}
-        return {**absent, "vision_encoder": parameters(self.vision), **self.adapter.parts(), **text}
+        return {**absent, "vision_encoder": parameters(self.vision), **self.adapter.parts(), **lora, **text}
 
-    def blueprint(self) -> Blueprint:
-        """Return the networks that a step computes, for planning its memory and operations."""
-        networks = {
-            "unet": ("UNet2DConditionModel", self.base.config("unet")),
-            "vae": ("AutoencoderKL", self.base.config("vae")),
-            "vision_encoder": ("VisionEncoder", dict(self.vision.config)),
-        }
+    def compile(self) -> None:
+        """Compile the networks; of a transformer its repeated blocks, since the hooks around it do not compile."""
+        for module in self.modules.values():
+            if module is self.denoiser and isinstance(self.base, Transformer):
+                self.denoiser.compile_repeated_blocks()
+            else:
+                module.compile()
+
+    def blueprint(self) -> Blueprint | None:
+        """Return the networks that a step computes, for planning its memory and operations; None if not known."""
+        networks = self.base.networks()
+        if networks is None:
+            return None
+        networks["vision_encoder"] = Component("VisionEncoder", dict(self.vision.config))
         identity = AdapterShape(self.adapter.branch_specs, self.settings.lora_rank, self.settings.lora_targets)
         text = {} if self.text_adapter is None else {"text_adapter": AdapterShape(self.text_adapter.branch_specs)}
-        components = {name: Component(kind, _plain(config)) for name, (kind, config) in networks.items()}
+        components = {name: Component(each.kind, _plain(each.config)) for name, each in networks.items()}
         return Blueprint(self.base.kind, components, {**text, "adapter": identity})
 
     # --- caches -----------------------------------------------------------------------------------------------------
@@ -207,7 +201,7 @@ class DiffusersTask:
         check_sources(self.context.data, self.settings.sources)
         if self.settings.held_out is not None:
             check_sources(self.context.data, {self.settings.held_out: 1.0})
-        BaseCodec(self.base, self.context.device).shape(self.settings.resolution)
+        self.base.codec(self.context.device).shape(self.settings.resolution)
         for name in self.settings.groups:
             data_settings(self.context.data).group_records(name)
         warnings = images_without_effect(self.context, self.settings.drop_vision)
@@ -229,7 +223,7 @@ class DiffusersTask:
         pictures = {name: pictures_of(self.context.data, name, side) for name in names}
         galleries = {name: some.gallery for name, some in pictures.items()}
         self._build_mixtures(galleries)
-        self.codec = BaseCodec(self.base, self.context.device)
+        self.codec = self.base.codec(self.context.device)
         self.gallery_caches = {name: self._cache_gallery(some, name) for name, some in pictures.items()}
         # Built again, because a record that became unreadable while it was cached must not be drawn.
         self._build_mixtures(galleries)
@@ -275,16 +269,17 @@ class DiffusersTask:
         seed, settings = self.context.seed, self.settings
         without_text = chance(seed, "drop", images_seen, size, settings.drop_text)
         shares = {"clip": settings.drop_clip, "t5": settings.drop_t5, "byt5": settings.drop_byt5}
-        return {
+        dropped = {
             name: without_text | chance(seed, f"drop {name}", images_seen, size, rate) for name, rate in shares.items()
         }
+        return {**dropped, "pooled": dropped["clip"], "text": dropped["clip"]}
 
     def _batch(self, drawn: DrawnPairs, first: int, dropped: Mapping[str, Tensor], strength: Tensor) -> DiffusersBatch:
         """Return the batch of the drawn pairs; `dropped` holds for each text branch the images whose caption it drops.
 
         `first` is the number of the batch's first image. `strength` (B,) is 0 where the reference is dropped.
         """
-        dropped, side = {**dropped, "pooled": dropped["clip"]}, self.settings.resolution
+        side = self.settings.resolution
         positions, latents, sizes, faces, states = [], [], [], [], []
         for name, here in drawn.by_gallery().items():
             gallery_cache, rows = self.gallery_caches[name], drawn.targets[here]
@@ -311,27 +306,19 @@ class DiffusersTask:
     # --- predictions and losses -------------------------------------------------------------------------------------
 
     def predict(
-        self, noisy: Tensor, steps: Tensor, batch: DiffusersBatch, vision: Tokens, strength: Tensor | None = None,
-        record: Record | None = None,
+        self, noisy: Tensor, times: Tensor, batch: DiffusersBatch, vision: Tokens, strength: Tensor | None = None,
+        record: Record | None = None, guidance: float | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return the denoiser's prediction for noisy latents (B, C, h, w) at steps (B,) of its schedule.
+        """Return the denoiser's prediction for noisy latents (B, C, h, w) at times (B,) in the base's unit.
 
         `strength` (B,) scales the vision branch; None: the batch's own. With `record`, it collects the decisions of the
-        routers (`Conditioning.record`).
+        routers (`Conditioning.record`). `guidance` is for bases with an embedding for it.
         """
-        dtype = self.unet.dtype
-        added = None
-        if self.base.xl:
-            added = {"text_embeds": batch.states["pooled"].values[:, 0].to(dtype), "time_ids": batch.sizes}
-        further = {name: tokens for name, tokens in batch.states.items() if name in _TOKENS}
+        further = {name: tokens for name, tokens in batch.states.items() if name in READERS}
         scales = {VISION: batch.strength if strength is None else strength}
         groups = {} if batch.people is None else {VISION: batch.people.present}
         conditioning = Conditioning({**further, VISION: vision}, scales, groups=groups, record=record)
-        prediction: Tensor = self.unet(
-            noisy.to(dtype), steps, encoder_hidden_states=batch.states["clip"].values.to(dtype),
-            added_cond_kwargs=added, cross_attention_kwargs={"conditioning": conditioning},
-        ).sample  # fmt: skip
-        return prediction
+        return self.base.predict(self.denoiser, noisy, times, batch.states, batch.sizes, conditioning, guidance)
 
     def vision_tokens(self, batch: DiffusersBatch) -> Tokens:
         """Return the vision tokens of a batch's face crops: those of all people of a picture, in order.
@@ -346,48 +333,35 @@ class DiffusersTask:
         return Tokens(values.flatten(1, 2), mask)
 
     def noise(self, latents: Tensor, seed: int, images_seen: int) -> tuple[Tensor, Tensor]:
-        """Return noise of the latents' shape, and steps of the schedule (B,); both depend on image numbers alone."""
-        count, device = len(latents), latents.device
-        noise = normals(seed, "noise", images_seen, count, latents.shape[1:], device)
-        share = uniforms(seed, "times", images_seen, count, device=device)
-        return noise, (share * self.schedule.config.num_train_timesteps).long()
+        """Return noise of the latents' shape, and times (B,); both depend on image numbers alone."""
+        noise = normals(seed, "noise", images_seen, len(latents), latents.shape[1:], latents.device)
+        return noise, self.base.times(seed, images_seen, latents)
 
     def errors(
-        self, batch: DiffusersBatch, vision: Tokens, noise: Tensor, steps: Tensor, record: Record | None = None
+        self, batch: DiffusersBatch, vision: Tokens, noise: Tensor, times: Tensor, record: Record | None = None
     ) -> Tensor:
         """Return the squared error (B,) of the base's prediction, with faces weighted by face_weight."""
-        noisy = self.schedule.add_noise(batch.latents, noise, steps)
-        target = self.schedule.get_velocity(batch.latents, noise, steps) if self._predicts_velocity else noise
-        prediction = self.predict(noisy, steps, batch, vision, record=record)
-        return squared_error(prediction, target, 1 + (self.settings.face_weight - 1) * batch.faces)
+        noised = self.base.noised(batch.latents, noise, times)
+        prediction = self.predict(noised.noisy, times, batch, vision, record=record)
+        return squared_error(prediction, noised.target, 1 + (self.settings.face_weight - 1) * batch.faces)
 
-    @property
-    def _predicts_velocity(self) -> bool:
-        return bool(self.schedule.config.prediction_type == "v_prediction")
-
-    def loss_weights(self, steps: Tensor) -> Tensor:
-        """Return the loss weights (B,) of these steps: min-SNR, for the base's prediction type."""
-        from diffusers.training_utils import compute_snr
-
-        if self.settings.min_snr_gamma is None:
-            return torch.ones_like(steps, dtype=torch.float32)
-        snr = compute_snr(self.schedule, steps)
-        least = snr.clamp(max=self.settings.min_snr_gamma)
-        return least / (snr + 1) if self._predicts_velocity else (self.settings.min_snr_gamma / snr).clamp(max=1)
+    def loss_weights(self, times: Tensor) -> Tensor:
+        """Return the loss weights (B,) of these times."""
+        return self.base.loss_weights(times, self.settings.min_snr_gamma)
 
     def loss(self, batch: DiffusersBatch, images_seen: int) -> Loss:
-        if self.unet.dtype != torch.float32 and not torch.is_autocast_enabled(batch.latents.device.type):
+        if self.denoiser.dtype != torch.float32 and not torch.is_autocast_enabled(batch.latents.device.type):
             raise ConfigError(
                 f"Stage {self.context.name} has base_precision bf16, but computes in fp32: set its precision to bf16."
             )
-        noise, steps = self.noise(batch.latents, self.context.seed, images_seen)
+        noise, times = self.noise(batch.latents, self.context.seed, images_seen)
         if batch.people is None:
-            errors = self.errors(batch, self.vision_tokens(batch), noise, steps)
-            return Loss(errors * self.loss_weights(steps), {"error": errors.mean()})
+            errors = self.errors(batch, self.vision_tokens(batch), noise, times)
+            return Loss(errors * self.loss_weights(times), {"error": errors.mean()})
         record: Record = {}
-        errors = self.errors(batch, self.vision_tokens(batch), noise, steps, record)
+        errors = self.errors(batch, self.vision_tokens(batch), noise, times, record)
         routed = router_loss(record, batch.people.masks, batch.people.known)
-        weighted = errors * self.loss_weights(steps) + self.settings.router * routed
+        weighted = errors * self.loss_weights(times) + self.settings.router * routed
         return Loss(weighted, {"error of groups": errors.mean(), "router": routed})
 
     # --- picture grids, validation and export -----------------------------------------------------------------------
@@ -412,11 +386,11 @@ class DiffusersTask:
         for numbers in torch.arange(count).tensor_split(-(-count // 4)):
             first = int(numbers[0])
             batch = self._validation_batch(first, len(numbers))
-            noise, steps = self.noise(batch.latents, VALIDATION_SEED, first)
+            noise, times = self.noise(batch.latents, VALIDATION_SEED, first)
             vision = self.vision_tokens(batch)
-            here = slice(first, first + len(steps))
-            right[here] = self.errors(batch, vision, noise, steps).cpu()
-            wrong[here] = self.errors(batch, Tokens(vision.values.roll(1, 0)), noise, steps).cpu()
+            here = slice(first, first + len(times))
+            right[here] = self.errors(batch, vision, noise, times).cpu()
+            wrong[here] = self.errors(batch, Tokens(vision.values.roll(1, 0)), noise, times).cpu()
         if self.settings.drawings:
             self._draw(self._validation_batch(0, min(self.settings.drawings, count)), folder / "pictures.png")
         mean, other = float(right.mean()), float(wrong.mean())
@@ -434,11 +408,11 @@ class DiffusersTask:
         for numbers in torch.arange(count).split(4):
             batch = self._validation_group(name, int(numbers[0]), len(numbers))
             assert batch.people is not None, "a group shows several people"
-            noise, steps = self.noise(batch.latents, VALIDATION_SEED, int(numbers[0]))
+            noise, times = self.noise(batch.latents, VALIDATION_SEED, int(numbers[0]))
             record: Record = {}
-            right[numbers] = self.errors(batch, self.vision_tokens(batch), noise, steps, record).cpu()
+            right[numbers] = self.errors(batch, self.vision_tokens(batch), noise, times, record).cpu()
             exchanged = self.vision_tokens(replace(batch, crops=batch.crops.roll(1, 1)))
-            wrong[numbers] = self.errors(batch, exchanged, noise, steps).cpu()
+            wrong[numbers] = self.errors(batch, exchanged, noise, times).cpu()
             found.append(router_iou(record, batch.people.masks, batch.people.known))
         if self.settings.drawings:
             self._draw(self._validation_group(name, 0, min(self.settings.drawings, count)), folder / f"{name}.png")
@@ -458,26 +432,25 @@ class DiffusersTask:
 
     def _draw(self, batch: DiffusersBatch, path: Path) -> None:
         """Save a grid of each reference, its target, and pictures of its caption with and without the reference."""
-        from diffusers import DDIMScheduler
-
         count = len(batch.latents)
-        sampler = DDIMScheduler.from_config(self.schedule.config, clip_sample=False)
-        sampler.set_timesteps(self.settings.drawing_steps, device=self.context.device)
         empty_sentences = to_device(
             next(iter(self.gallery_caches.values())).sentences.empty_sentences(count), self.context.device
         )
         without_text, vision = replace(batch, states=empty_sentences), self.vision_tokens(batch)
         kinds = [side_by_side(batch.crops), self.codec.decode(batch.latents)]
+        scale = self.settings.drawing_guidance
         for strength in (torch.ones_like(batch.strength), torch.zeros_like(batch.strength)):
+
+            def predict(latents: Tensor, times: Tensor, strength: Tensor = strength) -> Tensor:
+                conditional = self.predict(latents, times, batch, vision, strength, guidance=scale).float()
+                if self.base.distilled:
+                    return conditional
+                none = torch.zeros_like(strength)
+                unconditional = self.predict(latents, times, without_text, vision, none, guidance=scale).float()
+                return unconditional + scale * (conditional - unconditional)
+
             noise, _ = self.noise(batch.latents, VALIDATION_SEED, 0)
-            latents = noise * sampler.init_noise_sigma
-            for step in sampler.timesteps:
-                steps = step.expand(count)
-                conditional = self.predict(latents, steps, batch, vision, strength).float()
-                unconditional = self.predict(latents, steps, without_text, vision, torch.zeros_like(strength)).float()
-                prediction = unconditional + self.settings.drawing_guidance * (conditional - unconditional)
-                latents = sampler.step(prediction, step, latents).prev_sample
-            kinds.append(self.codec.decode(latents))
+            kinds.append(self.codec.decode(self.base.draw(noise, predict, self.settings.drawing_steps)))
         self._sheet(path, kinds, columns=1)
 
     def export(self, folder: Path) -> None:
@@ -494,6 +467,8 @@ class DiffusersTask:
             facts["people"] = str(max(group.cached.gallery.people for group in self.groups.values()))
         (spec,) = self.adapter.branch_specs
         self.adapter.save(folder / "adapter", {**facts, "tokens": str(spec.tokens or self.vision.tokens)})
+        if self.base_lora is not None:
+            self.base_lora.save(folder / LORA_FOLDER)
         if self.text_adapter is not None:
             branches = {name: _TOKENS[name] for name in ("t5", "byt5") if getattr(self.settings, name) is not None}
             tokens = ", ".join(f"{count} {name}" for name, count in branches.items())
@@ -515,4 +490,4 @@ def _in_order(positions: Sequence[Tensor], pieces: Sequence[Tokens]) -> Tokens:
 
 def _none_dropped(size: int) -> dict[str, Tensor]:
     """Return for each text branch that no image (B,) drops its caption."""
-    return {name: torch.zeros(size, dtype=torch.bool) for name in ("clip", "t5", "byt5")}
+    return {name: torch.zeros(size, dtype=torch.bool) for name in ("clip", "pooled", "text", *READERS)}

@@ -96,7 +96,7 @@ class GroupInputs:
         present = uniforms(seed, "drop person", first, size, (people,)) >= drop_person
         return DiffusersBatch(
             targets.latents,
-            cached.sentences.take(drawn.rows, drawn.caption_styles, {**dropped, "pooled": dropped["clip"]}),
+            cached.sentences.take(drawn.rows, drawn.caption_styles, dropped),
             time_ids(targets.frames, cached.gallery.shape),
             targets.faces,
             cached.crops(drawn.rows, order, uniforms(seed, "crops", first, size, (people, 3))),

@@ -22,7 +22,7 @@ from imagine.people.faces import KnownBoxesFinder
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Tokens
 from imagine.shards.reading import Records
-from tests import tiny, tiny_ip, tiny_stock
+from tests import tiny, tiny_flow_bases, tiny_ip, tiny_stock
 from tests.root import ROOT
 from tests.train.data.test_recorded import records, written
 from train.__main__ import main
@@ -40,7 +40,9 @@ from train.tasks.diffusers import DiffusersSettings, DiffusersTask
 from train.tasks.diffusers_inputs import DiffusersBatch
 
 CONFIGS = ROOT / "configs"
-RECIPES = {"sdxl_8gpu": True, "sdxl_24gb": True, "sd15_1gpu": False}  # whether the base is an SDXL
+# recipe -> the tiny base that it runs on
+UNET_RECIPES = {"sdxl_8gpu": "xl", "sdxl_24gb": "xl", "sd15_1gpu": "sd15"}
+RECIPES = {**UNET_RECIPES, "flux2_klein_1gpu": "flux2", "zimage_8gpu": "z_image"}
 FOUR = ("real", "synthetic", "fine_real", "fine_synthetic")
 IDENTITY = ("vision_encoder", "vision_branch", "vision_projection", "lora")
 CPU = torch.device("cpu")
@@ -77,6 +79,8 @@ def tiny_home(home: Path) -> Path:
     """Fill a folder with tiny bases, encoders, an IP-Adapter and a data set, in the layout that users have."""
     for xl, name in ((True, "xl"), (False, "sd15")):
         tiny_stock.stock(xl).save_pretrained(home / name)
+    for name in ("flux2", "z_image"):
+        tiny_flow_bases.pipeline(name).save_pretrained(home / name)
     tiny_ip.encoder().save_pretrained(home / "vision")
     readers = tiny_stock.readers()
     for name in ("t5", "byt5"):
@@ -96,7 +100,7 @@ def _reset() -> Iterator[None]:
 
 def overrides(home: Path, recipe: str, **more: Any) -> list[str]:
     """Return the overrides that make a recipe tiny; `more` applies to every stage."""
-    base = "xl" if RECIPES[recipe] else "sd15"
+    base = RECIPES[recipe]
     run = load_run(CONFIGS / f"{recipe}.yaml")
     stage = {
         "images": 4, "batch_size": 2, "accumulation": 1, "warmup_images": 0, "precision": "fp32", "optimiser": "adamw",
@@ -158,7 +162,7 @@ def part_of(name: str) -> str:
     return next(f"{branch}_branch" for branch in ("vision", "byt5", "t5") if f".{branch}." in name)
 
 
-@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("recipe", list(UNET_RECIPES))
 def test_a_recipe_trains_the_parts_it_names_and_nothing_else(home: Path, recipe: str, tmp_path: Path) -> None:
     assert trained(home, recipe, tmp_path)
     run = load_run(CONFIGS / f"{recipe}.yaml")
@@ -172,10 +176,10 @@ def test_a_recipe_trains_the_parts_it_names_and_nothing_else(home: Path, recipe:
         moved = {part_of(name) for name, value in before.items() if not torch.equal(value, now[name])}
         assert set(IDENTITY) <= named and (not before or moved == named), stage
         before = now
-    base = "xl" if RECIPES[recipe] else "sd15"
+    base = RECIPES[recipe]
     frozen = diffusers.UNet2DConditionModel.from_pretrained(home / base / "unet").state_dict()
     for task in Watched.instances:
-        assert all(torch.equal(value, frozen[name]) for name, value in task.unet.state_dict().items())
+        assert all(torch.equal(value, frozen[name]) for name, value in task.denoiser.state_dict().items())
     assert (tmp_path / "fine_synthetic" / "first_batch.png").stat().st_size > 500
     assert (tmp_path / "fine_synthetic" / "samples" / "000000004-pictures.png").stat().st_size > 500
 
@@ -228,8 +232,8 @@ def test_a_resumed_run_equals_a_straight_run_and_encodes_nothing_again(
 
 def test_a_run_can_start_from_an_ip_adapter(home: Path) -> None:
     task = built(home, ip_adapter=home / "ip.safetensors")
-    given = tiny_ip.tensors("plus", task.unet)
-    cross = [name for name, attn in attention_layers(task.unet).items() if attn.is_cross_attention]
+    given = tiny_ip.tensors("plus", task.denoiser)
+    cross = [name for name, attn in attention_layers(task.denoiser).items() if attn.is_cross_attention]
     own = task.adapter.state_dict()
     for number, layer in enumerate(cross):
         assert torch.equal(own[f"{layer}.vision.to_k.weight"], given[f"ip_adapter.{2 * number + 1}.to_k_ip.weight"])
@@ -237,7 +241,7 @@ def test_a_run_can_start_from_an_ip_adapter(home: Path) -> None:
     assert torch.equal(own["projections.vision.latents"], given["image_proj.latents"])
     assert any("lora_A" in name for name in own)
     with pytest.raises(ConfigError, match="take a Plus or Full file"):
-        save_file(tiny_ip.tensors("linear", task.unet), home / "linear.safetensors")
+        save_file(tiny_ip.tensors("linear", task.denoiser), home / "linear.safetensors")
         built(home, ip_adapter=home / "linear.safetensors")
 
 
@@ -248,7 +252,7 @@ def test_text_states_equal_those_of_the_stock_pipeline_also_for_dropped_captions
         store, gallery = task.gallery_caches["photos"].sentences, task.gallery_caches["photos"].pictures.gallery
         rows = torch.tensor([2, 4])
         states = store.take(rows, ["dense"] * 2, dict.fromkeys(("clip", "pooled", "t5", "byt5"), dropped))
-        texts = list(map(BaseTextEncoders(task.base, CPU).load().shorten, gallery.captions(rows, ["dense"] * 2)))
+        texts = list(map(BaseTextEncoders(task.base.files, CPU).load().shorten, gallery.captions(rows, ["dense"] * 2)))
         kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
         pipe = kind.from_pretrained(home / base, unet=None, vae=None)
         options: Any = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
@@ -296,17 +300,17 @@ def test_latents_are_the_autoencoders_times_the_bases_scaling_factor(home: Path)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_loss_equals_that_of_the_base(home: Path, kind: str) -> None:
     task = built(home, min_snr_gamma=5.0, drop_vision=1.0)
-    task.schedule.register_to_config(prediction_type=kind)
+    task.base.files.schedule.register_to_config(prediction_type=kind)
     batch = task.batch(4, 3)
     assert not batch.strength.any()
     noise, steps = task.noise(batch.latents, 3, 4)
     with torch.no_grad():
         loss = task.loss(batch, 4).per_sample
-        task.adapter.detach(task.unet)
-        noisy = task.schedule.add_noise(batch.latents, noise, steps)
+        task.adapter.detach(task.denoiser)
+        noisy = task.base.files.schedule.add_noise(batch.latents, noise, steps)
         added = {"text_embeds": batch.states["pooled"].values[:, 0], "time_ids": batch.sizes}
-        prediction = task.unet(noisy, steps, batch.states["clip"].values, added_cond_kwargs=added).sample
-    alpha = task.schedule.alphas_cumprod[steps].view(-1, 1, 1, 1)
+        prediction = task.denoiser(noisy, steps, batch.states["clip"].values, added_cond_kwargs=added).sample
+    alpha = task.base.files.schedule.alphas_cumprod[steps].view(-1, 1, 1, 1)
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * batch.latents
     error = (prediction - (noise if kind == "epsilon" else velocity)).square().mean((1, 2, 3))
     snr = (alpha / (1 - alpha)).flatten()
@@ -336,7 +340,7 @@ def test_checkpointing_changes_no_gradient_and_bf16_trains(home: Path) -> None:
     for checkpointing in (False, True):
         task = built(home, gradient_checkpointing=checkpointing, t5=home / "t5")
         blocks.append([])
-        for name, module in (("unet", task.unet), ("vision", task.vision)):
+        for name, module in (("unet", task.denoiser), ("vision", task.vision)):
             for block in module.modules():
                 if type(block).__name__ in ("BasicTransformerBlock", "ResidualAttentionBlock"):
                     # A pre-hook, because recomputation stops as soon as all the required tensors exist.
@@ -353,7 +357,7 @@ def test_checkpointing_changes_no_gradient_and_bf16_trains(home: Path) -> None:
         assert (one is None) == (other is None)
         assert one is None or torch.allclose(one, other, atol=1e-6)
     small = built(home, base_precision="bf16")
-    assert small.unet.dtype == torch.bfloat16 and small.adapter.dtype == torch.float32
+    assert small.denoiser.dtype == torch.bfloat16 and small.adapter.dtype == torch.float32
     with pytest.raises(ConfigError, match="set its precision to bf16"):
         small.loss(small.batch(0, 2), 0)
     with torch.autocast("cpu", torch.bfloat16):

@@ -175,7 +175,7 @@ def test_gradient_checkpointing_gives_the_routers_the_same_gradients(home: Path)
     for module in task.modules.values():
         module.train()  # without checkpoints, training mode changes nothing here
     found = router_gradients(task, batch, first)
-    task.unet.disable_gradient_checkpointing()
+    task.denoiser.disable_gradient_checkpointing()
     task.vision.tower.set_grad_checkpointing(False)
     plain = router_gradients(task, batch, first)
     assert any(bool(each.any()) for each in plain)
