@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from imagine.planning.bases import Component
+from imagine.blueprints.blueprint import Component
 from imagine.records import Conditioning, Tokens
 from train.data.public_base import BaseCodec
 from train.data.text_states import FrozenTextEncoder

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imagine.planning.bases import Component
+from imagine.blueprints.blueprint import Component
 from imagine.records import Conditioning, Tokens
 from train.bases.contract import Noised, Predict
 from train.data.order import uniforms
