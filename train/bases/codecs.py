@@ -102,7 +102,10 @@ CODECS: Mapping[str, type[BaseCodec]] = {
 class _Files(BaseFiles, Protocol):
     """The files of a base, which name the classes of its components."""
 
-    index: Mapping[str, Any]
+    @property
+    def index(self) -> Mapping[str, Any]:
+        """The content of its model_index.json."""
+        ...
 
 
 def open_codec(files: _Files, device: torch.device, patch: int) -> BaseCodec:

@@ -44,8 +44,13 @@ class Noised:
 class PublicBase(Protocol):
     """A public base in diffusers' layout. Its components are loaded one at a time."""
 
-    folder: Path
-    denoiser_name: str  # "unet" or "transformer"
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def denoiser_name(self) -> str:
+        """The name of the denoiser in its folder: "unet" or "transformer"."""
+        ...
 
     @property
     def kind(self) -> str:

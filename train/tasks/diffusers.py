@@ -26,7 +26,7 @@ from imagine.blueprints.blueprint import AdapterShape, Blueprint, Component
 from imagine.records import VISION, Conditioning, Tokens, join
 from train.bases.base_lora import NAME as BASE_LORA
 from train.bases.base_lora import BaseLora
-from train.bases.contract import TransformerSettings
+from train.bases.contract import PublicBase, TransformerSettings
 from train.bases.opening import open_public_base
 from train.bases.stable_diffusion import READERS
 from train.bases.transformer import Transformer
@@ -129,11 +129,11 @@ class DiffusersTask:
 
     def __init__(self, settings: DiffusersSettings, context: TaskContext) -> None:
         self.settings, self.context = settings, context
-        self.base = open_public_base(settings.base, settings.transformer, context.device.type == "meta")
+        self.base: PublicBase = open_public_base(settings.base, settings.transformer, context.device.type == "meta")
         if isinstance(self.base, Transformer):
             check_for_transformer(settings, self.base.kind)
         dtype = torch.bfloat16 if settings.base_precision == "bf16" else torch.float32
-        self.denoiser = self.base.denoiser(context.device, dtype)
+        self.denoiser: Any = self.base.denoiser(context.device, dtype)
         if settings.gradient_checkpointing:
             self.denoiser.enable_gradient_checkpointing()
         self.vision = load_vision(settings.vision or self.base.folder / "image_encoder", context.device)
@@ -178,8 +178,8 @@ class DiffusersTask:
 
     def compile(self) -> None:
         """Compile the networks; of a transformer its repeated blocks, since the hooks around it do not compile."""
-        for module in self.modules.values():
-            if module is self.denoiser and isinstance(self.base, Transformer):
+        for name, module in self.modules.items():
+            if name == "transformer":
                 self.denoiser.compile_repeated_blocks()
             else:
                 module.compile()

@@ -26,8 +26,7 @@ def identity_adapter(settings: "DiffusersSettings", base: PublicBase, denoiser: 
 
     vision_width: of the vision encoder's tokens. Raises ConfigError if the file does not take them.
     """
-    on_transformer = isinstance(base, Transformer)
-    width = vision_width if on_transformer else int(denoiser.config.cross_attention_dim)
+    width = vision_width if isinstance(base, Transformer) else int(denoiser.config.cross_attention_dim)
     router = bool(settings.groups) and settings.people == "router"
     people: Literal["separate", "concatenate"] = "separate"
     if settings.groups and settings.people == "concatenate":
@@ -36,7 +35,7 @@ def identity_adapter(settings: "DiffusersSettings", base: PublicBase, denoiser: 
         VISION, width, 1.0, settings.zero_init is not False, settings.projection or "full", vision_width,
         router=router, people=people,
     )  # fmt: skip
-    if on_transformer:
+    if isinstance(base, Transformer):
         sizes = base.settings
         return TransformerAdapter(denoiser, [spec], sizes.branch_heads, sizes.branch_every)
     initial_tensors: dict[str, Tensor] = {}

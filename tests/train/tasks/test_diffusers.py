@@ -27,9 +27,10 @@ from tests.root import ROOT
 from tests.train.data.test_recorded import records, written
 from train.__main__ import main
 from train.assemble import assemble
+from train.bases.stable_diffusion import StableDiffusion
 from train.cache.tokens import TokenCache
 from train.config import load_run
-from train.data.public_base import BaseCodec, BaseTextEncoders, T5TextEncoder, open_base, time_ids
+from train.data.public_base import BaseCodec, BaseTextEncoders, DiffusersBase, T5TextEncoder, open_base, time_ids
 from train.initial_weights import load_initial
 from train.plan import StagePlan, plan
 from train.run.checkpoint import read_tensors
@@ -147,6 +148,12 @@ def built(home: Path, base: str = "xl", **settings: Any) -> Watched:
     return task
 
 
+def files_of(task: Watched) -> DiffusersBase:
+    """Return the files of a task's base, which is a Stable Diffusion."""
+    assert isinstance(task.base, StableDiffusion)
+    return task.base.files
+
+
 def rows_of(run: Path, stage: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
 
@@ -252,7 +259,7 @@ def test_text_states_equal_those_of_the_stock_pipeline_also_for_dropped_captions
         store, gallery = task.gallery_caches["photos"].sentences, task.gallery_caches["photos"].pictures.gallery
         rows = torch.tensor([2, 4])
         states = store.take(rows, ["dense"] * 2, dict.fromkeys(("clip", "pooled", "t5", "byt5"), dropped))
-        texts = list(map(BaseTextEncoders(task.base.files, CPU).load().shorten, gallery.captions(rows, ["dense"] * 2)))
+        texts = list(map(BaseTextEncoders(files_of(task), CPU).load().shorten, gallery.captions(rows, ["dense"] * 2)))
         kind = diffusers.StableDiffusionXLPipeline if xl else diffusers.StableDiffusionPipeline
         pipe = kind.from_pretrained(home / base, unet=None, vae=None)
         options: Any = {"device": CPU, "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
@@ -300,17 +307,17 @@ def test_latents_are_the_autoencoders_times_the_bases_scaling_factor(home: Path)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_loss_equals_that_of_the_base(home: Path, kind: str) -> None:
     task = built(home, min_snr_gamma=5.0, drop_vision=1.0)
-    task.base.files.schedule.register_to_config(prediction_type=kind)
+    files_of(task).schedule.register_to_config(prediction_type=kind)
     batch = task.batch(4, 3)
     assert not batch.strength.any()
     noise, steps = task.noise(batch.latents, 3, 4)
     with torch.no_grad():
         loss = task.loss(batch, 4).per_sample
         task.adapter.detach(task.denoiser)
-        noisy = task.base.files.schedule.add_noise(batch.latents, noise, steps)
+        noisy = files_of(task).schedule.add_noise(batch.latents, noise, steps)
         added = {"text_embeds": batch.states["pooled"].values[:, 0], "time_ids": batch.sizes}
         prediction = task.denoiser(noisy, steps, batch.states["clip"].values, added_cond_kwargs=added).sample
-    alpha = task.base.files.schedule.alphas_cumprod[steps].view(-1, 1, 1, 1)
+    alpha = files_of(task).schedule.alphas_cumprod[steps].view(-1, 1, 1, 1)
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * batch.latents
     error = (prediction - (noise if kind == "epsilon" else velocity)).square().mean((1, 2, 3))
     snr = (alpha / (1 - alpha)).flatten()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.root import ROOT
+from train.cache.pictures import Gallery
 from train.config import load_run
 from train.data.denoiser_inputs import GalleryCache
 from train.data.sources import DrawnPairs
@@ -104,7 +105,9 @@ def test_off_and_untrained_side_paths_change_nothing(home: Path, task: Small) ->
 def opened(task: Small) -> list[tuple[Tensor, Tensor]]:
     """Open the gates of the side path, and return them with their values before."""
     assert task.shortcut is not None
-    gates = [(p, p.clone()) for name, p in task.shortcut.named_parameters() if name.endswith("gate")]
+    gates: list[tuple[Tensor, Tensor]] = [
+        (p, p.clone()) for name, p in task.shortcut.named_parameters() if name.endswith("gate")
+    ]
     for gate, _ in gates:
         gate.fill_(0.3)
     return gates
@@ -116,7 +119,9 @@ def test_the_side_path_is_told_the_targets_pose_and_expression(task: Small) -> N
     rows = torch.arange(8)
     drawn = DrawnPairs([name] * 8, rows.flip(0), rows, ["dense"] * 8)
     told = shortcut_batch(task.gallery_caches, drawn, 1.0, 0, 0)
-    contexts = cache.pictures.gallery.contexts(rows)
+    gallery = cache.pictures.gallery
+    assert isinstance(gallery, Gallery)
+    contexts = gallery.contexts(rows)
     assert torch.equal(told.features[:, 0], contexts.yaw) and told.strength.eq(1).all()
     assert torch.equal(told.features[:, 4:].argmax(1), contexts.expression)
     half = shortcut_batch(task.gallery_caches, drawn, 0.5, 0, 0).strength
