@@ -33,6 +33,8 @@ class BaseSettings(BaseModel):
     preset: str | None = None
     dtype: str = "auto"
     offload: str = "none"
+    quantise: str = "none"
+    tiling: bool = False
     revision: str | None = None
 
 
