@@ -9,6 +9,7 @@ are small, and stay as they are. fp8 needs no further package and works on every
 """
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagine.errors import ConfigError
@@ -61,23 +62,28 @@ def check_quantise(quantise: str, offload: str) -> None:
             raise ConfigError(f"Weights in {quantise} need bitsandbytes: run `pip install bitsandbytes`, or choose fp8.")
 
 
-def loading_options(quantise: str, index: dict[str, Any], dtype: Any) -> dict[str, Any]:
+def loading_options(quantise: str, index: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     """Return what `from_pretrained` takes to load the components of a model_index.json in this storage."""
     if quantise not in BITSANDBYTES:
         return {}
-    from diffusers import PipelineQuantizationConfig
-
     parts = [
         name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]
         if is_quantised(name, str(entry[1]))
     ]  # fmt: skip
-    if quantise == "int8":
-        backend, options = "bitsandbytes_8bit", {"load_in_8bit": True}
-    else:
-        backend = "bitsandbytes_4bit"
+    return {"quantization_config": quantization_config(quantise, parts, dtype)}
+
+
+def quantization_config(quantise: str, parts: Sequence[str], dtype: Any) -> Any:
+    """Return diffusers' config that loads these components with bitsandbytes, to compute in `dtype`."""
+    from diffusers import PipelineQuantizationConfig
+
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if quantise == "nf4":
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    config = PipelineQuantizationConfig(quant_backend=backend, quant_kwargs=options, components_to_quantize=parts)
-    return {"quantization_config": config}
+    backend = "bitsandbytes_8bit" if quantise == "int8" else "bitsandbytes_4bit"
+    return PipelineQuantizationConfig(
+        quant_backend=backend, quant_kwargs=options, components_to_quantize=list(parts)
+    )  # fmt: skip
 
 
 def store_in_float8(pipe: Any, dtype: Any) -> None:

@@ -80,6 +80,7 @@ _SMALL_TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 SMALL_BASES = ("unet", *_SMALL_TRANSFORMERS)
+USUAL_BASES = ("unet", "flux2", "z-image", "sana")  # what `imagine plan --check` runs: one of each kind of attention
 
 
 def small_transformer(name: str) -> Blueprint:
@@ -97,15 +98,15 @@ def small_transformer(name: str) -> Blueprint:
     )  # fmt: skip
 
 
-def check(batch: int = 2, resolution: int = 128, bases: Sequence[str] = SMALL_BASES) -> dict[str, Any]:
+def check(batch: int = 2, resolution: int = 128, bases: Sequence[str] | None = None) -> dict[str, Any]:
     """Compare plans of small networks with the same networks that run on this machine's CPU, in float32.
 
-    bases: which of `SMALL_BASES`. Parameters and arithmetic (by torch's FlopCounterMode on real tensors) must be equal.
+    bases: which of `SMALL_BASES`, by default `USUAL_BASES`. Parameters and arithmetic (by torch's FlopCounterMode on real tensors) must be equal.
     The memory of steps, decoding and training (by the events of the allocator) must agree within `TOLERANCE`. Raises
     RuntimeError if they do not, because that is a bug of the planner.
     """
     rows = {}
-    for name in bases:
+    for name in USUAL_BASES if bases is None else bases:
         base = small_base() if name == "unet" else small_transformer(name)
         rows |= {f"{name}, {key}": row for key, row in compare(base, batch, resolution).items()}
     _check_rows(rows)

@@ -1,6 +1,6 @@
 """Choose the switches of a call that fit into a memory, and write them as a command and as Python.
 
-Of the choices that fit, the fastest by the estimate wins. Choices within 5 % of it count as equally fast, and of these
+Of the choices that fit, the fastest by the estimate wins. Choices within 10 % of it count as equally fast, and of these
 the one wins that changes the picture least: whole weights before int8, fp8 and nf4, no tiles before tiles.
 """
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from imagine.bases.quantising import QUANTISATIONS
+from imagine.bases.quantising import BITSANDBYTES, QUANTISATIONS
 from imagine.bases.tiling import TILE, compression
 from imagine.blueprints.blueprint import PORTRAIT, Blueprint
 from imagine.errors import ConfigError
@@ -16,7 +16,7 @@ from imagine.pipeline.families import class_names
 from imagine.planning.cards import GIB, Speed
 from imagine.planning.inference import DTYPES, DrawingOptions, DrawingPlan, DrawingPlanner
 
-EQUAL = 1.05  # times this factor count as equal
+EQUAL = 1.1  # times this factor count as equal
 USUAL_SPEED = "rtx3090"  # ranks choices where no device is given
 _ATTENTION_SLICING = (
     "Attention slicing is not among the choices: attention is fused, so it would save nothing, and it would take the "
@@ -149,9 +149,14 @@ def python_lines(base: Blueprint, options: DrawingOptions, vae: Any) -> list[str
 
 
 def _diffusers_lines(options: DrawingOptions, vae: Any) -> list[str]:
-    lines = [f"pipe = ImaginePipeline.from_pretrained(..., dtype={DTYPES[options.precision]})"]
+    dtype, lines = str(DTYPES[options.precision]), list[str]()
+    if options.quantise in BITSANDBYTES:
+        lines += [f"kept = quantization_config({options.quantise!r}, ['unet'], {dtype})  # of imagine.bases.quantising"]
+        lines += [f"pipe = ImaginePipeline.from_pretrained(..., dtype={dtype}, quantization_config=kept)"]
+    else:
+        lines += [f"pipe = ImaginePipeline.from_pretrained(..., dtype={dtype})"]
     if options.quantise == "fp8":
-        lines.append(f"store_in_float8(pipe, {DTYPES[options.precision]})")
+        lines.append(f"store_in_float8(pipe, {dtype})  # of imagine.bases.quantising")
     lines += {
         "none": ['pipe.to("cuda")'],
         "model": ["pipe.enable_model_cpu_offload()"],

@@ -72,7 +72,7 @@ def planned_kernels(autocast: torch.dtype | None = None) -> Iterator[None]:
         for name in ("linear", "conv2d"):
             replaced[name] = partial(_cast_first, getattr(F, name), autocast)
         replaced["scaled_dot_product_attention"] = partial(_cast_first, _attention, autocast)
-        for name in ("group_norm", "layer_norm", "mse_loss"):
+        for name in ("group_norm", "layer_norm", "rms_norm", "mse_loss"):
             replaced[name] = partial(_cast_first, getattr(F, name), torch.float32)
     with _replaced(replaced):
         yield

@@ -14,7 +14,7 @@
 A plan is a dict of plain numbers and words, which `imagine.cli.plan` prints.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from imagine.bases.quantising import check_combination
@@ -87,7 +87,8 @@ def plan_training(
     if limit is None:
         plan = training.plan(recipe)
     else:
-        plan = fitting(training, recipe, limit, f"Training {_describe(base, workload)}", fixed)
+        what = f"Training {_describe(base, workload)}"
+        plan = fitting(map(training.plan, training.recipes(recipe, fixed)), limit, what, fixed)
     return {
         "base": base.name, "resolution": workload.resolution, "batch": workload.batch, "trained": dict(plan.trained),
         "frozen": plan.frozen, "precision": plan.recipe.precision, "checkpointing": plan.recipe.checkpointing,
@@ -100,18 +101,17 @@ def plan_training(
 
 
 def fitting(
-    training: TrainingPlanner, first: Recipe, limit: int, what: str, fixed: Collection[str] = ()
+    plans: Iterable[TrainingPlan], limit: int, what: str, fixed: Collection[str] = ()
 ) -> TrainingPlan:
-    """Return the first plan of the recipes that needs at most `limit` bytes.
+    """Return the first plan that needs at most `limit` bytes. Raises ConfigError, with the smallest need, if none does.
 
-    `what` and `fixed` (the settings that were given) are for the error sentence. Raises ConfigError, with the smallest
-    need, if none fits.
+    `what` and `fixed` (the settings that were given) are for the error sentence only.
     """
     tried: list[TrainingPlan] = []
-    for recipe in training.recipes(first, fixed):
-        tried.append(training.plan(recipe))
-        if tried[-1].peak <= limit:
-            return tried[-1]
+    for plan in plans:
+        if plan.peak <= limit:
+            return plan
+        tried.append(plan)
     raise does_not_fit(tried, limit, what, fixed, training=True)
 
 

@@ -16,11 +16,15 @@ from torch import nn
 from imagine.cli import main
 from imagine.cli.plan import check_lines
 from imagine.errors import ConfigError, WeightsError
-from imagine.planning import planning
-from imagine.planning.bases import Blueprint, add_branches, build, default_resolution, read_base
+from imagine.bases.quantising import QUANTISATIONS
+from imagine.blueprints.blueprint import Blueprint
+from imagine.blueprints.published import read_base
+from imagine.planning import check, planning
 from imagine.planning.cards import CARDS, GIB, THIS_MACHINE, UTILISATION, read_flops, read_size, speeds, with_reserve
-from imagine.planning.inference import OFFLOADS, DrawingOptions, DrawingPlanner, DrawingWorkload
+from imagine.planning.choosing import choose
+from imagine.planning.inference import OFFLOADS, DrawingOptions, DrawingPlanner, DrawingWorkload, default_resolution
 from imagine.planning.meter import Meter, parameter_count, planned_kernels, profiled_peak
+from imagine.planning.networks import add_branches, build
 from imagine.planning.training import Recipe, TrainingPlanner, TrainingWorkload
 from tests import tiny, tiny_models, tiny_stock
 from tests.root import ROOT
@@ -29,7 +33,7 @@ from train.task import TaskContext
 from train.tasks.diffusers import DiffusersSettings, DiffusersTask
 
 DOCUMENT, CONFIGS = ROOT / "docs" / "planner.md", ROOT / "configs"
-SMALL = planning.small_base()
+SMALL = check.small_base()
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -62,8 +66,11 @@ def shared(monkeypatch: pytest.MonkeyPatch, sdxl: DrawingPlanner) -> None:
 
 # --- measurements -----------------------------------------------------------------------------------------------------
 def test_plans_agree_with_running_networks() -> None:
-    report = planning.check()  # raises RuntimeError if they do not
-    kinds = {name.rpartition(", ")[0]: row for name, row in report["rows"].items() if name.endswith("memory")}
+    report = check.check(bases=["unet"])  # raises RuntimeError if they do not
+    kinds = {
+        name.removeprefix("unet, ").removesuffix(", memory"): row
+        for name, row in report["rows"].items() if name.endswith("memory")
+    }  # fmt: skip
     assert set(kinds) == {"drawing", "decoding", "training", "training, recomputed"}
     assert all(row["off"] <= 0.15 for row in kinds.values())
     assert kinds["training, recomputed"]["measured"] < kinds["training"]["measured"] / 2
@@ -71,9 +78,10 @@ def test_plans_agree_with_running_networks() -> None:
 
 
 def test_a_failed_check_exits_with_code_1(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
-    monkeypatch.setattr(planning, "profiled_peak", lambda work: 1)
+    monkeypatch.setattr(check, "profiled_peak", lambda work: 1)
+    monkeypatch.setattr(check, "USUAL_BASES", ("unet",))
     code, _, err = run("--check")
-    assert code == 1 and "drawing, memory: planned" in err
+    assert code == 1 and "unet, drawing, memory: planned" in err
 
 
 def test_known_bases_have_the_published_numbers_of_parameters(sdxl: DrawingPlanner) -> None:
@@ -146,30 +154,36 @@ def drawing() -> DrawingPlanner:
 def test_the_fastest_switches_that_fit_are_chosen(drawing: DrawingPlanner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "DrawingPlanner", lambda base, workload: drawing)  # the same as would be built
     plans = [drawing.plan(options) for options in drawing.combinations(DrawingOptions())]
-    for tiling in (False, True):  # tiles come last for each offload, because seams may be visible
-        times = [plan.seconds(1e12) for plan in plans if plan.options.tiling == tiling]
-        assert times == sorted(times) and len(set(times)) == 3
-    for number, plan in enumerate(plans):
-        if all(plan.peak < earlier.peak for earlier in plans[:number]):
-            assert planning.fitting(plans, plan.peak, "it") is plan
-    least = min(plan.peak for plan in plans)
-    with pytest.raises(ConfigError, match=r"It does not fit .* it still needs 0\.\d+ GiB, most .* a card with 4 GB"):
-        planning.fitting(plans, least - 1, "It")
-    full = DrawingOptions("fp32")
-    found = planning.plan_drawing(SMALL, drawing.workload, full, plans[2].peak, {})
-    assert found["precision"] == "bf16"
-    expected = planning.fitting(plans, plans[2].peak, "it")
-    assert (found["offload"], found["tiling"]) == (expected.options.offload, expected.options.tiling)
-    assert found["peak"] == expected.peak
+    speed = planning.usual_speed()
+    for limit in sorted({plan.peak for plan in plans})[::5]:
+        chosen = choose(drawing, DrawingOptions(), limit, speed, "it")
+        times = {plan.options: plan.seconds(speed) for plan in plans if plan.peak <= limit}
+        equal = [options for options, seconds in times.items() if seconds <= 1.1 * min(times.values())]
+        faithful = min(QUANTISATIONS.index(options.quantise) for options in equal)
+        assert chosen.plan.options in equal and chosen.plan.options.quantise == QUANTISATIONS[faithful]
+        assert not chosen.plan.options.tiling or all(o.tiling for o in equal if o.quantise == QUANTISATIONS[faithful])
+        verdicts = {row.plan.options: row.verdict for row in chosen.choices}
+        assert verdicts[chosen.plan.options] == "chosen" and list(verdicts.values()).count("chosen") == 1
+        assert all((row.verdict == "too large") == (row.plan.peak > limit) for row in chosen.choices)
+    alone = drawing.plan(DrawingOptions("bf16", "sequential", True, at_once=1))
+    with pytest.raises(ConfigError, match=r"It does not fit .* it still needs .* are missing, most .* with 4 GB"):
+        choose(drawing, DrawingOptions(), 2**20, speed, "It")
+    found = planning.plan_drawing(SMALL, drawing.workload, DrawingOptions("fp32"), alone.peak, {})
+    assert found["precision"] == "bf16" and found["peak"] <= alone.peak and found["choices"]
     with pytest.raises(ConfigError, match="with every switch except the given precision it still needs"):
-        planning.plan_drawing(SMALL, drawing.workload, full, plans[2].peak, {}, ["precision"])
-    assert [plan.options for plan in plans[2:4]] == list(
-        drawing.combinations(DrawingOptions("fp16", "model"), ["offload"])
-    )
-    tiled = DrawingOptions("fp32", "none", True)
-    assert {
-        (options.precision, options.tiling) for options in drawing.combinations(tiled, ["precision", "tiling"])
-    } == {("fp32", True)}
+        planning.plan_drawing(SMALL, drawing.workload, DrawingOptions("fp32"), 2**20, {}, ["precision"])
+    fixed = drawing.combinations(DrawingOptions("fp32", "model", True), ["precision", "offload", "tiling"])
+    assert {(each.precision, each.offload, each.tiling) for each in fixed} == {("fp32", "model", True)}
+
+
+def test_fewer_pictures_at_a_time_are_drawn_if_all_do_not_fit(drawing: DrawingPlanner) -> None:
+    whole = min(drawing.plan(options).peak for options in drawing.combinations(DrawingOptions()))
+    alone = min(drawing.plan(options).peak for options in drawing.combinations(DrawingOptions(), at_once=1))
+    assert alone < whole
+    chosen = choose(drawing, DrawingOptions(), alone, planning.usual_speed(), "it")
+    assert chosen.plan.options.at_once == 1 and chosen.plan.peak <= alone
+    one, two = (drawing.plan(DrawingOptions(at_once=size)) for size in (1, 2))
+    assert one.flops == pytest.approx(two.flops, rel=0.1) and two == drawing.plan(DrawingOptions(at_once=2))
 
 
 def test_weights_on_the_device_depend_on_the_offload(drawing: DrawingPlanner) -> None:
@@ -285,7 +299,8 @@ def test_speeds_and_sizes_are_read() -> None:
 def test_the_command_prints_a_plan(run: Run, tmp_path: Path) -> None:
     folder = str(tiny_models.stable_diffusion(tmp_path))
     code, out, err = run("--base", folder, "--readers", "none", "--lora-rank", "2", "--fit", "24GB", "--batch", "2")
-    assert (code, err) == (0, "") and "vision_encoder" in out and 'pipe.to("cuda")' in out
+    assert (code, err) == (0, "") and "vision_encoder" in out and 'dtype="bfloat16")' in out
+    assert "What was compared for 24.00 GiB" in out and "--num-images 2 --batch 2" in out
     assert re.search(r"rtx4090 +\d", out)
     code, out, _ = run("--base", folder, "--readers", "none", "--flops", "1T", "--json")
     said = json.loads(out)
@@ -301,7 +316,7 @@ def test_the_command_prints_a_plan(run: Run, tmp_path: Path) -> None:
     [
         (["--fit", "12 apples"], "--fit 12 apples is not an amount of memory: write it as in 12GB."),
         (["--resolution", "513"], "A resolution of 513 does not fit the base: choose a multiple of 8, such as 512."),
-        (["--base", "sd16"], "There is no base 'sd16': choose a folder, one of sdxl, sd15, portrait, or a hub id"),
+        (["--base", "sd16"], "There is no base 'sd16': choose a folder, one of sdxl, sd15, flux2-klein-4b,"),
         (["--base", "nobody/nothing"], "or a hub id that is already downloaded."),
         (["--base", "/"], "cannot be read: choose the folder of a pipeline"),
         (["--device", "abacus"], "There is no device 'abacus': choose from t4,"),
@@ -326,7 +341,7 @@ def test_a_broken_folder_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text("{}")
-    with pytest.raises(WeightsError, match="has no unet that can be planned for"):
+    with pytest.raises(WeightsError, match="has no unet or transformer that can be planned for"):
         read_base(str(tmp_path))
     broken = replace(SMALL.components["unet"], config={"block_out_channels": [8, 9]})
     with pytest.raises(WeightsError, match=r"No network can be built from the config.json of unet"):
@@ -356,8 +371,9 @@ def test_the_published_plan_is_what_the_command_prints(run: Run, shared: None, m
     for card, seconds in zip(cards, cells[times].removesuffix(" s").split(","), strict=True):
         assert float(seconds) == pytest.approx(said["seconds"][card], rel=0.05, abs=0.05)
     assert AT_WORK[cells["peak during"]] == said["busiest"]
-    (line,) = re.findall(r"`(?:pipe\.)?(.*?)`", cells["switches"])
-    assert [f"pipe.{line}"] == said["switches"][1:]
+    assert re.findall(r"`(?:pipe\.)?(.*?)`", cells["switches"]) == [
+        line.removeprefix("pipe.") for line in said["switches"][1:]
+    ]
 
 
 def _said(run: Run, text: str) -> dict[str, Any]:
