@@ -40,7 +40,7 @@ def part_loss(logits: Tensor, masks: Tensor) -> Tensor:
     The masks are averaged over the area of each cell. Each part is divided by the entropy of how much it covers on
     average, so that eyes count as much as hair: knowing no more than that gives 1.
     """
-    wanted = F.adaptive_avg_pool2d(masks, logits.shape[-2:])
+    wanted = F.adaptive_avg_pool2d(masks, (logits.shape[-2], logits.shape[-1]))
     each = F.binary_cross_entropy_with_logits(logits.float(), wanted, reduction="none").mean((2, 3))
     return (each / each.new_tensor([_entropy(_COVERED[part]) for part in PARTS])).mean(1)
 
