@@ -20,10 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
+from imagine.blueprints.blueprint import AdapterShape, Blueprint, Component
 from imagine.errors import ConfigError
 from imagine.ip_adapter.reading import import_adapter, read_ip_adapter
 from imagine.networks.weights import fingerprint, remove_local_paths
-from imagine.blueprints.blueprint import AdapterShape, Blueprint, Component
 from imagine.records import VISION, Conditioning, Tokens, join
 from train.cache.latents import squared_error
 from train.cache.pictures import AnyGallery, AnyPictures
