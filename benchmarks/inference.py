@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from imagine.adapter.adapter import prepare
 from imagine.adapter.attention import attention_layers
-from imagine.ip_adapter.layout import projection_shapes
-from imagine.networks.encoders import CLIP_MEAN, CLIP_STD, trim_clip_vocabulary
 from imagine.blueprints.blueprint import Blueprint, Component
 from imagine.blueprints.published import read_base
+from imagine.ip_adapter.layout import projection_shapes
+from imagine.networks.encoders import CLIP_MEAN, CLIP_STD, trim_clip_vocabulary
 from imagine.planning.denoisers import unet_inputs
 from imagine.planning.inference import build_conditioning, vision_token_count
 from imagine.planning.networks import Networks, add_branches, build

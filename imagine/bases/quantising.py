@@ -16,8 +16,8 @@ from imagine.errors import ConfigError
 
 QUANTISATIONS = ("none", "int8", "fp8", "nf4")  # the most faithful first
 BITSANDBYTES = ("int8", "nf4")
-# Offloading that works with a storage. bitsandbytes' weights cannot be moved layer by layer, and neither can accelerate's
-# sequential hooks move weights that layerwise casting replaces.
+# Offloading that works with a storage. bitsandbytes' weights cannot be moved layer by layer, and accelerate's sequential
+# hooks cannot move weights that layerwise casting replaces.
 OFFLOADS_WITH = {
     "none": ("none", "model", "sequential", "group"),
     "fp8": ("none", "model", "group"),
@@ -57,9 +57,13 @@ def check_quantise(quantise: str, offload: str) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise ConfigError(f"Weights in {quantise} need a GPU of NVIDIA: choose fp8, which works everywhere, or none.")
+            raise ConfigError(
+                f"Weights in {quantise} need a GPU of NVIDIA: choose fp8, which works everywhere, or none."
+            )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(f"Weights in {quantise} need bitsandbytes: run `pip install bitsandbytes`, or choose fp8.")
+            raise ConfigError(
+                f"Weights in {quantise} need bitsandbytes: run `pip install bitsandbytes`, or choose fp8."
+            )
 
 
 def loading_options(quantise: str, index: Mapping[str, Any], dtype: Any) -> dict[str, Any]:

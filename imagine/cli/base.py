@@ -54,8 +54,8 @@ def add_sources(command: Any) -> Any:
                        "which is bfloat16 on a GPU that has it, and float32 on a CPU)")  # fmt: skip
     group.add_argument("--offload", choices=["none", "model", "sequential", "group"], help="keep networks in main "
                        "memory while they do not run (default: none); `imagine plan` says what fits")  # fmt: skip
-    group.add_argument("--quantise", choices=["none", "int8", "fp8", "nf4"], help="store the large networks in eight or "
-                       "four bits; int8 and nf4 need bitsandbytes (default: none)")  # fmt: skip
+    group.add_argument("--quantise", choices=["none", "int8", "fp8", "nf4"], help="store the large networks in eight "
+                       "or four bits; int8 and nf4 need bitsandbytes (default: none)")  # fmt: skip
     group.add_argument("--tiling", action="store_true", help="decode in tiles, which saves memory at large sizes")
     group.add_argument("--revision", metavar="NAME", help="revision of the base's hub repository")
     return group

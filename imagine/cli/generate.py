@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
     command.add_argument("--seed", type=arguments.seed, metavar="N", help="repeats a picture (default: a random seed)")
     command.add_argument("--num-images", type=arguments.positive, default=1, metavar="N", help="number of pictures, "
                          "with the seeds N, N+1, ... (default: 1)")  # fmt: skip
-    command.add_argument("--batch", type=arguments.positive, default=BATCH, metavar="N", help="pictures drawn at a time; "
+    command.add_argument("--batch", type=arguments.positive, default=BATCH, metavar="N", help="pictures drawn at once; "
                          f"fewer need less memory (default: {BATCH})")  # fmt: skip
     command.add_argument("--steps", type=arguments.positive, metavar="N", help="denoising steps; more take longer and "
                          "draw finer detail (default: the weights' own)")  # fmt: skip

@@ -56,16 +56,16 @@ def _add_drawing(group: Any) -> None:
                        "pipeline's own on transformers)")  # fmt: skip
     group.add_argument("--references", type=positive, metavar="N", help="photos for each person (default: 1)")
     group.add_argument("--people", type=positive, metavar="N", help="people in each picture (default: 1)")
-    group.add_argument("--native", type=positive, metavar="N", help="native reference images of FLUX.2, Qwen-Image-Edit "
-                       "or Kontext, beside the adapter (default: 0)")  # fmt: skip
+    group.add_argument("--native", type=positive, metavar="N", help="native reference images of FLUX.2, "
+                       "Qwen-Image-Edit or Kontext, beside the adapter (default: 0)")  # fmt: skip
     group.add_argument("--no-guidance", action="store_true", help="one denoiser pass a step, as few-step models need")
     group.add_argument("--quantise", choices=["none", "int8", "fp8", "nf4"], help="storage of the large networks "
                        "(default: none, or what --fit needs)")  # fmt: skip
     group.add_argument("--offload", choices=["none", "model", "sequential", "group"], help="default: none, or what "
                        "--fit needs")  # fmt: skip
     group.add_argument("--tiling", action="store_true", help="decode in tiles")
-    group.add_argument("--compare-native", action="store_true", help="compare tokens and arithmetic of photos as native "
-                       "references and as references of the adapter")  # fmt: skip
+    group.add_argument("--compare-native", action="store_true", help="compare tokens and arithmetic of photos as "
+                       "native references and as references of the adapter")  # fmt: skip
 
 
 def _add_training(group: Any) -> None:

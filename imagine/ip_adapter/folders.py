@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from imagine.adapter.adapter import FILE_NAME, Adapter, find_file
+from imagine.blueprints.published import read_base
 from imagine.errors import WeightsError
 from imagine.ip_adapter.export import ExportReport, export_adapter
 from imagine.ip_adapter.reading import (
@@ -31,7 +32,6 @@ from imagine.networks import weights
 from imagine.networks.models import empty_denoiser
 from imagine.networks.saving import write_whole
 from imagine.networks.vision_conversion import from_transformers
-from imagine.blueprints.published import read_base
 
 ADAPTER, DENOISER = "adapter", "unet"
 ENCODERS = ("vision_encoder", "image_encoder")  # folders of the encoder of references, in order of preference
@@ -48,8 +48,8 @@ def import_folder(
 ) -> dict[str, Any]:
     """Convert the IP-Adapter `source` to a folder in our layout, and return a report of strings and numbers.
 
-    `base` is sdxl, sd15, portrait, a folder or a hub id (`imagine.blueprints.published`); its weights are not needed. The
-    image encoder is read from the folder `image_encoder`, else from the one next to the file. Raises WeightsError or
+    `base` is sdxl, sd15, portrait, a folder or a hub id (`imagine.blueprints.published`); its weights are not needed.
+    The image encoder is read from the folder `image_encoder`, else from the one next to the file. Raises WeightsError or
     ConfigError if the source, the base or the encoder does not fit.
     """
     denoiser = empty_denoiser(read_base(base).components[DENOISER].config)

@@ -101,8 +101,8 @@ def small_transformer(name: str) -> Blueprint:
 def check(batch: int = 2, resolution: int = 128, bases: Sequence[str] | None = None) -> dict[str, Any]:
     """Compare plans of small networks with the same networks that run on this machine's CPU, in float32.
 
-    bases: which of `SMALL_BASES`, by default `USUAL_BASES`. Parameters and arithmetic (by torch's FlopCounterMode on real tensors) must be equal.
-    The memory of steps, decoding and training (by the events of the allocator) must agree within `TOLERANCE`. Raises
+    bases: which of `SMALL_BASES`, by default `USUAL_BASES`. Parameters and arithmetic (by torch's FlopCounterMode on
+    real tensors) must be equal. The memory of steps, decoding and training (by the events of the allocator) must agree within `TOLERANCE`. Raises
     RuntimeError if they do not, because that is a bug of the planner.
     """
     rows = {}

@@ -119,7 +119,7 @@ def _verdict(plan: DrawingPlan, chosen: DrawingPlan, limit: int, speed: Speed) -
 
 # --- how the switches are written -------------------------------------------------------------------------------------
 def shows_people_from_files(base: Blueprint) -> bool:
-    """Return whether `imagine generate --base` draws with the planned networks: identity adapters, not text adapters."""
+    """Return whether `imagine generate --base` draws with the planned networks, which takes no text adapters."""
     return base.name != PORTRAIT and "text_adapter" not in base.adapters and base.pipeline in class_names()
 
 

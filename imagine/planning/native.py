@@ -90,4 +90,3 @@ def _vision_tokens(networks: Networks, references: int) -> int:
         return 0
     tokens = build_conditioning(networks, 1, references, _features(networks)).branches[VISION]
     return int(tokens.values.shape[1])
-

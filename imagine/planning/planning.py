@@ -24,6 +24,7 @@ from imagine.planning.choosing import USUAL_SPEED, Chosen, choose, command, does
 from imagine.planning.inference import DrawingOptions, DrawingPlan, DrawingPlanner, DrawingWorkload
 from imagine.planning.training import Recipe, TrainingPlan, TrainingPlanner, TrainingWorkload
 
+
 def plan_drawing(
     base: Blueprint,
     workload: DrawingWorkload,
@@ -100,9 +101,7 @@ def plan_training(
     }  # fmt: skip
 
 
-def fitting(
-    plans: Iterable[TrainingPlan], limit: int, what: str, fixed: Collection[str] = ()
-) -> TrainingPlan:
+def fitting(plans: Iterable[TrainingPlan], limit: int, what: str, fixed: Collection[str] = ()) -> TrainingPlan:
     """Return the first plan that needs at most `limit` bytes. Raises ConfigError, with the smallest need, if none does.
 
     `what` and `fixed` (the settings that were given) are for the error sentence only.

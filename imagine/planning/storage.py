@@ -99,4 +99,3 @@ def _cast_layers(module: nn.Module, name: str) -> Iterator[Any]:
 def _own_bytes(layer: nn.Module) -> int:
     """Return the bytes of a layer's own parameters, without those of its children."""
     return sum(tensor.numel() * tensor.element_size() for tensor in layer.parameters(recurse=False))
-

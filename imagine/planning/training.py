@@ -1,10 +1,10 @@
 """Plan a training step of the adapters with networks on the meta device.
 
 The plan follows our trainer and the paper (*Imagine yourself*, section 3.2): the vision encoder, the vision branch with
-its projection, the text branches (of U-Nets) and LoRA train; the base is frozen. Latents and the text encoders' states are cached
-on disk, so neither the autoencoder nor a text encoder is in memory. Trained parameters are in float32, with gradient,
-optimiser state and weight average. The frozen denoiser has the precision that a step computes in; all other frozen
-networks are in float32, as in our trainer.
+its projection, the text branches (of U-Nets) and LoRA train; the base is frozen. Latents and the text encoders' states
+are cached on disk, so neither the autoencoder nor a text encoder is in memory. Trained parameters are in float32, with
+gradient, optimiser state and weight average. The frozen denoiser has the precision that a step computes in; all other
+frozen networks are in float32, as in our trainer.
 
 The plan runs one complete step, forward and backward, and the meter counts its activations and gradients.
 """
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import Adapter
-from imagine.errors import ConfigError
 from imagine.blueprints.blueprint import Blueprint
+from imagine.errors import ConfigError
 from imagine.planning.cards import Speed, with_reserve
 from imagine.planning.denoisers import first_output, step_inputs
 from imagine.planning.inference import DTYPES, TEXT_LENGTHS, Precision, latent_side

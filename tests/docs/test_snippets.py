@@ -46,7 +46,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests import tiny_bases
+from tests import tiny_bases, tiny_transformer_folders
 from tests.forks import fork_process
 from tests.root import ROOT
 
@@ -300,6 +300,9 @@ def tiny_public_files() -> Path:
         tiny_bases.save_base(folder / name, xl)
         file = f"ip-adapter-plus-face_{'sdxl_vit-h' if xl else 'sd15'}.safetensors"
         tiny_bases.save_ip_adapter(folder / "models" / file, xl=xl)
+    for name in tiny_transformer_folders.SHORT_NAMES.values():
+        tiny_transformer_folders.save_base(folder / name, name)
+        tiny_transformer_folders.save_adapter(folder / f"{name}-adapter", name)
     return folder
 
 

@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec, LoraTarget
+from imagine.blueprints.blueprint import AdapterShape, Blueprint, Component
 from imagine.errors import ConfigError
 from imagine.networks.weights import fingerprint, remove_local_paths
-from imagine.blueprints.blueprint import AdapterShape, Blueprint, Component
 from imagine.records import VISION, Conditioning, Tokens, join
 from train.bases.base_lora import NAME as BASE_LORA
 from train.bases.base_lora import BaseLora

@@ -83,7 +83,10 @@ def test_a_unet_in_float8_shows_the_person(xl: bool, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"quantise": "int3"}, "quantise='int3' is unknown: choose from none, int8, fp8, nf4"),
-        ({"quantise": "fp8", "offload": "sequential"}, "fp8 cannot be offloaded with sequential: choose none or model or"),
+        (
+            {"quantise": "fp8", "offload": "sequential"},
+            "fp8 cannot be offloaded with sequential: choose none or model or",
+        ),
         ({"quantise": "nf4", "offload": "group"}, "nf4 cannot be offloaded with group: choose none or model"),
     ],
 )
@@ -101,7 +104,8 @@ def test_bitsandbytes_without_a_gpu_is_one_sentence(quantise: str, tmp_path: Pat
 
 def test_bitsandbytes_gets_the_large_networks_of_an_index() -> None:
     index = {
-        "_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "x"],
+        "_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"], "text_encoder_2": ["transformers", "T5EncoderModel"],
         "image_encoder": [None, None],
     }  # fmt: skip
@@ -115,7 +119,9 @@ def test_bitsandbytes_gets_the_large_networks_of_an_index() -> None:
 
 @pytest.mark.parametrize("base", base_names())
 def test_without_a_network_a_short_name_is_one_sentence(base: str) -> None:
-    with pytest.raises(WeightsError, match=f"the hub cannot be reached: run `imagine download {base} --output") as caught:
+    with pytest.raises(
+        WeightsError, match=f"the hub cannot be reached: run `imagine download {base} --output"
+    ) as caught:
         open_base(base, adapter="someone/adapter")
     assert "\n" not in str(caught.value)
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from imagine.cli import main
-from imagine.cli.plan import check_lines
-from imagine.errors import ConfigError, WeightsError
 from imagine.bases.quantising import QUANTISATIONS
 from imagine.blueprints.blueprint import Blueprint
 from imagine.blueprints.published import read_base
+from imagine.cli import main
+from imagine.cli.plan import check_lines
+from imagine.errors import ConfigError, WeightsError
 from imagine.planning import check, planning
 from imagine.planning.cards import CARDS, GIB, THIS_MACHINE, UTILISATION, read_flops, read_size, speeds, with_reserve
 from imagine.planning.choosing import choose

@@ -14,8 +14,8 @@ from imagine.bases.sources import read_base_source
 from imagine.blueprints.published import base_names, published_base, read_base
 from imagine.cli import _parser, main
 from imagine.errors import ConfigError
-from imagine.licences import licence_of
 from imagine.licences import base_names as licensed_names
+from imagine.licences import licence_of
 from imagine.planning import check, native, planning
 from imagine.planning.cards import GIB
 from imagine.planning.choosing import choose, command, python_lines
@@ -47,7 +47,9 @@ def test_known_bases_have_the_published_sizes() -> None:
 
 
 def test_every_planned_base_has_a_licence_and_a_repository_and_the_other_way_round() -> None:
-    assert set(base_names()) == {*licensed_names()} - {"qwen-image-2.1"}  # whose class differs, and is not a family here
+    assert set(base_names()) == {*licensed_names()} - {
+        "qwen-image-2.1"
+    }  # whose class differs, and is not a family here
     for name in base_names():
         assert licence_of(name) is not None and read_base_source(name).is_hub
         assert read_base(read_base_source(name).repository).components == published_base(name).components
@@ -207,7 +209,9 @@ def test_the_command_plans_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_what_is_missing_is_one_sentence(small: DrawingPlanner) -> None:
-    with pytest.raises(ConfigError, match=r"flux does not fit into 0\.50 GiB: .*, so 0\.\d+ GiB are missing, most of it"):
+    with pytest.raises(
+        ConfigError, match=r"flux does not fit into 0\.50 GiB: .*, so 0\.\d+ GiB are missing, most of it"
+    ):
         choose(small, DrawingOptions(), GIB // 2, planning.usual_speed(), "flux")
 
 
