@@ -16,8 +16,8 @@ from imagine.errors import ConfigError
 
 QUANTISATIONS = ("none", "int8", "fp8", "nf4")  # the most faithful first
 BITSANDBYTES = ("int8", "nf4")
-# Offloading that works with a storage. bitsandbytes' weights cannot be moved layer by layer, and accelerate's sequential
-# hooks cannot move weights that layerwise casting replaces.
+# Offloading that works with a storage. bitsandbytes' weights cannot be moved layer by layer, and accelerate's
+# sequential hooks cannot move weights that layerwise casting replaces.
 OFFLOADS_WITH = {
     "none": ("none", "model", "sequential", "group"),
     "fp8": ("none", "model", "group"),

@@ -49,8 +49,8 @@ def import_folder(
     """Convert the IP-Adapter `source` to a folder in our layout, and return a report of strings and numbers.
 
     `base` is sdxl, sd15, portrait, a folder or a hub id (`imagine.blueprints.published`); its weights are not needed.
-    The image encoder is read from the folder `image_encoder`, else from the one next to the file. Raises WeightsError or
-    ConfigError if the source, the base or the encoder does not fit.
+    The image encoder is read from the folder `image_encoder`, else from the one next to the file. Raises WeightsError
+    or ConfigError if the source, the base or the encoder does not fit.
     """
     denoiser = empty_denoiser(read_base(base).components[DENOISER].config)
     path = find_weights_file(source, subfolder, weight_name)

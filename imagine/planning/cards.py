@@ -34,8 +34,8 @@ CARDS = {  # FLOP per second in half precision
     "a100": 312e12,
     "h100": 989e12,
 }
-# Bytes per second between a card's memory and its processors, from the same sheets; they bound how fast weights in fewer
-# bits can be unpacked.
+# Bytes per second between a card's memory and its processors, from the same sheets; they bound how fast weights in
+# fewer bits can be unpacked.
 MEMORY_BANDWIDTH = {
     "t4": 320e9, "v100": 900e9, "rtx3060": 360e9, "rtx3090": 936e9, "rtx4060ti": 288e9, "rtx4090": 1008e9, "l4": 300e9,
     "l40s": 864e9, "a100": 1555e9, "h100": 3350e9,

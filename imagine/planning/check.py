@@ -102,10 +102,10 @@ def check(batch: int = 2, resolution: int = 128, bases: Sequence[str] | None = N
     """Compare plans of small networks with the same networks that run on this machine's CPU, in float32.
 
     bases: which of `SMALL_BASES`, by default `USUAL_BASES`. Parameters and arithmetic (by torch's FlopCounterMode on
-    real tensors) must be equal. The memory of steps, decoding and training (by the events of the allocator) must agree within `TOLERANCE`. Raises
-    RuntimeError if they do not, because that is a bug of the planner.
+    real tensors) must be equal. The memory of steps, decoding and training (by the events of the allocator) must agree
+    within `TOLERANCE`. Raises RuntimeError if they do not, because that is a bug of the planner.
     """
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in USUAL_BASES if bases is None else bases:
         base = small_base() if name == "unet" else small_transformer(name)
         rows |= {f"{name}, {key}": row for key, row in compare(base, batch, resolution).items()}
@@ -157,7 +157,7 @@ def _works(networks: Networks, batch: int, side: int) -> dict[str, Work]:
     def training(networks: Networks) -> None:
         backward(networks, batch, side)
 
-    works = {"drawing": steps, "training": training, "training, recomputed": training}
+    works: dict[str, Work] = {"drawing": steps, "training": training, "training, recomputed": training}
     if networks.denoiser_name == "unet":
         works["decoding"] = decoding
     if native:

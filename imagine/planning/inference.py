@@ -243,7 +243,7 @@ class DrawingPlanner:
                 if offload not in OFFLOADS_WITH[quantise]:
                     continue
                 for tiling in (first.tiling,) if "tiling" in fixed else (False, True):
-                    yield DrawingOptions(precision, offload, tiling, quantise, at_once)  # type: ignore[arg-type]
+                    yield DrawingOptions(precision, offload, tiling, quantise, at_once)
 
     def plan(self, options: DrawingOptions) -> DrawingPlan:
         """Return the requirements of a call with these switches."""

@@ -56,7 +56,7 @@ def test_a_folder_opens_with_its_adapter_and_every_switch(name: str, folders: tu
 
 
 def test_a_base_in_float8_shows_the_person(name: str, folders: tuple[Path, Path]) -> None:
-    options = {"quantise": "fp8", "dtype": "bfloat16"}
+    options: dict[str, Any] = {"quantise": "fp8", "dtype": "bfloat16"}
     shown = drawn(folders, name, **options)
     assert shown.isfinite().all() and not same(shown, drawn(folders, name, photo=2, **options))
     assert same(drawn(folders, name, offload="group", **options), shown)

@@ -27,6 +27,7 @@ from imagine.planning.storage import stored
 from imagine.planning.training import Recipe, TrainingPlanner, TrainingWorkload
 from tests import tiny_transformer_folders, tiny_transformers
 from tests import tiny_transformer_pipelines as pipelines
+from tests.root import ROOT
 
 # Parameters of the denoisers: the sums over the published files' tensors, as the model cards and issues round them.
 BILLIONS = {
@@ -188,6 +189,22 @@ def test_native_references_grow_and_the_adapter_does_not() -> None:
     assert four["vision_tokens"] == 4 * one["vision_tokens"]
     with pytest.raises(ConfigError, match="takes no native reference images, so there is nothing to compare"):
         native.compare_native(check.small_transformer("sd3"), 128)
+
+
+@pytest.mark.parametrize(("title", "base"), [("FLUX.2 klein 4B (base):", "flux2-klein-4b")])
+def test_the_published_comparison_is_what_the_planner_counts(title: str, base: str) -> None:
+    text = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8").partition(title)[2]
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d.]+) \| ([\d,]+) \+ (\d+) \| ([\d.]+) \|$", text, re.MULTILINE)[:5]
+    report = native.compare_native(add_branches(read_base(base), [], "plus", 0), 1024, (0, 1, 8))
+    published = {int(row[0]): row[1:] for row in rows}
+    assert list(published) == list(native.COUNTS)
+    for row in report["rows"]:
+        shown = published[row["photos"]]
+        assert [f"{row[name]:,}" for name in ("native_tokens", "adapter_tokens", "vision_tokens")] == [
+            shown[0], shown[2], shown[3],
+        ]  # fmt: skip
+        assert float(shown[1]) == pytest.approx(row["native_flops"] / 1e12, rel=0.01)
+        assert float(shown[4]) == pytest.approx(row["adapter_flops"] / 1e12, rel=0.01)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
