@@ -435,7 +435,7 @@ def test_our_trainer_with_the_printed_settings_has_the_planned_weights(run: Run,
     settings = DiffusersSettings(**stage.settings, base=str(folder), vision=folder / "vision_encoder")
     with torch.device("meta"):
         task = DiffusersTask(settings, TaskContext("only", 0, torch.device("meta"), tmp_path))
-    assert task.unet.is_gradient_checkpointing and settings.resolution == 32
+    assert task.denoiser.is_gradient_checkpointing and settings.resolution == 32
     trained = {id(p): p for part in stage.train for p in task.parts()[part]}
     every = {id(p): p for module in task.modules.values() for p in module.parameters()}
     frozen = [p for key, p in every.items() if key not in trained]
