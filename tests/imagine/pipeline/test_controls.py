@@ -310,5 +310,5 @@ def test_the_second_pass_increases_similarity_of_small_faces() -> None:
     )
     real = judge_real_pictures(cases, studio.judge)
     plain, refined = (studio.draw(cases, refine_faces=refine) for refine in (False, True))
-    assert plain.refined == 0 and refined.refined + len(refined.notes) == 12 and refined.refined >= 10
+    assert plain.refined == 0 and refined.refined >= 10 and not refined.notes  # the others are large enough
     assert studio.likeness(cases, real, refined.images) > studio.likeness(cases, real, plain.images) + 0.01
