@@ -9,10 +9,11 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline
 
-from imagine.errors import ConfigError, WeightsError
+from imagine.errors import ConfigError, FaceError, WeightsError
 from imagine.networks.encoders import CLIP_MEAN, CLIP_STD
 from imagine.people.faces import KnownBoxesFinder
 from imagine.people.reference_encoder import EncoderInfo, vision_features
+from imagine.records import FaceBox
 from tests import tiny, tiny_ip, tiny_stock
 
 
@@ -44,6 +45,17 @@ def test_a_photo_is_encoded_once_until_its_file_changes(pipe: Any, tmp_path: Pat
         next(pipe.vision_encoder.parameters()).add_(1)  # changes the encoder's weights
     pipe.enroll(tmp_path / "me.png")
     assert batches == [1] * 5
+
+
+def test_each_photo_may_have_a_face_of_its_own():
+    pipe = tiny.pipeline()
+    pipe.finder = KnownBoxesFinder([FaceBox(2, 2, 30, 30, 1.0), FaceBox(36, 36, 24, 24, 1.0)])
+    photos = [tiny.photo(1), tiny.photo(2)]
+    made = pipe.enroll(photos, face=["largest", 1])
+    assert [face.index for face in made.faces] == [0, 1]
+    assert [face.index for face in pipe.enroll(photos, face=1).faces] == [1, 1]
+    with pytest.raises(FaceError, match="2 photos but 1 choices"):
+        pipe.enroll(photos, face=[0])
 
 
 def test_a_persona_of_another_encoder_or_layer_is_refused(pipe: Any):
