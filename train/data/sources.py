@@ -87,11 +87,11 @@ class Mixture:
     counts the images of all sources.
 
     With `words`, each source has two pools, the pairs whose target carries a word and the others, and both come once
-    per epoch of their own. `lettered` says which rows carry one, for each gallery for which this is known; a source of
-    another gallery keeps one pool.
+    per epoch of their own. `lettered` says which rows carry one, for each gallery for which this is known. A source of
+    another gallery keeps one pool, and so does one that lacks pairs with a word, or without one.
 
-    Raises ConfigError for an unknown source, for weights that are not positive, for a gallery that is missing or too
-    small to make pairs, and for a pool without a pair.
+    Raises ConfigError for an unknown source, for weights that are not positive, and for a gallery that is missing or
+    too small to make pairs.
     """
 
     def __init__(
@@ -110,32 +110,38 @@ class Mixture:
         self.edges = (edges / edges[-1])[:-1].contiguous()
         self.own_counts, self.words = own_counts, words
         self.pairs = [pairs_of(name, source, galleries) for name, source in zip(self.names, self.sources, strict=True)]
+        self.with_word = self._counts_of_words(lettered)
+        counted = zip(self.with_word, self.pairs, strict=True)
+        self.split = torch.tensor([bool(found) and found != len(pairs) for found, pairs in counted])
         self.pools = self._pools(lettered)
-        self.split = torch.tensor([source.gallery in lettered for source in self.sources])  # whether it has two pools
         self._counts = [torch.zeros(len(self.pools), dtype=torch.long)]
 
     def _pools(self, lettered: Mapping[str, Tensor]) -> list[_Pool]:
-        """Return one pool per source or, with words, two, of which the second holds the pairs with a word."""
+        """Return one pool per source or, with words, two, of which the second holds the pairs with a word.
+
+        A source that is not split keeps one pool, which stands for both: all its images have the first number.
+        """
         pools = []
         for number, (name, source, pairs) in enumerate(zip(self.names, self.sources, self.pairs, strict=True)):
             whole = _Pool(number, f"pairs of {name}", pairs)
-            if self.words is None:
-                pools.append(whole)
-            elif source.gallery not in lettered:
-                pools += [whole, whole]  # all its images have the first of the two numbers
-            else:
-                with_word = lettered[source.gallery][pairs[:, 1]]
-                pools += [
-                    _Pool(number, f"pairs of {name} without a word", pairs[~with_word]),
-                    _Pool(number, f"pairs of {name} with a word", pairs[with_word]),
-                ]
-                if not len(pools[-1].pairs) or not len(pools[-2].pairs):
-                    missing = "with" if not len(pools[-1].pairs) else "without"
-                    raise ConfigError(
-                        f"words: the source {name} has no picture {missing} a word; give its gallery "
-                        f"{source.gallery} more people, or leave words out."
-                    )
+            if not self.split[number]:
+                pools += [whole] if self.words is None else [whole, whole]
+                continue
+            with_word = lettered[source.gallery][pairs[:, 1]]
+            pools += [
+                _Pool(number, f"pairs of {name} without a word", pairs[~with_word]),
+                _Pool(number, f"pairs of {name} with a word", pairs[with_word]),
+            ]
         return pools
+
+    def _counts_of_words(self, lettered: Mapping[str, Tensor]) -> list[int | None]:
+        """Return for each source how many of its pairs carry a word; None where that is unknown or does not matter."""
+        return [
+            int(lettered[source.gallery][pairs[:, 1]].sum())
+            if self.words is not None and source.gallery in lettered
+            else None
+            for source, pairs in zip(self.sources, self.pairs, strict=True)
+        ]
 
     def which(self, first: int, size: int) -> Tensor:
         """Return the index of each image's source in `names`, (size,)."""
@@ -184,12 +190,13 @@ class Mixture:
         return torch.bincount(self._pool_of(first, size), minlength=len(self.pools))
 
     def word_facts(self) -> list[str]:
-        """Return for each source with words how many of its pairs carry one, in a sentence."""
-        return [
-            f"{self.names[pool.source]}: {len(pool.pairs):,} of {len(self.pairs[pool.source]):,} pairs carry a word"
-            for pool in self.pools[1::2]
-            if self.words is not None and self.split[pool.source]
-        ]
+        """Return for each source of which it is known how many of its pairs carry a word, in a sentence."""
+        facts = []
+        for name, found, pairs, is_split in zip(self.names, self.with_word, self.pairs, self.split, strict=True):
+            if found is not None:
+                effect = "" if is_split else ", so words has no effect on it"
+                facts.append(f"{name}: {found:,} of {len(pairs):,} pairs carry a word{effect}")
+        return facts
 
 
 def weighted_sources(weights: Mapping[str, float], sources: Mapping[str, Source]) -> list[str]:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from imagine.errors import ConfigError
 from train.cache.pictures import Gallery
 from train.data.order import shuffled
 from train.data.sources import Mixture, Source
@@ -93,11 +92,13 @@ def test_a_source_of_records_is_drawn_as_it_is() -> None:
     assert drawn.word_facts() == [f"synthetic: {int(LETTERED[1::2].sum())} of 200 pairs carry a word"]
 
 
-def test_a_source_without_words_is_refused() -> None:
-    schedule = Words(start=0.5, end=0.5)
-    with pytest.raises(ConfigError, match="the source real has no picture with a word; give its gallery train more"):
-        mixture(schedule, lettered=torch.zeros(400, dtype=torch.bool))
-    with pytest.raises(ConfigError, match="no picture without a word"):
-        mixture(schedule, lettered=torch.ones(400, dtype=torch.bool))
+@pytest.mark.parametrize(("lettered", "count"), [(torch.zeros(400).bool(), 0), (torch.ones(400).bool(), 200)])
+def test_a_source_with_one_kind_of_picture_only_is_drawn_as_it_is_and_says_so(lettered: Tensor, count: int) -> None:
+    drawn = mixture(Words(start=0.5, end=0.5), {"synthetic": 1.0}, lettered)
+    assert drawn.word_facts() == [f"synthetic: {count} of 200 pairs carry a word, so words has no effect on it"]
+    assert torch.equal(drawn.draw(1, 0, 300).targets, mixture(None, {"synthetic": 1.0}).draw(1, 0, 300).targets)
+
+
+def test_shares_are_between_0_and_1() -> None:
     with pytest.raises(ValueError, match="less than or equal to 1"):
         Words(start=1.2, end=0)
