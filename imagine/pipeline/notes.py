@@ -18,7 +18,7 @@ def photo_notes(adapter: Adapter | None, faces: Sequence[Face]) -> list[str]:
         return []
     return [
         "These weights draw the stylised people of the portrait world, so a photograph gives a drawing with some of "
-        "the person's traits; docs/backbones.md describes bases that draw photographs."
+        "the person's traits; docs/bases.md describes bases that draw photographs."
     ]
 
 
