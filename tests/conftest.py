@@ -11,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+# Sums depend on the number of threads in their last bits. Tests compare bits, so all threads and all processes that a
+# test starts compute with one thread too: `torch.set_num_threads` below acts in this thread only.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 if sys.dont_write_bytecode:
     # CI sets this to keep the checkout clean. Every process that a test starts would then compile torch and other
