@@ -29,8 +29,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## four people x six prompts with the shipped weights, as one scored contact sheet
 	$(PY) -m imagine demo
 
-test: $(READY)  ## the tests, on the CPU
-	$(PY) -m pytest $(ARGS)
+# Each process takes whole files, so that what the tests of a file share is made once.
+TEST_PROCESSES ?= auto
+test: $(READY)  ## the tests, on the CPU, one process per core and at most four (TEST_PROCESSES=0 for one after another)
+	$(PY) -m pytest --numprocesses $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(READY)  ## formatting, lint, types and import layers
 	$(PY) -m ruff format --check .
