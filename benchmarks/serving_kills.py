@@ -89,14 +89,14 @@ class Trial:
             wait_for_end(workers)
             self.start()
 
-    def finish(self, within: float) -> None:
-        """Let the server run until every accepted job has ended."""
-        end = time.monotonic() + within
-        open_jobs = list(self.accepted)
-        while open_jobs and time.monotonic() < end:
-            open_jobs = [
-                job for job in open_jobs if (self.ask("GET", f"/v1/jobs/{job}") or {}).get("state") not in ENDS
-            ]
+    def finish(self, patience: float) -> None:
+        """Let the server run until every accepted job has ended, or until none has ended for `patience` seconds."""
+        open_jobs, last = list(self.accepted), time.monotonic()
+        while open_jobs and time.monotonic() < last + patience:
+            still = [job for job in open_jobs if (self.ask("GET", f"/v1/jobs/{job}") or {}).get("state") not in ENDS]
+            if len(still) < len(open_jobs):
+                open_jobs, last = still, time.monotonic()
+                print(f"{len(open_jobs)} jobs left", file=sys.stderr)
             time.sleep(0.5)
         self.stop()
 
@@ -170,7 +170,7 @@ def trial(folder: Path, kills: int, seed: int, weights: Path | None, steps: int,
         for number in range(kills):
             tried.round(seconds)
             print(f"kill {number + 1} of {kills}: {len(tried.accepted)} jobs accepted", file=sys.stderr)
-        tried.finish(600)
+        tried.finish(patience=300)
     finally:
         tried.stop()
     return tried.verdict()
