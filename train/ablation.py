@@ -187,7 +187,10 @@ def judge_arm(ablation: Ablation, run: Run, folder: Path, stage: str, judge: Pat
     initial = run.stages[stage].initial
     judge = judge or initial
     if judge is None:
-        raise ConfigError(f"Stage {stage} of the ablation's recipe has no initial weights, whose judge is needed.")
+        raise ConfigError(
+            f"Stage {stage} of the ablation's recipe has no initial weights, whose judge is needed: set its "
+            "`initial` to a folder of weights with a judge."
+        )
     assemble(folder, folder / "weights", initial=initial, stage=stage)
     pipe: Any = ImaginePipeline.from_pretrained(folder / "weights")
     settings = run.stages[stage].settings
