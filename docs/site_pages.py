@@ -29,13 +29,16 @@ COPIED = {
 }
 PUBLIC = """# Public API
 
-`from imagine import ImaginePipeline, Persona` gives the two public names. The pages after this one describe the modules
-behind them.
+`from imagine import ImaginePipeline, Persona, open_base` gives the three public names. The pages after this one
+describe the modules behind them.
 
 ::: imagine.ImaginePipeline
     options: {inherited_members: true, show_root_heading: true, show_root_full_path: false, show_root_toc_entry: true}
 
 ::: imagine.Persona
+    options: {show_root_heading: true, show_root_full_path: false, show_root_toc_entry: true}
+
+::: imagine.open_base
     options: {show_root_heading: true, show_root_full_path: false, show_root_toc_entry: true}
 """
 

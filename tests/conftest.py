@@ -26,9 +26,15 @@ if sys.dont_write_bytecode:
 
 import socket
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+    from tests.browser import OpenPage
 
 torch.set_num_threads(1)
 
@@ -59,6 +65,27 @@ def _freeze_garbage_collection() -> None:
     """Exclude existing objects from garbage collection: the libraries have a million, and each scan takes a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """The installed chromium; tests that need it are skipped where there is none."""
+    from tests.browser import chromium, launched
+
+    program = chromium()
+    if program is None:
+        pytest.skip("chromium is not installed")
+    with launched(program) as found:
+        yield found
+
+
+@pytest.fixture
+def open_page(browser: "Browser") -> Iterator["OpenPage"]:
+    """Open an address in a new context; errors of the page, and requests to other places, fail the test."""
+    from tests.browser import opening
+
+    with opening(browser) as opened:
+        yield opened
 
 
 def pytest_unconfigure() -> None:

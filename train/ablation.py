@@ -18,7 +18,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -187,7 +187,10 @@ def judge_arm(ablation: Ablation, run: Run, folder: Path, stage: str, judge: Pat
     initial = run.stages[stage].initial
     judge = judge or initial
     if judge is None:
-        raise ConfigError(f"Stage {stage} of the ablation's recipe has no initial weights, whose judge is needed.")
+        raise ConfigError(
+            f"Stage {stage} of the ablation's recipe has no initial weights, whose judge is needed: set its "
+            "`initial` to a folder of weights with a judge."
+        )
     assemble(folder, folder / "weights", initial=initial, stage=stage)
     pipe: Any = ImaginePipeline.from_pretrained(folder / "weights")
     settings = run.stages[stage].settings
@@ -324,31 +327,60 @@ def _cell(value: Mapping[str, float] | None) -> str:
 # --- the command ------------------------------------------------------------------------------------------------------
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    options = parser(
+    options = command_line(
         "python -m train.ablation",
         "Train and judge the arms of an ablation. The same command carries on with one that was stopped.",
-        "configs/ablation/arms.yaml",
     ).parse_intermixed_args(arguments)
+    return run_command(options, Ablation, _describe, run_ablation)
+
+
+def command_line(command: str, description: str) -> argparse.ArgumentParser:
+    """Return the command line of a program that trains and judges arms."""
+    made = argparse.ArgumentParser(prog=command, description=description)
+    example = f"configs/{command.rpartition('.')[2]}/arms.yaml"
+    made.add_argument("config", type=Path, metavar="ARMS.yaml", help=f"the arms, such as {example}")
+    made.add_argument("overrides", nargs="*", metavar="stage.key=value", help="replace a value of the recipe")
+    made.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder of the results")
+    made.add_argument("--arms", default="", metavar="ARM[,ARM]", help="train and judge only these arms")
+    made.add_argument("--seeds", default="", metavar="N[,N]", help="use these seeds instead of the file's")
+    made.add_argument("--dry-run", action="store_true", help="print what would be trained and judged")
+    made.add_argument("--max-minutes", type=float, metavar="M", help="stop training cleanly after M minutes")
+    return made
+
+
+def run_command(
+    options: argparse.Namespace,
+    kind: type[Arms],
+    describe: Callable[[Arms, Sequence[str], Sequence[int], Sequence[str]], None],
+    run: Callable[[Arms, Path, Sequence[str], Sequence[int], Sequence[str], float | None], bool],
+) -> int:
+    """Do what a command line of `command_line` asks for and return the exit code; wrong input is one sentence.
+
+    `describe` prints what `--dry-run` asks for. `run` trains and judges, and returns False if it was stopped.
+    """
     configure_logging()
     try:
-        ablation = load_ablation(options.config)
-        arms = [name for name in options.arms.split(",") if name] or list(ablation.arms)
+        loaded = load_arms(options.config, kind)
+        arms = [name for name in options.arms.split(",") if name] or list(loaded.arms)
         for name in arms:
-            if name not in ablation.arms:
-                raise ConfigError(f"--arms: {unknown_name('arm', name, list(ablation.arms))}.")
-        seeds = [int(text) for text in options.seeds.split(",") if text] or list(ablation.seeds)
+            if name not in loaded.arms:
+                raise ConfigError(f"--arms: {unknown_name('arm', name, list(loaded.arms))}.")
+        seeds = _seeds(options.seeds) or list(loaded.seeds)
         if options.dry_run:
-            _describe(ablation, arms, seeds, options.overrides)
+            describe(loaded, arms, seeds, options.overrides)
             return DONE
-        output = folder_to_fill(options.output)
-        finished = run_ablation(ablation, output, arms, seeds, options.overrides, options.max_minutes)
+        finished = run(loaded, folder_to_fill(options.output), arms, seeds, options.overrides, options.max_minutes)
     except ImagineError as error:
         sys.stderr.write(f"{error}\n")
         return WRONG
-    except ValueError:
-        sys.stderr.write(f"--seeds {options.seeds} must be whole numbers, separated by commas.\n")
-        return WRONG
     return DONE if finished else STOPPED
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(each) for each in text.split(",") if each]
+    except ValueError:
+        raise ConfigError(f"--seeds {text} must be whole numbers, separated by commas.") from None
 
 
 def _describe(ablation: Ablation, arms: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> None:
@@ -361,19 +393,6 @@ def _describe(ablation: Ablation, arms: Sequence[str], seeds: Sequence[int], ove
     shared = sum(load_run(ablation.recipe, overrides).stages[stage].images for stage in ablation.shared)
     pictures = len(arms) * len(seeds) * ablation.identities * ablation.prompts
     sys.stdout.write(f"shared stages: {shared:,} images; arms: {total:,} images; pictures to judge: {pictures:,}\n")
-
-
-def parser(command: str, description: str, example: str) -> argparse.ArgumentParser:
-    """Return the command line of a program that trains and judges arms."""
-    made = argparse.ArgumentParser(prog=command, description=description)
-    made.add_argument("config", type=Path, metavar="ARMS.yaml", help=f"the arms, such as {example}")
-    made.add_argument("overrides", nargs="*", metavar="stage.key=value", help="replace a value of the recipe")
-    made.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder of the results")
-    made.add_argument("--arms", default="", metavar="ARM[,ARM]", help="only these arms")
-    made.add_argument("--seeds", default="", metavar="N[,N]", help="other seeds than the file's")
-    made.add_argument("--dry-run", action="store_true", help="print what would be trained and judged")
-    made.add_argument("--max-minutes", type=float, metavar="M", help="stop training cleanly after M minutes")
-    return made
 
 
 if __name__ == "__main__":

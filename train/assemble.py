@@ -188,18 +188,28 @@ def _export(run: Path, stage: str) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return 0, or 2 after printing what is wrong with the input."""
     parser = argparse.ArgumentParser(prog="python -m train.assemble", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="the folder of the run")
-    parser.add_argument("--output", type=Path, required=True, help="the weights folder to write")
-    parser.add_argument("--initial", type=Path, help="the weights folder that the run started from, if any")
-    parser.add_argument("--stage", help="the adapter stage to use; default: the last one that is trained")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the weights folder to write")
+    parser.add_argument(
+        "--initial", type=Path, metavar="DIR", help="the weights folder that the run started from, if any"
+    )
+    parser.add_argument(
+        "--stage", metavar="NAME", help="the adapter stage to use (default: the last one that is trained)"
+    )
     parser.add_argument(
         "--best", action="store_true", help="use that stage's best weights by its best_by, not its last"
     )
-    parser.add_argument("--steps", type=int, default=20, help="the pipeline's default number of steps")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="the pipeline's default text guidance")
     parser.add_argument(
-        "--identity-guidance-scale", type=float, help="the pipeline's default identity guidance; none: the text's"
+        "--steps", type=int, default=20, metavar="N", help="the pipeline's default number of steps (default: 20)"
     )
+    parser.add_argument(
+        "--guidance-scale", type=float, default=2.0, metavar="X", help="the pipeline's default text guidance "
+        "(default: 2)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--identity-guidance-scale", type=float, metavar="X", help="the pipeline's default identity guidance "
+        "(default: as the text's)"
+    )  # fmt: skip
     parser.add_argument("--refine-faces", action="store_true", help="refine small faces in a second pass by default")
     options = parser.parse_args(arguments)
     defaults = {

@@ -24,26 +24,21 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from imagine.errors import ConfigError, ImagineError
-from imagine.paths import folder_to_fill
-from imagine.settings import listed, unknown_name
+from imagine.errors import ConfigError
+from imagine.settings import listed
 from train.ablation import (
-    DONE,
     FULL,
-    STOPPED,
-    WRONG,
     Ablation,
     arm_run,
+    command_line,
     judge_arm,
     link_shared,
-    load_arms,
-    parser,
     people_scores,
+    run_command,
 )
 from train.config import Run, Stage
 from train.run import checkpoint
 from train.run.checkpoint import replacing, write_json
-from train.run.console import configure_logging
 from train.run.progress import duration
 
 log = logging.getLogger("train")
@@ -82,6 +77,8 @@ def run_bakeoff(
     tasks: Mapping[str, Any] | None = None,
 ) -> bool:
     """Train and judge these arms, and write the table; return False if it was stopped before the end."""
+    if bakeoff.judge is not None and not (bakeoff.judge / "judge").is_dir():
+        raise ConfigError(f"The bake-off's judge is {bakeoff.judge}, which holds no judge; name weights with one.")
     trainer = _Trainer(bakeoff, output / "shared", max_minutes, tasks)
     if not trainer.train(arm_run(bakeoff, FULL, seeds[0], overrides), output / "shared", bakeoff.shared):
         return False
@@ -270,33 +267,11 @@ def _interval(found: Mapping[str, float] | None, sign: str) -> str:
 # --- the command ------------------------------------------------------------------------------------------------------
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    options = parser(
+    options = command_line(
         "python -m train.bakeoff",
         "Train arms for equal times and judge them. The same command carries on with one that was stopped.",
-        "configs/bakeoff/arms.yaml",
     ).parse_intermixed_args(arguments)
-    configure_logging()
-    try:
-        bakeoff = load_arms(options.config, Bakeoff)
-        arms = [name for name in options.arms.split(",") if name] or list(bakeoff.arms)
-        for name in arms:
-            if name not in bakeoff.arms:
-                raise ConfigError(f"--arms: {unknown_name('arm', name, list(bakeoff.arms))}.")
-        seeds = [int(text) for text in options.seeds.split(",") if text] or list(bakeoff.seeds)
-        if options.dry_run:
-            _describe(bakeoff, arms, seeds, options.overrides)
-            return DONE
-        if bakeoff.judge is not None and not (bakeoff.judge / "judge").is_dir():
-            raise ConfigError(f"The bake-off's judge is {bakeoff.judge}, which holds no judge; name weights with one.")
-        output = folder_to_fill(options.output)
-        finished = run_bakeoff(bakeoff, output, arms, seeds, options.overrides, options.max_minutes)
-    except ImagineError as error:
-        sys.stderr.write(f"{error}\n")
-        return WRONG
-    except ValueError:
-        sys.stderr.write(f"--seeds {options.seeds} must be whole numbers, separated by commas.\n")
-        return WRONG
-    return DONE if finished else STOPPED
+    return run_command(options, Bakeoff, _describe, run_bakeoff)
 
 
 def _describe(bakeoff: Bakeoff, arms: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> None:

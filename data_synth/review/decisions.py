@@ -22,10 +22,9 @@ import json
 import sqlite3
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from typing import Any
 from data_synth.records import Pair, Rejection
 from imagine.agreement import Agreement, agreement
 from imagine.errors import ConfigError, ImagineError
+from imagine.local_database import create_tables, now, transaction
 
 FILE = "review.sqlite"
 VERDICTS = ("keep", "fix", "reject")
@@ -120,7 +120,7 @@ def open_queue(
     pairs. The queue is replaced at once at the end, so a build that is killed before leaves the old queue. Pairs that
     have no decision and are no longer in the queue are deleted, with their pictures.
     """
-    _create(database)
+    create_tables(database, _SCHEMA)
     wanted: list[tuple[str]] = []
     remaining = iter(pairs)
     while chunk := list(islice(remaining, _CHUNK)):
@@ -261,7 +261,7 @@ class Review:
             connection.execute(
                 "INSERT INTO decisions (pair, reviewer, verdict, reason, caption, decided_at) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
-                (number, opinion.reviewer, opinion.verdict, opinion.reason, opinion.caption, _now()),
+                (number, opinion.reviewer, opinion.verdict, opinion.reason, opinion.caption, now()),
             )
 
     def undo(self, reviewer: str) -> int | None:
@@ -278,7 +278,7 @@ class Review:
             ).fetchone()
             if row is None:
                 return None
-            connection.execute("UPDATE decisions SET undone_at = ? WHERE number = ?", (_now(), row[0]))
+            connection.execute("UPDATE decisions SET undone_at = ? WHERE number = ?", (now(), row[0]))
         return int(row[1])
 
     def _needs_opinion(self, digest: str, opinions: Mapping[str, Opinion]) -> bool:
@@ -401,46 +401,15 @@ def _insert(connection: sqlite3.Connection, pair: Pair, details: str) -> str:
     return digest
 
 
-def _create(database: Path) -> None:
-    """Create an empty review, unless a complete one exists; a build may have been killed while it created the file."""
-    try:
-        with closing(sqlite3.connect(database, timeout=30, isolation_level=None)) as connection, connection:
-            connection.execute("BEGIN IMMEDIATE")
-            if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                for statement in _SCHEMA:
-                    connection.execute(statement)
-    except sqlite3.DatabaseError as error:
-        raise ConfigError(f"{database} cannot be used ({error}): move it away, or choose another folder.") from error
-
-
-@contextmanager
-def _transaction(database: Path, write: bool = False) -> Iterator[sqlite3.Connection]:
-    """Open a connection with one transaction, which is committed completely or not at all.
-
-    It uses a rollback journal and no write-ahead log: reviewers write about one row per second, and the review remains
-    a single file that can be sent to others.
-    """
-    if not database.is_file():
-        raise ConfigError(
-            f"There is no review at {database}: run a build with `review` first, or give the folder of such a build."
-        )
-    address = f"{database.resolve().as_uri()}?mode=rw"
-    try:
-        with closing(sqlite3.connect(address, uri=True, timeout=30, isolation_level=None)) as connection:
-            if connection.execute("PRAGMA user_version").fetchone()[0] != _FORMAT:
-                raise ConfigError(f"{database} is not a review of this version: move it away and run the build again.")
-            connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            with connection:
-                yield connection
-    except sqlite3.IntegrityError:
-        raise  # an error in this program, not in the file
-    except sqlite3.DatabaseError as error:
-        raise ConfigError(f"{database} cannot be used ({error}): try again, or move it away.") from error
+def _transaction(database: Path, write: bool = False) -> AbstractContextManager[sqlite3.Connection]:
+    return transaction(
+        database,
+        _FORMAT,
+        f"There is no review at {database}: run a build with `review` first, or give the folder of such a build.",
+        f"{database} is not a review of this version: move it away and run the build again.",
+        write,
+    )
 
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

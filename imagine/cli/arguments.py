@@ -56,7 +56,7 @@ def add_finder(command: Any) -> None:
     """Add --finder, the detector of faces in photos."""
     command.add_argument(
         "--finder", choices=["default", "insightface"], default="default",
-        help="face detector (default: the one in the weights); insightface also finds turned faces, and needs the "
+        help="face detector (default: YuNet for photographs, the weights' own for drawings); insightface needs the "
         "extra `faces` and a model pack on the disk",
     )  # fmt: skip
 
@@ -79,7 +79,8 @@ def add_marks(command: Any) -> None:
     switch = argparse.BooleanOptionalAction
     command.add_argument("--metadata", action=switch, default=True, help="write the settings into the picture's file, "
                          "where other programs read them (default: yes)")  # fmt: skip
-    command.add_argument("--metadata-prompt", action=switch, default=True, help="with the prompt (default: yes)")
+    command.add_argument("--metadata-prompt", action=switch, default=True, help="write the prompt among "
+                         "these settings (default: yes)")  # fmt: skip
     command.add_argument("--credentials", action=switch, default=True, help="sign the file with content credentials, "
                          "C2PA (default: yes)")  # fmt: skip
     command.add_argument("--watermark", action=switch, default=None, help="hide a watermark in the pixels (default: "

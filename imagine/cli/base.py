@@ -30,16 +30,19 @@ _USUAL = {  # values that a call has anyway, so that every kind of pipeline can 
 def add_base(command: Any) -> None:
     """Add --base and the arguments that belong to it."""
     group = add_sources(command)
-    group.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
-    group.add_argument("--width", type=arguments.positive, metavar="PX", help="default: the base's own")
-    group.add_argument("--height", type=arguments.positive, metavar="PX", help="default: the base's own")
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what the pictures should not show")
+    group.add_argument("--width", type=arguments.positive, metavar="PX", help="width of the pictures (default: the "
+                       "base's own)")  # fmt: skip
+    group.add_argument("--height", type=arguments.positive, metavar="PX", help="height of the pictures (default: the "
+                       "base's own)")  # fmt: skip
 
 
 def add_sources(command: Any) -> Any:
     """Add --base and what is loaded into it, as a group, which is returned."""
     group = command.add_argument_group("for photographs, on a public base")
-    group.add_argument("--base", metavar="BASE", help="draw with a public base instead of our weights: sdxl, sd15, a "
-                       "folder, or a hub id, which is downloaded; OWNER/NAME@REVISION pins it")  # fmt: skip
+    group.add_argument("--base", metavar="BASE", help="draw with a public base instead of our weights: sdxl, sd15 or "
+                       "another name of `imagine licences`, a folder, or a hub id, which is downloaded; "
+                       "OWNER/NAME@REVISION pins it")  # fmt: skip
     group.add_argument("--ip-adapter", metavar="FILE", help="IP-Adapter that shows the person: a file, a folder, "
                        "OWNER/NAME:FOLDER/FILE, or a public one such as plus-face-sdxl")  # fmt: skip
     group.add_argument(
@@ -49,9 +52,10 @@ def add_sources(command: Any) -> Any:
     group.add_argument("--preset", choices=["balanced", "likeness"], help="settings of a public IP-Adapter: leave room "
                        "for the prompt, or favour the person (default: balanced)")  # fmt: skip
     group.add_argument("--lora", metavar="FILE", help="LoRA to load: a file, a folder, or OWNER/NAME:FILE")
-    group.add_argument("--lora-scale", type=arguments.finite_float, metavar="X", help="its strength (default: 1)")
+    group.add_argument("--lora-scale", type=arguments.finite_float, metavar="X", help="strength of the LoRA "
+                       "(default: 1)")  # fmt: skip
     group.add_argument("--dtype", choices=["auto", "float32", "float16", "bfloat16"], help="precision (default: auto, "
-                       "which is bfloat16 on a GPU that has it, and float32 on a CPU)")  # fmt: skip
+                       "which is bfloat16 on a GPU that has it, float16 on others, and float32 on a CPU)")  # fmt: skip
     group.add_argument("--offload", choices=["none", "model", "sequential", "group"], help="keep networks in main "
                        "memory while they do not run (default: none); `imagine plan` says what fits")  # fmt: skip
     group.add_argument("--quantise", choices=["none", "int8", "fp8", "nf4"], help="store the large networks in eight "

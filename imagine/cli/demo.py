@@ -23,7 +23,7 @@ def add_commands(commands: Any) -> None:
                          "(default: out/demo)")  # fmt: skip
     add_weights(command)
     add_device(command)
-    command.add_argument("--seed", type=small_seed, default=7, metavar="N", help="of the noise (default: 7)")
+    command.add_argument("--seed", type=small_seed, default=7, metavar="N", help="seed of the noise (default: 7)")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

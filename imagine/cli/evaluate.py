@@ -33,7 +33,8 @@ def add_commands(commands: Any) -> None:
                          "three; with --photos, of subjects (default: all)")  # fmt: skip
     command.add_argument("--prompts", type=arguments.positive, metavar="N", help="number of prompts for each person "
                          "(default: 13) or group (default: 5); with --photos: all")  # fmt: skip
-    command.add_argument("--seed", type=arguments.seed, default=0, metavar="N", help="of people and noise (default: 0)")
+    command.add_argument("--seed", type=arguments.seed, default=0, metavar="N", help="seed of the people and the "
+                         "noise (default: 0)")  # fmt: skip
     command.add_argument("--pictures", type=Path, metavar="DIR", help="judge the finished pictures in this folder and "
                          "draw nothing; docs/evaluation.md says how to name them")  # fmt: skip
     command.add_argument("--images-per-prompt", type=arguments.positive, metavar="N", help="pictures of each prompt, "

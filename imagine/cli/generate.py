@@ -66,8 +66,8 @@ def _add_controls(command: Any) -> None:
     number = arguments.finite_float
     command.add_argument("--guidance-scale", type=number, metavar="X", help="how closely the prompt is followed; 1 "
                          "turns guidance off (default: the weights' own)")  # fmt: skip
-    command.add_argument("--identity-guidance-scale", type=number, metavar="X", help="the same for the person "
-                         "(default: the weights' own, or else --guidance-scale)")  # fmt: skip
+    command.add_argument("--identity-guidance-scale", type=number, metavar="X", help="how closely the "
+                         "person is followed (default: the weights' own, or else --guidance-scale)")  # fmt: skip
     command.add_argument("--guidance-balance", action="store_true", help="scale both guidance terms to one norm first")
     command.add_argument("--identity-scale", type=number, default=1.0, metavar="X", help="strength of the person; 0 "
                          "turns it off (default: 1)")  # fmt: skip

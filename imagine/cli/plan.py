@@ -35,14 +35,15 @@ def add_commands(commands: Any) -> None:
                          "(default: 1)")  # fmt: skip
     command.add_argument("--fit", metavar="SIZE", help="choose the fastest settings that fit into this memory, such as "
                          "12GB; the settings that are given stay")  # fmt: skip
-    command.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: bf16; --fit does not change "
-                         "it")  # fmt: skip
+    command.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="precision of the networks "
+                         "(default: bf16); --fit does not change it")  # fmt: skip
     command.add_argument("--readers", metavar="NAMES", help="text encoders beside the base's own: t5-xl, t5-xxl or "
                          "ul2, and byt5-small or byt5-base; or none (default: t5-xl,byt5-small on "
                          "U-Nets, none on transformers)")  # fmt: skip
-    command.add_argument("--projection", choices=["plus", "full"], help="of the vision branch (default: plus)")
-    command.add_argument("--lora-rank", type=non_negative, metavar="N", help="0 for no LoRA (default: 64 on "
-                         "U-Nets, 0 on transformers)")  # fmt: skip
+    command.add_argument("--projection", choices=["plus", "full"], help="form of the vision branch's projection: "
+                         "IP-Adapter Plus, or the paper's (default: plus)")  # fmt: skip
+    command.add_argument("--lora-rank", type=non_negative, metavar="N", help="rank of the LoRA; 0 means none "
+                         "(default: 64 on U-Nets, 0 on transformers)")  # fmt: skip
     speed = command.add_mutually_exclusive_group()
     speed.add_argument("--device", metavar="NAME", help="device to plan the time for: a card such as rtx4090 or a100, "
                        "or here (default: five usual cards)")  # fmt: skip
@@ -57,13 +58,14 @@ def _add_drawing(group: Any) -> None:
     group.add_argument("--references", type=positive, metavar="N", help="photos for each person (default: 1)")
     group.add_argument("--people", type=positive, metavar="N", help="people in each picture (default: 1)")
     group.add_argument("--native", type=positive, metavar="N", help="native reference images of FLUX.2, "
-                       "Qwen-Image-Edit or Kontext, beside the adapter (default: 0)")  # fmt: skip
+                       "Qwen-Image-Edit or Kontext, beside the adapter (default: none)")  # fmt: skip
     group.add_argument("--no-guidance", action="store_true", help="one denoiser pass a step, as few-step models need")
     group.add_argument("--quantise", choices=["none", "int8", "fp8", "nf4"], help="storage of the large networks "
                        "(default: none, or what --fit needs)")  # fmt: skip
-    group.add_argument("--offload", choices=["none", "model", "sequential", "group"], help="default: none, or what "
-                       "--fit needs")  # fmt: skip
-    group.add_argument("--tiling", action="store_true", help="decode in tiles")
+    group.add_argument("--offload", choices=["none", "model", "sequential", "group"], help="keep networks in "
+                       "main memory while they do not run (default: none, or what --fit needs)")  # fmt: skip
+    group.add_argument("--tiling", action="store_true", help="decode in tiles, which saves memory at large "
+                       "sizes")  # fmt: skip
     group.add_argument("--compare-native", action="store_true", help="compare tokens and arithmetic of photos as "
                        "native references and as references of the adapter")  # fmt: skip
 
@@ -72,7 +74,8 @@ def _add_training(group: Any) -> None:
     group.add_argument("--train", action="store_true", help="plan a training step instead of drawing")
     group.add_argument("--parts", metavar="NAMES", help="parts to train, such as vision_branch,lora (default: all)")
     group.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    group.add_argument("--optimiser", choices=["adamw", "adamw8bit"], help="default: adamw, or what --fit needs")
+    group.add_argument("--optimiser", choices=["adamw", "adamw8bit"], help="optimiser; adamw8bit stores its "
+                       "state in bytes (default: adamw, or what --fit needs)")  # fmt: skip
     group.add_argument("--accumulation", type=positive, metavar="N", help="parts into which a batch is split (default: "
                        "1, or what --fit needs)")  # fmt: skip
     group.add_argument("--no-average", action="store_true", help="keep no moving average of the weights")

@@ -1,4 +1,4 @@
-"""Save a picture with its marks: the one function that every door of the project saves pictures with.
+"""Save a picture with its marks: every part of the project that saves pictures uses this function.
 
 The order matters: the watermark changes pixels, then the settings enter the file, then the credentials sign its bytes.
 The pixels are not touched unless the watermark is applied. What cannot be made becomes a note and part of the record,

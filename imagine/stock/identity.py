@@ -51,8 +51,8 @@ class IdentityBranchesMixin(IPAdapterLoaderMixin, ReferenceEncoderMixin):
         free = [reader for reader, image in zip(readers, images, strict=True) if image is None] if listed else []
         if not free:
             raise ConfigError(
-                "The call gives an image for every IP-Adapter, so that none is left to show the reference: give one of "
-                "both, or a list with None for each IP-Adapter that shows the reference."
+                "The call gives an image for every IP-Adapter, so that none is left to show the reference: leave out "
+                "the reference, or give a list with None for each IP-Adapter that shows it."
             )
         return free
 

@@ -1,11 +1,10 @@
 """A build with the production backend of every step, at tiny sizes: files, endpoints, diffusers, inpainting.
 
-The toy detector finds faces in bright areas (backends.test_recognisers.tiny_pack), so random pictures have some.
+The toy detector finds faces in bright areas (tests.tiny_insightface), so random pictures have some.
 """
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from data_synth.backends.endpoint import DOWN
 from data_synth.config import BuildConfig
 from imagine.shards.reading import open_records
 from tests import tiny, tiny_models
-from tests.data_synth.backends.test_endpoint import Reply, Stub, completion, text_of, trouble
-from tests.data_synth.backends.test_recognisers import tiny_pack
+from tests.chat_endpoint import Reply, Stub, completion, text_of, trouble
+from tests.tiny_insightface import tiny_pack
 from tests.toy_pairs import built, contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")
@@ -44,16 +43,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.pipeline().save_pretrained(root / "refining")
     tiny_pack(root / "pack")
     return root
-
-
-@pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
-    """The endpoint of the captioner and the rewriter."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    made = Stub()
-    yield made
-    made.close()
-    assert made.malformed == []
 
 
 def config(folder: Path, url: str, least: float = 0.9999) -> BuildConfig:

@@ -14,6 +14,7 @@ from imagine.errors import ConfigError
 from imagine.shards.reading import Records, open_records
 from imagine.world import attributes, render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT, TRAIN
+from tests.folders import contents
 
 SMALL = WorldSettings(identities=3, images=7, size=16, seed=5)
 SHARDS = replace(SMALL, shards=5)  # shard borders inside batches and people
@@ -21,10 +22,6 @@ SHARDS = replace(SMALL, shards=5)  # shard borders inside batches and people
 
 def rows(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

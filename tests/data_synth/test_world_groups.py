@@ -17,14 +17,11 @@ from imagine.shards.reading import load_picture, open_records
 from imagine.world import render_groups, sample_contexts, sample_groups, sample_people
 from imagine.world.groups import canvas_shape
 from tests import tiny
+from tests.folders import contents
 from tests.train.data.test_recorded_groups import PictureCodec
 from train.data.recorded_groups import RecordGroups, open_record_groups
 
 SMALL = WorldSettings(identities=4, images=2, size=32, seed=5, groups=10, group_size=2)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")

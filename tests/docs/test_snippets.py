@@ -51,7 +51,7 @@ from tests.forks import fork_process
 from tests.root import ROOT
 
 PACKAGES = ("imagine", "train", "data_synth")
-PROGRAMS = ("imagine", "train", "train.assemble", "train.methods", "train.ablation", "data_synth")
+PROGRAMS = ("imagine", "train", "train.assemble", "train.methods", "train.ablation", "train.bakeoff", "data_synth")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ("bash", "python")
 LANGUAGES = (*RUN, "text", "yaml")
@@ -223,8 +223,9 @@ def check_command(words: Sequence[str]) -> None:
     config = getattr(options, "config", None)
     if config is None or Path(config).name.startswith("my"):
         return
-    if program == "train.ablation":
-        importlib.import_module("train.ablation").load_ablation(ROOT / config)
+    if program in ("train.ablation", "train.bakeoff"):
+        kind = getattr(importlib.import_module(program), "Ablation" if program == "train.ablation" else "Bakeoff")
+        importlib.import_module("train.ablation").load_arms(ROOT / config, kind)
         return
     load = {"train": ("train.config", "load_run"), "data_synth": ("data_synth.config", "load_config")}[program]
     getattr(importlib.import_module(load[0]), load[1])(ROOT / config, options.overrides)

@@ -1,4 +1,4 @@
-"""Every cell of the support tables in docs/bases.md is a test that exists, with this parameter."""
+"""Every cell of the support tables in docs/support.md is a test that exists, with this parameter."""
 
 import ast
 import importlib
@@ -12,7 +12,7 @@ from tests.root import ROOT
 from tests.tiny_transformer_folders import SHORT_NAMES
 
 COLUMNS = ("flux2", "z_image", "qwen", "flux", "sd3", "sana")  # of the first table, after those of the U-Nets
-PAGE = ROOT / "docs" / "bases.md"
+PAGE = ROOT / "docs" / "support.md"
 
 
 def halves() -> tuple[str, str]:

@@ -85,13 +85,18 @@ class StableDiffusion:
         return prediction
 
     def draw(self, noise: Tensor, predict: Predict, steps: int) -> Tensor:
-        """Sample with DDIM (arXiv 2010.02502)."""
-        from diffusers import DDIMScheduler
+        """Sample with DDIM."""
+        return ddim(self.files.schedule.config, noise, predict, steps)
 
-        sampler = DDIMScheduler.from_config(self.files.schedule.config, clip_sample=False)
-        sampler.set_timesteps(steps, device=noise.device)
-        latents = noise * sampler.init_noise_sigma
-        for step in sampler.timesteps:
-            prediction = predict(latents, step.expand(len(noise)))
-            latents = sampler.step(prediction, step, latents).prev_sample
-        return latents
+
+def ddim(config: Any, noise: Tensor, predict: Predict, steps: int) -> Tensor:
+    """Sample with DDIM (arXiv 2010.02502) on the schedule of a base's `config`."""
+    from diffusers import DDIMScheduler
+
+    sampler = DDIMScheduler.from_config(config, clip_sample=False)
+    sampler.set_timesteps(steps, device=noise.device)
+    latents = noise * sampler.init_noise_sigma
+    for step in sampler.timesteps:
+        prediction = predict(latents, step.expand(len(noise)))
+        latents = sampler.step(prediction, step, latents).prev_sample
+    return latents

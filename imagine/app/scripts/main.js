@@ -4,8 +4,9 @@ import { ApiError, call, connect, hasKey, setKey } from "./api.js";
 import { askForPair, newLabel, pin, stripChanges } from "./compare.js";
 import { addJob, setUpGallery } from "./gallery.js";
 import { announce, byId, el, openDialog, say } from "./page.js";
-import { people, setUpPeople, whyNotReady } from "./people.js";
-import { listPersonas } from "./personas.js";
+import { setUpPeople } from "./people/cards.js";
+import { people, whyNotReady } from "./people/people.js";
+import { listPersonas } from "./people/personas.js";
 import { requestOf } from "./recipe.js";
 import { applySettings, readSettings, renameInPrompt, setUpSettings, showPeople } from "./settings.js";
 

@@ -7,15 +7,15 @@ rater has an order of their own. A trial needs `opinions` answers; attention che
 import hashlib
 import sqlite3
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from imagine.errors import ConfigError, ImagineError
 from imagine.evaluation.study.trials import CHOICES, PAIR_QUESTIONS, PASSES, QUESTIONS, Trial
+from imagine.local_database import create_tables, now, transaction
 from imagine.paths import shorten_path
 
 FILE = "study.sqlite"
@@ -75,14 +75,7 @@ class Answer:
 def create(database: Path, trials: Sequence[Trial]) -> int:
     """Add trials to a study, which is created if there is none, and return their number; earlier ones are kept."""
     database.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with closing(sqlite3.connect(database, timeout=30, isolation_level=None)) as connection, connection:
-            connection.execute("BEGIN IMMEDIATE")
-            if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                for statement in _SCHEMA:
-                    connection.execute(statement)
-    except sqlite3.DatabaseError as error:
-        raise ConfigError(f"{shorten_path(database)} cannot be used ({error}): move it away.") from error
+    create_tables(database, _SCHEMA)
     with _transaction(database, write=True) as connection:
         for trial in trials:
             _insert(connection, trial)
@@ -149,11 +142,11 @@ class Study:
                 raise ConfigError(f"There is no answer {answer!r} to this question: give {', '.join(allowed)}.")
             connection.execute(
                 "UPDATE answers SET undone_at = ? WHERE trial = ? AND rater = ? AND undone_at IS NULL",
-                (_now(), number, name),
+                (now(), number, name),
             )
             connection.execute(
                 "INSERT INTO answers (trial, rater, answer, left_side, seconds, answered_at) VALUES (?, ?, ?, ?, ?, ?)",
-                (number, name, _as_stored(answer, left), left, seconds, _now()),
+                (number, name, _as_stored(answer, left), left, seconds, now()),
             )
 
     def undo(self, rater: str) -> int | None:
@@ -165,7 +158,7 @@ class Study:
             ).fetchone()
             if row is None:
                 return None
-            connection.execute("UPDATE answers SET undone_at = ? WHERE number = ?", (_now(), row[0]))
+            connection.execute("UPDATE answers SET undone_at = ? WHERE number = ?", (now(), row[0]))
             return int(row[1])
 
     def picture(self, digest: str) -> bytes:
@@ -244,26 +237,12 @@ def _insert(connection: sqlite3.Connection, trial: Trial) -> None:
     )
 
 
-@contextmanager
-def _transaction(database: Path, write: bool = False) -> Iterator[sqlite3.Connection]:
-    """Open a connection with one transaction, which is committed completely or not at all."""
-    if not database.is_file():
-        raise ConfigError(
-            f"There is no study at {shorten_path(database)}: name pictures with --pictures NAME=DIR first."
-        )
-    try:
-        address = f"{database.resolve().as_uri()}?mode=rw"
-        with closing(sqlite3.connect(address, uri=True, timeout=30, isolation_level=None)) as connection:
-            if connection.execute("PRAGMA user_version").fetchone()[0] != _FORMAT:
-                raise ConfigError(f"{shorten_path(database)} is not a study of this version: move it away.")
-            connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-            with connection:
-                yield connection
-    except sqlite3.IntegrityError:
-        raise  # an error in this program, not in the file
-    except sqlite3.DatabaseError as error:
-        raise ConfigError(f"{shorten_path(database)} cannot be used ({error}): try again, or move it away.") from error
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+def _transaction(database: Path, write: bool = False) -> AbstractContextManager[sqlite3.Connection]:
+    shown = shorten_path(database)
+    return transaction(
+        database,
+        _FORMAT,
+        f"There is no study at {shown}: name pictures with --pictures NAME=DIR first.",
+        f"{shown} is not a study of this version: move it away.",
+        write,
+    )

@@ -1,9 +1,7 @@
 """Test recognisers: the shipped judge on rendered people, and InsightFace's own classes with tiny ONNX graphs."""
 
-import importlib
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +22,7 @@ from imagine.people.faces import InsightFaceFinder
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 from tests.photographs import astronaut
+from tests.tiny_insightface import tiny_pack
 
 # insightface aligns faces with a function that scikit-image has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`estimate` is deprecated:FutureWarning")
@@ -112,54 +111,6 @@ def test_recognisers_are_made_by_name() -> None:
 
 
 # --- InsightFace ------------------------------------------------------------------------------------------------------
-def tiny_pack(folder: Path, side: int = 64, landmarks: bool = True, recogniser: bool = True) -> Path:
-    """Save a model pack: an SCRFD graph that detects a face in every bright 32 x 32 cell, and a random ArcFace."""
-    onnx = importlib.import_module("onnx")
-    helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    nodes, constants, outputs = [], [], []
-
-    def constant(name: str, values: Any, dtype: Any = np.float32) -> str:
-        constants.append(numpy_helper.from_array(np.asarray(values, dtype), name))
-        return name
-
-    counts = {stride: 2 * (side // stride) ** 2 for stride in (8, 16, 32)}
-    nodes.append(helper.make_node("AveragePool", ["input"], ["cells"], kernel_shape=[32, 32], strides=[32, 32]))
-    nodes.append(helper.make_node("ReduceMean", ["cells", constant("channels", [1], np.int64)], ["bright"], keepdims=1))
-    nodes.append(helper.make_node("Reshape", ["bright", constant("column", [-1, 1], np.int64)], ["flat"]))
-    nodes.append(helper.make_node("Concat", ["flat", "flat"], ["anchors"], axis=1))
-    nodes.append(helper.make_node("Reshape", ["anchors", "column"], ["tall"]))
-    nodes.append(helper.make_node("Mul", ["tall", constant("gain", 8.0)], ["steep"]))
-    nodes.append(helper.make_node("Sigmoid", ["steep"], ["score_32"]))
-    for stride in (8, 16):
-        empty = constant(f"none_{stride}", np.zeros((counts[stride], 1)))
-        nodes.append(helper.make_node("Identity", [empty], [f"score_{stride}"]))
-    # Relative to the cell's corner, in strides: a box of the middle half, and plausible eyes, nose and mouth.
-    marks = [0.1, 0.1, 0.4, 0.1, 0.25, 0.25, 0.12, 0.4, 0.38, 0.4]
-    reaches = {"box": [-0.25, -0.25, 0.75, 0.75], **({"mark": marks} if landmarks else {})}
-    for kind, reach in reaches.items():
-        for stride, count in counts.items():
-            rows = constant(f"{kind}_rows_{stride}", np.tile(reach, (count, 1)))
-            nodes.append(helper.make_node("Identity", [rows], [f"{kind}_{stride}"]))
-    for kind, width in {"score": 1, **{kind: len(reach) for kind, reach in reaches.items()}}.items():
-        outputs += [helper.make_tensor_value_info(f"{kind}_{s}", 1, [counts[s], width]) for s in counts]
-    picture = helper.make_tensor_value_info("input", 1, [1, 3, side, side])
-    _save(onnx, helper.make_graph(nodes, "tiny", [picture], outputs, constants), folder / "det.onnx")
-    if recogniser:
-        crop = helper.make_tensor_value_info("input", 1, ["N", 3, 112, 112])
-        pooled = helper.make_node("AveragePool", ["input"], ["pooled"], kernel_shape=[28, 28], strides=[28, 28])
-        flat = helper.make_node("Flatten", ["pooled"], ["rows"])
-        mixing = numpy_helper.from_array(np.random.default_rng(0).normal(size=(48, 16)).astype(np.float32), "mixing")
-        product = helper.make_node("MatMul", ["rows", "mixing"], ["embedding"])
-        ends = [helper.make_tensor_value_info("embedding", 1, ["N", 16])]
-        _save(onnx, helper.make_graph([pooled, flat, product], "tiny", [crop], ends, [mixing]), folder / "w600k.onnx")
-    return folder
-
-
-def _save(onnx: Any, graph: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9), path)
-
-
 def faces_at(*corners: tuple[int, int], colour: str = "white") -> Image.Image:
     """Return a black picture of 128 x 128 with a bright cell of the detector (64 pixels a side here) at each corner."""
     image = Image.new("RGB", (128, 128))

@@ -1,7 +1,6 @@
 """The review page in a real browser: keyboard, touch, phone width, and two concurrent reviewers."""
 
 import io
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,26 +8,14 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from data_synth.records import Measures, Pair
 from data_synth.review.decisions import FILE, REASONS, Decision, Opinion, Review, decisions, open_queue
 from data_synth.review.server import ReviewServer
 from imagine.world import render, sample_contexts, sample_people
-from tests.browser import chromium
+from tests.browser import PHONE, OpenPage, served
 from tests.review_pairs import pair
-
-CHROMIUM = chromium()
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -54,40 +41,23 @@ def review(tmp_path: Path, portraits: list[Pair]) -> Iterator[Review]:
 
 @pytest.fixture
 def address(review: Review) -> Iterator[str]:
-    with ReviewServer(review, port=0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server.address
-        server.shutdown()
-        thread.join()
+    with served(ReviewServer(review, port=0)) as address:
+        yield address
 
 
 Visit = Callable[..., Page]
 
 
 @pytest.fixture
-def visit(browser: Browser, address: str) -> Iterator[Visit]:
-    """Open the page in a new context, as if on another computer; errors and messages in its console fail the test."""
-    contexts: list[BrowserContext] = []
-    messages: list[str] = []
-    addresses: list[str] = []
+def visit(open_page: OpenPage, address: str) -> Visit:
+    """Open the page as a reviewer, and wait until it is idle."""
 
     def opened(reviewer: str = "", **settings: Any) -> Page:
-        contexts.append(browser.new_context(**{"viewport": DESKTOP, **settings}))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("request", lambda request: addresses.append(request.url))
-        page.goto(address + (f"?reviewer={reviewer}" if reviewer else ""))
+        page = open_page(address + (f"?reviewer={reviewer}" if reviewer else ""), **settings)
         shown_key(page)
         return page
 
-    yield opened
-    for context in contexts:
-        context.close()
-    assert [text for text in messages if not text.startswith("Failed to load resource")] == []  # expected by the tests
-    assert [asked for asked in addresses if not asked.startswith((address, "data:,"))] == []
+    return opened
 
 
 def shown_key(page: Page) -> str:

@@ -33,6 +33,7 @@ from data_synth.review.server import ReviewServer
 from imagine.agreement import agreement, cohen, fleiss
 from imagine.errors import ConfigError, ImagineError
 from imagine.local_server import LARGEST_BODY
+from tests.browser import served
 from tests.review_pairs import pair, pairs, picture
 
 
@@ -402,12 +403,9 @@ class Site:
 
 @pytest.fixture
 def site(database: Path) -> Iterator[Site]:
-    with ReviewServer(Review(database, opinions=2, overlap=1.0), port=0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    server = ReviewServer(Review(database, opinions=2, overlap=1.0), port=0)
+    with served(server):
         yield Site(database, server.server_port)
-        server.shutdown()
-        thread.join()
 
 
 def test_a_review_over_http(site: Site) -> None:

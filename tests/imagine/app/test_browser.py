@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from scipy import ndimage
 
 from imagine.cli.app import PAGES
 from imagine.records import FaceBox
 from tests import tiny
-from tests.browser import chromium
+from tests.browser import SECONDS, OpenPage
 from tests.imagine.serving.servers import Running, ended, opened, running
 
-CHROMIUM = chromium()
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 FACE = (255, 0, 255)  # the colour of faces in the photos of these tests
-SECONDS = 60_000  # milliseconds that the page may take for anything, on a slow machine
 PROMPT = "a person smiling on a beach"
 
 
@@ -97,42 +94,21 @@ def server(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runn
         yield found
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
-        yield browser
-        browser.close()
-
-
 Visit = Callable[..., Page]
 
 
 @pytest.fixture
-def visit(browser: Browser, server: Running) -> Iterator[Visit]:
-    """Open the app in a new context; errors of the page, and requests to other servers, fail the test."""
-    contexts: list[BrowserContext] = []
-    messages: list[str] = []
-    addresses: list[str] = []
+def visit(open_page: OpenPage, server: Running) -> Visit:
+    """Open the app in a new context."""
+    expect.set_options(timeout=SECONDS)
 
     def opened(at: Running = server, ready: bool = True, **settings: Any) -> Page:
-        contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **settings}))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(SECONDS)
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("request", lambda request: addresses.append(request.url))
-        page.goto(at.url)
+        page = open_page(at.url, **settings)
         if ready:
             page.wait_for_selector("body[data-ready]")
         return page
 
-    expect.set_options(timeout=SECONDS)
-    yield opened
-    for context in contexts:
-        context.close()
-    assert [text for text in messages if not text.startswith("Failed to load resource")] == []  # expected by the tests
-    assert [each for each in addresses if not each.startswith(("http://127.0.0.1:", "data:", "blob:"))] == []
+    return opened
 
 
 def choose(page: Page, *paths: Path, person: int = 0) -> None:

@@ -8,7 +8,8 @@ from imagine.cli.app import PAGES
 
 STYLE = (PAGES / "style.css").read_text()
 PAGE = (PAGES / "index.html").read_text()
-SCRIPTS = {path.name: path.read_text() for path in (PAGES / "scripts").glob("*.js")}
+FOLDER = PAGES / "scripts"
+SCRIPTS = {path.relative_to(FOLDER).as_posix(): path.read_text() for path in FOLDER.rglob("*.js")}
 GROUNDS = ("ground", "panel", "sunken", "tint")
 # Text, and where it is written; 4.5 to 1 (WCAG 2.2, success criterion 1.4.3, level AA).
 TEXT = [
@@ -78,5 +79,10 @@ def test_the_pages_hold_nothing_that_their_policy_refuses() -> None:
 def test_every_file_that_is_named_exists_and_every_script_is_used() -> None:
     named = re.findall(r'(?:src|href)="([^#"]+)"', PAGE)
     assert named and [name for name in named if not (PAGES / name).is_file()] == []
-    imported = {name for text in SCRIPTS.values() for name in re.findall(r'from "\./([\w.]+)"', text)}
-    assert imported | {"main.js"} == set(SCRIPTS) and 5 <= len(SCRIPTS) <= 9
+    imported = {
+        (FOLDER / name).parent.joinpath(other).resolve()
+        for name, text in SCRIPTS.items()
+        for other in re.findall(r'from "(\.[\w./]+)"', text)
+    }
+    assert imported | {(FOLDER / "main.js").resolve()} == {(FOLDER / name).resolve() for name in SCRIPTS}
+    assert all(len(list(folder.glob("*.js"))) <= 9 for folder in (FOLDER, *FOLDER.glob("*/")))

@@ -1,17 +1,14 @@
-"""Weights, a photo and a runner for the tests of the commands."""
+"""Weights and a photo for the tests of the commands."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 from skimage import data
 
-from imagine.cli import main
 from tests import tiny
-from tests.commands import Run
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +33,3 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("photos") / "astronaut.jpg"
     Image.fromarray(data.astronaut()).crop((110, 0, 350, 240)).save(path)
     return path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        code = main([str(each) for each in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run

@@ -9,7 +9,7 @@ from PIL import Image
 from imagine.errors import WeightsError
 from imagine.people.arcface import InsightFaceEmbedder
 from imagine.records import FaceBox
-from tests.imagine.people.test_faces import tiny_detector, tiny_recogniser
+from tests.tiny_insightface import tiny_detector, tiny_recogniser
 
 
 def test_a_pack_embeds_the_aligned_face_and_gives_its_name(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from imagine.people.finder import Finder, save_finder
 from imagine.people.photo_finder import YuNetFinder
 from imagine.people.photos import open_photo
 from imagine.records import FaceBox
+from tests.tiny_insightface import tiny_detector, tiny_recogniser
 
 
 # --- crop geometry ----------------------------------------------------------------------------------------------------
@@ -250,56 +251,6 @@ def test_the_default_finder_is_yunet_for_photographs_and_our_network_for_drawing
 
 
 # --- insightface, through its own classes -----------------------------------------------------------------------------
-def tiny_detector(path: Path, side: int = 64) -> Path:
-    """Write an SCRFD graph (nine outputs, without landmarks) that reports a face wherever a 32 x 32 cell is bright."""
-    onnx = importlib.import_module("onnx")
-    helper, numpy_helper = onnx.helper, onnx.numpy_helper
-    nodes, constants, outputs = [], [], []
-
-    def constant(name: str, values: Any, dtype: Any = np.float32) -> str:
-        constants.append(numpy_helper.from_array(np.asarray(values, dtype), name))
-        return name
-
-    counts = {8: 2 * (side // 8) ** 2, 16: 2 * (side // 16) ** 2, 32: 2 * (side // 32) ** 2}
-    nodes.append(helper.make_node("AveragePool", ["input"], ["cells"], kernel_shape=[32, 32], strides=[32, 32]))
-    nodes.append(helper.make_node("ReduceMean", ["cells", constant("channels", [1], np.int64)], ["bright"], keepdims=1))
-    nodes.append(helper.make_node("Reshape", ["bright", constant("column", [-1, 1], np.int64)], ["flat"]))
-    nodes.append(helper.make_node("Concat", ["flat", "flat"], ["anchors"], axis=1))
-    nodes.append(helper.make_node("Reshape", ["anchors", "column"], ["tall"]))
-    nodes.append(helper.make_node("Mul", ["tall", constant("gain", 8.0)], ["steep"]))
-    nodes.append(helper.make_node("Sigmoid", ["steep"], ["score_32"]))
-    for stride in (8, 16):
-        nodes.append(
-            helper.make_node(
-                "Identity", [constant(f"none_{stride}", np.zeros((counts[stride], 1)))], [f"score_{stride}"]
-            )
-        )
-    for stride, count in counts.items():
-        # Left, top, right, bottom as distances from the cell's corner, in strides: the middle half of the cell.
-        distances = np.tile([-0.25, -0.25, 0.75, 0.75], (count, 1))
-        nodes.append(helper.make_node("Identity", [constant(f"reach_{stride}", distances)], [f"box_{stride}"]))
-    for kind, width in (("score", 1), ("box", 4)):
-        outputs += [helper.make_tensor_value_info(f"{kind}_{s}", 1, [counts[s], width]) for s in counts]
-    picture = helper.make_tensor_value_info("input", 1, [1, 3, side, side])
-    graph = helper.make_graph(nodes, "tiny", [picture], outputs, constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, path)
-    return path
-
-
-def tiny_recogniser(path: Path) -> Path:
-    """Write a graph that insightface accepts as a recogniser: one output, a square input."""
-    onnx = importlib.import_module("onnx")
-    helper = onnx.helper
-    nodes = [helper.make_node("GlobalAveragePool", ["input"], ["embedding"])]
-    ends = [helper.make_tensor_value_info("input", 1, [1, 3, 112, 112])]
-    graph = helper.make_graph(nodes, "tiny", ends, [helper.make_tensor_value_info("embedding", 1, [1, 3, 1, 1])])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
-    return path
-
-
 def bright_quarter() -> Image.Image:
     """Return 128 x 128 pixels, black with a white lower right quarter: a cell of the tiny detector at half size."""
     image = Image.new("RGB", (128, 128))

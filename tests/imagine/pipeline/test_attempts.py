@@ -22,7 +22,7 @@ from imagine.pipeline.notes import people_notes
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import FaceBox
 from tests import tiny
-from tests.faces import Colour, ColourRecogniser, HalvesFinder, picture
+from tests.faces import Colour, ColourRecogniser, HalvesFinder, Threshold, picture
 
 RED, GREEN, BLUE, GREY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (90, 90, 90)
 ANN = KnownPerson("ann", (np.array([1.0, 0, 0]),))
@@ -110,20 +110,6 @@ def test_pictures_of_every_output_type_become_images() -> None:
 
 # --- in the pipeline --------------------------------------------------------------------------------------------------
 PROMPT = "{ann} in a red hat, looking to {bob}"
-
-
-class Threshold(ColourRecogniser):
-    """Finds a face like a photo if the left half of the picture is darker than a limit, so that some seeds fail."""
-
-    same = 0.5
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-
-    def embed(self, image: Image.Image, face: FaceBox) -> Any:
-        if image.size == (64, 64):  # a reference
-            return np.zeros(3)
-        return np.full(3, float(super().embed(image, face).mean() > self.limit))
 
 
 @pytest.fixture

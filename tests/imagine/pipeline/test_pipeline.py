@@ -25,6 +25,7 @@ from imagine.people.persona import Persona
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Conditioning, FaceBox, Tokens
 from tests import tiny
+from tests.folders import contents
 from tests.root import ROOT
 
 PROMPT = "a person smiling on a beach"
@@ -684,21 +685,17 @@ def test_notations_of_other_programs_are_in_the_notes(pipe: ImaginePipeline) -> 
 
 
 # --- saving whole or not at all ---------------------------------------------------------------------------------------
-def all_files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("name", ["image_encoder", "text_encoder", "tokenizer_2", "vae", "scheduler"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_pipeline_without_a_part_is_not_saved(name: str, existing: bool, tmp_path: Path) -> None:
     pipe, folder = tiny.pipeline(), tmp_path / "saved"
     if existing:
         pipe.save_pretrained(folder)
-    before = all_files(tmp_path)
+    before = contents(tmp_path)
     setattr(pipe, name, None)
     with pytest.raises(WeightsError, match=f"has no {name}"):
         pipe.save_pretrained(folder)
-    assert all_files(tmp_path) == before and folder.exists() == existing
+    assert contents(tmp_path) == before and folder.exists() == existing
 
 
 def test_a_save_that_fails_at_the_adapter_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,11 +17,6 @@ from tests import tiny, tiny_stock
 from tests.tiny_stock import draw, same
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sd15", "sdxl"])
-def xl(request: Any) -> bool:
-    return bool(request.param)
-
-
 @pytest.fixture
 def _own_backend() -> Iterator[None]:
     """Restore the default backend, which is global in diffusers."""

@@ -15,21 +15,6 @@ from tests import tiny, tiny_ip, tiny_stock
 from tests.tiny_stock import draw, same
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sd15", "sdxl"])
-def xl(request: Any) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture(scope="module")
-def stock(xl: bool) -> Any:
-    return tiny_stock.stock(xl)
-
-
-@pytest.fixture(scope="module")
-def pipe(xl: bool) -> Any:
-    return tiny_stock.personal(tiny_stock.stock(xl))
-
-
 def test_a_calls_arguments_by_name_and_the_batch_that_it_draws():
     def stock(prompt: Any, height: int = 0, guidance_scale: float = 7.5, **kwargs: Any) -> None: ...
 

@@ -17,12 +17,8 @@ from imagine.networks.weights import fingerprint
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.stock.pipelines import personalised_class
 from tests import tiny, tiny_ip, tiny_stock
+from tests.folders import contents
 from tests.tiny_stock import OTHER, draw
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["sd15", "sdxl"])
-def xl(request: Any) -> bool:
-    return bool(request.param)
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -133,20 +129,16 @@ def test_an_unavailable_component_raises_one_sentence(tmp_path: Path):
 
 
 # --- whole or not at all ----------------------------------------------------------------------------------------------
-def all_files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_save_that_lacks_the_encoder_leaves_the_folder_as_it_was(existing: bool, tmp_path: Path):
     pipe, folder = tiny_stock.personal(tiny_stock.stock()), tmp_path / "saved"
     if existing:
         pipe.save_pretrained(folder)
-    before = all_files(tmp_path)
+    before = contents(tmp_path)
     pipe.vision_encoder = None
     with pytest.raises(WeightsError, match="no encoder for references"):
         pipe.save_pretrained(folder)
-    assert all_files(tmp_path) == before and folder.exists() == existing
+    assert contents(tmp_path) == before and folder.exists() == existing
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -10,27 +10,17 @@ from PIL import Image
 from imagine.errors import ConfigError, PromptError
 from imagine.people.assignment import PersonResult
 from imagine.pipeline.attempts import to_image
-from imagine.records import VISION, FaceBox
+from imagine.records import VISION
 from imagine.stock.call import Batch
 from imagine.stock.people import PLACED_NOTE, drawn_size, region_rows
 from tests import tiny, tiny_stock
-from tests.faces import ColourRecogniser, HalvesFinder
+from tests.faces import HalvesFinder, Threshold
 from tests.tiny_stock import SIDE, draw, same
 
 PROMPT = "{ann} in a red hat, looking to {bob}"
 ANN, BOB = tiny.photo(1), tiny.photo(2)
 BOTH = {"ann": ANN, "bob": BOB}
 HALVES = {"ann": (0, 0, 0.5, 1), "bob": (0.5, 0, 1, 1)}
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["sd15", "sdxl"])
-def xl(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture(scope="module")
-def pipe(xl: bool) -> Any:
-    return tiny_stock.personal(tiny_stock.stock(xl))
 
 
 def seen_regions(pipe: Any, **options: Any) -> Any:
@@ -122,20 +112,6 @@ def test_phrases_name_people_in_both_prompts_of_sdxl() -> None:
 
 
 # --- attempts ---------------------------------------------------------------------------------------------------------
-class Threshold(ColourRecogniser):
-    """Takes a face for the person of any photo if it is darker than a limit, so that some seeds fail."""
-
-    same = 0.5
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-
-    def embed(self, image: Image.Image, face: FaceBox) -> Any:
-        if image.size == (64, 64):  # a reference
-            return np.zeros(3)
-        return np.full(3, float(super().embed(image, face).mean() > self.limit))
-
-
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_a_picture_that_is_drawn_again_equals_the_one_of_its_seed(
     pipe: Any, monkeypatch: pytest.MonkeyPatch, output_type: str

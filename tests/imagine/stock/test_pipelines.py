@@ -18,21 +18,6 @@ from tests import tiny, tiny_ip, tiny_stock
 from tests.tiny_stock import OTHER, PROMPT, draw, same
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sd15", "sdxl"])
-def xl(request: Any) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture(scope="module")
-def stock(xl: bool) -> Any:
-    return tiny_stock.stock(xl)
-
-
-@pytest.fixture(scope="module")
-def pipe(xl: bool) -> Any:
-    return tiny_stock.personal(tiny_stock.stock(xl))
-
-
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_without_a_reference_or_at_strength_zero_it_is_the_stock_picture(stock: Any, pipe: Any, guidance: float):
     wanted = draw(stock, guidance_scale=guidance)

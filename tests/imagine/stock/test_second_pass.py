@@ -33,16 +33,6 @@ OTHERS = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sd15", "sdxl"])
-def xl(request: Any) -> bool:
-    return bool(request.param)
-
-
-@pytest.fixture(scope="module")
-def pipe(xl: bool) -> Any:
-    return tiny_stock.personal(tiny_stock.stock(xl))
-
-
 @pytest.fixture(scope="module")
 def enrolled(pipe: Any) -> list[Any]:
     pipe.finder = KnownBoxesFinder([tiny.BOX])

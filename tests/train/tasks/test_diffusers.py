@@ -1,9 +1,7 @@
 """Adapter training on SDXL and Stable Diffusion 1.5: every recipe in configs/ runs all its stages at tiny sizes."""
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +22,7 @@ from imagine.records import Tokens
 from imagine.shards.reading import Records
 from tests import tiny, tiny_flow_bases, tiny_ip, tiny_stock
 from tests.root import ROOT
+from tests.stopping import StopsOnce
 from tests.train.data.test_recorded import records, written
 from train.__main__ import main
 from train.assemble import assemble
@@ -49,22 +48,15 @@ IDENTITY = ("vision_encoder", "vision_branch", "vision_projection", "lora")
 CPU = torch.device("cpu")
 
 
-class Watched(DiffusersTask):
+class Watched(StopsOnce, DiffusersTask):
     """A task that records its instances, requires a freed autoencoder in each step, and can stop the run once."""
 
     instances: ClassVar[list[Any]] = []
-    stop_at: ClassVar[int] = -1  # number of the image at which the run receives SIGTERM
 
     def __init__(self, settings: DiffusersSettings, context: TaskContext) -> None:
         super().__init__(settings, context)
         if context.device.type != "meta":  # tasks on the meta device exist only to check later stages
             self.instances.append(self)
-
-    def batch(self, images_seen: int, size: int) -> DiffusersBatch:
-        if images_seen == Watched.stop_at:
-            Watched.stop_at = -1
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().batch(images_seen, size)
 
     def loss(self, batch: DiffusersBatch, images_seen: int) -> Any:
         assert self.codec._vae is None
@@ -95,7 +87,6 @@ def tiny_home(home: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _reset() -> Iterator[None]:
     Watched.instances.clear()
-    Watched.stop_at = -1
     yield
 
 
@@ -230,7 +221,7 @@ def test_a_resumed_run_equals_a_straight_run_and_encodes_nothing_again(
 
     for kind, name in ((BaseTextEncoders, "load"), (T5TextEncoder, "load"), (BaseCodec, "encode")):
         monkeypatch.setattr(kind, name, refuse)
-    Watched.stop_at = 4
+    StopsOnce.stop_at = 4
     assert not trained(home, "sd15_1gpu", tmp_path / "stopped", only=("real",), **more)
     assert trained(home, "sd15_1gpu", tmp_path / "stopped", only=("real",), **more)
     one, other = (read_tensors(tmp_path / each / "real" / "weights.safetensors")[0] for each in ("straight", "stopped"))

@@ -1,10 +1,7 @@
 """Adapter training on SDXL and Stable Diffusion 1.5 with records of several people, and what the stock pipelines do."""
 
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +17,7 @@ from imagine.stock.people import PLACED_NOTE
 from imagine.stock.pipelines import personalised_class
 from tests import tiny, tiny_ip, tiny_stock
 from tests.group_records import records
+from tests.stopping import StopsOnce
 from tests.train.data.test_recorded import written
 from train.config import load_run
 from train.run.checkpoint import read_tensors
@@ -41,16 +39,8 @@ stages:
 """
 
 
-class Stopping(DiffusersTask):
+class Stopping(StopsOnce, DiffusersTask):
     """A task that can stop the run once, at an image."""
-
-    stop_at: ClassVar[int] = -1
-
-    def batch(self, images_seen: int, size: int) -> DiffusersBatch:
-        if images_seen == Stopping.stop_at:
-            Stopping.stop_at = -1
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().batch(images_seen, size)
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +53,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     written(home / "records", records())
     written(home / "boxes", records(masks=False))
     return home
-
-
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    yield
-    Stopping.stop_at = -1
 
 
 def settings_of(home: Path, base: str = "xl", **more: Any) -> dict[str, Any]:
@@ -267,7 +251,7 @@ def trained(home: Path) -> Path:
 
 
 def test_a_resumed_run_equals_a_straight_run(home: Path, trained: Path, tmp_path: Path) -> None:
-    Stopping.stop_at = 6
+    StopsOnce.stop_at = 6
     for done in (False, True):
         assert run_stages(run_of(home, "xl"), tmp_path, tasks={"diffusers_adapter": Stopping}) == done
     one, other = (read_tensors(each / "together" / "weights.safetensors")[0] for each in (trained, tmp_path))

@@ -1,10 +1,7 @@
 """Adapter training on diffusion transformers: every family agrees with its stock pipeline, and overfits one batch."""
 
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import VISION, Conditioning, Tokens
 from tests import tiny, tiny_flow_bases, tiny_stock
 from tests.group_records import records as group_records
+from tests.stopping import StopsOnce
 from tests.tiny_flow_bases import NAMES, side
 from tests.train.data.test_recorded import records, written
 from train.assemble import assemble
@@ -28,7 +26,6 @@ from train.run.checkpoint import read_tensors
 from train.stages import run_stages
 from train.task import TaskContext
 from train.tasks.diffusers import DiffusersSettings, DiffusersTask
-from train.tasks.diffusers_inputs import DiffusersBatch
 
 CPU = torch.device("cpu")
 PROMPT = "a person smiling on the beach"
@@ -185,22 +182,8 @@ def test_gradient_checkpointing_and_several_people_change_no_gradient(home: Path
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-class Stopping(DiffusersTask):
+class Stopping(StopsOnce, DiffusersTask):
     """A task that can stop the run once, at an image."""
-
-    stop_at: ClassVar[int] = -1
-
-    def batch(self, images_seen: int, size: int) -> DiffusersBatch:
-        if images_seen == Stopping.stop_at:
-            Stopping.stop_at = -1
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().batch(images_seen, size)
-
-
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    yield
-    Stopping.stop_at = -1
 
 
 RUN = """
@@ -231,7 +214,7 @@ def straight(home: Path) -> Path:
 
 
 def test_a_resumed_run_equals_a_straight_run(home: Path, straight: Path, tmp_path: Path) -> None:
-    Stopping.stop_at = 2
+    StopsOnce.stop_at = 2
     assert not trained(home, tmp_path)
     assert trained(home, tmp_path)
     one, other = (read_tensors(each / "people" / "weights.safetensors")[0] for each in (straight, tmp_path))

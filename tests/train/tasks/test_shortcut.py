@@ -1,9 +1,6 @@
 """Shortcut-rerouted training: the side path is told the truth, dropped at inference, and without effect when off."""
 
-import os
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.root import ROOT
+from tests.stopping import StopsOnce
 from train.cache.pictures import Gallery
 from train.config import load_run
 from train.data.denoiser_inputs import GalleryCache
@@ -27,16 +25,9 @@ SIZES = {"widths": [32, 32], "lora_rank": 2, "drop_vision": 0.0}
 PEOPLE = {"identities": 4, "pictures": 2}
 
 
-class Small(AdapterTask):
+class Small(StopsOnce, AdapterTask):
     VALIDATION_PEOPLE: ClassVar[int] = 2
     DRAWING_STEPS: ClassVar[int] = 1
-    stop_at: ClassVar[int] = -1
-
-    def batch(self, images_seen: int, size: int) -> AdapterBatch:
-        if images_seen == Small.stop_at:
-            Small.stop_at = -1
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().batch(images_seen, size)
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
         return {}
@@ -45,12 +36,6 @@ class Small(AdapterTask):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shortcut")
-
-
-@pytest.fixture(autouse=True)
-def _reset() -> Iterator[None]:
-    yield
-    Small.stop_at = -1
 
 
 def with_tokenizers(folder: Path) -> Path:
@@ -190,7 +175,7 @@ def trained(home: Path, output: Path) -> bool:
 
 def test_it_is_kept_for_later_stages_and_not_exported_and_resumes(home: Path, tmp_path: Path) -> None:
     assert trained(home, tmp_path / "straight")
-    Small.stop_at = 2
+    StopsOnce.stop_at = 2
     assert not trained(home, tmp_path / "stopped")
     assert trained(home, tmp_path / "stopped")
     one, other = (

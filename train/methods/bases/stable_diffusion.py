@@ -11,6 +11,7 @@ from imagine.errors import PromptError
 from imagine.networks.weights import dtype_argument, quiet_libraries
 from imagine.people.faces import FaceFinder, default_finder
 from imagine.records import Conditioning, Tokens
+from train.bases.stable_diffusion import ddim
 from train.data.order import uniforms
 from train.data.public_base import BaseCodec, BaseTextEncoders, DiffusersBase
 from train.methods.bases.contract import Noised, Predict
@@ -119,16 +120,8 @@ class StableDiffusionBase:
         ).sample)  # fmt: skip
 
     def sample(self, noise: Tensor, predict: Predict, steps: int) -> Tensor:
-        """Sample with DDIM (arXiv 2010.02502)."""
-        from diffusers import DDIMScheduler
-
-        sampler = DDIMScheduler.from_config(self.schedule.config, clip_sample=False)
-        sampler.set_timesteps(steps, device=noise.device)
-        latents = noise * sampler.init_noise_sigma
-        for step in sampler.timesteps:
-            prediction = predict(latents, step.expand(len(noise)))
-            latents = sampler.step(prediction, step, latents).prev_sample
-        return latents
+        """Sample with DDIM."""
+        return ddim(self.schedule.config, noise, predict, steps)
 
     def faces(self, pictures: Tensor) -> Tensor | None:
         return None

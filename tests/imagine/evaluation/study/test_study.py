@@ -4,8 +4,6 @@ import csv
 import hashlib
 import io
 import json
-import shutil
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from imagine.errors import ConfigError
 from imagine.evaluation.study.results import results, to_csv
 from imagine.evaluation.study.server import StudyServer
 from imagine.evaluation.study.store import FILE, Answer, GoneError, Study, create
 from imagine.evaluation.study.trials import PASSES, QUESTIONS, Trial, make_trials
+from tests.browser import PHONE, OpenPage, served
 from tests.commands import Run, assert_refused
 from tests.imagine.evaluation.evaluation_folders import write_evaluation
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-DESKTOP: ViewportSize = {"width": 1280, "height": 800}
-PHONE: ViewportSize = {"width": 390, "height": 844}
 
 
 @pytest.fixture
@@ -167,12 +162,8 @@ def test_results_on_known_answers() -> None:
 # --- the server and the page ------------------------------------------------------------------------------------------
 @pytest.fixture
 def address(study: Study) -> Iterator[str]:
-    with StudyServer(study, port=0) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server.address
-        server.shutdown()
-        thread.join()
+    with served(StudyServer(study, port=0)) as address:
+        yield address
 
 
 def test_the_server_refuses_what_is_not_its_page(address: str) -> None:
@@ -197,28 +188,13 @@ def test_the_server_refuses_what_is_not_its_page(address: str) -> None:
     assert status("/api/answers", {"rater": "Ann", "trial": 1, "answer": "strong", "seconds": 1.5})[0] == 200
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu", "--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 def ready(page: Page) -> Page:
     page.wait_for_selector("body:not([aria-busy])")
     return page
 
 
-def test_a_rater_answers_everything_in_the_browser(browser: Browser, address: str, study: Study) -> None:
-    messages: list[str] = []
-    page = browser.new_page(viewport=DESKTOP)
-    page.set_default_timeout(30_000)
-    page.on("pageerror", lambda error: messages.append(str(error)))
-    page.on("console", lambda message: messages.append(message.text))
-    page.goto(address)
+def test_a_rater_answers_everything_in_the_browser(open_page: OpenPage, address: str, study: Study) -> None:
+    page = open_page(address)
     expect(page.locator("#who-dialog")).to_be_visible()
     page.fill("#name", "Ann")
     page.keyboard.press("Enter")
@@ -240,19 +216,16 @@ def test_a_rater_answers_everything_in_the_browser(browser: Browser, address: st
     page.click("#answer-2")
     ready(page)
     assert {each.answer for each in study.answers()} <= {*PASSES, "a", "tie", "b"}
-    assert all(each.seconds >= 0 for each in study.answers()) and messages == []
-    page.close()
+    assert all(each.seconds >= 0 for each in study.answers())
 
 
 def test_the_page_fits_a_phone_and_shows_prompts_as_text(
-    browser: Browser, address: str, study: Study, evaluations: dict[str, Path]
+    open_page: OpenPage, address: str, study: Study, evaluations: dict[str, Path]
 ) -> None:
     markup = "<img src=x onerror=\"document.title='owned'\"> & more"
     picture = evaluations["secret-one"] / "pictures" / "full" / "000_00.png"
     create(study.database, [Trial("z", "appeal", markup, ("secret-one",), picture, (picture,))])
-    page = browser.new_page(viewport=PHONE, has_touch=True)
-    page.set_default_timeout(30_000)
-    page.goto(f"{address}?rater=Bob")
+    page = open_page(f"{address}?rater=Bob", viewport=PHONE, has_touch=True)
     ready(page)
     for _ in range(study.state("Bob")["progress"]["open"]):
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
@@ -262,7 +235,6 @@ def test_the_page_fits_a_phone_and_shows_prompts_as_text(
         page.tap("#answer-1")
         ready(page)
     assert page.text_content("#prompt") == f"Prompt: {markup}" and page.title() != "owned"
-    page.close()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

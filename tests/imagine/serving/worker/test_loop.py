@@ -1,7 +1,6 @@
 """The denoising loop: different people share steps, and one job's trouble is that job's only."""
 
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from imagine.serving.worker.saving import save_persona
 from imagine.serving.worker_counts import Counts
 from tests import tiny
 from tests.imagine.serving.servers import opened
-from tests.imagine.serving.stores import Clock, admit, settings_of
+from tests.imagine.serving.stores import admit, settings_of
 
 PROMPT = "a person smiling on a beach"
 
@@ -31,13 +30,6 @@ PROMPT = "a person smiling on a beach"
 @pytest.fixture(scope="module")
 def pipe() -> ImaginePipeline:
     return tiny.pipeline()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store.open(settings_of(tmp_path), Clock())
-    yield opened
-    opened.close()
 
 
 def loop_of(store: Store, pipe: Any, tmp_path: Path, **more: Any) -> Loop:

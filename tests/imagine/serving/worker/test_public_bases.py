@@ -1,6 +1,5 @@
 """Jobs on a public base: one call each, with progress, cancellation and records."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,13 @@ from imagine.serving.worker.loading import facts_of, load_pipeline
 from imagine.serving.worker.loop import Loop
 from imagine.serving.worker_counts import Counts
 from tests import tiny_stock
-from tests.imagine.serving.stores import Clock, settings_of
+from tests.imagine.serving.stores import settings_of
 from tests.imagine.serving.worker.test_loop import add_persona, ask, drain, pixels, result, state
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["sd15", "sdxl"])
 def pipe(request: pytest.FixtureRequest) -> Any:
     return tiny_stock.personal(tiny_stock.stock(xl=request.param))
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store.open(settings_of(tmp_path), Clock())
-    yield opened
-    opened.close()
 
 
 def loop_of(store: Store, pipe: Any, tmp_path: Path, **more: Any) -> Loop:

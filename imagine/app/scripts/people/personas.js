@@ -1,7 +1,7 @@
 // Saved people: listed, put into the picture, downloaded as files, and deleted with their files.
 
-import { call, deleted, send } from "./api.js";
-import { announce, button, byId, confirmed, count, day, download, el, rememberFile } from "./page.js";
+import { call, deleted, send } from "../api.js";
+import { announce, button, byId, confirmed, count, day, download, el, rememberFile } from "../page.js";
 import { dropPersona, usePersona } from "./people.js";
 
 /** Show the saved people that the server has. */

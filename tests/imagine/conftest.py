@@ -1,4 +1,4 @@
-"""A runner of the command line for the tests of the evaluation."""
+"""A runner of the command line."""
 
 from typing import Any
 
