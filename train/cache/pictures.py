@@ -20,10 +20,11 @@ from torch import Tensor
 from imagine.world import VERSION, Contexts, People, captions, drift, render, sample_contexts, sample_people
 from imagine.world.body import letter_boxes
 from imagine.world.render import Painters, compiled_painters
-from imagine.world.seeds import HELD_OUT, JUDGE, TRAIN
+from imagine.world.seeds import HELD_OUT, JUDGE, SECOND_JUDGE, TRAIN
 from train.cache.rows import RowFormat, cache_rows_together
 from train.run.checkpoint import write_json
 
+SPLITS = {"train": TRAIN, "judge": JUDGE, "second judge": SECOND_JUDGE, "held out": HELD_OUT}
 BLOCK = 512  # pictures rendered and stored at a time
 WORTH_COMPILING = 2_000  # pictures to render from which compiling saves more time than it takes
 
@@ -35,7 +36,7 @@ class Gallery:
     With `camera`, each person's first picture, the real one, gets the noise of a cheap camera.
     """
 
-    split: str  # "train", "judge" or "held out"
+    split: str  # one of SPLITS
     identities: int
     pictures: int
     size: int = 128
@@ -48,7 +49,7 @@ class Gallery:
 
     @property
     def first_seed(self) -> int:
-        return {"train": TRAIN, "judge": JUDGE, "held out": HELD_OUT}[self.split].start + self.first
+        return SPLITS[self.split].start + self.first
 
     @property
     def mark(self) -> str:

@@ -126,7 +126,7 @@ def _tidy() -> Iterator[None]:
 
 
 def data() -> dict[str, Any]:
-    sizes = {"identities": 8, "pictures": 2, "judge_identities": 8, "judge_pictures": 2}
+    sizes = {"identities": 8, "pictures": 2, "judge_identities": 8, "judge_pictures": 2, "second_judge_identities": 8}
     return {"folder": str(home() / "data"), **sizes}
 
 
