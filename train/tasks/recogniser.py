@@ -21,9 +21,9 @@ from imagine.people.faces import crop_faces
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 from train.cache.face_crops import FaceCrops
+from train.cache.pictures import Pictures
 from train.data.language import parameters
 from train.data.order import normals, uniforms
-from train.cache.pictures import Pictures
 from train.data.portraits import (
     DataSettings,
     data_settings,

@@ -217,7 +217,9 @@ def test_the_report_has_the_documented_fields(straight: tuple[dict[str, Any], Pa
     facts = {name: stored[name] for name in ("suite", "identities", "prompts", "seed", "gallery")}
     assert facts == {"suite": "portraits", "identities": 3, "prompts": 4, "seed": 0, "gallery": 6}
     assert stored["world"] == VERSION and stored["notes"] == []
-    assert set(stored["metrics"]) == {*scores.MAIN, "leakage", "sim_gt_traits"}  # no prompt asks for letters
+    assert set(stored["metrics"]) == {
+        *scores.MAIN, "leakage", "sim_gt_traits", "rank1_traits",
+    }  # fmt: skip  # no prompt asks for letters
     for numbers in stored["metrics"].values():
         assert set(numbers) == {"value", "low", "high", "ceiling", "floor"}
         assert numbers["low"] <= numbers["value"] <= numbers["high"]
