@@ -14,10 +14,9 @@ from torch import Tensor
 from imagine.errors import ConfigError
 from imagine.world import Contexts, sample_contexts
 from imagine.world.contexts import letter_numbers
-from imagine.world.vocabulary import ATTRIBUTES, CLOTHES
+from imagine.world.vocabulary import ATTRIBUTES, CLOTHES, LETTERED_CLOTHES
 
 _TURNS = {"yaw": radians(28), "pitch": radians(17), "roll": radians(15), "gaze": 0.9}  # clearly to one side
-_LETTERED = ("t-shirt", "hoodie")  # clothes that may carry letters
 _DEFAULTS = {
     "style": "photo", "light": "soft", "headwear": "none", "held": "none", "letters": "", "framing": "portrait",
     "pitch": "level", "roll": "upright",
@@ -136,6 +135,7 @@ PORTRAITS: tuple[Prompt, ...] = (
 )  # fmt: skip
 
 SUITES = {"portraits": PORTRAITS}
+SUITE_VERSION = 1  # of `portraits`; it rises when prompts change, because numbers of other prompts do not compare
 OTHER_SUITES = ("people", "dreambench", "photos")  # which imagine.evaluation.people and photos define
 
 
@@ -163,7 +163,7 @@ def contexts_for(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Co
 
 def _required_changes(wanted: Mapping[str, str], columns: Mapping[str, Tensor], row: int) -> dict[str, str]:
     """Return the attributes that must change so that requested letters are visible: clothes that can carry letters."""
-    if "letters" in wanted and CLOTHES[int(columns["clothes"][row])] not in _LETTERED:
+    if "letters" in wanted and CLOTHES[int(columns["clothes"][row])] not in LETTERED_CLOTHES:
         return {"clothes": "t-shirt"}
     return {}
 

@@ -17,7 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagine.world import VERSION, Contexts, People, captions, drift, render, sample_contexts, sample_people
+from imagine.world import (
+    VERSION,
+    Contexts,
+    People,
+    captions,
+    drift,
+    give_words,
+    render,
+    sample_contexts,
+    sample_people,
+)
 from imagine.world.body import letter_boxes
 from imagine.world.render import Painters, compiled_painters
 from imagine.world.seeds import HELD_OUT, JUDGE, SECOND_JUDGE, TRAIN
@@ -33,7 +43,8 @@ WORTH_COMPILING = 2_000  # pictures to render from which compiling saves more ti
 class Gallery:
     """`identities` x `pictures` renders of `size` pixels, of people from one seed range (a split).
 
-    With `camera`, each person's first picture, the real one, gets the noise of a cheap camera.
+    With `camera`, each person's first picture, the real one, gets the noise of a cheap camera. With `words`, all other
+    pictures show a word on the clothes.
     """
 
     split: str  # one of SPLITS
@@ -43,6 +54,7 @@ class Gallery:
     drift: float = 0.06
     first: int = 0  # number of the first person within the split
     camera: bool = True
+    words: bool = False
 
     def __len__(self) -> int:
         return self.identities * self.pictures
@@ -69,7 +81,9 @@ class Gallery:
         return moved.replace(**{n: torch.where(real, getattr(people, n), getattr(moved, n)) for n in names})
 
     def contexts(self, rows: Tensor) -> Contexts:
-        return sample_contexts([self.first_seed + int(i) for i in rows])
+        numbers = [self.first_seed + int(i) for i in rows]
+        contexts = sample_contexts(numbers)
+        return give_words(contexts, numbers, rows % self.pictures != 0) if self.words else contexts
 
     def letters(self, rows: Tensor) -> Tensor:
         """Return the boxes of the words on shirts in pixels (B, 4), of width 0 where there is none."""

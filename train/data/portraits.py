@@ -37,6 +37,7 @@ class GallerySettings(BaseModel):
     pictures: int = Field(2, ge=1)  # pictures per person; the first is the real one, the others are synthetic
     drift: float = Field(0.06, ge=0)  # how far a person's identity differs in the synthetic pictures
     camera: bool = True  # whether real pictures have the noise of a cheap camera
+    words: bool = False  # whether all but each person's first picture show a word on the clothes
 
 
 class GroupSettings(BaseModel):
@@ -92,7 +93,7 @@ class DataSettings(BaseModel):
             raise ConfigError(f"data: {unknown_name('gallery', name, ['train', *self.galleries])}.")
         it = self.galleries[name]
         count = self.limited(it.identities)
-        return Gallery("train", count, it.pictures, drift=it.drift, first=it.first, camera=it.camera)
+        return Gallery("train", count, it.pictures, drift=it.drift, first=it.first, camera=it.camera, words=it.words)
 
     def group(self, name: str) -> GroupSettings:
         """Return the settings of the group of that name; ConfigError with the valid names if there is none."""
