@@ -11,6 +11,7 @@ an average of the weights needs no average of batch statistics.
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -75,14 +76,18 @@ class Backbone(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """Embed masked face crops: (B, 3, size, size) in 0..1 -> unit vectors (B, dimensions); about 50 MFLOP per crop."""
+    """Embed masked face crops: (B, 3, size, size) in 0..1 -> unit vectors (B, dimensions); about 50 MFLOP per crop.
+
+    `limit` is the largest distance, 1 minus the cosine, at which two pictures count as one person; None: not measured.
+    """
 
     def __init__(
-        self, size: int = 64, widths: Sequence[int] = (32, 48, 96, 192), blocks: int = 1, dimensions: int = 128
-    ) -> None:
+        self, size: int = 64, widths: Sequence[int] = (32, 48, 96, 192), blocks: int = 1, dimensions: int = 128,
+        limit: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config: dict[str, Any] = {
-            "size": size, "widths": list(widths), "blocks": blocks, "dimensions": dimensions,
+            "size": size, "widths": list(widths), "blocks": blocks, "dimensions": dimensions, "limit": limit,
         }  # fmt: skip
         self.size = size
         self.body = Backbone(widths, stem_stride=2, blocks=blocks)
@@ -110,12 +115,12 @@ class TransformerRecogniser(nn.Module):
 
     def __init__(
         self, size: int = 64, patch: int = 8, width: int = 96, depth: int = 4, heads: int = 4, feedforward: int = 384,
-        thin: int = 24, dimensions: int = 128,
+        thin: int = 24, dimensions: int = 128, limit: float | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config: dict[str, Any] = {
             "size": size, "patch": patch, "width": width, "depth": depth, "heads": heads, "feedforward": feedforward,
-            "thin": thin, "dimensions": dimensions,
+            "thin": thin, "dimensions": dimensions, "limit": limit,
         }  # fmt: skip
         self.size = size
         tokens = (size // patch) ** 2
@@ -185,7 +190,8 @@ def load_network(cls: type[Network], folder: str | Path) -> Network:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
-        raise WeightsError(f"{folder} holds no {cls.__name__.lower()}: {Path(error.filename or '').name or 'a file'} "
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
+        raise WeightsError(f"{folder} holds no {kind}: {Path(error.filename or '').name or 'a file'} "
                            "is missing; train it with `make weights` or choose another folder.") from error  # fmt: skip
     except SafetensorError as error:
         raise WeightsError(why_unreadable(folder / "model.safetensors", "download or train it again")) from error

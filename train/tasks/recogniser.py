@@ -41,6 +41,7 @@ MODULES = {"judge": "recogniser", "second_judge": "second_recogniser", "train": 
 ARCHITECTURES: dict[str, Callable[..., AnyRecogniser]] = {
     "residual": Recogniser, "transformer": TransformerRecogniser,
 }  # fmt: skip
+MISSED = 0.05  # share of the pairs of one person beyond the limit that is stored with the network
 HELD_OUT_COUNT = 500  # held-out people, two pictures each; none of them is used by the evaluation
 
 
@@ -134,6 +135,11 @@ class RecogniserTask:
         return Loss(share * loss + self.settings.traits * traits, {"accuracy": hits, "traits": traits.mean()})
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        """Return how well it recognises held-out people, any two pictures of each.
+
+        rank1: share whose nearest of all people is right. limit: the distance that MISSED of the pairs of one person
+        exceed, which is exported with the network. mistaken: share of the pairs of two people within it.
+        """
         first, second = (
             torch.cat([self.recogniser(part.to(self.context.device)) for part in crops.split(100)])
             for crops in held_out_crops(self.recogniser.size, self.HELD_OUT_PEOPLE)
@@ -141,7 +147,14 @@ class RecogniserTask:
         similarity = first @ second.T
         hits = (similarity.argmax(1) == torch.arange(len(first), device=similarity.device)).float().mean()
         off = similarity[~torch.eye(len(first), dtype=torch.bool, device=similarity.device)]
-        return {"rank1": float(hits), "same": float(similarity.diag().mean()), "other": float(off.mean())}
+        own = similarity.diag()
+        limit = 1 - float(own.float().quantile(MISSED))
+        self.recogniser.config["limit"] = round(limit, 4)
+        mistaken = float((off >= 1 - limit).float().mean())
+        return {
+            "rank1": float(hits), "same": float(own.mean()), "other": float(off.mean()), "limit": limit,
+            "mistaken": mistaken,
+        }  # fmt: skip
 
     def export(self, folder: Path) -> None:
         self.recogniser.save(folder / "recogniser", torch.float16)
