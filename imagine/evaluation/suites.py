@@ -124,8 +124,8 @@ PORTRAITS: tuple[Prompt, ...] = (
        held="flower", scene="mountains", light="sunset"),
     _p("combined", "a person, wearing a purple suit, in a crown, in space", headwear="crown", clothes="suit",
        clothes_colour="purple", scene="space"),
-    _p("combined", 'a person, laughing, wearing a white t-shirt with the letters "HI", in a room',
-       expression="laughing", clothes="t-shirt", clothes_colour="white", letters="HI", scene="room"),
+    _p("combined", 'a person, laughing, wearing a white t-shirt with the letters "GO", in a room',
+       expression="laughing", clothes="t-shirt", clothes_colour="white", letters="GO", scene="room"),
     _p("combined", "a photo of a person, close up of the face, eyes looking left, in moonlight", framing="close-up",
        gaze="left", light="moonlight", style="photo"),
     _p("combined", "pixel art of a person, looking surprised, holding a cup", expression="surprised", held="cup",
@@ -135,7 +135,9 @@ PORTRAITS: tuple[Prompt, ...] = (
 )  # fmt: skip
 
 SUITES = {"portraits": PORTRAITS}
-SUITE_VERSION = 1  # of `portraits`; it rises when prompts change, because numbers of other prompts do not compare
+# The versions of `portraits`: version -> number of the first prompt that it changed. Version 2 asks for "GO" where
+# version 1 asked for "HI", which the judge reads in 2 of 24 real pictures.
+_CHANGED = {2: 63}
 OTHER_SUITES = ("people", "dreambench", "photos")  # which imagine.evaluation.people and photos define
 
 
@@ -144,6 +146,11 @@ def load_suite(name: str) -> tuple[Prompt, ...]:
     if name not in SUITES:
         raise ConfigError(f"There is no suite {name!r}: choose from {', '.join((*SUITES, *OTHER_SUITES))}.")
     return SUITES[name]
+
+
+def suite_version(prompts: int = len(PORTRAITS)) -> int:
+    """Return the version of the first prompts of `portraits`: numbers of different versions do not compare."""
+    return max((version for version, number in _CHANGED.items() if prompts > number), default=1)
 
 
 def contexts_for(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Contexts:
