@@ -9,6 +9,7 @@ found: share of the requested attributes that are read. all: share of pictures i
 
 import argparse
 import json
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def main() -> None:
         print(f"| {row['text']} | {row['found']:.0%} | {row['all']:.0%} | {row['missed']} |{mark}")
 
 
-def measure(judge: Judge, number: int, prompt: Prompt, people: int) -> dict[str, "float | str"]:
+def measure(judge: Judge, number: int, prompt: Prompt, people: int) -> dict[str, Any]:
     """Return what is read in `people` real pictures of a prompt, and which attributes are missed, with their shares."""
     first = FIRST + 1_000 * number
     drawn = render(

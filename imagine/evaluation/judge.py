@@ -224,7 +224,8 @@ class Judge:
         second: AnyRecogniser | None = None,
     ) -> None:
         self.second = second
-        self.others = {**({} if second is None else {SECOND: CropRecogniser(second)}), **(others or {})}
+        self.others: dict[str, Embedder] = {} if second is None else {SECOND: CropRecogniser(second)}
+        self.others |= others or {}
         self.recogniser = recogniser.eval().requires_grad_(False)
         self.reader = reader.eval().requires_grad_(False)
         self.find_boxes = find_boxes or prior_boxes
