@@ -1,10 +1,10 @@
 """Turn a finished run into a weights folder: `python -m train.assemble runs/weights --output weights`.
 
-The pipeline is built from the exports of the stages and saved in half precision, with the judge and the finder beside
-it. Only components of the pipeline, the judge and the finder are replaced, each one only after it is completely written
-to disk; a model card and examples that are there are not touched. For a run on a public base, only the trained
-components (the adapters and the vision encoder) are written, to be loaded into a pipeline with that base, and a model
-card with the licences if there is none.
+The pipeline is built from the exports of the stages and saved in half precision, with the judge, the finder and the
+recogniser of the check beside it. Only components of the pipeline and these networks are replaced, each one only after
+it is completely written to disk; a model card and examples that are there are not touched. For a run on a public base,
+only the trained components (the adapters and the vision encoder) are written, to be loaded into a pipeline with that
+base, and a model card with the licences if there is none.
 """
 
 import argparse
@@ -31,7 +31,14 @@ from train.run.checkpoint import read_tensors, replacing, write_tensors
 log = logging.getLogger("train")
 CARD = "README.md"  # the model card
 ADAPTER_TASKS = ("adapter", "diffusers_adapter")  # tasks whose exports a pipeline can generate with
-JUDGE_FOLDERS = {"recogniser": "recogniser", "reader": "reader"}  # stage -> the folder it exports
+# stage -> the folder of its export, and its place in the weights
+NETWORKS = {
+    "recogniser": ("recogniser", "judge/recogniser"),
+    "second_recogniser": ("recogniser", "judge/second_recogniser"),
+    "reader": ("reader", "judge/reader"),
+    "check_recogniser": ("recogniser", "recogniser"),
+    "finder": ("finder", "finder"),
+}
 
 
 def assemble(
@@ -43,7 +50,7 @@ def assemble(
     stage: str | None = None,
     best: bool = False,
 ) -> None:
-    """Write the pipeline of `run` to `output`. Components whose stage is not trained (judge, finder) are not changed.
+    """Write the pipeline of `run` to `output`. Components whose stage is not trained (judge ...) are not changed.
 
     `initial` is the folder of weights that the run started from; it provides what the run did not train. The pipeline
     uses the adapter of `stage`, or by default of the last adapter stage with an export; a warning is logged if that is
@@ -68,7 +75,7 @@ def assemble(
 def _put(draft: Path, output: Path) -> None:
     """Replace the components in `output` by those of `draft`; top-level files such as model_index.json come last."""
     for part in sorted(draft.iterdir(), key=lambda part: (part.is_file(), part.name)):
-        if part.name == "judge":  # its two networks are replaced independently
+        if part.name == "judge":  # its networks are replaced independently
             (output / part.name).mkdir(exist_ok=True)
             _put(part, output / part.name)
             continue
@@ -79,7 +86,7 @@ def _put(draft: Path, output: Path) -> None:
 def _assemble_pipeline(
     run: Path, adapter_export: Path, initial: Path | None, output: Path, dtype: torch.dtype, defaults: Mapping[str, Any]
 ) -> None:
-    """Save the pipeline with the base that was trained with this adapter, and copy the judge and the finder."""
+    """Save the pipeline with the base that was trained with this adapter, and copy the small networks."""
     from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 
     from imagine.adapter.adapter import Adapter
@@ -112,10 +119,10 @@ def _assemble_pipeline(
         assert part is not None, "both adapters were passed to the constructor"
         part.to(dtype)
     pipe.save_pretrained(output)
-    for stage, folder in (*((name, f"judge/{name}") for name in JUDGE_FOLDERS), ("finder", "finder")):
-        source = run / stage / "export" / stage
+    for stage, (exported, place) in NETWORKS.items():
+        source = run / stage / "export" / exported
         if source.is_dir():
-            shutil.copytree(source, output / folder, dirs_exist_ok=True)
+            shutil.copytree(source, output / place, dirs_exist_ok=True)
 
 
 def _assemble_adapters(adapter_export: Path, output: Path, dtype: torch.dtype) -> dict[str, str]:

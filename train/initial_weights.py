@@ -15,7 +15,8 @@ WEIGHT_FOLDERS = {  # module -> its folder in the weights; other modules (heads 
     "vae": "vae", "unet": "unet", "text_adapter": "text_adapter", "adapter": "adapter",
     "base_lora": "lora", "image_encoder": "image_encoder", "text_encoder": "text_encoder",
     "text_encoder_2": "text_encoder_2", "text_encoder_3": "text_encoder_3",
-    "recogniser": "judge/recogniser", "reader": "judge/reader", "finder": "finder",
+    "recogniser": "judge/recogniser", "second_recogniser": "judge/second_recogniser", "reader": "judge/reader",
+    "finder": "finder",
 }  # fmt: skip
 _PREFIXES = {"base_lora": "transformer."}  # module -> what the names of its tensors begin with in a file of diffusers
 

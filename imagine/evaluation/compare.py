@@ -21,7 +21,7 @@ from imagine.evaluation.report import TITLES
 from imagine.evaluation.runs.folder import config_error_on_failure
 from imagine.paths import as_path, shorten_path
 
-SAME = ("suite", "identities", "prompts", "seed", "world", "gallery", "images")
+SAME = ("suite", "suite_version", "identities", "prompts", "seed", "world", "gallery", "images")
 COSTS = ("seconds_per_person", "bytes_per_person", "seconds_per_picture")
 
 
@@ -139,6 +139,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _check_same(first: str, one: Mapping[str, Any], second: str, two: Mapping[str, Any]) -> None:
+    one, two = ({"suite_version": 1, **report} for report in (one, two))  # earlier reports do not say it
     other = [key for key in SAME if one.get(key) != two.get(key)]
     if other:
         raise ConfigError(

@@ -41,7 +41,7 @@ from imagine.evaluation.runs.judged import JudgedStore
 from imagine.evaluation.runs.pictures import RunPictures, Task, draw_missing, read_costs, remove_partial_files
 from imagine.evaluation.runs.shards import WHOLE, Executor, Shard, run_shards
 from imagine.evaluation.scores import FLOORS, MAIN, TABLE, Metric, other_metrics, score, summarise, weights
-from imagine.evaluation.suites import Prompt, load_suite
+from imagine.evaluation.suites import Prompt, load_suite, suite_version
 from imagine.evaluation.systems.contracts import DETACHED, FULL
 from imagine.evaluation.systems.finished import FinishedPictures, Judgeable
 from imagine.evaluation.systems.photographs import refuse_photographs
@@ -101,6 +101,8 @@ def run(
     _check(chosen, identities, prompts, rows, system, variants)
     cases = make_cases(chosen[:prompts], identities, seed, gallery)
     settings = {"suite": suite, "identities": identities, "prompts": prompts, "seed": seed, "world": VERSION}
+    if (version := suite_version(prompts)) > 1:  # files of version 1 do not say it
+        settings["suite_version"] = version
     portraits = Portraits(
         RunPictures(Path(output), system), cases, judge or Judge.from_pretrained(), tuple(rows), settings, variants,
         dict(options or {}), shard, progress,
@@ -239,7 +241,8 @@ class Portraits:
         evaluated = cases.people[: cases.identities]
         main_scores = {row: {name: values[name] for name in MAIN} for row, values in scores.items()}
         return {
-            "format_version": FORMAT_VERSION, **self.settings, "commit": commit(), "gallery": len(cases.gallery),
+            "format_version": FORMAT_VERSION, "suite_version": 1, **self.settings, "commit": commit(),
+            "gallery": len(cases.gallery),
             "system": self.pictures.system.name, "options": self.options, "variants": self.variants,
             "costs": read_costs(self.output),
             "notes": world_notes(getattr(getattr(self.pictures.system, "pipeline", None), "adapter", None)),

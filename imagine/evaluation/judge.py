@@ -1,16 +1,17 @@
-"""The judge: two small networks that recognise the person in a picture and classify what the picture shows.
+"""The judge: small networks that recognise the person in a picture and classify what the picture shows.
 
 They are trained on renders of people from a separate range of seeds (never those of the generator's training) and
 measure the pictures that the pipeline draws. `Recogniser` turns a masked face crop into a unit vector; the angle
 between two vectors measures whether two pictures show the same person. `Reader` classifies the context of a whole
 picture (expression, scene, letters ...) and, for diagnosis, the identity traits. `imagine.evaluation.evaluate` and the
-demo call `Judge`, which holds both.
+demo call `Judge`, which holds both, and a second recogniser if the weights have one: a network of another architecture
+that is trained on other people, to see how far a result depends on the recogniser.
 
-Both networks share one residual body that is cheap on a CPU in float32: it uses an early stride, and bottlenecks of
-ordinary 3x3 convolutions, because depthwise convolutions are slow on a CPU. GroupNorm computes the same function in
-training and in inference, so an average of the weights needs no average of batch statistics. Vocabularies are passed
-as plain mappings and saved with the weights, so that a saved reader keeps the words of its training even if the
-vocabulary of the world changes.
+Recogniser and reader share one residual body that is cheap on a CPU in float32: it uses an early stride, and
+bottlenecks of ordinary 3x3 convolutions, because depthwise convolutions are slow on a CPU. GroupNorm computes the same
+function in training and in inference, so an average of the weights needs no average of batch statistics. Vocabularies
+are passed as plain mappings and saved with the weights, so that a saved reader keeps the words of its training even if
+the vocabulary of the world changes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +24,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from imagine.networks.recogniser import Backbone, Recogniser, load_network, save_network
+from imagine.networks.recogniser import (
+    AnyRecogniser,
+    Backbone,
+    Recogniser,
+    load_network,
+    load_recogniser,
+    save_network,
+)
 from imagine.networks.weights import default_folder, fingerprint
 from imagine.people.faces import FaceFinder, LearnedFinder, crop_faces
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_SLOTS = 3
+SECOND = "second"  # the name of the second recogniser among the others
 IGNORED = -100  # the class of an attribute without a label: it adds no loss, as in torch's cross_entropy
 PRIOR_BOX = (0.3, 0.274, 0.4, 0.416)  # left, top, width, height of a typical face, as shares of the picture
 
@@ -185,13 +194,24 @@ class Seen:
     faces: Tensor  # (N,), whether a face was found
 
 
+class CropRecogniser:
+    """A recogniser of face crops as a function from pictures (N, 3, H, W) in 0..1 and boxes (N, 4) to embeddings."""
+
+    def __init__(self, network: AnyRecogniser) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor, boxes: Tensor) -> Tensor:
+        return cast(Tensor, self.network(crop_faces(images, boxes, self.network.size)))
+
+
 class Judge:
     """The recogniser and the reader, with a function that finds the face in pictures without a box.
 
     `find_boxes` is any function from pictures to one box each (`boxes_by` makes one from a face finder). Without it,
     every picture gets the prior box, the typical place of a face in this world. `finder` finds all faces in pictures of
-    several people, which cannot be judged without it. `others` are further recognisers, each a function from pictures
-    (N, 3, H, W) in 0..1 and boxes (N, 4) to embeddings (N, D), whose lengths do not matter.
+    several people, which cannot be judged without it. `second` is a recogniser of another architecture and training,
+    named "second" in the results. `others` are further recognisers, each a function from pictures (N, 3, H, W) in 0..1
+    and boxes (N, 4) to embeddings (N, D), whose lengths do not matter.
     """
 
     def __init__(
@@ -201,8 +221,11 @@ class Judge:
         find_boxes: FaceBoxes | None = None,
         finder: FaceFinder | None = None,
         others: "Mapping[str, Embedder] | None" = None,
+        second: AnyRecogniser | None = None,
     ) -> None:
-        self.others = dict(others or {})
+        self.second = second
+        self.others: dict[str, Embedder] = {} if second is None else {SECOND: CropRecogniser(second)}
+        self.others |= others or {}
         self.recogniser = recogniser.eval().requires_grad_(False)
         self.reader = reader.eval().requires_grad_(False)
         self.find_boxes = find_boxes or prior_boxes
@@ -212,7 +235,8 @@ class Judge:
     def from_pretrained(cls, folder: str | Path | None = None, find_boxes: FaceBoxes | None = None) -> "Judge":
         """Load the judge saved in `folder` (with recogniser/ and reader/), or the shipped judge.
 
-        Without `find_boxes`, the judge uses the small face finder in finder/ beside the folder, if it exists.
+        A second recogniser is loaded from second_recogniser/, if that exists. Without `find_boxes`, the judge uses the
+        small face finder in finder/ beside the folder, if it exists.
         Raises WeightsError if the files are missing, damaged or of another format.
         """
         folder = default_folder() / "judge" if folder is None else Path(folder)
@@ -220,11 +244,17 @@ class Judge:
         finder = LearnedFinder.from_folder(finder_folder) if finder_folder.is_dir() else None
         if find_boxes is None and finder is not None:
             find_boxes = boxes_by(finder)
-        return cls(Recogniser.load(folder / "recogniser"), Reader.load(folder / "reader"), find_boxes, finder)
+        second = folder / "second_recogniser"
+        return cls(
+            Recogniser.load(folder / "recogniser"), Reader.load(folder / "reader"), find_boxes, finder,
+            second=load_recogniser(second) if second.is_dir() else None,
+        )  # fmt: skip
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         self.recogniser.save(Path(folder) / "recogniser", dtype)
         self.reader.save(Path(folder) / "reader", dtype)
+        if self.second is not None:
+            self.second.save(Path(folder) / "second_recogniser", dtype)
 
     @torch.inference_mode()
     def embed(self, images: Tensor, boxes: Tensor | None = None, batch: int = 64) -> Tensor:
@@ -261,7 +291,7 @@ class Judge:
 
     def fingerprint(self) -> str:
         """Return a short hash of the networks, to recognise results that another judge found."""
-        networks: list[nn.Module] = [self.recogniser, self.reader]
+        networks: list[nn.Module] = [self.recogniser, self.reader, *([] if self.second is None else [self.second])]
         finder = self.find_boxes.finder if isinstance(self.find_boxes, FinderBoxes) else self.find_boxes
         networks += [finder.network] if isinstance(finder, LearnedFinder) else []
         names = [fingerprint(network)[:16] for network in networks]

@@ -111,12 +111,15 @@ FLOORS = {metric.name: metric.floor for metric in TABLE}
 
 
 def other_metrics(names: Sequence[str]) -> tuple[Metric, ...]:
-    """Return the similarity to the truth by further recognisers, as metrics named sim_gt_NAME."""
-    return tuple(Metric(f"sim_gt_{name}", "other", _by(name)) for name in names)
+    """Return similarity to the truth and rank-1 by further recognisers, as metrics sim_gt_NAME and rank1_NAME."""
+    return tuple(Metric(f"{kind}_{name}", "other", score) for name in names for kind, score in _by(name).items())
 
 
-def _by(name: str) -> Callable[[Evidence], Tensor]:
-    return lambda e: metrics.similarity(e.judged.others[name], e.real.truths.others[name])
+def _by(name: str) -> dict[str, Callable[[Evidence], Tensor]]:
+    return {
+        "sim_gt": lambda e: metrics.similarity(e.judged.others[name], e.real.truths.others[name]),
+        "rank1": lambda e: metrics.rank1(e.judged.others[name], e.real.gallery.others[name], e.cases.person),
+    }
 
 
 def score(cases: Cases, judged: Judged, real: JudgedReal, table: Sequence[Metric] = TABLE) -> dict[str, Tensor]:

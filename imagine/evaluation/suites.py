@@ -14,10 +14,9 @@ from torch import Tensor
 from imagine.errors import ConfigError
 from imagine.world import Contexts, sample_contexts
 from imagine.world.contexts import letter_numbers
-from imagine.world.vocabulary import ATTRIBUTES, CLOTHES
+from imagine.world.vocabulary import ATTRIBUTES, CLOTHES, LETTERED_CLOTHES
 
 _TURNS = {"yaw": radians(28), "pitch": radians(17), "roll": radians(15), "gaze": 0.9}  # clearly to one side
-_LETTERED = ("t-shirt", "hoodie")  # clothes that may carry letters
 _DEFAULTS = {
     "style": "photo", "light": "soft", "headwear": "none", "held": "none", "letters": "", "framing": "portrait",
     "pitch": "level", "roll": "upright",
@@ -125,8 +124,8 @@ PORTRAITS: tuple[Prompt, ...] = (
        held="flower", scene="mountains", light="sunset"),
     _p("combined", "a person, wearing a purple suit, in a crown, in space", headwear="crown", clothes="suit",
        clothes_colour="purple", scene="space"),
-    _p("combined", 'a person, laughing, wearing a white t-shirt with the letters "HI", in a room',
-       expression="laughing", clothes="t-shirt", clothes_colour="white", letters="HI", scene="room"),
+    _p("combined", 'a person, laughing, wearing a white t-shirt with the letters "GO", in a room',
+       expression="laughing", clothes="t-shirt", clothes_colour="white", letters="GO", scene="room"),
     _p("combined", "a photo of a person, close up of the face, eyes looking left, in moonlight", framing="close-up",
        gaze="left", light="moonlight", style="photo"),
     _p("combined", "pixel art of a person, looking surprised, holding a cup", expression="surprised", held="cup",
@@ -136,6 +135,9 @@ PORTRAITS: tuple[Prompt, ...] = (
 )  # fmt: skip
 
 SUITES = {"portraits": PORTRAITS}
+# The versions of `portraits`: version -> number of the first prompt that it changed. Version 2 asks for "GO" where
+# version 1 asked for "HI", which the judge reads in 2 of 24 real pictures.
+_CHANGED = {2: 63}
 OTHER_SUITES = ("people", "dreambench", "photos")  # which imagine.evaluation.people and photos define
 
 
@@ -144,6 +146,11 @@ def load_suite(name: str) -> tuple[Prompt, ...]:
     if name not in SUITES:
         raise ConfigError(f"There is no suite {name!r}: choose from {', '.join((*SUITES, *OTHER_SUITES))}.")
     return SUITES[name]
+
+
+def suite_version(prompts: int = len(PORTRAITS)) -> int:
+    """Return the version of the first prompts of `portraits`: numbers of different versions do not compare."""
+    return max((version for version, number in _CHANGED.items() if prompts > number), default=1)
 
 
 def contexts_for(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Contexts:
@@ -163,7 +170,7 @@ def contexts_for(asked: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> Co
 
 def _required_changes(wanted: Mapping[str, str], columns: Mapping[str, Tensor], row: int) -> dict[str, str]:
     """Return the attributes that must change so that requested letters are visible: clothes that can carry letters."""
-    if "letters" in wanted and CLOTHES[int(columns["clothes"][row])] not in _LETTERED:
+    if "letters" in wanted and CLOTHES[int(columns["clothes"][row])] not in LETTERED_CLOTHES:
         return {"clothes": "t-shirt"}
     return {}
 

@@ -2,6 +2,7 @@
 
 `Recogniser` turns a masked face crop into a unit vector; the angle between two vectors measures whether two pictures
 show the same person. The judge measures with it (`imagine.evaluation.judge`), and enrolling compares drawings with it.
+`TransformerRecogniser` does the same by another architecture, for a second opinion.
 
 The residual body is cheap on a CPU in float32: it uses an early stride, and bottlenecks of ordinary 3x3 convolutions,
 because depthwise convolutions are slow on a CPU. GroupNorm computes the same function in training and in inference, so
@@ -10,6 +11,7 @@ an average of the weights needs no average of batch statistics.
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -74,14 +76,18 @@ class Backbone(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """Embed masked face crops: (B, 3, size, size) in 0..1 -> unit vectors (B, dimensions); about 50 MFLOP per crop."""
+    """Embed masked face crops: (B, 3, size, size) in 0..1 -> unit vectors (B, dimensions); about 50 MFLOP per crop.
+
+    `limit` is the largest distance, 1 minus the cosine, at which two pictures count as one person; None: not measured.
+    """
 
     def __init__(
-        self, size: int = 64, widths: Sequence[int] = (32, 48, 96, 192), blocks: int = 1, dimensions: int = 128
-    ) -> None:
+        self, size: int = 64, widths: Sequence[int] = (32, 48, 96, 192), blocks: int = 1, dimensions: int = 128,
+        limit: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config: dict[str, Any] = {
-            "size": size, "widths": list(widths), "blocks": blocks, "dimensions": dimensions,
+            "size": size, "widths": list(widths), "blocks": blocks, "dimensions": dimensions, "limit": limit,
         }  # fmt: skip
         self.size = size
         self.body = Backbone(widths, stem_stride=2, blocks=blocks)
@@ -97,6 +103,64 @@ class Recogniser(nn.Module):
     def load(cls, folder: str | Path) -> "Recogniser":
         """Load the network saved in `folder`, in float32 and eval mode. Raises WeightsError if the files do not fit."""
         return load_network(cls, folder)
+
+
+class TransformerRecogniser(nn.Module):
+    """Embed masked face crops as `Recogniser` does, by a small vision transformer; about 65 MFLOP per crop.
+
+    Patches of `patch` pixels become tokens, and blocks with the norm first mix them (arXiv 2010.11929). Faces are
+    aligned, so each place in the crop means the same in every picture: instead of an average, all tokens, made thin,
+    are read at their places, as in the vision transformers of InsightFace.
+    """
+
+    def __init__(
+        self, size: int = 64, patch: int = 8, width: int = 96, depth: int = 4, heads: int = 4, feedforward: int = 384,
+        thin: int = 24, dimensions: int = 128, limit: float | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "size": size, "patch": patch, "width": width, "depth": depth, "heads": heads, "feedforward": feedforward,
+            "thin": thin, "dimensions": dimensions, "limit": limit,
+        }  # fmt: skip
+        self.size = size
+        tokens = (size // patch) ** 2
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
+        self.places = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, heads, feedforward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(depth)
+            )
+        )
+        self.thin = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, thin), nn.Flatten())
+        self.head = nn.Linear(thin * tokens, dimensions)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        tokens = self.patches(crops * 2 - 1).flatten(2).transpose(1, 2) + self.places
+        return F.normalize(self.head(self.thin(self.blocks(tokens))), dim=-1)
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        save_network(self, folder, dtype)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TransformerRecogniser":
+        """Load the network saved in `folder`, in float32 and eval mode. Raises WeightsError if the files do not fit."""
+        return load_network(cls, folder)
+
+
+AnyRecogniser = Recogniser | TransformerRecogniser
+
+
+def load_recogniser(folder: str | Path) -> AnyRecogniser:
+    """Load the recogniser saved in `folder`, of whichever architecture. Raises WeightsError if the files do not fit."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}  # loading it again says what is wrong
+    is_transformer = isinstance(config, dict) and config.get("network") == TransformerRecogniser.__name__
+    return TransformerRecogniser.load(folder) if is_transformer else Recogniser.load(folder)
 
 
 def group_count(width: int) -> int:
@@ -126,7 +190,8 @@ def load_network(cls: type[Network], folder: str | Path) -> Network:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
-        raise WeightsError(f"{folder} holds no {cls.__name__.lower()}: {Path(error.filename or '').name or 'a file'} "
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", cls.__name__).lower()
+        raise WeightsError(f"{folder} holds no {kind}: {Path(error.filename or '').name or 'a file'} "
                            "is missing; train it with `make weights` or choose another folder.") from error  # fmt: skip
     except SafetensorError as error:
         raise WeightsError(why_unreadable(folder / "model.safetensors", "download or train it again")) from error

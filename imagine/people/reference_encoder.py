@@ -6,6 +6,7 @@ pictures. The encoder is our `VisionEncoder`, or the transformers encoder in Sta
 """
 
 import os
+import shutil
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from imagine.paths import as_path, kind_of
 from imagine.people import photo_recogniser
 from imagine.people.arcface import DEFAULT_PACK, InsightFaceEmbedder
 from imagine.people.crops import crop_as_trained
+from imagine.people.drawing_recogniser import FOLDER as RECOGNISER
 from imagine.people.drawing_recogniser import DrawingRecogniser
 from imagine.people.faces import LEARNED, TURNS, FaceChoice, FaceFinder, crop_face, default_finder
 from imagine.people.persona import Face, Persona
@@ -315,7 +317,15 @@ class ReferenceEncoderMixin:
 
     def _drawing_recogniser(self) -> FaceRecogniser | None:
         folder = self._finder_folder or _shipped_finder()
-        return None if folder is None else _load_drawing_recogniser(folder.parent / "judge" / "recogniser")
+        return None if folder is None else _load_drawing_recogniser(folder.parent)
+
+    def _save_small_networks(self, folder: Path) -> None:
+        """Copy the finder, and the recogniser that checks drawings, from the pipeline's weights to `folder`."""
+        if self._finder_folder is None:
+            return
+        for name in (FINDER, RECOGNISER):
+            if (source := self._finder_folder.parent / name).is_dir():
+                shutil.copytree(source, folder / name)
 
     def _picture_recogniser(self) -> FaceRecogniser | None:
         """Return the recogniser for the pictures that this pipeline draws: by default photographs; None without one."""
@@ -459,8 +469,8 @@ def _photo_recogniser() -> FaceRecogniser | None:
 
 
 @lru_cache(maxsize=4)
-def _load_drawing_recogniser(folder: Path) -> FaceRecogniser | None:
-    return DrawingRecogniser.from_folder(folder) if folder.is_dir() else None
+def _load_drawing_recogniser(weights: Path) -> FaceRecogniser | None:
+    return DrawingRecogniser.from_weights(weights)
 
 
 def _check_one_person(faces: list[Face]) -> list[Face]:

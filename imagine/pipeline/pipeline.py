@@ -13,7 +13,6 @@ noise in any batch and on any accelerator.
 
 import copy
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -248,8 +247,7 @@ class ImaginePipeline(AdapterHolderMixin, ReferenceEncoderMixin, DiffusionPipeli
             for name, part in described.items():
                 part.save(folder / name, metadata[name], variant)
             weights.remove_local_paths(folder)  # local paths are private and useless to the next user
-            if (source := self._finder_folder) is not None and source.is_dir():
-                shutil.copytree(source, folder / FINDER)
+            self._save_small_networks(folder)
         if push:  # not by diffusers' save, which would upload before the adapters are there
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).absolute().name), variant=variant, **hub)
 

@@ -17,7 +17,6 @@ import functools
 import gc
 import inspect
 import os
-import shutil
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -211,8 +210,7 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
             with quiet_libraries():
                 cast(Any, super()).save_pretrained(os.fspath(folder), safe_serialization, variant, **kwargs)
             save_adapters(folder, adapters, scales, fingerprint, COMPONENTS, variant)
-            if (source := self._finder_folder) is not None and source.is_dir():
-                shutil.copytree(source, folder / FINDER)
+            self._save_small_networks(folder)
         if push:  # not by diffusers' save, which would upload before the adapters are there
             cast(Any, self).push_to_hub(
                 hub.pop("repo_id", Path(save_directory).absolute().name), variant=variant, **hub

@@ -8,7 +8,7 @@ Identity and context are sampled independently; everything is a pure function of
 """
 
 from imagine.world.captions import attributes, captions
-from imagine.world.contexts import Contexts, sample_contexts
+from imagine.world.contexts import Contexts, give_words, sample_contexts
 from imagine.world.group_captions import group_captions
 from imagine.world.groups import Groups, canvas_shape, sample_groups
 from imagine.world.people import People, drift, sample_people
@@ -28,6 +28,7 @@ __all__ = [
     "canvas_shape",
     "captions",
     "drift",
+    "give_words",
     "group_captions",
     "render",
     "render_groups",

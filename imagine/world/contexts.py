@@ -48,6 +48,22 @@ def sample_contexts(seeds: Sequence[int]) -> Contexts:
     return Contexts(**{s.name: torch.as_tensor(np.array([row[s.name] for row in rows])) for s in fields(Contexts)})
 
 
+def give_words(contexts: Contexts, seeds: Sequence[int], which: Tensor) -> Contexts:
+    """Return the contexts with a word on a t-shirt or a hoodie in the rows `which` (N,) bool, and no close-up in them.
+
+    A seed gives the same word in any batch. Everything else stays as it was sampled.
+    """
+    letters, clothes, framing = contexts.letters.clone(), contexts.clothes.clone(), contexts.framing.clone()
+    for row in which.nonzero().flatten().tolist():
+        random = np.random.default_rng([seeds[row], 7])
+        letters[row] = torch.from_numpy(_word(random))
+        if words.CLOTHES[int(clothes[row])] not in words.LETTERED_CLOTHES:
+            clothes[row] = words.CLOTHES.index(str(random.choice(words.LETTERED_CLOTHES)))
+        if words.FRAMINGS[int(framing[row])] == "close-up":
+            framing[row] = words.FRAMINGS.index("portrait")
+    return contexts.replace(letters=letters, clothes=clothes, framing=framing)
+
+
 def attribute_indices(contexts: Contexts) -> dict[str, Tensor]:
     """Return each attribute with a closed list of values as indices (N,) into `vocabulary.ATTRIBUTES`."""
     return {
@@ -82,10 +98,13 @@ def _turn(random: np.random.Generator, still: float, small: float, low: float, h
 
 
 def _letters(random: np.random.Generator) -> np.ndarray:
+    return _word(random) if random.random() < 0.45 else np.zeros(words.MAX_LETTERS, np.int64)
+
+
+def _word(random: np.random.Generator) -> np.ndarray:
     text = np.zeros(words.MAX_LETTERS, np.int64)
-    if random.random() < 0.45:
-        count = random.integers(1, words.MAX_LETTERS + 1)
-        text[:count] = random.integers(1, len(words.LETTERS) + 1, count)
+    count = random.integers(1, words.MAX_LETTERS + 1)
+    text[:count] = random.integers(1, len(words.LETTERS) + 1, count)
     return text
 
 
@@ -100,7 +119,7 @@ def _draw(seed: int) -> dict[str, object]:
 
     framing, clothes = pick(words.FRAMING_ODDS), even(words.CLOTHES)
     close = words.FRAMINGS[framing] == "close-up"
-    plain = words.CLOTHES[clothes] in ("t-shirt", "hoodie")
+    plain = words.CLOTHES[clothes] in words.LETTERED_CLOTHES
     letters, held = _letters(random), pick(words.HELD_ODDS)
     return {
         "yaw": _turn(random, 0.4, 0.06, 0.36, 0.62),

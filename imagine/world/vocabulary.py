@@ -25,6 +25,7 @@ GAZES = ("left", "ahead", "right")
 LIGHTS = ("soft", "left", "right", "sunset", "moonlight")
 SCENES = ("beach", "forest", "city", "mountains", "room", "snow", "desert", "space")
 CLOTHES = ("t-shirt", "hoodie", "suit", "striped shirt")
+LETTERED_CLOTHES = ("t-shirt", "hoodie")  # clothes that may carry letters
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
 COLOUR_RGB = (
     (0.82, 0.16, 0.16), (0.95, 0.52, 0.12), (0.96, 0.83, 0.22), (0.20, 0.58, 0.28),

@@ -17,13 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imagine.world import VERSION, Contexts, People, captions, drift, render, sample_contexts, sample_people
+from imagine.world import (
+    VERSION,
+    Contexts,
+    People,
+    captions,
+    drift,
+    give_words,
+    render,
+    sample_contexts,
+    sample_people,
+)
 from imagine.world.body import letter_boxes
 from imagine.world.render import Painters, compiled_painters
-from imagine.world.seeds import HELD_OUT, JUDGE, TRAIN
+from imagine.world.seeds import HELD_OUT, JUDGE, SECOND_JUDGE, TRAIN
 from train.cache.rows import RowFormat, cache_rows_together
 from train.run.checkpoint import write_json
 
+SPLITS = {"train": TRAIN, "judge": JUDGE, "second judge": SECOND_JUDGE, "held out": HELD_OUT}
 BLOCK = 512  # pictures rendered and stored at a time
 WORTH_COMPILING = 2_000  # pictures to render from which compiling saves more time than it takes
 
@@ -32,23 +43,25 @@ WORTH_COMPILING = 2_000  # pictures to render from which compiling saves more ti
 class Gallery:
     """`identities` x `pictures` renders of `size` pixels, of people from one seed range (a split).
 
-    With `camera`, each person's first picture, the real one, gets the noise of a cheap camera.
+    With `camera`, each person's first picture, the real one, gets the noise of a cheap camera. With `words`, all other
+    pictures show a word on the clothes.
     """
 
-    split: str  # "train", "judge" or "held out"
+    split: str  # one of SPLITS
     identities: int
     pictures: int
     size: int = 128
     drift: float = 0.06
     first: int = 0  # number of the first person within the split
     camera: bool = True
+    words: bool = False
 
     def __len__(self) -> int:
         return self.identities * self.pictures
 
     @property
     def first_seed(self) -> int:
-        return {"train": TRAIN, "judge": JUDGE, "held out": HELD_OUT}[self.split].start + self.first
+        return SPLITS[self.split].start + self.first
 
     @property
     def mark(self) -> str:
@@ -68,7 +81,9 @@ class Gallery:
         return moved.replace(**{n: torch.where(real, getattr(people, n), getattr(moved, n)) for n in names})
 
     def contexts(self, rows: Tensor) -> Contexts:
-        return sample_contexts([self.first_seed + int(i) for i in rows])
+        numbers = [self.first_seed + int(i) for i in rows]
+        contexts = sample_contexts(numbers)
+        return give_words(contexts, numbers, rows % self.pictures != 0) if self.words else contexts
 
     def letters(self, rows: Tensor) -> Tensor:
         """Return the boxes of the words on shirts in pixels (B, 4), of width 0 where there is none."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from imagine.errors import ConfigError
 from imagine.settings import unknown_name, validated
 from imagine.shards.reading import has_records, open_records
-from imagine.world.seeds import HELD_OUT
+from imagine.world.seeds import HELD_OUT, JUDGE, SECOND_JUDGE
 from train.cache.groups import GroupGallery
 from train.cache.pictures import AnyPictures, Gallery, Pictures, open_pictures
 from train.data.order import shuffled
@@ -20,6 +20,7 @@ from train.data.sources import SOURCES, CaptionStyle, Source, check_caption_weig
 from train.task import TaskContext
 
 SIDE = 128  # pixels of every picture
+_MOST_JUDGED = SECOND_JUDGE.start - JUDGE.start  # the people before those of the second recogniser
 _HELD_OUT_FIRST = len(HELD_OUT) - 5_000  # far from the people of the evaluation
 
 
@@ -36,6 +37,7 @@ class GallerySettings(BaseModel):
     pictures: int = Field(2, ge=1)  # pictures per person; the first is the real one, the others are synthetic
     drift: float = Field(0.06, ge=0)  # how far a person's identity differs in the synthetic pictures
     camera: bool = True  # whether real pictures have the noise of a cheap camera
+    words: bool = False  # whether all but each person's first picture show a word on the clothes
 
 
 class GroupSettings(BaseModel):
@@ -73,8 +75,10 @@ class DataSettings(BaseModel):
     galleries: dict[str, GallerySettings] = Field(default_factory=dict)  # more galleries, by name
     groups: dict[str, GroupSettings] = Field(default_factory=dict)  # galleries of several people, by name
     sources: dict[str, Source] = Field(default_factory=lambda: dict(SOURCES))  # sources of pairs, by name
-    judge_identities: int = Field(12_000, ge=1)  # number of people that the judge trains on
+    judge_identities: int = Field(12_000, ge=1, le=_MOST_JUDGED)  # number of people that the judge trains on
     judge_pictures: int = Field(3, ge=1)  # pictures per person that the judge trains on
+    second_judge_identities: int = Field(20_000, ge=1, le=len(SECOND_JUDGE))  # other people, of the second recogniser
+    second_judge_pictures: int = Field(2, ge=1)  # pictures per person that the second recogniser trains on
     most: int | None = Field(None, ge=2)  # limit on the people, or records, of each gallery, for a trial; none: all
 
     def limited(self, count: int) -> int:
@@ -89,7 +93,7 @@ class DataSettings(BaseModel):
             raise ConfigError(f"data: {unknown_name('gallery', name, ['train', *self.galleries])}.")
         it = self.galleries[name]
         count = self.limited(it.identities)
-        return Gallery("train", count, it.pictures, drift=it.drift, first=it.first, camera=it.camera)
+        return Gallery("train", count, it.pictures, drift=it.drift, first=it.first, camera=it.camera, words=it.words)
 
     def group(self, name: str) -> GroupSettings:
         """Return the settings of the group of that name; ConfigError with the valid names if there is none."""
@@ -191,6 +195,14 @@ def judge_pictures(data: Mapping[str, Any]) -> Pictures:
     settings = data_settings(data)
     gallery = Gallery("judge", settings.limited(settings.judge_identities), settings.judge_pictures, drift=0.0)
     return open_pictures(gallery, settings.folder / "judge")
+
+
+def second_judge_pictures(data: Mapping[str, Any]) -> Pictures:
+    """Return the pictures of the second recogniser, which show none of the people of `judge_pictures`."""
+    settings = data_settings(data)
+    count = settings.limited(settings.second_judge_identities)
+    gallery = Gallery("second judge", count, settings.second_judge_pictures, drift=0.0)
+    return open_pictures(gallery, settings.folder / "second_judge")
 
 
 def held_out_pictures(data: Mapping[str, Any], people: int) -> Pictures:

@@ -1,31 +1,47 @@
-"""Train the judge's recogniser: one embedding per face, with a margin between people (CosFace, arXiv 1801.09414).
+"""Train a recogniser: one embedding per face, with a margin between people (CosFace, arXiv 1801.09414).
+
+The judge has two, of different architectures and people. A third one trains on the generator's people.
 
 During training a second head predicts the traits of the world from the embedding. With four pictures per person the
 margin loss alone learns slowly (docs/experiments.md); the trait loss speeds up the first steps.
 """
 
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
 from imagine.evaluation.judge import margin_loss
-from imagine.networks.recogniser import Recogniser
+from imagine.networks.recogniser import AnyRecogniser, Recogniser, TransformerRecogniser
 from imagine.people.faces import crop_faces
 from imagine.world import render, sample_contexts, sample_people
 from imagine.world.seeds import HELD_OUT
 from train.cache.face_crops import FaceCrops
+from train.cache.pictures import Pictures
 from train.data.language import parameters
 from train.data.order import normals, uniforms
-from train.data.portraits import data_settings, draw_rows, judge_pictures, training_pictures
+from train.data.portraits import (
+    DataSettings,
+    data_settings,
+    draw_rows,
+    judge_pictures,
+    second_judge_pictures,
+    training_pictures,
+)
 from train.run.grids import save_grid
 from train.task import Loss, TaskContext, Weight
 from train.tasks.trait_loss import TRAIT_OUTPUTS, trait_loss
 
 TEACHER = "teacher"  # the module's name if it is trained on the generator's people
+MODULES = {"judge": "recogniser", "second_judge": "second_recogniser", "train": TEACHER}  # people -> module's name
+ARCHITECTURES: dict[str, Callable[..., AnyRecogniser]] = {
+    "residual": Recogniser, "transformer": TransformerRecogniser,
+}  # fmt: skip
+MISSED = 0.05  # share of the pairs of one person beyond the limit that is stored with the network
 HELD_OUT_COUNT = 500  # held-out people, two pictures each; none of them is used by the evaluation
 
 
@@ -39,9 +55,11 @@ class RecogniserSettings(BaseModel):
     traits: Weight = 10.0  # weight of the trait loss
     # images with the trait loss alone; over as many images after them, the weight of the margin loss rises to 1
     ramp: PositiveInt = 30_000
-    # whose pictures it trains on. "train": the generator's people, for a teacher of the adapter's preview loss. The
-    # judge must train on its own people, and a teacher must not be the judge.
-    people: Literal["judge", "train"] = "judge"
+    # whose pictures it trains on. "second_judge": people for a second opinion. "train": the generator's people, for a
+    # teacher of the adapter's preview loss, or for the check of finished pictures. The judge must train on its own
+    # people, and neither a teacher nor the check may be the judge.
+    people: Literal["judge", "second_judge", "train"] = "judge"
+    architecture: Literal["residual", "transformer"] = "residual"
 
 
 class Prototypes(nn.Module):
@@ -53,7 +71,10 @@ class Prototypes(nn.Module):
 
 
 class RecogniserTask:
-    """Train the recogniser on the judge's own people; the generator trains on none of them."""
+    """Train a recogniser on the judge's own people, unless settings say otherwise; the generator trains on no judge's.
+
+    The exported folder is always called `recogniser`.
+    """
 
     Settings: ClassVar[type[BaseModel]] = RecogniserSettings
     PARTS: ClassVar[tuple[str, ...]] = ("recogniser",)
@@ -61,21 +82,18 @@ class RecogniserTask:
 
     def __init__(self, settings: RecogniserSettings, context: TaskContext) -> None:
         self.settings, self.context = settings, context
-        self.recogniser = Recogniser(dimensions=settings.dimensions)
+        self.recogniser = ARCHITECTURES[settings.architecture](dimensions=settings.dimensions)
         people = self._identities()
         self.prototypes = Prototypes(people, settings.dimensions)
         self.reading = nn.Linear(settings.dimensions, TRAIT_OUTPUTS)
         self.modules: dict[str, nn.Module] = {
-            TEACHER if settings.people == "train" else "recogniser": self.recogniser, "prototypes": self.prototypes,
-            "reading": self.reading,
+            MODULES[settings.people]: self.recogniser, "prototypes": self.prototypes, "reading": self.reading,
         }  # fmt: skip
 
     def _identities(self) -> int:
         """Return the number of people that it trains on."""
-        if self.settings.people == "judge":
-            return int(self.context.data.get("judge_identities", 4_000))
         data = data_settings(self.context.data)
-        return data.limited(data.identities)
+        return data.limited(_identities(data)[self.settings.people])
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         return {"recogniser": parameters(self.recogniser, self.prototypes, self.reading)}
@@ -85,11 +103,10 @@ class RecogniserTask:
         return []
 
     def prepare(self) -> None:
-        judge = self.settings.people == "judge"
-        self.pictures = judge_pictures(self.context.data) if judge else training_pictures(self.context.data)
+        self.pictures = PICTURES[self.settings.people](self.context.data)
         folder = data_settings(self.context.data).folder / self.settings.people
         # The training people's crops are those that the adapter's stages cache, with the camera's noise.
-        self.face_crops = FaceCrops(self.pictures, self.recogniser.size, folder, noisy=not judge)
+        self.face_crops = FaceCrops(self.pictures, self.recogniser.size, folder, self.settings.people == "train")
         first = self.pictures.gallery.first_seed
         self.people = sample_people([first + i for i in range(self.pictures.gallery.identities)])
 
@@ -118,6 +135,11 @@ class RecogniserTask:
         return Loss(share * loss + self.settings.traits * traits, {"accuracy": hits, "traits": traits.mean()})
 
     def validate(self, folder: Path, images_seen: int) -> dict[str, float]:
+        """Return how well it recognises held-out people, any two pictures of each.
+
+        rank1: share whose nearest of all people is right. limit: the distance that MISSED of the pairs of one person
+        exceed, which is exported with the network. mistaken: share of the pairs of two people within it.
+        """
         first, second = (
             torch.cat([self.recogniser(part.to(self.context.device)) for part in crops.split(100)])
             for crops in held_out_crops(self.recogniser.size, self.HELD_OUT_PEOPLE)
@@ -125,10 +147,31 @@ class RecogniserTask:
         similarity = first @ second.T
         hits = (similarity.argmax(1) == torch.arange(len(first), device=similarity.device)).float().mean()
         off = similarity[~torch.eye(len(first), dtype=torch.bool, device=similarity.device)]
-        return {"rank1": float(hits), "same": float(similarity.diag().mean()), "other": float(off.mean())}
+        own = similarity.diag()
+        limit = 1 - float(own.float().quantile(MISSED))
+        self.recogniser.config["limit"] = round(limit, 4)
+        mistaken = float((off >= 1 - limit).float().mean())
+        return {
+            "rank1": float(hits), "same": float(own.mean()), "other": float(off.mean()), "limit": limit,
+            "mistaken": mistaken,
+        }  # fmt: skip
 
     def export(self, folder: Path) -> None:
         self.recogniser.save(folder / "recogniser", torch.float16)
+
+
+PICTURES: dict[str, Callable[[Mapping[str, Any]], Pictures]] = {
+    "judge": judge_pictures, "second_judge": second_judge_pictures, "train": training_pictures,
+}  # fmt: skip
+
+
+def _identities(data: DataSettings) -> dict[str, int]:
+    """Return the number of people of each setting `people`."""
+    return {
+        "judge": data.judge_identities,
+        "second_judge": data.second_judge_identities,
+        "train": data.identities,
+    }
 
 
 @lru_cache(maxsize=2)

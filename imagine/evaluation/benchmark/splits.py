@@ -35,9 +35,9 @@ from imagine.world.tables import Table
 
 PEOPLE, PROMPTS, GALLERY = 51, 65, 1000
 SEEDS = {"test": 0, "validation": 7}  # of the evaluation; the trainer chooses checkpoints by people of seed 7
-DIGESTS: dict[tuple[str, str], str] = {
-    ("portrait-world-2", "test"): "92daef70edafaed24888d1734727b6e219793c5c9aa373bc34a645268ce83a6e",
-    ("portrait-world-2", "validation"): "143f3e8530dcbc3f2804baf9b57eb3d04c68bbdf6b4578e636584a70f4488aa1",
+DIGESTS: dict[tuple[str, str], str] = {  # with version 2 of the prompts
+    ("portrait-world-2", "test"): "27ddf15fdb2b94ba8179b9363e6acc80eb52083443fdc26a3c63f3a6647f64f5",
+    ("portrait-world-2", "validation"): "f3420040870c172c11e945cc163780e9d8dedd99b5b6a8673ff6037901bf67f6",
 }
 
 

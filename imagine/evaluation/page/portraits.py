@@ -19,7 +19,8 @@ def html(summary: Mapping[str, Any], samples: Image.Image, ranked: Mapping[str, 
     samples: the contact sheet; ranked: "best", "median" and "worst" pictures.
     """
     facts = (
-        f"{summary['identities']} held-out people × {summary['prompts']} prompts of suite “{summary['suite']}” by "
+        f"{summary['identities']} held-out people × {summary['prompts']} prompts of suite “{summary['suite']}” "
+        f"(version {summary['suite_version']}) by "
         f"{summary['system']}, seed {summary['seed']}, {summary['world']}, gallery of {summary['gallery']} people, "
         f"commit {summary['commit'] or 'unknown'}."
     )

@@ -31,6 +31,9 @@ def test_reports_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         compare([ours])
     with pytest.raises(ConfigError, match="another prompts, seed: evaluate both alike"):
         compare([ours, write_evaluation(tmp_path / "b", "b", seed=1, prompts=3)])
+    with pytest.raises(ConfigError, match="another suite_version: evaluate"):
+        compare([ours, write_evaluation(tmp_path / "second", "second", suite_version=2)])
+    assert compare([ours, write_evaluation(tmp_path / "first", "first", suite_version=1)])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no report of this version"):
         compare([ours, tmp_path / "empty"])

@@ -22,7 +22,7 @@ from imagine.errors import ConfigError
 from imagine.evaluation import cases, evaluate, metrics, report, scores
 from imagine.evaluation.judge import Judge, Reader
 from imagine.evaluation.runs import folder as run_folder
-from imagine.evaluation.suites import PORTRAITS, SUITES, contexts_for, load_suite
+from imagine.evaluation.suites import PORTRAITS, SUITES, contexts_for, load_suite, suite_version
 from imagine.networks.recogniser import Recogniser
 from imagine.world import VERSION, attributes, render, sample_people, seeds
 from imagine.world.captions import PHRASES, STYLE_PHRASES
@@ -210,14 +210,21 @@ def test_a_copying_pipeline_scores_like_the_copy_row(judge: Judge, tmp_path: Pat
     assert "detached" not in summary["rows"]
 
 
+def test_the_version_of_the_suite_is_that_of_the_prompts_in_use() -> None:
+    assert [suite_version(count) for count in (1, 13, 63, 64, 65)] == [1, 1, 1, 2, 2]
+    assert PORTRAITS[63].asked["letters"] == "GO" and suite_version() == 2
+
+
 def test_the_report_has_the_documented_fields(straight: tuple[dict[str, Any], Path]) -> None:
     summary, folder = straight
     stored = json.loads((folder / "report.json").read_text())
     assert stored == json.loads(json.dumps(summary))
     facts = {name: stored[name] for name in ("suite", "identities", "prompts", "seed", "gallery")}
     assert facts == {"suite": "portraits", "identities": 3, "prompts": 4, "seed": 0, "gallery": 6}
-    assert stored["world"] == VERSION and stored["notes"] == []
-    assert set(stored["metrics"]) == {*scores.MAIN, "leakage", "sim_gt_traits"}  # no prompt asks for letters
+    assert stored["world"] == VERSION and stored["notes"] == [] and stored["suite_version"] == 1
+    assert set(stored["metrics"]) == {
+        *scores.MAIN, "leakage", "sim_gt_traits", "rank1_traits",
+    }  # fmt: skip  # no prompt asks for letters
     for numbers in stored["metrics"].values():
         assert set(numbers) == {"value", "low", "high", "ceiling", "floor"}
         assert numbers["low"] <= numbers["value"] <= numbers["high"]

@@ -10,8 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from imagine.errors import WeightsError
-from imagine.evaluation.judge import IGNORED, PRIOR_BOX, Judge, Reader, boxes_by, margin_loss, prior_boxes, reading_loss
-from imagine.networks.recogniser import Recogniser
+from imagine.evaluation.judge import (
+    IGNORED,
+    PRIOR_BOX,
+    SECOND,
+    Judge,
+    Reader,
+    boxes_by,
+    margin_loss,
+    prior_boxes,
+    reading_loss,
+)
+from imagine.networks.recogniser import Recogniser, TransformerRecogniser, load_recogniser
 from imagine.people.faces import KnownBoxesFinder
 from imagine.records import FaceBox
 
@@ -145,6 +155,40 @@ def test_save_and_load_give_the_same_answers(judge: Judge, tmp_path: Path) -> No
     assert torch.equal(again.embed(images), judge.embed(images))
     assert again.read(images) == judge.read(images)
     assert again.reader.vocabulary == judge.reader.vocabulary
+
+
+def test_a_second_recogniser_gives_a_second_opinion(judge: Judge, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = TransformerRecogniser(size=32, width=16, depth=1, heads=2, feedforward=16, thin=4, dimensions=5)
+    both = Judge(judge.recogniser, judge.reader, second=other)
+    images = torch.rand(3, 3, 64, 64)
+    seen = both.look(images)
+    assert torch.equal(seen.embeddings, judge.embed(images)) and SECOND not in judge.look(images).others
+    assert seen.others[SECOND].shape == (3, 5)
+    torch.testing.assert_close(seen.others[SECOND].norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(both.look(images[1:2]).others[SECOND], seen.others[SECOND][1:2])
+    assert both.fingerprint() != judge.fingerprint()  # results without it are not mixed with results with it
+
+    both.save(tmp_path)
+    again = Judge.from_pretrained(tmp_path)
+    assert isinstance(again.second, TransformerRecogniser)
+    torch.testing.assert_close(again.look(images).others[SECOND], seen.others[SECOND])
+    with pytest.raises(WeightsError, match="holds a TransformerRecogniser"):
+        Recogniser.load(tmp_path / "second_recogniser")
+    assert isinstance(load_recogniser(tmp_path / "recogniser"), Recogniser)
+    (tmp_path / "second_recogniser" / "config.json").write_text("[]")
+    with pytest.raises(WeightsError, match="does not describe a network"):
+        Judge.from_pretrained(tmp_path)
+
+
+def test_the_transformer_sees_where_a_feature_is() -> None:
+    torch.manual_seed(0)
+    network = TransformerRecogniser(size=32, width=16, depth=1, heads=2, feedforward=16, thin=4, dimensions=8).eval()
+    crops = torch.full((2, 3, 32, 32), 0.5)
+    crops[0, :, :8, :8] = crops[1, :, 24:, 24:] = 1.0  # the same patch at two places
+    with torch.no_grad():
+        one, two = network(crops)
+    assert float(one @ two) < 0.999
 
 
 def test_half_precision_files_are_smaller_and_load_as_float32(judge: Judge, tmp_path: Path) -> None:

@@ -17,13 +17,15 @@ from torch import Tensor
 from imagine.errors import ConfigError
 from imagine.networks.models import build_autoencoder
 from imagine.people.faces import crop_faces
-from imagine.world import render, sample_contexts, sample_people
+from imagine.world import VERSION, render, sample_contexts, sample_people
+from imagine.world.contexts import letters_text
 from imagine.world.people import CONTINUOUS, DISCRETE
 from imagine.world.render import compiled_painters
 from imagine.world.seeds import JUDGE, TRAIN
+from imagine.world.vocabulary import CLOTHES, FRAMINGS, LETTERED_CLOTHES
 from train.cache.face_crops import FaceCrops, margin
 from train.cache.latents import Latents, WorldCodec, with_camera_noise
-from train.cache.pictures import BLOCK, Gallery, Pictures, open_pictures
+from train.cache.pictures import BLOCK, SPLITS, Gallery, Pictures, open_pictures
 from train.cache.rows import cache_rows
 from train.data.portraits import data_settings, draw_rows, judge_pictures, training_pictures
 from train.task import TaskContext
@@ -49,6 +51,28 @@ def test_the_people_and_contexts_of_a_gallery_follow_from_the_row_number() -> No
     assert 0.01 < wandered.mean() < 0.1
     assert torch.equal(SMALL.people(torch.tensor([3])).skin, people.skin[[3]])
     assert torch.equal(SMALL.contexts(rows).scene, sample_contexts(range(10)).scene)
+
+
+def test_a_gallery_of_words_has_one_in_every_picture_but_the_first_of_a_person() -> None:
+    rows = torch.arange(60)
+    worded, plain = (Gallery("train", 20, 3, words=words) for words in (True, False))
+    contexts, before = worded.contexts(rows), plain.contexts(rows)
+    others = rows % 3 != 0
+    assert (contexts.letters[others, 0] > 0).all() and (worded.letters(rows)[others, 2] > 0).all()
+    assert {CLOTHES[int(each)] for each in contexts.clothes[others]} == set(LETTERED_CLOTHES)
+    assert "close-up" not in {FRAMINGS[int(each)] for each in contexts.framing[others]}
+    assert len({letters_text(each) for each in contexts.letters[others]}) > 30
+    for name in ("letters", "clothes", "framing"):
+        assert torch.equal(getattr(contexts, name)[~others], getattr(before, name)[~others]), name
+    assert torch.equal(contexts.expression, before.expression) and torch.equal(contexts.scene, before.scene)
+    assert torch.equal(worded.contexts(rows[[7]]).letters, contexts.letters[[7]])  # in any batch
+
+
+def test_what_is_rendered_already_keeps_its_name() -> None:
+    assert VERSION == "portrait-world-2"  # another version gives other pictures, and new names
+    assert Gallery("train", 70_000, 2).mark == Gallery("train", 5, 2).mark == "73833a80"
+    assert Gallery("judge", 40_000, 3, drift=0.0).mark == "e941e5f0"
+    assert len({Gallery(split, 5, 2, words=w).mark for split in SPLITS for w in (True, False)}) == 2 * len(SPLITS)
 
 
 def test_the_people_of_the_judge_are_separate_and_do_not_drift() -> None:

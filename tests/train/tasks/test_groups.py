@@ -18,10 +18,16 @@ from imagine.networks.models import build_autoencoder
 from imagine.pipeline import layout
 from imagine.pipeline.layout import trained_people
 from imagine.world import VERSION
+from tests.toy_training import run_in_processes, stderr_of
+from train.__main__ import DONE
+from train.config import Run, Stage
 from train.data.language import make_tokenizers
 from train.data.order import spread
+from train.run.checkpoint import read_tensors, write_json, write_tensors
+from train.stages import run_stages
 from train.task import TaskContext
 from train.tasks.adapter import AdapterSettings, AdapterTask
+from train.tasks.autoencoder import AutoencoderTask
 from train.tasks.groups import GroupBlocks
 
 GROUPS = {"two": {"people": 2, "count": 8}, "three": {"people": 3, "count": 6}}
@@ -34,6 +40,10 @@ SETTINGS: dict[str, Any] = {
 class SmallAdapter(AdapterTask):
     VALIDATION_PEOPLE: ClassVar[int] = 4
     DRAWING_STEPS: ClassVar[int] = 2
+
+
+TASKS: dict[str, Any] = {"adapter": SmallAdapter, "autoencoder": AutoencoderTask}
+SHARDS = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 @functools.cache
@@ -156,3 +166,51 @@ def test_settings_that_cannot_work_are_refused() -> None:
     unknown = AdapterSettings(**{**SETTINGS, "groups": {"five": 0.1}})
     with pytest.raises(ConfigError, match="five"):
         SmallAdapter(unknown, task().context).check()
+
+
+def several_people(output: Path, **settings: Any) -> Run:
+    """Return a run in `output`, where the autoencoder is done, of an adapter stage with blocks of 1, 2 and 3 people."""
+    shutil.copytree(home() / "autoencoder", output / "autoencoder" / "export")
+    write_tensors(output / "autoencoder" / "weights.safetensors", {"vae_of_the_export.shape": torch.zeros(1)}, {})
+    write_json(output / "autoencoder" / "done.json", {"images": 4, "from": {}, "validation": {}})
+    shutil.copytree(home() / "stage" / "cache", output / "adapter" / "cache")
+    (output / "run.yaml").write_text("stages: {}\n")  # the folder of a run
+    autoencoder = {"task": "autoencoder", "train": {"decoder": 1e-3}, "images": 4}
+    trained = ("vision_encoder", "vision_branch", "vision_router", "vision_projection", "lora")
+    adapter = {
+        "task": "adapter", "start_from": ["autoencoder"], "train": dict.fromkeys(trained, 1e-3), "images": 24,
+        "batch_size": 4, "precision": "fp32", "warmup_images": 0, "report_every_seconds": 0, "settings": SETTINGS,
+    }  # fmt: skip
+    data = {"folder": str(home() / "data"), "identities": 8, "pictures": 2, "groups": GROUPS}
+    stages = {
+        "autoencoder": Stage.model_validate(autoencoder),
+        "adapter": Stage.model_validate({**adapter, **settings}),
+    }
+    return Run(data=data, stages=stages, trackers=())
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "adapter" / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in lines if "loss" in row]
+
+
+@functools.cache
+def straight() -> Path:
+    """Return the folder of a run in one process."""
+    output = home() / "straight"
+    assert run_stages(several_people(output), output, only=["adapter"], tasks=TASKS)
+    return output
+
+
+@pytest.mark.parametrize("environment", [{}, SHARDS], ids=["DDP", "FSDP"])
+def test_two_processes_take_the_same_steps_with_several_people(tmp_path: Path, environment: dict[str, str]) -> None:
+    blocks = GroupBlocks(SETTINGS["groups"], SETTINGS["group_block"])
+    assert {blocks.gallery_of(first, 4) for first in range(0, 24, 4)} == {None, "two", "three"}
+    run = several_people(tmp_path / "run")
+    ended = run_in_processes(run, tmp_path / "run", environment, tasks=TASKS)
+    assert ended == [DONE, DONE], stderr_of(tmp_path / "run")
+    assert len(losses(straight())) == 6
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(straight()), rtol=0, atol=1e-4)
+    one, two = (read_tensors(each / "adapter" / "weights.safetensors")[0] for each in (straight(), tmp_path / "run"))
+    assert any("router" in name for name in one)
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-3)

@@ -25,10 +25,11 @@ from imagine.errors import ConfigError, WeightsError
 from imagine.evaluation.judge import Reader
 from imagine.networks import encoders
 from imagine.networks.encoders import VisionEncoder
-from imagine.networks.recogniser import Recogniser
+from imagine.networks.recogniser import Recogniser, TransformerRecogniser, load_recogniser
 from imagine.people.finder import load_finder
 from imagine.pipeline.pipeline import ImaginePipeline
 from imagine.records import Tokens
+from imagine.world.seeds import JUDGE, SECOND_JUDGE
 from tests.root import ROOT
 from tests.toy_training import run_in_processes, start_training, stderr_of
 from train.__main__ import DONE
@@ -37,6 +38,7 @@ from train.cache.latents import autoencoder_of, load_autoencoder, squared_error
 from train.cache.sentences import SentenceStore
 from train.config import Run, load_run
 from train.data.language import load_text_encoders, make_tokenizers
+from train.data.portraits import data_settings
 from train.initial_weights import load_initial
 from train.run.checkpoint import read_tensors, write_tensors
 from train.stages import TASKS, run_stages
@@ -126,7 +128,7 @@ def _tidy() -> Iterator[None]:
 
 
 def data() -> dict[str, Any]:
-    sizes = {"identities": 8, "pictures": 2, "judge_identities": 8, "judge_pictures": 2}
+    sizes = {"identities": 8, "pictures": 2, "judge_identities": 8, "judge_pictures": 2, "second_judge_identities": 8}
     return {"folder": str(home() / "data"), **sizes}
 
 
@@ -286,6 +288,29 @@ def test_the_judges_tasks_validate_and_export_files_that_the_judge_loads(name: s
     assert loaded.state_dict().keys() == own.state_dict().keys()
     for key, value in own.state_dict().items():
         assert torch.allclose(loaded.state_dict()[key].float(), value.float(), atol=2e-3, rtol=2e-3), key
+
+
+def test_the_second_recogniser_is_another_network_trained_on_other_people(tmp_path: Path) -> None:
+    context = TaskContext("second_recogniser", 3, torch.device("cpu"), tmp_path, data())
+    settings = {**SETTINGS["recogniser"], "people": "second_judge", "architecture": "transformer"}
+    task = SmallRecogniser(RecogniserSettings(**settings), context)
+    with torch.no_grad():
+        task.prepare()
+    first = built("recogniser")
+    assert isinstance(first, RecogniserTask)
+    seeds = [each.pictures.gallery.first_seed for each in (first, task)]
+    assert seeds[1] - seeds[0] >= 2_000_000 and seeds[1] in JUDGE and seeds[1] in SECOND_JUDGE
+    assert "second_recogniser" in task.modules and "recogniser" not in task.modules  # each loads its own weights
+    task.loss(task.batch(0, 2), 8).per_sample.sum().backward()
+    assert all(parameter.grad is not None for parameter in task.recogniser.parameters())
+    with torch.no_grad():
+        numbers = task.validate(tmp_path, 8)
+    task.export(tmp_path)
+    loaded = load_recogniser(tmp_path / "recogniser")
+    assert isinstance(loaded, TransformerRecogniser)
+    assert loaded.config["limit"] == pytest.approx(numbers["limit"], abs=1e-4) and 0 < numbers["mistaken"] <= 1
+    with pytest.raises(ConfigError, match="judge_identities"):
+        data_settings({"judge_identities": 3_000_000})  # they would reach the second recogniser's people
 
 
 def test_the_finders_batches_hold_zero_to_four_people() -> None:
