@@ -175,6 +175,7 @@ def qwen_edit() -> Any:
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
     }  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
@@ -183,8 +184,8 @@ def qwen_edit() -> Any:
         image_token_id=image, video_token_id=video,
     )  # fmt: skip
     vae = AutoencoderKLQwenImage(
-        base_dim=2, z_dim=4, dim_mult=[1] * 6, num_res_blocks=1, temperal_downsample=[False] * 5,
-        latents_mean=[0.1] * 4, latents_std=[1.2] * 4,
+        base_dim=4, z_dim=4, dim_mult=[1] * 6, num_res_blocks=1, temperal_downsample=[False] * 5,
+        latents_mean=[0.1] * 4, latents_std=[0.02] * 4,
     ).eval()  # fmt: skip
     return QwenImageEditPlusPipeline(
         shifted_scheduler(), vae, Qwen2_5_VLForConditionalGeneration(config).eval(), tokenizer,

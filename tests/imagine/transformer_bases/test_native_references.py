@@ -37,13 +37,13 @@ def pipe(name: str) -> Any:
 
 
 def draw(pipe: Any, name: str, **options: Any) -> tuple[Tensor, Tensor]:
-    """Return a picture after one step, with words and, unless the options say otherwise, a native reference.
+    """Return the latents of a picture after one step, with words and, unless the options differ, a native reference.
 
     Also return the image tokens (tokens, width) that the first attention returns, with what the adapter adds.
     """
     side = SIDES.get(name, 8)
     given = {"prompt": tiny_pipelines.PROMPT, "height": side, "width": side, "num_inference_steps": 1, "image": NATIVE}
-    given |= {"output_type": "pt", "generator": tiny.generator(7)}
+    given |= {"output_type": "latent", "generator": tiny.generator(7)}
     own: dict[str, dict[str, Any]] = {
         "flux2": {"text_encoder_out_layers": (1, 2, 3), "guidance_scale": 1.0}, "qwen": {"true_cfg_scale": 1.0},
         "flux": tiny_pipelines.native("kontext"),
@@ -62,7 +62,7 @@ def test_native_references_and_the_adapter_together(name: str, pipe: Any) -> Non
     both, with_person = draw(pipe, name, reference=PERSON)
     native_only, without = draw(pipe, name)
     other, _ = draw(pipe, name, reference=PERSON, image=tiny.photo(6).resize((16, 16) if name == "flux" else (64, 64)))
-    assert (both - native_only).abs().max() > 1e-5 and (both - other).abs().max() > 1e-6
+    assert (both - native_only).abs().max() > 1e-5 and (both - other).abs().max() > 1e-5
     assert torch.equal(draw(pipe, name, reference=PERSON, identity_scale=0.0)[0], native_only)
     changed, targets = (with_person != without).any(-1), 16
     assert changed[:targets].all() and not changed[targets:].any() and len(changed) > targets
