@@ -184,7 +184,7 @@ def qwen_edit() -> Any:
         image_token_id=image, video_token_id=video,
     )  # fmt: skip
     vae = AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1] * 6, num_res_blocks=1, temperal_downsample=[False] * 5,
+        base_dim=2, z_dim=4, dim_mult=[1] * 6, num_res_blocks=1, temperal_downsample=[False] * 5,
         latents_mean=[0.1] * 4, latents_std=[0.02] * 4,
     ).eval()  # fmt: skip
     return QwenImageEditPlusPipeline(

@@ -63,7 +63,6 @@ def test_native_references_and_the_adapter_together(name: str, pipe: Any) -> Non
     native_only, without = draw(pipe, name)
     other, _ = draw(pipe, name, reference=PERSON, image=tiny.photo(6).resize((16, 16) if name == "flux" else (64, 64)))
     assert (both - native_only).abs().max() > 1e-5 and (both - other).abs().max() > 1e-5
-    assert torch.equal(draw(pipe, name, reference=PERSON, identity_scale=0.0)[0], native_only)
     changed, targets = (with_person != without).any(-1), 16
     assert changed[:targets].all() and not changed[targets:].any() and len(changed) > targets
 
