@@ -152,6 +152,48 @@ def words(name: str, count: int, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
+IMAGE_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def qwen_edit() -> Any:
+    """Return a pipeline of Qwen-Image-Edit with all of its parts, whose autoencoder makes 32 pixels one cell.
+
+    The pipeline enlarges every reference to 1024 x 1024 pixels, which are 256 tokens here.
+    """
+    from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer = chat_tokenizer()
+    tokenizer.add_tokens(list(IMAGE_TOKENS), special_tokens=True)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(list(IMAGE_TOKENS))
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, vision_start_token_id=start, vision_end_token_id=end,
+        image_token_id=image, video_token_id=video,
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=2, z_dim=4, dim_mult=[1] * 6, num_res_blocks=1, temperal_downsample=[False] * 5,
+        latents_mean=[0.1] * 4, latents_std=[0.02] * 4,
+    ).eval()  # fmt: skip
+    return QwenImageEditPlusPipeline(
+        shifted_scheduler(), vae, Qwen2_5_VLForConditionalGeneration(config).eval(), tokenizer,
+        Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=CHAT),
+        tiny_transformers.transformer("qwen"),
+    )  # fmt: skip
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "flux2": flux2, "z_image": z_image, "qwen": qwen, "flux": partial(_flux, "FluxPipeline"),
     "kontext": partial(_flux, "FluxKontextPipeline"), "sd3": sd3, "sana": sana,
@@ -181,8 +223,13 @@ def personal(pipe: Any, **spec: Any) -> Any:
     return made
 
 
-def draw(pipe: Any, name: str, count: int = 1, seed: int = 7, guided: bool = True, **options: Any) -> Tensor:
-    """Return `count` pictures (count, 3, H, W), or more with num_images_per_prompt, after two steps, with guidance."""
+def native(name: str) -> dict[str, Any]:
+    """Return the picture that an editing pipeline cannot do without."""
+    return {"image": tiny.photo(5).resize((16, 16)), "_auto_resize": False, "max_area": 64} if name == "kontext" else {}
+
+
+def arguments(name: str, count: int = 1, seed: int = 7, guided: bool = True, **options: Any) -> dict[str, Any]:
+    """Return the arguments of a call for `count` prompts: two steps, with guidance."""
     side = SIDES.get(name, 8)
     given = {"height": side, "width": side, "num_inference_steps": 2, "output_type": "pt", **words(name, count)}
     given[GUIDED.get(name, "guidance_scale")] = 3.0 if guided else 1.0
@@ -190,6 +237,12 @@ def draw(pipe: Any, name: str, count: int = 1, seed: int = 7, guided: bool = Tru
         given["negative_prompt"] = [""] * count
     copies = int(options.get("num_images_per_prompt", 1))
     given["generator"] = [tiny.generator(seed + number) for number in range(count * copies)]
-    pictures = pipe(**{**given, **options}).images
+    return {**given, **options}
+
+
+def draw(pipe: Any, name: str, count: int = 1, seed: int = 7, guided: bool = True, **options: Any) -> Tensor:
+    """Return `count` pictures (count, 3, H, W), or more with num_images_per_prompt, after two steps, with guidance."""
+    pictures = pipe(**arguments(name, count, seed, guided, **options)).images
+    copies = int(options.get("num_images_per_prompt", 1))
     assert isinstance(pictures, Tensor) and pictures.isfinite().all() and len(pictures) == count * copies
     return pictures

@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from imagine.planning.cards import UTILISATION, speeds
+from imagine.planning.denoisers import kind_of
 from imagine.planning.inference import Precision
+from imagine.planning.networks import LORA_PART
 from imagine.planning.training import Recipe, TrainingPlan, TrainingPlanner, TrainingWorkload
+from train.bases.base_lora import NAME as BASE_LORA
 from train.config import Run, Stage
 from train.run import parts
 from train.stages import TASKS, build_on_meta, resolved
 from train.task import Task
+from train.tasks.diffusers import DiffusersTask
 
 _FLOAT = 4  # bytes; trained weights, gradients and averages are float32 in every precision
 _LATEST = 20  # rows of metrics.jsonl whose median speed is used
@@ -115,12 +119,14 @@ def _plan_stage(
 
 def _plan_step(stage: Stage, task: Task, trainings: dict[str, TrainingPlanner]) -> TrainingPlan | None:
     """Plan a step in one process, if the task has a blueprint. Precision `auto` counts as bf16, as on every card."""
-    blueprint = getattr(task, "blueprint", None)
-    base = None if blueprint is None else blueprint()
-    if base is None:
+    if not isinstance(task, DiffusersTask):
         return None
+    base = task.blueprint()
     settings = stage.settings
-    workload = TrainingWorkload(settings["resolution"], stage.batch_size, tuple(stage.train))
+    # The planner names peft's LoRA on a transformer as it names our own on a U-Net.
+    trained = tuple(LORA_PART if part == BASE_LORA else part for part in stage.train)
+    text = min(kind_of(base.denoiser.kind).text, task.most_text_tokens)
+    workload = TrainingWorkload(settings["resolution"], stage.batch_size, trained, text)
     key = repr((base, workload))
     training = trainings[key] = trainings.get(key) or TrainingPlanner(base, workload)
     precision: Precision = "fp32" if stage.precision == "fp32" else "bf16"
@@ -129,11 +135,13 @@ def _plan_step(stage: Stage, task: Task, trainings: dict[str, TrainingPlanner]) 
     )  # fmt: skip
     planned = training.plan(recipe)
     # The frozen weights are stored in base_precision; the planner assumes the step's precision.
-    own = next(task.modules["unet"].parameters()).element_size()
-    unet = own * sum(p.numel() for p in training.networks.unet.parameters())
-    held = sum(p.numel() * p.element_size() for p in training.networks.unet.parameters())
-    memory = {**planned.memory, "frozen weights": planned.memory["frozen weights"] + unet - held}
-    return replace(planned, memory=memory)
+    own = 2 if settings["base_precision"] == "bf16" else _FLOAT
+    frozen = [p for p in training.networks.denoiser.parameters() if not p.requires_grad]
+    stored = sum(p.numel() * own for p in frozen) - sum(p.numel() * p.element_size() for p in frozen)
+    memory = {**planned.memory, "frozen weights": planned.memory["frozen weights"] + stored}
+    counts = {BASE_LORA if BASE_LORA in stage.train and part == LORA_PART else part: count
+              for part, count in planned.trained.items()}  # fmt: skip
+    return replace(planned, trained=counts, memory=memory)
 
 
 def _training_state(stage: Stage, chosen: parts.Parts) -> int:

@@ -39,7 +39,11 @@ class Component:
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """The arguments that an adapter is built from; `heads` and `every` are those of adapters on transformers."""
+    """The arguments that an adapter is built from; `heads` and `every` are those of adapters on transformers.
+
+    lora_targets: where the LoRA acts. On a transformer, the default of U-Nets stands for all projections of its
+    attention.
+    """
 
     branches: tuple[BranchSpec, ...]
     lora_rank: int = 0

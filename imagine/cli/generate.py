@@ -74,7 +74,8 @@ def _add_controls(command: Any) -> None:
     command.add_argument("--identity-window", type=arguments.window, default=(0.0, 1.0), metavar="START:END",
                          help="steps in which the person acts, as fractions of all steps (default: 0:1)")  # fmt: skip
     command.add_argument("--identity-blocks", default="all", metavar="NAME", help="blocks of the denoiser in which the "
-                         "person acts: all, coarse, fine, down, mid or up (default: all)")  # fmt: skip
+                         "person acts: all, coarse, fine, down, mid or up; of diffusion transformers all, early, "
+                         "middle, late, double or single (default: all)")  # fmt: skip
     command.add_argument("--refine-faces", action=argparse.BooleanOptionalAction, help="redraw small faces enlarged in "
                          "a second pass, or not (default: the weights' own)")  # fmt: skip
 

@@ -68,16 +68,20 @@ def block_factors(denoiser: nn.Module, blocks: Blocks) -> Factors | None:
     names = {layer: found[0] for layer in attention_layers(denoiser) if (found := _BLOCK.match(layer))}
     every = list(dict.fromkeys(names.values()))
     if isinstance(blocks, Mapping):
-        factors = _expanded(blocks, every)
+        factors = strengths_of(blocks, _places(every))
     else:
-        known = presets(denoiser)
-        if not isinstance(blocks, str) or blocks not in known:
-            raise ConfigError(
-                f"This denoiser has no identity_blocks {blocks!r}: choose {_listed([ALL, *known])}, or give strengths "
-                "such as {'down': {'block_1': 1.0}}."
-            )
-        factors = dict.fromkeys(known[blocks], 1.0)
+        factors = dict.fromkeys(chosen_preset(blocks, presets(denoiser), "{'down': {'block_1': 1.0}}"), 1.0)
     return {layer: factors[block] for layer, block in names.items() if factors.get(block)}
+
+
+def chosen_preset(blocks: Any, known: Mapping[str, Sequence[str]], example: str) -> Sequence[str]:
+    """Return the blocks of a preset. Raises ConfigError, listing the presets and an example of strengths."""
+    if not isinstance(blocks, str) or blocks not in known:
+        raise ConfigError(
+            f"This denoiser has no identity_blocks {blocks!r}: choose {_listed([ALL, *known])}, or give strengths "
+            f"such as {example}."
+        )
+    return known[blocks]
 
 
 def presets(denoiser: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -117,22 +121,30 @@ def _level(block: str, resolutions: int) -> int:
     return int(found[2]) if found[1] == "down" else resolutions - 1 - int(found[2])
 
 
-def _expanded(given: Mapping[str, Any], every: Sequence[str]) -> dict[str, float]:
-    """Return a factor for each named block, with the meaning that diffusers' set_ip_adapter_scale gives the mapping.
-
-    diffusers' own function (loaders/unet_loader_utils.py) is not used: it requires attention in the middle block and
-    ignores misspelt names.
-    """
+def _places(every: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Return the U-Net's blocks with attention by side and "block_N"."""
     places: dict[str, dict[str, list[str]]] = {}
     for block in every:
         found = _BLOCK.match(block)
         assert found is not None
         places.setdefault(found[1] or "mid", {}).setdefault(f"block_{found[2] or 0}", []).append(block)
-    _check_known("identity_blocks", given, places)
+    return places
+
+
+def strengths_of(
+    given: Mapping[str, Any], places: Mapping[str, Mapping[str, Sequence[str]]], what: str = "attention"
+) -> dict[str, float]:
+    """Return a factor for each named block, with the meaning that diffusers' set_ip_adapter_scale gives the mapping.
+
+    places: side -> "block_N" -> what has a strength there. what: its name in errors. Raises ConfigError for an unknown
+    name or a wrong value. diffusers' own function (loaders/unet_loader_utils.py) is not used: it requires attention in
+    the middle block and ignores misspelt names.
+    """
+    _check_known("identity_blocks", given, places, what)
     factors: dict[str, float] = {}
     for side, value in given.items():
         strengths = value if isinstance(value, Mapping) else dict.fromkeys(places[side], value)
-        _check_known(f"identity_blocks[{side!r}]", strengths, places[side])
+        _check_known(f"identity_blocks[{side!r}]", strengths, places[side], what)
         for name, each in strengths.items():
             factors |= _numbers(f"identity_blocks[{side!r}][{name!r}]", each, places[side][name])
     return factors
@@ -149,12 +161,10 @@ def _numbers(name: str, value: Any, blocks: Sequence[str]) -> dict[str, float]:
     return {block: finite(name, number) for block, number in zip(blocks, numbers, strict=True)}
 
 
-def _check_known(name: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def _check_known(name: str, given: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
     for each in given:
         if each not in known:
-            raise ConfigError(
-                f"{name} names {each!r}, but this denoiser has no attention there: choose {_listed(known)}."
-            )
+            raise ConfigError(f"{name} names {each!r}, but this denoiser has no {what} there: choose {_listed(known)}.")
 
 
 def _listed(names: "Sequence[str] | Mapping[str, Any]") -> str:

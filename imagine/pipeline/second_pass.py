@@ -282,13 +282,13 @@ def keep_outside(
     """Return a step callback that restores the clean latents, noised to the step's end level, where not `redrawn`.
 
     clean, noise: (batch, channels, h, w). levels: noise level at which each step begins. redrawn: (batch, 1, h, w),
-    bool.
+    bool. All three may be sequences of tokens (batch, tokens, channels or 1) instead.
     """
     ends = [*levels[1:], 0.0]
 
     def put_back(pipe: Any, number: int, timestep: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         noised = add_noise(clean, noise, torch.full((len(clean),), ends[number], device=clean.device))
-        return {"latents": torch.where(redrawn, tensors["latents"], noised)}
+        return {"latents": torch.where(redrawn, tensors["latents"], noised.to(tensors["latents"]))}
 
     return put_back
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from imagine.adapter.adapter import Adapter, BranchSpec
+from imagine.adapter.adapter import LORA_TARGETS, Adapter, BranchSpec
 from imagine.blueprints.blueprint import DENOISERS, DIFFUSERS, OURS, AdapterShape, Blueprint, Component
 from imagine.blueprints.published import published_text_encoder, published_vision_encoder
 from imagine.errors import ConfigError, WeightsError
@@ -116,7 +116,8 @@ def _adapter(name: str, denoiser: Any, shape: AdapterShape) -> Adapter:
     from imagine.transformer_bases.adapter import TransformerAdapter
 
     if shape.lora_rank:
-        _add_lora(name, denoiser, shape.lora_rank)
+        targets = TRANSFORMER_LORA if shape.lora_targets == LORA_TARGETS else shape.lora_targets
+        _add_lora(name, denoiser, shape.lora_rank, targets)
     return TransformerAdapter(denoiser, shape.branches, shape.heads, shape.every)
 
 
@@ -126,13 +127,13 @@ def _unet_class() -> Any:
     return UNet2DConditionModel
 
 
-def _add_lora(name: str, transformer: Any, rank: int) -> None:
-    """Add LoRA of peft, as diffusers does, to the attention of a transformer."""
+def _add_lora(name: str, transformer: Any, rank: int, targets: Sequence[str]) -> None:
+    """Add LoRA of peft, as diffusers does, to these layers of a transformer."""
     if not hasattr(transformer, "add_adapter"):
         raise ConfigError(f"diffusers loads no LoRA into {name}: use --lora-rank 0.")
     from peft import LoraConfig
 
-    transformer.add_adapter(LoraConfig(r=rank, target_modules=list(TRANSFORMER_LORA)))
+    transformer.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))
 
 
 def lora_parameters(denoiser: nn.Module) -> list[nn.Parameter]:

@@ -39,6 +39,7 @@ class TrainingWorkload:
     resolution: int  # side in pixels
     batch: int = 1  # images per step
     parts: tuple[str, ...] = ()  # the parts to train; () means all
+    text: int | None = None  # tokens of the base's own text; None: as many as its pipeline gives
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class TrainingPlanner:
                     parameter.register_post_accumulate_grad_hook(lambda p: with_gradient.update({id(p): p.numel()}))
                 )
             with planned_kernels(None if precision == "fp32" else DTYPES[precision]), Meter() as meter:
-                backward(self.networks, micro_batch, self.side)
+                backward(self.networks, micro_batch, self.side, self.workload.text)
             for hook in hooks:
                 hook.remove()
             self._cache[key] = (meter.peak, sum(with_gradient.values()), meter.flops)
@@ -217,9 +218,12 @@ def checkpoint(networks: Networks, on: bool) -> None:
             (vision_encoder.gradient_checkpointing_enable if on else vision_encoder.gradient_checkpointing_disable)()
 
 
-def backward(networks: Networks, batch: int, side: int) -> None:
-    """Run the forward and backward pass of a step with one reference per image; the parameters keep the gradients."""
-    inputs = step_inputs(networks.denoiser, batch, (side, side))
+def backward(networks: Networks, batch: int, side: int, text: int | None = None) -> None:
+    """Run the forward and backward pass of a step with one reference per image; the parameters keep the gradients.
+
+    text: tokens of the base's own text; None: as many as its pipeline gives.
+    """
+    inputs = step_inputs(networks.denoiser, batch, (side, side), text)
     conditioning = Conditioning({
         spec.name: adapter.tokens(spec.name, _features(networks, adapter, spec.name, batch))
         for adapter in networks.adapters.values()

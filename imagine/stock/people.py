@@ -96,6 +96,7 @@ class StockAttempts:
 
     given: the stock arguments, with plain words for the names in prompts. people: one list per prompt. ours: our
     arguments of `__call__` by name. most: how often a picture is drawn at most; 0 if the pictures are not checked.
+    pictures: names of the arguments that may hold one picture per prompt.
     """
 
     batch: Batch
@@ -104,6 +105,7 @@ class StockAttempts:
     people: Sequence[Sequence[Persona]]
     ours: Mapping[str, Any]
     most: int
+    pictures: tuple[str, ...] = PER_PROMPT_PICTURES
 
     def run(self, pipe: Any, draw: Callable[..., Any]) -> Any:
         """Draw all pictures, and those again that fail; return the result of the first attempt with the best pictures.
@@ -114,7 +116,7 @@ class StockAttempts:
         if not self.most:
             return draw(self.given, self.batch, self.people, self.ours)
         # The first attempt changes the arguments and the generators.
-        whole = {**self.given, "cross_attention_kwargs": dict(self.given.get("cross_attention_kwargs") or {})}
+        whole = _with_own_kwargs(self.given)
         seeds = call_seeds(self.given, self.batch.pictures, pipe)
         out = draw(self.given, self.batch, self.people, self.ours)
         notes = replace(self, given=whole)._check(pipe, out, draw, seeds)
@@ -150,22 +152,21 @@ class StockAttempts:
     def _draw_again(self, draw: Callable[..., Any], picture: int, seed: int) -> Any:
         """Draw one picture of the call once more, from noise of another seed."""
         prompt = picture // self.batch.copies
-        given = {name: each for name, each in self.given.items() if each is not None and name != "latents"}
-        pictures = () if _takes_several_controls(self.given) else PER_PROMPT_PICTURES
+        given = {name: each for name, each in self.given.items() if name != "latents"}
+        pictures = () if _takes_several_controls(self.given) else self.pictures
         for name in (*PER_PROMPT_ARGUMENTS, *pictures):
             if name in given:
-                given[name] = _of_prompt(given[name], prompt, self.batch.prompts)
+                given[name] = of_prompt(given[name], prompt, self.batch.prompts)
         if (embeds := given.get("ip_adapter_image_embeds")) is not None:
             given["ip_adapter_image_embeds"] = [embeds_of_prompt(each, prompt, self.batch.guided) for each in embeds]
         ours = {**self.ours, "identity_scale": scale_of_prompt(self.ours["identity_scale"], prompt)}
-        for name in ("branch_embeds", "negative_branch_embeds"):
+        for name in ("branch_embeds", "negative_branch_embeds"):  # of the pipelines that have text adapters
             if (branches := ours.get(name)) is not None:
                 ours[name] = {branch: take(each, [prompt]) for branch, each in branches.items()}
         if ours["regions"] is not None:
             ours["regions"] = ours["regions"][prompt : prompt + 1, : len(self.people[prompt])]
         given |= {"generator": torch.Generator().manual_seed(seed), "num_images_per_prompt": 1}
-        given["cross_attention_kwargs"] = dict(given["cross_attention_kwargs"])
-        return draw(given, Batch(1, 1, self.batch.guided), self.people[prompt : prompt + 1], ours)
+        return draw(_with_own_kwargs(given), Batch(1, 1, self.batch.guided), self.people[prompt : prompt + 1], ours)
 
 
 def _seed_of_attempt(first: Tensor, attempt: int) -> int:
@@ -173,7 +174,12 @@ def _seed_of_attempt(first: Tensor, attempt: int) -> int:
     return zlib.crc32(attempt.to_bytes(4, "little"), int(first) % 2**32)
 
 
-def _of_prompt(value: Any, prompt: int, prompts: int) -> Any:
+def _with_own_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a call's arguments, whose attention arguments are not those of another call."""
+    return {name: dict(each) if name.endswith("attention_kwargs") and each else each for name, each in given.items()}
+
+
+def of_prompt(value: Any, prompt: int, prompts: int) -> Any:
     """Return one prompt's part of an argument that has one row per prompt, or is shared by all."""
     shared = not hasattr(value, "__len__") or isinstance(value, str) or len(value) != prompts or prompts == 1
     return value if shared else value_of_prompt(value, prompt)

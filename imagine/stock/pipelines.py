@@ -475,15 +475,13 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
         """Return the stock call's result, with small faces redrawn if there is a second pass, and notes."""
         refined, notes = 0, list[str]()
         if second_pass is not None:
-            refined, notes = second_pass.refine(self, out, lambda: self._inpainting_pipeline(second_pass.ip_scales))
-            cast(
-                Any, self
-            ).maybe_free_model_hooks()  # the inpainting pipeline shares our models but does not offload them
+            refined, notes = second_pass.refine(self, out, lambda: self._redrawing_pipeline(second_pass.ip_scales))
+            cast(Any, self).maybe_free_model_hooks()  # that pipeline shares our models but does not offload them
         if hasattr(out, "images"):
             out.refined, out.notes = refined, [*words, *notes]
         return out
 
-    def _inpainting_pipeline(self, ip_scales: Sequence[Any]) -> Any:
+    def _redrawing_pipeline(self, ip_scales: Sequence[Any]) -> Any:
         """Return the inpainting pipeline with the same components and its own scheduler and IP-Adapter scales."""
         mine = cast(Any, self)
         with quiet_libraries():

@@ -35,8 +35,9 @@ from imagine.records import take
 from imagine.stock.call import Batch
 
 PER_PROMPT_ARGUMENTS = (
-    "prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
-    "pooled_prompt_embeds", "negative_pooled_prompt_embeds",
+    "prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "prompt_embeds",
+    "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "prompt_embeds_mask",
+    "negative_prompt_embeds_mask", "prompt_attention_mask", "negative_prompt_attention_mask",
 )  # fmt: skip
 SHARED_ARGUMENTS = (
     "guidance_scale", "guidance_rescale", "eta", "clip_skip", "aesthetic_score", "negative_aesthetic_score",
@@ -88,15 +89,15 @@ class StockSecondPass:
         if settings is None:
             return None
         known = inspect.signature(call).parameters
-        whole = {name: known[name].default for name in DEFAULTS} | dict(given)
+        whole = {name: known[name].default for name in DEFAULTS if name in known} | dict(given)
         whole["cross_attention_kwargs"] = dict(given.get("cross_attention_kwargs") or {})
         return cls(settings, batch, whole, people, identity, call_seeds(given, batch.pictures, pipe), pipe.ip_scales)
 
     def refine(self, pipe: Any, out: Any, sibling: Callable[[], Any]) -> tuple[int, list[str]]:
         """Redraw the small faces in a stock call's result, in place.
 
-        `sibling` creates the inpainting pipeline. Return how many faces were redrawn, and one sentence for each picture
-        whose faces cannot be assigned to its people.
+        `sibling` creates the pipeline that redraws. Return how many faces were redrawn, and one sentence for each
+        picture whose faces cannot be assigned to its people.
         """
         whole = tuple(out) if isinstance(out, tuple) else (out.images, out.get("nsfw_content_detected"))
         images, flags = whole[0], whole[1] if len(whole) > 1 else None
@@ -105,17 +106,16 @@ class StockSecondPass:
         if getattr(pipe, "interrupt", False) or not any(counts):
             return 0, []
         pictures = as_tensor(images)
-        side, within = _redrawn_side(pipe, pictures), self._inpainting_mask(pipe, pictures)
+        side, within = self._redrawn_side(pipe, pictures), self._inpainting_mask(pipe, pictures)
         faces, notes = find_small_faces(pictures, counts, pipe.finder, self.settings, side, within)
         faces = [self._with_person(face) for face in faces]
         if not faces:
             return 0, list(notes.values())
-        inpainting_pipeline, size = sibling(), cast("tuple[int, int]", tuple(pictures.shape[-2:]))
+        redrawing, size = sibling(), cast("tuple[int, int]", tuple(pictures.shape[-2:]))
 
         def redraw(some: Sequence[SmallFace], squares: Tensor) -> list[Tensor | None]:
             return [
-                self._redraw_face(inpainting_pipeline, face, square, size)
-                for face, square in zip(some, squares, strict=True)
+                self._redraw_face(redrawing, face, square, size) for face, square in zip(some, squares, strict=True)
             ]
 
         refined = list[SmallFace]()
@@ -193,7 +193,7 @@ class StockSecondPass:
         """Return whether a reference acts when a prompt's faces are redrawn."""
         if not self.people[prompt]:
             return False
-        steps = len(self.settings.levels(_count(self.given)))
+        steps = len(self.settings.levels(count_steps(self.given)))
         return _any_nonzero(scale_of_prompt(self.identity["identity_scale"], prompt)) and any(self._window.steps(steps))
 
     def _people_in(self, prompt: int) -> int:
@@ -207,6 +207,11 @@ class StockSecondPass:
         masks = self.given["cross_attention_kwargs"].get("ip_adapter_masks")
         regions = [each.shape[-3] for each in ([] if masks is None else masks) if each is not None]
         return max(regions, default=1)  # each person has one region
+
+    def _redrawn_side(self, pipe: Any, pictures: Tensor) -> int:
+        """Return the side in pixels of redrawn squares: the base's own size, at most the picture's longer side."""
+        factor, native = int(pipe.vae_scale_factor), pipe.denoiser.config.sample_size
+        return side_within(pictures, native and (native if isinstance(native, int) else min(native)) * factor, factor)
 
     def _inpainting_mask(self, pipe: Any, pictures: Tensor) -> Tensor | None:
         """Return the call's inpainting mask (B, 1, H, W) in 0..1, or None; pixels outside it must not change."""
@@ -242,16 +247,6 @@ def _write(images: Any, row: int, picture: Tensor) -> None:
         images[row] = Image.fromarray(pixels)
 
 
-def _redrawn_side(pipe: Any, pictures: Tensor) -> int:
-    """Return the side in pixels of redrawn squares: the base's own size, at most the picture's longer side."""
-    factor, native = int(pipe.vae_scale_factor), pipe.denoiser.config.sample_size
-    longest = max(pictures.shape[-2:])
-    if native:
-        longest = min(longest, (native if isinstance(native, int) else min(native)) * factor)
-    step = math.lcm(SIDE_MULTIPLE, factor)
-    return max(step, longest // step * step)
-
-
 # --- rows and numbers -------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +265,14 @@ def call_seeds(given: Mapping[str, Any], count: int, pipe: Any) -> list[int]:
     return [seed_of(state) + row * 1009 for row in range(count)]  # the offset leaves room for the people of one picture
 
 
-def _count(given: Mapping[str, Any]) -> int:
+def side_within(pictures: Tensor, most: int | None, factor: int) -> int:
+    """Return the longer side of pictures (B, 3, H, W), at most `most`, down to what pipelines and `factor` divide."""
+    longest = max(pictures.shape[-2:])
+    step = math.lcm(SIDE_MULTIPLE, factor)
+    return max(step, (min(longest, most) if most else longest) // step * step)
+
+
+def count_steps(given: Mapping[str, Any]) -> int:
     """Return the number of steps that a call's arguments request."""
     lists = [given[name] for name in ("timesteps", "sigmas") if given.get(name) is not None]
     return len(lists[0]) if lists else int(given["num_inference_steps"])
@@ -278,7 +280,7 @@ def _count(given: Mapping[str, Any]) -> int:
 
 def _steps(settings: RefineFaces, given: Mapping[str, Any]) -> int:
     """Return the num_inference_steps with which inpainting runs the wanted number of steps at this strength."""
-    wanted = len(settings.levels(_count(given)))
+    wanted = len(settings.levels(count_steps(given)))
     requested = math.ceil(wanted / settings.strength)
     return requested if int(requested * settings.strength) >= wanted else requested + 1  # diffusers rounds down
 
@@ -287,7 +289,10 @@ def value_of_prompt(value: Any, prompt: int) -> Any:
     """Return one prompt's part of an argument that may have one row per prompt."""
     if isinstance(value, Tensor):
         return value[prompt : prompt + 1]
-    return value[prompt % len(value)] if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    own = value[prompt % len(value)]
+    return [own] if isinstance(own, Tensor) else own  # encoded prompts of Z-Image are a list, also those of one prompt
 
 
 def embeds_of_prompt(embeds: Tensor, prompt: int, guided: bool) -> Tensor:

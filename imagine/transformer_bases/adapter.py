@@ -222,12 +222,13 @@ def _hook(transformer: nn.Module, present: _Attachment, adapters: "list[Transfor
     handles = present.handles
     handles.append(transformer.register_forward_pre_hook(open_pass, with_kwargs=True, prepend=True))
     handles.append(transformer.register_forward_hook(close_pass, always_call=True))
-    for name, site in sites_of(transformer).items():
+    for number, (name, site) in enumerate(sites_of(transformer).items()):
         layers = tuple(each.layers()[name] for each in adapters if name in each.layers())
         if any(isinstance(each, XLabsBranch) for layer in layers for each in layer.branches().values()):
             handles.append(site.attention.norm_q.register_forward_hook(keep_queries))
         if layers:
-            handles.append(site.attention.register_forward_hook(SiteHook(site, layers, current_pass), with_kwargs=True))
+            hook = SiteHook(site, layers, current_pass, number)
+            handles.append(site.attention.register_forward_hook(hook, with_kwargs=True))
 
 
 def _count_sites(transformer: nn.Module, layout: Layout) -> int:

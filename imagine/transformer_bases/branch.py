@@ -93,8 +93,11 @@ def _normalised(norm: nn.RMSNorm, states: Tensor) -> Tensor:
 class SiteHook:
     """The forward hook of one site: adds the branches of all attached adapters that are on in the current pass."""
 
-    def __init__(self, site: Site, layers: tuple[LayerWeights, ...], current: Callable[[], Pass | None]) -> None:
+    def __init__(
+        self, site: Site, layers: tuple[LayerWeights, ...], current: Callable[[], Pass | None], number: int = 0
+    ) -> None:
         self.name, self.joint, self.current = site.name, site.joint, current
+        self.number = torch.tensor([number])  # a tensor, because compiled code is made again for every other number
         # A fixed order of summation, so that the order in which adapters are attached does not change the result.
         self.layers = tuple(sorted(layers, key=lambda layer: layer.owner))
 
@@ -107,18 +110,22 @@ class SiteHook:
         part = current.target.joint if self.joint else current.target.image
         for layer in self.layers:
             for name, branch in layer.branches().items():
-                strength = layer.strength(current.conditioning, name, self._layer(current, name))
+                strength = self._strength(layer, current, name)
                 if strength is not None:
                     made = _SiteBranch(self, name, cast(ImageBranch, branch), name in layer.joint, part, current)
                     output = made.add_to(output, attention, states[:, part], strength)
         return output
 
-    def _layer(self, current: Pass, branch: str) -> str:
-        """Return the name under which a branch's strength is found, which matters only if it differs by site.
+    def _strength(self, layer: LayerWeights, current: Pass, branch: str) -> BranchStrength | None:
+        """Return the strength of a branch here; None if it is off.
 
-        Compiled code that reads the name of one site is compiled again for each other site.
+        Compiled code that reads the name of one site is compiled again for each other site, so the name is read only
+        where strengths differ by site, and compiled blocks have them in one tensor (sites, rows) instead (`passing`).
         """
-        return self.name if isinstance(current.conditioning.scales.get(branch), Mapping) else ""
+        scale = current.conditioning.scales.get(branch)
+        if isinstance(scale, Tensor) and scale.dim() == 2 and branch in current.conditioning.branches:
+            return BranchStrength(scale.index_select(0, self.number.to(scale.device))[0])
+        return layer.strength(current.conditioning, branch, self.name if isinstance(scale, Mapping) else "")
 
 
 class _SiteBranch:

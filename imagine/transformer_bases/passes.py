@@ -9,7 +9,7 @@ conditioning of a forward pass with so many rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 from imagine.errors import ConfigError
-from imagine.pipeline.controls import Window
+from imagine.pipeline.controls import Factors, Window, layer_scales
 from imagine.records import VISION, Conditioning, Tokens, join, take
 from imagine.transformer_bases.adapter import prepare
 from imagine.transformer_bases.families import Guidance
@@ -94,11 +94,15 @@ def _as_long(absent: Tokens, like: Tokens) -> Tokens:
 class CallPasses:
     """The conditionings of one call of a pipeline, by forward pass.
 
-    transformer: with the adapter attached. window: the steps in which the reference acts.
+    transformer: with the adapter attached. window: the steps in which the reference acts. factors: on the strength, by
+    site; None for 1 everywhere.
     """
 
-    def __init__(self, transformer: nn.Module, people: People, guidance: Guidance, window: Window) -> None:
+    def __init__(
+        self, transformer: nn.Module, people: People, guidance: Guidance, window: Window, factors: Factors | None = None
+    ) -> None:
         self.transformer, self.people, self.guidance, self.window = transformer, people, guidance, window
+        self.factors = factors
         self._active, self._passes = window.contains(0.0), 0
         self._prepared: dict[str, Conditioning | None] = {}
 
@@ -127,7 +131,10 @@ class CallPasses:
     def _once(self, name: str, make: Callable[[], Conditioning | None]) -> Conditioning | None:
         if name not in self._prepared:
             made = make()
-            self._prepared[name] = None if made is None else prepare(self.transformer, made)
+            if made is not None:
+                scales = {branch: layer_scales(_tensor(each), self.factors) for branch, each in made.scales.items()}
+                made = prepare(self.transformer, replace(made, scales=scales))
+            self._prepared[name] = made
         return self._prepared[name]
 
     def release(self) -> None:

@@ -103,7 +103,7 @@ def _open(transformer: nn.Module, family: TransformerFamily, named: Mapping[str,
             )
     timestep = named.get("timestep", named.get("t"))
     if _is_compiled(transformer):
-        conditioning = _uniform(conditioning, target.rows)
+        conditioning = _uniform(transformer, conditioning, target.rows)
     scope = _scope.get()
     assert scope is not None
     _scope.set(_Scope(transformer, Pass(conditioning, target, timestep), scope.outer))
@@ -115,18 +115,26 @@ def _is_compiled(transformer: nn.Module) -> bool:
     return transformer.get_submodule(site.rpartition(".")[0])._compiled_call_impl is not None
 
 
-def _uniform(conditioning: Conditioning, rows: int) -> Conditioning:
+def _uniform(transformer: nn.Module, conditioning: Conditioning, rows: int) -> Conditioning:
     """Return a conditioning in the one form that compiled blocks see, so that no call makes them compile again.
 
-    Strengths are contiguous tensors (rows,), and nothing is cached: the entries of a cache differ by site and by step.
+    Strengths are contiguous tensors (rows,), or (sites, rows) where they differ by site, and nothing is cached: the
+    entries of a cache differ by site and by step.
     """
-    scales = {}
+    scales: dict[str, Any] = {}
     for name, tokens in conditioning.branches.items():
         scale = conditioning.scales.get(name, 1.0)
-        if not isinstance(scale, Mapping):
-            scale = torch.as_tensor(scale, dtype=torch.float32, device=tokens.values.device).expand(rows).contiguous()
-        scales[name] = scale
+        if isinstance(scale, Mapping):
+            each = [_row(scale.get(site, 0.0), rows, tokens.values) for site in sites_of(transformer)]
+            present = 1.0 if tokens.mask is None else tokens.mask.any(dim=1).float()
+            scales[name] = torch.stack(each) * present
+        else:
+            scales[name] = _row(scale, rows, tokens.values)
     return replace(conditioning, scales=scales, cache=None)
+
+
+def _row(scale: Any, rows: int, like: Tensor) -> Tensor:
+    return torch.as_tensor(scale, dtype=torch.float32, device=like.device).expand(rows).contiguous()
 
 
 def _names(model: type[nn.Module]) -> list[str]:

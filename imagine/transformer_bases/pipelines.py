@@ -10,6 +10,7 @@ all stock arguments, among them `image=`, the native reference images of FLUX.2 
 conditioning to the attention arguments of the call, and calls the stock `__call__` to draw.
 """
 
+import functools
 import importlib
 import inspect
 import os
@@ -27,26 +28,43 @@ from imagine.people.faces import FaceChoice
 from imagine.people.persona import Persona
 from imagine.people.readings import Reader
 from imagine.people.reference_encoder import OnNoFace, check_encoder, identity_spec
-from imagine.pipeline.controls import Window
+from imagine.pipeline.call import checked_attempts
+from imagine.pipeline.controls import ALL, Blocks, Factors, Window
 from imagine.pipeline.layout import LEFT_TO_RIGHT, Layout, call_regions
 from imagine.pipeline.picture_check import naming_the_part
+from imagine.pipeline.second_pass import RefineFaces
 from imagine.pipeline.stock_recording import StockRecord
 from imagine.records import VISION, Tokens
 from imagine.request import Request, word_notes
-from imagine.stock.call import bind_arguments, read_prompts
+from imagine.stock.call import Batch, bind_arguments, read_prompts
 from imagine.stock.files import load_parts
-from imagine.stock.people import PLACED_NOTE
+from imagine.stock.people import PER_PROMPT_PICTURES, PLACED_NOTE, StockAttempts
 from imagine.stock.pipelines import PersonalisationMixin, class_with
 from imagine.transformer_bases import TRANSFORMER_PIPELINES
 from imagine.transformer_bases.adapter import TransformerAdapter
+from imagine.transformer_bases.blocks import block_factors
 from imagine.transformer_bases.families import family_of
 from imagine.transformer_bases.ip_branches import INSTANTX
 from imagine.transformer_bases.ip_files import read_ip_adapter
 from imagine.transformer_bases.passes import CallPasses, People
 from imagine.transformer_bases.passing import KEY
+from imagine.transformer_bases.second_pass import (
+    SEVERAL_NATIVE,
+    TransformerSecondPass,
+    check_can_redraw,
+    redrawing_class,
+    redrawing_scheduler,
+)
 
 _PROMPTS = ("prompt", "prompt_2", "prompt_3", "negative_prompt", "negative_prompt_2", "negative_prompt_3")
-_OURS = ("reference", "identity_scale", "identity_window", "layout", "face", "on_no_face")
+_OURS = (
+    "reference", "identity_scale", "identity_window", "identity_blocks", "refine_faces", "layout", "attempts", "face",
+    "on_no_face",
+)  # fmt: skip
+_NOT_REDRAWN = (
+    "refine_faces redraws the people of reference= only, so no face of the IP-Adapter that diffusers has loaded was "
+    "redrawn: load it with this pipeline's load_ip_adapter."
+)
 _ATTENTION_KWARGS = ("joint_attention_kwargs", "attention_kwargs")  # a stock call has one of them
 
 
@@ -170,7 +188,10 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         reference: Any = None,
         identity_scale: Any = 1.0,
         identity_window: "Window | Sequence[float]" = (0.0, 1.0),
+        identity_blocks: Blocks = ALL,
+        refine_faces: "RefineFaces | bool | None" = None,
         layout: Layout | None = None,
+        attempts: int = 1,
         face: FaceChoice = "largest",
         on_no_face: OnNoFace = "error",
         **options: Any,
@@ -181,44 +202,84 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         identity_scale: strength of the identity branch, one number or one per prompt. 0 gives the stock pipeline's
             picture bit for bit, as does no reference.
         identity_window: the steps in which the reference acts, as two fractions of all steps.
+        identity_blocks: the blocks in which it acts: "all", a preset such as "early", or strengths (see `blocks`).
+        refine_faces: whether to redraw small faces of the reference's people enlarged; a RefineFaces gives other
+            settings. Callbacks run in the first pass only.
         layout: where several people are. Without one, an adapter without a router places people from left to right.
+        attempts: how often a picture is drawn at most until it shows its people, as in `ImaginePipeline`.
 
-        Return the stock result with `faces` (the face used from each photo), `notes`, and `records` and `flags` as in
-        `ImagineOutput`. Raises ImagineError if our arguments or the adapter are used wrongly.
+        Return the stock result with more attributes, as in `ImagineOutput`: `faces`, `refined`, `notes`, `records`,
+        `flags`, and, if its people were checked, `people`, `people_found`, `attempts` and `seeds`. Raises ImagineError
+        if our arguments or the adapter are used wrongly.
         """
         draw = naming_the_part(cast(Any, super(PersonalisationMixin, self)).__call__, self._suspects)
         given = bind_arguments(draw, arguments, options, _OURS)
-        asked = dict(given)
+        asked, output_type = dict(given), given.get("output_type") or "pil"
         notes = word_notes(*(given.get(name) for name in _PROMPTS))
-        self._check_can_draw("transformer", *([] if given.get("output_type") == "latent" else ["vae"]))
+        self._check_can_draw("transformer", *([] if output_type == "latent" else ["vae"]))
+        refine_settings = RefineFaces.read(refine_faces, output_type, default=False)
+        if refine_settings is not None:
+            check_can_redraw(self)
         window = Window.read(identity_window)
         if self.adapter is None:
             self._check_no_adapter_needed(given, reference)
+            if refine_settings is not None and self._has_stock_ip_adapter:
+                notes = [*notes, _NOT_REDRAWN]
             record = StockRecord(self, given, read_prompts(given, None))
-            return _with_notes(draw(**given), [], notes, record)
+            return record.add_to(_with_notes(draw(**given), notes))
         requests = read_prompts(given, reference)
         record = StockRecord(
-            self, asked, requests, identity_scale=identity_scale, identity_window=identity_window, layout=layout
-        )
+            self, asked, requests, identity_scale=identity_scale, identity_window=identity_window,
+            identity_blocks=identity_blocks, layout=layout, attempts=attempts,
+        )  # fmt: skip
         if given.get("ip_adapter_image") is not None or given.get("ip_adapter_image_embeds") is not None:
             raise ConfigError(
                 "An adapter of imagine is loaded, which takes photos with reference=: give the photo there, or call "
                 "unload_adapter() and load the IP-Adapter with diffusers."
             )
+        block_factors(self.denoiser, self._branched, identity_blocks)  # raises for wrong blocks
+        most = checked_attempts(attempts, requests, output_type)
         self._adapters_to_device()
         try:
-            personas = self._personas_for(requests, face, on_no_face)
+            personas = self._personas_for(requests, face, on_no_face, identify=most > 0)
             if not any(personas):
-                return _with_notes(draw(**given), [], notes, record)
+                return record.add_to(_with_notes(draw(**given), notes))
             check_encoder(self.adapter, self.encoder_fingerprint)  # it may have been set after the adapter
-            people, placed = self._people(requests, personas, identity_scale, layout, given)
-            out = self._draw_with(draw, given, people, window)
+            self._check_photos(personas)
+            regions, placed = self._regions(requests, layout, given)
+            ours = {
+                "identity_scale": identity_scale, "identity_window": window, "identity_blocks": identity_blocks,
+                "regions": regions,
+            }  # fmt: skip
+            batch = Batch(len(requests), int(given.get("num_images_per_prompt") or 1), guided=False)
+            once = functools.partial(self._draw_once, draw, refine_settings, [*notes, *placed])
+            pictures = () if type(self).__name__ in SEVERAL_NATIVE else PER_PROMPT_PICTURES
+            out = StockAttempts(batch, requests, given, personas, ours, most, pictures).run(self, once)
         finally:
             self._offload_adapters()
-        return _with_notes(out, personas, [*notes, *placed], record)
+        return record.add_to(out, personas)
 
-    def _draw_with(self, draw: Any, given: dict[str, Any], people: People, window: Window) -> Any:
-        passes = CallPasses(self.denoiser, people, family_of(self.denoiser).guidance, window)
+    @property
+    def _branched(self) -> list[str]:
+        """The sites with a branch of the adapter."""
+        assert self.adapter is not None
+        return list(self.adapter.layers())
+
+    def _draw_once(
+        self, draw: Any, refine_settings: RefineFaces | None, words: Sequence[str], given: dict[str, Any], batch: Batch,
+        personas: Sequence[Sequence[Persona]], ours: Mapping[str, Any],
+    ) -> Any:  # fmt: skip
+        """Run the stock call once, and redraw the small faces of its result."""
+        second_pass = TransformerSecondPass.plan(self, draw, refine_settings, batch, given, personas, ours)
+        people = self._people(personas, batch.copies, ours["identity_scale"], ours["regions"])
+        factors = block_factors(self.denoiser, self._branched, ours["identity_blocks"])
+        out = self._draw_with(draw, dict(given), people, ours["identity_window"], factors)
+        return self._add_refined_faces(out, second_pass, words)
+
+    def _draw_with(
+        self, draw: Any, given: dict[str, Any], people: People, window: Window, factors: Factors | None
+    ) -> Any:
+        passes = CallPasses(self.denoiser, people, family_of(self.denoiser).guidance, window, factors)
         passes.wrap_callback(given)
         name = _attention_argument(draw)
         given[name] = {**(given.get(name) or {}), KEY: passes}
@@ -227,27 +288,40 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         finally:
             passes.release()  # the stock pipeline keeps the arguments until its next call
 
+    def _redrawing_pipeline(self, ip_scales: Sequence[Any]) -> Any:
+        """Return the pipeline that redraws faces, with the same components and a scheduler of its own."""
+        with quiet_libraries():
+            made = class_by_name(redrawing_class(type(self).__name__)).from_pipe(
+                self, scheduler=redrawing_scheduler(cast(Any, self).scheduler)
+            )
+        made.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return made
+
     def _people(
-        self, requests: Sequence[Request], personas: Sequence[Sequence[Persona]], scale: Any, layout: Layout | None,
-        given: Mapping[str, Any],
-    ) -> tuple[People, list[str]]:  # fmt: skip
-        """Return the identity branch of all pictures, and a note if we chose where several people are."""
-        spec, copies = identity_spec(self.adapter), int(given.get("num_images_per_prompt") or 1)
+        self, personas: Sequence[Sequence[Persona]], copies: int, scale: Any, regions: torch.Tensor | None
+    ) -> People:
+        """Return the identity branch of all pictures. regions: (prompts, people, height, width)."""
+        spec = identity_spec(self.adapter)
         tokens = self._vision_tokens(personas, copies)
         assert spec is not None and tokens is not None
-        self._check_photos(personas)
-        notes: list[str] = []
-        several = any(len(people) > 1 for people in personas)
-        if layout is None and several and not spec.router and spec.people != "concatenate":
-            layout, notes = LEFT_TO_RIGHT, [PLACED_NOTE]
-        regions = call_regions(layout, requests, self._grid(given), copies)
         strength = self._identity_strength(scale, personas, copies)
         absent = self._absent_tokens(len(strength)) if spec.absent == "zeros" else None
         device = cast(Any, self)._execution_device
         return People(
-            tokens, strength, None if regions is None else regions.to(device),
+            tokens, strength, None if regions is None else regions.repeat_interleave(copies, 0).to(device),
             self._vision_groups(personas, copies), absent,
-        ), notes  # fmt: skip
+        )  # fmt: skip
+
+    def _regions(
+        self, requests: Sequence[Request], layout: Layout | None, given: Mapping[str, Any]
+    ) -> tuple[torch.Tensor | None, list[str]]:
+        """Return the regions (prompts, people, height, width) of a call's people, and a note if we chose them."""
+        spec, notes = identity_spec(self.adapter), list[str]()
+        assert spec is not None
+        several = any(len(request.people) > 1 for request in requests)
+        if layout is None and several and not spec.router and spec.people != "concatenate":
+            layout, notes = LEFT_TO_RIGHT, [PLACED_NOTE]
+        return call_regions(layout, requests, self._grid(given)), notes
 
     def _check_photos(self, personas: Sequence[Sequence[Persona]]) -> None:
         """Raise ConfigError if an adapter that resamples all features of a picture together cannot take these."""
@@ -274,10 +348,11 @@ def _attention_argument(call: Any) -> str:
     return next(name for name in _ATTENTION_KWARGS if name in parameters)
 
 
-def _with_notes(out: Any, personas: Sequence[Sequence[Persona]], notes: Sequence[str], record: StockRecord) -> Any:
+def _with_notes(out: Any, notes: Sequence[str]) -> Any:
+    """Set the notes of a result without people, and return it."""
     if hasattr(out, "images"):
-        out.notes = list(notes)
-    return record.add_to(out, personas)
+        out.refined, out.notes = 0, list(notes)
+    return out
 
 
 # --- the classes ------------------------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ class PublicBase(Protocol):
         """Load the denoiser with its weights; on the meta device, build it without weights."""
         ...
 
-    def networks(self) -> dict[str, Component] | None:
-        """Return denoiser and autoencoder for planning memory and operations of a step; None if that is not known."""
+    def networks(self) -> dict[str, Component]:
+        """Return denoiser and autoencoder for planning memory and operations of a step."""
         ...
 
     def codec(self, device: torch.device) -> BaseCodec:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imagine.blueprints.blueprint import Component
 from imagine.errors import ConfigError
 from imagine.networks.weights import load_model, quiet_libraries
 from imagine.records import Conditioning, Tokens
@@ -77,8 +78,9 @@ class Transformer:
         folder = self.folder / "transformer"
         return load_model(folder, "diffusers", self.flow.model, dtype, variant=variant_of(folder))
 
-    def networks(self) -> None:
-        """Return None: the planner knows U-Nets only."""
+    def networks(self) -> dict[str, Component]:
+        kinds = {"transformer": self.flow.model, "vae": str(self.index["vae"][1])}
+        return {name: Component(kind, self.config(name)) for name, kind in kinds.items()}
 
     def codec(self, device: torch.device) -> BaseCodec:
         return open_codec(self, device, self.flow.patch)

@@ -184,16 +184,24 @@ class DiffusersTask:
             else:
                 module.compile()
 
-    def blueprint(self) -> Blueprint | None:
-        """Return the networks that a step computes, for planning its memory and operations; None if not known."""
+    def blueprint(self) -> Blueprint:
+        """Return the networks that a step computes, for planning its memory and operations."""
         networks = self.base.networks()
-        if networks is None:
-            return None
         networks["vision_encoder"] = Component("VisionEncoder", dict(self.vision.config))
-        identity = AdapterShape(self.adapter.branch_specs, self.settings.lora_rank, self.settings.lora_targets)
-        text = {} if self.text_adapter is None else {"text_adapter": AdapterShape(self.text_adapter.branch_specs)}
         components = {name: Component(each.kind, _plain(each.config)) for name, each in networks.items()}
+        identity = AdapterShape(self.adapter.branch_specs, self.settings.lora_rank, self.settings.lora_targets)
+        if isinstance(self.base, Transformer):
+            sizes = self.base.settings
+            identity = replace(
+                identity, lora_targets=self.base.flow.lora, heads=sizes.branch_heads, every=sizes.branch_every
+            )
+        text = {} if self.text_adapter is None else {"text_adapter": AdapterShape(self.text_adapter.branch_specs)}
         return Blueprint(self.base.kind, components, {**text, "adapter": identity})
+
+    @property
+    def most_text_tokens(self) -> int:
+        """The most tokens of the base's own text that the denoiser sees."""
+        return max(count for count, _ in self.text_encoders[0].shapes.values())
 
     # --- caches -----------------------------------------------------------------------------------------------------
 

@@ -67,7 +67,9 @@ class PictureRequest(Strict):
     guidance_balance: bool | None = None
     identity_scale: Number | None = None
     identity_window: tuple[Share, Share] | None = None
-    identity_blocks: Literal["all", "coarse", "fine", "down", "mid", "up"] | None = None
+    identity_blocks: (
+        Literal["all", "coarse", "fine", "down", "mid", "up", "early", "middle", "late", "double", "single"] | None
+    ) = None
     refine_faces: bool | None = None
     layout: Literal["left to right"] | dict[Name, Place] | None = None
     attempts: int = Field(1, ge=1, le=10)

@@ -40,3 +40,27 @@ def test_regional_compilation(name: str):
     with pytest.raises(WeightsError, match="compiled already"):
         adapter.attach(model)
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flux2", "qwen"])
+def test_strengths_that_differ_by_block_are_compiled_once(name: str):
+    torch._dynamo.reset()
+    model = transformer(name, num_layers=4)
+    adapter, graphs, sites = tiny_transformers.adapter(model), list[int](), list(sites_of(model))
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(1)
+        return graph
+
+    with adapter.attach(model):
+        strengths = [{site: 0.5 for site in sites[::2]}, {sites[-1]: torch.tensor([1.0, 0.0])}]
+        given = [conditioned(scales={"vision": each}) for each in strengths]
+        wanted = [predict(name, model, each) for each in given]
+        blocks = [model.get_submodule(site.rpartition(".")[0]) for site in sites]
+        for block in blocks:
+            block.compile(backend=backend, fullgraph=True)
+        for each, want in zip(given, wanted, strict=True):
+            assert (predict(name, model, prepare(model, each)) - want).abs().max() < 1e-5
+        assert len(graphs) <= len({type(block) for block in blocks}) + (name == "flux2")
+    torch._dynamo.reset()

@@ -13,15 +13,10 @@ from imagine.transformer_bases import TRANSFORMER_PIPELINES, open_base
 from imagine.transformer_bases.pipelines import class_by_name
 from tests import tiny, tiny_stock, tiny_transformers
 from tests import tiny_transformer_pipelines as tiny_pipelines
-from tests.tiny_transformer_pipelines import draw, personal, stock
+from tests.tiny_transformer_pipelines import draw, native, personal, stock
 
 NAMES = tuple(tiny_pipelines.PIPELINES)
 ONE, OTHER = tiny.photo(1), tiny.photo(2)
-
-
-def native(name: str) -> dict[str, Any]:
-    """Return the picture that an editing pipeline cannot do without."""
-    return {"image": tiny.photo(5).resize((16, 16)), "_auto_resize": False, "max_area": 64} if name == "kontext" else {}
 
 
 @pytest.fixture(scope="module", params=NAMES)
