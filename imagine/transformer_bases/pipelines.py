@@ -223,20 +223,13 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         window = Window.read(identity_window)
         if self.adapter is None:
             self._check_no_adapter_needed(given, reference)
-            if refine_settings is not None and self._has_stock_ip_adapter:
-                notes = [*notes, _NOT_REDRAWN]
-            record = StockRecord(self, given, read_prompts(given, None))
-            return record.add_to(_with_notes(draw(**given), notes))
+            return self._draw_without_adapter(draw, given, notes, redraw=refine_settings is not None)
         requests = read_prompts(given, reference)
         record = StockRecord(
             self, asked, requests, identity_scale=identity_scale, identity_window=identity_window,
             identity_blocks=identity_blocks, layout=layout, attempts=attempts,
         )  # fmt: skip
-        if given.get("ip_adapter_image") is not None or given.get("ip_adapter_image_embeds") is not None:
-            raise ConfigError(
-                "An adapter of imagine is loaded, which takes photos with reference=: give the photo there, or call "
-                "unload_adapter() and load the IP-Adapter with diffusers."
-            )
+        _check_no_stock_photo(given)
         block_factors(self.denoiser, self._branched, identity_blocks)  # raises for wrong blocks
         most = checked_attempts(attempts, requests, output_type)
         self._adapters_to_device()
@@ -258,6 +251,13 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         finally:
             self._offload_adapters()
         return record.add_to(out, personas)
+
+    def _draw_without_adapter(self, draw: Any, given: dict[str, Any], notes: Sequence[str], redraw: bool) -> Any:
+        """Draw with the stock pipeline, and with diffusers' own IP-Adapter if one is loaded."""
+        if redraw and self._has_stock_ip_adapter:
+            notes = [*notes, _NOT_REDRAWN]
+        record = StockRecord(self, given, read_prompts(given, None))
+        return record.add_to(_with_notes(draw(**given), notes))
 
     @property
     def _branched(self) -> list[str]:
@@ -346,6 +346,14 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
 def _attention_argument(call: Any) -> str:
     parameters = inspect.signature(call).parameters
     return next(name for name in _ATTENTION_KWARGS if name in parameters)
+
+
+def _check_no_stock_photo(given: dict[str, Any]) -> None:
+    if given.get("ip_adapter_image") is not None or given.get("ip_adapter_image_embeds") is not None:
+        raise ConfigError(
+            "An adapter of imagine is loaded, which takes photos with reference=: give the photo there, or call "
+            "unload_adapter() and load the IP-Adapter with diffusers."
+        )
 
 
 def _with_notes(out: Any, notes: Sequence[str]) -> Any:
