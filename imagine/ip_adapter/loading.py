@@ -29,6 +29,7 @@ from imagine.ip_adapter.reading import (
     load_encoder,
     read_ip_adapter,
 )
+from imagine.networks.device import execution_device
 from imagine.networks.weights import HUB_OPTIONS
 from imagine.people.crops import CROPS
 from imagine.people.readings import Reading
@@ -236,7 +237,7 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
         branches: dict[str, Tokens] = {}
         scales: Scales = {}
         regions: dict[str, Tensor] = {}
-        device = cast(Any, self)._execution_device
+        device = execution_device(self)
         for number, adapter in enumerate(self.ip_adapters):
             if number in without:
                 continue
@@ -291,7 +292,7 @@ class IPAdapterLoaderMixin(AdapterHolderMixin):
             )
         pipe = cast(Any, self)
         hidden = adapter.branch_specs[0].projection != "linear"
-        positive, negative = pipe.encode_image(image, pipe._execution_device, 1, hidden)
+        positive, negative = pipe.encode_image(image, execution_device(pipe), 1, hidden)
         return torch.stack([negative, positive] if guided else [positive])
 
 

@@ -23,6 +23,7 @@ from imagine.adapter.adapter import Adapter, BranchSpec
 from imagine.adapter.router import MAX_PEOPLE
 from imagine.errors import ConfigError, FaceError, PictureError, PromptError, WeightsError
 from imagine.networks import weights
+from imagine.networks.device import execution_device
 from imagine.networks.encoders import CLIP_MEAN, CLIP_STD, VisionEncoder
 from imagine.networks.finite import is_finite, why_not_finite
 from imagine.paths import as_path, kind_of
@@ -292,7 +293,7 @@ class ReferenceEncoderMixin:
         if reading.reads_encoder:
             encoder = cast(nn.Module, self.reference_encoder)
             pixels = torch.from_numpy(np.array(crop.image)).permute(2, 0, 1)[None].float() / 255
-            pixels = pixels.to(cast(Any, self)._execution_device)
+            pixels = pixels.to(execution_device(self))
             tokens = vision_features(encoder, pixels, reading.output == "pooled")[0].float().cpu()
             if not is_finite(tokens):  # a persona with such numbers would make every picture of the person black
                 raise WeightsError(why_not_finite({"the vision encoder": encoder}))
@@ -390,7 +391,7 @@ class ReferenceEncoderMixin:
             raise ConfigError(f"A picture can show {MAX_PEOPLE} people, not {most}: leave some of them out.")
         counts = torch.tensor([len(people) for people in personas])
         present = torch.arange(most) < counts[:, None]
-        return present.repeat_interleave(copies, 0).to(cast(Any, self)._execution_device)
+        return present.repeat_interleave(copies, 0).to(execution_device(self))
 
     def _absent_tokens(self, count: int, reader: Reader | None = None) -> Tokens:
         """Return a branch's tokens for `count` pictures without people, if it was trained with "zeros".
@@ -408,7 +409,7 @@ class ReferenceEncoderMixin:
         info, encoder = self._current_encoder_info(), self.reference_encoder
         if self._zero_features is None or self._zero_features[0] != info.fingerprint:
             assert encoder is not None  # `_keep_encoder_info` is called before the encoder is freed
-            grey = torch.tensor(CLIP_MEAN, device=cast(Any, self)._execution_device).view(3, 1, 1)
+            grey = torch.tensor(CLIP_MEAN, device=execution_device(self)).view(3, 1, 1)
             crops = grey.expand(1, 3, info.image_size, info.image_size)
             self._zero_features = (info.fingerprint, vision_features(encoder, crops)[0].float().cpu())
         return self._zero_features[1]
@@ -442,7 +443,7 @@ class ReferenceEncoderMixin:
         if spec.projection in ("plus", "faceid-plus"):  # it projects each picture separately
             length = reading.length(self._current_encoder_info().tokens if reading.reads_encoder else 1)
             features, mask = features.unflatten(1, (-1, length)), mask[:, ::length]
-        device = cast(Any, self)._execution_device
+        device = execution_device(self)
         values = adapter.tokens(reader.branch, features.to(device, adapter.dtype)).values
         if mask.all():
             return Tokens(values)
@@ -460,7 +461,7 @@ class ReferenceEncoderMixin:
                 f"identity_scale={scale!r} must be one number, or one for each of {len(personas)} prompts."
             )
         present = torch.tensor([bool(people) for people in personas], dtype=torch.float32)
-        return (scales * present).repeat_interleave(copies).to(cast(Any, self)._execution_device)
+        return (scales * present).repeat_interleave(copies).to(execution_device(self))
 
 
 @lru_cache(maxsize=1)

@@ -29,6 +29,7 @@ from torch import nn
 
 from imagine.adapter.adapter import Adapter, check_attached
 from imagine.errors import ConfigError, PromptError, WeightsError
+from imagine.networks.device import device_found_once, execution_device
 from imagine.networks.encoders import TextEncoders
 from imagine.networks.models import read_empty_denoiser
 from imagine.networks.saving import PUSH_OPTIONS, check_save_options, write_whole
@@ -321,7 +322,7 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
     def _adapters_to_device(self) -> None:
         """Move the adapters to the execution device and the denoiser's dtype."""
         for adapter in self._adapters():
-            adapter.to(cast(Any, self)._execution_device, self.denoiser.dtype)
+            adapter.to(execution_device(self), self.denoiser.dtype)
 
     def _offload_adapters(self) -> None:
         """Move the adapters back to the CPU if the pipeline offloads its models."""
@@ -332,6 +333,7 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
     # --- generating -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @device_found_once
     def __call__(
         self,
         *arguments: Any,
@@ -545,7 +547,7 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
                 f"{argument} has {len(given[wrong[0]].values)} rows of {wrong[0]} for {count} prompts: give one per "
                 "prompt."
             )
-        device = cast(Any, self)._execution_device
+        device = execution_device(self)
         return {name: tokens_to(given[name], device, self.unet.dtype) for name in names}
 
     @torch.no_grad()
@@ -561,14 +563,14 @@ class PersonalisationMixin(AttentionBackendMixin, IdentityBranchesMixin):
                 )
         text_encoders = TextEncoders(
             None, None, mine.t5_encoder, mine.t5_tokenizer, mine.byt5_encoder, mine.byt5_tokenizer,
-            mine._execution_device,
+            execution_device(mine),
         )  # fmt: skip
         read = {T5: text_encoders.encode_t5, BYT5: text_encoders.encode_byt5}
         sentences = [prompts] if isinstance(prompts, str) else list(prompts)
         each = list(dict.fromkeys(sentences))  # the prompts of a batch often share one negative prompt
         rows = [each.index(sentence) for sentence in sentences]
         dtype = getattr(self.unet if self.unet is not None else self.text_adapter, "dtype", torch.float32)
-        return {name: take(tokens_to(read[name](each), mine._execution_device, dtype), rows) for name in names}
+        return {name: take(tokens_to(read[name](each), execution_device(mine), dtype), rows) for name in names}
 
     def free_encoders(self) -> None:
         """Delete all encoders to free memory. Later calls need personas, prompt_embeds and branch_embeds."""

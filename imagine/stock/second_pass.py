@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from imagine.networks.device import execution_device
 from imagine.people.persona import Persona
 from imagine.pipeline.controls import Window
 from imagine.pipeline.second_pass import (
@@ -257,7 +258,7 @@ def call_seeds(given: Mapping[str, Any], count: int, pipe: Any) -> list[int]:
         return [seed_of(latents[row % len(latents)]) for row in range(count)]
     if isinstance(generator, (list, tuple)):
         return [seed_of(each.get_state()) for each in generator]
-    device = pipe._execution_device
+    device = execution_device(pipe)
     if generator is not None:
         state = generator.get_state()
     else:

@@ -23,6 +23,7 @@ import torch
 from imagine.adapter.adapter import Adapter
 from imagine.errors import ConfigError, WeightsError
 from imagine.ip_adapter.loading import IPAdapterLoaderMixin
+from imagine.networks.device import device_found_once, execution_device
 from imagine.networks.weights import adapter_path, quiet_libraries
 from imagine.people.faces import FaceChoice
 from imagine.people.persona import Persona
@@ -145,7 +146,7 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         """Return the tokens of pictures without people; those of InstantX files are zero features."""
         if isinstance(self.adapter, TransformerAdapter) and self.adapter.layout == INSTANTX:
             features = self._zero_picture_features()
-            return Tokens(torch.zeros(count, *features.shape, device=cast(Any, self)._execution_device))
+            return Tokens(torch.zeros(count, *features.shape, device=execution_device(self)))
         return super()._absent_tokens(count, reader)
 
     @property
@@ -156,7 +157,7 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
 
     def _adapters_to_device(self) -> None:
         for adapter in self._adapters():
-            adapter.to(cast(Any, self)._execution_device, self._adapter_dtype)
+            adapter.to(execution_device(self), self._adapter_dtype)
 
     def _add_saved_adapter(self, folder: Path, variant: str | None) -> None:
         self._replace_adapter(
@@ -182,6 +183,7 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
     # --- generating -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @device_found_once
     def __call__(
         self,
         *arguments: Any,
@@ -306,7 +308,7 @@ class TransformerPersonalisationMixin(PersonalisationMixin):
         assert spec is not None and tokens is not None
         strength = self._identity_strength(scale, personas, copies)
         absent = self._absent_tokens(len(strength)) if spec.absent == "zeros" else None
-        device = cast(Any, self)._execution_device
+        device = execution_device(self)
         return People(
             tokens, strength, None if regions is None else regions.repeat_interleave(copies, 0).to(device),
             self._vision_groups(personas, copies), absent,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from imagine.errors import ConfigError
+from imagine.networks.device import execution_device
 from imagine.networks.diffusion import add_noise, pack_latents
 from imagine.pipeline.second_pass import SmallFace, covered_latents, ellipse_around, keep_outside
 from imagine.stock.people import of_prompt
@@ -177,7 +178,7 @@ def encode(pipe: Any, pictures: Tensor) -> Tensor:
     """Return the latents (B, C, h, w), float32, of pictures (B, 3, H, W) in 0..1, normalised as the transformer's."""
     encoder = _encoder(pipe.vae)
     assert encoder is not None  # `check_can_redraw`
-    return encoder(pipe.vae, (pictures * 2 - 1).to(pipe._execution_device, pipe.vae.dtype)).float()
+    return encoder(pipe.vae, (pictures * 2 - 1).to(execution_device(pipe), pipe.vae.dtype)).float()
 
 
 def _encode_usual(vae: Any, pictures: Tensor) -> Tensor:
