@@ -13,6 +13,7 @@ import json
 import re
 import socketserver
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -63,7 +64,7 @@ class LocalServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-class LocalHandler(BaseHTTPRequestHandler):
+class LocalHandler(BaseHTTPRequestHandler, ABC):
     """Answers requests: a subclass defines `get` and `post`, and raises HTTPError to refuse one.
 
     An error of the class in `gone` is answered with status 404.
@@ -74,13 +75,13 @@ class LocalHandler(BaseHTTPRequestHandler):
     timeout = 60  # seconds until an idle connection is closed
     gone: type[ImagineError] | None = None
 
+    @abstractmethod
     def get(self, path: str) -> None:
         """Answer a GET request for a path other than "/"."""
-        raise NotImplementedError
 
+    @abstractmethod
     def post(self, path: str) -> None:
         """Answer a POST request."""
-        raise NotImplementedError
 
     def do_GET(self) -> None:
         self._answer(self._get)
