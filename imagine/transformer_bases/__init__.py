@@ -1,7 +1,7 @@
 """The diffusion transformers of diffusers (FLUX.2, Z-Image, Qwen-Image ...) as bases, with `reference=` added.
 
-`open_base` opens a pipeline of any of these families, from a folder, a hub id or a pipeline, perhaps with an adapter.
-Classes are created on first use, because importing all of diffusers' pipelines takes seconds.
+`imagine.open_base` and `ImaginePipeline` open a pipeline of any of these families. Classes are created on first use,
+because importing all of diffusers' pipelines takes seconds.
 """
 
 import importlib
@@ -28,8 +28,6 @@ def _pipelines() -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "open_base":
-        return _pipelines().open_base
     if name not in TRANSFORMER_PIPELINES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _pipelines().class_by_name(name)

@@ -13,7 +13,6 @@ conditioning to the attention arguments of the call, and calls the stock `__call
 import functools
 import importlib
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -389,31 +388,3 @@ def __getattr__(name: str) -> Any:
     if name not in TRANSFORMER_PIPELINES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return class_by_name(name)
-
-
-def open_base(
-    base: Any, adapter: Any = None, vision_encoder: Any = None, dtype: torch.dtype | None = None, **options: Any
-) -> Any:
-    """Open a pipeline of a diffusion transformer with `reference=`: the one entry for programs and the command line.
-
-    base: a folder or hub id of a pipeline, or a stock pipeline. adapter: a TransformerAdapter, or its folder or file.
-    vision_encoder: the encoder of references, or its folder. options: further arguments of the stock loader, such as
-    `revision`, `variant` or `local_files_only`. Raises WeightsError or ConfigError, in one sentence each.
-    """
-    from imagine.pipeline.pipeline import ImaginePipeline
-
-    parts: dict[str, Any] = {} if vision_encoder is None else {"vision_encoder": vision_encoder}
-    precision: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    with quiet_libraries():
-        if isinstance(base, (str, os.PathLike)):
-            pipe = ImaginePipeline.from_pretrained(base, **parts, **precision, **options)
-        else:
-            pipe = ImaginePipeline.from_pipe(base, **parts, **precision, **options)
-    if not isinstance(pipe, TransformerPersonalisationMixin):
-        raise ConfigError(
-            f"{base if isinstance(base, (str, os.PathLike)) else type(base).__name__} has no diffusion transformer: "
-            "open it with ImaginePipeline instead."
-        )
-    if adapter is not None:
-        pipe.load_adapter(adapter)
-    return pipe
