@@ -57,6 +57,7 @@ def assert_close(left: Path, right: Path, tolerance: float) -> None:
     [
         ({}, {}, 1e-5),
         ({"accumulation": 2, "prefetch": 2}, {}, 1e-5),
+        ({"muon": ["first", "second"], "settings": {"width": 16}}, {}, 1e-5),
         ({"accumulation": 2}, SHARDS, 1e-4),
         (
             {"muon": ["first"], "settings": {"width": 16}},
@@ -65,7 +66,7 @@ def assert_close(left: Path, right: Path, tolerance: float) -> None:
         ),  # a long matrix, so that Muon uses its Gram matrix
         ({}, BLOCKS, 1e-4),
     ],
-    ids=["DDP", "DDP with accumulation", "FSDP with accumulation", "FSDP with muon", "FSDP by block"],
+    ids=["DDP", "DDP with accumulation", "DDP with muon", "FSDP with accumulation", "FSDP with muon", "FSDP by block"],
 )
 def test_two_processes_take_the_same_steps_as_one(
     tmp_path: Path, extra: dict[str, Any], environment: dict[str, str], tolerance: float

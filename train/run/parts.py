@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from imagine.errors import ConfigError
 from imagine.settings import unknown_name
 from train.run.checkpoint import gather_full, is_sharded, sharded_like
-from train.run.muon import MuonAdamW, orthogonal
+from train.run.muon import MuonAdamW, updates_of
 
 Parts = dict[str, list[nn.Parameter]]
 _LARGE_ENOUGH = 4096  # values in a parameter from which bitsandbytes stores its moments in 8 bits
@@ -149,25 +149,20 @@ def optimiser(
         return torch.optim.AdamW(groups, betas=betas, fused=True)
     for group in groups:
         group["muon"] = group["part"] in muon and group["params"][0].ndim >= 2
-    return _ShardedMuonAdamW(groups, betas)
+    return _DistributedMuonAdamW(groups, betas)
 
 
-class _ShardedMuonAdamW(MuonAdamW):
-    """Muon for sharded matrices: each process orthogonalises the full matrix and keeps its own rows.
+class _DistributedMuonAdamW(MuonAdamW):
+    """Muon for several processes: each orthogonalises a share of the matrices and sends it to the others.
 
-    On the shards themselves the iterations would be wrong, because the diagonal would be added once per process.
+    Sharded matrices are gathered first: on the shards themselves the iterations would be wrong.
     """
 
-    def _muon(self, parameter: Tensor, gradient: Tensor) -> Tensor:
-        if not is_sharded(gradient):
-            return super()._muon(parameter, gradient)
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
-        lookahead = gather_full(gradient.lerp(momentum, self.momentum)).flatten(1)
-        update = orthogonal(lookahead) * 0.2 * max(lookahead.shape) ** 0.5
-        return sharded_like(update.view(parameter.shape), parameter)
+    def orthogonalised(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        full = [gather_full(matrix) if is_sharded(matrix) else matrix for matrix in matrices]
+        updates = updates_of(full)
+        pairs = zip(matrices, updates, strict=True)
+        return [sharded_like(update, matrix) if is_sharded(matrix) else update for matrix, update in pairs]
 
 
 def _adamw8bit(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from train.run import checkpoint, parts
 from train.run.checkpoint import Progress, State
 from train.run.ema import Average
-from train.run.muon import MuonAdamW, _iterate_on_matrix, orthogonal
+from train.run.muon import MuonAdamW, _iterate_on_matrix, orthogonal, owners_of
 
 BETAS = (0.9, 0.99)
 
@@ -145,3 +145,10 @@ def test_a_run_resumed_from_a_checkpoint_ends_with_the_weights_of_an_uninterrupt
         step(resumed, again.optimiser, number)
     for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_work_is_divided_among_processes_about_equally() -> None:
+    costs = [9.0, 1.0, 5.0, 4.0, 3.0, 2.0]
+    owners = owners_of(costs, 2)
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == process) for process in (0, 1)]
+    assert sorted(loads) == [12.0, 12.0]
