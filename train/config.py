@@ -58,7 +58,8 @@ class Stage(BaseModel):
     ema: float = Field(0, ge=0)  # half-life of the weights' moving average, in images; 0: no average
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: the faster of the two, measured on this device
     channels_last: bool = False  # channels-last memory format for all modules
-    compile: bool = False  # compile all modules with torch.compile
+    # compile all modules with torch.compile; auto: unless that needs a C++ compiler, as on a CPU, and there is none
+    compile: bool | Literal["auto"] = False
     seed: int = 0  # seed of the stage's random numbers, combined with the stage's name
     prefetch: int = Field(0, ge=0)  # batches prepared ahead in a thread; useful if the device is not the CPU
     validate_every: int = Field(0, ge=0)  # images between validations; 0: validate only at the end

@@ -449,17 +449,24 @@ class StageRun:
         start = f"resuming at {seen:,}" if seen else "starting at 0"
         log.info("%s: %s of %s images, training %s", self.name, start, f"{self.stage.images:,}", sizes)
 
+    def _compiles(self) -> bool:
+        """Return whether the modules are compiled. Raise ConfigError if they must be and cannot."""
+        if not self.stage.compile or self.accelerator.device.type != "cpu" or _cpp_compiler():
+            return bool(self.stage.compile)
+        if self.stage.compile == "auto":
+            log.info("%s: not compiled, because there is no C++ compiler; with g++ it is faster", self.name)
+            return False
+        raise ConfigError(
+            f"stage {self.name}: compile: true needs a C++ compiler on a CPU. Install g++ or clang++ (or name "
+            "one in CXX), or leave compile out."
+        )
+
     def _compile_modules(self) -> None:
-        if self.stage.compile and self.accelerator.device.type == "cpu" and not _cpp_compiler():
-            raise ConfigError(
-                f"stage {self.name}: compile: true needs a C++ compiler on a CPU. Install g++ or clang++ (or name "
-                "one in CXX), or leave compile out."
-            )
         modules = self.task.modules.values()  # frozen ones too: they may take most of a step
         for module in modules:
             if self.stage.channels_last:
                 module.to(memory_format=torch.channels_last)
-        if self.stage.compile:
+        if self._compiles():
             own = getattr(self.task, "compile", None)  # of a task whose modules need more than `Module.compile`
             for compile_one in [own] if own else [module.compile for module in modules]:
                 compile_one()

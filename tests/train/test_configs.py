@@ -21,7 +21,14 @@ BUILDS = {"pairs_model", "pairs_world"}  # for `data_synth build`: tests/data_sy
 FOLDER = ROOT / "configs"
 RUNS = sorted({path.stem for path in FOLDER.glob("*.yaml")} - BUILDS)
 IMAGES = {"images": 4, "batch_size": 2, "accumulation": 1, "warmup_images": 0}  # two steps
-TOY: dict[str, Any] = {**IMAGES, "prefetch": 0, "validate_every": 0, "report_every_seconds": 0, "gates": {}}
+TOY: dict[str, Any] = {
+    **IMAGES,
+    "prefetch": 0,
+    "validate_every": 0,
+    "report_every_seconds": 0,
+    "gates": {},
+    "compile": False,
+}
 PEOPLE = {
     "identities": 16, "pictures": 2, "judge_identities": 8, "judge_pictures": 2, "second_judge_identities": 8,
 }  # fmt: skip

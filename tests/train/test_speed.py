@@ -88,3 +88,22 @@ def test_compiling_without_a_compiler_is_an_error(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match=r"stage one: compile: true needs a C\+\+ compiler .* Install g\+\+"):
         train(tmp_path, ToyTask, compile=True)
+
+
+def test_automatic_compiling_without_a_compiler_trains_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(nn.Module, "compile", lambda module: pytest.fail("compiled without a compiler"))
+    with caplog.at_level("INFO", "train"):
+        train(tmp_path, ToyTask, compile="auto")
+    assert "not compiled, because there is no C++ compiler" in caplog.text
+
+
+def test_automatic_compiling_compiles_with_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(loop, "_cpp_compiler", lambda: "a compiler that this test does not run")
+    train(tmp_path, ToyTask, compile="auto")
+    assert compiled

@@ -7,6 +7,7 @@ A stage may also train the base's parts. An undertrained base then learns to dra
 stage that trains the adapter alone on the frozen base follows, as in the paper.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
@@ -308,6 +309,11 @@ class AdapterTask(BaseTask):
         save_grid(torch.stack((crops, targets), 1).flatten(0, 1), path, columns=8)
 
     def loss(self, batch: AdapterBatch, images_seen: int) -> Loss:  # type: ignore[override]
+        # Networks are compiled for pictures of one person: each canvas with several would be compiled for minutes.
+        with torch.compiler.set_stance("force_eager") if batch.people > 1 else nullcontext():
+            return self._loss(batch, images_seen)
+
+    def _loss(self, batch: AdapterBatch, images_seen: int) -> Loss:
         noise, t = self.noise(batch.latents, self.context.seed, images_seen)
         record: Record = {}
         watch: Watch = {"text": {}} if self._aligns else {}

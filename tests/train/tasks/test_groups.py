@@ -128,6 +128,23 @@ def test_losses_of_groups_reach_the_routers_and_those_of_portraits_do_not() -> N
             p.grad = None
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch causes it itself
+def test_only_pictures_of_one_person_run_compiled_code() -> None:
+    found = task.__wrapped__()  # not the shared one, which stays uncompiled
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    found.unet.compile(backend=keep)
+    for name, is_compiled in (("two", False), (None, True)):
+        first = first_image(name)
+        found.loss(found.batch(first, 4), first)
+        assert bool(graphs) == is_compiled
+
+
 def test_validation_tells_how_well_the_routers_find_each_person(tmp_path: Path) -> None:
     with torch.no_grad():
         numbers = task().validate(tmp_path, 0)
