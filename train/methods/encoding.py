@@ -8,6 +8,7 @@ Sentences are encoded in every step, because several methods write into them.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +69,7 @@ class EncoderBatch:
     strength: Tensor  # (B,) 0 where the reference is dropped
 
 
-class EncoderTask:
+class EncoderTask(ABC):
     """Train what an encoder method learns on pairs of references and targets."""
 
     Settings: ClassVar[type[BaseModel]] = EncoderSettings
@@ -93,17 +94,17 @@ class EncoderTask:
 
     # --- what a method defines
     # ------------------------------------------------------------------------------------------
+    @abstractmethod
     def build(self) -> None:
         """Add the learnt modules to `self.modules`."""
-        raise NotImplementedError
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of every module, as one part each."""
         return {name: list(module.parameters()) for name, module in self.modules.items()}
 
+    @abstractmethod
     def represent(self, crops: Tensor) -> Tensor:
         """Return what the method keeps of a person, (B, n, width), for face crops (B, 3, S, S)."""
-        raise NotImplementedError
 
     def merge(self, each: Tensor) -> Tensor:
         """Return one person's numbers (1, m, width) from those of several photos (P, n, width)."""
@@ -295,7 +296,7 @@ class EncoderTask:
         write_json(folder / CARD, card)
         self.write(folder)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:  # noqa: B027  (few methods have such a format)
         """Write files in a standard format into a folder, where one exists."""
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ interrupted evaluation carries on. An `EncoderSystem` only encodes. Both report 
 import hashlib
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class Drawn:
     notes: list[str] = field(default_factory=list)
 
 
-class DrawingSystem:
+class DrawingSystem(ABC):
     """What both kinds share: the interface of a pipeline that `imagine.evaluation` calls, and the costs."""
 
     adapter = None
@@ -53,7 +54,7 @@ class DrawingSystem:
         self.config: dict[str, Any] = {"default_method": name, **{f"default_{key}": facts[key] for key in facts}}
         self.people: dict[str, Learnt] = {}
 
-    def set_progress_bar_config(self, **_: Any) -> None:
+    def set_progress_bar_config(self, **_: Any) -> None:  # noqa: B027  (nothing to configure)
         """Accept what diffusers' pipelines accept; the systems show no bar of their own."""
 
     @property
@@ -99,11 +100,12 @@ class DrawingSystem:
         whole = torch.stack([each for each in pictures if each is not None])
         return Drawn(whole if output_type == "pt" else [_to_pil(picture) for picture in whole])
 
+    @abstractmethod
     def _draw(
         self, person: Learnt | None, prompts: Sequence[str], generators: Sequence[Any], steps: int | None,
         guidance: float | None,
     ) -> Tensor:  # fmt: skip
-        raise NotImplementedError
+        """Return pictures (B, 3, S, S), 0 to 1, of one person, or (None) of nobody."""
 
 
 class TunedSystem(DrawingSystem):
