@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	$(VENV)/bin/uv pip install --quiet --python $(PY) --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## four people x six prompts with the shipped weights, as one scored contact sheet
+demo: $(READY)  ## four people x six prompts with the shipped weights, and pairs of them, as scored contact sheets
 	$(PY) -m imagine demo
 
 # Each process takes whole files, so that what the tests of a file share is made once.

@@ -2,13 +2,18 @@
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from imagine.adapter.adapter import FILE_NAME
 from imagine.cli import demo
+from imagine.evaluation import demo_people
 from imagine.evaluation.demo import PEOPLE
 from tests import tiny
 from tests.commands import Run, assert_refused, terminal
@@ -22,6 +27,7 @@ def test_the_demo_draws_its_sheet_and_prints_a_command_that_works(
     with terminal(monkeypatch) as progress:
         code, out, _ = run("demo", "--weights", weights, "--output", "out/my demo")
     assert code == 0
+    assert demo.ALONE in out
     assert "Similarity to another picture" in out and f"Open {tmp_path / 'out' / 'my demo' / 'demo.png'}" in out
     with Image.open("out/my demo/demo.png") as sheet:
         assert sheet.height > 160 * len(PEOPLE)
@@ -36,7 +42,8 @@ def test_the_demo_as_json(run: Run, weights: Path, tmp_path: Path) -> None:
     code, out, err = run("demo", "--weights", weights, "--output", tmp_path, "--json")
     result = json.loads(out)
     assert (code, err) == (0, "") and result["sheet"] == str(tmp_path / "demo.png")
-    assert result.keys() == {"sheet", "similarity", "ceiling", "found", "command"}
+    assert result.keys() == {"sheet", "people_sheet", "similarity", "ceiling", "found", "command"}
+    assert result["people_sheet"] is None  # these weights were trained with one person in a picture
 
 
 def test_the_suggested_command_can_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +95,18 @@ def test_wrong_arguments_are_refused_before_anything_is_loaded(
     code, out, err = run("demo", "--output", output, "--weights", tmp_path, *more)
     assert_refused(code, out, err)
     assert message in err and not (tmp_path / "out").exists()
+
+
+def test_weights_trained_with_several_people_draw_pairs_too(
+    run: Run, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the tokenizer of these weights knows few words
+    monkeypatch.setattr(demo_people, "SENTENCES", ("{a} and {b} smiling", "{b} and {a} on a beach"))
+    several = Path(shutil.copytree(weights, tmp_path / "weights"))
+    path = several / "adapter" / FILE_NAME
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, path, {**metadata, "people": "2"})
+    code, out, _ = run("demo", "--weights", several, "--output", tmp_path / "out")
+    assert code == 0 and demo.ALONE not in out
+    assert "of 8 recognised" in out and f"Open {tmp_path / 'out' / 'people.png'}" in out
