@@ -1,5 +1,6 @@
 """Cached tokens of one frozen encoder for every sentence of a gallery, indexed by the sentence's position."""
 
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ class TokenCache:
         # numpy has no bfloat16, so its bits are stored as int16
         suffix, kind = (".bf16", np.int16) if precision == torch.bfloat16 else (".f16", np.float16)
         self.values = map_file(path.with_suffix(suffix), (count, length, width), kind)
+        if isinstance(self.values.base, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            # Reading ahead would fill the memory with the empty space between the sentences of a sparse file.
+            self.values.base.madvise(mmap.MADV_RANDOM)
         # Written after the tokens, so that an interrupted write leaves length 0.
         self.lengths = map_file(path.with_suffix(".lengths"), (count,), np.int16)
 
