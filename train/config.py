@@ -42,7 +42,9 @@ class Stage(BaseModel):
     # earlier stages whose trained modules are the initial weights; where several trained a module, the last one counts
     start_from: Annotated[tuple[str, ...], BeforeValidator(_one_or_none)] = ()
     initial: Path | None = None  # a folder of initial weights; the modules of `start_from` are loaded after it
-    fresh: tuple[str, ...] = ()  # modules that start from random weights although `initial` or `start_from` holds them
+    # modules that start from random weights although `initial` or `start_from` holds them, or patterns of tensors, such
+    # as unet.conv_in.*, that start from random weights although `initial` holds their module
+    fresh: tuple[str, ...] = ()
     train: dict[str, Rate] = Field(min_length=1)  # part -> learning rate; every other part is frozen
     images: int = Field(ge=1)  # images to train on, counted with repetitions
     batch_size: int = Field(64, ge=1)  # images per optimiser step, over all micro-batches and processes

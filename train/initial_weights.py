@@ -3,7 +3,8 @@
 So training can continue from published weights without the run that made them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ WEIGHT_FOLDERS = {  # module -> its folder in the weights; other modules (heads 
 _PREFIXES = {"base_lora": "transformer."}  # module -> what the names of its tensors begin with in a file of diffusers
 
 
-def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
+def load_initial(modules: Mapping[str, nn.Module], weights: Path, fresh: Sequence[str] = ()) -> list[str]:
     """Load every module that the folder `weights` holds, strictly, and return the names of the loaded modules.
+
+    `fresh` holds patterns, such as unet.conv_in.*, of tensors that keep their random values (module name first).
 
     Raises WeightsError as `find_weights` does, and if the names or shapes of a module's tensors differ.
     """
@@ -31,8 +34,16 @@ def load_initial(modules: Mapping[str, nn.Module], weights: Path) -> list[str]:
         prefix = _PREFIXES.get(name, "")
         stored = {key.removeprefix(prefix): value.float() for key, value in checkpoint.read_tensors(file)[0].items()}
         tensors = {f"{name}.{key}": value for key, value in _untied(modules[name], stored).items()}
+        tensors = with_fresh(modules[name], name, tensors, fresh)
         checkpoint.load_weights(modules, tensors, str(file))
     return list(present)
+
+
+def with_fresh(module: nn.Module, name: str, tensors: Mapping[str, Tensor], fresh: Sequence[str]) -> dict[str, Tensor]:
+    """Return a module's tensors, with its own values where a pattern of `fresh` matches; names are module first."""
+    own = {f"{name}.{key}": value for key, value in module.state_dict().items()}
+    kept = [path for path in own if any(fnmatchcase(path, pattern) for pattern in fresh)]
+    return {**tensors, **{path: own[path] for path in kept}}
 
 
 def find_weights(modules: Iterable[str], weights: Path) -> dict[str, Path]:

@@ -26,6 +26,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -295,9 +296,12 @@ def task_context(name: str, run: Run, output: Path, device: torch.device, folder
 
 def _inherited_modules(stage: Stage, task: Task, name: str) -> dict[str, nn.Module]:
     """Return the modules that load earlier weights (all but `fresh`); ConfigError for an unknown name in `fresh`."""
-    for module in stage.fresh:
+    for pattern in stage.fresh:
+        module, _, inside = pattern.partition(".")
         if module not in task.modules:
             raise ConfigError(f"stage {name}, fresh: {unknown_name('module', module, list(task.modules))}.")
+        if inside and not any(fnmatchcase(path, inside) for path in task.modules[module].state_dict()):
+            raise ConfigError(f"stage {name}, fresh: no tensor of the module {module} matches {inside}; correct it.")
     return {module: network for module, network in task.modules.items() if module not in stage.fresh}
 
 
@@ -312,7 +316,9 @@ def build_with_weights(stage: Stage, context: TaskContext, sources: Sequence[Pat
         log.warning("%s: %s", name, sentence)
     inherits = _inherited_modules(stage, task, name)
     if stage.initial is not None:
-        log.info("%s: loaded from %s: %s", name, stage.initial, ", ".join(load_initial(inherits, stage.initial)))
+        log.info(
+            "%s: loaded from %s: %s", name, stage.initial, ", ".join(load_initial(inherits, stage.initial, stage.fresh))
+        )
     for source in sources:
         path = source / "weights.safetensors"
         loaded = checkpoint.load_weights(inherits, checkpoint.read_tensors(path)[0], str(path))

@@ -33,6 +33,12 @@ class TaskContext:
     trains: Sequence[str] = ()  # the parts that will train
     own_counts: bool = True  # whether each source counts its own images; see train.data.sources.Mixture
 
+    @property
+    def places_of_tokenizers(self) -> list[Path]:
+        """Folders that may hold the tokenizers of the initial weights; the last one that holds some counts."""
+        initial = [] if self.initial is None else [self.initial]
+        return [*initial, *(export.parent / "cache" for export in self.earlier.values())]
+
 
 @dataclass(frozen=True)
 class Loss:

@@ -386,6 +386,9 @@ def test_fresh_modules_start_from_random_weights(tmp_path: Path) -> None:
     wrong = Run(stages={"one": one.model_copy(update={"fresh": ("hat",)})}, trackers=())
     with pytest.raises(ConfigError, match=r"one, fresh: there is no module 'hat'.*valid: body, head"):
         train(tmp_path / "wrong", wrong)
+    wrong = Run(stages={"one": one.model_copy(update={"fresh": ("head.hat.*",)})}, trackers=())
+    with pytest.raises(ConfigError, match=r"one, fresh: no tensor of the module head matches hat"):
+        train(tmp_path / "pattern", wrong)
 
 
 def test_a_folder_with_another_run_needs_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,7 @@
 """The small text encoders of the portrait world: tokenizers trained on its captions, and the three models."""
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +13,13 @@ from imagine.world import captions, sample_contexts, sample_people
 
 _SENTENCES = 3_000  # captions of each style that the vocabularies are made from
 _BYT5_FOLDER = "tokenizer_3"
+_FOLDERS = ("tokenizer", "tokenizer_2", _BYT5_FOLDER)
+_READY = "ready"  # a file that exists once all three are written
 
 
 def make_tokenizers(folder: Path, sentences: int = _SENTENCES) -> None:
     """Write tokenizer/ (CLIP, trimmed), tokenizer_2/ (T5) and tokenizer_3/ (ByT5) into `folder`, unless it has them."""
-    if (folder / "ready").exists():
+    if (folder / _READY).exists():
         return
     seeds = range(sentences)
     with torch.device("cpu"):  # a plan builds on the meta device, but captions need real values
@@ -25,7 +29,20 @@ def make_tokenizers(folder: Path, sentences: int = _SENTENCES) -> None:
     encoders.trim_clip_vocabulary(written, folder / "tokenizer")
     encoders.train_t5_tokenizer(written, folder / "tokenizer_2", vocabulary_size=600)
     encoders.build_byt5_tokenizer().save_pretrained(folder / _BYT5_FOLDER)
-    (folder / "ready").touch()
+    (folder / _READY).touch()
+
+
+def copy_tokenizers(sources: Sequence[Path], folder: Path) -> bool:
+    """Copy the tokenizers of the last source that holds all three into `folder`; return whether it holds any now.
+
+    Text encoders only understand the numbers of the tokenizers that they were trained with.
+    """
+    held = [source for source in sources if all((source / name).is_dir() for name in _FOLDERS)]
+    if held and not (folder / _READY).exists():
+        for name in _FOLDERS:
+            shutil.copytree(held[-1] / name, folder / name, dirs_exist_ok=True)
+        (folder / _READY).touch()
+    return bool(held)
 
 
 def build_text_encoders(folder: Path) -> encoders.TextEncoders:

@@ -28,7 +28,7 @@ from train.cache.pictures import AnyGallery, AnyPictures, Gallery, Pictures
 from train.cache.sentences import Sentences, SentenceStore
 from train.cache.truths import PartMasks, WordPlaces
 from train.data.denoiser_inputs import GalleryCache, Truth, cache_gallery
-from train.data.language import build_text_encoders, make_tokenizers, parameters, save_text_encoders
+from train.data.language import build_text_encoders, copy_tokenizers, make_tokenizers, parameters, save_text_encoders
 from train.data.order import chance, generator, normals, to_device
 from train.data.portraits import SIDE, check_sources, data_settings, held_out_pictures, pictures_of
 from train.data.sources import DrawnPairs, Mixture, in_order, weighted_sources
@@ -142,7 +142,8 @@ class BaseTask:
 
     def __init__(self, settings: BaseSettings, context: TaskContext) -> None:
         self.settings, self.context = settings, context
-        make_tokenizers(context.folder / "cache")
+        if not copy_tokenizers(context.places_of_tokenizers, context.folder / "cache"):
+            make_tokenizers(context.folder / "cache")
         self.text = build_text_encoders(context.folder / "cache")
         pooled = self.text.pooled_width if settings.pooled else None
         self.unet = build_denoiser(

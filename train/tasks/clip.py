@@ -22,7 +22,7 @@ from imagine.networks.encoders import VisionEncoder
 from imagine.world import People, captions
 from imagine.world.tables import join
 from train.cache.face_crops import FaceCrops
-from train.data.language import build_text_encoders, make_tokenizers, parameters
+from train.data.language import build_text_encoders, copy_tokenizers, make_tokenizers, parameters
 from train.data.order import chance, derive_seed, uniforms
 from train.data.portraits import check_two_pictures, data_settings, draw_rows, training_pictures
 from train.run.grids import save_grid
@@ -65,7 +65,8 @@ class ClipTask:
     def __init__(self, settings: ClipSettings, context: TaskContext) -> None:
         self.settings, self.context = settings, context
         tokenizers = context.folder / "cache"
-        make_tokenizers(tokenizers)
+        if not copy_tokenizers(context.places_of_tokenizers, tokenizers):
+            make_tokenizers(tokenizers)
         self.text = build_text_encoders(tokenizers)
         self.vision = VisionEncoder()
         self.temperature = Temperature(3)  # one scale each for CLIP's captions, people, and T5's captions

@@ -37,7 +37,7 @@ from train.assemble import assemble
 from train.cache.latents import autoencoder_of, load_autoencoder, squared_error
 from train.cache.sentences import SentenceStore
 from train.config import Run, load_run
-from train.data.language import load_text_encoders, make_tokenizers
+from train.data.language import copy_tokenizers, load_text_encoders, make_tokenizers
 from train.data.portraits import data_settings
 from train.initial_weights import load_initial
 from train.run.checkpoint import read_tensors, write_tensors
@@ -432,6 +432,35 @@ def test_a_stage_can_start_from_a_folder_of_weights(tmp_path: Path) -> None:
         load_initial(fresh.modules, tmp_path / "nowhere")
     with pytest.raises(WeightsError, match="no weights that this stage can start from"):
         load_initial(fresh.modules, tmp_path)
+
+
+def test_tensors_that_match_a_pattern_stay_random() -> None:
+    task = built("clip")
+    fresh = SMALL["clip"](SMALL["clip"].Settings(), dataclasses.replace(task.context, seed=9))
+    folder, vision = trained() / "clip" / "export", fresh.modules["image_encoder"]
+    before = {path: value.clone() for path, value in vision.state_dict().items()}
+    kept = [path for path in before if path.endswith(".bias")]
+    for parameter in vision.parameters():
+        parameter.data.add_(1.0)  # so that no value is the same by chance
+    load_initial(fresh.modules, folder, fresh=["image_encoder.*.bias"])
+    wanted = read_tensors(trained() / "clip" / "weights.safetensors")[0]
+    assert 0 < len(kept) < len(before)
+    for path, value in vision.state_dict().items():
+        expected = before[path] + 1.0 if path in kept else wanted[f"image_encoder.{path}"]
+        assert torch.allclose(value, expected, atol=1e-6), path
+
+
+def test_a_stage_takes_the_tokenizers_of_its_initial_weights(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert not copy_tokenizers([tmp_path / "nowhere"], here) and not here.exists()
+    for folder, mark in ((here, "one"), (there, "two")):
+        for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "tokenizer.json").write_text(mark)
+    assert copy_tokenizers([here, there, tmp_path / "nowhere"], tmp_path / "stage")
+    assert (tmp_path / "stage" / "tokenizer_2" / "tokenizer.json").read_text() == "two"
+    assert copy_tokenizers([here], tmp_path / "stage")  # a stage that has its tokenizers keeps them
+    assert (tmp_path / "stage" / "tokenizer_2" / "tokenizer.json").read_text() == "two"
 
 
 def test_the_adapters_references_are_mostly_other_pictures_of_the_targets_people() -> None:
