@@ -8,6 +8,7 @@ preservation, Cut-Mix, noise, loss, validation, checkpoints and progress are sha
 import json
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -86,7 +87,7 @@ class TuningBatch:
     prior_sentences: list[str]
 
 
-class TuningTask:
+class TuningTask(ABC):
     """Train what a method learns on the photos of one subject, or of several."""
 
     Settings: ClassVar[type[BaseModel]] = TuningSettings
@@ -108,9 +109,9 @@ class TuningTask:
 
     # --- what a method defines
     # ------------------------------------------------------------------------------------------
+    @abstractmethod
     def build(self) -> None:
         """Add the learnt modules to `self.modules`, and what they need to the base."""
-        raise NotImplementedError
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters of every module, as one part each."""
@@ -130,9 +131,11 @@ class TuningTask:
 
     def write(self, folder: Path) -> None:
         """Write files in a standard format into a folder, where one exists."""
+        return
 
     def detach(self) -> None:
         """Leave the base as it was."""
+        return
 
     # --- shared -----------------------------------------------------------------------------------------------------
     def _naming(self) -> Naming:
