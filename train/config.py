@@ -42,8 +42,8 @@ class Stage(BaseModel):
     # earlier stages whose trained modules are the initial weights; where several trained a module, the last one counts
     start_from: Annotated[tuple[str, ...], BeforeValidator(_one_or_none)] = ()
     initial: Path | None = None  # a folder of initial weights; the modules of `start_from` are loaded after it
-    # modules that start from random weights although `initial` or `start_from` holds them, or patterns of tensors, such
-    # as unet.conv_in.*, that start from random weights although `initial` holds their module
+    # modules, or patterns of tensors such as unet.conv_in.*, that start from random weights although `initial` or
+    # `start_from` holds them
     fresh: tuple[str, ...] = ()
     train: dict[str, Rate] = Field(min_length=1)  # part -> learning rate; every other part is frozen
     images: int = Field(ge=1)  # images to train on, counted with repetitions

@@ -4,7 +4,6 @@ So training can continue from published weights without the run that made them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -34,16 +33,8 @@ def load_initial(modules: Mapping[str, nn.Module], weights: Path, fresh: Sequenc
         prefix = _PREFIXES.get(name, "")
         stored = {key.removeprefix(prefix): value.float() for key, value in checkpoint.read_tensors(file)[0].items()}
         tensors = {f"{name}.{key}": value for key, value in _untied(modules[name], stored).items()}
-        tensors = with_fresh(modules[name], name, tensors, fresh)
-        checkpoint.load_weights(modules, tensors, str(file))
+        checkpoint.load_weights(modules, tensors, str(file), fresh)
     return list(present)
-
-
-def with_fresh(module: nn.Module, name: str, tensors: Mapping[str, Tensor], fresh: Sequence[str]) -> dict[str, Tensor]:
-    """Return a module's tensors, with its own values where a pattern of `fresh` matches; names are module first."""
-    own = {f"{name}.{key}": value for key, value in module.state_dict().items()}
-    kept = [path for path in own if any(fnmatchcase(path, pattern) for pattern in fresh)]
-    return {**tensors, **{path: own[path] for path in kept}}
 
 
 def find_weights(modules: Iterable[str], weights: Path) -> dict[str, Path]:

@@ -321,7 +321,7 @@ def build_with_weights(stage: Stage, context: TaskContext, sources: Sequence[Pat
         )
     for source in sources:
         path = source / "weights.safetensors"
-        loaded = checkpoint.load_weights(inherits, checkpoint.read_tensors(path)[0], str(path))
+        loaded = checkpoint.load_weights(inherits, checkpoint.read_tensors(path)[0], str(path), stage.fresh)
         log.info("%s: loaded from %s: %s", name, source.name, ", ".join(loaded) or "no module of the same name")
     for network in task.modules.values():
         network.to(context.device)

@@ -378,11 +378,16 @@ def test_no_stage_starts_from_one_that_missed_its_gate(tmp_path: Path, caplog: p
 def test_fresh_modules_start_from_random_weights(tmp_path: Path) -> None:
     one = one_stage().stages["one"]
     still = {"train": {"second": 0.0}, "weight_decay": 0.0, "images": 8, "start_from": ("one",)}
-    two, three = one.model_copy(update=still), one.model_copy(update={**still, "fresh": ("head",)})
-    run = Run(stages={"one": one, "two": two, "three": three}, trackers=())
-    assert train(tmp_path, run)
-    inherited, fresh = (read_tensors(tmp_path / name / "weights.safetensors")[0] for name in ("two", "three"))
-    assert inherited.keys() == fresh.keys() and not torch.equal(inherited["head.weight"], fresh["head.weight"])
+    fresh = {"two": (), "three": ("head",), "four": ("head.w*",)}
+    stages = {name: one.model_copy(update={**still, "fresh": some}) for name, some in fresh.items()}
+    assert train(tmp_path, Run(stages={"one": one, **stages}, trackers=()))
+    inherited, whole, part = (read_tensors(tmp_path / name / "weights.safetensors")[0] for name in fresh)
+    assert inherited.keys() == whole.keys() == part.keys()
+    differs = {
+        name: [not torch.equal(inherited[f"head.{name}"], some[f"head.{name}"]) for some in (whole, part)]
+        for name in ("weight", "bias")
+    }
+    assert differs == {"weight": [True, True], "bias": [True, False]}
     wrong = Run(stages={"one": one.model_copy(update={"fresh": ("hat",)})}, trackers=())
     with pytest.raises(ConfigError, match=r"one, fresh: there is no module 'hat'.*valid: body, head"):
         train(tmp_path / "wrong", wrong)

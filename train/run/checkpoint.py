@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +156,21 @@ def weights(modules: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str,
     return {f"{name}.{path}": value for name in names for path, value in modules[name].state_dict().items()}
 
 
-def load_weights(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str) -> list[str]:
-    """Load tensors into the modules that their names start with, strictly; return the names of these modules."""
+def load_weights(
+    modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], source: str, fresh: Sequence[str] = ()
+) -> list[str]:
+    """Load tensors into the modules that their names start with, strictly; return the names of these modules.
+
+    `fresh` holds patterns, such as unet.conv_in.*, of tensors that keep their present values.
+    """
     loaded = []
     for name, module in modules.items():
         own = _under_prefix(f"{name}.", tensors)
         if not own:
             continue
         now = module.state_dict()
+        kept = {k: v for k, v in now.items() if any(fnmatchcase(f"{name}.{k}", pattern) for pattern in fresh)}
+        own |= kept
         try:
             module.load_state_dict({k: sharded_like(v, now[k]) if k in now else v for k, v in own.items()}, strict=True)
         except RuntimeError as error:

@@ -463,6 +463,16 @@ def test_a_stage_takes_the_tokenizers_of_its_initial_weights(tmp_path: Path) -> 
     assert (tmp_path / "stage" / "tokenizer_2" / "tokenizer.json").read_text() == "two"
 
 
+@pytest.mark.parametrize("kind", ["clip", "base"])
+def test_text_encoders_are_built_with_the_tokenizers_of_their_weights(kind: str, tmp_path: Path) -> None:
+    small, first, later = built(kind), tmp_path / "first", tmp_path / "later"
+    wanted = small.text.t5_tokenizer.get_vocab()  # of 150 sentences; a stage without weights would read 3,000
+    context = dataclasses.replace(small.context, folder=first, initial=home() / "tokenizers", earlier={})
+    assert SMALL[kind](small.settings, context).text.t5_tokenizer.get_vocab() == wanted
+    context = dataclasses.replace(context, folder=later, initial=None, earlier={"first": first / "export"})
+    assert SMALL[kind](small.settings, context).text.t5_tokenizer.get_vocab() == wanted
+
+
 def test_the_adapters_references_are_mostly_other_pictures_of_the_targets_people() -> None:
     task = built("adapter")
     batch = task.batch(0, 64)
