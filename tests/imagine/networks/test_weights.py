@@ -325,9 +325,9 @@ def test_default_folder_is_the_checkouts_or_says_how_to_get_weights() -> None:
             weights.default_folder()
 
 
-def test_the_shipped_weights_take_at_most_48_megabytes() -> None:
+def test_the_shipped_weights_take_at_most_64_megabytes() -> None:
     files = [path for path in weights.default_folder().rglob("*") if path.is_file()]
-    assert files and sum(path.stat().st_size for path in files) <= 48_000_000
+    assert files and sum(path.stat().st_size for path in files) <= 64_000_000
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
