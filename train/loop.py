@@ -468,8 +468,13 @@ class StageRun:
                 module.to(memory_format=torch.channels_last)
         if self._compiles():
             own = getattr(self.task, "compile", None)  # of a task whose modules need more than `Module.compile`
-            for compile_one in [own] if own else [module.compile for module in modules]:
+            for compile_one in [own] if own else [module.compile for module in modules if self._can_compile(module)]:
                 compile_one()
+
+    def _can_compile(self, module: nn.Module) -> bool:
+        """Return False for PyTorch's own attention module on a CPU: in bf16, compiled, it gives gradients of NaN."""
+        on_cpu = self.accelerator.device.type == "cpu"
+        return not (on_cpu and any(isinstance(part, nn.MultiheadAttention) for part in module.modules()))
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -107,3 +107,20 @@ def test_automatic_compiling_compiles_with_a_compiler(tmp_path: Path, monkeypatc
     monkeypatch.setattr(loop, "_cpp_compiler", lambda: "a compiler that this test does not run")
     train(tmp_path, ToyTask, compile="auto")
     assert compiled
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_network_with_pytorchs_attention_module_is_not_compiled_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(loop, "_cpp_compiler", lambda: "a compiler that this test does not run")
+
+    class Attending(ToyTask):
+        def prepare(self) -> None:
+            self.modules["reader"] = nn.Sequential(nn.MultiheadAttention(4, 2))
+
+    train(tmp_path, Attending, compile=True)
+    assert compiled and not any(isinstance(module[0], nn.MultiheadAttention) for module in compiled
+                                if isinstance(module, nn.Sequential))  # fmt: skip

@@ -120,6 +120,26 @@ def test_zero_for_one_item_keeps_that_item_bit_for_bit_even_if_its_addition_is_n
     assert [torch.equal(out[i], stock[i]) for i in range(3)] == [False, True, False]
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_training_in_bf16_on_a_cpu_computes_the_same(padded: bool) -> None:
+    attn = cross_attention().to(torch.bfloat16)
+    layer = weights("vision", {"vision": 14}, ("to_q", "to_k", "to_v")).to(torch.bfloat16)
+    states, text, vision = (torch.randn(3, *shape) for shape in ((5, WIDTH), (4, TEXT_WIDTH), (3, 14)))
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]]) if padded else None
+    conditioning = Conditioning(
+        {"vision": Tokens(vision.bfloat16(), mask)}, {"vision": torch.tensor([1.0, 0.0, 0.5])}
+    )  # fmt: skip
+    processor, inputs = parallel(attn, layer), (states.bfloat16(), text.bfloat16())
+    with torch.no_grad():
+        drawn = processor(attn, *inputs, conditioning=conditioning)
+    layer.requires_grad_(True)
+    trained = processor(attn.requires_grad_(True), *inputs, conditioning=conditioning)
+    torch.testing.assert_close(trained, drawn, atol=0.03, rtol=0.03)
+    assert torch.equal(trained[1], processor(attn, inputs[0][1:2], inputs[1][1:2])[0])
+    trained.float().square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
 @pytest.mark.parametrize("scale", [0, 0.0, torch.zeros(2)])
 def test_zero_for_all_or_no_tokens_is_the_stock_output_bit_for_bit(scale):
     attn = cross_attention()
